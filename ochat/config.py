@@ -1,0 +1,152 @@
+"""Configuration: a TOML file plus `--section.key=value` options become one frozen `Config`.
+
+    config = load("configs/demo.toml", ["--optim.lr=2e-5", "--run.dir=runs/a"])
+
+Each section is a frozen dataclass below; an unknown key, a wrong type or an impossible value is a ConfigError that names the
+key, the value, what was expected and the nearest known key. `dump(config)` is TOML again, which the run folder keeps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ochat.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it starts."""
+
+    dir: str = "runs/default"  # the run folder: config, metrics, checkpoints
+    seed: int = 0  # decides the order of the data and every random draw
+    deterministic: bool = False  # bitwise the same on the same machine and number of processes
+    resume: str = "auto"  # "auto": the newest complete checkpoint in run.dir, if any; "never"; or a checkpoint's path
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The model that is fine-tuned."""
+
+    path: str = ""  # a Hugging Face folder with safetensors
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and how it is cut into steps."""
+
+    path: str = ""  # a folder written by `ochat prepare`
+    eval_path: str = ""  # a held-out folder of the same kind; empty: no evaluation
+    token_budget: int = 8192  # tokens in a bin, that is in one micro-batch
+    bins_per_step: int = 8  # bins in an optimizer step, over all ranks
+    epochs: int = 1
+    max_steps: int = 0  # stop after so many steps; 0: all epochs
+    only_class: str = ""  # keep this class alone (the paper's "only expert" and "only sub-optimal")
+    subsample: dict[str, float] = field(default_factory=dict)  # class -> share of its conversations that is kept
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """What an answer of one class weighs: `weight`, or `exp((reward - 1) / beta)`. Give exactly one of reward and weight."""
+
+    reward: float | None = None
+    weight: float | None = None
+    beta: float | None = None  # None: weights.beta
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Where the weight of a supervised message comes from."""
+
+    # record: the record's own weights; classes: the [classes] table; reward: each conversation's `reward` field;
+    # none: every supervised token weighs 1; auto: classes if the table has entries, else record
+    source: Literal["auto", "record", "classes", "reward", "none"] = "auto"
+    beta: float = 0.9 / math.log(10)  # rewards 1 and 0.1 become weights 1 and 0.1, the paper's
+    per_message_mean: bool = False  # divide a message's weight by its number of tokens
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, clipping and the learning-rate schedule (linear warm-up, then cosine)."""
+
+    lr: float | Literal["auto"] = "auto"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    warmup_ratio: float = 0.05
+    min_lr_ratio: float = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a step is computed, and how often it is reported."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; masters are fp32
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA, per-document SDPA elsewhere
+    recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
+    compile: bool = False
+    log_every: int = 1  # steps between two reads of the metrics from the device
+    eval_every: int = 0  # steps between held-out evaluations; 0: at the end of every epoch
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    peak_tflops: float = 0.0  # the peak that mfu is taken of; 0: the card's data sheet, or a matrix product timed at start
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """`shard` ranks hold one copy of the model between them; `replicate` such groups work side by side."""
+
+    shard: int = 0  # 0: all ranks that replicate leaves
+    replicate: int = 1
+    offload: bool = False  # parameters and optimizer state in host memory
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and how many of its checkpoints stay."""
+
+    every: int = 0  # steps between checkpoints; 0: at the end of every epoch
+    keep: int = 2  # newest checkpoints that are kept; 0: all
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """Prompts that are answered at every evaluation, each under each condition."""
+
+    prompts: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()  # empty: every class of the data
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Trackers beside metrics.jsonl."""
+
+    tensorboard: bool = False
+    wandb: str = ""  # a Weights & Biases project; empty: off
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sections of a run."""
+
+    run: RunConfig = RunConfig()
+    base: BaseConfig = BaseConfig()
+    data: DataConfig = DataConfig()
+    classes: dict[str, ClassConfig] = field(default_factory=dict)
+    weights: WeightsConfig = WeightsConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    samples: SamplesConfig = SamplesConfig()
+    log: LogConfig = LogConfig()

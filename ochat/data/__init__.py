@@ -1,0 +1,1 @@
+"""From JSONL conversations to packed batches."""

@@ -1,0 +1,1 @@
+"""The Llama family over packed tokens, and its Hugging Face files."""
