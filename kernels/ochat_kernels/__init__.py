@@ -1,0 +1,23 @@
+"""The operators of a Llama training step, each defined in plain PyTorch; `load` picks an implementation by name.
+
+    ops = ochat_kernels.load("reference")
+    out = ops.linear_cross_entropy(hidden, head_weight, labels, loss_weights)
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from ochat_kernels.reference import LossOutput
+
+IMPLEMENTATIONS = ("reference",)
+
+__all__ = ["IMPLEMENTATIONS", "LossOutput", "load"]
+
+
+def load(name: str) -> ModuleType:
+    """The module that implements every operator under `name`; ValueError for a name that is not in IMPLEMENTATIONS."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"no kernels named {name!r}; this version has: {', '.join(IMPLEMENTATIONS)}")
+    return importlib.import_module(f"ochat_kernels.{name}")
