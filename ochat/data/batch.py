@@ -1,0 +1,115 @@
+"""A micro-batch: whole conversations laid end to end, with labels and weights already shifted and the supervised rows listed.
+
+    batch = pack(examples, indices, class_ids, pad_to=8192)
+
+Letters: T packed tokens, S documents, R supervised rows. Padding comes as short documents of weight 0, because one document of P
+padding tokens would cost P^2 in attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+IGNORE_INDEX = -100
+PAD_ID = 0  # any valid id will do: no document sees padding, and padding has no label
+PAD_DOCUMENT_TOKENS = 256  # long enough to keep their number small, short enough to cost nothing in attention
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One conversation as training sees it: unshifted, truncated and trimmed by prepare."""
+
+    input_ids: NDArray[np.int64]  # (len,)
+    loss_weights: NDArray[np.float32]  # (len,)
+    condition: str
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Tensors of one bin. The rest are host values, so that nobody has to ask the device for them."""
+
+    input_ids: torch.Tensor  # (T,) int64
+    labels: torch.Tensor  # (T,) int64, the next id of the same document; IGNORE_INDEX at a document's end and in padding
+    loss_weights: torch.Tensor  # (T,) float32, the label's weight; 0 where there is none
+    position_ids: torch.Tensor  # (T,) int64, from 0 in every document
+    cu_seqlens: torch.Tensor  # (S+1,) int32
+    rows: torch.Tensor  # (R,) int64, ascending: label != IGNORE_INDEX and weight != 0
+    row_classes: torch.Tensor  # (R,) int64, class of the conversation that a row belongs to
+    max_seqlen: int
+    num_tokens: int  # without padding
+    num_supervised: int  # R
+    weight_sum: float  # sum of |weight| over the rows, in float64
+    lengths: tuple[int, ...]  # (S,) of the documents, padding documents included
+    sequences: tuple[int, ...]  # data set indices of the first documents; what follows them is padding
+
+    @cached_property
+    def sum_len_sq(self) -> int:
+        """Sum of squared lengths of the real documents, for FLOPs."""
+        return sum(length * length for length in self.lengths[: len(self.sequences)])
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
+        """The same batch on another device; copies from pinned memory don't block the host."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory. Raises RuntimeError (torch's own) without CUDA."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change) -> PackedBatch:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: change(value) for name, value in tensors.items() if torch.is_tensor(value)})
+
+
+def pack(
+    examples: Sequence[Example], indices: Sequence[int], class_ids: Sequence[int], *, pad_to: int | None = None
+) -> PackedBatch:
+    """Lay `examples` end to end.
+
+    `indices` (S,) are their places in the data set, `class_ids` (S,) their classes. `pad_to`: fill up to exactly so many tokens.
+    Without examples the batch is padding alone: `pad_to` tokens, or one.
+    """
+    assert len(examples) == len(indices) == len(class_ids), "one index and one class per example"
+    real = [len(example.input_ids) for example in examples]
+    num_tokens = sum(real)
+    lengths = real + _padding(max(pad_to or 0, 0 if real else 1) - num_tokens)
+    assert pad_to is None or sum(lengths) == pad_to, f"{num_tokens} tokens do not fit into {pad_to}"
+
+    input_ids = np.full(sum(lengths), PAD_ID, np.int64)
+    labels = np.full(len(input_ids), IGNORE_INDEX, np.int64)
+    weights = np.zeros(len(input_ids), np.float32)
+    row_class = np.zeros(len(input_ids), np.int64)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    for example, class_id, begin in zip(examples, class_ids, cu_seqlens, strict=False):
+        end = begin + len(example.input_ids)
+        input_ids[begin:end] = example.input_ids
+        labels[begin : end - 1] = example.input_ids[1:]
+        weights[begin : end - 1] = example.loss_weights[1:]
+        row_class[begin:end] = class_id
+    rows = np.flatnonzero(weights)
+    return PackedBatch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        loss_weights=torch.from_numpy(weights),
+        position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        rows=torch.from_numpy(rows),
+        row_classes=torch.from_numpy(row_class[rows]),
+        max_seqlen=max(lengths),
+        num_tokens=num_tokens,
+        num_supervised=len(rows),
+        weight_sum=float(np.abs(weights[rows], dtype=np.float64).sum()),
+        lengths=tuple(lengths),
+        sequences=tuple(int(index) for index in indices),
+    )
+
+
+def _padding(num_tokens: int) -> list[int]:
+    """Lengths of the padding documents."""
+    whole, rest = divmod(max(num_tokens, 0), PAD_DOCUMENT_TOKENS)
+    return [PAD_DOCUMENT_TOKENS] * whole + [rest] * (rest > 0)

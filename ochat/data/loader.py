@@ -1,0 +1,194 @@
+"""Which micro-batches this rank computes in which step: a pure function of (data set, seed, epoch), so a step number is all the state.
+
+    loader = Loader(dataset, token_budget=8192, bins_per_step=8, seed=0, epochs=3)
+    for step, batches in loader.iterate(start_step=120): ...
+
+Rank r of R takes the bins r, r + R, ... of every step; the steps are the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.data import multipack
+from ochat.data.batch import PackedBatch, pack
+from ochat.data.dataset import TokenDataset
+from ochat.data.multipack import PackPlan
+from ochat.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class LoaderStats:
+    """What an epoch is made of. Shares are of 1; imbalances are max over mean among the bins of a step (1: equal)."""
+
+    num_sequences: int
+    num_tokens: int  # in an epoch
+    num_supervised: int  # labels of non-zero weight in an epoch
+    num_steps: int  # of the whole run
+    steps_per_epoch: tuple[int, ...]
+    fill: float  # tokens used over token budget, first epoch
+    imbalance_mean: float  # of the first epoch's steps, the last one left out; 1 if there is no other
+    imbalance_worst: float
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.num_tokens / self.steps_per_epoch[0]
+
+    @property
+    def supervised_per_step(self) -> float:
+        """Supervised tokens in an average step of the first epoch: what the automatic learning rate goes by."""
+        return self.num_supervised / self.steps_per_epoch[0]
+
+
+class Loader:
+    """Plans every epoch once at construction, so that the number of steps is exact before the first.
+
+    `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens. `costs` (S,) float: the work of each
+    sequence, which the bins of a step share evenly. Raises ConfigError for impossible settings, DataError for a sequence longer
+    than a bin and for a data set without sequences.
+    """
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        token_budget: int,
+        bins_per_step: int,
+        seed: int = 0,
+        epochs: int = 1,
+        max_steps: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        pad: bool = False,
+        costs: NDArray[np.float64] | None = None,
+    ) -> None:
+        _check_settings(bins_per_step, epochs, max_steps, rank, world)
+        _check_lengths(dataset, token_budget)
+        self.dataset = dataset
+        self.token_budget, self.bins_per_step, self.seed = token_budget, bins_per_step, seed
+        self.rank, self.world, self.pad, self.costs = rank, world, pad, costs
+        self.plan = lru_cache(maxsize=2)(self._plan)  # two: the prefetch thread may be an epoch ahead
+        self.steps_per_epoch = tuple(self.plan(epoch).num_steps for epoch in range(epochs))
+        self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
+        total = int(self._epoch_starts[-1])
+        self.num_steps = min(total, max_steps) if max_steps else total
+
+    def _plan(self, epoch: int) -> PackPlan:
+        return multipack.plan(
+            self.dataset.lengths,
+            token_budget=self.token_budget,
+            bins_per_step=self.bins_per_step,
+            seed=self.seed,
+            epoch=epoch,
+            costs=self.costs,
+        )
+
+    def steps_of_epoch(self, epoch: int) -> int:
+        """Number of steps of an epoch, whatever `max_steps` leaves of it."""
+        return self.steps_per_epoch[epoch]
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(epoch, step within it) of a global step, both from 0. Raises IndexError outside the run."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of a run of {self.num_steps} steps")
+        epoch = int(np.searchsorted(self._epoch_starts, step, side="right")) - 1
+        return epoch, step - int(self._epoch_starts[epoch])
+
+    def epoch_end(self, step: int) -> bool:
+        """True if `step` is the last of its epoch."""
+        epoch, step_in_epoch = self.position(step)
+        return step_in_epoch == self.steps_per_epoch[epoch] - 1
+
+    def step(self, step: int) -> list[PackedBatch]:
+        """This rank's micro-batches of a global step, `bins_per_step / world` of them; empty bins hold padding alone."""
+        epoch, step_in_epoch = self.position(step)
+        plan = self.plan(epoch)
+        first = step_in_epoch * self.bins_per_step
+        return [self._batch(plan.bin(first + b)) for b in range(self.rank, self.bins_per_step, self.world)]
+
+    def _batch(self, indices: NDArray[np.int64]) -> PackedBatch:
+        examples = [self.dataset[int(index)] for index in indices]
+        pad_to = self.token_budget if self.pad else None
+        return pack(examples, indices.tolist(), self.dataset.class_ids[indices].tolist(), pad_to=pad_to)
+
+    def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Iterator[tuple[int, list[PackedBatch]]]:
+        """(step, batches) from `start_step` to the end; a thread works `prefetch` steps ahead and ends with the generator."""
+        ready: queue.Queue = queue.Queue(maxsize=max(prefetch, 1))
+        stop = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(start_step, ready, stop), daemon=True, name="loader")
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _produce(self, start_step: int, ready: queue.Queue, stop: threading.Event) -> None:
+        def put(item) -> None:
+            while not stop.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        try:
+            for step in range(start_step, self.num_steps):
+                if stop.is_set():
+                    return
+                put((step, self.step(step)))
+            put(None)
+        except BaseException as error:  # the consumer raises it
+            put(error)
+
+    def stats(self) -> LoaderStats:
+        """Counts of the data and of the first epoch's plan."""
+        plan = self.plan(0)
+        imbalance = plan.cost_imbalance()
+        return LoaderStats(
+            num_sequences=len(self.dataset),
+            num_tokens=int(self.dataset.lengths.sum()),
+            num_supervised=int(self.dataset.supervised.sum()),
+            num_steps=self.num_steps,
+            steps_per_epoch=self.steps_per_epoch,
+            fill=plan.efficiency(),
+            imbalance_mean=float(imbalance.mean()) if len(imbalance) else 1.0,
+            imbalance_worst=float(imbalance.max()) if len(imbalance) else 1.0,
+        )
+
+
+def _check_settings(bins_per_step: int, epochs: int, max_steps: int, rank: int, world: int) -> None:
+    if bins_per_step < 1 or bins_per_step % world:
+        nearest = max(round(bins_per_step / world), 1) * world
+        raise ConfigError(
+            f"data.bins_per_step is {bins_per_step}, which {world} processes cannot share evenly: "
+            f"use a multiple of {world}, such as {nearest}"
+        )
+    if epochs < 1:
+        raise ConfigError(f"data.epochs is {epochs}: at least 1 is needed")
+    if max_steps < 0:
+        raise ConfigError(f"data.max_steps is {max_steps}: give a number of steps, or 0 for all epochs")
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} of {world} processes does not exist")
+
+
+def _check_lengths(dataset: TokenDataset, token_budget: int) -> None:
+    if len(dataset) == 0:
+        raise DataError(f"{dataset.path}: no conversation is left to train on")
+    longest = int(np.argmax(dataset.lengths))
+    if dataset.lengths[longest] > token_budget:
+        over = int((dataset.lengths > token_budget).sum())
+        raise DataError(
+            f"{dataset.place(longest)}: a conversation of {dataset.lengths[longest]} tokens is longer than "
+            f"data.token_budget = {token_budget} ({over} such in {dataset.path}): raise the budget, or prepare with a "
+            "smaller --context"
+        )

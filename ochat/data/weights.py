@@ -1,0 +1,111 @@
+"""From what a span carries (role, its own weight, its conversation's class and reward) to the weight its tokens train with.
+
+    rule = WeightRule(config.weights, config.classes, class_names=("GPT4", "GPT3"))
+    rule(own, roles, class_ids, rewards, num_tokens)  -> (n,) float32, one weight per span
+
+A span is supervised if its own weight is not 0; a missing weight counts as 1 for the assistant and 0 for everybody else. So an
+explicit 0 keeps an answer out of training whatever the source, and a class decides how much an answer counts, never which ones do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.config import ClassConfig, WeightsConfig
+from ochat.errors import ConfigError
+
+ROLES = ("bos", "system", "prefix", "user", "assistant")  # a shard's span_roles are places in this list
+ASSISTANT = ROLES.index("assistant")
+
+
+def own_weights(own: NDArray[np.float32], roles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The record's weights (n,), with the role's default where none is given (NaN)."""
+    return np.where(np.isnan(own), (roles == ASSISTANT).astype(np.float32), own).astype(np.float32)
+
+
+def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
+    """`weight`, or `exp((reward - 1) / beta)`. Raises ConfigError unless exactly one of the two is given and the result is finite."""
+    if (config.reward is None) == (config.weight is None):
+        both = "both" if config.reward is not None else "neither of them"
+        raise ConfigError(f"[classes.{name}] needs exactly one of reward and weight, and has {both}")
+    if config.weight is not None:
+        weight = float(config.weight)
+    else:
+        assert config.reward is not None
+        weight = float(_reward_weights(np.float64(config.reward), default_beta if config.beta is None else config.beta))
+    if not math.isfinite(weight):
+        raise ConfigError(f"[classes.{name}] gives the weight {weight}: a finite number is needed")
+    return weight
+
+
+class WeightRule:
+    """The weights section and the [classes] table, resolved against the classes of one data set.
+
+    `present` are the classes whose conversations are used; each needs an entry if the table decides. Raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        config: WeightsConfig,
+        classes: Mapping[str, ClassConfig],
+        class_names: Iterable[str],
+        present: Iterable[str] | None = None,
+    ) -> None:
+        names = tuple(class_names)
+        self.source = config.source if config.source != "auto" else ("classes" if classes else "record")
+        self.beta = config.beta
+        self.per_message_mean = config.per_message_mean
+        self.needs_reward = self.source == "reward"
+        if not (math.isfinite(config.beta) and config.beta > 0):
+            raise ConfigError(f"weights.beta is {config.beta}: a positive number is needed")
+        table = {name: class_weight(entry, name, config.beta) for name, entry in classes.items()}
+        if self.source == "classes":
+            _check_complete(table, names if present is None else tuple(present))
+        self._by_class = np.array([table.get(name, np.nan) for name in names] or [np.nan], np.float32)
+
+    def __call__(
+        self,
+        own: NDArray[np.float32],
+        roles: NDArray[np.uint8],
+        class_ids: NDArray[np.integer],
+        rewards: NDArray[np.float32],
+        num_tokens: NDArray[np.integer],
+    ) -> NDArray[np.float32]:
+        """Weights (n,) float32 of n spans.
+
+        `own` NaN where the record gives none; `class_ids` and `rewards` (NaN: none) of the span's conversation; `num_tokens` that
+        the span holds, after truncation. With `classes` and `reward` a negative own weight lends its sign.
+        """
+        weights = own_weights(own, roles)
+        supervised = weights != 0
+        if self.source == "classes":
+            weights = np.where(supervised, np.copysign(1, weights) * self._by_class[class_ids], 0)
+        elif self.source == "reward":
+            weights = np.where(supervised, np.copysign(1, weights) * _reward_weights(rewards, self.beta), 0)
+        elif self.source == "none":
+            weights = supervised
+        if self.per_message_mean:
+            weights = weights / np.maximum(num_tokens, 1)
+        return np.asarray(weights, np.float32)
+
+
+def _reward_weights(rewards, beta: float):
+    if not beta > 0:
+        raise ConfigError(f"beta is {beta}: a positive number is needed")
+    with np.errstate(over="ignore"):  # the caller names the class or the record of an infinite weight
+        return np.exp((np.asarray(rewards, np.float64) - 1) / beta)
+
+
+def _check_complete(table: Mapping[str, float], present: tuple[str, ...]) -> None:
+    if not table:
+        raise ConfigError('weights.source is "classes", but the configuration has no [classes.NAME] section')
+    missing = [name for name in present if name not in table]
+    if missing:
+        raise ConfigError(
+            f"the data has the class {missing[0]!r}, but [classes] only has {', '.join(map(repr, table))}: "
+            f'add [classes."{missing[0]}"] with a reward or a weight'
+        )
