@@ -1,0 +1,125 @@
+"""Causal attention over packed documents that never see each other: per-document SDPA, or torch's varlen kernel on CUDA.
+
+    attend = PackedAttention(cu_seqlens, max_seqlen, backend=default_backend("cpu", torch.float32), lengths=[3, 5])
+    out = attend(layer, q, k, v, window)
+`sdpa` is the definition and runs anywhere; `varlen` needs CUDA and half precision. Letters: T, N, K, D; S documents.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ochat.errors import ConfigError
+
+BACKENDS = ("sdpa", "varlen")
+
+
+class Attend(Protocol):
+    """What a block calls: q (T, N, D), k and v (T, K, D) of one layer -> (T, N, D)."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor: ...
+
+
+class PackedAttention:
+    """Attention of one packed batch; every layer calls the same object.
+
+    Args: cu_seqlens (S+1,) int32 on the device, from 0 to T, documents of length 0 allowed; max_seqlen: the longest;
+    lengths: the S lengths on the host. Without them `sdpa` reads cu_seqlens once, which synchronises a CUDA device.
+    """
+
+    def __init__(
+        self, cu_seqlens: Tensor, max_seqlen: int, backend: str = "sdpa", lengths: Sequence[int] | None = None
+    ) -> None:
+        if backend not in BACKENDS:
+            raise ConfigError(f"attention = {backend!r} is not known; expected one of {', '.join(BACKENDS)}")
+        self.cu_seqlens, self.max_seqlen, self.backend = cu_seqlens, max_seqlen, backend
+        if backend == "sdpa" and lengths is None:
+            lengths = cu_seqlens.diff().tolist()
+        self.lengths = lengths
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        if self.backend == "varlen":
+            return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen, window)
+        assert self.lengths is not None
+        return _sdpa(q, k, v, self.lengths, window)
+
+
+def attend(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window: int | None = None,
+    backend: str = "sdpa",
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v within each document: (T, N, D) in q's dtype.
+
+    A token sees itself and those before it in its document, the nearest `window` of them (itself included) if given. Query head n
+    uses key/value head n // (N / K). Raises: ConfigError for a backend that is not known or cannot take these tensors.
+    """
+    return PackedAttention(cu_seqlens, max_seqlen, backend)(0, q_TND, k_TKD, v_TKD, window)
+
+
+def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
+    """varlen where it runs (CUDA, half precision), else sdpa."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if torch.device(device).type == "cuda" and is_half else "sdpa"
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+    """One call per run of documents of equal length: padding is many short ones."""
+    outputs, start = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        if length:
+            stop = start + count * length
+            outputs.append(_equal_documents(q[start:stop], k[start:stop], v[start:stop], count, window))
+            start = stop
+    if start != q.shape[0]:
+        raise ValueError(f"lengths sum to {start}, but there are {q.shape[0]} tokens")
+    return torch.cat(outputs) if outputs else torch.empty_like(q)
+
+
+def _equal_documents(q: Tensor, k: Tensor, v: Tensor, count: int, window: int | None) -> Tensor:
+    """`count` documents of one length, one after the other: as a batch (count, heads, length, D)."""
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
+    mask = _window_mask(q.shape[2], window, q.device) if window is not None and window < q.shape[2] else None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(length, length) bool: True where key j <= query i and j > i - window."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)
+    return seen.tril().triu(1 - window)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
+    varlen_attn = _varlen_function()
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(f"attention = 'varlen' computes in half precision, not {q.dtype}; set it to 'sdpa'")
+    options = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11 wants as many key/value heads as query heads
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    span = (-1, 0) if window is None else (window - 1, 0)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=span, **options)
+
+
+def _varlen_function() -> Callable[..., Tensor]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        raise ConfigError(f"attention = 'varlen' needs torch >= 2.11, not {torch.__version__}; set 'sdpa'") from None
+    return varlen_attn

@@ -1,0 +1,163 @@
+"""The weights of a Hugging Face folder, mapped into memory and read tensor by tensor; and the same written, shard by shard.
+
+    files = TensorFiles.open("path/to/base");  files.read("model.norm.weight")
+Only safetensors are read: a pickled `.bin` can run code. Nothing is read before it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ochat.errors import CheckpointError, ConfigError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Which file holds which tensor; `handles` are open maps of the files."""
+
+    directory: Path
+    files: Mapping[str, str]  # tensor -> file
+    handles: Mapping[str, Any]  # file -> safetensors handle
+
+    @classmethod
+    def open(cls, directory: str | Path) -> TensorFiles:
+        """Map the folder's one file, or its shards by their index.
+
+        Raises: ConfigError for a hub id or a folder without safetensors (it says how to get them); CheckpointError for a damaged
+        or incomplete set of files.
+        """
+        directory = Path(directory)
+        index = _index(directory)
+        names = sorted(set(index.values())) if index is not None else [SINGLE]
+        handles = {name: _open_file(directory / name) for name in names}
+        found = {tensor: name for name in names for tensor in handles[name].keys()}  # noqa: SIM118 (a handle is no dict)
+        if index is not None:
+            _compare_index(directory / INDEX, index, found, handles)
+        return cls(directory, found, handles)
+
+    def place(self, name: str) -> str:
+        """The path of the file that holds a tensor, for messages."""
+        return str(self.directory / self.files[name])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Read from the file's header alone."""
+        return tuple(self.handles[self.files[name]].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The format's name: F32, BF16, ..."""
+        return self.handles[self.files[name]].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> Tensor:
+        """A CPU tensor whose pages are read from disk when touched. Do not write to it."""
+        return self.handles[self.files[name]].get_tensor(name)
+
+
+def write_shards(directory: Path, shards: Iterable[dict[str, Tensor]], num_shards: int) -> None:
+    """Write `num_shards` files and, for several, their index. Each file appears whole or not at all."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if num_shards == 1 else f"model-{number:05d}-of-{num_shards:05d}.safetensors"
+        _write_file(directory / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+        total_size += sum(tensor.nbytes for tensor in shard.values())
+    if num_shards > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / INDEX, index)
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Write, sync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(json.dumps(record, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _index(directory: Path) -> dict[str, str] | None:
+    """tensor -> file of a sharded folder; None for a single file."""
+    if not directory.is_dir():
+        raise ConfigError(
+            f"{directory} is not a folder. A base model is read from disk; fetch a hub model first, with "
+            f"`hf download {directory} --local-dir DIR`, and name DIR"
+        )
+    has_single, has_index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
+    if has_single and has_index:
+        raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is not the model's")
+    if has_index:
+        return _read_index(directory / INDEX)
+    if not has_single:
+        raise ConfigError(_no_safetensors(directory))
+    return None
+
+
+def _no_safetensors(directory: Path) -> str:
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
+    problem = f"{directory} has neither {SINGLE} nor {INDEX}"
+    if not pickled:
+        return f"{problem}; expected the weights of a Hugging Face model there"
+    return (
+        f"{problem}, but {pickled[0]}: pickled weights can run code and are not read. Convert them once with transformers: "
+        f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained(NEW_DIR)"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not an index of safetensors ({error!r}); fetch it again") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is empty or no table; fetch it again")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: weight_map[{tensor!r}] is {name!r}; expected the name of a file beside it")
+    return weight_map
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing, but {INDEX} names it; fetch it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut off ({error}); fetch it again") from None
+
+
+def _compare_index(path: Path, index: Mapping[str, str], found: Mapping[str, str], handles: Mapping[str, Any]) -> None:
+    for tensor, name in index.items():
+        if tensor not in handles[name].keys():  # noqa: SIM118
+            raise CheckpointError(f"{path} says that {name} holds {tensor}, but it does not; fetch both again")
+    for tensor, name in found.items():
+        if tensor not in index:
+            raise CheckpointError(f"{path} does not list {tensor}, which {name} holds; fetch both again")
+
+
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """bfloat16, float16 or float32 by name. Raises: ConfigError."""
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(f"dtype = {name!r} is not known; expected bfloat16, float16 or float32")
+    return dtype

@@ -1,0 +1,226 @@
+"""The decoder over packed tokens, in small classes in order of use: embedding, block (norm, attention, norm, MLP), head.
+
+    model = hf.load("path/to/base");  logits = model.logits([[1, 5, 9], [1, 7]])
+Operators come from `ochat_kernels.load(...)`, attention from the `attend` object of the batch: no module knows its backend.
+Parameters may be wider than the computation (fp32 masters, bf16 products): each is cast where it is used.
+Letters: T packed tokens, H hidden, N query heads, K key/value heads, D head dim, F FFN, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ochat.errors import ConfigError, DataError
+from ochat.model import rope
+from ochat.model.attention import Attend, PackedAttention, default_backend
+from ochat.model.config import ModelConfig
+
+HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
+RECOMPUTE = ("none", "block")
+
+
+class Embedding(nn.Module):
+    """(T,) int64 -> (T, H)."""
+
+    def __init__(self, num_rows: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, size))
+
+    def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(input_ids, self.weight).to(dtype)
+
+
+class Linear(nn.Module):
+    """(T, in) -> (T, out): x @ weight.T + bias."""
+
+    def __init__(self, size_in: int, size_out: int, has_bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in))
+        self.bias = nn.Parameter(torch.empty(size_out)) if has_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Scale each row to a root mean square of 1, then by `weight`; with a residual, add it first and return the sum too."""
+
+    def __init__(self, size: int, eps: float, ops: ModuleType) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps, self.ops = eps, ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        weight = self.weight.to(x.dtype)
+        if residual is None:
+            return self.ops.rms_norm(x, weight, self.eps), x
+        return self.ops.add_rms_norm(x, residual, weight, self.eps)
+
+
+class Attention(nn.Module):
+    """q, k and v in one product, rotation, attention within each document, the way out."""
+
+    def __init__(self, config: ModelConfig, layer: int, ops: ModuleType) -> None:
+        super().__init__()
+        self.layer, self.window, self.ops = layer, config.window(layer), ops
+        self.head_dim, self.heads = config.head_dim, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim, config.qkv_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, config.out_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)  # (T, N, D), 2 x (T, K, D)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (norm(x.flatten(0, 1))[0].view(x.shape) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = self.ops.rope(q, k, cos, sin)
+        return self.out(attend(self.layer, q, k, v, self.window).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.ops = ops
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.ops.swiglu(self.gate_up(x)))
+
+
+class Block(nn.Module):
+    """Takes and gives (x, residual): the last branch's output and the stream that it is yet to be added to.
+
+    The addition happens inside the next norm (one kernel); residual is None before the first block.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, ops: ModuleType) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(config.hidden_size, config.norm_eps, ops)
+        self.attn = Attention(config, layer, ops)
+        self.norm2 = RMSNorm(config.hidden_size, config.norm_eps, ops)
+        self.mlp = MLP(config, ops)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.norm1(x, residual)
+        x, residual = self.norm2(self.attn(x, cos, sin, attend), residual)
+        return self.mlp(x), residual
+
+
+class Head(nn.Module):
+    """Hidden states to logits (T, V) fp32, or to whatever `function` makes of them and the weight.
+
+    The function runs inside forward so that a wrapper that gathers the weight around forward (FSDP) has it whole.
+    """
+
+    def __init__(self, size: int, num_rows: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, size))
+
+    def forward(self, hidden: Tensor, function: HeadFunction | None) -> Any:
+        weight = self.weight.to(hidden.dtype)
+        return F.linear(hidden, weight).float() if function is None else function(hidden, weight)
+
+
+class Transformer(nn.Module):
+    """Packed token ids to logits or a loss. Build it on the meta device, then materialise and fill it (see hf.load).
+
+    `head.weight` is `embed.weight` itself where the config ties them, so named_parameters() gives it once, as embed.weight.
+    """
+
+    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+        super().__init__()
+        self.config = config
+        self.recompute = "none"  # "block": keep a block's inputs only and recompute the rest in backward
+        self.compute_dtype: torch.dtype | None = None  # None: that of the parameters
+        self.inv_freq = rope.inv_freq(config.rope, config.head_dim)  # (D/2,) fp32; no buffer: to_empty() would wipe it
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer, ops) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops)
+        self.head = Head(config.hidden_size, config.vocab_size)
+        self._tie()
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attend: Attend, head: HeadFunction | None = None
+    ) -> Any:
+        """Logits (T, V) fp32, or `head(hidden, weight)` where given: hidden (T, H) after the last norm, weight (V, H).
+
+        Args: input_ids and position_ids (T,) int64; attend: the batch's attention. Costs: see ModelConfig.flops_per_step.
+        """
+        if self.recompute not in RECOMPUTE:
+            raise ConfigError(f"recompute = {self.recompute!r} is not known; expected one of {', '.join(RECOMPUTE)}")
+        if self.inv_freq.device != input_ids.device:
+            self.inv_freq = self.inv_freq.to(input_ids.device)
+        cos, sin = rope.cos_sin(position_ids, self.inv_freq)
+        x, residual = self.embed(input_ids, self.compute_dtype or self.embed.weight.dtype), None
+        for block in self.blocks:
+            x, residual = self._run(block, x, residual, cos, sin, attend)
+        return self.head(self.norm(x, residual)[0], head)
+
+    @torch.no_grad()
+    def logits(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        """[(len_i, V) fp32] of id lists, packed in one call. For checks: it holds all logits at once.
+
+        Raises: DataError for an id outside the vocabulary.
+        """
+        if not any(len(sequence) for sequence in sequences):
+            return [torch.empty(0, self.config.vocab_size) for _ in sequences]
+        lengths = [len(sequence) for sequence in sequences]
+        input_ids, position_ids, attend = pack_ids(self, sequences)
+        return list(self(input_ids, position_ids, attend).split(lengths))
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Fill every parameter for training from nothing: normal(0, initializer_range), norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            drawn = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
+            parameter.copy_(drawn)
+
+    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
+        return block(*inputs)
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
+        """to(), to_empty() and the like give every module a new Parameter: tie again."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
+
+
+def pack_ids(model: Transformer, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, PackedAttention]:
+    """input_ids (T,), position_ids (T,) and the attention of id lists laid end to end on the model's device.
+
+    Raises: DataError for an id outside the vocabulary.
+    """
+    for index, sequence in enumerate(sequences):
+        for token in sequence:
+            if not 0 <= token < model.config.vocab_size:
+                raise DataError(f"sequence {index} has token id {token}, but the vocabulary ends at {model.config.vocab_size - 1}")
+    weight = model.embed.weight
+    lengths = [len(sequence) for sequence in sequences]
+    input_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+    position_ids = torch.cat([torch.arange(length) for length in lengths])
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(weight.device)
+    backend = default_backend(weight.device, model.compute_dtype or weight.dtype)
+    attend = PackedAttention(cu_seqlens, max(lengths), backend, lengths)
+    return input_ids.to(weight.device), position_ids.to(weight.device), attend
