@@ -1,0 +1,212 @@
+"""Templates: how a conversation becomes token ids, each with a role, so that each can have its weight.
+
+    template = load("openchat_3.5"); input_ids, loss_weights = template.encode(conversation, tokenizer)
+
+A template is a TOML file (built-in ones: templates/*.toml, which also explain the keys). Every segment - system text, each prefix, each
+message - is tokenised alone and the ids are joined, because that is what existing checkpoints were trained on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ochat.data.conversation import Conversation, Message, default_weight
+from ochat.data.tokenizer import Tokenizer
+from ochat.errors import ConfigError
+
+ALIASES = {"openchat_3.5": "openchat_v3.2_mistral"}
+CONDITION_ROLES = ("both", "assistant", "none")
+ConditionsMode = Literal["both", "assistant", "ignore"]
+
+
+class Span(NamedTuple):
+    """A stretch of tokens: exclusive end offset, role (bos, system, prefix, user, assistant), the message's own weight (None: none given)."""
+
+    end: int
+    role: str
+    weight: float | None
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns are written. `prefix` holds `{role}`, which stands for "CONDITION ROLE" without surrounding blanks."""
+
+    name: str
+    context: int  # tokens a conversation may have
+    roles: dict[str, str]  # user, assistant: the text in `{role}`; system: the same for its header, "" or absent: bare text
+    prefix: str
+    eot: str  # the special token after content
+    special_tokens: tuple[str, ...] = ()  # those that stand in `prefix`
+    bos: str = "auto"  # auto: the tokenizer's, if it has one; "": none; else the token
+    default_condition: str = ""  # at inference, where none is given
+    condition_roles: str = "both"  # which prefixes carry the condition: both, assistant, none
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], place: str = "template") -> Template:
+        """A template from its TOML data (or from `to_dict`). Raises: ConfigError naming the key."""
+        _check_keys(data, place)
+        template = cls(**data | {"special_tokens": tuple(data.get("special_tokens", ()))})
+        _check_values(template, place)
+        return template
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back as an equal template."""
+        return asdict(self) | {"special_tokens": list(self.special_tokens)}
+
+    def role_prefix(self, role: str, condition: str) -> str:
+        """The text before a message of this role, for example "GPT4 User:"."""
+        carries = self.condition_roles == "both" or (self.condition_roles == "assistant" and role == "assistant")
+        named = f"{condition} {self.roles[role]}" if carries and role != "system" else self.roles[role]
+        return self.prefix.replace("{role}", named.strip())
+
+    def system_prefix(self) -> str:
+        """The text before the system text; "" where it is bare."""
+        return self.role_prefix("system", "") if self.roles.get("system") else ""
+
+    def bos_token(self, tokenizer: Tokenizer) -> str | None:
+        """The token that opens every conversation, if any."""
+        return tokenizer.bos if self.bos == "auto" else self.bos or None
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises: ConfigError if the tokenizer lacks one of the template's special tokens."""
+        bos = () if self.bos in ("auto", "") else (self.bos,)
+        for token in (self.eot, *self.special_tokens, *bos):
+            if token not in tokenizer.special_tokens:
+                raise ConfigError(
+                    f"template {self.name}: the tokenizer has no special token {token!r}; "
+                    f"make a base that has it: ochat init-base --hf BASE OUT --add-token {token!r}"
+                )
+
+    def encode(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        """Ids and as many loss weights, unshifted, neither truncated nor trimmed.
+
+        BOS, prefixes and system text weigh 0; a message's content and its end of turn weigh what the message does.
+        Raises: ConfigError if the tokenizer lacks a special token of the template.
+        """
+        input_ids, spans = self.encode_spans(conversation, tokenizer)
+        weights: list[float] = []
+        for span in spans:
+            weight = default_weight(span.role) if span.weight is None else span.weight
+            weights += [weight] * (span.end - len(weights))
+        return input_ids, weights
+
+    def encode_spans(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
+        """Ids and what they are: spans in order that cover every token. A message's content and end of turn are one span."""
+        self.check(tokenizer)
+        ids, spans = self._opening(conversation, tokenizer)
+        for message in conversation.items:
+            ids += tokenizer.encode_with_specials(self.role_prefix(message.role, conversation.condition))
+            spans.append(Span(len(ids), "prefix", None))
+            ids += self._turn(message, tokenizer)
+            spans.append(Span(len(ids), message.role, message.weight))
+        return ids, [span for span, begin in zip(spans, [0, *(s.end for s in spans)], strict=False) if span.end > begin]
+
+    def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+        """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
+
+        The default condition stands in where the conversation has none; `replace(template, default_condition="")` asks for none.
+        """
+        self.check(tokenizer)
+        conversation = replace(conversation, condition=conversation.condition or self.default_condition)
+        items = conversation.items
+        if not items or items[-1].role != "assistant":
+            items = (*items, Message("assistant", ""))
+        ids, _ = self.encode_spans(replace(conversation, items=items[:-1]), tokenizer)
+        ids += tokenizer.encode_with_specials(self.role_prefix("assistant", conversation.condition))
+        return ids + tokenizer.encode(items[-1].content)
+
+    def _opening(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
+        bos = self.bos_token(tokenizer)
+        ids = [] if bos is None else [tokenizer.special_tokens[bos]]
+        spans = [Span(len(ids), "bos", None)]
+        if conversation.system:
+            ids += tokenizer.encode_with_specials(self.system_prefix())
+            spans.append(Span(len(ids), "prefix", None))
+            ids += [*tokenizer.encode(conversation.system), tokenizer.special_tokens[self.eot]]
+            spans.append(Span(len(ids), "system", None))
+        return ids, spans
+
+    def _turn(self, message: Message, tokenizer: Tokenizer) -> list[int]:
+        return [*tokenizer.encode(message.content), tokenizer.special_tokens[self.eot]]
+
+
+def load(name_or_path: str | Path) -> Template:
+    """A built-in template by name, or a user's by the path of its .toml. Raises: ConfigError with the known names."""
+    text = str(name_or_path)
+    name = ALIASES.get(text, text)
+    if name in names():
+        return _parse(_folder().joinpath(f"{name}.toml").read_text("utf-8"), name, f"template {name}")
+    path = Path(text)
+    if path.is_file():
+        return _parse(path.read_text("utf-8"), path.stem, str(path))
+    known = sorted([*names(), *ALIASES])
+    close = difflib.get_close_matches(text, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(f"template {text!r}: unknown, and no such file; {hint}known: {', '.join(known)}, or the path of a .toml")
+
+
+def names() -> list[str]:
+    """The built-in templates."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.name.endswith(".toml"))
+
+
+def with_conditions(template: Template, mode: ConditionsMode) -> Template:
+    """The template with the condition in both prefixes, the assistant's alone, or ignored (no default either)."""
+    if mode not in ("both", "assistant", "ignore"):
+        raise ConfigError(f"conditions: {mode!r} is not one of both, assistant, ignore")
+    if mode == "ignore":
+        return replace(template, condition_roles="none", default_condition="")
+    return template if template.condition_roles == "none" else replace(template, condition_roles=mode)
+
+
+def _folder() -> Any:
+    return resources.files("ochat.data") / "templates"
+
+
+def _parse(text: str, name: str, place: str) -> Template:
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{place}: not valid TOML ({error})") from None
+    return Template.from_dict({"name": name} | data, place)
+
+
+_TYPES = {"name": str, "context": int, "roles": dict, "prefix": str, "eot": str, "special_tokens": (list, tuple), "bos": str,
+          "default_condition": str, "condition_roles": str}  # fmt: skip
+_REQUIRED = ("context", "roles", "prefix", "eot")
+
+
+def _check_keys(data: dict[str, Any], place: str) -> None:
+    for key, value in data.items():
+        if key not in _TYPES:
+            close = difflib.get_close_matches(key, _TYPES, n=1)
+            raise ConfigError(f"{place}: unknown key {key!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_TYPES)}"))
+        if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
+            raise ConfigError(f"{place}: {key} has the wrong type, {type(value).__name__}")
+    for key in _REQUIRED:
+        if key not in data:
+            raise ConfigError(f"{place}: {key} is missing")
+
+
+def _check_values(template: Template, place: str) -> None:
+    roles = template.roles
+    if not {"user", "assistant"} <= set(roles) <= {"user", "assistant", "system"}:
+        raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {', '.join(roles) or 'none'}")
+    if not all(isinstance(text, str) for text in (*roles.values(), *template.special_tokens)):
+        raise ConfigError(f"{place}: roles and special_tokens hold text only")
+    if template.context < 1:
+        raise ConfigError(f"{place}: context must be at least 1, not {template.context}")
+    if template.prefix.count("{role}") != 1:
+        raise ConfigError(f"{place}: prefix must hold {{role}} exactly once; it is {template.prefix!r}")
+    if not template.eot:
+        raise ConfigError(f"{place}: eot must name the special token that ends a turn")
+    if template.condition_roles not in CONDITION_ROLES:
+        raise ConfigError(f"{place}: condition_roles {template.condition_roles!r} is not one of {', '.join(CONDITION_ROLES)}")
+    for token in template.special_tokens:
+        if token not in template.prefix:
+            raise ConfigError(f"{place}: special token {token!r} does not stand in prefix {template.prefix!r}")

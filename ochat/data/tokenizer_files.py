@@ -1,0 +1,237 @@
+"""Finds the files that make up a tokenizer, tells their kind by content, and works out its special tokens.
+
+    files = find(Path("models/base")); files.kind, files.tokens
+
+A folder's added tokens stand in tokenizer.json (`added_tokens`), tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from ochat.data import sentencepiece_model as spm
+from ochat.errors import ConfigError
+
+KINDS = ("sentencepiece", "tiktoken", "json")  # in this order of preference where a folder holds several
+LLAMA3_RANKS = 128_000
+LLAMA3_SPECIALS = {
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+}  # fmt: skip
+
+# a sequence that `tokenizer_export` makes the exported tokenizer split at and drop: two Unicode noncharacters, which no text holds
+BOUNDARY = "\ufdd0\ufdd1"
+BOUNDARY_SPLIT = {"type": "Split", "pattern": {"String": BOUNDARY}, "behavior": "Removed", "invert": False}
+
+# pieces that a SentencePiece vocabulary lists as user-defined but which are marks of a chat format, so never content
+_CHAT_MARK = re.compile(r"<\|[^\s<>|]+\|>|<(start|end)_of_(turn|image)>|\[/?[A-Z_]+\]")
+_CANNOT = "is no SentencePiece model, no tokenizer.json and no file of tiktoken ranks"
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a folder declares beside its vocabulary."""
+
+    text: str
+    id: int
+    special: bool
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """One tokenizer's main file and what its folder declares beside it."""
+
+    path: Path
+    kind: str
+    content: bytes
+    tokens: tuple[AddedToken, ...] = ()
+    names: dict[str, str] = field(default_factory=dict)  # "bos", "eos" -> token, from tokenizer_config.json
+
+
+def find(path: Path) -> TokenizerFiles:
+    """The tokenizer at `path`, a file or a folder. Raises: ConfigError."""
+    if path.is_file():
+        kind = _kind_of(path)
+        names = _names(path.parent) if kind == "json" else {}
+        return TokenizerFiles(path, kind, path.read_bytes(), names=names)
+    if not path.is_dir():
+        raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder; give a local folder with tokenizer.model or tokenizer.json")
+    file, kind = _main_file(path)
+    return TokenizerFiles(file, kind, file.read_bytes(), _folder_tokens(path), _names(path))
+
+
+def _main_file(folder: Path) -> tuple[Path, str]:
+    named = [folder / "tokenizer.model"] if (folder / "tokenizer.model").exists() else []
+    candidates = named or sorted([*folder.glob("*.model*"), *folder.glob("*.tiktoken")])
+    found = [(file, _kind_of(file)) for file in [*candidates, folder / "tokenizer.json"] if file.is_file()]
+    if not found:
+        raise ConfigError(f"tokenizer {str(folder)!r}: the folder holds no tokenizer.model, *.model, *.tiktoken or tokenizer.json")
+    best = min((kind for _, kind in found), key=KINDS.index)
+    files = [file for file, kind in found if kind == best]
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ConfigError(f"tokenizer {str(folder)!r}: several {best} files ({names}); name the one that is meant")
+    return files[0], best
+
+
+def _kind_of(path: Path) -> str:
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ConfigError(f"{path}: a Git LFS pointer instead of the file; fetch it with `git lfs pull`")
+    if re.match(rb"\s*\{", content):
+        if isinstance(_read_object(path).get("model"), dict):
+            return "json"
+        raise ConfigError(f"{path}: JSON, but not of the `tokenizers` library: it has no `model` section")
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", content):
+        return "tiktoken"
+    try:
+        spm.read(content)
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{path}: {_CANNOT} ({error})") from None
+    return "sentencepiece"
+
+
+def _folder_tokens(folder: Path) -> tuple[AddedToken, ...]:
+    """The added tokens of all the folder's files, each once. Raises: ConfigError where two files disagree."""
+    found: dict[str, AddedToken] = {}
+    for token in _declared(folder):
+        known = found.setdefault(token.text, token)
+        if known.id != token.id:
+            raise ConfigError(f"{folder}: token {token.text!r} has the ids {known.id} and {token.id} in different files")
+        found[token.text] = AddedToken(token.text, token.id, known.special or token.special)
+    return tuple(sorted(found.values(), key=lambda token: token.id))
+
+
+def _declared(folder: Path) -> Iterator[AddedToken]:
+    for entry in _read_object(folder / "tokenizer.json").get("added_tokens") or []:
+        yield AddedToken(entry["content"], int(entry["id"]), bool(entry.get("special", False)))
+    decoder = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for token_id, entry in decoder.items():
+        yield AddedToken(entry["content"], int(token_id), bool(entry.get("special", False)))
+    for text, token_id in _read_object(folder / "added_tokens.json").items():
+        yield AddedToken(text, int(token_id), False)
+
+
+def _names(folder: Path) -> dict[str, str]:
+    """The BOS and EOS tokens that tokenizer_config.json (or special_tokens_map.json) names."""
+    config = _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
+    entries = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
+    texts = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str) and text}
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, {} if there is no such file. Raises: ConfigError."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return value
+
+
+def append_tokens(specials: dict[str, int], added_tokens: Sequence[str], next_id: int) -> dict[str, int]:
+    """`specials` and, from `next_id` on, the `added_tokens` that are not among them. Raises: ConfigError for an empty token."""
+    result = dict(specials)
+    for token in added_tokens:
+        if not token:
+            raise ConfigError("added tokens: an empty token cannot be added")
+        if token not in result:
+            result[token] = next_id
+            next_id += 1
+    return result
+
+
+@dataclass(frozen=True)
+class SentencePieceVocabulary:
+    """A SentencePiece model and the tokens its folder adds."""
+
+    files: TokenizerFiles
+    model: spm.SentencePieceModel
+
+    def with_added(self, added_tokens: Sequence[str]) -> dict[str, int]:
+        """Special token -> id: control pieces, chat marks, the folder's tokens, then `added_tokens`."""
+        pieces = self.model.pieces
+        specials = {p.text: i for i, p in enumerate(pieces) if _is_special(p)}
+        for token in self.files.tokens:
+            if token.id >= len(pieces):
+                specials[token.text] = token.id
+            elif token.special:
+                if pieces[token.id].text != token.text:
+                    raise ConfigError(
+                        f"{self.files.path}: the folder calls id {token.id} {token.text!r}, the model {pieces[token.id].text!r}"
+                    )
+                specials[token.text] = token.id
+        by_text = {p.text: i for i, p in enumerate(pieces)}
+        specials |= {token: by_text[token] for token in added_tokens if token in by_text}
+        return append_tokens(specials, added_tokens, max(len(pieces), max(specials.values(), default=-1) + 1))
+
+    def escaping(self, specials: dict[str, int]) -> bytes:
+        """The model file in which no special token is a piece that text can turn into."""
+        pieces = self.model.pieces
+        live = (i for i in specials.values() if i < len(pieces) and pieces[i].type not in (spm.CONTROL, spm.UNKNOWN))
+        return spm.with_types(self.files.content, dict.fromkeys(live, spm.CONTROL))
+
+
+def read_sentencepiece(files: TokenizerFiles) -> SentencePieceVocabulary:
+    """The vocabulary of a SentencePiece file."""
+    return SentencePieceVocabulary(files, spm.read(files.content))
+
+
+def _is_special(piece: spm.Piece) -> bool:
+    is_mark = piece.type == spm.USER_DEFINED and _CHAT_MARK.fullmatch(piece.text)
+    return piece.type in (spm.CONTROL, spm.UNKNOWN) or bool(is_mark)
+
+
+def llama3_specials(files: TokenizerFiles, added_tokens: Sequence[str]) -> dict[str, int]:
+    """Special token -> id for tiktoken ranks; the folder's names win over Llama 3.1's. Raises: ConfigError for other ranks."""
+    count = sum(1 for line in files.content.splitlines() if line)
+    if count != LLAMA3_RANKS:
+        raise ConfigError(f"{files.path}: {count} tiktoken ranks; only Llama 3's {LLAMA3_RANKS} are known, convert it to tokenizer.json")
+    names, reserved = {}, 0
+    for i in range(256):
+        names[count + i] = LLAMA3_SPECIALS.get(i) or f"<|reserved_special_token_{reserved}|>"
+        reserved += i not in LLAMA3_SPECIALS
+    names |= {token.id: token.text for token in files.tokens if token.id >= count}
+    return append_tokens({text: i for i, text in names.items()}, added_tokens, max(names) + 1)
+
+
+def read_json(files: TokenizerFiles, added_tokens: Sequence[str]) -> tuple[bytes, dict[str, int]]:
+    """A tokenizer.json without truncation, padding and export's boundary, all tokens added, and its special tokens.
+
+    Raises: ConfigError where the library would give an added token another id than the next free one.
+    """
+    spec = without_boundary(json.loads(files.content))
+    spec |= {"truncation": None, "padding": None}
+    for entry in spec.get("added_tokens") or []:
+        entry["special"] = bool(entry.get("special")) or entry["content"] in added_tokens
+    model = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    wanted = {token.text: token.id for token in files.tokens if model.token_to_id(token.text) is None}
+    present = {token: i for token in added_tokens if (i := model.token_to_id(token)) is not None}
+    largest = max([*model.get_vocab(with_added_tokens=True).values(), *wanted.values()])
+    wanted = append_tokens(wanted | present, added_tokens, largest + 1)
+    for text, token_id in sorted(wanted.items(), key=lambda item: item[1]):
+        model.add_special_tokens([tokenizers.AddedToken(text, normalized=False, special=True)])
+        if model.token_to_id(text) != token_id:
+            raise ConfigError(f"{files.path}: cannot give {text!r} the id {token_id}; the ids before it have a gap")
+    specials = {t.content: i for i, t in model.get_added_tokens_decoder().items() if t.special}
+    return model.to_str().encode("utf-8"), specials
+
+
+def without_boundary(spec: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json before `tokenizer_export` put the boundary in front of its pre-tokenizer."""
+    pre = spec.get("pre_tokenizer")
+    steps = pre.get("pretokenizers") if isinstance(pre, dict) else None
+    if not steps or steps[0].get("pattern") != BOUNDARY_SPLIT["pattern"]:
+        return spec
+    return spec | {"pre_tokenizer": steps[1] if len(steps) > 1 else None}
