@@ -1,6 +1,7 @@
 """The conversation schema: who said what, under which class, with which weight.
 
-    Conversation.from_dict({"items": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "condition": "GPT4"})
+    items = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    Conversation.from_dict({"items": items, "condition": "GPT4"})
 
 Every fault of a record is a DataError that names the field; nothing is guessed, cut or left out.
 """
@@ -15,6 +16,15 @@ from typing import Any
 from ochat.errors import DataError
 
 ROLES = ("user", "assistant")
+_KINDS: dict[type, str] = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 @dataclass(frozen=True)
@@ -147,8 +157,7 @@ def number_field(record: dict[str, Any], key: str, place: str) -> float | None:
 
 def describe(value: Any) -> str:
     """A short name of a JSON value for messages: its kind, and its text when that is short."""
-    kinds = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    kind = kinds.get(type(value), type(value).__name__)
+    kind = _KINDS.get(type(value), type(value).__name__)
     shown = repr(value)
     return f"{kind} ({shown})" if value is not None and len(shown) <= 40 else kind
 

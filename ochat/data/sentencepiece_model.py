@@ -1,9 +1,9 @@
-"""Reads and patches a SentencePiece model file without protobuf: the pieces with scores and types, and the switches that matter.
+"""Reads and patches a SentencePiece model file without protobuf: pieces, scores, types and the switches that matter.
 
     model = read(Path("tokenizer.model").read_bytes())
     model.pieces[0], model.add_dummy_prefix
 
-Only the fields below are interpreted (sentencepiece_model.proto); `with_types` rewrites piece types and copies all other bytes.
+Only the fields below are interpreted (sentencepiece_model.proto); `with_types` rewrites types and copies the rest.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read(content: bytes) -> SentencePieceModel:
             trainer = {f: v for f, v, _, _ in _fields(value)}
         elif field == 3 and isinstance(value, bytes):
             normalizer = {f: v for f, v, _, _ in _fields(value)}
-    if not pieces or not normalizer and not trainer:
+    if not pieces or not (normalizer or trainer):
         raise ValueError("no SentencePiece vocabulary")
     return SentencePieceModel(
         pieces=tuple(pieces),

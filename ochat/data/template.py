@@ -2,8 +2,8 @@
 
     template = load("openchat_3.5"); input_ids, loss_weights = template.encode(conversation, tokenizer)
 
-A template is a TOML file (built-in ones: templates/*.toml, which also explain the keys). Every segment - system text, each prefix, each
-message - is tokenised alone and the ids are joined, because that is what existing checkpoints were trained on.
+A template is a TOML file (built-in ones: templates/*.toml; openchat_v3.2.toml explains the keys). Every segment - the
+system text, a prefix, a message - is tokenised alone and the ids are joined: existing checkpoints were trained on that.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ConditionsMode = Literal["both", "assistant", "ignore"]
 
 
 class Span(NamedTuple):
-    """A stretch of tokens: exclusive end offset, role (bos, system, prefix, user, assistant), the message's own weight (None: none given)."""
+    """A stretch of tokens: exclusive end, role (bos, system, prefix, user, assistant), the message's own weight."""
 
     end: int
     role: str
-    weight: float | None
+    weight: float | None  # None: the record gives none
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Template:
 
     name: str
     context: int  # tokens a conversation may have
-    roles: dict[str, str]  # user, assistant: the text in `{role}`; system: the same for its header, "" or absent: bare text
+    roles: dict[str, str]  # user, assistant: the text in `{role}`; system too, "" or absent: its text stands bare
     prefix: str
     eot: str  # the special token after content
     special_tokens: tuple[str, ...] = ()  # those that stand in `prefix`
@@ -50,7 +50,8 @@ class Template:
     def from_dict(cls, data: dict[str, Any], place: str = "template") -> Template:
         """A template from its TOML data (or from `to_dict`). Raises: ConfigError naming the key."""
         _check_keys(data, place)
-        template = cls(**data | {"special_tokens": tuple(data.get("special_tokens", ()))})
+        values: dict[str, Any] = data | {"special_tokens": tuple(data.get("special_tokens", ()))}
+        template = cls(**values)
         _check_values(template, place)
         return template
 
@@ -96,7 +97,7 @@ class Template:
         return input_ids, weights
 
     def encode_spans(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
-        """Ids and what they are: spans in order that cover every token. A message's content and end of turn are one span."""
+        """Ids and the spans that cover them in order. A message's content and its end of turn are one span."""
         self.check(tokenizer)
         ids, spans = self._opening(conversation, tokenizer)
         for message in conversation.items:
@@ -109,7 +110,8 @@ class Template:
     def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
 
-        The default condition stands in where the conversation has none; `replace(template, default_condition="")` asks for none.
+        The default condition stands in where the conversation has none; `replace(template, default_condition="")` asks
+        for none.
         """
         self.check(tokenizer)
         conversation = replace(conversation, condition=conversation.condition or self.default_condition)
@@ -147,7 +149,7 @@ def load(name_or_path: str | Path) -> Template:
     known = sorted([*names(), *ALIASES])
     close = difflib.get_close_matches(text, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"template {text!r}: unknown, and no such file; {hint}known: {', '.join(known)}, or the path of a .toml")
+    raise ConfigError(f"template {text!r}: no such name or .toml file; {hint}known: {', '.join(known)}")
 
 
 def names() -> list[str]:
@@ -176,8 +178,17 @@ def _parse(text: str, name: str, place: str) -> Template:
     return Template.from_dict({"name": name} | data, place)
 
 
-_TYPES = {"name": str, "context": int, "roles": dict, "prefix": str, "eot": str, "special_tokens": (list, tuple), "bos": str,
-          "default_condition": str, "condition_roles": str}  # fmt: skip
+_TYPES: dict[str, type] = {
+    "name": str,
+    "context": int,
+    "roles": dict,
+    "prefix": str,
+    "eot": str,
+    "special_tokens": list,
+    "bos": str,
+    "default_condition": str,
+    "condition_roles": str,
+}
 _REQUIRED = ("context", "roles", "prefix", "eot")
 
 
@@ -185,7 +196,8 @@ def _check_keys(data: dict[str, Any], place: str) -> None:
     for key, value in data.items():
         if key not in _TYPES:
             close = difflib.get_close_matches(key, _TYPES, n=1)
-            raise ConfigError(f"{place}: unknown key {key!r}; " + (f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_TYPES)}"))
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_TYPES)}"
+            raise ConfigError(f"{place}: unknown key {key!r}; {hint}")
         if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
             raise ConfigError(f"{place}: {key} has the wrong type, {type(value).__name__}")
     for key in _REQUIRED:
@@ -196,7 +208,7 @@ def _check_keys(data: dict[str, Any], place: str) -> None:
 def _check_values(template: Template, place: str) -> None:
     roles = template.roles
     if not {"user", "assistant"} <= set(roles) <= {"user", "assistant", "system"}:
-        raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {', '.join(roles) or 'none'}")
+        raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {sorted(roles)}")
     if not all(isinstance(text, str) for text in (*roles.values(), *template.special_tokens)):
         raise ConfigError(f"{place}: roles and special_tokens hold text only")
     if template.context < 1:
@@ -206,7 +218,8 @@ def _check_values(template: Template, place: str) -> None:
     if not template.eot:
         raise ConfigError(f"{place}: eot must name the special token that ends a turn")
     if template.condition_roles not in CONDITION_ROLES:
-        raise ConfigError(f"{place}: condition_roles {template.condition_roles!r} is not one of {', '.join(CONDITION_ROLES)}")
+        known = ", ".join(CONDITION_ROLES)
+        raise ConfigError(f"{place}: condition_roles {template.condition_roles!r} is not one of {known}")
     for token in template.special_tokens:
         if token not in template.prefix:
             raise ConfigError(f"{place}: special token {token!r} does not stand in prefix {template.prefix!r}")

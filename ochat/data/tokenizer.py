@@ -2,8 +2,8 @@
 
     tokenizer = load("models/base", added_tokens=("<|end_of_turn|>",)); tokenizer.encode("hello")
 
-`encode` treats its text as content: a special token written in it becomes ordinary text. `encode_with_specials` is for what templates
-write themselves. Which files make up a tokenizer is decided in tokenizer_files.py, by content and not by name.
+`encode` treats its text as content: a special token written in it becomes ordinary text. `encode_with_specials` is for
+what templates write themselves. tokenizer_files.py decides which files make up a tokenizer, by content and not by name.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ LLAMA3_PATTERN = (
 def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer in a folder or file.
 
-    A folder's own added tokens count. `added_tokens` that it lacks get the next free ids; those it has keep theirs and are special from
-    then on. In a folder with several kinds, SentencePiece wins, then tiktoken.
+    A folder's own added tokens count. `added_tokens` that it lacks get the next free ids; those it has keep theirs and
+    are special from then on. In a folder with several kinds, SentencePiece wins, then tiktoken.
     Raises: ConfigError saying what was looked for.
     """
     files = tokenizer_files.find(Path(path))
@@ -43,7 +43,7 @@ def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
 
 
 class Tokenizer:
-    """What all kinds share: special tokens, splitting at them, decoding around them. Picklable: it rebuilds itself from its content."""
+    """What all kinds share: special tokens, splitting at them, decoding around them. Pickles as its content."""
 
     kind: ClassVar[str]
 
@@ -73,8 +73,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; each stretch between special tokens is decoded alone, as it was encoded. An id that it does not know
-        (a padded embedding row, say) becomes U+FFFD."""
+        """The text of `ids`; each stretch between special tokens is decoded alone, as it was encoded.
+
+        An id that it does not know (a padded embedding row, say) becomes U+FFFD.
+        """
         return "".join(self._decode_stretches(ids, skip_special))
 
     def token_id(self, token: str) -> int | None:
@@ -97,7 +99,8 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """sha256 over kind, content and special tokens: equal exactly if the ids of every text are."""
-        parts = [self.kind.encode(), self._fingerprint_content(), json.dumps(sorted(self.special_tokens.items())).encode()]
+        specials = json.dumps(sorted(self.special_tokens.items()))
+        parts = [self.kind.encode(), self._fingerprint_content(), specials.encode()]
         return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
     @cached_property
@@ -236,7 +239,7 @@ class JsonTokenizer(Tokenizer):
         names = {role: files.names.get(role) for role in ("bos", "eos")}
         for role, name in names.items():
             if name is not None and name not in specials:
-                raise ConfigError(f"{files.path}: the {role} token {name!r} is not among the special tokens of tokenizer.json")
+                raise ConfigError(f"{files.path}: the {role} token {name!r} is no special token of tokenizer.json")
         return cls(content, specials, names["bos"], names["eos"])
 
     @property
@@ -258,7 +261,8 @@ class JsonTokenizer(Tokenizer):
     def _fingerprint_content(self) -> bytes:
         spec = json.loads(self._model.to_str())
         # the library's own spelling, without what never touches ids: the same before and after a re-export
-        return json.dumps({k: v for k, v in spec.items() if k not in ("post_processor", "decoder")}, sort_keys=True).encode()
+        kept = {k: v for k, v in spec.items() if k not in ("post_processor", "decoder")}
+        return json.dumps(kept, sort_keys=True).encode()
 
 
 def read_ranks(content: bytes) -> dict[bytes, int]:

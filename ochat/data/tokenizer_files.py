@@ -2,7 +2,7 @@
 
     files = find(Path("models/base")); files.kind, files.tokens
 
-A folder's added tokens stand in tokenizer.json (`added_tokens`), tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json.
+A folder's added tokens stand in tokenizer.json, tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LLAMA3_SPECIALS = {
     7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
 }  # fmt: skip
 
-# a sequence that `tokenizer_export` makes the exported tokenizer split at and drop: two Unicode noncharacters, which no text holds
+# what an exported tokenizer splits at and drops: two Unicode noncharacters, which no text holds
 BOUNDARY = "\ufdd0\ufdd1"
 BOUNDARY_SPLIT = {"type": "Split", "pattern": {"String": BOUNDARY}, "behavior": "Removed", "invert": False}
 
@@ -62,7 +62,9 @@ def find(path: Path) -> TokenizerFiles:
         names = _names(path.parent) if kind == "json" else {}
         return TokenizerFiles(path, kind, path.read_bytes(), names=names)
     if not path.is_dir():
-        raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder; give a local folder with tokenizer.model or tokenizer.json")
+        raise ConfigError(
+            f"tokenizer {str(path)!r}: no such file or folder; give a local one, with tokenizer.model or .json"
+        )
     file, kind = _main_file(path)
     return TokenizerFiles(file, kind, file.read_bytes(), _folder_tokens(path), _names(path))
 
@@ -72,7 +74,9 @@ def _main_file(folder: Path) -> tuple[Path, str]:
     candidates = named or sorted([*folder.glob("*.model*"), *folder.glob("*.tiktoken")])
     found = [(file, _kind_of(file)) for file in [*candidates, folder / "tokenizer.json"] if file.is_file()]
     if not found:
-        raise ConfigError(f"tokenizer {str(folder)!r}: the folder holds no tokenizer.model, *.model, *.tiktoken or tokenizer.json")
+        raise ConfigError(
+            f"tokenizer {str(folder)!r}: no tokenizer.model, *.model, *.tiktoken or tokenizer.json in the folder"
+        )
     best = min((kind for _, kind in found), key=KINDS.index)
     files = [file for file, kind in found if kind == best]
     if len(files) > 1:
@@ -104,7 +108,7 @@ def _folder_tokens(folder: Path) -> tuple[AddedToken, ...]:
     for token in _declared(folder):
         known = found.setdefault(token.text, token)
         if known.id != token.id:
-            raise ConfigError(f"{folder}: token {token.text!r} has the ids {known.id} and {token.id} in different files")
+            raise ConfigError(f"{folder}: token {token.text!r} has id {known.id} in one file and {token.id} in another")
         found[token.text] = AddedToken(token.text, token.id, known.special or token.special)
     return tuple(sorted(found.values(), key=lambda token: token.id))
 
@@ -141,7 +145,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def append_tokens(specials: dict[str, int], added_tokens: Sequence[str], next_id: int) -> dict[str, int]:
-    """`specials` and, from `next_id` on, the `added_tokens` that are not among them. Raises: ConfigError for an empty token."""
+    """`specials` and, from `next_id` on, the `added_tokens` that it lacks. Raises: ConfigError for an empty token."""
     result = dict(specials)
     for token in added_tokens:
         if not token:
@@ -167,9 +171,10 @@ class SentencePieceVocabulary:
             if token.id >= len(pieces):
                 specials[token.text] = token.id
             elif token.special:
-                if pieces[token.id].text != token.text:
+                own = pieces[token.id].text
+                if own != token.text:
                     raise ConfigError(
-                        f"{self.files.path}: the folder calls id {token.id} {token.text!r}, the model {pieces[token.id].text!r}"
+                        f"{self.files.path}: id {token.id} is {token.text!r} for the folder, here {own!r}"
                     )
                 specials[token.text] = token.id
         by_text = {p.text: i for i, p in enumerate(pieces)}
@@ -194,10 +199,15 @@ def _is_special(piece: spm.Piece) -> bool:
 
 
 def llama3_specials(files: TokenizerFiles, added_tokens: Sequence[str]) -> dict[str, int]:
-    """Special token -> id for tiktoken ranks; the folder's names win over Llama 3.1's. Raises: ConfigError for other ranks."""
+    """Special token -> id for tiktoken ranks; the folder's names win over Llama 3.1's.
+
+    Raises: ConfigError for ranks of another model.
+    """
     count = sum(1 for line in files.content.splitlines() if line)
     if count != LLAMA3_RANKS:
-        raise ConfigError(f"{files.path}: {count} tiktoken ranks; only Llama 3's {LLAMA3_RANKS} are known, convert it to tokenizer.json")
+        raise ConfigError(
+            f"{files.path}: {count} tiktoken ranks, but only Llama 3's {LLAMA3_RANKS}; use a tokenizer.json"
+        )
     names, reserved = {}, 0
     for i in range(256):
         names[count + i] = LLAMA3_SPECIALS.get(i) or f"<|reserved_special_token_{reserved}|>"
