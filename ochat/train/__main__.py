@@ -1,0 +1,6 @@
+"""`torchrun --nproc-per-node N -m ochat.train CONFIG.toml --section.key=value ...`; `python -m ochat.train --help` lists every key."""
+
+from ochat.train.command import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What a step measured: tallies summed on the device, read once every few steps, written as lines of metrics.jsonl.
+
+A `Tally` collects one step on this rank; `Journal` holds finished steps until `flush`, which reads them from the device in one
+copy, checks that they are finite and writes one JSON line a step. Accuracy and class losses are means weighted by |w|.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ochat_kernels import LossOutput
+from torch import Tensor
+
+from ochat.data.batch import PackedBatch
+from ochat.errors import NonFiniteError
+
+# peak bf16 TFLOP/s of the data sheets, dense
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+
+_SUMS = ("loss", "weight", "correct", "tokens", "supervised", "padded", "square_lengths")
+_CLASS_SUMS = ("loss", "weight", "correct", "tokens")
+
+
+class Tally:
+    """The sums of one step (or one evaluation) on this rank, on the device, float64."""
+
+    def __init__(self, class_names: Sequence[str], device: torch.device):
+        self.class_names = class_names
+        self.device = device
+        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self.class_sums = torch.zeros(len(class_names), len(_CLASS_SUMS), dtype=torch.float64, device=device)
+
+    def add(self, batch: PackedBatch, out: LossOutput) -> None:
+        """Adds one micro-batch (a PackedBatch on the device) and its LossOutput; nothing waits on the host."""
+        rows, weights = batch.rows, batch.loss_weights[batch.rows].double()
+        nll, correct = out.nll[rows].double(), out.correct[rows].double()
+        per_row = torch.stack((nll * weights.abs(), weights.abs(), correct * weights.abs(), torch.ones_like(nll)), 1)
+        self.class_sums.index_add_(0, batch.row_classes, per_row)
+        on_device = torch.stack((out.loss_sum.detach().double(), *per_row[:, 1:3].sum(0)))
+        on_host = (batch.num_tokens, batch.num_supervised, batch.input_ids.shape[0], batch.sum_len_sq)
+        counts = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
+        self.sums += torch.cat((on_device, counts))
+
+    def flat(self) -> Tensor:
+        """All sums in one vector, for one reduction over ranks."""
+        return torch.cat((self.sums, self.class_sums.flatten()))
+
+
+def summarise(flat: list[float], class_names: Sequence[str]) -> dict[str, Any]:
+    """The sums of `Tally.flat` as means: loss, accuracy, token counts, and the same per class."""
+    sums = dict(zip(_SUMS, flat, strict=False))
+    rows = [flat[i : i + len(_CLASS_SUMS)] for i in range(len(_SUMS), len(flat), len(_CLASS_SUMS))]
+    classes = {}
+    for name, row in zip(class_names, rows, strict=True):
+        loss, weight, correct, tokens = row
+        classes[name] = {"loss": _ratio(loss, weight), "accuracy": _ratio(correct, weight), "tokens": int(tokens)}
+    return {
+        "loss": _ratio(sums["loss"], sums["weight"]) or 0.0,
+        "accuracy": _ratio(sums["correct"], sums["weight"]) or 0.0,
+        "tokens": int(sums["tokens"]),
+        "supervised_tokens": int(sums["supervised"]),
+        "padded_tokens": int(sums["padded"]),
+        "square_lengths": sums["square_lengths"],
+        "classes": classes,
+    }
+
+
+@dataclass
+class _Pending:
+    step: int
+    epoch: int
+    lr: float
+    values: Tensor  # the reduced sums, the number of ranks that were told to stop, the gradient norm
+
+
+class Journal:
+    """Steps on their way to metrics.jsonl; only the first rank writes, every rank may flush."""
+
+    def __init__(
+        self,
+        path: Path,
+        class_names: Sequence[str],
+        *,
+        flops: Callable[[int, float, int], float],
+        peak_flops: float,
+        device: torch.device,
+        write: bool,
+        blame: Callable[[int], str],
+    ):
+        """`flops(tokens, sum of squared lengths, supervised tokens)` of a step; `peak_flops` of all ranks together;
+        `blame(step)` names what a step was computed on, for the error about a step that is not finite."""
+        self.path, self.class_names, self.flops, self.peak_flops = path, class_names, flops, peak_flops
+        self.device, self.write, self.blame = device, write, blame
+        self.pending: list[_Pending] = []
+        self.interrupted = False  # a rank was told to stop, as of the last flush
+        self.since = time.perf_counter()
+
+    def add(self, step: int, epoch: int, lr: float, sums: Tensor, grad_norm: Tensor) -> None:
+        """Keeps a finished step; `sums` (a Tally's, then the stop flags) and the norm stay on the device."""
+        values = torch.cat((sums, grad_norm.detach().double().reshape(1).to(sums.device)))
+        self.pending.append(_Pending(step, epoch, lr, values))
+
+    def flush(self) -> list[dict[str, Any]]:
+        """Reads the pending steps from the device, writes their lines and returns them; times are means over these steps.
+
+        Raises: NonFiniteError for the first step whose loss or gradient norm is not finite, after writing those before it.
+        """
+        if not self.pending:
+            return []
+        rows = torch.stack([p.values for p in self.pending]).tolist()
+        seconds = (time.perf_counter() - self.since) / len(rows)
+        self.interrupted = rows[-1][-2] > 0
+        lines = [self._line(p, row, seconds) for p, row in zip(self.pending, rows, strict=True)]
+        self.pending, self.since = [], time.perf_counter()
+        finite = list(itertools.takewhile(_is_finite, lines))
+        if self.write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in finite)
+        if len(finite) < len(lines):
+            bad = lines[len(finite)]
+            what = f"loss {bad['loss']}, gradient norm {bad['grad_norm']}"
+            raise NonFiniteError(f"step {bad['step']}: {what}; computed on {self.blame(bad['step'])}")
+        return lines
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last flush (an evaluation, a checkpoint) out of the next steps' times."""
+        self.since = time.perf_counter()
+
+    def _line(self, pending: _Pending, row: list[float], seconds: float) -> dict[str, Any]:
+        means = summarise(row[:-2], self.class_names)
+        work = self.flops(means["tokens"], means.pop("square_lengths"), means["supervised_tokens"])
+        return {
+            "step": pending.step,
+            "epoch": pending.epoch,
+            "loss": means["loss"],
+            "accuracy": means["accuracy"],
+            "lr": pending.lr,
+            "grad_norm": row[-1],
+            "tokens_per_s": means["tokens"] / seconds,
+            "supervised_tokens_per_s": means["supervised_tokens"] / seconds,
+            "padded_tokens_per_s": means["padded_tokens"] / seconds,
+            "mfu": work / seconds / self.peak_flops,
+            "peak_mem_gib": peak_memory_gib(self.device),
+            "step_s": seconds,
+            "tokens": means["tokens"],
+            "supervised_tokens": means["supervised_tokens"],
+            "classes": means["classes"],
+        }
+
+
+def _is_finite(line: dict[str, Any]) -> bool:
+    return math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+
+
+def cut(path: Path, last_step: int) -> None:
+    """Drops the lines after `last_step` (what a killed run wrote past its checkpoint), atomically."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    if kept != lines:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtype) -> tuple[float, str]:
+    """(peak FLOP/s of one device that mfu is taken of, where it comes from)."""
+    if configured_tflops:
+        return configured_tflops * 1e12, "configured"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for card, tflops in PEAK_TFLOPS.items():
+            if card in name:
+                return tflops * 1e12, f"data sheet of {card}, dense bf16"
+    return _measured_flops(device, dtype), "a matrix product timed at start"
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: of the card's allocator on CUDA, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (left @ right).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _ratio(value: float, weight: float) -> float | None:
+    return value / weight if weight else None

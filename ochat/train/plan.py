@@ -1,0 +1,81 @@
+"""`ochat plan CONFIG.toml --section.key=value ...`: what the run will do, before it does it. Reads the data set's lengths only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ochat.config import Config
+from ochat.data.dataset import TokenDataset
+from ochat.errors import OchatError
+from ochat.model.config import ModelConfig
+from ochat.train import command, inputs
+
+BARS = " ▏▎▍▌▋▊▉█"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the training command line and prints the plan of its run; exits with 1 on an error."""
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        command.print_help("ochat plan")
+        sys.exit(0 if arguments else 2)
+    try:
+        show(command.read_arguments(arguments), Console(highlight=False))
+    except OchatError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+        sys.exit(1)
+
+
+def show(config: Config, console: Console) -> None:
+    """Prints the facts of the run and a histogram of its sequence lengths."""
+    model = ModelConfig.load(config.base.path)
+    data = inputs.open_data(config, config.data.path)
+    facts = describe(config, data, model)
+    table = Table(title=f"plan of {config.run.dir}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(f"[dim]{name}[/]", escape(value))
+    console.print(table)
+    console.print(histogram(data.lengths))
+
+
+def describe(config: Config, data: TokenDataset, model: ModelConfig) -> dict[str, str]:
+    """The facts of a run as name -> text; the trainer prints the same before its first step."""
+    loader = inputs.open_loader(config, data, model)
+    stats = loader.stats()
+    flops = inputs.sequence_flops(data, model).sum()
+    classes = np.bincount(data.class_ids, minlength=len(data.class_names))
+    return {
+        "model": f"{model.model_type}, {model.num_parameters():,} parameters",
+        "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, longest {int(data.lengths.max()):,}",
+        "classes": ", ".join(f"{name or '(none)'} {count:,}" for name, count in zip(data.class_names, classes, strict=True)),
+        "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
+        "steps": f"{stats.num_steps:,} in all ({_epochs(stats.steps_per_epoch)})",
+        "step": f"{config.data.bins_per_step} bins of {config.data.token_budget:,} tokens: "
+        f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
+        "packing": f"fill {stats.fill:.2%}; work of a step's bins, max over mean: {stats.imbalance_mean:.3f} on average, "
+        f"{stats.imbalance_worst:.3f} at worst",
+        "work": f"{flops / stats.num_tokens:.3g} FLOPs a token, {flops:.3g} an epoch",
+        "learning rate": inputs.choose_lr(config, loader, model).reason,
+    }
+
+
+def histogram(lengths: np.ndarray, num_bins: int = 10, width: int = 40) -> str:
+    """Sequence lengths as text: a line per range of lengths, a bar and the count."""
+    counts, edges = np.histogram(lengths, bins=min(num_bins, int(np.ptp(lengths)) + 1))
+    lines = ["sequence lengths"]
+    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
+        eighths = round(8 * width * count / counts.max())
+        bar = "█" * (eighths // 8) + BARS[eighths % 8].strip()
+        lines.append(f"{low:>9,.0f} - {high:<9,.0f} {bar} {count:,}")
+    return "\n".join(lines)
+
+
+def _epochs(steps_per_epoch: Sequence[int]) -> str:
+    if len(set(steps_per_epoch)) == 1:
+        return f"{len(steps_per_epoch)} epochs of {steps_per_epoch[0]:,}" if len(steps_per_epoch) > 1 else "1 epoch"
+    return f"epochs of {', '.join(map(str, steps_per_epoch[:8]))}{' ...' * (len(steps_per_epoch) > 8)}"

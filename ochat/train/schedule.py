@@ -1,0 +1,52 @@
+"""The learning rate: what "auto" chooses and why, and the warm-up and cosine that scale it step by step.
+
+    choice = choose_lr("auto", supervised_tokens_per_step=200_000, model_type="llama", vocab_size=32002)
+    print(choice.reason); lr = choice.value * factor(step, num_steps, warmup_ratio=0.05, min_lr_ratio=0.1)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BASE_LR = 3e-4  # at BASE_TOKENS supervised tokens a step, the public C-RLFT runs' rule
+BASE_TOKENS = 4e6
+LLAMA3_VOCAB = 128_000  # from here on a Llama is of the third generation
+FAMILY_DIVISORS = {"Mistral": 6.0, "Gemma": 5.5, "Llama 3": 5.3}
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """The peak learning rate and the sentence that explains it."""
+
+    value: float
+    reason: str
+
+
+def choose_lr(setting: float | str, *, supervised_tokens_per_step: float, model_type: str, vocab_size: int) -> LearningRate:
+    """`setting` itself if it is a number; for "auto" `3e-4 * sqrt(supervised tokens per step / 4e6) / family divisor`."""
+    if not isinstance(setting, str):
+        return LearningRate(float(setting), f"lr {setting:.3g}: set in the configuration")
+    family = _family(model_type, vocab_size)
+    divisor = FAMILY_DIVISORS.get(family, 1.0)
+    value = BASE_LR * math.sqrt(supervised_tokens_per_step / BASE_TOKENS) / divisor
+    reason = (
+        f"lr {value:.3g}: auto, {BASE_LR:g} x sqrt({supervised_tokens_per_step:,.0f} supervised tokens a step / "
+        f"{BASE_TOKENS:,.0f}) / {divisor:g} for {family}"
+    )
+    return LearningRate(value, reason)
+
+
+def factor(step: int, num_steps: int, *, warmup_ratio: float, min_lr_ratio: float) -> float:
+    """What the peak rate is multiplied by in `step` (counted from 0): linear up over the warm-up, then cosine to the minimum."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _family(model_type: str, vocab_size: int) -> str:
+    if model_type == "llama":
+        return "Llama 3" if vocab_size >= LLAMA3_VOCAB else "Llama"
+    return {"mistral": "Mistral", "gemma": "Gemma"}.get(model_type, model_type)

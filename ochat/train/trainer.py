@@ -1,0 +1,231 @@
+"""The story of a run: build, load, loop, step.
+
+    torchrun --nproc-per-node 2 -m ochat.train CONFIG.toml --run.dir=runs/a      (or `ochat train CONFIG.toml` on one process)
+
+The loss of a step is sum(w * nll) / sum |w| over all its bins, whatever the number of ranks and micro-batches. The step number
+decides the data, so a checkpoint holds no loader. Nothing in a step waits on the host except the journal's flush.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ochat_kernels
+import torch
+from ochat_kernels import LossOutput
+
+from ochat.config import Config
+from ochat.data import tokenizer as tokenizers
+from ochat.data.batch import PackedBatch
+from ochat.data.loader import Loader
+from ochat.model.attention import PackedAttention
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer
+from ochat.train import checkpoint, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule
+from ochat.train.display import Display
+from ochat.train.export import export
+from ochat.train.interrupt import Interrupt
+from ochat.train.loss import head_loss
+from ochat.train.metrics import Journal, Tally
+from ochat.train.parallel import Ranks
+
+
+def train(config: Config) -> None:
+    """Runs the configured training from its newest checkpoint (or the base model) to its last step.
+
+    Raises: ConfigError, DataError, CheckpointError before the first step for what a user can mend; NonFiniteError at a bad step;
+    Interrupted after a signal, once the state is saved.
+    """
+    ranks = parallel.start(config.train, config.parallel)
+    try:
+        Trainer(config, ranks).run()
+    finally:
+        parallel.stop()
+
+
+class Trainer:
+    """Everything of one run on this rank."""
+
+    def __init__(self, config: Config, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.display = Display(show=ranks.is_first)
+        self.run_dir = run_folder.open_folder(config, ranks)
+        torch.manual_seed(config.run.seed)
+        torch.use_deterministic_algorithms(config.run.deterministic)
+        self.model_config = ModelConfig.load(config.base.path)
+        self.pads = ranks.device.type == "cuda"  # constant shapes pay there; a CPU would compute the padding
+        self.data = inputs.open_data(config, config.data.path)
+        self.loader = inputs.open_loader(
+            config, self.data, self.model_config, rank=ranks.rank, world=ranks.world, pad=self.pads
+        )
+        self.eval_loader = self._open_eval_loader()
+        self.tokenizer = tokenizers.load(config.base.path)
+        self.identity = run_folder.identity(self.model_config, self.data, self.tokenizer)
+        self.ops = ochat_kernels.load(kernels_name(config))
+        self.backend = attention_name(config, ranks.device)
+        self.model = self._build_model()
+        self.optimizer = optim.build(self.model, config.optim)
+        self.steps_done = self._load()
+        self.lr = inputs.choose_lr(config, self.loader, self.model_config)
+        self.journal = self._open_journal()
+        self.interrupt = Interrupt()
+
+    def run(self) -> None:
+        """All remaining steps, with evaluations and checkpoints at their times; ends with an export."""
+        self.announce()
+        with self.interrupt, self.display.progress(self.steps_done, self.loader.num_steps):
+            if self.steps_done == 0:
+                self.evaluate()
+            self.journal.restart_clock()
+            for step, batches in self.loader.iterate(self.steps_done):
+                self.step(step, batches)
+                self.after(step)
+        self.finish()
+
+    def step(self, step: int, batches: list[PackedBatch]) -> None:
+        """One optimizer step (`step` counts from 0) over this rank's micro-batches of it."""
+        weight = torch.tensor(sum(b.weight_sum for b in batches), dtype=torch.float64).to(self.ranks.device)
+        weight = self.ranks.sum_tensor(weight).float().clamp_min(torch.finfo(torch.float32).tiny)
+        tally = Tally(self.data.class_names, self.ranks.device)
+        for i, batch in enumerate(batches):
+            batch = batch.to(self.ranks.device)
+            parallel.sync_gradients(self.model, enabled=i == len(batches) - 1)
+            out = self.forward(batch)
+            (out.loss_sum / weight).backward()
+            tally.add(batch, out)
+        grad_norm = optim.clip_gradients(self.model.parameters(), self.config.optim.clip)
+        lr = self.lr.value * self._lr_factor(step)
+        optim.set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps_done = step + 1
+        sums = self.ranks.sum_tensor(torch.cat((tally.flat(), self.interrupt.flag(self.ranks.device))))
+        self.journal.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
+
+    def forward(self, batch: PackedBatch) -> LossOutput:
+        """The LossOutput of one micro-batch on the device."""
+        attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, self.backend, batch.lengths)
+        return self.model(batch.input_ids, batch.position_ids, attend, head=head_loss(self.ops, batch))
+
+    def after(self, step: int) -> None:
+        """What is due after a step: the log lines, an evaluation, a checkpoint, the end after a signal."""
+        done, last = self.steps_done, self.steps_done == self.loader.num_steps
+        epoch_end = self.loader.epoch_end(step)
+        save = last or due(done, self.config.checkpoint.every, epoch_end)
+        measure = last or due(done, self.config.train.eval_every, epoch_end)
+        if save or measure or done % self.config.train.log_every == 0:
+            self.display.steps(self.journal.flush(), self.loader.num_steps)
+        stop = self.journal.interrupted and not last
+        if measure:
+            self.evaluate()
+        if save or stop:
+            self.save()
+        if stop:
+            self.interrupt.stop(done)
+        if save or measure:
+            self.journal.restart_clock()
+
+    def evaluate(self) -> None:
+        """Held-out loss per class and answers to the sample prompts, after the steps done so far."""
+        stamp = {"step": self.steps_done}
+        if self.eval_loader is not None:
+            line = stamp | evaluate.held_out(self.forward, self.eval_loader, self.ranks)
+            self._append("eval.jsonl", [line])
+            self.display.evaluation(line)
+        answers = evaluate.answer(
+            self.model, self.data.template, self.tokenizer, self.config.samples, tuple(self.data.class_names)
+        )
+        self._append("samples.jsonl", [stamp | answer for answer in answers])
+        self.display.samples(answers)
+
+    def save(self) -> None:
+        """A checkpoint of the steps done so far."""
+        keep = self.config.checkpoint.keep
+        path = checkpoint.save(self.run_dir, self.steps_done, self.model, self.optimizer, self.identity, self.ranks, keep)
+        self.display.note(f"saved {path}")
+
+    def finish(self) -> None:
+        """Exports the trained model, once every rank is done."""
+        if self.ranks.is_first:
+            export(self.run_dir, self.run_dir / "export", overwrite=True)
+            self.display.note(f"exported {self.run_dir / 'export'}")
+        self.ranks.barrier()
+
+    def announce(self) -> None:
+        """Says what will be done, before the first step: the plan, the devices, the kernels, the learning rate and its reason."""
+        if not self.ranks.is_first:
+            return
+        facts = plan.describe(self.config, self.data, self.model_config)
+        facts |= {
+            "processes": f"{self.ranks.world} on {self.ranks.device.type}",
+            "computation": f"{self.config.train.dtype}, kernels {kernels_name(self.config)}, attention {self.backend}",
+            "mfu is of": f"{self.peak / 1e12:.4g} TFLOP/s a process, {self.peak_source}",
+        }
+        self.display.table(f"run {self.run_dir}", facts)
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        if self.ranks.is_first and lines:
+            run_folder.append(self.run_dir / name, lines)
+
+    def _build_model(self) -> Transformer:
+        dtype = getattr(torch, self.config.train.dtype)
+        with torch.device("meta"):
+            model = Transformer(self.model_config, self.ops)
+        model.compute_dtype = dtype
+        parallel.wrap(model, self.ranks, self.config.train, self.config.parallel, dtype)
+        return model.to_empty(device="cpu" if self.config.parallel.offload else self.ranks.device)
+
+    def _load(self) -> int:
+        found = checkpoint.find(self.run_dir, self.config.run.resume)
+        if found is None:
+            checkpoint.load_weights(Path(self.config.base.path), self.model)
+            return 0
+        self.display.note(f"resuming from {found}")
+        return checkpoint.load(found, self.model, self.optimizer, self.identity)
+
+    def _open_eval_loader(self) -> Loader | None:
+        if not self.config.data.eval_path:
+            return None
+        data = inputs.open_data(self.config, self.config.data.eval_path)
+        return inputs.open_eval_loader(self.config, data, rank=self.ranks.rank, world=self.ranks.world, pad=self.pads)
+
+    def _open_journal(self) -> Journal:
+        path = self.run_dir / "metrics.jsonl"
+        if self.ranks.is_first:
+            for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
+                metrics.cut(self.run_dir / name, self.steps_done or -1)  # -1: what was measured before step 1 comes again
+        dtype = getattr(torch, self.config.train.dtype)
+        self.peak, self.peak_source = metrics.peak_flops(self.ranks.device, self.config.train.peak_tflops, dtype)
+        return Journal(
+            path,
+            self.data.class_names,
+            flops=self.model_config.flops_per_step,
+            peak_flops=self.peak * self.ranks.world,
+            device=self.ranks.device,
+            write=self.ranks.is_first,
+            blame=lambda step: run_folder.blame(self.loader, step - 1),
+        )
+
+    def _lr_factor(self, step: int) -> float:
+        optim_config = self.config.optim
+        return schedule.factor(
+            step, self.loader.num_steps, warmup_ratio=optim_config.warmup_ratio, min_lr_ratio=optim_config.min_lr_ratio
+        )
+
+
+def due(done: int, every: int, epoch_end: bool) -> bool:
+    """Whether something that happens every `every` steps (0: at the end of an epoch) is due after `done` steps."""
+    return done % every == 0 if every else epoch_end
+
+
+def kernels_name(config: Config) -> str:
+    """The implementation of the operators that the configuration means."""
+    return "reference" if config.train.kernels == "auto" else config.train.kernels
+
+
+def attention_name(config: Config, device: torch.device) -> str:
+    """The attention backend that the configuration means on this device."""
+    if config.train.attention != "auto":
+        return config.train.attention
+    return "varlen" if device.type == "cuda" else "sdpa"

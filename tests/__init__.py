@@ -1,0 +1,1 @@
+"""Tests mirror the packages; numerics.py holds the one accuracy rule."""

@@ -1,0 +1,145 @@
+"""The operators' definitions against formulas written out again in float64, and against autograd."""
+
+import ochat_kernels
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.numerics import relative_error
+
+ops = ochat_kernels.load("reference")
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def whole_loss(hidden, weight, labels, weights):
+    """sum w * nll by the textbook: all logits at once, float64."""
+    logits = hidden @ weight.T
+    live = labels != -100
+    nll = -F.log_softmax(logits, -1).gather(1, labels.clamp_min(0)[:, None]).squeeze(1)
+    return (nll * weights.double() * live).sum(), nll
+
+
+@st.composite
+def heads(draw_):
+    num_tokens, hidden, vocab = draw_(st.integers(0, 17)), draw_(st.integers(1, 9)), draw_(st.integers(1, 23))
+    labels = draw_(st.lists(st.integers(-1, vocab - 1), min_size=num_tokens, max_size=num_tokens))
+    weights = draw_(st.lists(st.sampled_from([0.0, 0.1, 1.0, -0.5, 3.25]), min_size=num_tokens, max_size=num_tokens))
+    labels = torch.tensor([label if label >= 0 else -100 for label in labels], dtype=torch.int64)
+    return draw(num_tokens, hidden, seed=1), draw(vocab, hidden, seed=2), labels, torch.tensor(weights, dtype=torch.float32)
+
+
+@given(heads(), st.integers(1, 20), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_loss_and_gradients_equal_the_textbook(head, chunk_rows, give_rows):
+    hidden, weight, labels, weights = head
+    rows = ((labels != -100) & (weights != 0)).nonzero().squeeze(1) if give_rows else None
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    theirs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    out = ops.linear_cross_entropy(*ours, labels, weights, rows=rows, chunk_rows=chunk_rows)
+    expected, nll = whole_loss(*theirs, labels, weights)
+    (out.loss_sum * 0.37).backward()  # the upstream gradient counts
+    (expected * 0.37).backward()
+    live = (labels != -100) & (weights != 0)
+    torch.testing.assert_close(out.loss_sum, expected)
+    torch.testing.assert_close(out.weight_sum.double(), (weights.abs() * (labels != -100)).sum().double())
+    torch.testing.assert_close(out.nll, torch.where(live, nll, 0).detach())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(a.grad, torch.zeros_like(a) if b.grad is None else b.grad)
+
+
+def test_correct_marks_the_likeliest_label_of_live_rows_only():
+    hidden, weight = draw(6, 4), draw(5, 4, seed=1)
+    best = (hidden @ weight.T).argmax(1)
+    labels = best.clone()
+    labels[1] = (labels[1] + 1) % 5
+    labels[2] = -100
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0, -1.0, 0.1])
+    out = ops.linear_cross_entropy(hidden, weight, labels, weights)
+    assert out.correct.tolist() == [True, False, False, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_stays_near_the_truth(dtype):
+    hidden, weight = draw(64, 32, dtype=dtype), draw(101, 32, seed=1, dtype=dtype)
+    labels, weights = torch.arange(64) % 101, torch.linspace(-1, 1, 64)
+    small = [t.clone().requires_grad_() for t in (hidden, weight)]
+    wide = [t.double().requires_grad_() for t in (hidden, weight)]
+    out = ops.linear_cross_entropy(*small, labels, weights, chunk_rows=7)
+    truth, _ = whole_loss(*wide, labels, weights)
+    out.loss_sum.backward()
+    truth.backward()
+    assert out.loss_sum.dtype == out.nll.dtype == torch.float32
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5  # bf16 logits carry 8 bits
+    for a, b in zip(small, wide, strict=True):
+        assert relative_error(a.grad, b.grad) < bound
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    hidden, weight = draw(5, 3).requires_grad_(), draw(4, 3, seed=1)
+    ops.linear_cross_entropy(hidden, weight, torch.arange(5) % 4, torch.ones(5)).loss_sum.backward()
+    assert hidden.grad is not None and weight.grad is None
+
+
+def test_nothing_supervised_stays_connected():
+    hidden, weight = draw(5, 3).requires_grad_(), draw(4, 3, seed=1).requires_grad_()
+    out = ops.linear_cross_entropy(hidden, weight, torch.full((5,), -100), torch.ones(5))
+    out.loss_sum.backward()
+    assert out.loss_sum == 0 and hidden.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(5, 2)}, "expected (T, H) and (V, H)"),
+        ({"hidden": torch.zeros(5, 3, dtype=torch.bfloat16)}, "expected one dtype"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, "expected int64 (5,)"),
+        ({"labels": torch.zeros(5)}, "expected int64"),
+        ({"loss_weights": torch.zeros(5, dtype=torch.int64)}, "expected float"),
+        ({"rows": torch.zeros(2)}, "expected int64 (R,)"),
+        ({"chunk_rows": 0}, "at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_value_and_expectation(change, message):
+    arguments = {
+        "hidden": torch.zeros(5, 3),
+        "weight": torch.zeros(4, 3),
+        "labels": torch.zeros(5, dtype=torch.int64),
+        "loss_weights": torch.ones(5),
+    } | change
+    with pytest.raises(ValueError, match="expected") as error:
+        ops.linear_cross_entropy(**arguments)
+    assert message in str(error.value)
+
+
+def test_rms_norm_is_its_formula_and_add_rms_norm_its_sum():
+    x, residual, weight = draw(7, 12), draw(7, 12, seed=1), draw(12, seed=2)
+    expected = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-3) * weight
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-3), expected)
+    y, total = ops.add_rms_norm(x, residual, weight, 1e-3)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(y, ops.rms_norm(x + residual, weight, 1e-3))
+
+
+def test_rope_turns_each_pair_by_its_angle():
+    q, k, angles = draw(5, 3, 8), draw(5, 1, 8, seed=1), draw(5, 4, seed=2)
+    turned_q, turned_k = ops.rope(q, k, angles.cos().float(), angles.sin().float())
+    for x, turned in ((q, turned_q), (k, turned_k)):
+        complex_x = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angles.float().double())[:, None]
+        torch.testing.assert_close(turned, torch.cat((complex_x.real, complex_x.imag), -1), atol=1e-6, rtol=1e-6)
+
+
+def test_swiglu_takes_the_gate_from_the_first_half():
+    gate_up = draw(5, 14)
+    gate, up = gate_up[:, :7], gate_up[:, 7:]
+    torch.testing.assert_close(ops.swiglu(gate_up), gate * torch.sigmoid(gate) * up)
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ValueError, match="reference"):
+        ochat_kernels.load("cuda")
