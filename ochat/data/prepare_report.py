@@ -1,0 +1,85 @@
+"""What became of the input of `ochat prepare`: counts by class, for the manifest and as a table.
+
+    print_report(prepare(...))
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+COLUMNS = {
+    "kept": "kept",
+    "truncated": "of them truncated",
+    "too_long": "dropped: too long",
+    "unsupervised": "dropped: nothing supervised within the context",
+    "tokens": "tokens",
+    "supervised": "supervised tokens",
+}
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """Counts of one run. `classes`: class -> counts named as in COLUMNS; tokens are those that were kept."""
+
+    output: str
+    context: int
+    classes: dict[str, Counter[str]]
+    rejected: int
+    elapsed_s: float
+
+    @cached_property
+    def total(self) -> Counter[str]:
+        return sum(self.classes.values(), Counter())
+
+    @property
+    def kept(self) -> int:
+        return self.total["kept"]
+
+    @property
+    def truncated(self) -> int:
+        return self.total["truncated"]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason -> conversations."""
+        return {reason: self.total[reason] for reason in ("too_long", "unsupervised")}
+
+    @property
+    def tokens(self) -> int:
+        return self.total["tokens"]
+
+    @property
+    def supervised(self) -> int:
+        return self.total["supervised"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts alone, without times and places: equal input gives an equal manifest."""
+        classes = {name: {column: counts[column] for column in COLUMNS} for name, counts in self.classes.items()}
+        return {column: self.total[column] for column in COLUMNS} | {"rejected": self.rejected, "classes": classes}
+
+    def summary(self) -> str:
+        """One line."""
+        dropped = ", ".join(f"{count} dropped ({reason})" for reason, count in self.dropped.items() if count)
+        return f"{self.kept} kept, {self.truncated} of them truncated, {dropped or 'none dropped'}, {self.rejected} rejected"
+
+
+def print_report(report: PrepareReport, console: Console | None = None) -> None:
+    """A table of classes, and one line about the whole."""
+    console = console or Console()
+    table = Table(title=f"{report.output}: conversations and tokens, context {report.context}", title_justify="left")
+    table.add_column("class")
+    for title in COLUMNS.values():
+        table.add_column(title, justify="right")
+    for name, counts in sorted(report.classes.items()):
+        table.add_row(name or "(none)", *(f"{counts[column]:,}" for column in COLUMNS))
+    table.add_section()
+    table.add_row("all", *(f"{report.total[column]:,}" for column in COLUMNS))
+    console.print(table)
+    rejects = f" ({report.output}/rejects.jsonl)" if report.rejected else ""
+    console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)

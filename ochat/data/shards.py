@@ -1,0 +1,196 @@
+"""The prepared data set on disk: safetensors shards and the manifest that describes them.
+
+A shard holds, for its S sequences with T tokens and N spans (a span is a stretch of one role and one weight):
+
+    input_ids    (T,)   uint16 or uint32     offsets      (S+1,) int64
+    span_offsets (S+1,) int64                span_ends    (N,)   int32, exclusive, within the sequence
+    span_roles   (N,)   uint8                span_weights (N,)   float32, NaN where the record gives none
+    class_ids    (S,)   uint16               rewards      (S,)   float32, NaN where the record gives none
+    lines        (S,)   int64                files        (S,)   uint16
+
+Writing goes into a folder beside the destination, manifest last, and one rename: what is interrupted never loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from ochat.errors import ConfigError, DataError
+
+FORMAT, VERSION = "ochat-tokens", 1
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 1 << 26  # 256 MiB of ids at most: what the writer holds in memory
+
+
+@dataclass
+class Columns:
+    """Sequences of some records, in order; what a worker returns."""
+
+    input_ids: list[NDArray[np.uint32]] = field(default_factory=list)  # per sequence
+    span_ends: list[list[int]] = field(default_factory=list)
+    span_roles: list[list[int]] = field(default_factory=list)
+    span_weights: list[list[float]] = field(default_factory=list)
+    conditions: list[str] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+
+    def arrays(self, class_ids: dict[str, int], file_ids: dict[str, int], id_dtype: type) -> dict[str, NDArray]:
+        """The shard's arrays, with counts instead of offsets. New classes and files get the next numbers."""
+        return {
+            "input_ids": np.concatenate([np.zeros(0, id_dtype), *self.input_ids]).astype(id_dtype),
+            "lengths": np.array([len(ids) for ids in self.input_ids], np.int64),
+            "span_counts": np.array([len(ends) for ends in self.span_ends], np.int64),
+            "span_ends": np.array([end for ends in self.span_ends for end in ends], np.int32),
+            "span_roles": np.array([role for roles in self.span_roles for role in roles], np.uint8),
+            "span_weights": np.array([weight for weights in self.span_weights for weight in weights], np.float32),
+            "class_ids": _numbers(self.conditions, class_ids, "classes"),
+            "rewards": np.array(self.rewards, np.float32),
+            "lines": np.array(self.lines, np.int64),
+            "files": _numbers(self.files, file_ids, "files"),
+        }
+
+
+def _numbers(names: list[str], known: dict[str, int], what: str) -> NDArray[np.uint16]:
+    numbers = [known.setdefault(name, len(known)) for name in names]
+    if len(known) > 1 << 16:
+        raise DataError(f"more than {1 << 16} {what}, the last one {names[-1]!r}: a data set holds no more")
+    return np.array(numbers, np.uint16)
+
+
+class ShardWriter:
+    """Collects columns and writes a shard whenever enough tokens have come together; `finish` writes the manifest.
+
+    Use as a context manager: leaving it by an exception removes everything written so far.
+    """
+
+    def __init__(self, output: Path, vocab_size: int, *, overwrite: bool = False) -> None:
+        self.output = output
+        self.folder = output.parent / f".{output.name}.partial-{os.getpid()}"
+        self.id_dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+        self.class_ids: dict[str, int] = {}
+        self.file_ids: dict[str, int] = {}
+        self.shards: list[dict[str, Any]] = []
+        self._parts: list[dict[str, NDArray]] = []
+        self._num_tokens = 0
+        _check_destination(output, overwrite)
+
+    def __enter__(self) -> ShardWriter:
+        shutil.rmtree(self.folder, ignore_errors=True)  # of a killed process that had our number
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, columns: Columns) -> None:
+        """Append sequences."""
+        arrays = columns.arrays(self.class_ids, self.file_ids, self.id_dtype)
+        self._parts.append(arrays)
+        self._num_tokens += len(arrays["input_ids"])
+        if self._num_tokens >= SHARD_TOKENS:
+            self._write_shard()
+
+    def finish(self, manifest: dict[str, Any], roles: Sequence[str]) -> None:
+        """Write what is left and the manifest, then give the folder its name."""
+        if self._num_tokens:
+            self._write_shard()
+        described = {"format": FORMAT, "version": VERSION, **manifest, "classes": list(self.class_ids)}
+        described |= {"roles": list(roles), "files": list(self.file_ids), "shards": self.shards}
+        path = self.folder / MANIFEST
+        path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        _sync(path)
+        _replace(self.folder, self.output)
+
+    def _write_shard(self) -> None:
+        joined = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        self._parts, self._num_tokens = [], 0
+        joined["offsets"] = _offsets(joined.pop("lengths"))
+        joined["span_offsets"] = _offsets(joined.pop("span_counts"))
+        path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
+        save_file(joined, path, metadata={"format": FORMAT})
+        _sync(path)
+        self.shards.append(
+            {
+                "file": path.name,
+                "sha256": sha256(path),
+                "bytes": path.stat().st_size,
+                "sequences": len(joined["class_ids"]),
+                "tokens": len(joined["input_ids"]),
+            }
+        )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished data set. Raises DataError for a folder that is none, or of another version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
+        raise DataError(f"{folder}: not a prepared data set ({what}): write one with ochat prepare")
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}): prepare the data again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path}: not the manifest of a data set (format is not {FORMAT!r})")
+    if manifest.get("version") != VERSION:
+        raise DataError(
+            f"{path}: version {manifest.get('version')!r}, this ochat reads version {VERSION}: prepare the data again"
+        )
+    return manifest
+
+
+def check_size(folder: Path, shard: dict[str, Any]) -> Path:
+    """The path of a shard. Raises DataError if it is missing or has another size than was written."""
+    path = folder / shard["file"]
+    if path.parent != folder or not path.is_file():
+        raise DataError(f"{path}: missing: copy the whole data set, or prepare the data again")
+    if path.stat().st_size != shard["bytes"]:
+        size = path.stat().st_size
+        raise DataError(f"{path}: {size} bytes instead of {shard['bytes']}: copy it again, or prepare the data again")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+
+
+def _check_destination(output: Path, overwrite: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / MANIFEST).is_file():
+        raise ConfigError(f"{output}: exists and is no data set: give another --output")
+    if not overwrite:
+        raise ConfigError(f"{output}: a data set is there already: give another --output, or --overwrite to replace it")
+
+
+def _replace(folder: Path, output: Path) -> None:
+    """Rename `folder` to `output`; a data set that was there goes last, so that one of the two is always whole."""
+    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
+    if output.exists():
+        os.rename(output, old)
+    os.rename(folder, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the file is on the disk: a rename must not outrun it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,150 @@
+"""Laws of reading records: whatever the file's form, the same records at the right places; damage is named."""
+
+import gzip
+import json
+import lzma
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ochat.data import records
+from ochat.errors import DataError
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+OBJECTS = st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.lists(TEXT, max_size=3), max_size=4), min_size=1, max_size=8)
+
+
+def zstd(data):
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(data)
+
+
+COMPRESSORS = {"plain": bytes, "gz": gzip.compress, "xz": lzma.compress, "zst": zstd}
+
+
+def write(tmp_path, data, name="in.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
+    return path
+
+
+def lines(objects):
+    return "".join(json.dumps(o, ensure_ascii=False) + "\n" for o in objects)
+
+
+def forms(objects):
+    """The same records as JSON Lines, with blank lines, and as an array on one line and on many."""
+    yield lines(objects)
+    yield lines(objects).rstrip("\n")
+    yield "\n" + lines(objects).replace("\n", "\r\n\n")
+    yield json.dumps(objects, ensure_ascii=False)
+    yield json.dumps(objects, indent=2)
+    yield "\ufeff" + json.dumps(objects)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20], ids=["chunks of 1", "chunks of 7", "one chunk"])
+@settings(max_examples=40, deadline=None)
+@given(objects=OBJECTS)
+def test_every_form_gives_the_same_records(tmp_path_factory, chunk, objects):
+    tmp_path = tmp_path_factory.mktemp("records")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "CHUNK_BYTES", chunk)
+        patch.setattr(records, "HEAD_BYTES", chunk + 8)
+        for form in forms(objects):
+            assert [r.value() for r in records.read(write(tmp_path, form))] == objects
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS.values(), ids=COMPRESSORS)
+def test_compression_is_told_by_content(tmp_path, compress):
+    objects = [{"n": n} for n in range(1000)]
+    file = records.read(write(tmp_path, compress(lines(objects).encode())))
+    assert [r.value() for r in file] == objects
+    assert file.position == file.size
+
+
+def test_places_are_those_of_an_editor(tmp_path):
+    assert [(r.line, r.number) for r in records.read(write(tmp_path, '{"a":1}\n\n{"a":2}\n'))] == [(1, 1), (3, 2)]
+    array = '[\n  {\n   "a": 1\n  },\n\n  {"a": 2}, {"a": 3}\n]\n'
+    assert [(r.line, r.number) for r in records.read(write(tmp_path, array))] == [(2, 1), (6, 2), (6, 3)]
+
+
+def test_one_pretty_object_is_one_record(tmp_path):
+    assert [r.value() for r in records.read(write(tmp_path, '{\n "items": [\n  1\n ]\n}'))] == [{"items": [1]}]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b'{"a": 1', "cut off"),
+        (b'{"a": "x', "cut off"),
+        (b'{"a": 1,, "b": 2, "c": 3}', "not JSON: .* near '.*,,"),
+        (b"hello there, this is no JSON", "not JSON"),
+        (b'{"a": "\xff\xfe"}', "not UTF-8 at byte 7"),
+        (b"[1, 2]", "must be a JSON object, not list"),
+        (b"3", "must be a JSON object, not int"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read"),
+        (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "cannot be read"),
+    ],
+)
+def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path, line, message):
+    path = write(tmp_path, b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    first, bad, last = records.read(path)
+    assert (first.value(), last.value()) == ({"a": 1}, {"a": 3})
+    with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
+        bad.value()
+
+
+@pytest.mark.parametrize("cut", ['{"a', "{", '{"a": {"items": ['])
+def test_a_first_line_that_is_cut_does_not_hide_the_second(tmp_path, cut):
+    bad, good = records.read(write(tmp_path, cut + '\n{"a": 2}\n'))
+    assert good.value() == {"a": 2}
+    with pytest.raises(DataError, match=r"in\.jsonl:1: .*cut off"):
+        bad.value()
+
+
+@pytest.mark.parametrize(
+    "text, good, message",
+    [
+        ('[{"a": 1},\n {"a": "cut', 1, ":2: .*cut off"),
+        ('[{"a": 1},\n {"a": 2}', 2, ":2: .*no ']'"),
+        ('[{"a": 1},\n {"a": 2},', 2, ":2: "),
+        ('[{"a": 1}\n {"a": 2}]', 1, ":2: .*expected ','"),
+        ('[{"a": 1}]\n {"a": 2}', 1, ":2: .*after the end"),
+        ('[{"a": 1},\n {"a": oops this is wrong}]', 1, ":2: .*near"),
+        ("[\n]", 0, "empty"),
+        ("", 0, ":1: the file is empty"),
+        (" \n\t\n", 0, ":1: the file is empty"),
+    ],
+)
+def test_damage_that_hides_the_next_record_is_the_last_one(tmp_path, text, good, message):
+    *read, bad = records.read(write(tmp_path, text))
+    assert [r.value()["a"] for r in read] == list(range(1, good + 1))
+    with pytest.raises(DataError, match=message):
+        bad.value()
+
+
+@pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
+@pytest.mark.parametrize("form", [lines, json.dumps], ids=["lines", "array"])
+def test_a_cut_compressed_file_is_named(tmp_path, kind, form):
+    data = COMPRESSORS[kind](form([{"n": n, "text": "word " * (n % 50)} for n in range(20000)]).encode())
+    *_, bad = records.read(write(tmp_path, data[: len(data) // 2]))
+    with pytest.raises(DataError, match="cut"):
+        bad.value()
+
+
+@pytest.mark.parametrize("path", ["nowhere.jsonl", "."])
+def test_a_missing_file_is_named(tmp_path, path):
+    with pytest.raises(DataError, match="no such file|a folder"):
+        records.read(tmp_path / path)
+
+
+@pytest.mark.parametrize("form", [lines, json.dumps, lambda o: json.dumps(o, indent=1)], ids=["lines", "array", "pretty"])
+def test_memory_does_not_grow_with_the_file(tmp_path, form):
+    path = write(tmp_path, form([{"text": "x" * 1000}] * 30_000))
+    tracemalloc.start()
+    count = sum(1 for _ in records.read(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 30_000 and path.stat().st_size > 30e6
+    assert peak < 12e6
