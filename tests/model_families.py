@@ -1,0 +1,75 @@
+"""Small random models of every family, made and saved by transformers: the peer that ours must equal.
+
+peer = make("mistral", tmp_path);  ours = hf.load(tmp_path, dtype="float32")
+"""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+VOCAB_SIZE = 97
+BASE = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+QWEN_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES = {
+    "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-tied-odd-head": ("Llama", {"tie_word_embeddings": True, "head_dim": 12}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", {"sliding_window": 5}),
+    "mistral-no-window": ("Mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-mixed": (
+        "Qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": QWEN_MIXED,
+            "attention_bias": True,
+            "head_dim": 8,
+        },
+    ),
+}
+
+
+def config(family: str) -> transformers.PreTrainedConfig:
+    """transformers' configuration of one of FAMILIES."""
+    name, options = FAMILIES[family]
+    return getattr(transformers, f"{name}Config")(**BASE | options)
+
+
+def make(family: str, folder: Path, seed: int = 0) -> transformers.PreTrainedModel:
+    """The peer, fp32, saved in `folder`. Biases and norms are random too: at 0 and 1 a lost one would not show."""
+    torch.manual_seed(seed)
+    name, _ = FAMILIES[family]
+    peer = getattr(transformers, f"{name}ForCausalLM")(config(family)).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.normal_(0.0, 0.3)
+            if parameter.dim() == 1:
+                parameter.add_(1.0)
+    peer.save_pretrained(folder)
+    return peer
+
+
+def random_ids(*lengths: int, seed: int = 1) -> list[list[int]]:
+    """Id lists of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def peer_logits(peer: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
+    """(len, V) of one sequence alone."""
+    return peer(torch.tensor([ids])).logits[0]

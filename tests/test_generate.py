@@ -1,0 +1,123 @@
+"""Greedy answers equal transformers' generate; sampled ones follow the distribution; neighbours change neither."""
+
+import pytest
+import torch
+
+from ochat.errors import ConfigError, DataError
+from ochat.infer.generate import Sampler, generate
+from ochat.model import hf
+from tests.model_families import FAMILIES, make, random_ids
+
+LENGTHS = (11, 1, 20, 4)
+
+
+@pytest.fixture
+def model(tmp_path):
+    make("mistral", tmp_path)
+    return hf.load(tmp_path, dtype="float32")
+
+
+@torch.no_grad()
+def peer_answer(peer, prompt, max_new_tokens, stop_id=None):
+    ids = torch.tensor([prompt])
+    options = {"do_sample": False, "eos_token_id": stop_id, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    return peer.generate(ids, max_new_tokens=max_new_tokens, **options)[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_the_peers(family, tmp_path):
+    peer, prompts = make(family, tmp_path), random_ids(*LENGTHS)
+    answers = generate(hf.load(tmp_path, dtype="float32"), prompts, max_new_tokens=24, stop_ids=())
+    assert answers == [peer_answer(peer, prompt, 24) for prompt in prompts]
+
+
+def test_an_answer_ends_before_its_stop_id_while_others_go_on(model):
+    prompts = random_ids(*LENGTHS)
+    free = generate(model, prompts, max_new_tokens=16, stop_ids=())
+    stop = free[0][5]
+    stopped = generate(model, prompts, max_new_tokens=16, stop_ids={stop})
+    for whole, cut in zip(free, stopped, strict=True):
+        assert cut == (whole[: whole.index(stop)] if stop in whole else whole)
+    assert len(stopped[0]) < 16 and any(len(answer) == 16 for answer in stopped)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.9, "top_k": 20, "seed": 3}])
+def test_an_answer_does_not_depend_on_its_neighbours(model, options):
+    prompts = random_ids(*LENGTHS)
+    together = generate(model, prompts, max_new_tokens=12, stop_ids=(), **options)
+    assert generate(model, prompts[:1], max_new_tokens=12, stop_ids=(), **options) == together[:1]
+    swapped = [prompts[0], *random_ids(30, 2, seed=7)]
+    assert generate(model, swapped, max_new_tokens=12, stop_ids=(), **options)[0] == together[0]
+
+
+def test_sampling_is_a_function_of_the_seed(model):
+    prompts = random_ids(5, 5)[:1] * 2
+    options = {"max_new_tokens": 12, "stop_ids": (), "temperature": 1.5}
+    first = generate(model, prompts, seed=1, **options)
+    assert first == generate(model, prompts, seed=1, **options) != generate(model, prompts, seed=2, **options)
+    assert first[0] != first[1]  # the same prompt twice has draws of its own
+
+
+def draw(logits, num_draws, **options):
+    settings = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} | options
+    sampler = Sampler(**settings, seed=0, num_sequences=num_draws)
+    return torch.bincount(sampler(logits.expand(num_draws, -1)), minlength=logits.shape[-1]) / num_draws
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5])
+    for temperature in (0.5, 1.0, 2.0):
+        wanted = (logits / temperature).softmax(-1)
+        # 4 standard deviations of a share among 4000 draws
+        assert (draw(logits, 4000, temperature=temperature) - wanted).abs().max() < 4 * (0.25 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.5}, [1]),
+        ({"top_p": 0.7}, [1, 3]),
+        ({"top_p": 1e-9}, [1]),
+        ({"top_k": 2, "top_p": 0.72}, [1]),  # of the two that are left, the first has 0.73
+        ({"top_k": 1, "temperature": 9.0}, [1]),
+    ],
+)
+def test_only_the_kept_tokens_are_drawn(options, kept):
+    shares = draw(torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5]), 1000, **options)  # 0.08 0.55 0.03 0.20 0.13
+    assert shares.nonzero().flatten().tolist() == kept
+
+
+def test_answers_end_with_the_context(model):
+    context = model.config.max_position_embeddings
+    answers = generate(model, random_ids(context - 3, 2), max_new_tokens=8, stop_ids=())
+    assert [len(answer) for answer in answers] == [3, 8]
+
+
+def test_no_prompts_no_answers(model):
+    assert generate(model, [], max_new_tokens=8, stop_ids=()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"temperature": -0.1}, "temperature = -0.1"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"top_p": 1.1}, "top_p = 1.1"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
+        ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
+        ({"prompts": [[1] * 256]}, "prompt 0 has 256 tokens, but the model's context is 256"),
+    ],
+)
+def test_settings_out_of_range_are_refused(model, options, named):
+    settings = {"prompts": [[1, 2]], "max_new_tokens": 4, "stop_ids": ()} | options
+    with pytest.raises(ConfigError, match=named):
+        generate(model, settings.pop("prompts"), **settings)
+
+
+def test_ids_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(DataError, match="token id 97"):
+        generate(model, [[97]], max_new_tokens=1, stop_ids=())

@@ -1,0 +1,151 @@
+"""Weights in and out: what is saved is what transformers loads, one file or many; what does not fit is named."""
+
+import json
+
+import ochat_kernels
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ochat.errors import CheckpointError, ConfigError
+from ochat.model import hf
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer
+from tests.model_families import FAMILIES, config, make, peer_logits, random_ids
+
+EMBED, Q_PROJ = "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"
+
+
+def reload(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_is_the_same_model_to_transformers(family, tmp_path):
+    peer, (ids,) = make(family, tmp_path / "base"), random_ids(30)
+    ours = hf.load(tmp_path / "base", dtype="float32")
+    hf.save(tmp_path / "out", ours.config, ours.named_parameters(), "float32")
+    assert torch.equal(peer_logits(reload(tmp_path / "out"), ids), peer_logits(peer, ids))
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(load_file(tmp_path / "base" / "model.safetensors"))
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 9000, 40000])
+def test_shards_hold_what_one_file_holds(max_shard_bytes, tmp_path):
+    make("llama-biases", tmp_path / "base")
+    ours, (ids,) = hf.load(tmp_path / "base", dtype="float32"), random_ids(9)
+    hf.save(tmp_path / "out", ours.config, ours.named_parameters(), "float32", max_shard_bytes)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert len(shards) > 1 and all(name.endswith(f"-of-{len(shards):05d}.safetensors") for name in shards)
+    assert index["metadata"]["total_size"] == 4 * ours.config.num_parameters()
+    wanted = ours.logits([ids])[0]
+    assert torch.equal(hf.load(tmp_path / "out", dtype="float32").logits([ids])[0], wanted)
+    torch.testing.assert_close(peer_logits(reload(tmp_path / "out"), ids), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_parameters_may_come_in_any_order(tmp_path):
+    make("qwen3", tmp_path / "base")
+    ours = hf.load(tmp_path / "base", dtype="float32")
+    hf.save(tmp_path / "out", ours.config, reversed(list(ours.named_parameters())), "float32", 9000)
+    again = hf.load(tmp_path / "out", dtype="float32")
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_of_names_is_the_models(family):
+    model_config = ModelConfig.from_hf(config(family).to_dict())
+    with torch.device("meta"):
+        model = Transformer(model_config, ochat_kernels.load("reference"))
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parts = hf.parameter_parts(model_config)
+    assert list(parts) == list(found)
+    for name, shape in found.items():
+        assert (sum(part.shape[0] for part in hf.hf_parts(model_config, name)), *parts[name][0].shape[1:]) == shape
+
+
+def test_splitting_undoes_fusing(tmp_path):
+    make("qwen3-mixed", tmp_path)
+    model_config = ModelConfig.load(tmp_path)
+    theirs = load_file(tmp_path / "model.safetensors")
+    ours = hf.from_hf_state(model_config, theirs)
+    assert torch.equal(ours["blocks.1.attn.qkv.weight"][:32], theirs[Q_PROJ])
+    back = hf.to_hf_state(model_config, ours.items())
+    assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
+    read = dict(hf.iterate_parameters(tmp_path, model_config))
+    assert list(read) == list(ours) and all(torch.equal(read[name], ours[name]) for name in ours)
+
+
+def test_dtype_is_rounded_once_and_recorded(tmp_path):
+    make("llama2", tmp_path / "base")
+    wide, narrow = hf.load(tmp_path / "base", dtype="float32"), hf.load(tmp_path / "base")
+    pairs = zip(wide.parameters(), narrow.parameters(), strict=True)
+    assert all(b.dtype == torch.bfloat16 and torch.equal(a.bfloat16(), b) for a, b in pairs)
+    hf.save(tmp_path / "out", wide.config, wide.named_parameters(), "bfloat16")
+    assert ModelConfig.load(tmp_path / "out").dtype == "bfloat16"
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    with pytest.raises(ConfigError, match="dtype = 'int8'"):
+        hf.load(tmp_path / "base", dtype="int8")
+
+
+def change(folder, edit):
+    """Rewrite the folder's weights after `edit(tensors)`."""
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda t: t.pop(Q_PROJ), f"lacks {Q_PROJ}, which"),
+        (lambda t: [t.pop(name) for name in list(t) if "mlp" in name], "layers.1.mlp.gate_proj.weight and 4 more"),
+        (lambda t: t.update(extra=torch.zeros(2)), "holds extra, which"),
+        (lambda t: t.update({Q_PROJ: torch.zeros(32, 16)}), rf"{Q_PROJ} has shape \(32, 16\).*\(32, 32\)"),
+        (lambda t: t.update({Q_PROJ: torch.zeros(32, 32, dtype=torch.int8)}), f"{Q_PROJ} is I8"),
+        (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(edit, named, tmp_path):
+    make("llama2", tmp_path)
+    change(tmp_path, edit)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        hf.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_stored_frequencies_are_no_weights(tmp_path):
+    make("llama2", tmp_path)
+    change(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    hf.load(tmp_path)
+
+
+def test_a_tied_head_may_be_stored_but_not_differ(tmp_path):
+    make("llama-tied-odd-head", tmp_path)
+    change(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBED].clone()}))
+    hf.load(tmp_path)
+    change(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBED] + 1}))
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from"):
+        hf.load(tmp_path)
+
+
+def test_nothing_incomplete_or_unknown_is_saved(tmp_path):
+    make("llama2", tmp_path / "base")
+    model = hf.load(tmp_path / "base")
+    pairs = list(model.named_parameters())
+    for number, (wrong, named) in enumerate(
+        [
+            (pairs[:-1], "head.weight not given"),
+            ([*pairs, pairs[0]], "embed.weight given twice"),
+            ([("blocks.9.norm1.weight", pairs[1][1]), *pairs], "blocks.9.norm1.weight is no parameter"),
+            ([("embed.weight", pairs[0][1][:5]), *pairs[1:]], r"embed.weight has shape \(5, 32\)"),
+        ]
+    ):
+        with pytest.raises(CheckpointError, match=named):
+            hf.save(tmp_path / str(number), model.config, wrong, "float32")
+        assert not (tmp_path / str(number) / "config.json").exists()
+    with pytest.raises(CheckpointError, match="holds model.safetensors already"):
+        hf.save(tmp_path / "base", model.config, pairs, "float32")

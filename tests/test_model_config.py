@@ -1,0 +1,174 @@
+"""config.json in either spelling: read as transformers reads it, written so that it reads it back, refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+
+from ochat.errors import ConfigError
+from ochat.model import hf
+from ochat.model.config import ModelConfig
+from ochat.model.rope import RopeConfig
+from tests.model_families import FAMILIES, config
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def test_both_spellings_are_one_config():
+    old = LLAMA | {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3_ROPE}, "torch_dtype": "bfloat16"}
+    new = LLAMA | {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3_ROPE}, "dtype": "bfloat16"}
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+    assert ModelConfig.from_hf(old).rope == RopeConfig(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert ModelConfig.from_hf(old).dtype == ModelConfig.from_hf(new).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_reads_back_here_and_there(family, tmp_path):
+    record = config(family).to_dict()
+    ours = ModelConfig.from_hf(record)
+    assert ModelConfig.from_hf(ours.to_hf()) == ours
+    (tmp_path / "config.json").write_text(json.dumps(ours.to_hf()))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    for key in record.keys() - {"architectures", "dtype", "transformers_version", "_name_or_path", "max_window_layers"}:
+        assert theirs[key] == record[key], key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_counted_as_the_peer_has_them(family):
+    with torch.device("meta"):
+        peer = transformers.AutoModelForCausalLM.from_config(config(family))
+    ours = ModelConfig.from_hf(config(family).to_dict())
+    assert ours.num_parameters() == sum(parameter.numel() for parameter in peer.parameters())
+    blocks = {name: p for name, p in peer.named_parameters() if ".layers." in name and name.endswith("proj.weight")}
+    assert ours.matmul_params() == sum(parameter.numel() for parameter in blocks.values())
+    assert ours.head_params() == peer.lm_head.weight.numel()
+    shapes = [part.shape for parts in hf.parameter_parts(ours).values() for part in parts]
+    assert sorted(shapes) == sorted(tuple(parameter.shape) for parameter in peer.parameters())
+
+
+def test_flops_of_a_step_are_those_of_its_products():
+    """Count every product of one forward by hand; backward costs twice as much."""
+    config = ModelConfig.from_hf(LLAMA)  # H 32, F 48, L 2, N 4, K 2, D 8, V 64
+    lengths, supervised = [5, 3], 4
+    tokens = sum(lengths)
+    linear = 2 * tokens * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
+    attention = sum(2 * 2 * 4 * 8 * length * length / 2 for length in lengths)
+    forward = 2 * (linear + attention) + 2 * supervised * 32 * 64
+    assert config.flops_per_step(tokens, sum(length**2 for length in lengths), supervised) == 3 * forward
+
+
+def test_silent_settings_mean_what_transformers_means():
+    llama1 = {
+        key: LLAMA[key] for key in LLAMA if key not in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
+    }
+    assert ModelConfig.from_hf(llama1) == dataclasses.replace(ModelConfig.from_hf(LLAMA), num_kv_heads=4, norm_eps=1e-6)
+    assert ModelConfig.from_hf(LLAMA).rope == RopeConfig(10000.0)
+    assert ModelConfig.from_hf(MISTRAL).windows == (4096, 4096)
+    assert ModelConfig.from_hf(MISTRAL | {"sliding_window": None}).windows == ()
+    assert ModelConfig.from_hf(QWEN2 | {"sliding_window": 7, "use_sliding_window": False}).windows == ()
+    assert ModelConfig.from_hf(QWEN3).head_dim == 128
+    assert ModelConfig.from_hf(LLAMA | {"head_dim": 6}).head_dim == 6
+
+
+def test_windows_per_layer():
+    three = {"num_hidden_layers": 3, "sliding_window": 7}
+    qwen2 = QWEN2 | three | {"use_sliding_window": True}
+    assert ModelConfig.from_hf(qwen2 | {"max_window_layers": 1}).windows == (None, 7, 7)
+    assert ModelConfig.from_hf(qwen2 | {"max_window_layers": 3}).windows == ()
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    assert ModelConfig.from_hf(qwen2 | {"layer_types": types}).windows == (7, None, None)
+    config = ModelConfig.from_hf(MISTRAL | three)
+    assert [config.window(layer) for layer in range(3)] == [7, 7, 7]
+    assert ModelConfig.from_hf(LLAMA | {"layer_types": ["full_attention"] * 2}).window(1) is None
+
+
+def test_generation_settings_are_kept():
+    config = ModelConfig.from_hf(LLAMA | {"bos_token_id": 0, "eos_token_id": [7, 9], "pad_token_id": -1})
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (0, (7, 9), -1)
+    assert config.to_hf()["eos_token_id"] == [7, 9]
+    assert ModelConfig.from_hf(LLAMA | {"eos_token_id": 2}).to_hf()["eos_token_id"] == 2
+    assert ModelConfig.from_hf(LLAMA).to_hf()["eos_token_id"] is None
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "named"),
+    [
+        (LLAMA, {"model_type": "gemma"}, "model_type is 'gemma'"),
+        (LLAMA, {"model_type": None}, "model_type is missing"),
+        (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures.*SequenceClassification"),
+        (LLAMA, {"architectures": ["MistralForCausalLM"]}, "architectures"),
+        (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        (LLAMA, {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp is 2"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA, {"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),
+        (LLAMA, {"num_local_experts": 8}, "num_local_experts = 8"),
+        (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (LLAMA, {"some_new_trick": True}, "some_new_trick = True is not implemented"),
+        (LLAMA, {"sliding_window": 4096}, "sliding_window is set"),
+        (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (LLAMA, {"layer_types": ["full_attention"]}, "layer_types.*list of 2"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type is 'dynamic'"),
+        (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters: rope_type is 'yarn'"),
+        (LLAMA, {"vocab_size": None}, "vocab_size is missing"),
+        (LLAMA, {"vocab_size": True}, "vocab_size is True"),
+        (LLAMA, {"hidden_size": 32.0}, "hidden_size is 32.0"),
+        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        (LLAMA, {"num_key_value_heads": 3}, "num_attention_heads = 4 is no multiple of 3"),
+        (LLAMA, {"hidden_size": 34}, "hidden_size = 34 is no multiple of 4"),
+        (LLAMA, {"head_dim": 7}, "head_dim = 7 is odd"),
+        (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+        (MISTRAL, {"attention_bias": True}, "attention_bias is True"),
+        (MISTRAL, {"mlp_bias": True}, "mlp_bias is set"),
+        (MISTRAL, {"num_key_value_heads": None}, "num_key_value_heads is missing"),
+        (MISTRAL, {"sliding_window": 8, "use_sliding_window": False}, "use_sliding_window is false"),
+        (MISTRAL, {"sliding_window": 8, "layer_types": ["full_attention"] * 2}, "layer_types"),
+        (QWEN2, {"attention_bias": False}, "attention_bias is False"),
+        (QWEN2, {"layer_types": ["sliding_attention"] * 2}, "layer_types asks for a sliding window"),
+        (QWEN2, {"layer_types": ["chunked_attention"] * 2}, "layer_types names 'chunked_attention'"),
+        (QWEN3, {"mlp_bias": True}, "mlp_bias is set"),
+        (QWEN3, {"num_experts": 128}, "num_experts = 128"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(base, change, named):
+    ModelConfig.from_hf(base, "base/config.json")
+    with pytest.raises(ConfigError, match=f"^base/config.json: .*{named}"):
+        ModelConfig.from_hf(base | change, "base/config.json")
+
+
+def test_harmless_settings_are_no_obstacle():
+    harmless = {
+        "use_cache": False, "transformers_version": "4.40.0", "_name_or_path": "x", "temperature": 0.7,
+        "max_length": 4096, "pretraining_tp": 1, "attention_dropout": 0.0, "quantization_config": None,
+        "is_decoder": False, "pruned_heads": {},
+        "partial_rotary_factor": 1.0, "rope_scaling": None,
+    }  # fmt: skip
+    assert ModelConfig.from_hf(LLAMA | harmless) == ModelConfig.from_hf(LLAMA)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_config_that_is_no_json_object_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match="config.json"):
+        ModelConfig.load(tmp_path)
+
+
+def test_a_missing_config_says_what_a_base_is():
+    with pytest.raises(
+        ConfigError, match="meta-llama/Llama-2-7b-hf/config.json does not exist.*hf download meta-llama"
+    ):
+        ModelConfig.load("meta-llama/Llama-2-7b-hf")
