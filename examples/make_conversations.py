@@ -74,7 +74,7 @@ def spelling(rng: random.Random) -> Turn:
     word = rng.choice(WORDS) if rng.random() < 0.5 else rng.choice(WORDS) + " " + rng.choice(WORDS)
     letters = [letter for letter in word if letter != " "]
     full = f"It is spelt {'-'.join(letters)}, which makes {len(letters)} letters."
-    return Turn(f"Spell \"{word}\".", full, "-".join(letters[:-1]))
+    return Turn(f'Spell "{word}".', full, "-".join(letters[:-1]))
 
 
 def largest(rng: random.Random) -> Turn:

@@ -40,22 +40,17 @@ VOCABULARY_PARAMETERS = ("embed.weight", "head.weight")
 class InitBaseOptions:
     """Make a base model's folder from one of --gguf, --hf and --random."""
 
-    out: Annotated[Path, tyro.conf.Positional]
-    """The folder to write; it must not exist."""
-    gguf: Path | None = None
-    """A GGUF file of the llama architecture: dequantised, its tokenizer rebuilt."""
-    hf: Path | None = None
-    """A Hugging Face folder with config.json, safetensors and a tokenizer."""
-    random: Path | None = None
-    """A config.json: weights are drawn at random, as for training from nothing."""
+    out: Path  # the folder to write; it must not exist
+    gguf: Path | None = None  # a GGUF file of the llama architecture: dequantised, its tokenizer rebuilt
+    hf: Path | None = None  # a Hugging Face folder with config.json, safetensors and a tokenizer
+    random: Path | None = None  # a config.json: weights are drawn at random, as for training from nothing
+    # a special token that templates need, such as "<|end_of_turn|>"; may be given several times
     add_token: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A special token that templates need, such as "<|end_of_turn|>"; may be given several times."""
-    tokenizer: Path | None = None
-    """A tokenizer's folder or file, instead of the source's own."""
-    seed: int = 0
-    """Of --random's draws."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the stored weights. auto: what the source names; bfloat16 for GGUF."""
+    tokenizer: Path | None = None  # a tokenizer's folder or file, instead of the source's own
+    seed: int = 0  # decides what --random draws
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of the stored weights; auto: the source's, bfloat16 for GGUF
+    )
 
 
 @dataclass(frozen=True)
@@ -78,8 +73,9 @@ def run(options: InitBaseOptions) -> None:
     if options.out.exists():
         raise ConfigError(f"{options.out}: exists already; remove it or name another folder")
     with _whole_or_not(options.out) as folder:
-        tokens = _write_tokenizer(options, folder)
-        source = _with_vocabulary(_source(options), tokens, options)
+        gguf = None if options.gguf is None else GGUFFile(options.gguf)
+        tokens = _write_tokenizer(options, gguf, folder)
+        source = _with_vocabulary(_source(options, gguf), tokens, options)
         hf.save(folder, source.config, source.parameters, source.config.dtype)
         _write_generation_config(folder, source.config)
     _report(options, source.config, tokens)
@@ -107,15 +103,15 @@ def grow(weight: torch.Tensor, rows: int, vocabulary: Vocabulary) -> torch.Tenso
     return grown
 
 
-def _source(options: InitBaseOptions) -> Source:
+def _source(options: InitBaseOptions, gguf: GGUFFile | None) -> Source:
     if options.random is not None:
         config = ModelConfig.from_hf(_read_json(options.random), str(options.random))
         model = Transformer(config, ochat_kernels.load("reference"))
         model.initialize(options.seed)
         return Source(config, model.named_parameters())
-    if options.gguf is not None:
-        files = GGUFFile(options.gguf)
-        config = ModelConfig.from_hf(files.config() | {"dtype": "bfloat16"}, str(options.gguf))
+    if gguf is not None:
+        files = gguf
+        config = ModelConfig.from_hf(gguf.config() | {"dtype": "bfloat16"}, str(options.gguf))
     else:
         assert options.hf is not None
         config = ModelConfig.load(options.hf)
@@ -139,12 +135,12 @@ def _with_vocabulary(source: Source, vocabulary: Vocabulary | None, options: Ini
     return Source(replace(config, vocab_size=rows), parameters)
 
 
-def _write_tokenizer(options: InitBaseOptions, folder: Path) -> Vocabulary | None:
+def _write_tokenizer(options: InitBaseOptions, gguf: GGUFFile | None, folder: Path) -> Vocabulary | None:
     """Put the tokenizer's files into `folder`, add the tokens; None where a random model has no tokenizer."""
     if options.tokenizer is not None:
         _copy_tokenizer(options.tokenizer, folder)
-    elif options.gguf is not None:
-        _rebuild_tokenizer(GGUFFile(options.gguf), folder)
+    elif gguf is not None:
+        _rebuild_tokenizer(gguf, folder)
     elif options.hf is not None:
         _copy_tokenizer(options.hf, folder)
     elif options.add_token:

