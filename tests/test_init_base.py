@@ -70,7 +70,7 @@ def mean(rows: torch.Tensor) -> torch.Tensor:
 def test_added_tokens_get_the_next_ids_and_the_mean_row(tmp_path, tied, dtype):
     config = replace(CONFIG, tie_embeddings=tied)
     write_json_tokenizer(write_model(tmp_path / "source", config, dtype))
-    init_base.run(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT, "<|second|>")))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT, "<|second|>")))
 
     before, after, size = weights(tmp_path / "source"), weights(tmp_path / "out"), config.vocab_size
     tokenizer = tokenizers.load(tmp_path / "out")
@@ -90,7 +90,7 @@ def test_added_tokens_get_the_next_ids_and_the_mean_row(tmp_path, tied, dtype):
 
 def test_a_token_that_is_there_keeps_id_and_row(tmp_path):
     write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
-    init_base.run(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=("<|spare|>",)))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=("<|spare|>",)))
     before, after = weights(tmp_path / "source"), weights(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     tokenizer = tokenizers.load(tmp_path / "out")
@@ -101,7 +101,7 @@ def test_spare_rows_are_used_before_new_ones(tmp_path):
     """Padded rows stand for no id: they are no part of the mean, and the added id takes the first of them."""
     padded, known = replace(CONFIG, vocab_size=len(TOKENS) + 5), len(TOKENS)
     write_json_tokenizer(write_model(tmp_path / "source", padded))
-    init_base.run(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
     before, after = (weights(tmp_path / name)["embed.weight"] for name in ("source", "out"))
     torch.testing.assert_close(after[known], mean(before[:known]), rtol=1e-5, atol=1e-7)
     others = [row for row in range(padded.vocab_size) if row != known]
@@ -112,7 +112,7 @@ def test_sentencepiece_folder(tmp_path):
     write_sentencepiece(tmp_path / "source")
     pieces = tokenizers.load(tmp_path / "source").vocab_size
     write_model(tmp_path / "source", replace(CONFIG, vocab_size=pieces))
-    init_base.run(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
     tokenizer = tokenizers.load(tmp_path / "out")
     assert tokenizer.kind == "sentencepiece" and tokenizer.special_tokens[EOT] == pieces
     assert ModelConfig.load(tmp_path / "out").vocab_size == pieces + 1
@@ -132,12 +132,12 @@ def test_random_is_a_function_of_its_seed(tmp_path):
 
 def test_random_without_a_tokenizer(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
-    init_base.run(InitBaseOptions(tmp_path / "out", random=tmp_path / "config.json", dtype="bfloat16"))
+    init_base.main(InitBaseOptions(tmp_path / "out", random=tmp_path / "config.json", dtype="bfloat16"))
     assert hf.load(tmp_path / "out").config == CONFIG
     assert weights(tmp_path / "out")["embed.weight"].dtype == torch.bfloat16
     assert "no tokenizer" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--tokenizer"):
-        init_base.run(InitBaseOptions(tmp_path / "other", random=tmp_path / "config.json", add_token=(EOT,)))
+        init_base.main(InitBaseOptions(tmp_path / "other", random=tmp_path / "config.json", add_token=(EOT,)))
 
 
 def test_gguf_folder(tmp_path):
@@ -146,7 +146,7 @@ def test_gguf_folder(tmp_path):
 
     state = test_gguf.random_state(test_gguf.CONFIG)
     file = test_gguf.write(tmp_path / "m.gguf", state=state)
-    init_base.run(InitBaseOptions(tmp_path / "out", gguf=file, add_token=(EOT,), dtype="float32"))
+    init_base.main(InitBaseOptions(tmp_path / "out", gguf=file, add_token=(EOT,), dtype="float32"))
     config = ModelConfig.load(tmp_path / "out")
     files, size = hf.read_tensors(tmp_path / "out", config), test_gguf.CONFIG.vocab_size
     assert config.vocab_size == size + 1
@@ -164,18 +164,18 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(init_base, "_write_generation_config", stop)
     with pytest.raises(KeyboardInterrupt):
-        init_base.run(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_wrong_options_are_explained(tmp_path):
     write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
     with pytest.raises(ConfigError, match="exactly one of --gguf, --hf and --random, not 0"):
-        init_base.run(InitBaseOptions(tmp_path / "out"))
+        init_base.main(InitBaseOptions(tmp_path / "out"))
     with pytest.raises(ConfigError, match="not 2"):
-        init_base.run(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", random=tmp_path / "x.json"))
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", random=tmp_path / "x.json"))
     with pytest.raises(ConfigError, match="exists already"):
-        init_base.run(InitBaseOptions(tmp_path / "source", hf=tmp_path / "source"))
+        init_base.main(InitBaseOptions(tmp_path / "source", hf=tmp_path / "source"))
     with pytest.raises(ConfigError, match="x.json: no such file"):
-        init_base.run(InitBaseOptions(tmp_path / "out", random=tmp_path / "x.json"))
+        init_base.main(InitBaseOptions(tmp_path / "out", random=tmp_path / "x.json"))
     assert not (tmp_path / "out").exists()

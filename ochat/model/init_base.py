@@ -61,7 +61,7 @@ class Source:
     parameters: Iterable[tuple[str, torch.Tensor]]
 
 
-def run(options: InitBaseOptions) -> None:
+def main(options: InitBaseOptions) -> None:
     """Write `options.out`, whole or not at all, and say what is in it.
 
     Memory: one tensor at a time, apart from --random. Raises ConfigError for options, settings or a tokenizer that
