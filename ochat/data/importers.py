@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ochat.data.conversation import Conversation, describe, require_list, require_object, text_field
+from ochat.data.conversation import Conversation, describe, number_field, require_list, require_object, text_field
 from ochat.errors import ConfigError, DataError
 
 _SYNONYMS = {
@@ -80,7 +80,7 @@ def _from_turns(record: dict[str, Any], key: str, role_key: str, text_key: str) 
         if item["role"] == "system":
             system = _leading_system(system, item["content"], i, f"{place}.{role_key}")
         else:
-            items.append(item | _kept(turn, ("weight",)))
+            items.append(item | {"weight": number_field(turn, "weight", f"{place}.weight")})
     if not items:
         raise DataError(f"{key}: only a system message; a conversation needs a user or assistant message")
     return {"items": items, "system": system} | _kept(record, ("condition", "reward"))
@@ -126,7 +126,7 @@ def _from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
     extra = text_field(record, "input", "input")
     question = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
     answer = {"role": "assistant", "content": text_field(record, "output", "output", required=True)}
-    items = [question, answer | _kept(record, ("weight",))]
+    items = [question, answer | {"weight": number_field(record, "weight", "weight")}]
     return {"items": items, "system": text_field(record, "system", "system")} | _kept(record, ("condition", "reward"))
 
 

@@ -236,11 +236,11 @@ class JsonTokenizer(Tokenizer):
     @classmethod
     def from_files(cls, files: tokenizer_files.TokenizerFiles, added_tokens: tuple[str, ...]) -> JsonTokenizer:
         content, specials = tokenizer_files.read_json(files, added_tokens)
-        names = {role: files.names.get(role) for role in ("bos", "eos")}
+        names = tokenizer_files.json_names(files)
         for role, name in names.items():
-            if name is not None and name not in specials:
+            if name not in specials:
                 raise ConfigError(f"{files.path}: the {role} token {name!r} is no special token of tokenizer.json")
-        return cls(content, specials, names["bos"], names["eos"])
+        return cls(content, specials, names.get("bos"), names.get("eos"))
 
     @property
     def _base_size(self) -> int:

@@ -224,7 +224,9 @@ def read_json(files: TokenizerFiles, added_tokens: Sequence[str]) -> tuple[bytes
     spec = without_boundary(json.loads(files.content))
     spec |= {"truncation": None, "padding": None}
     for entry in spec.get("added_tokens") or []:
-        entry["special"] = bool(entry.get("special")) or entry["content"] in added_tokens
+        if entry.get("special") or entry["content"] in added_tokens:
+            # found by their bare text: no blank beside them belongs to them
+            entry |= {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     model = tokenizers.Tokenizer.from_str(json.dumps(spec))
     wanted = {token.text: token.id for token in files.tokens if model.token_to_id(token.text) is None}
     present = {token: i for token in added_tokens if (i := model.token_to_id(token)) is not None}
@@ -236,6 +238,14 @@ def read_json(files: TokenizerFiles, added_tokens: Sequence[str]) -> tuple[bytes
             raise ConfigError(f"{files.path}: cannot give {text!r} the id {token_id}; the ids before it have a gap")
     specials = {t.content: i for i, t in model.get_added_tokens_decoder().items() if t.special}
     return model.to_str().encode("utf-8"), specials
+
+
+def json_names(files: TokenizerFiles) -> dict[str, str]:
+    """The BOS and EOS tokens beside a tokenizer.json; without a tokenizer_config.json, the BOS its post-processor sets."""
+    first = ((json.loads(files.content).get("post_processor") or {}).get("single") or [{}])[0]
+    if files.names or (files.path.parent / "tokenizer_config.json").exists() or "SpecialToken" not in first:
+        return files.names
+    return {"bos": first["SpecialToken"]["id"]}
 
 
 def without_boundary(spec: dict[str, Any]) -> dict[str, Any]:
