@@ -62,8 +62,26 @@ def test_another_epoch_and_another_seed_give_another_order():
 
 @pytest.mark.parametrize(
     "lengths, steps",
-    [([], 0), ([1], 1), ([BUDGET], 1), ([BUDGET] * 4, 1), ([BUDGET] * 9, 3), ([16] * 16, 1), ([16] * 17, 2), ([1, 2], 1)],
-    ids=["empty", "one", "one full", "one full step", "partial last step", "all equal", "one too many", "fewer than bins"],
+    [
+        ([], 0),
+        ([1], 1),
+        ([BUDGET], 1),
+        ([BUDGET] * 4, 1),
+        ([BUDGET] * 9, 3),
+        ([16] * 16, 1),
+        ([16] * 17, 2),
+        ([1, 2], 1),
+    ],
+    ids=[
+        "empty",
+        "one",
+        "one full",
+        "one full step",
+        "partial last step",
+        "all equal",
+        "one too many",
+        "fewer than bins",
+    ],
 )
 def test_small_and_extreme_sets(lengths, steps):
     packed = make(lengths)
@@ -79,7 +97,9 @@ def test_empty_bins_come_last():
     assert filled.tolist() == [True] * 9 + [False] * 3
 
 
-@pytest.mark.parametrize("bins, budget, longest", [(8, 32768, 8192), (1, 32768, 8192), (64, 16384, 4096), (3, 8192, 8192)])
+@pytest.mark.parametrize(
+    "bins, budget, longest", [(8, 32768, 8192), (1, 32768, 8192), (64, 16384, 4096), (3, 8192, 8192)]
+)
 def test_steps_reach_the_floor_on_chat_lengths(bins, budget, longest):
     lengths = chat_lengths(30_000, longest)
     packed = make(lengths, bins, budget=budget)
@@ -89,7 +109,7 @@ def test_steps_reach_the_floor_on_chat_lengths(bins, budget, longest):
 
 
 def test_a_bin_is_not_left_to_the_longest():
-    """Steps are a fair sample: the spread of their mean length is at most twice that of random steps of the same size."""
+    """Steps are a fair sample: their mean length spreads at most twice as much as that of random steps."""
     lengths = chat_lengths(60_000)
     packed = make(lengths, 8, budget=32768)
     ends = packed.bin_offsets[::8]
@@ -120,7 +140,9 @@ def test_lengths_must_be_one_list_of_whole_numbers(lengths):
         make(lengths)
 
 
-@pytest.mark.parametrize("costs, message", [([1.0], "shape"), ([1.0, math.nan], "sequence 1"), ([-1.0, 1.0], "sequence 0")])
+@pytest.mark.parametrize(
+    "costs, message", [([1.0], "shape"), ([1.0, math.nan], "sequence 1"), ([-1.0, 1.0], "sequence 0")]
+)
 def test_impossible_costs_are_named(costs, message):
     with pytest.raises(DataError, match=message):
         make([1, 2], costs=costs)

@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ochat.data import records
+from ochat.data import compressed, records
 from ochat.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
-OBJECTS = st.lists(st.dictionaries(TEXT, TEXT | st.integers() | st.lists(TEXT, max_size=3), max_size=4), min_size=1, max_size=8)
+OBJECTS = st.lists(
+    st.dictionaries(TEXT, TEXT | st.integers() | st.lists(TEXT, max_size=3), max_size=4), min_size=1, max_size=8
+)
 
 
 def zstd(data):
@@ -49,7 +51,7 @@ def forms(objects):
 def test_every_form_gives_the_same_records(tmp_path_factory, chunk, objects):
     tmp_path = tmp_path_factory.mktemp("records")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(records, "CHUNK_BYTES", chunk)
+        patch.setattr(compressed, "CHUNK_BYTES", chunk)
         patch.setattr(records, "HEAD_BYTES", chunk + 8)
         for form in forms(objects):
             assert [r.value() for r in records.read(write(tmp_path, form))] == objects
@@ -139,7 +141,9 @@ def test_a_missing_file_is_named(tmp_path, path):
         records.read(tmp_path / path)
 
 
-@pytest.mark.parametrize("form", [lines, json.dumps, lambda o: json.dumps(o, indent=1)], ids=["lines", "array", "pretty"])
+@pytest.mark.parametrize(
+    "form", [lines, json.dumps, lambda o: json.dumps(o, indent=1)], ids=["lines", "array", "pretty"]
+)
 def test_memory_does_not_grow_with_the_file(tmp_path, form):
     path = write(tmp_path, form([{"text": "x" * 1000}] * 30_000))
     tracemalloc.start()

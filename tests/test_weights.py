@@ -1,4 +1,4 @@
-"""Rules that turn a span's own weight, role, class and reward into the weight it trains with: pytest tests/test_weights.py"""
+"""What a span trains with, by its own weight, role, class and reward: pytest tests/test_weights.py"""
 
 import math
 
@@ -15,7 +15,8 @@ NAMES = ("GPT4", "GPT3")
 TABLE = {"GPT4": ClassConfig(reward=1.0), "GPT3": ClassConfig(reward=0.1)}
 OWN = st.sampled_from([math.nan, 0.0, 1.0, 0.3, -0.25])
 SPANS = st.lists(
-    st.tuples(OWN, st.integers(0, len(ROLES) - 1), st.integers(0, 1), st.floats(-1, 2, width=32), st.integers(1, 50)), max_size=20
+    st.tuples(OWN, st.integers(0, len(ROLES) - 1), st.integers(0, 1), st.floats(-1, 2, width=32), st.integers(1, 50)),
+    max_size=20,
 )
 
 

@@ -1,9 +1,9 @@
-"""A micro-batch: whole conversations laid end to end, with labels and weights already shifted and the supervised rows listed.
+"""A micro-batch: conversations laid end to end, labels and weights already shifted, supervised rows listed.
 
     batch = pack(examples, indices, class_ids, pad_to=8192)
 
-Letters: T packed tokens, S documents, R supervised rows. Padding comes as short documents of weight 0, because one document of P
-padding tokens would cost P^2 in attention.
+Letters: T packed tokens, S documents, R supervised rows. Padding comes as short documents of weight 0, because one
+document of P padding tokens would cost P^2 in attention.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class PackedBatch:
     """Tensors of one bin. The rest are host values, so that nobody has to ask the device for them."""
 
     input_ids: torch.Tensor  # (T,) int64
-    labels: torch.Tensor  # (T,) int64, the next id of the same document; IGNORE_INDEX at a document's end and in padding
+    labels: (
+        torch.Tensor
+    )  # (T,) int64, the next id of the same document; IGNORE_INDEX at a document's end and in padding
     loss_weights: torch.Tensor  # (T,) float32, the label's weight; 0 where there is none
     position_ids: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (S+1,) int32
@@ -71,8 +73,8 @@ def pack(
 ) -> PackedBatch:
     """Lay `examples` end to end.
 
-    `indices` (S,) are their places in the data set, `class_ids` (S,) their classes. `pad_to`: fill up to exactly so many tokens.
-    Without examples the batch is padding alone: `pad_to` tokens, or one.
+    `indices` (S,) are their places in the data set, `class_ids` (S,) their classes. `pad_to`: fill up to exactly so
+    many tokens. Without examples the batch is padding alone: `pad_to` tokens, or one.
     """
     assert len(examples) == len(indices) == len(class_ids), "one index and one class per example"
     real = [len(example.input_ids) for example in examples]

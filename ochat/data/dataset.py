@@ -3,7 +3,8 @@
     dataset = TokenDataset("data/train", classes=config.classes, weights=config.weights)
     dataset[0].input_ids, dataset.lengths, dataset.place(0)
 
-`ochat prepare` writes the folder; shards.py describes it. Token ids stay in the file: all processes share their pages.
+`ochat prepare` writes the folder; shards.py describes it. Token ids stay in the file: all processes share their
+pages.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from ochat.errors import ConfigError, DataError
 class TokenDataset:
     """A sequence of examples in input order.
 
-    `classes` and `weights` decide what a supervised token weighs (weights.py). `only_class` keeps one class, `subsample` a share
-    of each class that it names: the same conversations for the same seed, and a smaller share is part of a larger one.
-    Raises DataError for a folder that is no data set, is incomplete, or lacks a reward that `weights` asks for (with its place);
-    ConfigError for an unknown class and for a selection that leaves nothing.
+    `classes` and `weights` decide what a supervised token weighs (weights.py). `only_class` keeps one class,
+    `subsample` a share of each class that it names: the same conversations for the same seed, and a smaller share
+    is part of a larger one. Raises DataError for a folder that is no data set, is incomplete, or lacks a reward
+    that `weights` asks for (with its place); ConfigError for an unknown class and for a selection that leaves
+    nothing.
     """
 
     path: Path
@@ -58,7 +60,9 @@ class TokenDataset:
         self.path = Path(path)
         self.manifest = shards.read_manifest(self.path)
         if tuple(self.manifest["roles"]) != ROLES:
-            raise DataError(f"{self.path}: its roles are {self.manifest['roles']}, not {list(ROLES)}: prepare the data again")
+            raise DataError(
+                f"{self.path}: its roles are {self.manifest['roles']}, not {list(ROLES)}: prepare the data again"
+            )
         self.template = Template.from_dict(self.manifest["template"], str(self.path / shards.MANIFEST))
         self.class_names = tuple(self.manifest["classes"])
         self._shards = [_open_shard(shards.check_size(self.path, shard)) for shard in self.manifest["shards"]]
@@ -100,7 +104,7 @@ class TokenDataset:
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
     def place(self, index: int) -> str:
-        """"file:line" of the record that an example came from."""
+        """ "file:line" of the record that an example came from."""
         shard, at = self._locate(index)
         return f"{self.manifest['files'][shard['files'][at]]}:{shard['lines'][at]}"
 
@@ -109,7 +113,9 @@ class TokenDataset:
         for described in self.manifest["shards"]:
             path = shards.check_size(self.path, described)
             if shards.sha256(path) != described["sha256"]:
-                raise DataError(f"{path}: its content has changed since it was written: copy it again, or prepare again")
+                raise DataError(
+                    f"{path}: its content has changed since it was written: copy it again, or prepare again"
+                )
 
     def _locate(self, index: int) -> tuple[dict[str, NDArray], int]:
         if not -len(self) <= index < len(self):
@@ -152,7 +158,9 @@ class TokenDataset:
             return
         rewards = self._column("rewards")[self.indices]
         with np.errstate(over="ignore"):
-            wrong = np.flatnonzero(~np.isfinite(np.exp((rewards.astype(np.float64) - 1) / self._rule.beta).astype(np.float32)))
+            wrong = np.flatnonzero(
+                ~np.isfinite(np.exp((rewards.astype(np.float64) - 1) / self._rule.beta).astype(np.float32))
+            )
         if len(wrong):
             first = int(wrong[0])
             what = "no reward" if np.isnan(rewards[first]) else f"the reward {rewards[first]}, whose weight is infinite"
@@ -166,7 +174,8 @@ def _open_shard(path: Path) -> dict[str, NDArray]:
     """A shard's arrays as views of the mapped file."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118: it is no dict
+            names: list[str] = file.keys()
+            return {name: file.get_tensor(name).numpy() for name in names}
     except SafetensorError as error:
         raise DataError(f"{path}: damaged ({error}): copy it again, or prepare the data again") from error
 
@@ -178,7 +187,9 @@ def _select(
     known = ", ".join(map(repr, names))
     for name in [only_class, *subsample] if only_class else [*subsample]:
         if name not in names:
-            raise ConfigError(f"the data has no class {name!r} (its classes: {known}): correct data.only_class or data.subsample")
+            raise ConfigError(
+                f"the data has no class {name!r} (its classes: {known}): correct data.only_class or data.subsample"
+            )
     kept = np.ones(len(class_ids), bool) if not only_class else class_ids == names.index(only_class)
     for name, share in subsample.items():
         if not 0 <= share <= 1:

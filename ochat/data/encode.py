@@ -2,8 +2,8 @@
 
     encoded = Encoder(tokenizer, template, "auto", "", 4096, "truncate")(batch_of_records)
 
-Order of fitting: trailing tokens of weight 0 go (nothing is learnt after them), what is still too long is cut on the
-right, trailing tokens of weight 0 go again. Weights here are the record's own, or the role's default.
+Order of fitting: trailing tokens of weight 0 go (nothing is learnt after them), what is still too long is cut on
+the right, trailing tokens of weight 0 go again. Weights here are the record's own, or the role's default.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which micro-batches this rank computes in which step: a pure function of (data set, seed, epoch), so a step number is all the state.
+"""Which micro-batches a rank computes in a step: a pure function of (data set, seed, epoch, step), without state.
 
     loader = Loader(dataset, token_budget=8192, bins_per_step=8, seed=0, epochs=3)
     for step, batches in loader.iterate(start_step=120): ...
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -50,9 +50,9 @@ class LoaderStats:
 class Loader:
     """Plans every epoch once at construction, so that the number of steps is exact before the first.
 
-    `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens. `costs` (S,) float: the work of each
-    sequence, which the bins of a step share evenly. Raises ConfigError for impossible settings, DataError for a sequence longer
-    than a bin and for a data set without sequences.
+    `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens. `costs` (S,) float:
+    the work of each sequence, which the bins of a step share evenly. Raises ConfigError for impossible settings,
+    DataError for a sequence longer than a bin and for a data set without sequences.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Loader:
         return step_in_epoch == self.steps_per_epoch[epoch] - 1
 
     def step(self, step: int) -> list[PackedBatch]:
-        """This rank's micro-batches of a global step, `bins_per_step / world` of them; empty bins hold padding alone."""
+        """This rank's `bins_per_step / world` micro-batches of a global step; empty bins hold padding alone."""
         epoch, step_in_epoch = self.position(step)
         plan = self.plan(epoch)
         first = step_in_epoch * self.bins_per_step
@@ -118,8 +118,8 @@ class Loader:
         pad_to = self.token_budget if self.pad else None
         return pack(examples, indices.tolist(), self.dataset.class_ids[indices].tolist(), pad_to=pad_to)
 
-    def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Iterator[tuple[int, list[PackedBatch]]]:
-        """(step, batches) from `start_step` to the end; a thread works `prefetch` steps ahead and ends with the generator."""
+    def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Generator[tuple[int, list[PackedBatch]]]:
+        """(step, batches) from `start_step` on; a thread works `prefetch` steps ahead and ends with the generator."""
         ready: queue.Queue = queue.Queue(maxsize=max(prefetch, 1))
         stop = threading.Event()
         thread = threading.Thread(target=self._produce, args=(start_step, ready, stop), daemon=True, name="loader")

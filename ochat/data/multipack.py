@@ -1,35 +1,34 @@
-"""Packing: which sequences share a bin, and which bins a step. A pure function of (lengths, seed, epoch), without rank or I/O.
+"""Packing: which sequences share a bin, and which bins a step. A pure function of (lengths, seed, epoch).
 
     plan = multipack.plan(lengths, token_budget=32768, bins_per_step=8, seed=0, epoch=0)
     plan.bin(0), plan.num_steps, plan.efficiency()
 
-The epoch's shuffled stream is cut into windows of a few hundred bins. A window takes as many sequences as fit: longest first, each into
-the emptiest bin (LPT), which leaves bins equally full and of like composition. Where lengths come so close to the budget that LPT
-wastes room, first-fit decreasing (FFD) takes over. Every window is a random sample, so steps stay a fair sample of the data.
+The epoch's shuffled stream is cut into windows of a few hundred bins. A window takes as many sequences as fit:
+longest first, each into the emptiest bin (LPT), which leaves bins equally full and of like composition. Where
+lengths come so close to the budget that LPT wastes room, first-fit decreasing (FFD) takes over. Every window is a
+random sample, so steps stay a fair sample of the data.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 from numpy.typing import ArrayLike, NDArray
 
+from ochat.data.bins import NOWHERE, even_costs, pack_ffd, pack_lpt
 from ochat.errors import ConfigError, DataError
 
 WINDOW_BINS = (256, 2048, 16384)  # the next larger one where a window stays below GOOD_FILL
 GOOD_FILL = 0.995  # FFD is tried where LPT stays below: it fills more, but gives each bin its own kind of lengths
-NOWHERE = -1  # bin_of when the sequences do not all fit
 
 Packer = Callable[[NDArray[np.int64], int, int, int], tuple[bool, NDArray[np.int64]]]
 
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:
-    """An epoch: bin b of step s holds `indices[bin_offsets[s * bins_per_step + b] : bin_offsets[s * bins_per_step + b + 1]]`."""
+    """An epoch: bin b of step s holds `indices[bin_offsets[i] : bin_offsets[i + 1]]`, i = s * bins_per_step + b."""
 
     indices: NDArray[np.int64]  # (S,) every sequence once
     bin_offsets: NDArray[np.int64]  # (num_steps * bins_per_step + 1,)
@@ -49,7 +48,7 @@ class PackPlan:
         return float(self.bin_tokens.sum()) / room if room else 1.0
 
     def cost_imbalance(self) -> NDArray[np.float64]:
-        """Largest over mean cost among the bins of each step but the last (num_steps - 1,): what a rank waits, from 1 up."""
+        """Largest over mean cost among the bins of each step but the last (num_steps - 1,): what a rank waits; >= 1."""
         costs = self.bin_costs.reshape(self.num_steps, self.bins_per_step)[:-1]
         return costs.max(axis=1) / costs.mean(axis=1)
 
@@ -64,10 +63,11 @@ def plan(
     costs: ArrayLike | None = None,
     max_sequences: int | None = None,
 ) -> PackPlan:
-    """Pack `lengths` (S,) into bins of `token_budget` tokens and `max_sequences` documents at most, `bins_per_step` to a step.
+    """Pack `lengths` (S,) into bins of at most `token_budget` tokens and `max_sequences` documents.
 
-    `costs` (S,): the work of each sequence; where the budget allows, the bins of a step are evened in it. Nothing is dropped: a last
-    step may have empty bins. Time O(S log S) per window. Raises DataError for a length that no bin holds, ConfigError for settings.
+    `costs` (S,): the work of each sequence; where the budget allows, the bins of a step are evened in it. Nothing
+    is dropped: a last step may have empty bins. Time O(S log S) per window. Raises DataError for a length that no
+    bin holds, ConfigError for settings.
     """
     _check_settings(token_budget, bins_per_step, seed, epoch, max_sequences)
     sizes = _check_lengths(lengths, token_budget)
@@ -84,7 +84,7 @@ def plan(
         window = order[taken : taken + len(bin_of)]
         bin_of = _shuffle_bins(bin_of, num_bins, rng)
         if costs is not None:
-            bin_of = _even_costs(bin_of, sizes[window], work[window], bins_per_step, token_budget, limit)
+            bin_of = even_costs(bin_of, sizes[window], work[window], bins_per_step, token_budget, limit)
         parts.append(window[np.argsort(bin_of, kind="stable")])
         counts.append(np.bincount(bin_of, minlength=num_bins))
         taken += len(window)
@@ -105,7 +105,7 @@ def plan(
 def _fill_window(
     sizes: NDArray[np.int64], stream: NDArray[np.int64], budget: int, bins_per_step: int, limit: int
 ) -> tuple[NDArray[np.int64], int]:
-    """Bin of each sequence at the stream's head that the next window takes, and the window's number of bins (whole steps)."""
+    """Bin of each sequence at the stream's head that the next window takes, and its number of bins (whole steps)."""
     bin_of, num_bins = np.zeros(0, np.int64), 0
     for window_bins in WINDOW_BINS:
         num_bins = -(-window_bins // bins_per_step) * bins_per_step
@@ -125,16 +125,14 @@ def _fewest_steps(
     """All that is left in as few whole steps as hold it; a prefix of it in `most_bins` where they do not."""
     bins_needed = max(-(-int(head.sum()) // budget), -(-len(head) // limit))
     for num_bins in range(-(-bins_needed // bins_per_step) * bins_per_step, most_bins + 1, bins_per_step):
-        for pack in (_pack_lpt, _pack_ffd):
+        for pack in (pack_lpt, pack_ffd):
             fits, bin_of = pack(head, num_bins, budget, limit)
             if fits:
                 return bin_of, num_bins
     return _longest_prefix(head, most_bins, budget, limit), most_bins
 
 
-def _most_that_fit(
-    sizes: NDArray[np.int64], stream: NDArray[np.int64], num_bins: int, budget: int, limit: int
-) -> int:
+def _most_that_fit(sizes: NDArray[np.int64], stream: NDArray[np.int64], num_bins: int, budget: int, limit: int) -> int:
     """Number of sequences at the stream's head whose tokens do not exceed the bins' room together."""
     at_most = min(len(stream), num_bins * limit)
     room, count, total = num_bins * budget, 0, 0
@@ -150,9 +148,9 @@ def _most_that_fit(
 
 def _longest_prefix(head: NDArray[np.int64], num_bins: int, budget: int, limit: int) -> NDArray[np.int64]:
     """Bins of the longest prefix of `head` that LPT packs; of FFD's where LPT leaves too much room."""
-    best = _search_prefix(_pack_lpt, head, num_bins, budget, limit)
+    best = _search_prefix(pack_lpt, head, num_bins, budget, limit)
     if head[: len(best)].sum() < GOOD_FILL * num_bins * budget:
-        other = _search_prefix(_pack_ffd, head, num_bins, budget, limit)
+        other = _search_prefix(pack_ffd, head, num_bins, budget, limit)
         best = other if len(other) > len(best) else best
     return best
 
@@ -177,101 +175,6 @@ def _shuffle_bins(bin_of: NDArray[np.int64], num_bins: int, rng: np.random.Gener
     new_place = np.full(num_bins, NOWHERE, np.int64)
     new_place[filled] = rng.permutation(len(filled))
     return new_place[bin_of]
-
-
-@njit(cache=True)
-def _pack_lpt(sizes: NDArray[np.int64], num_bins: int, budget: int, limit: int) -> tuple[bool, NDArray[np.int64]]:
-    """Longest first, each into the emptiest bin."""
-    bin_of = np.full(len(sizes), NOWHERE)
-    counts = np.zeros(num_bins, np.int64)
-    emptiest = [(0, b) for b in range(num_bins)]
-    for i in np.argsort(-sizes, kind="mergesort"):
-        if len(emptiest) == 0 or emptiest[0][0] + sizes[i] > budget:
-            return False, bin_of
-        tokens, b = emptiest[0]
-        bin_of[i] = b
-        counts[b] += 1
-        if counts[b] == limit:
-            heapq.heappop(emptiest)
-        else:
-            heapq.heapreplace(emptiest, (tokens + sizes[i], b))
-    return True, bin_of
-
-
-@njit(cache=True)
-def _pack_ffd(sizes: NDArray[np.int64], num_bins: int, budget: int, limit: int) -> tuple[bool, NDArray[np.int64]]:
-    """Longest first, each into the first bin with room, found in a tree of the largest room below each node."""
-    leaves = 1
-    while leaves < num_bins:
-        leaves *= 2
-    room = np.full(2 * leaves, -1)
-    room[leaves : leaves + num_bins] = budget
-    for node in range(leaves - 1, 0, -1):
-        room[node] = max(room[2 * node], room[2 * node + 1])
-    counts = np.zeros(num_bins, np.int64)
-    bin_of = np.full(len(sizes), NOWHERE)
-    for i in np.argsort(-sizes, kind="mergesort"):
-        if room[1] < sizes[i]:
-            return False, bin_of
-        node = 1
-        while node < leaves:
-            node = 2 * node if room[2 * node] >= sizes[i] else 2 * node + 1
-        b = node - leaves
-        bin_of[i] = b
-        counts[b] += 1
-        room[node] = -1 if counts[b] == limit else room[node] - sizes[i]
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
-    return True, bin_of
-
-
-@njit(cache=True)
-def _even_costs(bin_of, sizes, costs, bins_per_step, budget, limit):
-    """Within each step, deal the sequences out again by cost; a step keeps its bins unless that fits and is more even."""
-    result = bin_of.copy()
-    order = np.argsort(bin_of // bins_per_step, kind="mergesort")
-    begin = 0
-    while begin < len(order):
-        step = bin_of[order[begin]] // bins_per_step
-        end = begin
-        while end < len(order) and bin_of[order[end]] // bins_per_step == step:
-            end += 1
-        members = order[begin:end]
-        before = np.zeros(bins_per_step)
-        for i in members:
-            before[bin_of[i] - step * bins_per_step] += costs[i]
-        largest, dealt = _deal_by_cost(sizes[members], costs[members], bins_per_step, budget, limit)
-        if largest < before.max():
-            result[members] = step * bins_per_step + dealt
-        begin = end
-    return result
-
-
-@njit(cache=True)
-def _deal_by_cost(sizes, costs, num_bins, budget, limit):
-    """Costliest first, each into the cheapest bin with room. Returns the largest bin's cost (infinite: no room) and the bins."""
-    bin_of = np.full(len(sizes), NOWHERE)
-    tokens = np.zeros(num_bins, np.int64)
-    counts = np.zeros(num_bins, np.int64)
-    cheapest = [(0.0, b) for b in range(num_bins)]
-    largest = 0.0
-    for i in np.argsort(-costs, kind="mergesort"):
-        passed = [(0.0, 0) for _ in range(0)]
-        while len(cheapest) > 0 and tokens[cheapest[0][1]] + sizes[i] > budget:
-            passed.append(heapq.heappop(cheapest))
-        if len(cheapest) == 0:
-            return np.inf, bin_of
-        cost, b = heapq.heappop(cheapest)
-        bin_of[i] = b
-        tokens[b] += sizes[i]
-        counts[b] += 1
-        largest = max(largest, cost + costs[i])
-        if counts[b] < limit:
-            passed.append((cost + costs[i], b))
-        for entry in passed:
-            heapq.heappush(cheapest, entry)
-    return largest, bin_of
 
 
 def _sum_bins(values: NDArray, bin_offsets: NDArray[np.int64]) -> NDArray:

@@ -1,9 +1,9 @@
-"""Conversations in, a data set of token ids out: `ochat prepare --input a.jsonl --base BASE --template NAME --output DIR`.
+"""Conversations in, a data set of token ids out: what `ochat prepare --input ... --output DIR` runs.
 
     report = prepare(["a.jsonl"], base="models/base", template="openchat_v3.2", output="data/a")
 
-The main process cuts the input into batches of records, workers turn each into token ids and spans (encode.py), and the
-main process writes shards in input order. Memory is a few batches per worker and one shard.
+The main process cuts the input into batches of records, workers turn each into token ids and spans (encode.py), and
+the main process writes shards in input order. Memory is a few batches per worker and one shard.
 """
 
 from __future__ import annotations
@@ -56,11 +56,14 @@ class PrepareOptions:
     progress: bool = True  # show a progress bar
 
 
-def prepare(inputs: Sequence[str | Path], base: str | Path, template: str, output: str | Path, **options) -> PrepareReport:
+def prepare(
+    inputs: Sequence[str | Path], base: str | Path, template: str, output: str | Path, **options
+) -> PrepareReport:
     """Prepare `inputs` as PrepareOptions (whose other fields are keywords here) say.
 
-    Raises DataError for a bad record ("file:line: field: what is wrong") unless on_bad="skip", for empty input and where nothing
-    is left to train on; ConfigError for a tokenizer without the template's tokens and for an output that is in the way.
+    Raises DataError for a bad record ("file:line: field: what is wrong") unless on_bad="skip", for empty input and
+    where nothing is left to train on; ConfigError for a tokenizer without the template's tokens and for an output
+    that is in the way.
     """
     return run(PrepareOptions(tuple(map(str, inputs)), str(base), template, str(output), **options))
 
@@ -159,8 +162,8 @@ def _result(future: Future[Encoded], batch: Batch) -> tuple[Encoded, int]:
     except BrokenProcessPool as error:
         first = batch[0][0]
         raise DataError(
-            f"{first.place}: a worker died on this record or one of the {len(batch[0]) - 1} behind it, most often for want "
-            "of memory: try --workers 0, which needs the least"
+            f"{first.place}: a worker died on this record or one of the {len(batch[0]) - 1} behind it, most often for "
+            "want of memory: try --workers 0, which needs the least"
         ) from error
 
 

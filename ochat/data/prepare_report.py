@@ -1,6 +1,6 @@
 """What became of the input of `ochat prepare`: counts by class, for the manifest and as a table.
 
-    print_report(prepare(...))
+print_report(prepare(...))
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = {
+COLUMNS = {  # name in the counts -> heading
     "kept": "kept",
-    "truncated": "of them truncated",
-    "too_long": "dropped: too long",
-    "unsupervised": "dropped: nothing supervised within the context",
+    "truncated": "truncated",
+    "too_long": "too long",
+    "unsupervised": "no answer",
     "tokens": "tokens",
-    "supervised": "supervised tokens",
+    "supervised": "supervised",
 }
+CAPTION = "dropped: too long, or no answer left within the context; supervised: tokens with a weight other than 0"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class PrepareReport:
     @property
     def dropped(self) -> dict[str, int]:
         """Reason -> conversations."""
-        return {reason: self.total[reason] for reason in ("too_long", "unsupervised")}
+        return {COLUMNS[name]: self.total[name] for name in ("too_long", "unsupervised")}
 
     @property
     def tokens(self) -> int:
@@ -66,16 +67,17 @@ class PrepareReport:
     def summary(self) -> str:
         """One line."""
         dropped = ", ".join(f"{count} dropped ({reason})" for reason, count in self.dropped.items() if count)
-        return f"{self.kept} kept, {self.truncated} of them truncated, {dropped or 'none dropped'}, {self.rejected} rejected"
+        cut = f"{self.truncated} of them truncated"
+        return f"{self.kept} kept, {cut}, {dropped or 'none dropped'}, {self.rejected} rejected"
 
 
 def print_report(report: PrepareReport, console: Console | None = None) -> None:
     """A table of classes, and one line about the whole."""
     console = console or Console()
-    table = Table(title=f"{report.output}: conversations and tokens, context {report.context}", title_justify="left")
-    table.add_column("class")
+    table = Table(title=f"{report.output}: conversations and tokens, context {report.context}", caption=CAPTION)
+    table.add_column("class", overflow="fold")
     for title in COLUMNS.values():
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for name, counts in sorted(report.classes.items()):
         table.add_row(name or "(none)", *(f"{counts[column]:,}" for column in COLUMNS))
     table.add_section()

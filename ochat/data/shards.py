@@ -120,6 +120,7 @@ class ShardWriter:
         joined["span_offsets"] = _offsets(joined.pop("span_counts"))
         path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
         save_file(joined, path, metadata={"format": FORMAT})
+        path.chmod(self.folder.stat().st_mode & 0o666)  # the library keeps files to their owner
         _sync(path)
         self.shards.append(
             {

@@ -1,10 +1,11 @@
-"""From what a span carries (role, its own weight, its conversation's class and reward) to the weight its tokens train with.
+"""From what a span carries (role, own weight, class, reward) to the weight its tokens train with.
 
     rule = WeightRule(config.weights, config.classes, class_names=("GPT4", "GPT3"))
     rule(own, roles, class_ids, rewards, num_tokens)  -> (n,) float32, one weight per span
 
-A span is supervised if its own weight is not 0; a missing weight counts as 1 for the assistant and 0 for everybody else. So an
-explicit 0 keeps an answer out of training whatever the source, and a class decides how much an answer counts, never which ones do.
+A span is supervised if its own weight is not 0; a missing weight counts as 1 for the assistant and 0 for everybody
+else. So an explicit 0 keeps an answer out of training whatever the source, and a class decides how much an answer
+counts, never which ones do.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def own_weights(own: NDArray[np.float32], roles: NDArray[np.uint8]) -> NDArray[n
 
 
 def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
-    """`weight`, or `exp((reward - 1) / beta)`. Raises ConfigError unless exactly one of the two is given and the result is finite."""
+    """`weight`, or `exp((reward - 1) / beta)`. Raises ConfigError unless one of them is given and the result finite."""
     if (config.reward is None) == (config.weight is None):
         both = "both" if config.reward is not None else "neither of them"
         raise ConfigError(f"[classes.{name}] needs exactly one of reward and weight, and has {both}")
@@ -45,7 +46,8 @@ def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
 class WeightRule:
     """The weights section and the [classes] table, resolved against the classes of one data set.
 
-    `present` are the classes whose conversations are used; each needs an entry if the table decides. Raises ConfigError.
+    `present` are the classes whose conversations are used; each needs an entry if the table decides. Raises
+    ConfigError.
     """
 
     def __init__(
@@ -77,8 +79,9 @@ class WeightRule:
     ) -> NDArray[np.float32]:
         """Weights (n,) float32 of n spans.
 
-        `own` NaN where the record gives none; `class_ids` and `rewards` (NaN: none) of the span's conversation; `num_tokens` that
-        the span holds, after truncation. With `classes` and `reward` a negative own weight lends its sign.
+        `own` NaN where the record gives none; `class_ids` and `rewards` (NaN: none) of the span's conversation;
+        `num_tokens` that the span holds, after truncation. With `classes` and `reward` a negative own weight lends
+        its sign.
         """
         weights = own_weights(own, roles)
         supervised = weights != 0
