@@ -16,7 +16,7 @@ BASE = {
 }  # fmt: skip
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 64,  # the pairs of 16 dimensions lie in all three bands
 }  # fmt: skip
 QWEN_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
