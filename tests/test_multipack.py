@@ -157,3 +157,7 @@ def test_impossible_settings_are_named(setting):
     name = {"budget": "token_budget"}.get(next(iter(setting)), next(iter(setting)))
     with pytest.raises(ConfigError, match=name):
         make([1, 2], **setting)
+
+
+def test_costs_of_nothing_are_even():
+    assert (make([BUDGET] * 12, costs=[0.0] * 12).cost_imbalance() == 1).all()

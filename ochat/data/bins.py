@@ -30,7 +30,7 @@ def pack_lpt(sizes: NDArray[np.int64], num_bins: int, budget: int, limit: int) -
         counts[b] += 1
         heapq.heappop(emptiest)
         if counts[b] < limit:
-            heapq.heappush(emptiest, (tokens + sizes[i], b))
+            heapq.heappush(emptiest, (tokens + int(sizes[i]), b))
     return True, bin_of
 
 

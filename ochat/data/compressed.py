@@ -27,9 +27,9 @@ def chunks(raw: BinaryIO, name: str) -> Iterator[bytes]:
         return
     stream: Any = raw
     if magic.startswith(b"\x1f\x8b"):
-        stream = gzip.GzipFile(fileobj=raw)  # noqa: SIM115
+        stream = gzip.GzipFile(fileobj=raw)
     elif magic == b"\xfd7zXZ\x00":
-        stream = lzma.LZMAFile(raw)
+        stream = lzma.LZMAFile(raw)  # noqa: SIM115
     while chunk := stream.read(CHUNK_BYTES):
         yield chunk
 

@@ -50,7 +50,8 @@ class PackPlan:
     def cost_imbalance(self) -> NDArray[np.float64]:
         """Largest over mean cost among the bins of each step but the last (num_steps - 1,): what a rank waits; >= 1."""
         costs = self.bin_costs.reshape(self.num_steps, self.bins_per_step)[:-1]
-        return costs.max(axis=1) / costs.mean(axis=1)
+        mean = costs.mean(axis=1)
+        return np.where(mean > 0, costs.max(axis=1) / np.where(mean > 0, mean, 1), 1.0)  # no work at all is even
 
 
 def plan(

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 COLUMNS = {  # name in the counts -> heading
@@ -74,14 +75,14 @@ class PrepareReport:
 def print_report(report: PrepareReport, console: Console | None = None) -> None:
     """A table of classes, and one line about the whole."""
     console = console or Console()
-    table = Table(title=f"{report.output}: conversations and tokens, context {report.context}", caption=CAPTION)
+    table = Table(title=f"{escape(report.output)}: conversations and tokens, context {report.context}", caption=CAPTION)
     table.add_column("class", overflow="fold")
     for title in COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
     for name, counts in sorted(report.classes.items()):
-        table.add_row(name or "(none)", *(f"{counts[column]:,}" for column in COLUMNS))
+        table.add_row(escape(name) or "(none)", *(f"{counts[column]:,}" for column in COLUMNS))
     table.add_section()
     table.add_row("all", *(f"{report.total[column]:,}" for column in COLUMNS))
     console.print(table)
-    rejects = f" ({report.output}/rejects.jsonl)" if report.rejected else ""
+    rejects = f" ({escape(report.output)}/rejects.jsonl)" if report.rejected else ""
     console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
