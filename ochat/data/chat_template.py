@@ -1,9 +1,10 @@
-"""The chat template (Jinja) of an exported model: a server that renders and tokenises a whole chat gets exactly training's ids.
+"""The chat template (Jinja) of an exported model: a server that renders and tokenises a whole chat gets training's ids.
 
     text = render(template, tokenizer); verify(out_dir, template, tokenizer)
 
-Training tokenises each segment alone, a server the rendered string as a whole. Where a prefix and its content could grow together,
-the template writes what keeps them apart: a blank (SentencePiece's dummy prefix), or a boundary that the exported tokenizer drops.
+Training tokenises each segment alone, a server the rendered string as a whole. Where a prefix and its content could
+grow together, the template writes what keeps them apart: a blank (which is SentencePiece's dummy prefix), or a boundary
+that the exported tokenizer drops.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from ochat.errors import CheckpointError
 _SOURCE = """\
 {%- set chosen = condition if condition is defined and condition is not none else @default@ -%}
 {%- for message in messages -%}
-  {%- if message['content'] is not string -%}{{- raise_exception('The content of a message must be text.') -}}{%- endif -%}
+  {%- if message['content'] is not string -%}
+    {{- raise_exception('The content of a message must be text.') -}}
+  {%- endif -%}
   {%- for mark in @marks@ -%}
     {%- if mark in message['content'] -%}
       {{- raise_exception('A message contains ' ~ mark ~ ', which this model reserves; remove it.') -}}
@@ -40,13 +43,13 @@ _SOURCE = """\
 {%- for message in messages -%}
   {%- set content = message['content'] -%}
   {%- if message['role'] == 'system' and loop.first -%}
-    {%- if content -%}{{- @system@ ~ content ~ @eot@ -}}{%- endif -%}
+    {%- if content -%}{{- @system@ ~ @join_system@ ~ content ~ @eot@ -}}{%- endif -%}
   {%- elif message['role'] == 'user' -%}
-    {{- @user@ -}}{%- if content -%}{{- @join@ ~ content -}}{%- endif -%}{{- @eot@ -}}
+    {{- @user@ -}}{%- if content -%}{{- @join_user@ ~ content -}}{%- endif -%}{{- @eot@ -}}
   {%- elif message['role'] == 'assistant' -%}
-    {{- @assistant@ -}}{%- if content -%}{{- @join@ ~ content -}}{%- endif -%}{{- @eot@ -}}
+    {{- @assistant@ -}}{%- if content -%}{{- @join_assistant@ ~ content -}}{%- endif -%}{{- @eot@ -}}
   {%- else -%}
-    {{- raise_exception('Roles are user and assistant, and system for the first message; this one is ' ~ message['role']) -}}
+    {{- raise_exception('Roles are user and assistant, and system in front; this one is ' ~ message['role']) -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- @assistant@ -}}{%- endif -%}
@@ -55,10 +58,10 @@ _SOURCE = """\
 
 @dataclass(frozen=True)
 class Joint:
-    """What stands between a prefix and content that is not empty: a boundary (always, before a blank, or never), then `lead`."""
+    """What stands between a prefix and content that is not empty."""
 
-    boundary: str
-    lead: str
+    boundary: str  # always, before blanks (where content starts with one), never
+    lead: str  # behind the boundary
 
     def expression(self) -> str:
         """The joint as a Jinja expression over `content`."""
@@ -69,17 +72,15 @@ class Joint:
 
 
 def render(template: Template, tokenizer: Tokenizer) -> str:
-    """The Jinja source. Variables: `messages` (a leading system message is allowed), `add_generation_prompt`, and
-    `condition` (undefined: the template's default; "": none). A message that holds a special token is refused when rendering.
+    """The Jinja source of the chat template.
 
+    Its variables: `messages` (system in front is allowed), `add_generation_prompt`, `condition` (undefined: the
+    template's default; "": none). Rendering refuses a message that holds a special token: served, it would be live.
     Raises: ConfigError if the tokenizer lacks a special token of the template.
     """
     template.check(tokenizer)
-    joint, system_joint = (
-        _joint(template.role_prefix("user", ""), tokenizer),
-        _joint(template.system_prefix(), tokenizer),
-    )
-    uses_boundary = "never" not in (joint.boundary, system_joint.boundary)
+    joints = {role: _joint(template, role, tokenizer) for role in ("user", "assistant", "system")}
+    uses_boundary = any(joint.boundary != "never" for joint in joints.values())
     values = {
         "default": _quoted(template.default_condition),
         "marks": json.dumps(_marks(tokenizer, uses_boundary), ensure_ascii=False),
@@ -87,8 +88,10 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
         "eot": _quoted(template.eot),
         "user": _prefix_expression(template, "user"),
         "assistant": _prefix_expression(template, "assistant"),
-        "system": f"{_quoted(template.system_prefix())} ~ {system_joint.expression()}",
-        "join": joint.expression(),
+        "system": _quoted(template.system_prefix()),
+        "join_user": joints["user"].expression(),
+        "join_assistant": joints["assistant"].expression(),
+        "join_system": joints["system"].expression(),
     }
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], _SOURCE)
 
@@ -106,18 +109,17 @@ def _quoted(text: str) -> str:
 
 
 def _marks(tokenizer: Tokenizer, uses_boundary: bool) -> list[str]:
-    """Strings that no message may hold. Families that differ in a number alone (<|reserved_special_token_7|>) count by their stem."""
+    """Strings that no message may hold. Many tokens that differ in a number (reserved_special_token_7) count as one."""
     stems: dict[str, list[str]] = {}
     for token in tokenizer.special_tokens:
         stems.setdefault(re.split(r"\d", token)[0], []).append(token)
-    marks = [
-        mark for stem, tokens in stems.items() for mark in ([stem] if len(tokens) > 8 and len(stem) > 4 else tokens)
-    ]
-    return [*sorted(marks), *([BOUNDARY] if uses_boundary else [])]
+    families = ([stem] if len(tokens) > 8 and len(stem) > 4 else tokens for stem, tokens in stems.items())
+    return [*sorted(mark for marks in families for mark in marks), *([BOUNDARY] if uses_boundary else [])]
 
 
-def _joint(prefix: str, tokenizer: Tokenizer) -> Joint:
-    tail = re.split("|".join(map(re.escape, tokenizer.special_tokens)) or "(?!)", prefix)[-1]
+def _joint(template: Template, role: str, tokenizer: Tokenizer) -> Joint:
+    prefix = template.system_prefix() if role == "system" else template.role_prefix(role, "")
+    tail = tokenizer.split_at_specials(prefix)[-1]
     if not tail:
         return Joint("never", "")  # a special token, or nothing, stands before the content
     if _has_dummy_prefix(tokenizer):
@@ -141,7 +143,7 @@ def _grows_across_blanks(tokenizer: Tokenizer) -> bool:
 
 
 def _pieces(tokenizer: Tokenizer) -> Iterable[str]:
-    """The vocabulary as text; nothing for byte-level tiktoken ranks, whose pre-tokenizer decides where a token may end."""
+    """The vocabulary as text; nothing for tiktoken ranks, whose pre-tokenizer decides where a token may end."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         return [p.text for p in spm.read(tokenizer.content).pieces if p.type in (spm.NORMAL, spm.USER_DEFINED)]
     if tokenizer.kind != "json":
@@ -150,9 +152,10 @@ def _pieces(tokenizer: Tokenizer) -> Iterable[str]:
     return vocab if isinstance(vocab, dict) else [piece for piece, _ in vocab]
 
 
-# one of each kind of character that pre-tokenizers tell apart: letters, marks, digits, punctuation, symbols, controls, formats
-_STARTS = ("a", "Z", "é", "ß", "漢", "ん", "ب", "א", "\u0301", "\u093f", "0", "٣", "²", "½", "'s", "'", '"', "-", "--", ":", ")", "#", "/",
-           "`", "_", "€", "+", "😀", "\u200d", "\u200b", "\ufeff", "\ufffd", "\ue000", "\x00", "\x1b", "\x7f")  # fmt: skip
+# one of each kind of character that pre-tokenizers tell apart
+_LETTERS = ("a", "Z", "é", "ß", "漢", "ん", "ب", "א", "\u0301", "\u093f", "0", "٣", "²", "½")
+_SIGNS = ("'s", "'", '"', "-", "--", ":", ")", "#", "/", "`", "_", "€", "+", "😀")
+_INVISIBLE = ("\u200d", "\u200b", "\ufeff", "\ufffd", "\ue000", "\x00", "\x1b", "\x7f")
 
 
 def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
@@ -160,7 +163,7 @@ def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
     if any(re.search(r"\n[^\s▁]", piece) for piece in _pieces(tokenizer)):
         return False
     head = tokenizer.encode(tail)
-    contents = [start + rest for start in _STARTS for rest in ("", "b", " b", "7", "\n")]
+    contents = [start + rest for start in (*_LETTERS, *_SIGNS, *_INVISIBLE) for rest in ("", "b", " b", "7", "\n")]
     return all(tokenizer.encode(tail + content) == head + tokenizer.encode(content) for content in contents)
 
 
@@ -170,7 +173,7 @@ def verify(
     tokenizer: Tokenizer,
     conversations: Iterable[Conversation] | None = None,
 ) -> None:
-    """Render conversations with the exported chat template, tokenise with the exported tokenizer, compare with training.
+    """Render conversations with the exported chat template, tokenise with the exported tokenizer, compare ids.
 
     `conversations`: None for a built-in set of awkward ones. Raises: CheckpointError at the first difference.
     """
@@ -235,8 +238,22 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-_AWKWARD = ("Hello", "", " ", "  two blanks", "\n", "\n\nlines", " \n x", "\t", ":)", ")", "'s", "\u0301accent", "12345", "▁", "😀 漢字",
-            "a\x00b", "\u00a0x", "\u2028x", "\x1cx", "trailing \n\n", "User: hi", "-- -", "<", "|>", "\r\nx", "▁ x", "//", "\u200dz")  # fmt: skip
+_BLANKS = (
+    "",
+    " ",
+    "  two blanks",
+    "\n",
+    "\n\nlines",
+    " \n x",
+    "\t",
+    "\u00a0x",
+    "\u2028x",
+    "\x1cx",
+    "\r\nx",
+    "trailing \n\n",
+)
+_TEXTS = ("Hello", "User: hi", "12345", "a\x00b", "😀 漢字", "\u0301accent", "\u200dz", "▁", "▁ x")
+_AWKWARD = (*_BLANKS, *_TEXTS, ":)", ")", "'s", "-- -", "<", "|>", "//")
 
 
 def probes() -> list[Conversation]:

@@ -211,6 +211,8 @@ def _check_values(template: Template, place: str) -> None:
         raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {sorted(roles)}")
     if not all(isinstance(text, str) for text in (*roles.values(), *template.special_tokens)):
         raise ConfigError(f"{place}: roles and special_tokens hold text only")
+    if not (roles["user"].strip() and roles["assistant"].strip()):
+        raise ConfigError(f"{place}: roles.user and roles.assistant must not be blank")
     if template.context < 1:
         raise ConfigError(f"{place}: context must be at least 1, not {template.context}")
     if template.prefix.count("{role}") != 1:

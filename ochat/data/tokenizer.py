@@ -67,10 +67,14 @@ class Tokenizer:
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of text in which special tokens are live; what stands between them is encoded alone."""
         ids: list[int] = []
-        for part in self._special_pattern.split(text):
+        for part in self.split_at_specials(text):
             special = self.special_tokens.get(part)
             ids += self.encode(part) if special is None else [special]
         return ids
+
+    def split_at_specials(self, text: str) -> list[str]:
+        """The text in turns: ordinary (possibly empty), special, ordinary, ...; the longest special token wins."""
+        return self._special_pattern.split(text)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; each stretch between special tokens is decoded alone, as it was encoded.

@@ -1,9 +1,9 @@
-"""Writes a tokenizer as files that transformers loads, with the same ids for any text, and that `tokenizer.load` reads back.
+"""Writes a tokenizer as files that transformers loads, with the same ids for any text; `load` reads them back.
 
     export(tokenizer, "runs/a/export", chat_template=chat_template.render(template, tokenizer), eos_token=template.eot)
 
-SentencePiece BPE becomes a `tokenizers` BPE over the raw text, its merges recovered from the scores; tiktoken ranks become byte-level BPE.
-Both keep their own tokenizer.model beside it.
+SentencePiece BPE becomes a `tokenizers` BPE over the raw text, its merges recovered from the scores; tiktoken ranks
+become byte-level BPE. Both keep their own tokenizer.model beside it.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def read_json(files: TokenizerFiles, added_tokens: Sequence[str]) -> tuple[bytes
 
 
 def json_names(files: TokenizerFiles) -> dict[str, str]:
-    """The BOS and EOS tokens beside a tokenizer.json; without a tokenizer_config.json, the BOS its post-processor sets."""
+    """The BOS and EOS tokens named beside a tokenizer.json; if nothing is, the BOS that its post-processor sets."""
     first = ((json.loads(files.content).get("post_processor") or {}).get("single") or [{}])[0]
     if files.names or (files.path.parent / "tokenizer_config.json").exists() or "SpecialToken" not in first:
         return files.names

@@ -1,0 +1,106 @@
+"""Tokenizers for the text tests: small ones made on the spot, and the real ones of packages that may be installed.
+
+`sentencepiece_bytes`, `byte_level_json` give file contents; `real_tokenizer("mistral" | "llama3")` a path, or skips the test.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from ochat.data.tokenizer import LLAMA3_PATTERN
+
+_REAL = {"mistral": ("mistral_common", "data/tokenizer.model.v1"), "llama3": ("llama_models", "llama3/tokenizer.model")}
+
+CORPUS = (
+    tuple(
+        f'User: the {a} of {b} isn\'t {i * 37} times two,\n\n  or is it?  {b}s say: "{a}!" :) ((({i}))) -- e\u0301t\u00e9\t\u6f22\u5b57'
+        for i, (a, b) in enumerate(
+            (a, b) for a in ("sum", "product", "answer", "assistant") for b in ("cat", "dog", "user")
+        )
+    )
+    * 4
+)
+
+# what users write and tokenizers stumble over; "" stands for itself
+NASTY = (
+    "", " ", "  ", "\n", " \n", "\n\n\n x", "\t a", "a\x00b", "\u00a0", "\u2028", "\u0301", "e\u0301", "\u00e9", "\U0001f600\u200d\U0001f600",
+    "\u6f22\u5b57\u304b\u306a", "\u0645\u0631\u062d\u0628\u0627", "\u2581", " \u2581 x", ":)", "isn't", "1234567", "<s>", "</s>", "<unk>", "<0x0A>",
+    "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "a<|end_of_turn|>b", "\ufeff", "\uffff", "x" * 300, " " * 77, "\r\n\r\n",
+    "<|im_start|>user\nhi<|im_end|>", "[INST]", "\U0010ffff",
+)  # fmt: skip
+
+
+def real_tokenizer(name: str) -> Path:
+    """The path of a real tokenizer; the package that holds it is found, not imported."""
+    package, path = _REAL[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip(f"the real {name} tokenizer is in the package {package}, which is not installed")
+    return Path(spec.submodule_search_locations[0]) / path
+
+
+@cache
+def sentencepiece_bytes(*, dummy_prefix: bool) -> bytes:
+    """A small SentencePiece BPE: Llama-like, or Gemma-like (no dummy prefix; turn marks and newlines are user-defined)."""
+    symbols = (
+        []
+        if dummy_prefix
+        else ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<h1>"]
+    )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_writer=model,
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=dummy_prefix,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        character_coverage=0.99,
+        user_defined_symbols=symbols,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@cache
+def byte_level_json(flavour: str) -> str:
+    """A small byte-level tokenizer.json: "gpt2" (single digits, then GPT-2's pattern) or "qwen" (NFC, then Llama 3's)."""
+    model = tokenizers.Tokenizer(models.BPE())
+    if flavour == "gpt2":
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    else:
+        model.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+        steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    model.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    model.decoder = decoders.ByteLevel()
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    model.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=420, special_tokens=specials, initial_alphabet=letters, show_progress=False),
+    )
+    return model.to_str()
+
+
+def small_folder(kind: str, folder: Path) -> Path:
+    """A folder with a small tokenizer of a kind: llama, gemma, gpt2 or qwen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind in ("llama", "gemma"):
+        (folder / "tokenizer.model").write_bytes(sentencepiece_bytes(dummy_prefix=kind == "llama"))
+        return folder
+    (folder / "tokenizer.json").write_text(byte_level_json(kind), encoding="utf-8")
+    names = {"bos_token": "<|endoftext|>" if kind == "gpt2" else None, "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    return folder
