@@ -117,6 +117,14 @@ def test_a_bin_is_not_left_to_the_longest():
     assert means[:-1].var() <= 2 * lengths.var() / (len(lengths) / packed.num_steps)
 
 
+def test_bins_come_in_no_order_of_length():
+    """Lengths up to the budget, which first-fit decreasing packs, longest bins first: the plan must not keep that."""
+    lengths = np.random.default_rng(0).integers(1, BUDGET + 1, 4000)
+    packed = make(lengths, 1)
+    longest = np.maximum.reduceat(lengths[packed.indices], packed.bin_offsets[:-1])
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.2
+
+
 def test_costs_even_the_bins_of_a_step():
     lengths = chat_lengths(20_000)
     costs = lengths + 1e-3 * lengths.astype(float) ** 2

@@ -15,8 +15,9 @@ from rich.console import Console
 from ochat.data import shards, template, tokenizer
 from ochat.data.conversation import Conversation
 from ochat.data.dataset import TokenDataset
-from ochat.data.prepare import prepare
+from ochat.data.prepare import _encode_all, prepare
 from ochat.data.prepare_report import print_report
+from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -255,3 +256,16 @@ def _peak_mib(source, base, output):
         patch.setattr(shards, "SHARD_TOKENS", 1 << 18)
         prepare([source], base, TEMPLATE, output, workers=0, progress=False)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Killer:
+    """An encoder that takes its process down, as the kernel does with one that wants too much memory."""
+
+    def __call__(self, batch):
+        os._exit(9)
+
+
+def test_a_worker_that_dies_names_where_it_was():
+    batch = [Record("in.jsonl", line, line, b"{}") for line in (7, 8, 9)]
+    with pytest.raises(DataError, match=r"in\.jsonl:7: a worker died on this record or one of the 2 behind it"):
+        list(_encode_all([(batch, 0)], Killer(), 1))
