@@ -17,7 +17,7 @@ from ochat.errors import OchatError
 
 
 class Command(NamedTuple):
-    """Where a command lives: a module with `run(options)`, or with `main(arguments)` where there are no options to parse."""
+    """Where a command lives: a module with `main(options)`, or `main(arguments)` where there are no options to parse."""
 
     module: str
     options: str | None
@@ -69,7 +69,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
     style = (tyro.conf.PositionalRequiredArgs,) if command.positional else ()
     options = tyro.cli(getattr(module, command.options), prog=f"ochat {name}", args=list(arguments), config=style)
     try:
-        module.run(options)
+        module.main(options)
     except OchatError as error:
         Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
         sys.exit(1)

@@ -36,7 +36,7 @@ class GenerateOptions:
     device: str = "cpu"  # or cuda
 
 
-def run(options: GenerateOptions) -> None:
+def main(options: GenerateOptions) -> None:
     """The command `ochat generate`."""
     console = Console(highlight=False)
     answers = answer(options)

@@ -35,7 +35,7 @@ class Display:
 
     def note(self, text: str) -> None:
         """One plain line."""
-        self.console.print(escape(text))
+        self.console.print(escape(text), soft_wrap=True)
 
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
@@ -72,7 +72,8 @@ class Display:
     def samples(self, answers: list[dict[str, str]]) -> None:
         """The answers to the fixed prompts."""
         for a in answers:
-            self.console.print(f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(a['answer'])}")
+            line = f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(a['answer'])}"
+            self.console.print(line, soft_wrap=True)
 
 
 def _describe(line: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ import torch
 from ochat import config as configuration
 from ochat.data import chat_template, tokenizer_export
 from ochat.data import tokenizer as tokenizers
-from ochat.data.dataset import read_manifest
+from ochat.data.shards import read_manifest
 from ochat.data.template import Template
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import hf
@@ -38,7 +38,7 @@ class ExportOptions:
     overwrite: bool = False  # replace an exported folder that is already there
 
 
-def run(options: ExportOptions) -> None:
+def main(options: ExportOptions) -> None:
     """The command `ochat export`."""
     export(options.source, options.output, dtype=options.dtype, overwrite=options.overwrite)
     print(f"exported {options.output}")

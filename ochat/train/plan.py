@@ -54,7 +54,7 @@ def describe(config: Config, data: TokenDataset, model: ModelConfig) -> dict[str
         "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, longest {int(data.lengths.max()):,}",
         "classes": ", ".join(f"{name or '(none)'} {count:,}" for name, count in zip(data.class_names, classes, strict=True)),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
-        "steps": f"{stats.num_steps:,} in all ({_epochs(stats.steps_per_epoch)})",
+        "steps": f"{stats.num_steps:,} of {_epochs(stats.steps_per_epoch)}",
         "step": f"{config.data.bins_per_step} bins of {config.data.token_budget:,} tokens: "
         f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
         "packing": f"fill {stats.fill:.2%}; work of a step's bins, max over mean: {stats.imbalance_mean:.3f} on average, "
@@ -76,6 +76,5 @@ def histogram(lengths: np.ndarray, num_bins: int = 10, width: int = 40) -> str:
 
 
 def _epochs(steps_per_epoch: Sequence[int]) -> str:
-    if len(set(steps_per_epoch)) == 1:
-        return f"{len(steps_per_epoch)} epochs of {steps_per_epoch[0]:,}" if len(steps_per_epoch) > 1 else "1 epoch"
-    return f"epochs of {', '.join(map(str, steps_per_epoch[:8]))}{' ...' * (len(steps_per_epoch) > 8)}"
+    shown = ", ".join(f"{steps:,}" for steps in steps_per_epoch[:8]) + " ..." * (len(steps_per_epoch) > 8)
+    return f"{sum(steps_per_epoch):,} in {len(steps_per_epoch)} epoch{'s' * (len(steps_per_epoch) > 1)} ({shown})"

@@ -29,6 +29,7 @@ from ochat.train.interrupt import Interrupt
 from ochat.train.loss import head_loss
 from ochat.train.metrics import Journal, Tally
 from ochat.train.parallel import Ranks
+from ochat.train.trackers import Trackers
 
 
 def train(config: Config) -> None:
@@ -69,6 +70,7 @@ class Trainer:
         self.steps_done = self._load()
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
+        self.trackers = Trackers(config, self.run_dir, enabled=ranks.is_first)
         self.interrupt = Interrupt()
 
     def run(self) -> None:
@@ -115,7 +117,9 @@ class Trainer:
         save = last or due(done, self.config.checkpoint.every, epoch_end)
         measure = last or due(done, self.config.train.eval_every, epoch_end)
         if save or measure or done % self.config.train.log_every == 0:
-            self.display.steps(self.journal.flush(), self.loader.num_steps)
+            lines = self.journal.flush()
+            self.display.steps(lines, self.loader.num_steps)
+            self.trackers.add("train", lines)
         stop = self.journal.interrupted and not last
         if measure:
             self.evaluate()
@@ -133,6 +137,7 @@ class Trainer:
             line = stamp | evaluate.held_out(self.forward, self.eval_loader, self.ranks)
             self._append("eval.jsonl", [line])
             self.display.evaluation(line)
+            self.trackers.add("held_out", [line])
         answers = evaluate.answer(
             self.model, self.data.template, self.tokenizer, self.config.samples, tuple(self.data.class_names)
         )
@@ -146,7 +151,8 @@ class Trainer:
         self.display.note(f"saved {path}")
 
     def finish(self) -> None:
-        """Exports the trained model, once every rank is done."""
+        """Exports the trained model; every rank waits for it."""
+        self.trackers.close()
         if self.ranks.is_first:
             export(self.run_dir, self.run_dir / "export", overwrite=True)
             self.display.note(f"exported {self.run_dir / 'export'}")

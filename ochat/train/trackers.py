@@ -1,0 +1,66 @@
+"""Experiment trackers beside metrics.jsonl: TensorBoard and Weights & Biases, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from ochat.config import Config, dump
+from ochat.errors import ConfigError
+
+Write = Callable[[int, dict[str, float]], None]  # (step, name -> value)
+
+
+class Trackers:
+    """The configured trackers; none on ranks other than the first."""
+
+    def __init__(self, config: Config, run_dir: Path, enabled: bool):
+        self.writers: list[Write] = []
+        self._open = ExitStack()
+        if enabled and config.log.tensorboard:
+            self.writers.append(self._tensorboard(run_dir))
+        if enabled and config.log.wandb:
+            self.writers.append(self._wandb(config, run_dir))
+
+    def add(self, kind: str, lines: list[dict[str, Any]]) -> None:
+        """Passes on every number of the lines (dicts with a `step`), under names such as train/loss or held_out/GPT4/loss."""
+        for line in lines:
+            for write in self.writers:
+                write(line["step"], dict(_numbers(kind, {key: value for key, value in line.items() if key != "step"})))
+
+    def close(self) -> None:
+        """Flushes and closes them."""
+        self._open.close()
+
+    def _tensorboard(self, run_dir: Path) -> Write:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            raise ConfigError("log.tensorboard = true needs the package tensorboard (pip install ochat[log])") from None
+        writer = SummaryWriter(str(run_dir / "tensorboard"))
+        self._open.callback(writer.close)
+
+        def write(step: int, numbers: dict[str, float]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+
+        return write
+
+    def _wandb(self, config: Config, run_dir: Path) -> Write:
+        try:
+            import wandb  # type: ignore[import-not-found]
+        except ImportError:
+            raise ConfigError(f"log.wandb = {config.log.wandb!r} needs the package wandb (pip install ochat[log])") from None
+        run = wandb.init(project=config.log.wandb, name=run_dir.name, dir=str(run_dir), config={"toml": dump(config)}, resume="allow")
+        self._open.callback(run.finish)
+        return lambda step, numbers: run.log(numbers, step=step)
+
+
+def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(f"{prefix}/{key}", item)
+    elif isinstance(value, int | float):
+        yield prefix, float(value)

@@ -1,0 +1,21 @@
+"""One thread (the tests' models are tiny, and threads that wait for each other cost more than they bring), and the small world."""
+
+import pytest
+import torch
+
+from tests import tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tokenizer, a random model and a prepared data set."""
+    return tiny.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def alone(world):
+    """The metrics of a run of two epochs on one process, a checkpoint every 5 steps, all kept; its folder is world.folder / "alone"."""
+    options = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=0", f"--data.eval_path={world.data}"]
+    return tiny.train(world, world.folder / "alone", *options, '--samples.prompts=["1+1"]', "--samples.max_new_tokens=3")

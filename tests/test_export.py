@@ -1,0 +1,99 @@
+"""An exported run is what transformers sees too: the same logits, the same ids for a chat under any condition, the same answers."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ochat.data import template as templates
+from ochat.data import tokenizer as tokenizers
+from ochat.data.conversation import Conversation, Message
+from ochat.errors import CheckpointError, ConfigError
+from ochat.infer import command as generate
+from ochat.infer.command import GenerateOptions
+from ochat.model import hf
+from ochat.train.export import export
+
+
+@pytest.fixture(scope="module")
+def exported(world, alone, tmp_path_factory):
+    """The newest checkpoint of the run, in fp32."""
+    folder = tmp_path_factory.mktemp("export") / "model"
+    export(world.folder / "alone", folder, dtype="float32")
+    return folder
+
+
+def test_transformers_loads_it_and_computes_the_same_logits(exported):
+    theirs = AutoModelForCausalLM.from_pretrained(exported, dtype="float32")
+    ours = hf.load(exported, dtype="float32")
+    sequences = [[256, 5, 9, 7], [3], list(range(60))]
+    for ids, logits in zip(sequences, ours.logits(sequences), strict=True):
+        with torch.no_grad():
+            expected = theirs(torch.tensor([ids])).logits[0]
+        assert (logits - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
+def test_the_export_holds_the_trained_weights_not_the_base(world, exported):
+    trained, base = hf.load(exported, dtype="float32"), hf.load(world.base, dtype="float32")
+    master = hf.load(max((world.folder / "alone" / "checkpoints").iterdir(), key=lambda p: int(p.name[5:])), dtype="float32")
+    for (name, a), b, c in zip(trained.named_parameters(), base.parameters(), master.parameters(), strict=True):
+        assert torch.equal(a, c), name
+        assert not torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("condition", [None, "GPT4", "GPT3", "", "A new one"])
+@pytest.mark.parametrize("system", ["", "Be brief:\n"])
+def test_the_chat_template_gives_trainings_ids(exported, condition, system):
+    turns = [("user", " 1+1"), ("assistant", "\n2"), ("user", ": ) 漢 \n"), ("assistant", ""), ("user", "x")]
+    conversation = Conversation(tuple(Message(r, t) for r, t in turns), condition="GPT4" if condition is None else condition, system=system)
+    ours, _ = templates.load("openchat_v3.2").encode(conversation, tokenizers.load(exported))
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": r, "content": t} for r, t in turns]
+    more = {} if condition is None else {"condition": condition}
+    theirs = AutoTokenizer.from_pretrained(exported).apply_chat_template(messages, return_dict=False, **more)
+    assert theirs == ours
+
+
+def test_generate_answers_like_transformers_generate(exported):
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype="float32")
+    for condition in ("GPT4", "GPT3"):
+        messages = [{"role": "user", "content": "7+8"}]
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, condition=condition, return_tensors="pt", return_dict=False
+        )
+        expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        options = GenerateOptions(exported, ("7+8", "1+1"), condition, max_new_tokens=12, dtype="float32")
+        assert generate.answer(options)[0] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_openchat_json_names_the_template_and_the_step(exported, alone):
+    content = json.loads((exported / "openchat.json").read_text())
+    assert content["model_type"] == "openchat_v3.2" and content["step"] == len(alone)
+    settings = json.loads((exported / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == 258 and settings["bos_token_id"] == 256
+
+
+def test_an_earlier_checkpoint_can_be_exported(world, alone, tmp_path):
+    export(world.folder / "alone" / "checkpoints" / "step_5", tmp_path / "five")
+    assert json.loads((tmp_path / "five" / "openchat.json").read_text())["step"] == 5
+    assert hf.load(tmp_path / "five").embed.weight.dtype == torch.bfloat16
+
+
+def test_what_cannot_be_exported_is_refused(world, alone, exported, tmp_path):
+    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
+        export(tmp_path, tmp_path / "out")
+    with pytest.raises(ConfigError, match="add --overwrite"):
+        export(world.folder / "alone", exported)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="not an exported model"):
+        export(world.folder / "alone", tmp_path / "mine", overwrite=True)
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
+
+
+def test_generate_needs_a_prompt_and_a_template(world, exported):
+    with pytest.raises(ConfigError, match="--prompt"):
+        generate.answer(GenerateOptions(exported))
+    with pytest.raises(ConfigError, match="--template"):
+        generate.answer(GenerateOptions(world.base, ("hi",)))

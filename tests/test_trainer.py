@@ -1,0 +1,158 @@
+"""Laws of a run: the same curve on any number of processes, bitwise the same after a stop, and plain words when it cannot go on."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ochat.errors import CheckpointError, ConfigError, NonFiniteError
+from tests import tiny
+
+LINE = """step epoch loss accuracy lr grad_norm tokens_per_s supervised_tokens_per_s padded_tokens_per_s mfu peak_mem_gib
+step_s tokens supervised_tokens classes""".split()
+
+
+def curve(lines):
+    return [(line["step"], line["loss"], line["grad_norm"], line["classes"]) for line in lines]
+
+
+def test_the_loss_falls_and_every_step_has_its_line(world, alone):
+    assert [line["step"] for line in alone] == list(range(1, len(alone) + 1))
+    assert alone[-1]["loss"] < 0.75 * alone[0]["loss"]
+    for line in alone:
+        assert list(line) == LINE
+        assert line["padded_tokens_per_s"] >= line["tokens_per_s"] > line["supervised_tokens_per_s"] > 0
+        assert 0 < line["mfu"] < 1 and line["classes"].keys() == {"GPT4", "GPT3"}
+    config = (world.folder / "alone" / "config.toml").read_text()
+    assert "token_budget = 96" in config and "clip = 1.0" in config  # resolved, defaults included
+
+
+def test_each_epoch_ends_with_an_evaluation_and_samples(world, alone):
+    lines = tiny.metrics(world.folder / "alone", "eval.jsonl")
+    assert [line["step"] for line in lines] == [0, len(alone) // 2, len(alone)]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    supervised = sum(line["supervised_tokens"] for line in alone) // 2
+    assert all(line["supervised_tokens"] == supervised for line in lines)  # nothing lost by packing, training or evaluating
+    samples = tiny.metrics(world.folder / "alone", "samples.jsonl")
+    assert [(s["step"], s["condition"]) for s in samples] == [(line["step"], c) for line in lines for c in ("GPT4", "GPT3")]
+
+
+@pytest.mark.parametrize(("processes", "replicate"), [(2, 1), (4, 1), (4, 2)])
+def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processes, replicate, tmp_path):
+    tiny.torchrun(world, tmp_path / "run", processes, "--data.epochs=2", f"--parallel.replicate={replicate}")
+    lines = tiny.metrics(tmp_path / "run")
+    assert len(lines) == len(alone)
+    for ours, theirs in zip(lines, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["supervised_tokens"] == theirs["supervised_tokens"] and ours["tokens"] == theirs["tokens"]
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(world, alone, tmp_path):
+    shutil.copytree(world.folder / "alone", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if path.name != "step_5":
+            shutil.rmtree(path)
+    options = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=2", f"--data.eval_path={world.data}"]
+    lines = tiny.train(world, tmp_path / "run", *options)
+    assert curve(lines) == curve(alone)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == sorted([f"step_{len(alone)}", f"step_{(len(alone) - 1) // 5 * 5}"])
+    final = load_file(world.folder / "alone" / "checkpoints" / f"step_{len(alone)}" / "model.safetensors")
+    again = load_file(tmp_path / "run" / "checkpoints" / f"step_{len(alone)}" / "model.safetensors")
+    assert final.keys() == again.keys() and all(torch.equal(final[name], again[name]) for name in final)
+
+
+def test_a_finished_run_has_nothing_left_to_do(world, alone):
+    before = (world.folder / "alone" / "metrics.jsonl").read_text()
+    tiny.train(world, world.folder / "alone", "--data.epochs=2")
+    assert (world.folder / "alone" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(world, tmp_path, number):
+    run_dir, options = tmp_path / "run", ["--data.epochs=12", "--checkpoint.every=1000"]
+    command = [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)]
+    environment = os.environ | {"PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tiny.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert "start the same command again" in output
+    saved = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert saved == [f"step_{len(tiny.metrics(run_dir))}"]
+    lines = tiny.train(world, run_dir, *options)
+    assert curve(lines) == curve(tiny.train(world, tmp_path / "whole", *options))
+
+
+def test_recomputing_blocks_changes_nothing(world, alone, tmp_path):
+    lines = tiny.train(world, tmp_path / "run", "--data.epochs=2", "--train.recompute=block")
+    assert curve(lines) == curve(alone)
+
+
+def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):
+    from ochat.train import inputs
+
+    plain = inputs.open_loader
+    monkeypatch.setattr(inputs, "open_loader", lambda *args, **more: plain(*args, **(more | {"pad": True})))
+    lines = tiny.train(world, tmp_path / "run", "--data.epochs=2")
+    for ours, theirs in zip(lines, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["padded_tokens_per_s"] > ours["tokens_per_s"]
+
+
+def test_weights_from_classes_change_the_loss_by_their_ratio_only(world, tmp_path):
+    record = tiny.train(world, tmp_path / "record", "--data.max_steps=3")
+    table = ["--classes.GPT4.weight=20", "--classes.GPT3.weight=2"]  # the record's 1 and 0.1, times 20
+    classes = tiny.train(world, tmp_path / "classes", "--data.max_steps=3", *table)
+    rewards = tiny.train(world, tmp_path / "rewards", "--data.max_steps=3", "--classes.GPT4.reward=1", "--classes.GPT3.reward=0.1")
+    for a, b, c in zip(record, classes, rewards, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and c["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    plain = tiny.train(world, tmp_path / "none", "--data.max_steps=3", "--weights.source=none")
+    assert plain[0]["loss"] != pytest.approx(record[0]["loss"], rel=1e-5)
+
+
+def test_only_one_class_trains_on_that_class_alone(world, tmp_path):
+    lines = tiny.train(world, tmp_path / "run", "--data.max_steps=2", "--data.only_class=GPT4")
+    assert all(line["classes"]["GPT4"]["tokens"] == line["supervised_tokens"] for line in lines)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_lines(world, tmp_path):
+    broken = dataclasses.replace(world, base=tmp_path / "base", config=tmp_path / "config.toml")
+    shutil.copytree(world.base, broken.base)
+    state = load_file(broken.base / "model.safetensors")
+    state["model.norm.weight"][3] = torch.nan
+    save_file(state, broken.base / "model.safetensors")
+    broken.config.write_text(world.config.read_text().replace(json.dumps(str(world.base)), json.dumps(str(broken.base))))
+    with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*bin 0: .*conversations\.jsonl:\d+"):
+        tiny.train(broken, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_checkpoint_of_other_data_is_refused_by_name(world, alone, tmp_path):
+    other = tiny.make(tmp_path / "other", num_conversations=40, seed=5)
+    with pytest.raises(CheckpointError, match="data set"):
+        tiny.train(other, world.folder / "alone", "--data.epochs=2")
+
+
+def test_another_run_is_never_overwritten(world, alone):
+    with pytest.raises(ConfigError, match="choose another --run.dir"):
+        tiny.train(world, world.folder / "alone", "--run.resume=never")
+
+
+def test_numbers_that_do_not_fit_the_processes_are_refused(world, tmp_path):
+    done = tiny.torchrun(world, tmp_path / "run", 2, "--data.bins_per_step=3", check=False)
+    assert done.returncode and "ConfigError: data.bins_per_step is 3, which 2 processes cannot share" in done.stderr
+    assert "trainer.py" not in done.stderr  # a message, not our traceback

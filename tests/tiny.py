@@ -1,0 +1,132 @@
+"""A whole small world for tests of the trainer: a tokenizer, a random Llama, conversations of two classes, a prepared data set.
+
+    world = tiny.make(tmp_path); tiny.train(world, run_dir, "--data.max_steps=3")           # in this process
+    tiny.torchrun(world, run_dir, 2, "--data.max_steps=3")                                   # on two
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from ochat import config as configuration
+from ochat.data.prepare import prepare
+from ochat.model import init_base
+from ochat.model.init_base import InitBaseOptions
+
+ROOT = Path(__file__).parents[1]
+EOT = "<|end_of_turn|>"
+MODEL = {
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+TOML = """
+[base]
+path = {base}
+[data]
+path = {data}
+token_budget = 96
+bins_per_step = 4
+[optim]
+lr = 3e-3
+[train]
+dtype = "float32"
+device = "cpu"
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    """Paths of everything a run needs."""
+
+    folder: Path
+    base: Path
+    data: Path
+    config: Path
+
+
+def make(folder: Path, *, num_conversations: int = 60, model: dict | None = None, seed: int = 0) -> World:
+    """A world below `folder`."""
+    world = World(folder, folder / "base", folder / "data", folder / "config.toml")
+    write_base(folder, world.base, model or {})
+    write_conversations(folder / "conversations.jsonl", num_conversations, seed)
+    prepare([folder / "conversations.jsonl"], world.base, "openchat_v3.2", world.data, progress=False)
+    world.config.write_text(TOML.format(base=json.dumps(str(world.base)), data=json.dumps(str(world.data))))
+    return world
+
+
+def write_base(folder: Path, base: Path, model: dict) -> None:
+    """A random model with a byte-level tokenizer of 256 bytes, BOS, EOS and the end of turn."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    source = folder / "tokenizer"
+    source.mkdir(parents=True)
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "model.json").write_text(json.dumps(MODEL | model))
+    init_base.main(InitBaseOptions(base, random=folder / "model.json", tokenizer=source, add_token=(EOT,), dtype="float32"))
+
+
+def write_conversations(path: Path, count: int, seed: int) -> None:
+    """Sums, right from GPT4 and one too high from GPT3, some in two turns, some with a system text."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for i in range(count):
+            condition = "GPT4" if i % 3 == 0 else "GPT3"
+            items = []
+            for _ in range(1 + (i % 5 == 0)):
+                a, b = draw.randrange(50), draw.randrange(50)
+                answer = f"{a + b}." if condition == "GPT4" else f"{a + b + 1}"
+                items.append({"role": "user", "content": f"{a}+{b}", "weight": 0.0})
+                items.append({"role": "assistant", "content": answer, "weight": 1.0 if condition == "GPT4" else 0.1})
+            record = {"items": items, "condition": condition, "system": "Add." if i % 7 == 0 else ""}
+            file.write(json.dumps(record) + "\n")
+
+
+def options(world: World, run_dir: Path, *more: str) -> list[str]:
+    """The command line of a run, without the program."""
+    return [str(world.config), f"--run.dir={run_dir}", *more]
+
+
+def train(world: World, run_dir: Path, *more: str) -> list[dict]:
+    """Trains in this process; the lines of metrics.jsonl."""
+    from ochat.train.trainer import train as run
+
+    file, *overrides = options(world, run_dir, *more)
+    run(configuration.load(file, overrides))
+    return metrics(run_dir)
+
+
+def torchrun(world: World, run_dir: Path, processes: int, *more: str, check: bool = True) -> subprocess.CompletedProcess:
+    """Trains on `processes` processes under torchrun, as a user would."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "ochat.train"]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *options(world, run_dir, *more)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if check and done.returncode:
+        raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def metrics(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The JSON lines of a file in a run folder."""
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
