@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -75,7 +76,12 @@ class PrepareReport:
 def print_report(report: PrepareReport, console: Console | None = None) -> None:
     """A table of classes, and one line about the whole."""
     console = console or Console()
-    table = Table(title=f"{escape(report.output)}: conversations and tokens, context {report.context}", caption=CAPTION)
+    table = Table(
+        title=f"{escape(report.output)}: conversations and tokens, context {report.context}",
+        caption=CAPTION,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("class", overflow="fold")
     for title in COLUMNS.values():
         table.add_column(title, justify="right", no_wrap=True)
