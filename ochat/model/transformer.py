@@ -1,7 +1,7 @@
-"""The decoder over packed tokens, in small classes in order of use: embedding, block (norm, attention, norm, MLP), head.
+"""The decoder over packed tokens, in small classes in order of use: embedding, norm, attention, MLP, block, head.
 
     model = hf.load("path/to/base");  logits = model.logits([[1, 5, 9], [1, 7]])
-Operators come from `ochat_kernels.load(...)`, attention from the `attend` object of the batch: no module knows its backend.
+Operators come from `ochat_kernels.load(...)`, attention from the batch's `attend`: no module knows its backend.
 Parameters may be wider than the computation (fp32 masters, bf16 products): each is cast where it is used.
 Letters: T packed tokens, H hidden, N query heads, K key/value heads, D head dim, F FFN, V vocabulary.
 """
@@ -50,7 +50,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scale each row to a root mean square of 1, then by `weight`; with a residual, add it first and return the sum too."""
+    """Scale each row to a root mean square of 1, then by `weight`; a residual is added first. Returns (y, sum)."""
 
     def __init__(self, size: int, eps: float, ops: ModuleType) -> None:
         super().__init__()
@@ -113,9 +113,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.norm1(x, residual)
-        x, residual = self.norm2(self.attn(x, cos, sin, attend), residual)
-        return self.mlp(x), residual
+        x, stream = self.norm1(x, residual)
+        x, stream = self.norm2(self.attn(x, cos, sin, attend), stream)
+        return self.mlp(x), stream
 
 
 class Head(nn.Module):
@@ -136,7 +136,7 @@ class Head(nn.Module):
 class Transformer(nn.Module):
     """Packed token ids to logits or a loss. Build it on the meta device, then materialise and fill it (see hf.load).
 
-    `head.weight` is `embed.weight` itself where the config ties them, so named_parameters() gives it once, as embed.weight.
+    `head.weight` is `embed.weight` itself where the config ties them: named_parameters() gives it once, as the latter.
     """
 
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
@@ -151,12 +151,10 @@ class Transformer(nn.Module):
         self.head = Head(config.hidden_size, config.vocab_size)
         self._tie()
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attend: Attend, head: HeadFunction | None = None
-    ) -> Any:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend, head: HeadFunction | None = None) -> Any:
         """Logits (T, V) fp32, or `head(hidden, weight)` where given: hidden (T, H) after the last norm, weight (V, H).
 
-        Args: input_ids and position_ids (T,) int64; attend: the batch's attention. Costs: see ModelConfig.flops_per_step.
+        Args: input_ids and position_ids (T,) int64; attend: the batch's attention. Costs: ModelConfig.flops_per_step.
         """
         if self.recompute not in RECOMPUTE:
             raise ConfigError(f"recompute = {self.recompute!r} is not known; expected one of {', '.join(RECOMPUTE)}")
@@ -207,20 +205,24 @@ class Transformer(nn.Module):
         return self
 
 
-def pack_ids(model: Transformer, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, PackedAttention]:
-    """input_ids (T,), position_ids (T,) and the attention of id lists laid end to end on the model's device.
+def pack_ids(
+    model: Transformer, sequences: Sequence[Sequence[int]], device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor, PackedAttention]:
+    """input_ids (T,), position_ids (T,) and the attention of id lists laid end to end.
 
-    Raises: DataError for an id outside the vocabulary.
+    `device`: where they are wanted, if not beside the embeddings. Raises: DataError for an id outside the vocabulary.
     """
     for index, sequence in enumerate(sequences):
         for token in sequence:
             if not 0 <= token < model.config.vocab_size:
-                raise DataError(f"sequence {index} has token id {token}, but the vocabulary ends at {model.config.vocab_size - 1}")
+                last = model.config.vocab_size - 1
+                raise DataError(f"sequence {index} has token id {token}, but the vocabulary ends at {last}")
     weight = model.embed.weight
+    device = torch.device(device or weight.device)
     lengths = [len(sequence) for sequence in sequences]
     input_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
     position_ids = torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(weight.device)
-    backend = default_backend(weight.device, model.compute_dtype or weight.dtype)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    backend = default_backend(device, model.compute_dtype or weight.dtype)
     attend = PackedAttention(cu_seqlens, max(lengths), backend, lengths)
-    return input_ids.to(weight.device), position_ids.to(weight.device), attend
+    return input_ids.to(device), position_ids.to(device), attend

@@ -1,0 +1,132 @@
+"""Packed attention against a float64 softmax written out; what the varlen backend passes on, for both signatures."""
+
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ochat.errors import ConfigError
+from ochat.model.attention import PackedAttention, attend, default_backend
+from tests.numerics import assert_close
+
+
+def truth(q, k, v, lengths, window):
+    """One softmax over all T keys with the packed mask spelled out, in float64."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(len(document))
+    distance = place[:, None] - place[None, :]
+    seen = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or len(place) + 1))
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("tnd,snd->nts", q.double(), k) / q.shape[-1] ** 0.5
+    return torch.einsum("nts,snd->tnd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+
+
+def tensors(lengths, heads, kv_heads, head_dim, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = [(sum(lengths), n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    q, k, v = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return q, k, v, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 19), min_size=1, max_size=6).filter(any),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 6, 16]),
+    window=st.none() | st.integers(1, 25),
+)
+def test_equals_the_written_out_softmax(lengths, kv_heads, groups, head_dim, window):
+    q, k, v, cu_seqlens = tensors(lengths, kv_heads * groups, kv_heads, head_dim)
+    wanted = truth(q, k, v, lengths, window)
+    # 1e-6: a few fp32 roundings of values near 1
+    assert_close(attend(q, k, v, cu_seqlens, max(lengths), window=window), wanted.float(), wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_equal_the_written_out_softmaxs(window):
+    lengths = [5, 5, 1, 9]
+    q, k, v, cu_seqlens = tensors(lengths, 4, 2, 8)
+    grads = []
+    for function in (
+        lambda q, k, v: attend(q, k, v, cu_seqlens, 9, window=window),
+        lambda q, k, v: truth(q, k, v, lengths, window),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        (function(*leaves) * q.cos()).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_lengths_that_do_not_cover_the_tokens_are_refused():
+    q, k, v, cu_seqlens = tensors([4, 3], 2, 2, 4)
+    with pytest.raises(ValueError, match="lengths sum to 6, but there are 7"):
+        PackedAttention(cu_seqlens, 4, "sdpa", [4, 2])(0, q, k, v, None)
+
+
+def test_unknown_backend_and_wide_varlen_are_refused():
+    q, k, v, cu_seqlens = tensors([4], 2, 2, 4)
+    with pytest.raises(ConfigError, match="'flash'.*sdpa, varlen"):
+        PackedAttention(cu_seqlens, 4, "flash")
+    with pytest.raises(ConfigError, match="half precision, not torch.float32"):
+        attend(q, k, v, cu_seqlens, 4, backend="varlen")
+
+
+def test_default_backend():
+    assert default_backend("cpu", torch.bfloat16) == "sdpa"
+    assert default_backend("cuda", torch.float32) == "sdpa"
+    assert default_backend("cuda:1", torch.bfloat16) == "varlen"
+
+
+def fake_varlen(has_gqa, calls):
+    """Stands in for the CUDA kernel: computes with the other backend, and checks what it was given as torch does."""
+
+    def run(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert q.shape[1] == k.shape[1] == v.shape[1] or enable_gqa
+        assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k and scale is None
+        calls.append(enable_gqa)
+        left, right = window_size
+        assert right == 0
+        return attend(q, k, v, cu_q, max_q, window=None if left < 0 else left + 1)
+
+    def old(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return run(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    return run if has_gqa else old
+
+
+@pytest.mark.parametrize("has_gqa", [True, False])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_varlen_gets_what_either_signature_wants(monkeypatch, has_gqa, kv_heads, window):
+    calls = []
+    module = types.ModuleType("torch.nn.attention.varlen")
+    module.varlen_attn = fake_varlen(has_gqa, calls)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    q, k, v, cu_seqlens = tensors([5, 2], 4, kv_heads, 8, torch.bfloat16)
+    found = attend(q, k, v, cu_seqlens, 5, window=window, backend="varlen")
+    torch.testing.assert_close(found, attend(q, k, v, cu_seqlens, 5, window=window))
+    assert calls == [has_gqa and kv_heads == 2]
+
+
+def test_a_torch_without_varlen_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    q, k, v, cu_seqlens = tensors([5], 2, 2, 8, torch.bfloat16)
+    with pytest.raises(ConfigError, match="needs torch >= 2.11"):
+        attend(q, k, v, cu_seqlens, 5, backend="varlen")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("window", [None, 7])
+def test_varlen_equals_sdpa_on_the_card(window):
+    lengths = [130, 1, 64, 300]
+    q, k, v, cu_seqlens = (x.cuda() for x in tensors(lengths, 8, 2, 64, torch.bfloat16))
+    wanted = truth(q.cpu(), k.cpu(), v.cpu(), lengths, window)
+    found = attend(q, k, v, cu_seqlens, 300, window=window, backend="varlen").cpu()
+    reference = attend(q, k, v, cu_seqlens, 300, window=window).cpu()
+    assert_close(found, reference, wanted, atol=2**-8)  # one bf16 rounding of values near 1

@@ -1,0 +1,171 @@
+"""The model equals transformers' on every family, and a document's logits know nothing of its neighbours."""
+
+import ochat_kernels
+import pytest
+import torch
+
+from ochat.errors import ConfigError, DataError
+from ochat.model import hf
+from ochat.model.attention import PackedAttention
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer, pack_ids
+from tests.model_families import FAMILIES, VOCAB_SIZE, make, peer_logits, random_ids
+
+OPS = ochat_kernels.load("reference")
+LENGTHS = (11, 1, 40, 7, 7, 2)  # longer than every window and than the llama3 scaling's original context
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_peers_packed_and_alone(family, tmp_path):
+    peer, ids = make(family, tmp_path), random_ids(*LENGTHS)
+    ours = hf.load(tmp_path, dtype="float32")
+    packed = ours.logits(ids)
+    for sequence, logits in zip(ids, packed, strict=True):
+        wanted = peer_logits(peer, sequence)
+        tolerance = 2e-5 * wanted.abs().max()  # a tenth of what is promised; measured: under 1e-6 of the scale
+        assert (logits - wanted).abs().max() <= tolerance
+        assert (ours.logits([sequence])[0] - wanted).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3-mixed"])
+def test_a_documents_logits_do_not_depend_on_its_neighbours_content(family, tmp_path):
+    make(family, tmp_path)
+    model, ids = hf.load(tmp_path, dtype="float32"), random_ids(*LENGTHS)
+    others = [[(token + 1) % VOCAB_SIZE for token in sequence] for sequence in ids]
+    for index in range(len(ids)):
+        mixed = [*others[:index], ids[index], *others[index + 1 :]]
+        assert torch.equal(model.logits(mixed)[index], model.logits(ids)[index])  # same shapes, so bitwise
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama-biases", "qwen2", "qwen3"])
+def test_gradients_equal_the_peers(family, tmp_path):
+    peer, (ids,) = make(family, tmp_path), random_ids(23)
+    model = hf.load(tmp_path, dtype="float32")
+    direction = torch.randn(len(ids), VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    (peer(torch.tensor([ids])).logits[0] * direction).sum().backward()
+    (model(*pack_ids(model, [ids])) * direction).sum().backward()
+    wanted = {name: parameter.grad for name, parameter in peer.named_parameters()}
+    ours = [(name, parameter.grad) for name, parameter in model.named_parameters()]
+    found = hf.to_hf_state(model.config, ours)
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        assert (grad - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max(), name
+
+
+def test_recompute_changes_no_gradient(tmp_path):
+    make("llama3", tmp_path)
+    model = hf.load(tmp_path, dtype="float32")
+    grads = []
+    for recompute in ("none", "block"):
+        model.recompute = recompute
+        model.zero_grad(set_to_none=True)
+        model(*pack_ids(model, random_ids(9, 5))).square().mean().backward()
+        grads.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_recompute_runs_each_block_twice(tmp_path):
+    make("llama3", tmp_path)
+    model, calls = hf.load(tmp_path, dtype="float32"), []
+    input_ids, position_ids, attend = pack_ids(model, random_ids(9))
+
+    def counting(layer, q, k, v, window):
+        calls.append(layer)
+        return attend(layer, q, k, v, window)
+
+    model.recompute = "block"
+    model(input_ids, position_ids, counting).sum().backward()
+    assert sorted(calls) == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_unknown_recompute_is_refused(tmp_path):
+    make("llama2", tmp_path)
+    model = hf.load(tmp_path)
+    model.recompute = "blocks"
+    with pytest.raises(ConfigError, match="recompute = 'blocks'"):
+        model.logits([[1]])
+
+
+def test_wide_masters_compute_what_narrow_parameters_do(tmp_path):
+    make("qwen3-mixed", tmp_path)
+    narrow, wide = hf.load(tmp_path, dtype="bfloat16"), hf.load(tmp_path, dtype="float32")
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            parameter.copy_(parameter.bfloat16())
+    wide.compute_dtype = torch.bfloat16
+    ids = random_ids(*LENGTHS)
+    assert all(torch.equal(a, b) for a, b in zip(narrow.logits(ids), wide.logits(ids), strict=True))
+
+
+def test_the_head_function_gets_hidden_states_and_the_weight(tmp_path):
+    make("llama-tied-odd-head", tmp_path)
+    model = hf.load(tmp_path, dtype="float32")
+    inputs = pack_ids(model, random_ids(6, 3))
+    hidden, weight = model(*inputs, head=lambda hidden, weight: (hidden, weight))
+    assert hidden.shape == (9, 32) and weight is model.embed.weight
+    torch.testing.assert_close(hidden @ weight.T, model(*inputs))
+
+
+def test_tied_weights_stay_tied_wherever_the_model_goes(tmp_path):
+    make("llama-tied-odd-head", tmp_path)
+    config = ModelConfig.load(tmp_path)
+    with torch.device("meta"):
+        model = Transformer(config, OPS)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    wanted = model.inv_freq.clone()
+    for moved in (model, model.bfloat16(), model.to_empty(device="cpu"), model.float()):
+        assert moved.head.weight is moved.embed.weight
+        assert "head.weight" not in dict(moved.named_parameters())
+    assert torch.equal(model.inv_freq, wanted) and not model.inv_freq.is_meta
+
+
+def test_initialize_is_a_function_of_the_seed(tmp_path):
+    make("qwen2", tmp_path)
+    models = [Transformer(ModelConfig.load(tmp_path), OPS) for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        model.initialize(seed)
+    first, same, other = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.isfinite(models[0].logits([[1, 2, 3]])[0]).all()
+
+
+def test_ids_outside_the_vocabulary_are_named(tmp_path):
+    make("llama2", tmp_path)
+    model = hf.load(tmp_path)
+    with pytest.raises(DataError, match="sequence 1 has token id 97"):
+        model.logits([[1, 2], [3, VOCAB_SIZE]])
+    with pytest.raises(DataError, match="token id -1"):
+        model.logits([[-1]])
+
+
+def test_empty_sequences_have_empty_logits(tmp_path):
+    make("llama2", tmp_path)
+    model = hf.load(tmp_path, dtype="float32")
+    assert [logits.shape[0] for logits in model.logits([[], [1, 2], []])] == [0, 2, 0]
+    assert [tuple(logits.shape) for logits in model.logits([[], []])] == [(0, VOCAB_SIZE)] * 2
+    assert torch.equal(model.logits([[], [1, 2], []])[1], model.logits([[1, 2]])[0])
+
+
+def test_packing_lays_sequences_end_to_end_with_positions_of_their_own(tmp_path):
+    """Logits cannot show a wrong start: rotary attention depends on differences of positions only."""
+    make("llama2", tmp_path)
+    input_ids, position_ids, attend = pack_ids(hf.load(tmp_path), [[5, 6, 7], [], [8]])
+    assert input_ids.tolist() == [5, 6, 7, 8] and position_ids.tolist() == [0, 1, 2, 0]
+    assert attend.cu_seqlens.tolist() == [0, 3, 3, 4] and attend.cu_seqlens.dtype == torch.int32
+    assert attend.max_seqlen == 3 and attend.backend == "sdpa"
+
+
+def test_padding_documents_change_nothing(tmp_path):
+    make("mistral", tmp_path)
+    model, (ids,) = hf.load(tmp_path, dtype="float32"), random_ids(20)
+    input_ids = torch.tensor(ids + [0] * 12)
+    position_ids = torch.cat([torch.arange(20), torch.arange(4), torch.arange(4), torch.arange(4)])
+    attend = PackedAttention(torch.tensor([0, 20, 24, 28, 32, 32], dtype=torch.int32), 20)
+    with torch.no_grad():
+        padded = model(input_ids, position_ids, attend)[:20]
+    torch.testing.assert_close(padded, model.logits([ids])[0], atol=1e-5, rtol=1e-5)
