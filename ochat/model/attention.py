@@ -1,4 +1,4 @@
-"""Causal attention over packed documents that never see each other: per-document SDPA, or torch's varlen kernel on CUDA.
+"""Causal attention over packed documents that never see each other: SDPA per document, or torch's varlen on CUDA.
 
     attend = PackedAttention(cu_seqlens, max_seqlen, backend=default_backend("cpu", torch.float32), lengths=[3, 5])
     out = attend(layer, q, k, v, window)
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,9 @@ def attend(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v within each document: (T, N, D) in q's dtype.
 
-    A token sees itself and those before it in its document, the nearest `window` of them (itself included) if given. Query head n
-    uses key/value head n // (N / K). Raises: ConfigError for a backend that is not known or cannot take these tensors.
+    A token sees itself and those before it in its document; with a `window`, only the nearest so many, itself included.
+    Query head n uses key/value head n // (N / K). Raises: ConfigError for a backend that is not known or cannot take
+    these tensors.
     """
     return PackedAttention(cu_seqlens, max_seqlen, backend)(0, q_TND, k_TKD, v_TKD, window)
 
@@ -117,7 +118,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=span, **options)
 
 
-def _varlen_function() -> Callable[..., Tensor]:
+def _varlen_function() -> Callable[..., Any]:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

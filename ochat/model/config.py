@@ -1,8 +1,8 @@
-"""The shape of a model, read from a Hugging Face `config.json` and written back to one; its parameters and FLOPs counted.
+"""The shape of a model: read from a Hugging Face `config.json`, written back to one, its parameters and FLOPs counted.
 
     config = ModelConfig.load("path/to/base");  config.num_parameters()
-Llama 1/2/3/3.1/3.2, Mistral, Qwen2 and Qwen3. A setting that would change the computation and is not implemented is refused by
-name: a model that trains with half of its settings ignored looks fine and is wrong.
+Llama 1/2/3/3.1/3.2, Mistral, Qwen2 and Qwen3. A setting that would change the computation and is not implemented is
+refused by name: a model that trains with half of its settings ignored looks fine and is wrong.
 """
 
 from __future__ import annotations
@@ -14,50 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ochat.errors import ConfigError
+from ochat.model import families
 from ochat.model import rope as rope_settings
-from ochat.model.fields import REQUIRED, Fields
+from ochat.model.families import FAMILIES, Family
+from ochat.model.fields import Fields
 from ochat.model.rope import RopeConfig
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a model type fixes, or assumes where its config is silent (the values of transformers)."""
-
-    architecture: str
-    max_position_embeddings: int
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    reads_attention_bias: bool = False
-    reads_mlp_bias: bool = False
-    reads_layer_types: bool = False
-
-
-FAMILIES = {
-    "llama": Family("LlamaForCausalLM", 2048, reads_attention_bias=True, reads_mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", 131072),
-    "qwen2": Family("Qwen2ForCausalLM", 32768, qkv_bias=True, reads_layer_types=True),
-    "qwen3": Family("Qwen3ForCausalLM", 32768, 128, qk_norm=True, reads_attention_bias=True, reads_layer_types=True),
-}
-
-READ_KEYS = frozenset(
-    """model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act attention_bias mlp_bias
-    attention_dropout pretraining_tp rope_theta rope_scaling rope_parameters partial_rotary_factor sliding_window
-    use_sliding_window max_window_layers layer_types bos_token_id eos_token_id pad_token_id initializer_range dtype
-    torch_dtype""".split()
-)
-# Bookkeeping, and defaults of generation that old versions wrote into config.json: no logit depends on them.
-HARMLESS_KEYS = frozenset(
-    """_name_or_path name_or_path transformers_version transformers.js_config use_cache return_dict return_dict_in_generate
-    output_attentions output_hidden_states output_scores id2label label2id problem_type num_labels _attn_implementation
-    attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _commit_hash license language tags
-    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups num_return_sequences temperature
-    top_k top_p typical_p repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids begin_suppress_tokens suppress_tokens forced_bos_token_id
-    forced_eos_token_id exponential_decay_length_penalty remove_invalid_values decoder_start_token_id sep_token_id
-    prefix task_specific_params finetuning_task tokenizer_class""".split()
-)
 
 
 @dataclass(frozen=True)
@@ -75,12 +36,12 @@ class ModelConfig:
     norm_eps: float = 1e-6
     max_position_embeddings: int = 2048
     tie_embeddings: bool = False
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()  # per layer: how many keys a token sees, itself included; empty: all, everywhere
+    windows: tuple[int | None, ...] = ()  # per layer, how many keys a token sees (itself included); empty: all
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -94,7 +55,10 @@ class ModelConfig:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist; a base model is a folder with config.json and safetensors") from None
+            raise ConfigError(
+                f"{path} does not exist. A base model is a folder with config.json and safetensors; fetch a hub model "
+                f"first, with `hf download {directory} --local-dir DIR`, and name DIR"
+            ) from None
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         if not isinstance(record, dict):
@@ -105,12 +69,12 @@ class ModelConfig:
     def from_hf(cls, record: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """The config of one JSON object, in the old spelling or that of transformers 5. Raises: ConfigError."""
         fields = Fields(record, where)
-        family = _family(fields)
-        _refuse_unimplemented(fields, family)
+        family = families.find(fields)
+        families.refuse_unimplemented(fields, family)
         attention_bias = fields.flag("attention_bias", False) and family.reads_attention_bias
         config = cls(
             model_type=record["model_type"],
-            **_sizes(fields, family),
+            **families.sizes(fields, family),
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             max_position_embeddings=fields.integer("max_position_embeddings", family.max_position_embeddings),
             tie_embeddings=fields.flag("tie_word_embeddings", False),
@@ -119,7 +83,7 @@ class ModelConfig:
             out_bias=attention_bias,
             mlp_bias=fields.flag("mlp_bias", False),
             qk_norm=family.qk_norm,
-            windows=_windows(fields, family),
+            windows=families.windows(fields, family),
             bos_token_id=fields.integer("bos_token_id", None, least=0),
             eos_token_ids=_eos_token_ids(fields),
             pad_token_id=fields.integer("pad_token_id", None, least=-1),
@@ -186,108 +150,25 @@ class ModelConfig:
     def flops_per_step(self, num_tokens: int, sum_len_sq: int, num_supervised: int) -> float:
         """Model FLOPs of forward and backward over packed documents, the work a perfect implementation must do.
 
-        A weight costs 2 FLOPs a token forward and 4 backward: 6 * matmul_params * T; the head only for supervised rows.
-        Causal attention does q k^T and p v over len^2 / 2 pairs, N * D wide, 2 FLOPs each: 2 * N * D * len^2 forward and twice
-        that backward: 6 * L * N * D * sum(len^2). Recompute, norms and the embedding's look-up are never counted; nor is a
-        sliding window taken off, so the figure is an upper bound for documents longer than one.
+        A weight costs 2 FLOPs a token forward and 4 backward: 6 * matmul_params * T; the head's only for supervised
+        rows. Causal attention does q k^T and p v over len^2 / 2 pairs, N * D wide, 2 FLOPs each: 2 * N * D * len^2
+        forward and twice that backward: 6 * L * N * D * sum(len^2). Recompute, norms and the embedding's look-up are
+        never counted; a sliding window is not taken off, so for documents longer than one the figure is an upper bound.
         """
         attention = 6 * self.num_layers * self.num_heads * self.head_dim * sum_len_sq
         return float(6 * self.matmul_params() * num_tokens + 6 * self.head_params() * num_supervised + attention)
 
 
-def _family(fields: Fields) -> Family:
-    model_type = fields.value("model_type", REQUIRED)
-    if model_type not in FAMILIES:
-        raise fields.fail("model_type", f" is {model_type!r}, which is not implemented ({', '.join(FAMILIES)} are)")
-    family = FAMILIES[model_type]
-    found = fields.record.get("architectures") or [family.architecture]
-    if found != [family.architecture]:
-        raise fields.fail("architectures", f" is {found!r}; expected [{family.architecture!r}] for {model_type!r}")
-    return family
-
-
-def _refuse_unimplemented(fields: Fields, family: Family) -> None:
-    """Everything that would change a logit and that nothing here computes."""
-    record = fields.record
-    if (activation := record.get("hidden_act") or "silu") != "silu":
-        raise fields.fail("hidden_act", f" is {activation!r}; only 'silu' is implemented")
-    if (dropout := record.get("attention_dropout") or 0) != 0:
-        raise fields.fail("attention_dropout", f" is {dropout!r}; dropout is not implemented, set it to 0")
-    if (parts := record.get("pretraining_tp") or 1) != 1:
-        raise fields.fail("pretraining_tp", f" is {parts!r}; sliced products are not implemented, set it to 1")
-    if record.get("attention_bias") is not None and not family.reads_attention_bias:
-        if record["attention_bias"] != family.qkv_bias:
-            raise fields.fail("attention_bias", f" is {record['attention_bias']!r}, against what this model type has")
-    if record.get("mlp_bias") and not family.reads_mlp_bias:
-        raise fields.fail("mlp_bias", " is set, but this model type has none")
-    for key in sorted(record.keys() - READ_KEYS - HARMLESS_KEYS):
-        if record[key]:
-            raise fields.fail(key, f" = {record[key]!r} is not implemented; if it changes nothing, remove it")
-
-
-def _sizes(fields: Fields, family: Family) -> dict[str, Any]:
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    # Llama 1 and 2 files may leave the number of key/value heads out; the other families' silent defaults fit no small model.
-    kv_default = num_heads if family is FAMILIES["llama"] else REQUIRED
-    return {
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_size": hidden_size,
-        "intermediate_size": fields.integer("intermediate_size"),
-        "num_layers": fields.integer("num_hidden_layers"),
-        "num_heads": num_heads,
-        "num_kv_heads": fields.integer("num_key_value_heads", kv_default),
-        "head_dim": fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
-    }
-
-
 def _check_heads(config: ModelConfig, fields: Fields) -> None:
     if config.num_heads % config.num_kv_heads:
-        raise fields.fail("num_attention_heads", f" = {config.num_heads} is no multiple of {config.num_kv_heads} kv heads")
+        raise fields.fail(
+            "num_attention_heads", f" = {config.num_heads} is no multiple of {config.num_kv_heads} kv heads"
+        )
     if config.head_dim % 2:
         raise fields.fail("head_dim", f" = {config.head_dim} is odd; rotary embedding needs pairs")
-    if fields.record.get("head_dim") is None and not FAMILIES[config.model_type].head_dim:
-        if config.hidden_size % config.num_heads:
-            raise fields.fail("hidden_size", f" = {config.hidden_size} is no multiple of {config.num_heads} heads")
-
-
-def _windows(fields: Fields, family: Family) -> tuple[int | None, ...]:
-    """Per layer, as the family's code in transformers decides it; empty where no layer has a window."""
-    num_layers, types = fields.integer("num_hidden_layers"), fields.record.get("layer_types")
-    window = _window(fields, family)
-    if types is None or not family.reads_layer_types:
-        first = fields.integer("max_window_layers", 28, least=0) if family.reads_layer_types else 0
-        windows = tuple(window if layer >= first else None for layer in range(num_layers))
-    if types is not None:
-        wanted = _windows_of_types(fields, types, window, num_layers)
-        if not family.reads_layer_types and wanted != windows:
-            raise fields.fail("layer_types", f" = {types!r} does not fit the other settings of this model type")
-        windows = wanted
-    return windows if any(windows) else ()
-
-
-def _window(fields: Fields, family: Family) -> int | None:
-    if family is FAMILIES["llama"]:
-        if fields.record.get("sliding_window") is not None or fields.record.get("use_sliding_window"):
-            raise fields.fail("sliding_window", " is set, but this model type has none (model_type 'mistral' has)")
-        return None
-    if family is FAMILIES["mistral"]:
-        if fields.record.get("use_sliding_window") is False:
-            raise fields.fail("use_sliding_window", " is false, which this model type ignores; set sliding_window to null")
-        silent = None if "sliding_window" in fields.record else 4096
-        return fields.integer("sliding_window", silent)
-    return fields.integer("sliding_window", 4096) if fields.flag("use_sliding_window", False) else None
-
-
-def _windows_of_types(fields: Fields, types: Any, window: int | None, num_layers: int) -> tuple[int | None, ...]:
-    by_type = {"full_attention": None, "sliding_attention": window}
-    if not isinstance(types, list) or len(types) != num_layers:
-        raise fields.fail("layer_types", f" = {types!r}; expected a list of {num_layers} names")
-    for name in types:
-        if name not in by_type:
-            raise fields.fail("layer_types", f" names {name!r}, which is not implemented ({', '.join(by_type)} are)")
-        if name == "sliding_attention" and window is None:
-            raise fields.fail("layer_types", " asks for a sliding window, but sliding_window is off")
-    return tuple(by_type[name] for name in types)
+    is_derived = fields.record.get("head_dim") is None and FAMILIES[config.model_type].head_dim is None
+    if is_derived and config.hidden_size % config.num_heads:
+        raise fields.fail("hidden_size", f" = {config.hidden_size} is no multiple of {config.num_heads} heads")
 
 
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Typed reads from the record of a `config.json`: each returns a checked value or raises a ConfigError that names file and key.
+"""Typed reads from the record of a `config.json`: a checked value, or a ConfigError that names file and key.
 
-    fields = Fields({"hidden_size": 64}, "base/config.json");  fields.integer("hidden_size")  # 64
+fields = Fields({"hidden_size": 64}, "base/config.json");  fields.integer("hidden_size")  # 64
 """
 
 from __future__ import annotations

@@ -32,11 +32,16 @@ class HFTensor(NamedTuple):
 
 
 def load(
-    directory: str | Path, *, dtype: str | torch.dtype = "bfloat16", device: str | torch.device = "cpu", kernels: str = "reference"
+    directory: str | Path,
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str | torch.device = "cpu",
+    kernels: str = "reference",
 ) -> Transformer:
     """The model of a Hugging Face folder, every tensor's name and shape checked before one is read.
 
-    Raises: ConfigError for a config or a folder that cannot be used, CheckpointError naming file and tensor for wrong weights.
+    Raises: ConfigError for a config or a folder that cannot be used, CheckpointError naming file and tensor for wrong
+    weights.
     """
     config, target = ModelConfig.load(directory), torch_dtype(dtype)
     files = read_tensors(directory, config)
@@ -52,7 +57,7 @@ def load(
 def read_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
     """Map a folder's weights and check them against `config`; nothing but headers is read.
 
-    Raises: as TensorFiles.open; CheckpointError naming the tensors that are missing, left over, quantised or of a wrong shape.
+    Raises: as TensorFiles.open; CheckpointError naming tensors that are missing, left over, quantised or misshapen.
     """
     files = TensorFiles.open(directory)
     wanted = {part.name: part.shape for parts in parameter_parts(config).values() for part in parts}
@@ -70,9 +75,15 @@ def read_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
 
 
 def read_parameter(files: TensorFiles, config: ModelConfig, name: str) -> Tensor:
-    """One of our parameters, fused from its parts: a CPU tensor in the files' dtype, mapped where it has a single part."""
+    """One of our parameters, fused from its parts: a CPU tensor in the files' dtype, a map of the file if unfused."""
     parts = [files.read(part.name) for part in hf_parts(config, name)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def iterate_parameters(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of each of our parameters, read from a folder one at a time. Raises: as read_tensors."""
+    files = read_tensors(directory, config)
+    return ((name, read_parameter(files, config, name)) for name in parameter_parts(config))
 
 
 def save(
@@ -84,8 +95,8 @@ def save(
 ) -> None:
     """Write config.json and model*.safetensors from our (name, whole tensor) pairs, which may come one at a time.
 
-    Pairs in the order of named_parameters() are written as they come; at most one shard is held. Raises: CheckpointError for
-    missing, unknown or misshapen tensors, or a folder that holds weights already.
+    Pairs in the order of named_parameters() are written as they come; at most one shard is held. Raises:
+    CheckpointError for missing, unknown or misshapen tensors, or a folder that holds weights already.
     """
     directory, target = Path(directory), torch_dtype(dtype)
     if stale := sorted(path.name for path in directory.glob("model*.safetensors*")):
@@ -191,10 +202,11 @@ def _fill_shards(
 
 
 def _check_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> None:
-    if files.shape(name) != shape:
-        raise CheckpointError(f"{files.place(name)}: {name} has shape {files.shape(name)}, but config.json asks for {shape}")
-    if files.dtype(name) not in ("F32", "BF16", "F16"):
-        raise CheckpointError(f"{files.place(name)}: {name} is {files.dtype(name)}; expected F32, BF16 or F16 (not quantised)")
+    where, found, dtype = f"{files.place(name)}: {name}", files.shape(name), files.dtype(name)
+    if found != shape:
+        raise CheckpointError(f"{where} has shape {found}, but config.json asks for {shape}")
+    if dtype not in ("F32", "BF16", "F16"):
+        raise CheckpointError(f"{where} is {dtype}; expected F32, BF16 or F16 (quantised weights are not read)")
 
 
 def _check_tied_head(files: TensorFiles) -> None:

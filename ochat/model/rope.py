@@ -39,7 +39,7 @@ class RopeConfig:
 def from_hf(record: Mapping[str, Any], where: str = "config.json") -> RopeConfig:
     """Read `rope_theta` + `rope_scaling` (old spelling) or `rope_parameters` (new).
 
-    Raises: ConfigError for any other scaling type, partial rotation, an unknown setting, or two spellings that disagree.
+    Raises: ConfigError for another scaling type, partial rotation, an unknown setting, or spellings that disagree.
     """
     _refuse_partial_rotation(Fields(record, where))
     found = [_from_table(record, key, where) for key in ("rope_scaling", "rope_parameters") if record.get(key)]

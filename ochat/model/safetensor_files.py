@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder, mapped into memory and read tensor by tensor; and the same written, shard by shard.
+"""The weights of a Hugging Face folder: mapped into memory and read tensor by tensor, or written shard by shard.
 
     files = TensorFiles.open("path/to/base");  files.read("model.norm.weight")
 Only safetensors are read: a pickled `.bin` can run code. Nothing is read before it is asked for.
@@ -35,8 +35,8 @@ class TensorFiles:
     def open(cls, directory: str | Path) -> TensorFiles:
         """Map the folder's one file, or its shards by their index.
 
-        Raises: ConfigError for a hub id or a folder without safetensors (it says how to get them); CheckpointError for a damaged
-        or incomplete set of files.
+        Raises: ConfigError for a hub id or a folder without safetensors (it says how to get them); CheckpointError for
+        a damaged or incomplete set of files.
         """
         directory = Path(directory)
         index = _index(directory)
@@ -119,7 +119,7 @@ def _no_safetensors(directory: Path) -> str:
     if not pickled:
         return f"{problem}; expected the weights of a Hugging Face model there"
     return (
-        f"{problem}, but {pickled[0]}: pickled weights can run code and are not read. Convert them once with transformers: "
+        f"{problem}, but {pickled[0]}: pickled weights can run code and are not read. Convert them with transformers: "
         f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained(NEW_DIR)"
     )
 

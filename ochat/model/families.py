@@ -1,0 +1,140 @@
+"""The model families and what their `config.json` may say: what is read, what is harmless, what is refused.
+
+    family = find(Fields(json.load(open("config.json")), "config.json"));  refuse_unimplemented(fields, family)
+Defaults and odd rules are those of transformers' own classes: a silent config means the same model here and there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ochat.model.fields import REQUIRED, Fields
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model type fixes, or assumes where its config is silent (the values of transformers)."""
+
+    architecture: str
+    max_position_embeddings: int
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    reads_attention_bias: bool = False
+    reads_mlp_bias: bool = False
+    reads_layer_types: bool = False
+
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", 2048, reads_attention_bias=True, reads_mlp_bias=True),
+    "mistral": Family("MistralForCausalLM", 131072),
+    "qwen2": Family("Qwen2ForCausalLM", 32768, qkv_bias=True, reads_layer_types=True),
+    "qwen3": Family("Qwen3ForCausalLM", 32768, 128, qk_norm=True, reads_attention_bias=True, reads_layer_types=True),
+}
+
+READ_KEYS = frozenset(
+    """model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act attention_bias
+    mlp_bias attention_dropout pretraining_tp rope_theta rope_scaling rope_parameters partial_rotary_factor
+    sliding_window use_sliding_window max_window_layers layer_types bos_token_id eos_token_id pad_token_id
+    initializer_range dtype torch_dtype""".split()  # noqa: SIM905 (reads better than a list of literals)
+)
+# Bookkeeping, and defaults of generation that old versions wrote into config.json: no logit depends on them.
+HARMLESS_KEYS = frozenset(
+    """_name_or_path name_or_path transformers_version transformers.js_config use_cache return_dict
+    return_dict_in_generate output_attentions output_hidden_states output_scores id2label label2id problem_type
+    num_labels _attn_implementation attn_implementation _attn_implementation_autoset _flash_attn_2_enabled _commit_hash
+    license language tags max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
+    num_return_sequences temperature top_k top_p typical_p repetition_penalty length_penalty diversity_penalty
+    no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids begin_suppress_tokens suppress_tokens
+    forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty remove_invalid_values
+    decoder_start_token_id sep_token_id prefix task_specific_params finetuning_task
+    tokenizer_class""".split()  # noqa: SIM905
+)
+
+
+def find(fields: Fields) -> Family:
+    """The family of a config's model_type, its architecture checked. Raises: ConfigError."""
+    model_type = fields.value("model_type", REQUIRED)
+    if model_type not in FAMILIES:
+        raise fields.fail("model_type", f" is {model_type!r}, which is not implemented ({', '.join(FAMILIES)} are)")
+    family = FAMILIES[model_type]
+    found = fields.record.get("architectures") or [family.architecture]
+    if found != [family.architecture]:
+        raise fields.fail("architectures", f" is {found!r}; expected [{family.architecture!r}] for {model_type!r}")
+    return family
+
+
+def refuse_unimplemented(fields: Fields, family: Family) -> None:
+    """Everything that would change a logit and that nothing here computes."""
+    record = fields.record
+    if (activation := record.get("hidden_act") or "silu") != "silu":
+        raise fields.fail("hidden_act", f" is {activation!r}; only 'silu' is implemented")
+    if (dropout := record.get("attention_dropout") or 0) != 0:
+        raise fields.fail("attention_dropout", f" is {dropout!r}; dropout is not implemented, set it to 0")
+    if (parts := record.get("pretraining_tp") or 1) != 1:
+        raise fields.fail("pretraining_tp", f" is {parts!r}; sliced products are not implemented, set it to 1")
+    if not family.reads_attention_bias and record.get("attention_bias") not in (None, family.qkv_bias):
+        raise fields.fail("attention_bias", f" is {record['attention_bias']!r}, against what this model type has")
+    if record.get("mlp_bias") and not family.reads_mlp_bias:
+        raise fields.fail("mlp_bias", " is set, but this model type has none")
+    for key in sorted(record.keys() - READ_KEYS - HARMLESS_KEYS):
+        if record[key]:
+            raise fields.fail(key, f" = {record[key]!r} is not implemented; if it changes nothing, remove it")
+
+
+def sizes(fields: Fields, family: Family) -> dict[str, Any]:
+    """The sizes that ModelConfig takes, by its names."""
+    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    # Files of Llama 1 and 2 may leave the key/value heads out; the other families' silent defaults fit one size only.
+    kv_default = num_heads if family is FAMILIES["llama"] else REQUIRED
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": fields.integer("num_key_value_heads", kv_default),
+        "head_dim": fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
+    }
+
+
+def windows(fields: Fields, family: Family) -> tuple[int | None, ...]:
+    """Per layer, as the family's code in transformers decides it; empty where no layer has a window."""
+    num_layers, types = fields.integer("num_hidden_layers"), fields.record.get("layer_types")
+    window = _window(fields, family)
+    first = fields.integer("max_window_layers", 28, least=0) if family.reads_layer_types else 0
+    chosen = by_threshold = tuple(window if layer >= first else None for layer in range(num_layers))
+    if types is not None:
+        chosen = _windows_of_types(fields, types, window, num_layers)
+        if not family.reads_layer_types and chosen != by_threshold:
+            raise fields.fail("layer_types", f" = {types!r} does not fit the other settings of this model type")
+    return chosen if any(chosen) else ()
+
+
+def _window(fields: Fields, family: Family) -> int | None:
+    silent = None if "sliding_window" in fields.record else 4096  # null turns it off, no entry means the default
+    if family is FAMILIES["llama"]:
+        if fields.record.get("sliding_window") is not None or fields.record.get("use_sliding_window"):
+            raise fields.fail("sliding_window", " is set, but this model type has none (model_type 'mistral' has)")
+        return None
+    if family is FAMILIES["mistral"]:
+        if fields.record.get("use_sliding_window") is False:
+            raise fields.fail(
+                "use_sliding_window", " is false, but unknown to this model type; set sliding_window to null"
+            )
+        return fields.integer("sliding_window", silent)
+    return fields.integer("sliding_window", silent) if fields.flag("use_sliding_window", False) else None
+
+
+def _windows_of_types(fields: Fields, types: Any, window: int | None, num_layers: int) -> tuple[int | None, ...]:
+    by_type = {"full_attention": None, "sliding_attention": window}
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise fields.fail("layer_types", f" = {types!r}; expected a list of {num_layers} names")
+    for name in types:
+        if name not in by_type:
+            raise fields.fail("layer_types", f" names {name!r}, which is not implemented ({', '.join(by_type)} are)")
+        if name == "sliding_attention" and window is None:
+            raise fields.fail("layer_types", " asks for a sliding window, but sliding_window is off")
+    return tuple(by_type[name] for name in types)
