@@ -1,4 +1,4 @@
-"""Importers: one conversation written in every format reads back the same; what cannot be expressed is refused by field.
+"""Importers: a conversation written in every format reads back the same; what cannot be expressed is refused by field.
 
 pytest tests/test_importers.py
 """

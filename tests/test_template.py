@@ -122,7 +122,7 @@ conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=
 @settings(max_examples=150, deadline=None)
 @given(kinds, names, conversations)
 def test_segments_stand_alone(small, kind, name, conversation):
-    """Ids are the segments' ids in a row; only BOS, prefixes and ends of turn hold special ids; weights follow the messages."""
+    """Ids are the segments' ids in a row, content holds no special id, and weights follow the messages."""
     tokenizer, template = small[kind], templates.load(name)
     eot, live = tokenizer.special_tokens[template.eot], tokenizer.encode_with_specials
     ids, weights = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]), []
@@ -185,8 +185,8 @@ def test_data_round_trip(name):
 
 def test_a_user_defined_template(tmp_path, small):
     path = tmp_path / "mine.toml"
-    path.write_text('context = 10\nprefix = "<|im_start|>{role}: "\neot = "<|im_end|>"\nspecial_tokens = ["<|im_start|>"]\n'
-                    'bos = ""\n[roles]\nuser = "Q"\nassistant = "A"\n')  # fmt: skip
+    data = 'context = 10\nprefix = "<|im_start|>{role}: "\neot = "<|im_end|>"\nspecial_tokens = ["<|im_start|>"]\n'
+    path.write_text(data + 'bos = ""\n[roles]\nuser = "Q"\nassistant = "A"\n')
     tokenizer = small["gpt2"]
     ids, _ = templates.load(path).encode(Conversation((Message("user", "x"),), "c"), tokenizer)
     start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]

@@ -1,6 +1,6 @@
 """Tokenizers for the text tests: small ones made on the spot, and the real ones of packages that may be installed.
 
-`sentencepiece_bytes`, `byte_level_json` give file contents; `real_tokenizer("mistral" | "llama3")` a path, or skips the test.
+`small_folder` writes a small one of a kind; `real_tokenizer("mistral" | "llama3")` gives a path, or skips the test.
 """
 
 from __future__ import annotations
@@ -20,23 +20,40 @@ from ochat.data.tokenizer import LLAMA3_PATTERN
 
 _REAL = {"mistral": ("mistral_common", "data/tokenizer.model.v1"), "llama3": ("llama_models", "llama3/tokenizer.model")}
 
-CORPUS = (
-    tuple(
-        f'User: the {a} of {b} isn\'t {i * 37} times two,\n\n  or is it?  {b}s say: "{a}!" :) ((({i}))) -- e\u0301t\u00e9\t\u6f22\u5b57'
-        for i, (a, b) in enumerate(
-            (a, b) for a in ("sum", "product", "answer", "assistant") for b in ("cat", "dog", "user")
-        )
-    )
-    * 4
+_TAIL = ":) ((())) -- e\u0301t\u00e9\t\u6f22\u5b57"
+_SUBJECTS = [(a, b) for a in ("sum", "product", "answer", "assistant") for b in ("cat", "dog", "user")]
+CORPUS = 4 * tuple(
+    f'User: the {a} of {b} isn\'t {i * 37} times two,\n\n  or is it?  {b}s say: "{a}!" {_TAIL}'
+    for i, (a, b) in enumerate(_SUBJECTS)
 )
 
-# what users write and tokenizers stumble over; "" stands for itself
-NASTY = (
-    "", " ", "  ", "\n", " \n", "\n\n\n x", "\t a", "a\x00b", "\u00a0", "\u2028", "\u0301", "e\u0301", "\u00e9", "\U0001f600\u200d\U0001f600",
-    "\u6f22\u5b57\u304b\u306a", "\u0645\u0631\u062d\u0628\u0627", "\u2581", " \u2581 x", ":)", "isn't", "1234567", "<s>", "</s>", "<unk>", "<0x0A>",
-    "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "a<|end_of_turn|>b", "\ufeff", "\uffff", "x" * 300, " " * 77, "\r\n\r\n",
-    "<|im_start|>user\nhi<|im_end|>", "[INST]", "\U0010ffff",
-)  # fmt: skip
+# what users write and tokenizers stumble over
+_BLANKS = (
+    "",
+    " ",
+    "  ",
+    "\n",
+    " \n",
+    "\n\n\n x",
+    "\t a",
+    "\u00a0",
+    "\u2028",
+    " " * 77,
+    "\r\n\r\n",
+    "\u2581",
+    " \u2581 x",
+)
+_SCRIPTS = (
+    "\u0301",
+    "e\u0301",
+    "\u00e9",
+    "\U0001f600\u200d\U0001f600",
+    "\u6f22\u5b57\u304b\u306a",
+    "\u0645\u0631\u062d",
+)
+_SIGNS = ("a\x00b", ":)", "isn't", "1234567", "x" * 300, "\ufeff", "\uffff", "\U0010ffff", "[INST]", "<0x0A>")
+_MARKS = ("<s>", "</s>", "<unk>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "a<|end_of_turn|>b")
+NASTY = (*_BLANKS, *_SCRIPTS, *_SIGNS, *_MARKS, "<|im_start|>user\nhi<|im_end|>")
 
 
 def real_tokenizer(name: str) -> Path:
@@ -50,12 +67,8 @@ def real_tokenizer(name: str) -> Path:
 
 @cache
 def sentencepiece_bytes(*, dummy_prefix: bool) -> bytes:
-    """A small SentencePiece BPE: Llama-like, or Gemma-like (no dummy prefix; turn marks and newlines are user-defined)."""
-    symbols = (
-        []
-        if dummy_prefix
-        else ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<h1>"]
-    )
+    """A small SentencePiece BPE: Llama-like, or Gemma-like (no dummy prefix, some user-defined symbols)."""
+    symbols = ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<h1>"]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
@@ -67,7 +80,7 @@ def sentencepiece_bytes(*, dummy_prefix: bool) -> bytes:
         remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         character_coverage=0.99,
-        user_defined_symbols=symbols,
+        user_defined_symbols=[] if dummy_prefix else symbols,
         minloglevel=2,
     )
     return model.getvalue()
@@ -75,7 +88,7 @@ def sentencepiece_bytes(*, dummy_prefix: bool) -> bytes:
 
 @cache
 def byte_level_json(flavour: str) -> str:
-    """A small byte-level tokenizer.json: "gpt2" (single digits, then GPT-2's pattern) or "qwen" (NFC, then Llama 3's)."""
+    """A small byte-level tokenizer.json: "gpt2" (single digits, GPT-2 pattern) or "qwen" (NFC, Llama 3 pattern)."""
     model = tokenizers.Tokenizer(models.BPE())
     if flavour == "gpt2":
         steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -4,6 +4,8 @@
 
 SentencePiece BPE becomes a `tokenizers` BPE over the raw text, its merges recovered from the scores; tiktoken ranks
 become byte-level BPE. Both keep their own tokenizer.model beside it.
+For a config of model type qwen2, transformers 5's AutoTokenizer rebuilds the tokenizer by its own rules and loses the
+boundary; PreTrainedTokenizerFast.from_pretrained reads the file as it is.
 """
 
 from __future__ import annotations
