@@ -184,3 +184,21 @@ def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
 def test_token_ids_stay_in_the_file(mixed):
     data = TokenDataset(mixed)
     assert all(not shard["input_ids"].flags.owndata for shard in data._shards)
+
+
+def test_a_first_token_is_nobodys_label(tmp_path):
+    """Without BOS and prefix a supervised message may stand first: its first token counts nowhere."""
+    form = tmp_path / "bare.toml"
+    form.write_text(
+        'context = 99\nprefix = "{role}"\neot = "<|end_of_turn|>"\nbos = ""\ncondition_roles = "none"\n'
+        '[roles]\nuser = ""\nassistant = "A:"\n'
+    )
+    items = [{"role": "user", "content": "abc", "weight": 0.5}, {"role": "assistant", "content": "d"}]
+    path = write_lines(tmp_path / "in.jsonl", [{"items": items}, {"items": items[:1]}, {"items": items[1:]}])
+    report = prepare([path], write_base(tmp_path / "base"), str(form), tmp_path / "data", progress=False)
+    data = TokenDataset(tmp_path / "data")
+    assert data.supervised.tolist() == [5, 3, 2] == [np.count_nonzero(e.loss_weights[1:]) for e in data]
+    assert report.supervised == 10 and data.lengths.tolist() == [8, 4, 4]
+    alone = write_lines(tmp_path / "one.jsonl", [{"items": [{"role": "user", "content": "", "weight": 1.0}]}])
+    with pytest.raises(DataError, match="no message to learn from"):
+        prepare([alone], tmp_path / "base", str(form), tmp_path / "one", progress=False)
