@@ -2,7 +2,7 @@
 
 A real pre-trained Llama (SmolLM2-135M) and conversations of mixed quality go in; each step's command is shown before it
 runs. It ends with the loss of each class's answers under each class's prefix, before and after, and one prompt answered
-under both.
+under both. Options such as `--data.max_steps=4` go to the training.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     fetch_base()
     make_data()
     before = measure("before training", WORK / "base")
-    seconds = train()
+    seconds = train(sys.argv[1:])
     run("Export a Hugging Face folder", "ochat", "export", WORK / "run", WORK / "export")
     after = measure("after training", WORK / "export")
     show_losses(before, after)
@@ -79,12 +79,12 @@ def make_data() -> None:
     run("Show the run's steps before it starts", "ochat", "plan", CONFIG)
 
 
-def train() -> float:
+def train(options: list[str]) -> float:
     """Train on two processes; the seconds it took."""
     start = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // PROCESSES)
     run("Train on two processes", "torchrun", "--nproc-per-node", PROCESSES, "-m", "ochat.train", CONFIG,
-        f"--run.dir={WORK / 'run'}", env={"OMP_NUM_THREADS": str(threads)})  # fmt: skip
+        f"--run.dir={WORK / 'run'}", *options, env={"OMP_NUM_THREADS": str(threads)})  # fmt: skip
     return time.monotonic() - start
 
 
@@ -157,7 +157,7 @@ def packing_fill() -> float:
     from ochat.data.dataset import TokenDataset
     from ochat.data.multipack import plan
 
-    settings = config.load(CONFIG, [])
+    settings = config.load(WORK / "run" / "config.toml")
     data, lengths = settings.data, TokenDataset(settings.data.path).lengths
     bins = {"token_budget": data.token_budget, "bins_per_step": data.bins_per_step}
     return plan(lengths, **bins, seed=settings.run.seed, epoch=0).efficiency()
@@ -177,7 +177,7 @@ def show_answers(prompt: str) -> None:
     answers = []
     for name in CLASSES:
         text = run(f"Answer as {name}", "ochat", "generate", WORK / "export", "--condition", name, "--prompt", prompt,
-                   capture=True)  # fmt: skip
+                   "--max-new-tokens", 80, capture=True)  # fmt: skip
         answers.append(Panel(text.strip(), title=f"{name} prefix", width=min(console.width // 2 - 1, 60)))
     console.print(f"\n[bold]{prompt}[/]", Columns(answers), sep="\n")
 
