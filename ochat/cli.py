@@ -17,7 +17,8 @@ from ochat.errors import OchatError
 
 
 class Command(NamedTuple):
-    """Where a command lives: a module with `main(options)`, or `main(arguments)` where there are no options to parse."""
+    """Where a command lives: a module with `main(options)`, or `main(arguments)` where there are no options to
+    parse."""
 
     module: str
     options: str | None
@@ -27,9 +28,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "init-base": Command(
-        "ochat.model.init_base", "InitBaseOptions", "make a base folder: from GGUF, from a Hugging Face folder, or random", True
+        "ochat.model.init_base",
+        "InitBaseOptions",
+        "make a base folder: from GGUF, from a Hugging Face folder, or random",
+        True,
     ),
-    "prepare": Command("ochat.data.prepare", "PrepareOptions", "turn conversations into a data set of token ids and weights"),
+    "prepare": Command(
+        "ochat.data.prepare", "PrepareOptions", "turn conversations into a data set of token ids and weights"
+    ),
     "plan": Command("ochat.train.plan", None, "show what a run will do: steps, packing, learning rate"),
     "train": Command("ochat.train.command", None, "train on one process (many: torchrun -m ochat.train)"),
     "export": Command("ochat.train.export", "ExportOptions", "write a checkpoint as a Hugging Face folder", True),
@@ -71,7 +77,9 @@ def run(name: str, arguments: Sequence[str]) -> None:
     try:
         module.main(options)
     except OchatError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
+        )
         sys.exit(1)
 
 

@@ -2,8 +2,9 @@
 
     config = load("configs/demo.toml", ["--optim.lr=2e-5", "--run.dir=runs/a"])
 
-Each section is a frozen dataclass below; an unknown key, a wrong type or an impossible value is a ConfigError that names the
-key, the value, what was expected and the nearest known key. `dump(config)` is TOML again, which the run folder keeps.
+Each section is a frozen dataclass below; an unknown key, a wrong type or an impossible value is a ConfigError that
+names the key, the value, what was expected and the nearest known key. `dump(config)` is TOML again, which the run
+folder keeps.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ClassConfig:
-    """What an answer of one class weighs: `weight`, or `exp((reward - 1) / beta)`. Give exactly one of reward and weight."""
+    """What an answer of one class weighs: `weight`, or `exp((reward - 1) / beta)`. Give exactly one of reward and
+    weight."""
 
     reward: float | None = None
     weight: float | None = None
@@ -91,14 +93,14 @@ class TrainConfig:
     """How a step is computed, and how often it is reported."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; masters are fp32
-    kernels: Literal["auto", "reference", "triton"] = "auto"
+    kernels: Literal["auto", "reference"] = "auto"
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA, per-document SDPA elsewhere
     recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
     compile: bool = False
     log_every: int = 1  # steps between two reads of the metrics from the device
     eval_every: int = 0  # steps between held-out evaluations; 0: at the end of every epoch
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    peak_tflops: float = 0.0  # the peak that mfu is taken of; 0: the card's data sheet, or a matrix product timed at start
+    peak_tflops: float = 0.0  # the peak that mfu is taken of; 0: the card's data sheet, or a product timed at start
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class Config:
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration in the TOML file `path` after `--section.key=value` options; ConfigError names what is wrong."""
+    """The configuration in the TOML file `path` after `--section.key=value` options; ConfigError names what is
+    wrong."""
     tree = _read_toml(Path(path))
     for option in overrides:
         _apply(tree, option)
@@ -222,7 +225,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is float and type(value) is int:
         return float(value)
-    _expect(type(value) is kind, where, value, {"str": "a string", "int": "a whole number"}.get(kind.__name__, kind.__name__))
+    _expect(
+        type(value) is kind,
+        where,
+        value,
+        {"str": "a string", "int": "a whole number"}.get(kind.__name__, kind.__name__),
+    )
     return value
 
 

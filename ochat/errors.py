@@ -1,6 +1,8 @@
-"""The tree of errors a user can meet. Each message says what was wrong, where, and what to do; none carries a traceback's job.
+"""The tree of errors a user can meet. Each message says what was wrong, where, and what to do; none carries a
+traceback's job.
 
-`python -m ochat ...` prints the message alone and exits with 1; every other exception is a fault of ours and keeps its traceback.
+`python -m ochat ...` prints the message alone and exits with 1; every other exception is a fault of ours and keeps
+its traceback.
 """
 
 
@@ -13,11 +15,13 @@ class ConfigError(OchatError):
 
 
 class DataError(OchatError):
-    """A record, a data file or a prepared data set that is wrong; names the file, the line and the field where it can."""
+    """A record, a data file or a prepared data set that is wrong; names the file, the line and the field where it
+    can."""
 
 
 class CheckpointError(OchatError):
-    """Weights or optimizer state that are missing, damaged or belong to something else; names the file and the tensor."""
+    """Weights or optimizer state that are missing, damaged or belong to something else; names the file and the
+    tensor."""
 
 
 class NonFiniteError(OchatError):

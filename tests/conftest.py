@@ -1,4 +1,5 @@
-"""One thread (the tests' models are tiny, and threads that wait for each other cost more than they bring), and the small world."""
+"""One thread (the tests' models are tiny, and threads that wait for each other cost more than they bring), and the
+small world."""
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(world):
-    """The metrics of a run of two epochs on one process, a checkpoint every 5 steps, all kept; its folder is world.folder / "alone"."""
+    """The metrics of a run of two epochs on one process, a checkpoint every 5 steps, all kept; its folder is
+    world.folder / "alone"."""
     options = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=0", f"--data.eval_path={world.data}"]
-    return tiny.train(world, world.folder / "alone", *options, '--samples.prompts=["1+1"]', "--samples.max_new_tokens=3")
+    return tiny.train(
+        world, world.folder / "alone", *options, '--samples.prompts=["1+1"]', "--samples.max_new_tokens=3"
+    )

@@ -1,4 +1,5 @@
-"""The configuration: what is written is read back, and everything unknown, mistyped or meaningless is refused by name."""
+"""The configuration: what is written is read back, and everything unknown, mistyped or meaningless is refused by
+name."""
 
 import dataclasses
 

@@ -1,4 +1,5 @@
-"""An exported run is what transformers sees too: the same logits, the same ids for a chat under any condition, the same answers."""
+"""An exported run is what transformers sees too: the same logits, the same ids for a chat under any condition, the
+same answers."""
 
 import json
 
@@ -36,7 +37,9 @@ def test_transformers_loads_it_and_computes_the_same_logits(exported):
 
 def test_the_export_holds_the_trained_weights_not_the_base(world, exported):
     trained, base = hf.load(exported, dtype="float32"), hf.load(world.base, dtype="float32")
-    master = hf.load(max((world.folder / "alone" / "checkpoints").iterdir(), key=lambda p: int(p.name[5:])), dtype="float32")
+    master = hf.load(
+        max((world.folder / "alone" / "checkpoints").iterdir(), key=lambda p: int(p.name[5:])), dtype="float32"
+    )
     for (name, a), b, c in zip(trained.named_parameters(), base.parameters(), master.parameters(), strict=True):
         assert torch.equal(a, c), name
         assert not torch.equal(a, b), name
@@ -46,7 +49,9 @@ def test_the_export_holds_the_trained_weights_not_the_base(world, exported):
 @pytest.mark.parametrize("system", ["", "Be brief:\n"])
 def test_the_chat_template_gives_trainings_ids(exported, condition, system):
     turns = [("user", " 1+1"), ("assistant", "\n2"), ("user", ": ) 漢 \n"), ("assistant", ""), ("user", "x")]
-    conversation = Conversation(tuple(Message(r, t) for r, t in turns), condition="GPT4" if condition is None else condition, system=system)
+    conversation = Conversation(
+        tuple(Message(r, t) for r, t in turns), condition="GPT4" if condition is None else condition, system=system
+    )
     ours, _ = templates.load("openchat_v3.2").encode(conversation, tokenizers.load(exported))
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": r, "content": t} for r, t in turns]

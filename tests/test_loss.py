@@ -49,7 +49,8 @@ def packed_gradients(model, examples, pad_to, step_weight):
 
 
 def gradients_by_hand(model, examples, step_weight, tied):
-    """Each conversation alone through transformers' Llama in float64; label t is the next id, with the next id's weight."""
+    """Each conversation alone through transformers' Llama in float64; label t is the next id, with the next id's
+    weight."""
     with torch.device("cpu"):
         theirs = LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=tied, attn_implementation="eager")).double()
     state = hf.to_hf_state(model.config, ((name, p.detach()) for name, p in model.named_parameters()))

@@ -30,7 +30,12 @@ def heads(draw_):
     labels = draw_(st.lists(st.integers(-1, vocab - 1), min_size=num_tokens, max_size=num_tokens))
     weights = draw_(st.lists(st.sampled_from([0.0, 0.1, 1.0, -0.5, 3.25]), min_size=num_tokens, max_size=num_tokens))
     labels = torch.tensor([label if label >= 0 else -100 for label in labels], dtype=torch.int64)
-    return draw(num_tokens, hidden, seed=1), draw(vocab, hidden, seed=2), labels, torch.tensor(weights, dtype=torch.float32)
+    return (
+        draw(num_tokens, hidden, seed=1),
+        draw(vocab, hidden, seed=2),
+        labels,
+        torch.tensor(weights, dtype=torch.float32),
+    )
 
 
 @given(heads(), st.integers(1, 20), st.booleans())

@@ -42,4 +42,6 @@ def test_the_schedule_rises_to_one_then_falls_to_the_minimum(num_steps, warmup_r
         assert rising[-1] == 1.0
     if falling:
         assert falling[0] == pytest.approx(1.0)
-        assert factor(num_steps, num_steps, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio) == pytest.approx(min_lr_ratio)
+        assert factor(num_steps, num_steps, warmup_ratio=warmup_ratio, min_lr_ratio=min_lr_ratio) == pytest.approx(
+            min_lr_ratio
+        )

@@ -1,4 +1,5 @@
-"""Laws of a run: the same curve on any number of processes, bitwise the same after a stop, and plain words when it cannot go on."""
+"""Laws of a run: the same curve on any number of processes, bitwise the same after a stop, and plain words when it
+cannot go on."""
 
 import dataclasses
 import json
@@ -16,8 +17,23 @@ from safetensors.torch import load_file, save_file
 from ochat.errors import CheckpointError, ConfigError, NonFiniteError
 from tests import tiny
 
-LINE = """step epoch loss accuracy lr grad_norm tokens_per_s supervised_tokens_per_s padded_tokens_per_s mfu peak_mem_gib
-step_s tokens supervised_tokens classes""".split()
+LINE = [
+    "step",
+    "epoch",
+    "loss",
+    "accuracy",
+    "lr",
+    "grad_norm",
+    "tokens_per_s",
+    "supervised_tokens_per_s",
+    "padded_tokens_per_s",
+    "mfu",
+    "peak_mem_gib",
+    "step_s",
+    "tokens",
+    "supervised_tokens",
+    "classes",
+]
 
 
 def curve(lines):
@@ -40,9 +56,13 @@ def test_each_epoch_ends_with_an_evaluation_and_samples(world, alone):
     assert [line["step"] for line in lines] == [0, len(alone) // 2, len(alone)]
     assert lines[-1]["loss"] < lines[0]["loss"]
     supervised = sum(line["supervised_tokens"] for line in alone) // 2
-    assert all(line["supervised_tokens"] == supervised for line in lines)  # nothing lost by packing, training or evaluating
+    assert all(
+        line["supervised_tokens"] == supervised for line in lines
+    )  # nothing lost by packing, training or evaluating
     samples = tiny.metrics(world.folder / "alone", "samples.jsonl")
-    assert [(s["step"], s["condition"]) for s in samples] == [(line["step"], c) for line in lines for c in ("GPT4", "GPT3")]
+    assert [(s["step"], s["condition"]) for s in samples] == [
+        (line["step"], c) for line in lines for c in ("GPT4", "GPT3")
+    ]
 
 
 @pytest.mark.parametrize(("processes", "replicate"), [(2, 1), (4, 1), (4, 2)])
@@ -83,7 +103,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, tmp_path, number):
     run_dir, options = tmp_path / "run", ["--data.epochs=12", "--checkpoint.every=1000"]
     command = [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)]
     environment = os.environ | {"PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tiny.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=tiny.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -117,7 +139,9 @@ def test_weights_from_classes_change_the_loss_by_their_ratio_only(world, tmp_pat
     record = tiny.train(world, tmp_path / "record", "--data.max_steps=3")
     table = ["--classes.GPT4.weight=20", "--classes.GPT3.weight=2"]  # the record's 1 and 0.1, times 20
     classes = tiny.train(world, tmp_path / "classes", "--data.max_steps=3", *table)
-    rewards = tiny.train(world, tmp_path / "rewards", "--data.max_steps=3", "--classes.GPT4.reward=1", "--classes.GPT3.reward=0.1")
+    rewards = tiny.train(
+        world, tmp_path / "rewards", "--data.max_steps=3", "--classes.GPT4.reward=1", "--classes.GPT3.reward=0.1"
+    )
     for a, b, c in zip(record, classes, rewards, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and c["loss"] == pytest.approx(a["loss"], rel=1e-5)
     plain = tiny.train(world, tmp_path / "none", "--data.max_steps=3", "--weights.source=none")
@@ -135,7 +159,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_lines(world,
     state = load_file(broken.base / "model.safetensors")
     state["model.norm.weight"][3] = torch.nan
     save_file(state, broken.base / "model.safetensors")
-    broken.config.write_text(world.config.read_text().replace(json.dumps(str(world.base)), json.dumps(str(broken.base))))
+    broken.config.write_text(
+        world.config.read_text().replace(json.dumps(str(world.base)), json.dumps(str(broken.base)))
+    )
     with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*bin 0: .*conversations\.jsonl:\d+"):
         tiny.train(broken, tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -1,7 +1,8 @@
-"""A whole small world for tests of the trainer: a tokenizer, a random Llama, conversations of two classes, a prepared data set.
+"""A whole small world for tests of the trainer: a tokenizer, a random Llama, conversations of two classes, their data set.
 
-    world = tiny.make(tmp_path); tiny.train(world, run_dir, "--data.max_steps=3")           # in this process
-    tiny.torchrun(world, run_dir, 2, "--data.max_steps=3")                                   # on two
+    world = tiny.make(tmp_path); tiny.train(world, run_dir, "--data.max_steps=3")
+    tiny.torchrun(world, run_dir, 2, "--data.max_steps=3")
+The first trains in this process, the second on two, as a user would.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def write_base(folder: Path, base: Path, model: dict) -> None:
     tokenizer.save(str(source / "tokenizer.json"))
     (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     (folder / "model.json").write_text(json.dumps(MODEL | model))
-    init_base.main(InitBaseOptions(base, random=folder / "model.json", tokenizer=source, add_token=(EOT,), dtype="float32"))
+    init_base.main(
+        InitBaseOptions(base, random=folder / "model.json", tokenizer=source, add_token=(EOT,), dtype="float32")
+    )
 
 
 def write_conversations(path: Path, count: int, seed: int) -> None:
@@ -117,11 +120,23 @@ def train(world: World, run_dir: Path, *more: str) -> list[dict]:
     return metrics(run_dir)
 
 
-def torchrun(world: World, run_dir: Path, processes: int, *more: str, check: bool = True) -> subprocess.CompletedProcess:
+def torchrun(
+    world: World, run_dir: Path, processes: int, *more: str, check: bool = True
+) -> subprocess.CompletedProcess:
     """Trains on `processes` processes under torchrun, as a user would."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "ochat.train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        "-m",
+        "ochat.train",
+    ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *options(world, run_dir, *more)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *options(world, run_dir, *more)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     if check and done.returncode:
         raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done

@@ -2,6 +2,7 @@
 
     ops = ochat_kernels.load("reference")
     out = ops.linear_cross_entropy(hidden, head_weight, labels, loss_weights)
+They need torch alone and know no trainer.
 """
 
 from __future__ import annotations

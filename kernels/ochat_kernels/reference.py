@@ -39,7 +39,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates the pairs (i, i + D/2) of each head by its token's angle: q (T, N, D), k (T, K, D), cos and sin (T, D/2) fp32."""
+    """Rotates the pairs (i, i + D/2) of each head by its token's angle: q (T, N, D), k (T, K, D), cos and sin (T,
+    D/2) fp32."""
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
@@ -147,7 +148,9 @@ def _check_loss_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows
     if tuple(labels.shape) != expected or labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}: expected int64 {expected}")
     if tuple(loss_weights.shape) != expected or not loss_weights.is_floating_point():
-        raise ValueError(f"loss_weights are {loss_weights.dtype} {tuple(loss_weights.shape)}: expected float {expected}")
+        raise ValueError(
+            f"loss_weights are {loss_weights.dtype} {tuple(loss_weights.shape)}: expected float {expected}"
+        )
     if rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64):
         raise ValueError(f"rows are {rows.dtype} {tuple(rows.shape)}: expected int64 (R,)")
     if chunk_rows is not None and chunk_rows < 1:

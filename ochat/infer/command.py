@@ -57,15 +57,17 @@ def answer(options: GenerateOptions) -> list[str]:
     if options.condition is not None:
         spoken = dataclasses.replace(spoken, default_condition=options.condition)
     tokenizer = tokenizers.load(options.model)
+    spoken.check(tokenizer)
     prompts = [
-        spoken.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer) for prompt in options.prompt
+        spoken.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
+        for prompt in options.prompt
     ]
     model = hf.load(options.model, dtype=options.dtype, device=options.device)
     new_ids = generate(
         model,
         prompts,
         max_new_tokens=options.max_new_tokens,
-        stop_ids={tokenizer.token_id(spoken.eot)},
+        stop_ids=[tokenizer.special_tokens[spoken.eot]],
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,

@@ -1,4 +1,5 @@
-"""`torchrun --nproc-per-node N -m ochat.train CONFIG.toml --section.key=value ...`; `python -m ochat.train --help` lists every key."""
+"""`torchrun --nproc-per-node N -m ochat.train CONFIG.toml --section.key=value ...`; `python -m ochat.train --help`
+lists every key."""
 
 from ochat.train.command import main
 

@@ -3,8 +3,8 @@
     state = checkpoint.save(run_dir, step, model, optimizer, identity, ranks)
     step  = checkpoint.load(path, model, optimizer, identity)
 
-The first rank writes into a temporary folder, syncs it to the disk and renames it; a folder named step_N is complete. Only
-safetensors and JSON are read or written. The step number alone decides the data that follows.
+The first rank writes into a temporary folder, syncs it to the disk and renames it; a folder named step_N is complete.
+Only safetensors and JSON are read or written. The step number alone decides the data that follows.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ FORMAT = 1
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
 
 
-def save(run_dir: Path, step: int, model: Transformer, optimizer: Any, identity: dict[str, Any], ranks: Ranks, keep: int) -> Path:
-    """Writes `checkpoints/step_{step}`; every rank calls it, the first one writes. Then drops all but the newest `keep`."""
+def save(
+    run_dir: Path, step: int, model: Transformer, optimizer: Any, identity: dict[str, Any], ranks: Ranks, keep: int
+) -> Path:
+    """Writes `checkpoints/step_{step}`; every rank calls it, the first one writes. Then drops all but the newest
+    `keep`."""
     root = run_dir / "checkpoints"
     final, temporary = root / f"step_{step}", root / f".step_{step}.tmp"
     weights = ((name, parallel.gather(p)) for name, p in model.named_parameters())
@@ -72,9 +75,9 @@ def load(path: Path, model: Transformer, optimizer: Any, identity: dict[str, Any
 
 def load_weights(folder: Path, model: Transformer) -> None:
     """Fills the model's parameters, sharded or not, from a Hugging Face folder, one tensor at a time."""
-    files = hf.read_tensors(folder, model.config)
-    for name, parameter in model.named_parameters():
-        parallel.fill(parameter, hf.read_parameter(files, model.config, name))
+    parameters = dict(model.named_parameters())
+    for name, tensor in hf.iterate_parameters(folder, model.config):
+        parallel.fill(parameters[name], tensor)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -84,7 +87,9 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE}: not a readable checkpoint: {error}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path / STATE}: format {state.get('format') if isinstance(state, dict) else None!r}, expected {FORMAT}")
+        raise CheckpointError(
+            f"{path / STATE}: format {state.get('format') if isinstance(state, dict) else None!r}, expected {FORMAT}"
+        )
     return state
 
 
@@ -109,8 +114,8 @@ def _check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> N
     for key, value in now.items():
         if saved.get(key) != value:
             raise CheckpointError(
-                f"{path}: its {key} is not this run's ({saved.get(key)!r} there, {value!r} here); "
-                "continue with the configuration it was made with, or start anew with --run.resume=never and another --run.dir"
+                f"{path}: its {key} is not this run's ({saved.get(key)!r} there, {value!r} here); continue with the "
+                "configuration it was made with, or start anew with --run.resume=never and another --run.dir"
             )
 
 

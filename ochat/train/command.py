@@ -1,6 +1,7 @@
 """The command line of training: a configuration file, options that override it, and an exit code.
 
-Exit codes: 0 done; 1 an error that its message explains; 128 + signal when a signal stopped the run and its state is saved.
+Exit codes: 0 done; 1 an error that its message explains; 128 + signal when a signal stopped the run and its state is
+saved.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train(config)
     except OchatError as error:
         if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+            Console(stderr=True, highlight=False).print(
+                f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
+            )
         sys.exit(getattr(error, "exit_code", 1))
 
 
@@ -40,7 +43,9 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     """`CONFIG.toml --section.key=value ...` as a Config; ConfigError for anything else."""
     files = [a for a in arguments if not a.startswith("--")]
     if len(files) != 1:
-        raise ConfigError(f"expected one configuration file and --section.key=value options, got {' '.join(arguments)!r}")
+        raise ConfigError(
+            f"expected one configuration file and --section.key=value options, got {' '.join(arguments)!r}"
+        )
     return configuration.load(files[0], [a for a in arguments if a.startswith("--")])
 
 
@@ -48,7 +53,9 @@ def print_help(command: str) -> None:
     """Usage, and every configuration key with its default."""
     console = Console(highlight=False)
     console.print(f"usage: {escape(command)} CONFIG.toml [--section.key=value ...]\n", soft_wrap=True)
-    table = Table("key", "default", box=None, padding=(0, 3, 0, 0), title="keys of the configuration", title_justify="left")
+    table = Table(
+        "key", "default", box=None, padding=(0, 3, 0, 0), title="keys of the configuration", title_justify="left"
+    )
     for section in dataclasses.fields(Config):
         kind = {"classes": configuration.ClassConfig}.get(section.name) or type(getattr(Config(), section.name))
         prefix = "classes.NAME" if section.name == "classes" else section.name

@@ -1,6 +1,8 @@
-"""What a run shows on the terminal: a summary before the first step, a live line while it trains, the results of evaluations.
+"""What a run shows on the terminal: a summary before the first step, a live line while it trains, the results of
+evaluations.
 
-Only the first rank shows anything. On a terminal the progress bar stays at the bottom; elsewhere each flush prints one line.
+Only the first rank shows anything. On a terminal the progress bar stays at the bottom; elsewhere each flush prints
+one line.
 """
 
 from __future__ import annotations
@@ -12,7 +14,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -43,7 +53,14 @@ class Display:
         if not self.console.is_terminal or not self.show:
             yield
             return
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, TextColumn("{task.description}"), console=self.console) as self._progress:
             self._task = self._progress.add_task("", total=total, completed=done)
             yield
@@ -79,8 +96,9 @@ class Display:
 def _describe(line: dict[str, Any]) -> str:
     losses = "  ".join(f"{name} {_number(row['loss'])}" for name, row in line["classes"].items())
     return (
-        f"loss {line['loss']:.4f} ({losses})  acc {line['accuracy']:.3f}  lr {line['lr']:.2e}  |g| {line['grad_norm']:.2f}  "
-        f"{line['tokens_per_s']:,.0f} tok/s ({line['supervised_tokens_per_s']:,.0f} supervised)  mfu {line['mfu']:.1%}"
+        f"loss {line['loss']:.4f} ({losses})  acc {line['accuracy']:.3f}  lr {line['lr']:.2e}  "
+        f"|g| {line['grad_norm']:.2f}  {line['tokens_per_s']:,.0f} tok/s "
+        f"({line['supervised_tokens_per_s']:,.0f} supervised)  mfu {line['mfu']:.1%}"
     )
 
 

@@ -13,7 +13,9 @@ from ochat.data.batch import PackedBatch
 from ochat.data.conversation import Conversation, Message
 from ochat.data.loader import Loader
 from ochat.data.template import Template
+from ochat.data.tokenizer import Tokenizer
 from ochat.infer.generate import generate
+from ochat.model.transformer import Transformer
 from ochat.train import metrics
 from ochat.train.metrics import Tally
 from ochat.train.parallel import Ranks
@@ -21,7 +23,8 @@ from ochat.train.parallel import Ranks
 
 @torch.no_grad()
 def held_out(forward: Callable[[PackedBatch], LossOutput], loader: Loader, ranks: Ranks) -> dict[str, Any]:
-    """Loss and accuracy over one pass of the loader, summed over ranks: {loss, accuracy, supervised_tokens, classes}."""
+    """Loss and accuracy over one pass of the loader, summed over ranks: {loss, accuracy, supervised_tokens,
+    classes}."""
     tally = Tally(loader.dataset.class_names, ranks.device)
     for _, batches in loader.iterate():
         for batch in batches:
@@ -31,7 +34,14 @@ def held_out(forward: Callable[[PackedBatch], LossOutput], loader: Loader, ranks
     return {key: means[key] for key in ("loss", "accuracy", "supervised_tokens", "classes")}
 
 
-def answer(model: Any, template: Template, tokenizer: Any, config: SamplesConfig, conditions: tuple[str, ...]) -> list[dict[str, str]]:
+def answer(
+    model: Transformer,
+    template: Template,
+    tokenizer: Tokenizer,
+    config: SamplesConfig,
+    conditions: tuple[str, ...],
+    device: torch.device,
+) -> list[dict[str, str]]:
     """Greedy answers to the configured prompts under each condition; every rank of a sharded model takes part."""
     asked = [(prompt, condition) for prompt in config.prompts for condition in config.conditions or conditions]
     if not asked:
@@ -40,8 +50,8 @@ def answer(model: Any, template: Template, tokenizer: Any, config: SamplesConfig
         template.encode_prompt(Conversation((Message("user", prompt, None),), condition=condition), tokenizer)
         for prompt, condition in asked
     ]
-    stop = {tokenizer.token_id(template.eot)}
-    answers = generate(model, prompts, max_new_tokens=config.max_new_tokens, stop_ids=stop)
+    stop = [tokenizer.special_tokens[template.eot]]
+    answers = generate(model, prompts, max_new_tokens=config.max_new_tokens, stop_ids=stop, device=device)
     return [
         {"prompt": prompt, "condition": condition, "answer": tokenizer.decode(ids)}
         for (prompt, condition), ids in zip(asked, answers, strict=True)

@@ -2,8 +2,8 @@
 
     ochat export runs/a exported/a            the newest checkpoint of a run, or `runs/a/checkpoints/step_20`
 
-The chat template takes `condition` and defaults to the expert class; before the folder gets its name, the exported tokenizer
-and template are checked to give training's ids.
+The chat template takes `condition` and defaults to the expert class; before the folder gets its name, the exported
+tokenizer and template are checked to give training's ids.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def main(options: ExportOptions) -> None:
 def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bool = False) -> None:
     """Writes `output` from a run folder or a checkpoint folder, without a GPU, one tensor at a time.
 
-    Raises: CheckpointError where there is no checkpoint or the exported tokenizer would not give training's ids; ConfigError
-    where `output` exists.
+    Raises: CheckpointError where there is no checkpoint or the exported tokenizer would not give training's ids;
+    ConfigError where `output` exists.
     """
     folder = _checkpoint(source)
     _refuse_overwriting(output, overwrite)
@@ -65,21 +65,34 @@ def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bo
     os.rename(temporary, output)
 
 
-def write(output: Path, model: ModelConfig, weights: Path, spoken: Template, tokenizer: Any, dtype: torch.dtype) -> None:
-    """The weights in `weights` (a Hugging Face folder) with tokenizer, chat template and generation settings into `output`."""
-    eot = tokenizer.token_id(spoken.eot)
-    files = hf.read_tensors(weights, model)
-    hf.save(output, model, ((name, hf.read_parameter(files, model, name)) for name in hf.parameter_parts(model)), dtype)
-    tokenizer_export.export(tokenizer, output, chat_template=chat_template.render(spoken, tokenizer), eos_token=spoken.eot)
+def write(
+    output: Path, model: ModelConfig, weights: Path, spoken: Template, tokenizer: Any, dtype: torch.dtype
+) -> None:
+    """The weights in `weights` (a Hugging Face folder) with tokenizer, chat template and generation settings into
+    `output`."""
+    hf.save(output, model, hf.iterate_parameters(weights, model), dtype)
+    tokenizer_export.export(
+        tokenizer, output, chat_template=chat_template.render(spoken, tokenizer), eos_token=spoken.eot
+    )
     chat_template.verify(output, spoken, tokenizer)
-    settings = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eot, "do_sample": False}
+    settings = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.special_tokens[spoken.eot],
+        "do_sample": False,
+    }
     _write_json(output / "generation_config.json", settings)
 
 
 def _describe(output: Path, spoken: Template, folder: Path) -> None:
-    """openchat.json: the template under the name that OpenChat's server reads, and what ours needs to talk to the model."""
+    """openchat.json: the template under the name that OpenChat's server reads, and what ours needs to talk to the
+    model."""
     state = checkpoint.read_state(folder)
-    content = {"model_type": spoken.name, "template": spoken.to_dict(), "step": state["step"], "identity": state["identity"]}
+    content = {
+        "model_type": spoken.name,
+        "template": spoken.to_dict(),
+        "step": state["step"],
+        "identity": state["identity"],
+    }
     _write_json(output / "openchat.json", content)
 
 

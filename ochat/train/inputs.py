@@ -1,4 +1,5 @@
-"""What a configuration means for the data: the weighted data set, the loader that cuts it into steps, the learning rate.
+"""What a configuration means for the data: the weighted data set, the loader that cuts it into steps, the learning
+rate.
 
 Shared by the trainer and by `ochat plan`, so that a plan shows exactly what a run will do.
 """
@@ -27,7 +28,9 @@ def open_data(config: Config, path: str) -> TokenDataset:
     )
 
 
-def open_loader(config: Config, data: TokenDataset, model: ModelConfig, *, rank: int = 0, world: int = 1, pad: bool = False) -> Loader:
+def open_loader(
+    config: Config, data: TokenDataset, model: ModelConfig, *, rank: int = 0, world: int = 1, pad: bool = False
+) -> Loader:
     """The steps of the run; the bins of a step are levelled by the model's FLOPs."""
     return Loader(
         data,

@@ -1,7 +1,7 @@
 """A signal asks a run to end after the step in hand: Ctrl-C, SIGTERM, or SIGUSR1 (a scheduler's warning).
 
-Each rank raises its flag; the flags travel with the step's sums, so that all ranks see the same answer at the same step.
-A second Ctrl-C ends at once.
+Each rank raises its flag; the flags travel with the step's sums, so that all ranks see the same answer at the same
+step. A second Ctrl-C ends at once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Interrupt:
     def stop(self, steps_done: int) -> None:
         """Raises Interrupted; the state of `steps_done` steps must have been saved."""
         number = self.received or signal.SIGTERM
-        raise Interrupted(f"stopped after step {steps_done} by a signal; start the same command again to go on", 128 + number)
+        raise Interrupted(
+            f"stopped after step {steps_done} by a signal; start the same command again to go on", 128 + number
+        )
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

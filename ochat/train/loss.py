@@ -16,7 +16,8 @@ from ochat.data.batch import PackedBatch
 
 
 def head_loss(ops: ModuleType, batch: PackedBatch) -> Callable[[Tensor, Tensor], LossOutput]:
-    """A head for `Transformer.forward`: (hidden (T, H), head weight (V, H)) -> LossOutput over the batch's live rows."""
+    """A head for `Transformer.forward`: (hidden (T, H), head weight (V, H)) -> LossOutput over the batch's live
+    rows."""
 
     def head(hidden: Tensor, weight: Tensor) -> LossOutput:
         return ops.linear_cross_entropy(hidden, weight, batch.labels, batch.loss_weights, rows=batch.rows)

@@ -1,7 +1,8 @@
 """What a step measured: tallies summed on the device, read once every few steps, written as lines of metrics.jsonl.
 
-A `Tally` collects one step on this rank; `Journal` holds finished steps until `flush`, which reads them from the device in one
-copy, checks that they are finite and writes one JSON line a step. Accuracy and class losses are means weighted by |w|.
+A `Tally` collects one step on this rank; `Journal` holds finished steps until `flush`, which reads them from the
+device in one copy, checks that they are finite and writes one JSON line a step. Accuracy and class losses are means
+weighted by |w|.
 """
 
 from __future__ import annotations
@@ -111,9 +112,11 @@ class Journal:
         self.pending.append(_Pending(step, epoch, lr, values))
 
     def flush(self) -> list[dict[str, Any]]:
-        """Reads the pending steps from the device, writes their lines and returns them; times are means over these steps.
+        """Reads the pending steps from the device, writes their lines and returns them; times are means over these
+        steps.
 
-        Raises: NonFiniteError for the first step whose loss or gradient norm is not finite, after writing those before it.
+        Raises: NonFiniteError for the first step whose loss or gradient norm is not finite, after writing those
+        before it.
         """
         if not self.pending:
             return []

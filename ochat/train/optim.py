@@ -33,7 +33,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scales all gradients so that their joint 2-norm is at most `largest` (0: leaves them); returns the norm before, () fp32.
+    """Scales all gradients so that their joint 2-norm is at most `largest` (0: leaves them); returns the norm before,
+    () fp32.
 
     The norm runs over every rank's shards; nothing waits on the host.
     """
@@ -55,7 +56,8 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tupl
 
 
 def start_state(optimizer: torch.optim.Optimizer, steps_done: int) -> None:
-    """Creates zero moments for every parameter, as after `steps_done` steps, so that a checkpoint can be copied into them."""
+    """Creates zero moments for every parameter, as after `steps_done` steps, so that a checkpoint can be copied
+    into them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}

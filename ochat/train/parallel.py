@@ -1,8 +1,8 @@
 """Processes, devices, and the order in which a model is wrapped: recompute, compile, shard.
 
-Started by torchrun, every process is a rank; alone, there is one rank and no wrapper. `shard` ranks hold one copy of the model
-between them (FSDP2), `replicate` such groups work side by side. Gradients are summed over all ranks, never averaged: the loss is
-already divided by the weight of the whole step.
+Started by torchrun, every process is a rank; alone, there is one rank and no wrapper. `shard` ranks hold one copy of
+the model between them (FSDP2), `replicate` such groups work side by side. Gradients are summed over all ranks, never
+averaged: the loss is already divided by the weight of the whole step.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
     shard = parallel.shard or world // parallel.replicate
     if shard * parallel.replicate != world:
         raise ConfigError(
-            f"parallel.shard = {parallel.shard} x parallel.replicate = {parallel.replicate} do not make the {world} started processes"
+            f"parallel.shard = {parallel.shard} x parallel.replicate = {parallel.replicate} do not make the {world} "
+            "processes that were started"
         )
     if world == 1:
         return Ranks(rank, world, device, None)
@@ -73,10 +74,11 @@ def stop() -> None:
 
 
 def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-    """Applies what the configuration asks for, in this order: recompute, compile each block, shard each block and the rest.
+    """Applies what the configuration asks for, in this order: recompute, compile each block, shard each block and the
+    rest.
 
-    `model` may be on the meta device. A sharded model computes in `dtype`
-    and reduces gradients in fp32. Tied embeddings stay in one group, the root's; untied ones get a group each.
+    `model` may be on the meta device. A sharded model computes in `dtype` and reduces gradients in fp32. Tied
+    embeddings stay in one group, the root's; untied ones get a group each.
     """
     model.recompute = train.recompute
     if train.compile:

@@ -1,4 +1,5 @@
-"""`ochat plan CONFIG.toml --section.key=value ...`: what the run will do, before it does it. Reads the data set's lengths only."""
+"""`ochat plan CONFIG.toml --section.key=value ...`: what the run will do, before it does it. Reads the data set's
+lengths only."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str]) -> None:
     try:
         show(command.read_arguments(arguments), Console(highlight=False))
     except OchatError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
+        )
         sys.exit(1)
 
 
@@ -36,7 +39,9 @@ def show(config: Config, console: Console) -> None:
     model = ModelConfig.load(config.base.path)
     data = inputs.open_data(config, config.data.path)
     facts = describe(config, data, model)
-    table = Table(title=f"plan of {config.run.dir}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=f"plan of {config.run.dir}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
     for name, value in facts.items():
         table.add_row(f"[dim]{name}[/]", escape(value))
     console.print(table)
@@ -51,14 +56,17 @@ def describe(config: Config, data: TokenDataset, model: ModelConfig) -> dict[str
     classes = np.bincount(data.class_ids, minlength=len(data.class_names))
     return {
         "model": f"{model.model_type}, {model.num_parameters():,} parameters",
-        "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, longest {int(data.lengths.max()):,}",
-        "classes": ", ".join(f"{name or '(none)'} {count:,}" for name, count in zip(data.class_names, classes, strict=True)),
+        "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, "
+        f"longest {int(data.lengths.max()):,}",
+        "classes": ", ".join(
+            f"{name or '(none)'} {count:,}" for name, count in zip(data.class_names, classes, strict=True)
+        ),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
         "steps": f"{stats.num_steps:,} of {_epochs(stats.steps_per_epoch)}",
         "step": f"{config.data.bins_per_step} bins of {config.data.token_budget:,} tokens: "
         f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
-        "packing": f"fill {stats.fill:.2%}; work of a step's bins, max over mean: {stats.imbalance_mean:.3f} on average, "
-        f"{stats.imbalance_worst:.3f} at worst",
+        "packing": f"fill {stats.fill:.2%}; work of a step's bins, max over mean: "
+        f"{stats.imbalance_mean:.3f} on average, {stats.imbalance_worst:.3f} at worst",
         "work": f"{flops / stats.num_tokens:.3g} FLOPs a token, {flops:.3g} an epoch",
         "learning rate": inputs.choose_lr(config, loader, model).reason,
     }

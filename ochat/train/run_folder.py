@@ -1,6 +1,6 @@
 """A run's folder: it is made, checked and described here, before the model is loaded.
 
-    RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  checkpoints/step_N/  export/
+RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  checkpoints/step_N/  export/
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ CONFIG = "config.toml"
 
 
 def open_folder(config: Config, ranks: Ranks) -> Path:
-    """The run folder with the resolved configuration in it; ConfigError if it cannot be written or holds another run."""
+    """The run folder with the resolved configuration in it; ConfigError if it cannot be written or holds another
+    run."""
     folder = Path(config.run.dir)
     if ranks.is_first:
         _refuse_overwriting(folder, config)
@@ -38,9 +39,12 @@ def open_folder(config: Config, ranks: Ranks) -> Path:
 
 
 def identity(model: ModelConfig, data: TokenDataset, tokenizer: Any) -> dict[str, Any]:
-    """What a checkpoint must share with the run that continues from it; ConfigError if data and tokenizer do not belong together."""
+    """What a checkpoint must share with the run that continues from it; ConfigError if data and tokenizer do not
+    belong together."""
     if data.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
-        raise ConfigError(f"{data.path}: prepared with another tokenizer than base.path holds; run `ochat prepare` with this base")
+        raise ConfigError(
+            f"{data.path}: prepared with another tokenizer than base.path holds; run `ochat prepare` with this base"
+        )
     shape = {key: value for key, value in asdict(model).items() if key != "dtype"}
     return {
         "model": hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16],
@@ -52,7 +56,9 @@ def identity(model: ModelConfig, data: TokenDataset, tokenizer: Any) -> dict[str
 def blame(loader: Loader, step: int) -> str:
     """The bins of this rank in `step` and where their conversations stand in the input files."""
     places = [[loader.dataset.place(i) for i in batch.sequences] for batch in loader.step(step)]
-    bins = "; ".join(f"bin {loader.rank + loader.world * i}: {', '.join(p[:4])}{' ...' * (len(p) > 4)}" for i, p in enumerate(places))
+    bins = "; ".join(
+        f"bin {loader.rank + loader.world * i}: {', '.join(p[:4])}{' ...' * (len(p) > 4)}" for i, p in enumerate(places)
+    )
     return f"rank {loader.rank}'s {bins}"
 
 

@@ -1,7 +1,7 @@
 """The learning rate: what "auto" chooses and why, and the warm-up and cosine that scale it step by step.
 
-    choice = choose_lr("auto", supervised_tokens_per_step=200_000, model_type="llama", vocab_size=32002)
-    print(choice.reason); lr = choice.value * factor(step, num_steps, warmup_ratio=0.05, min_lr_ratio=0.1)
+choice = choose_lr("auto", supervised_tokens_per_step=200_000, model_type="llama", vocab_size=32002)
+print(choice.reason); lr = choice.value * factor(step, num_steps, warmup_ratio=0.05, min_lr_ratio=0.1)
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ class LearningRate:
     reason: str
 
 
-def choose_lr(setting: float | str, *, supervised_tokens_per_step: float, model_type: str, vocab_size: int) -> LearningRate:
-    """`setting` itself if it is a number; for "auto" `3e-4 * sqrt(supervised tokens per step / 4e6) / family divisor`."""
+def choose_lr(
+    setting: float | str, *, supervised_tokens_per_step: float, model_type: str, vocab_size: int
+) -> LearningRate:
+    """`setting` itself if it is a number; for "auto" `3e-4 * sqrt(supervised tokens per step / 4e6) / family
+    divisor`."""
     if not isinstance(setting, str):
         return LearningRate(float(setting), f"lr {setting:.3g}: set in the configuration")
     family = _family(model_type, vocab_size)
@@ -38,7 +41,8 @@ def choose_lr(setting: float | str, *, supervised_tokens_per_step: float, model_
 
 
 def factor(step: int, num_steps: int, *, warmup_ratio: float, min_lr_ratio: float) -> float:
-    """What the peak rate is multiplied by in `step` (counted from 0): linear up over the warm-up, then cosine to the minimum."""
+    """What the peak rate is multiplied by in `step` (counted from 0): linear up over the warm-up, then cosine to
+    the minimum."""
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,5 @@
-"""Experiment trackers beside metrics.jsonl: TensorBoard and Weights & Biases, each imported only when it is asked for."""
+"""Experiment trackers beside metrics.jsonl: TensorBoard and Weights & Biases, each imported only when it is asked
+for."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Trackers:
             self.writers.append(self._wandb(config, run_dir))
 
     def add(self, kind: str, lines: list[dict[str, Any]]) -> None:
-        """Passes on every number of the lines (dicts with a `step`), under names such as train/loss or held_out/GPT4/loss."""
+        """Passes on every number of the lines (dicts with a `step`), under names such as train/loss or
+        held_out/GPT4/loss."""
         for line in lines:
             for write in self.writers:
                 write(line["step"], dict(_numbers(kind, {key: value for key, value in line.items() if key != "step"})))
@@ -52,8 +54,12 @@ class Trackers:
         try:
             import wandb  # type: ignore[import-not-found]
         except ImportError:
-            raise ConfigError(f"log.wandb = {config.log.wandb!r} needs the package wandb (pip install ochat[log])") from None
-        run = wandb.init(project=config.log.wandb, name=run_dir.name, dir=str(run_dir), config={"toml": dump(config)}, resume="allow")
+            raise ConfigError(
+                f"log.wandb = {config.log.wandb!r} needs the package wandb (pip install ochat[log])"
+            ) from None
+        run = wandb.init(
+            project=config.log.wandb, name=run_dir.name, dir=str(run_dir), config={"toml": dump(config)}, resume="allow"
+        )
         self._open.callback(run.finish)
         return lambda step, numbers: run.log(numbers, step=step)
 

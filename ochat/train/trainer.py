@@ -1,9 +1,10 @@
 """The story of a run: build, load, loop, step.
 
-    torchrun --nproc-per-node 2 -m ochat.train CONFIG.toml --run.dir=runs/a      (or `ochat train CONFIG.toml` on one process)
+    torchrun --nproc-per-node 2 -m ochat.train CONFIG.toml --run.dir=runs/a   (one process: ochat train CONFIG.toml)
 
-The loss of a step is sum(w * nll) / sum |w| over all its bins, whatever the number of ranks and micro-batches. The step number
-decides the data, so a checkpoint holds no loader. Nothing in a step waits on the host except the journal's flush.
+The loss of a step is sum(w * nll) / sum |w| over all its bins, whatever the number of ranks and micro-batches. The
+step number decides the data, so a checkpoint holds no loader. Nothing in a step waits on the host except the journal's
+flush.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from ochat.train.trackers import Trackers
 def train(config: Config) -> None:
     """Runs the configured training from its newest checkpoint (or the base model) to its last step.
 
-    Raises: ConfigError, DataError, CheckpointError before the first step for what a user can mend; NonFiniteError at a bad step;
-    Interrupted after a signal, once the state is saved.
+    Raises: ConfigError, DataError, CheckpointError before the first step for what a user can mend; NonFiniteError at
+    a bad step; Interrupted after a signal, once the state is saved.
     """
     ranks = parallel.start(config.train, config.parallel)
     try:
@@ -139,7 +140,12 @@ class Trainer:
             self.display.evaluation(line)
             self.trackers.add("held_out", [line])
         answers = evaluate.answer(
-            self.model, self.data.template, self.tokenizer, self.config.samples, tuple(self.data.class_names)
+            self.model,
+            self.data.template,
+            self.tokenizer,
+            self.config.samples,
+            self.data.class_names,
+            self.ranks.device,
         )
         self._append("samples.jsonl", [stamp | answer for answer in answers])
         self.display.samples(answers)
@@ -147,7 +153,9 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the steps done so far."""
         keep = self.config.checkpoint.keep
-        path = checkpoint.save(self.run_dir, self.steps_done, self.model, self.optimizer, self.identity, self.ranks, keep)
+        path = checkpoint.save(
+            self.run_dir, self.steps_done, self.model, self.optimizer, self.identity, self.ranks, keep
+        )
         self.display.note(f"saved {path}")
 
     def finish(self) -> None:
@@ -159,7 +167,8 @@ class Trainer:
         self.ranks.barrier()
 
     def announce(self) -> None:
-        """Says what will be done, before the first step: the plan, the devices, the kernels, the learning rate and its reason."""
+        """Says what will be done, before the first step: the plan, the devices, the kernels, the learning rate and
+        its reason."""
         if not self.ranks.is_first:
             return
         facts = plan.describe(self.config, self.data, self.model_config)
@@ -200,7 +209,9 @@ class Trainer:
         path = self.run_dir / "metrics.jsonl"
         if self.ranks.is_first:
             for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
-                metrics.cut(self.run_dir / name, self.steps_done or -1)  # -1: what was measured before step 1 comes again
+                metrics.cut(
+                    self.run_dir / name, self.steps_done or -1
+                )  # -1: what was measured before step 1 comes again
         dtype = getattr(torch, self.config.train.dtype)
         self.peak, self.peak_source = metrics.peak_flops(self.ranks.device, self.config.train.peak_tflops, dtype)
         return Journal(
