@@ -10,6 +10,7 @@ from ochat.config import ClassConfig, WeightsConfig
 from ochat.data import shards, template
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
+from ochat.data.weights import ASSISTANT, ROLES
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -186,19 +187,20 @@ def test_token_ids_stay_in_the_file(mixed):
     assert all(not shard["input_ids"].flags.owndata for shard in data._shards)
 
 
-def test_a_first_token_is_nobodys_label(tmp_path):
-    """Without BOS and prefix a supervised message may stand first: its first token counts nowhere."""
-    form = tmp_path / "bare.toml"
-    form.write_text(
-        'context = 99\nprefix = "{role}"\neot = "<|end_of_turn|>"\nbos = ""\ncondition_roles = "none"\n'
-        '[roles]\nuser = ""\nassistant = "A:"\n'
-    )
-    items = [{"role": "user", "content": "abc", "weight": 0.5}, {"role": "assistant", "content": "d"}]
-    path = write_lines(tmp_path / "in.jsonl", [{"items": items}, {"items": items[:1]}, {"items": items[1:]}])
-    report = prepare([path], write_base(tmp_path / "base"), str(form), tmp_path / "data", progress=False)
+def test_a_first_token_is_nobodys_label(mixed, tmp_path):
+    """No template writes a supervised first token, but a shard may hold one: it counts nowhere."""
+    columns = shards.Columns()
+    for ends in ([3], [2, 6], [1, 2]):
+        columns.input_ids.append(np.arange(ends[-1], dtype=np.uint32))
+        columns.span_ends.append(ends)
+        columns.span_roles.append([ASSISTANT] * len(ends))
+        columns.span_weights.append([math.nan, 0.5][: len(ends)])
+        columns.conditions.append("GPT4")
+        columns.rewards.append(math.nan)
+        columns.lines.append(1)
+        columns.files.append("a")
+    with shards.ShardWriter(tmp_path / "data", 300) as writer:
+        writer.add(columns)
+        writer.finish({key: TokenDataset(mixed).manifest[key] for key in ("template", "tokenizer", "context")}, ROLES)
     data = TokenDataset(tmp_path / "data")
-    assert data.supervised.tolist() == [5, 3, 2] == [np.count_nonzero(e.loss_weights[1:]) for e in data]
-    assert report.supervised == 10 and data.lengths.tolist() == [8, 4, 4]
-    alone = write_lines(tmp_path / "one.jsonl", [{"items": [{"role": "user", "content": "", "weight": 1.0}]}])
-    with pytest.raises(DataError, match="no message to learn from"):
-        prepare([alone], tmp_path / "base", str(form), tmp_path / "one", progress=False)
+    assert data.supervised.tolist() == [2, 5, 1] == [np.count_nonzero(e.loss_weights[1:]) for e in data]

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from ochat.data import multipack
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.data.prepare import prepare
@@ -94,6 +95,20 @@ def test_positions_and_epoch_ends(data):
     for outside in (-1, loader.num_steps):
         with pytest.raises(IndexError):
             loader.position(outside)
+
+
+def test_epochs_of_unequal_length_keep_their_ends(data, monkeypatch):
+    whole = multipack.plan
+
+    def halved(lengths, *, token_budget, epoch, **options):
+        return whole(lengths, token_budget=token_budget if epoch else 2 * token_budget, epoch=epoch, **options)
+
+    monkeypatch.setattr(multipack, "plan", halved)
+    loader = load(data)
+    first, second = loader.steps_per_epoch
+    assert first < second
+    assert [step for step in range(loader.num_steps) if loader.epoch_end(step)] == [first - 1, first + second - 1]
+    assert loader.position(first) == (1, 0)
 
 
 def test_max_steps_cuts_the_run(data):

@@ -15,9 +15,11 @@ from rich.console import Console
 from ochat.data import shards, template, tokenizer
 from ochat.data.conversation import Conversation
 from ochat.data.dataset import TokenDataset
+from ochat.data.encode import num_supervised
 from ochat.data.prepare import _encode_all, prepare
 from ochat.data.prepare_report import print_report
 from ochat.data.records import Record
+from ochat.data.template import Span
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -269,3 +271,8 @@ def test_a_worker_that_dies_names_where_it_was():
     batch = [Record("in.jsonl", line, line, b"{}") for line in (7, 8, 9)]
     with pytest.raises(DataError, match=r"in\.jsonl:7: a worker died on this record or one of the 2 behind it"):
         list(_encode_all([(batch, 0)], Killer(), 1))
+
+
+def test_a_first_token_is_nobodys_label():
+    assert num_supervised([Span(3, "assistant", None), Span(5, "user", None), Span(6, "user", 0.5)]) == 3
+    assert num_supervised([Span(1, "assistant", 1.0)]) == 0

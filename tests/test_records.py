@@ -126,12 +126,19 @@ def test_damage_that_hides_the_next_record_is_the_last_one(tmp_path, text, good,
         bad.value()
 
 
+def test_a_byte_that_is_not_utf8_spoils_one_element_of_an_array(tmp_path):
+    first, bad, last = records.read(write(tmp_path, b'[{"a": 1},\n{"a": "\xff"},\n{"a": 3}]'))
+    assert (first.value(), last.value()) == ({"a": 1}, {"a": 3})
+    with pytest.raises(DataError, match=r"in\.jsonl:2: not UTF-8 at byte 7"):
+        bad.value()
+
+
 @pytest.mark.parametrize("kind", ["gz", "xz", "zst"])
 @pytest.mark.parametrize("form", [lines, json.dumps], ids=["lines", "array"])
 def test_a_cut_compressed_file_is_named(tmp_path, kind, form):
     data = COMPRESSORS[kind](form([{"n": n, "text": "word " * (n % 50)} for n in range(20000)]).encode())
     *_, bad = records.read(write(tmp_path, data[: len(data) // 2]))
-    with pytest.raises(DataError, match="cut"):
+    with pytest.raises(DataError, match="cut compressed file"):
         bad.value()
 
 
