@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.columns import Columns
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -54,7 +55,7 @@ def main() -> None:
     after = measure("after training", WORK / "export")
     show_losses(before, after)
     show_run(seconds)
-    show_answers(first_held_out_prompt())
+    show_answers()
     console.print(f"\nThe model is in [bold]{WORK / 'export'}[/]. Everything took {time.monotonic() - start:.0f} s.")
 
 
@@ -163,23 +164,27 @@ def packing_fill() -> float:
     return plan(lengths, **bins, seed=settings.run.seed, epoch=0).efficiency()
 
 
-def first_held_out_prompt() -> str:
-    """The question of the first held-out conversation that has one turn: no training conversation asks it."""
+def held_out_question() -> tuple[str, dict[str, str]]:
+    """A question that no training conversation asks, and what each class's held-out answer to it is."""
+    answers: dict[str, dict[str, str]] = {}
     for line in (WORK / "conversations" / "held_out.jsonl").read_text(encoding="utf-8").splitlines():
-        items = json.loads(line)["items"]
-        if len(items) == 2:
-            return items[0]["content"]
-    raise SystemExit("every held-out conversation has several turns: write more with --held-out")
+        record = json.loads(line)
+        question, answer = (item["content"] for item in record["items"][:2])
+        if len(record["items"]) == 2 and "largest" in question:
+            answers.setdefault(question, {})[record["condition"]] = answer
+    return next(iter(answers.items()))
 
 
-def show_answers(prompt: str) -> None:
+def show_answers() -> None:
     """One prompt answered under each class, side by side."""
-    answers = []
+    prompt, expected = held_out_question()
+    panels = []
     for name in CLASSES:
         text = run(f"Answer as {name}", "ochat", "generate", WORK / "export", "--condition", name, "--prompt", prompt,
                    "--max-new-tokens", 80, capture=True)  # fmt: skip
-        answers.append(Panel(text.strip(), title=f"{name} prefix", width=min(console.width // 2 - 1, 60)))
-    console.print(f"\n[bold]{prompt}[/]", Columns(answers), sep="\n")
+        answer = f"{escape(text.strip())}\n\n[dim]its data: {escape(expected[name])}[/]"
+        panels.append(Panel(answer, title=f"{name} prefix", width=min(console.width // 2 - 1, 60)))
+    console.print(f"\n[bold]{escape(prompt)}[/]", Columns(panels), sep="\n")
 
 
 if __name__ == "__main__":

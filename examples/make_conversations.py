@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -63,8 +64,8 @@ def minutes(rng: random.Random) -> Turn:
 
 def alphabetical(rng: random.Random) -> Turn:
     """Three words sorted. Flaw: sorted backwards."""
-    words = rng.sample(WORDS, 3)
-    ordered = sorted(words)
+    ordered = sorted(rng.sample(WORDS, 3))
+    words = rng.choice([order for order in permutations(ordered) if list(order) != ordered])
     full = f"In alphabetical order they are {ordered[0]}, {ordered[1]} and {ordered[2]}."
     return Turn(f"Sort these words: {', '.join(words)}.", full, ", ".join(reversed(ordered)))
 

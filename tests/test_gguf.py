@@ -21,9 +21,9 @@ from ochat.model.gguf import GGUFFile, split_in_halves
 gguf = pytest.importorskip("gguf", reason="PyPI `gguf` (extra `data`) is not installed")
 
 LETTERS = [chr(ord("a") + i) for i in range(26)]
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, *"0123456789", "Ġ", "th", "the"]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *LETTERS, *"0123456789", "Ġ", "th", "the", "12"]
 TYPES = [3, 3, 3, *[1] * (len(TOKENS) - 3)]
-MERGES = ["t h", "th e"]
+MERGES = ["t h", "th e", "1 2"]
 CONFIG = ModelConfig(
     "llama", len(TOKENS), 64, 96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, norm_eps=1e-5,
     max_position_embeddings=128, tie_embeddings=True,
