@@ -57,6 +57,14 @@ def test_special_tokens_and_bos_in_transformers(pair, text):
             assert served(text + EOT)["input_ids"] == bos + expected
 
 
+def test_words_that_are_tokens_stay_whole(pair):
+    """Some of Llama 3's tokens cannot be reached by merges; tiktoken takes such a word as one token nevertheless."""
+    tokenizer, served, _ = pair
+    for text in ("しない", "ーカー", " 스타", "데이트"):
+        assert served(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+        assert tokenizer.kind != "tiktoken" or len(tokenizer.encode(text)) == 1
+
+
 def test_names(pair):
     tokenizer, served, _ = pair
     assert (served.bos_token_id, served.eos_token_id) == (tokenizer.bos_id, tokenizer.special_tokens[EOT])
