@@ -42,10 +42,10 @@ clean:  ## remove the environment, caches and the demo's files
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data]"
 	@touch $@
 
-# mistral-common and llama-models carry real tokenizers that tests read as files; what they depend on is not needed
+# mistral-common and llama-models carry real tokenizers that tests read as files; what the latter depends on is not needed
 .venv/dev: .venv/demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data,dev]"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps mistral-common llama-models
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data,dev]" mistral-common
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llama-models
 	@touch $@
 
 $(MODEL):

@@ -1,7 +1,8 @@
 """The learning rate: what "auto" chooses and why, and the warm-up and cosine that scale it step by step.
 
-choice = choose_lr("auto", supervised_tokens_per_step=200_000, model_type="llama", vocab_size=32002)
-print(choice.reason); lr = choice.value * factor(step, num_steps, warmup_ratio=0.05, min_lr_ratio=0.1)
+    choice = choose_lr("auto", supervised_tokens_per_step=200_000, model_type="llama", vocab_size=32002)
+    lr = choice.value * factor(step, num_steps, warmup_ratio=0.05, min_lr_ratio=0.1)
+`choice.reason` is the sentence for the log.
 """
 
 from __future__ import annotations
