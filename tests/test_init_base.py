@@ -178,4 +178,9 @@ def test_wrong_options_are_explained(tmp_path):
         init_base.main(InitBaseOptions(tmp_path / "source", hf=tmp_path / "source"))
     with pytest.raises(ConfigError, match="x.json: no such file"):
         init_base.main(InitBaseOptions(tmp_path / "out", random=tmp_path / "x.json"))
+    with pytest.raises(ConfigError, match="someone/llama"):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=Path("someone/llama"), add_token=(EOT,)))
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="source.*no tokenizer.model"):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
     assert not (tmp_path / "out").exists()

@@ -48,9 +48,8 @@ class InitBaseOptions:
     add_token: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     tokenizer: Path | None = None  # a tokenizer's folder or file, instead of the source's own
     seed: int = 0  # decides what --random draws
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # of the stored weights; auto: the source's, bfloat16 for GGUF
-    )
+    # of the stored weights; auto: what the source's config names, bfloat16 for GGUF
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,9 @@ def main(options: InitBaseOptions) -> None:
         raise ConfigError(f"{options.out}: exists already; remove it or name another folder")
     with _whole_or_not(options.out) as folder:
         gguf = None if options.gguf is None else GGUFFile(options.gguf)
+        source = _source(options, gguf)
         tokens = _write_tokenizer(options, gguf, folder)
-        source = _with_vocabulary(_source(options, gguf), tokens, options)
+        source = _with_vocabulary(source, tokens, options)
         hf.save(folder, source.config, source.parameters, source.config.dtype)
         _write_generation_config(folder, source.config)
     _report(options, source.config, tokens)
@@ -137,17 +137,18 @@ def _with_vocabulary(source: Source, vocabulary: Vocabulary | None, options: Ini
 
 def _write_tokenizer(options: InitBaseOptions, gguf: GGUFFile | None, folder: Path) -> Vocabulary | None:
     """Put the tokenizer's files into `folder`, add the tokens; None where a random model has no tokenizer."""
-    if options.tokenizer is not None:
-        _copy_tokenizer(options.tokenizer, folder)
-    elif gguf is not None:
-        _rebuild_tokenizer(gguf, folder)
-    elif options.hf is not None:
-        _copy_tokenizer(options.hf, folder)
-    elif options.add_token:
-        raise ConfigError("--add-token needs a tokenizer to add to: give one with --tokenizer PATH")
-    else:
+    origin = options.tokenizer or options.hf
+    if origin is None and gguf is None:
+        if options.add_token:
+            raise ConfigError("--add-token needs a tokenizer to add to: give one with --tokenizer PATH")
         return None
-    before = tokenizers.load(folder)
+    if origin is not None:
+        before = tokenizers.load(origin)
+        _copy_tokenizer(origin, folder)
+    else:
+        assert gguf is not None
+        _rebuild_tokenizer(gguf, folder)
+        before = tokenizers.load(folder)
     after = tokenizers.load(folder, options.add_token)
     ids = {token: after.special_tokens[token] for token in options.add_token}
     _declare(folder, ids)
@@ -214,7 +215,7 @@ def _whole_or_not(out: Path) -> Iterator[Path]:
 def _report(options: InitBaseOptions, config: ModelConfig, vocabulary: Vocabulary | None) -> None:
     console = Console(soft_wrap=True)
     console.print(f"{options.out}: {config.model_type}, {config.num_parameters():,} parameters in {config.dtype}, "
-                  f"{config.vocab_size:,} embedding rows", highlight=False)  # fmt: skip
+                  f"{config.vocab_size:,} embedding rows", markup=False, highlight=False)  # fmt: skip
     if vocabulary is None:
         console.print("no tokenizer was given (--tokenizer PATH): the folder cannot prepare data", highlight=False)
         return
