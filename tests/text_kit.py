@@ -1,11 +1,10 @@
-"""Tokenizers for the text tests: small ones made on the spot, and the real ones of packages that may be installed.
+"""Tokenizers for the text tests: small ones made on the spot, and the real ones that two packages carry.
 
 `small_folder` writes a small one of a kind; `real_tokenizer("mistral" | "llama3")` gives a path, or skips the test.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 from functools import cache
@@ -18,7 +17,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from ochat.data.tokenizer import LLAMA3_PATTERN
 
-_REAL = {"mistral": ("mistral_common", "data/tokenizer.model.v1"), "llama3": ("llama_models", "llama3/tokenizer.model")}
+# where `make test` unpacks the packages that carry them; installed, mistral_common would change what transformers does
+_REAL = {
+    "mistral": ".cache/tokenizers/mistral_common/data/tokenizer.model.v1",
+    "llama3": ".cache/tokenizers/llama_models/llama3/tokenizer.model",
+}
 
 _TAIL = ":) ((())) -- e\u0301t\u00e9\t\u6f22\u5b57"
 _SUBJECTS = [(a, b) for a in ("sum", "product", "answer", "assistant") for b in ("cat", "dog", "user")]
@@ -57,12 +60,11 @@ NASTY = (*_BLANKS, *_SCRIPTS, *_SIGNS, *_MARKS, "<|im_start|>user\nhi<|im_end|>"
 
 
 def real_tokenizer(name: str) -> Path:
-    """The path of a real tokenizer; the package that holds it is found, not imported."""
-    package, path = _REAL[name]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip(f"the real {name} tokenizer is in the package {package}, which is not installed")
-    return Path(spec.submodule_search_locations[0]) / path
+    """The path of a real tokenizer."""
+    path = Path(__file__).parents[1] / _REAL[name]
+    if not path.is_file():
+        pytest.skip(f"the real {name} tokenizer is not at {path}; `make test` puts it there")
+    return path
 
 
 @cache
