@@ -7,7 +7,7 @@ import torch
 
 
 def assert_close(op: torch.Tensor, reference: torch.Tensor, truth: torch.Tensor, atol: float) -> None:
-    """Raises AssertionError with the two errors if `op` is further from `truth` than the rule allows, or is not finite."""
+    """Raises AssertionError with both errors if `op` is further from `truth` than the rule allows, or not finite."""
     assert op.shape == truth.shape
     assert torch.isfinite(op).all()
     op_error = (op.double() - truth.double()).abs().max().item() if op.numel() else 0.0

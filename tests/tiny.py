@@ -1,4 +1,4 @@
-"""A whole small world for tests of the trainer: a tokenizer, a random Llama, conversations of two classes, their data set.
+"""A whole small world for tests of the trainer: a tokenizer, a random Llama, conversations of two classes, a data set.
 
     world = tiny.make(tmp_path); tiny.train(world, run_dir, "--data.max_steps=3")
     tiny.torchrun(world, run_dir, 2, "--data.max_steps=3")
