@@ -171,7 +171,7 @@ def dump(config: Config) -> str:
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
         if section.name == "classes":
-            blocks += [_section(f"classes.{_key(name)}", entry) for name, entry in value.items()]
+            blocks += [_section(f"classes.{_text(name)}", entry) for name, entry in value.items()]
         else:
             blocks.append(_section(section.name, value))
     return "\n".join(blocks)
@@ -304,11 +304,12 @@ def _section(name: str, section: Any) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
+        return "{ " + ", ".join(f"{_text(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_toml, value)) + "]"
+    return _text(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _text(value: str) -> str:
+    """A TOML string: JSON's escapes are TOML's, except that TOML wants DEL escaped too."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False)
