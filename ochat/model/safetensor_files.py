@@ -70,7 +70,7 @@ def write_shards(directory: Path, shards: Iterable[dict[str, Tensor]], num_shard
     total_size = 0
     for number, shard in enumerate(shards, 1):
         name = SINGLE if num_shards == 1 else f"model-{number:05d}-of-{num_shards:05d}.safetensors"
-        _write_file(directory / name, shard)
+        write_file(directory / name, shard)
         weight_map |= dict.fromkeys(shard, name)
         total_size += sum(tensor.nbytes for tensor in shard.values())
     if num_shards > 1:
@@ -88,9 +88,11 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """One safetensors file, whole and on the disk before it has its name, readable for whoever may read its folder."""
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files to their owner
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)

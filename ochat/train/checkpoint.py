@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ochat.errors import CheckpointError
-from ochat.model import hf
+from ochat.model import hf, safetensor_files
 from ochat.model.transformer import Transformer
 from ochat.train import optim, parallel
 from ochat.train.parallel import Ranks
@@ -43,7 +42,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         hf.save(temporary, model.config, weights, torch.float32)
-        save_file(dict(moments), temporary / OPTIMIZER, metadata={"format": "pt"})
+        safetensor_files.write_file(temporary / OPTIMIZER, dict(moments))
         state = {"format": FORMAT, "step": step, "identity": identity}
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         _publish(temporary, final)
