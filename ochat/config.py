@@ -10,17 +10,14 @@ folder keeps.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import math
-import tomllib
-import types
-import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ochat.errors import ConfigError
+from ochat import typed_toml
+from ochat.typed_toml import expect
 
 
 @dataclass(frozen=True)
@@ -154,13 +151,15 @@ class Config:
     log: LogConfig = LogConfig()
 
 
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """The configuration in the TOML file `path` after `--section.key=value` options; ConfigError names what is
-    wrong."""
-    tree = _read_toml(Path(path))
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in the TOML file `path` after `--section.key=value` options.
+
+    Raises: ConfigError that names what is wrong.
+    """
+    tree = typed_toml.read(Path(path))
     for option in overrides:
-        _apply(tree, option)
-    config = _build(Config, tree, "")
+        typed_toml.apply(tree, option)
+    config = typed_toml.build(Config, tree)
     _check(config)
     return config
 
@@ -171,97 +170,10 @@ def dump(config: Config) -> str:
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
         if section.name == "classes":
-            blocks += [_section(f"classes.{_text(name)}", entry) for name, entry in value.items()]
+            blocks += [typed_toml.section(("classes", name), entry) for name, entry in value.items()]
         else:
-            blocks.append(_section(section.name, value))
+            blocks.append(typed_toml.section((section.name,), value))
     return "\n".join(blocks)
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
-
-
-def _apply(tree: dict[str, Any], option: str) -> None:
-    name, equals, text = option.removeprefix("--").partition("=")
-    if not option.startswith("--") or not equals or "." not in name:
-        raise ConfigError(f"option {option!r}: expected --section.key=value, for example --optim.lr=2e-5")
-    *parents, key = name.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise ConfigError(f"option {option!r}: {parent} is a value, not a section")
-    tree[key] = _parse_value(text)
-
-
-def _parse_value(text: str) -> Any:
-    """A TOML value if it is one (numbers, booleans, arrays, quoted strings), else the text itself."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` (from TOML) as the type `kind`; `where` is its dotted name, for messages."""
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(kind, value, where)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict:
-        _expect(isinstance(value, dict), where, value, "a table")
-        return {key: _build(args[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is tuple:
-        _expect(isinstance(value, list), where, value, "an array")
-        _expect(args[-1] is Ellipsis or len(args) == len(value), where, value, f"an array of {len(args)}")
-        return tuple(_build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin in (typing.Union, types.UnionType):
-        return _build_union(args, value, where)
-    if origin is Literal:
-        _expect(value in args, where, value, "one of " + ", ".join(map(repr, args)))
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    _expect(
-        type(value) is kind,
-        where,
-        value,
-        {"str": "a string", "int": "a whole number"}.get(kind.__name__, kind.__name__),
-    )
-    return value
-
-
-def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
-    _expect(isinstance(value, dict), where or "the file", value, "a table")
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(hints)
-            raise ConfigError(f"unknown {'key' if where else 'section'} {_join(where, key)!r}; {hint}")
-    return kind(**{key: _build(hints[key], item, _join(where, key)) for key, item in value.items()})
-
-
-def _build_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    for kind in args:
-        try:
-            return _build(kind, value, where)
-        except ConfigError:
-            continue
-    wanted = " or ".join(str(a) if typing.get_origin(a) is None else repr(typing.get_args(a)[0]) for a in args)
-    raise ConfigError(f"{where} = {value!r}: expected {wanted}")
-
-
-def _expect(condition: bool, where: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ConfigError(f"{where} = {value!r}: expected {expected}")
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
 
 
 _POSITIVE = "data.token_budget data.bins_per_step data.epochs weights.beta train.log_every parallel.replicate optim.eps"
@@ -277,39 +189,17 @@ def _check(config: Config) -> None:
     for name in (_POSITIVE + " " + _NOT_NEGATIVE + " " + _SHARES).split():
         section, key = name.split(".")
         value = getattr(getattr(config, section), key)
-        _expect(math.isfinite(value) and value >= 0, name, value, "a number that is not negative")
-        _expect(value > 0 or name not in _POSITIVE.split(), name, value, "a number above 0")
-        _expect(value <= 1 or name not in _SHARES.split(), name, value, "a share between 0 and 1")
+        expect(math.isfinite(value) and value >= 0, name, value, "a number that is not negative")
+        expect(value > 0 or name not in _POSITIVE.split(), name, value, "a number above 0")
+        expect(value <= 1 or name not in _SHARES.split(), name, value, "a share between 0 and 1")
     for i, beta in enumerate(config.optim.betas):
-        _expect(0 <= beta < 1, f"optim.betas[{i}]", beta, "a number in [0, 1)")
+        expect(0 <= beta < 1, f"optim.betas[{i}]", beta, "a number in [0, 1)")
     if isinstance(config.optim.lr, float):
-        _expect(math.isfinite(config.optim.lr) and config.optim.lr > 0, "optim.lr", config.optim.lr, "a number above 0")
+        expect(math.isfinite(config.optim.lr) and config.optim.lr > 0, "optim.lr", config.optim.lr, "a number above 0")
     for name, share in config.data.subsample.items():
-        _expect(0 < share <= 1, f"data.subsample.{name}", share, "a share in (0, 1]")
+        expect(0 < share <= 1, f"data.subsample.{name}", share, "a share in (0, 1]")
     for name, entry in config.classes.items():
-        _expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", entry, "either reward or weight")
+        expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", entry, "either reward or weight")
     for name in ("base.path", "data.path", "run.dir"):
         section, key = name.split(".")
-        _expect(bool(getattr(getattr(config, section), key)), name, "", f"a path, for example --{name}=PATH")
-
-
-def _section(name: str, section: Any) -> str:
-    lines = [f"[{name}]"]
-    for entry in dataclasses.fields(section):
-        value = getattr(section, entry.name)
-        if value is not None:
-            lines.append(f"{entry.name} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_text(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
-    if isinstance(value, tuple | list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return _text(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _text(value: str) -> str:
-    """A TOML string: JSON's escapes are TOML's, except that TOML wants DEL escaped too."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        expect(bool(getattr(getattr(config, section), key)), name, "", f"a path, for example --{name}=PATH")

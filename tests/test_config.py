@@ -32,6 +32,16 @@ def test_options_win_over_the_file(toml):
     assert config.optim.betas == (0.8, 0.9)
 
 
+def test_an_option_is_text_where_text_is_wanted(toml):
+    config = configuration.load(toml(), ["--run.dir=2024", "--base.path=true", '--data.path="a b"', "--run.seed=7"])
+    assert (config.run.dir, config.base.path, config.data.path, config.run.seed) == ("2024", "true", "a b", 7)
+
+
+def test_a_class_with_dots_or_blanks_is_quoted(toml):
+    options = ['--classes."gpt-3.5 turbo".weight=0.1', "--classes.GPT4 Correct.weight=1"]
+    assert configuration.load(toml(), options).classes.keys() == {"gpt-3.5 turbo", "GPT4 Correct"}
+
+
 def test_classes_come_from_tables_and_options(toml):
     path = toml("[classes.GPT4]\nreward = 1\n")
     config = configuration.load(path, ["--classes.GPT3.weight=0.1"])

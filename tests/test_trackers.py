@@ -1,4 +1,4 @@
-"""Trackers: every number of a line arrives under its name, and a tracker that is not installed is named with its remedy."""
+"""Trackers: every number of a line arrives under its name; a tracker that is not installed is named with its remedy."""
 
 import sys
 
