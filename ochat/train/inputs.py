@@ -16,16 +16,21 @@ from ochat.train import schedule
 from ochat.train.schedule import LearningRate
 
 
-def open_data(config: Config, path: str) -> TokenDataset:
-    """The prepared data set at `path` with the configuration's weights and selection."""
+def open_data(config: Config) -> TokenDataset:
+    """The prepared data set that is trained on, with the configuration's weights and selection."""
     return TokenDataset(
-        path,
+        config.data.path,
         classes=config.classes,
         weights=config.weights,
         only_class=config.data.only_class,
         subsample=config.data.subsample,
         seed=config.run.seed,
     )
+
+
+def open_eval_data(config: Config) -> TokenDataset:
+    """The held-out data set with the configuration's weights, whole: a class that is not trained on is measured too."""
+    return TokenDataset(config.data.eval_path, classes=config.classes, weights=config.weights)
 
 
 def open_loader(

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat.config import Config
-from ochat.data.dataset import TokenDataset
+from ochat.data.loader import Loader
 from ochat.errors import OchatError
 from ochat.model.config import ModelConfig
 from ochat.train import command, inputs
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str]) -> None:
 def show(config: Config, console: Console) -> None:
     """Prints the facts of the run and a histogram of its sequence lengths."""
     model = ModelConfig.load(config.base.path)
-    data = inputs.open_data(config, config.data.path)
-    facts = describe(config, data, model)
+    data = inputs.open_data(config)
+    facts = describe(config, inputs.open_loader(config, data, model), model)
     table = Table(
         title=f"plan of {config.run.dir}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
     )
@@ -48,10 +48,9 @@ def show(config: Config, console: Console) -> None:
     console.print(histogram(data.lengths))
 
 
-def describe(config: Config, data: TokenDataset, model: ModelConfig) -> dict[str, str]:
+def describe(config: Config, loader: Loader, model: ModelConfig) -> dict[str, str]:
     """The facts of a run as name -> text; the trainer prints the same before its first step."""
-    loader = inputs.open_loader(config, data, model)
-    stats = loader.stats()
+    data, stats = loader.dataset, loader.stats()
     flops = inputs.sequence_flops(data, model).sum()
     classes = np.bincount(data.class_ids, minlength=len(data.class_names))
     return {

@@ -57,7 +57,7 @@ class Trainer:
         torch.use_deterministic_algorithms(config.run.deterministic)
         self.model_config = ModelConfig.load(config.base.path)
         self.pads = ranks.device.type == "cuda"  # constant shapes pay there; a CPU would compute the padding
-        self.data = inputs.open_data(config, config.data.path)
+        self.data = inputs.open_data(config)
         self.loader = inputs.open_loader(
             config, self.data, self.model_config, rank=ranks.rank, world=ranks.world, pad=self.pads
         )
@@ -171,7 +171,7 @@ class Trainer:
         its reason."""
         if not self.ranks.is_first:
             return
-        facts = plan.describe(self.config, self.data, self.model_config)
+        facts = plan.describe(self.config, self.loader, self.model_config)
         facts |= {
             "processes": f"{self.ranks.world} on {self.ranks.device.type}",
             "computation": f"{self.config.train.dtype}, kernels {kernels_name(self.config)}, attention {self.backend}",
@@ -202,7 +202,7 @@ class Trainer:
     def _open_eval_loader(self) -> Loader | None:
         if not self.config.data.eval_path:
             return None
-        data = inputs.open_data(self.config, self.config.data.eval_path)
+        data = inputs.open_eval_data(self.config)
         return inputs.open_eval_loader(self.config, data, rank=self.ranks.rank, world=self.ranks.world, pad=self.pads)
 
     def _open_journal(self) -> Journal:
