@@ -2,6 +2,7 @@
 same answers."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ochat.infer import command as generate
 from ochat.infer.command import GenerateOptions
 from ochat.model import hf
 from ochat.train.export import export
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +88,38 @@ def test_an_earlier_checkpoint_can_be_exported(world, alone, tmp_path):
     assert hf.load(tmp_path / "five").embed.weight.dtype == torch.bfloat16
 
 
+def test_a_checkpoint_is_enough_wherever_it_lies(world, alone, exported, tmp_path):
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(world.folder / "alone" / "checkpoints" / f"step_{len(alone)}", copy)
+    (tmp_path / "out").mkdir()  # an empty folder is not in the way
+    assert export(copy, tmp_path / "out", dtype="float32") == len(alone)
+    ours = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert ours == {path.name: path.read_bytes() for path in exported.iterdir()}
+
+
+def test_the_default_condition_is_a_class_that_was_trained(tmp_path):
+    """The template's own default where the data has it, else the class of the largest weight."""
+    world = tiny.make(tmp_path, classes=("weak", "good"))
+    tiny.train(world, tmp_path / "run", "--data.max_steps=1")
+    described = json.loads((tmp_path / "run" / "export" / "openchat.json").read_text())
+    assert described["template"]["default_condition"] == "good" and set(described["classes"]) == {"weak", "good"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "export")
+    messages = [{"role": "user", "content": "1+1"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert "good User:" in text and text.endswith("good Assistant:")
+    table = ["--classes.weak.weight=5", "--classes.good.weight=1"]
+    tiny.train(world, tmp_path / "turned", "--data.max_steps=1", *table)
+    turned = json.loads((tmp_path / "turned" / "export" / "openchat.json").read_text())
+    assert turned["template"]["default_condition"] == "weak"
+
+
 def test_what_cannot_be_exported_is_refused(world, alone, exported, tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match="add --overwrite"):
         export(world.folder / "alone", exported)
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="not an exported model"):
         export(world.folder / "alone", tmp_path / "mine", overwrite=True)
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, NonFiniteError
 from tests import tiny
 
@@ -102,9 +103,8 @@ def test_a_finished_run_has_nothing_left_to_do(world, alone):
 def test_a_signal_saves_and_the_same_command_goes_on(world, tmp_path, number):
     run_dir, options = tmp_path / "run", ["--data.epochs=12", "--checkpoint.every=1000"]
     command = [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)]
-    environment = os.environ | {"PYTHONPATH": f"{tiny.ROOT}:{tiny.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=tiny.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     deadline = time.monotonic() + 120
     while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
@@ -117,6 +117,29 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, tmp_path, number):
     assert saved == [f"step_{len(tiny.metrics(run_dir))}"]
     lines = tiny.train(world, run_dir, *options)
     assert curve(lines) == curve(tiny.train(world, tmp_path / "whole", *options))
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path):
+    """Whatever is logged when: the ranks agree over the host's network."""
+    options = ["--data.epochs=200", "--checkpoint.every=100000", "--train.log_every=100000"]
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        tiny.torchrun_command(world, run_dir, 2, *options, "--train.eval_every=100000"),
+        cwd=tiny.ROOT,
+        env=tiny.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = iter(process.stdout.readline, "")
+    assert any("mfu is of" in line for line in lines)  # the last line before the first step
+    time.sleep(1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGUSR1)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert saved.name == f"step_{len(tiny.metrics(run_dir))}"
 
 
 def test_recomputing_blocks_changes_nothing(world, alone, tmp_path):
@@ -162,8 +185,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_lines(world,
     broken.config.write_text(
         world.config.read_text().replace(json.dumps(str(world.base)), json.dumps(str(broken.base)))
     )
-    with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*bin 0: .*conversations\.jsonl:\d+"):
+    with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*bin 0: .*conversations\.jsonl:\d+.*bin 3: "):
         tiny.train(broken, tmp_path / "run")
+    bins = json.loads((tmp_path / "run" / "bad_step.json").read_text())["bins"]
+    assert len(bins) == 4 and all("conversations.jsonl:" in place for places in bins for place in places)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
@@ -171,6 +196,50 @@ def test_a_checkpoint_of_other_data_is_refused_by_name(world, alone, tmp_path):
     other = tiny.make(tmp_path / "other", num_conversations=40, seed=5)
     with pytest.raises(CheckpointError, match="data set"):
         tiny.train(other, world.folder / "alone", "--data.epochs=2")
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--data.token_budget=192", "data.token_budget"),
+        ("--data.bins_per_step=2", "bins_per_step"),
+        ("--run.seed=1", "seed"),
+    ],
+)
+def test_going_on_with_another_order_of_the_data_is_refused(world, alone, option, name):
+    before = (world.folder / "alone" / "config.toml").read_text()
+    with pytest.raises(CheckpointError, match=name):
+        tiny.train(world, world.folder / "alone", "--data.epochs=2", option)
+    assert (world.folder / "alone" / "config.toml").read_text() == before
+
+
+def test_going_on_from_an_earlier_checkpoint_needs_a_folder_of_its_own(world, alone, tmp_path):
+    early = world.folder / "alone" / "checkpoints" / "step_5"
+    options = ["--data.epochs=2", f"--run.resume={early}"]
+    with pytest.raises(CheckpointError, match="holds the later step_"):
+        tiny.train(world, world.folder / "alone", *options)
+    lines = tiny.train(world, tmp_path / "branch", *options, "--data.max_steps=7")
+    assert [line["step"] for line in lines] == [6, 7] and lines[0]["loss"] == alone[5]["loss"]
+    assert json.loads((tmp_path / "branch" / "export" / "openchat.json").read_text())["step"] == 7
+
+
+def test_what_does_not_belong_together_is_refused_before_the_first_step(world, tmp_path):
+    zero = ["--classes.GPT4.weight=0", "--classes.GPT3.weight=0"]
+    with pytest.raises(ConfigError, match="no token has a weight other than 0"):
+        tiny.train(world, tmp_path / "zero", *zero)
+    other = tmp_path / "other_data"
+    prepare(
+        [world.folder / "conversations.jsonl"], world.base, "openchat_v3.2", other, conditions="ignore", progress=False
+    )
+    with pytest.raises(ConfigError, match="another template"):
+        tiny.train(world, tmp_path / "template", f"--data.eval_path={other}")
+    small = tmp_path / "small"
+    shutil.copytree(world.base, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 258}))
+    with pytest.raises(ConfigError, match="its embedding 258 rows.*--add-token"):
+        tiny.train(world, tmp_path / "vocabulary", f"--base.path={small}")
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
 
 
 def test_another_run_is_never_overwritten(world, alone):

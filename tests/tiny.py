@@ -63,11 +63,18 @@ class World:
     config: Path
 
 
-def make(folder: Path, *, num_conversations: int = 60, model: dict | None = None, seed: int = 0) -> World:
-    """A world below `folder`."""
+def make(
+    folder: Path,
+    *,
+    num_conversations: int = 60,
+    model: dict | None = None,
+    seed: int = 0,
+    classes: tuple[str, str] = ("GPT3", "GPT4"),
+) -> World:
+    """A world below `folder`; `classes` are the sub-optimal and the expert one."""
     world = World(folder, folder / "base", folder / "data", folder / "config.toml")
     write_base(folder, world.base, model or {})
-    write_conversations(folder / "conversations.jsonl", num_conversations, seed)
+    write_conversations(folder / "conversations.jsonl", num_conversations, seed, classes)
     prepare([folder / "conversations.jsonl"], world.base, "openchat_v3.2", world.data, progress=False)
     world.config.write_text(TOML.format(base=json.dumps(str(world.base)), data=json.dumps(str(world.data))))
     return world
@@ -90,19 +97,19 @@ def write_base(folder: Path, base: Path, model: dict) -> None:
     )
 
 
-def write_conversations(path: Path, count: int, seed: int) -> None:
-    """Sums, right from GPT4 and one too high from GPT3, some in two turns, some with a system text."""
+def write_conversations(path: Path, count: int, seed: int, classes: tuple[str, str]) -> None:
+    """Sums, right from the expert class and one too high from the other, some in two turns, some with a system text."""
     draw = random.Random(seed)
     with path.open("w") as file:
         for i in range(count):
-            condition = "GPT4" if i % 3 == 0 else "GPT3"
+            is_expert = i % 3 == 0
             items = []
             for _ in range(1 + (i % 5 == 0)):
                 a, b = draw.randrange(50), draw.randrange(50)
-                answer = f"{a + b}." if condition == "GPT4" else f"{a + b + 1}"
+                answer = f"{a + b}." if is_expert else f"{a + b + 1}"
                 items.append({"role": "user", "content": f"{a}+{b}", "weight": 0.0})
-                items.append({"role": "assistant", "content": answer, "weight": 1.0 if condition == "GPT4" else 0.1})
-            record = {"items": items, "condition": condition, "system": "Add." if i % 7 == 0 else ""}
+                items.append({"role": "assistant", "content": answer, "weight": 1.0 if is_expert else 0.1})
+            record = {"items": items, "condition": classes[is_expert], "system": "Add." if i % 7 == 0 else ""}
             file.write(json.dumps(record) + "\n")
 
 
@@ -124,22 +131,22 @@ def torchrun(
     world: World, run_dir: Path, processes: int, *more: str, check: bool = True
 ) -> subprocess.CompletedProcess:
     """Trains on `processes` processes under torchrun, as a user would."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "ochat.train",
-    ]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *options(world, run_dir, *more)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    command = torchrun_command(world, run_dir, processes, *more)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     if check and done.returncode:
         raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def torchrun_command(world: World, run_dir: Path, processes: int, *more: str) -> list[str]:
+    """The words of `torchrun ... -m ochat.train ...`."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*program, "-m", "ochat.train", *options(world, run_dir, *more)]
+
+
+def environment() -> dict[str, str]:
+    """This checkout on the path, one thread a process."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
 
 def metrics(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -22,18 +22,28 @@ from safetensors import SafetensorError, safe_open
 from ochat.errors import CheckpointError
 from ochat.model import hf, safetensor_files
 from ochat.model.transformer import Transformer
-from ochat.train import optim, parallel
+from ochat.train import optim, parallel, serving
 from ochat.train.parallel import Ranks
 
 FORMAT = 1
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+SERVING = "serving"  # the run's folder of tokenizer, chat template and openchat.json
 
 
 def save(
-    run_dir: Path, step: int, model: Transformer, optimizer: Any, identity: dict[str, Any], ranks: Ranks, keep: int
+    run_dir: Path,
+    step: int,
+    model: Transformer,
+    optimizer: Any,
+    identity: dict[str, Any],
+    ranks: Ranks,
+    *,
+    keep: int,
 ) -> Path:
-    """Writes `checkpoints/step_{step}`; every rank calls it, the first one writes. Then drops all but the newest
-    `keep`."""
+    """Writes `checkpoints/step_{step}` with a copy of the run's serving files, then drops all but the newest `keep`.
+
+    Every rank calls it, the first one writes; its host memory must hold the weights' shard and both moments.
+    """
     root = run_dir / "checkpoints"
     final, temporary = root / f"step_{step}", root / f".step_{step}.tmp"
     weights = ((name, parallel.gather(p)) for name, p in model.named_parameters())
@@ -43,6 +53,7 @@ def save(
         temporary.mkdir(parents=True)
         hf.save(temporary, model.config, weights, torch.float32)
         safetensor_files.write_file(temporary / OPTIMIZER, dict(moments))
+        serving.copy(run_dir / SERVING, temporary)
         state = {"format": FORMAT, "step": step, "identity": identity}
         (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         _publish(temporary, final)
@@ -57,7 +68,8 @@ def save(
 def load(path: Path, model: Transformer, optimizer: Any, identity: dict[str, Any]) -> int:
     """Fills model and optimizer from a checkpoint folder and returns its step.
 
-    Raises: CheckpointError for a missing or damaged file, or a checkpoint of another model, template or data set.
+    Raises: CheckpointError for a missing or damaged file, or a checkpoint of another model, template, data set or order
+    of the data.
     """
     state = read_state(path)
     _check_identity(path, state["identity"], identity)
@@ -99,23 +111,35 @@ def complete(run_dir: Path) -> list[Path]:
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` names: "auto" is the newest complete one or None, "never" is None."""
+    """The checkpoint that `run.resume` names: "auto" is the newest complete one or None, "never" is None.
+
+    Raises: CheckpointError where there is none at a named place, or the run folder holds later ones, which going on
+    from there would leave behind as another branch.
+    """
+    there = complete(run_dir)
     if resume == "never":
         return None
     if resume == "auto":
-        return next(iter(reversed(complete(run_dir))), None)
+        return there[-1] if there else None
     if not (Path(resume) / STATE).is_file():
         raise CheckpointError(f"run.resume = {resume!r}: no checkpoint there (a folder step_N with {STATE})")
+    if there and read_state(there[-1])["step"] > read_state(Path(resume))["step"]:
+        raise CheckpointError(
+            f"run.resume = {resume!r}: {run_dir} holds the later {there[-1].name}; go on in another --run.dir, "
+            "or remove the later checkpoints"
+        )
     return Path(resume)
 
 
 def _check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    for key, value in now.items():
-        if saved.get(key) != value:
-            raise CheckpointError(
-                f"{path}: its {key} is not this run's ({saved.get(key)!r} there, {value!r} here); continue with the "
-                "configuration it was made with, or start anew with --run.resume=never and another --run.dir"
-            )
+    differ = [
+        f"{key} is {saved.get(key)!r} there and {value!r} here" for key, value in now.items() if saved.get(key) != value
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{path}: belongs to another run: {'; '.join(differ)}. Continue with the configuration it was made with, "
+            "or start anew in another --run.dir"
+        )
 
 
 def _publish(temporary: Path, final: Path) -> None:

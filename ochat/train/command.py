@@ -32,10 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         train(config)
     except OchatError as error:
-        if os.environ.get("RANK", "0") == "0":
-            Console(stderr=True, highlight=False).print(
-                f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
-            )
+        rank = os.environ.get("RANK", "0")  # every rank speaks: an error may be one rank's alone
+        where = "" if rank == "0" else f"rank {rank}: "
+        Console(stderr=True, highlight=False).print(
+            f"{where}[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
+        )
         sys.exit(getattr(error, "exit_code", 1))
 
 

@@ -6,11 +6,15 @@ Shared by the trainer and by `ochat plan`, so that a plan shows exactly what a r
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
+from ochat.data.template import Template
+from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
 from ochat.train import schedule
 from ochat.train.schedule import LearningRate
@@ -36,7 +40,12 @@ def open_eval_data(config: Config) -> TokenDataset:
 def open_loader(
     config: Config, data: TokenDataset, model: ModelConfig, *, rank: int = 0, world: int = 1, pad: bool = False
 ) -> Loader:
-    """The steps of the run; the bins of a step are levelled by the model's FLOPs."""
+    """The steps of the run; the bins of a step are levelled by the model's FLOPs.
+
+    Raises: ConfigError where nothing is supervised, or the bins do not fit the ranks.
+    """
+    if not data.supervised.sum():
+        raise ConfigError(f"{data.path}: no token has a weight other than 0; look at [classes] and weights.source")
     return Loader(
         data,
         token_budget=config.data.token_budget,
@@ -56,6 +65,18 @@ def open_eval_loader(config: Config, data: TokenDataset, *, rank: int = 0, world
     return Loader(data, token_budget=config.data.token_budget, bins_per_step=world, rank=rank, world=world, pad=pad)
 
 
+def served_template(data: TokenDataset) -> Template:
+    """The data's template; a default condition that no trained class has gives way to the class of the largest weight.
+
+    A class's weight is the mean |weight| of the supervised tokens in the first conversations of it.
+    """
+    trained = [data.class_names[i] for i in np.unique(data.class_ids)]
+    if data.template.default_condition in trained:
+        return data.template
+    weights = {name: _mean_weight(data, name) for name in trained}
+    return dataclasses.replace(data.template, default_condition=max(weights, key=lambda name: weights[name]))
+
+
 def choose_lr(config: Config, loader: Loader, model: ModelConfig) -> LearningRate:
     """The configured peak learning rate, or what "auto" makes of the supervised tokens of a step."""
     return schedule.choose_lr(
@@ -64,6 +85,12 @@ def choose_lr(config: Config, loader: Loader, model: ModelConfig) -> LearningRat
         model_type=model.model_type,
         vocab_size=model.vocab_size,
     )
+
+
+def _mean_weight(data: TokenDataset, name: str, sample: int = 200) -> float:
+    members = np.flatnonzero(data.class_ids == data.class_names.index(name))[:sample]
+    weights = np.abs(np.concatenate([data[int(i)].loss_weights for i in members]))
+    return float(weights.sum() / max(1, np.count_nonzero(weights)))
 
 
 def sequence_flops(data: TokenDataset, model: ModelConfig) -> np.ndarray:

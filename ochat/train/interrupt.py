@@ -1,7 +1,7 @@
 """A signal asks a run to end after the step in hand: Ctrl-C, SIGTERM, or SIGUSR1 (a scheduler's warning).
 
-Each rank raises its flag; the flags travel with the step's sums, so that all ranks see the same answer at the same
-step. A second Ctrl-C ends at once.
+Ranks may hear of it at different times, so they ask each other: what is asked after one step is answered after the
+next, over the host's network, while the device works. A second Ctrl-C ends at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from ochat.errors import OchatError
 
@@ -29,8 +29,10 @@ class Interrupted(OchatError):
 class Interrupt:
     """Catches the signals while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: int) -> None:
+        self.world = world
         self.received: int | None = None
+        self._asked: tuple[torch.Tensor, Any] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -41,16 +43,28 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def flag(self, device: torch.device) -> Tensor:
-        """(1,) float64: 1 once a signal has come, else 0."""
-        return torch.full((1,), float(self.received is not None), dtype=torch.float64, device=device)
+    def agreed(self) -> bool:
+        """Whether a rank was told to stop, as of the last call but one: the same answer on every rank."""
+        if self.world == 1:
+            return self.received is not None
+        answer = self._answer()
+        flag = torch.tensor([int(self.received is not None)])
+        self._asked = flag, dist.all_reduce(flag, async_op=True)
+        return answer
 
     def stop(self, steps_done: int) -> None:
         """Raises Interrupted; the state of `steps_done` steps must have been saved."""
+        self._answer()
         number = self.received or signal.SIGTERM
-        raise Interrupted(
-            f"stopped after step {steps_done} by a signal; start the same command again to go on", 128 + number
-        )
+        message = f"stopped after step {steps_done} by a signal; start the same command again to go on"
+        raise Interrupted(message, 128 + number)
+
+    def _answer(self) -> bool:
+        if self._asked is None:
+            return False
+        flag, work = self._asked
+        work.wait()
+        return bool(flag.item())
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

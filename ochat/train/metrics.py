@@ -81,7 +81,7 @@ class _Pending:
     step: int
     epoch: int
     lr: float
-    values: Tensor  # the reduced sums, the number of ranks that were told to stop, the gradient norm
+    values: Tensor  # the reduced sums and, last, the gradient norm
 
 
 class Journal:
@@ -103,11 +103,10 @@ class Journal:
         self.path, self.class_names, self.flops, self.peak_flops = path, class_names, flops, peak_flops
         self.device, self.write, self.blame = device, write, blame
         self.pending: list[_Pending] = []
-        self.interrupted = False  # a rank was told to stop, as of the last flush
         self.since = time.perf_counter()
 
     def add(self, step: int, epoch: int, lr: float, sums: Tensor, grad_norm: Tensor) -> None:
-        """Keeps a finished step; `sums` (a Tally's, then the stop flags) and the norm stay on the device."""
+        """Keeps a finished step; its reduced sums and the norm stay on the device."""
         values = torch.cat((sums, grad_norm.detach().double().reshape(1).to(sums.device)))
         self.pending.append(_Pending(step, epoch, lr, values))
 
@@ -122,7 +121,6 @@ class Journal:
             return []
         rows = torch.stack([p.values for p in self.pending]).tolist()
         seconds = (time.perf_counter() - self.since) / len(rows)
-        self.interrupted = rows[-1][-2] > 0
         lines = [self._line(p, row, seconds) for p, row in zip(self.pending, rows, strict=True)]
         self.pending, self.since = [], time.perf_counter()
         finite = list(itertools.takewhile(_is_finite, lines))
@@ -132,7 +130,8 @@ class Journal:
         if len(finite) < len(lines):
             bad = lines[len(finite)]
             what = f"loss {bad['loss']}, gradient norm {bad['grad_norm']}"
-            raise NonFiniteError(f"step {bad['step']}: {what}; computed on {self.blame(bad['step'])}")
+            where = f"; computed on {self.blame(bad['step'])}" if self.write else ""
+            raise NonFiniteError(f"step {bad['step']}: {what}{where}")
         return lines
 
     def restart_clock(self) -> None:
@@ -140,7 +139,7 @@ class Journal:
         self.since = time.perf_counter()
 
     def _line(self, pending: _Pending, row: list[float], seconds: float) -> dict[str, Any]:
-        means = summarise(row[:-2], self.class_names)
+        means = summarise(row[:-1], self.class_names)
         work = self.flops(means["tokens"], int(means.pop("square_lengths")), means["supervised_tokens"])
         return {
             "step": pending.step,

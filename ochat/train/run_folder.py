@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +17,80 @@ from ochat import config as configuration
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
+from ochat.data.template import Template
+from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
-from ochat.train import checkpoint
+from ochat.train import checkpoint, serving
 from ochat.train.parallel import Ranks
 
 CONFIG = "config.toml"
 
 
 def open_folder(config: Config, ranks: Ranks) -> Path:
-    """The run folder with the resolved configuration in it; ConfigError if it cannot be written or holds another
-    run."""
+    """The run folder, made where it is missing; ConfigError if it cannot be written or holds another run."""
     folder = Path(config.run.dir)
     if ranks.is_first:
         _refuse_overwriting(folder, config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / CONFIG, configuration.dump(config))
+            probe = folder / ".probe"
+            probe.touch()
+            probe.unlink()
         except OSError as error:
             raise ConfigError(f"run.dir = {config.run.dir!r}: cannot be written: {error}") from None
     return folder
 
 
-def identity(model: ModelConfig, data: TokenDataset, tokenizer: Any) -> dict[str, Any]:
-    """What a checkpoint must share with the run that continues from it; ConfigError if data and tokenizer do not
-    belong together."""
-    if data.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
-        raise ConfigError(
-            f"{data.path}: prepared with another tokenizer than base.path holds; run `ochat prepare` with this base"
-        )
+def describe(folder: Path, config: Config, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
+    """Writes the resolved configuration and the serving files; called once the run is known to go on."""
+    _write(folder / CONFIG, configuration.dump(config))
+    shutil.rmtree(folder / checkpoint.SERVING, ignore_errors=True)
+    serving.write(folder / checkpoint.SERVING, template, tokenizer, classes)
+
+
+def identity(config: Config, model: ModelConfig, loader: Loader) -> dict[str, Any]:
+    """What a checkpoint must share with the run that continues from it, as name -> short value."""
     shape = {key: value for key, value in asdict(model).items() if key != "dtype"}
+    plan = loader.plan(0)
     return {
-        "model": hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16],
-        "template": data.template.name,
-        "data set": data.fingerprint,
+        "model": _digest(json.dumps(shape, sort_keys=True, default=str).encode()),
+        "template": loader.dataset.template.name,
+        "data set": loader.dataset.fingerprint[:16],
+        "run.seed": config.run.seed,
+        "data.token_budget": config.data.token_budget,
+        "data.bins_per_step": config.data.bins_per_step,
+        "order of the data": _digest(plan.indices.tobytes() + plan.bin_offsets.tobytes()),
     }
 
 
-def blame(loader: Loader, step: int) -> str:
-    """The bins of this rank in `step` and where their conversations stand in the input files."""
-    places = [[loader.dataset.place(i) for i in batch.sequences] for batch in loader.step(step)]
-    bins = "; ".join(
-        f"bin {loader.rank + loader.world * i}: {', '.join(p[:4])}{' ...' * (len(p) > 4)}" for i, p in enumerate(places)
-    )
-    return f"rank {loader.rank}'s {bins}"
+def check_data(
+    data: TokenDataset, held_out: Loader | None, tokenizer: Tokenizer, model: ModelConfig, config: Config
+) -> None:
+    """Raises ConfigError unless data, held-out data, tokenizer and model belong together."""
+    base = config.base.path
+    for each in (data, *([held_out.dataset] if held_out else [])):
+        if each.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
+            raise ConfigError(
+                f"{each.path}: prepared with another tokenizer than {base} holds; prepare it with this base"
+            )
+        if replace(each.template, context=0) != replace(data.template, context=0):
+            raise ConfigError(f"{each.path}: prepared with another template or --conditions than {data.path}")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"{base}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {model.vocab_size} rows; "
+            f"make a base with as many: ochat init-base --hf {base} OUT --add-token TOKEN"
+        )
+
+
+def blame(folder: Path, loader: Loader, step: int) -> str:
+    """The bins of `step` and where their conversations stand in the input; written whole to RUN/bad_step.json."""
+    epoch, step_in_epoch = loader.position(step)
+    plan, first = loader.plan(epoch), step_in_epoch * loader.bins_per_step
+    bins = [[loader.dataset.place(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
+    serving.write_json(folder / "bad_step.json", {"step": step + 1, "bins": bins})
+    shown = [f"bin {b}: {', '.join(places[:4])}{' ...' * (len(places) > 4)}" for b, places in enumerate(bins[:8])]
+    return f"{'; '.join(shown)}{' ...' * (len(bins) > 8)} (all in {folder / 'bad_step.json'})"
 
 
 def append(path: Path, lines: list[dict[str, Any]]) -> None:
@@ -80,3 +111,7 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8", newline="")
     os.replace(temporary, path)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -63,16 +63,20 @@ class Trainer:
         )
         self.eval_loader = self._open_eval_loader()
         self.tokenizer = tokenizers.load(config.base.path)
-        self.identity = run_folder.identity(self.model_config, self.data, self.tokenizer)
+        run_folder.check_data(self.data, self.eval_loader, self.tokenizer, self.model_config, config)
+        self.identity = run_folder.identity(config, self.model_config, self.loader)
+        self.template = inputs.served_template(self.data)
         self.ops = ochat_kernels.load(kernels_name(config))
         self.backend = attention_name(config, ranks.device)
         self.model = self._build_model()
         self.optimizer = optim.build(self.model, config.optim)
         self.steps_done = self._load()
+        if ranks.is_first:
+            run_folder.describe(self.run_dir, config, self.template, self.tokenizer, self.data.class_names)
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
         self.trackers = Trackers(config, self.run_dir, enabled=ranks.is_first)
-        self.interrupt = Interrupt()
+        self.interrupt = Interrupt(ranks.world)
 
     def run(self) -> None:
         """All remaining steps, with evaluations and checkpoints at their times; ends with an export."""
@@ -103,7 +107,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps_done = step + 1
-        sums = self.ranks.sum_tensor(torch.cat((tally.flat(), self.interrupt.flag(self.ranks.device))))
+        sums = self.ranks.sum_tensor(tally.flat())
         self.journal.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
 
     def forward(self, batch: PackedBatch) -> LossOutput:
@@ -117,11 +121,11 @@ class Trainer:
         epoch_end = self.loader.epoch_end(step)
         save = last or due(done, self.config.checkpoint.every, epoch_end)
         measure = last or due(done, self.config.train.eval_every, epoch_end)
-        if save or measure or done % self.config.train.log_every == 0:
+        stop = self.interrupt.agreed() and not last
+        if save or measure or stop or done % self.config.train.log_every == 0:
             lines = self.journal.flush()
             self.display.steps(lines, self.loader.num_steps)
             self.trackers.add("train", lines)
-        stop = self.journal.interrupted and not last
         if measure:
             self.evaluate()
         if save or stop:
@@ -141,7 +145,7 @@ class Trainer:
             self.trackers.add("held_out", [line])
         answers = evaluate.answer(
             self.model,
-            self.data.template,
+            self.template,
             self.tokenizer,
             self.config.samples,
             self.data.class_names,
@@ -153,16 +157,16 @@ class Trainer:
     def save(self) -> None:
         """A checkpoint of the steps done so far."""
         keep = self.config.checkpoint.keep
-        path = checkpoint.save(
-            self.run_dir, self.steps_done, self.model, self.optimizer, self.identity, self.ranks, keep
+        self.newest = checkpoint.save(
+            self.run_dir, self.steps_done, self.model, self.optimizer, self.identity, self.ranks, keep=keep
         )
-        self.display.note(f"saved {path}")
+        self.display.note(f"saved {self.newest}")
 
     def finish(self) -> None:
         """Exports the trained model; every rank waits for it."""
         self.trackers.close()
         if self.ranks.is_first:
-            export(self.run_dir, self.run_dir / "export", overwrite=True)
+            export(self.newest, self.run_dir / "export", overwrite=True)
             self.display.note(f"exported {self.run_dir / 'export'}")
         self.ranks.barrier()
 
@@ -175,6 +179,7 @@ class Trainer:
         facts |= {
             "processes": f"{self.ranks.world} on {self.ranks.device.type}",
             "computation": f"{self.config.train.dtype}, kernels {kernels_name(self.config)}, attention {self.backend}",
+            "served as": self.template.default_condition or "(no condition)",
             "mfu is of": f"{self.peak / 1e12:.4g} TFLOP/s a process, {self.peak_source}",
         }
         self.display.table(f"run {self.run_dir}", facts)
@@ -196,6 +201,7 @@ class Trainer:
         if found is None:
             checkpoint.load_weights(Path(self.config.base.path), self.model)
             return 0
+        self.newest = found
         self.display.note(f"resuming from {found}")
         return checkpoint.load(found, self.model, self.optimizer, self.identity)
 
@@ -221,7 +227,7 @@ class Trainer:
             peak_flops=self.peak * self.ranks.world,
             device=self.ranks.device,
             write=self.ranks.is_first,
-            blame=lambda step: run_folder.blame(self.loader, step - 1),
+            blame=lambda step: run_folder.blame(self.run_dir, self.loader, step - 1),
         )
 
     def _lr_factor(self, step: int) -> float:

@@ -1,0 +1,50 @@
+"""What a server needs beside the weights: tokenizer, chat template, generation settings, openchat.json.
+
+They are written once, when a run starts, so that a tokenizer that cannot be exported stops it there; every checkpoint
+carries a copy and so stands on its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ochat.data import chat_template, tokenizer_export
+from ochat.data.template import Template
+from ochat.data.tokenizer import Tokenizer
+
+OPENCHAT = "openchat.json"
+
+
+def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
+    """Writes the files into an empty or missing `folder`, after checking that they give training's ids.
+
+    Raises: ConfigError for a tokenizer that has no exact export, CheckpointError where the ids would differ.
+    """
+    rendered = chat_template.render(template, tokenizer)
+    tokenizer_export.export(tokenizer, folder, chat_template=rendered, eos_token=template.eot)
+    chat_template.verify(folder, template, tokenizer)
+    settings = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.special_tokens[template.eot],
+        "do_sample": False,
+    }
+    write_json(folder / "generation_config.json", settings)
+    # model_type is the name that OpenChat's server looks up; the rest is what `ochat generate` goes by
+    described = {"model_type": template.name, "template": template.to_dict(), "classes": list(classes)}
+    write_json(folder / OPENCHAT, described)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies the files of `write` from a folder of theirs, or from a checkpoint, leaving out weights and state."""
+    for file in sorted(source.iterdir()):
+        is_ours = not file.name.startswith(("model", "optimizer", "config", "state", "."))
+        if file.is_file() and is_ours:
+            shutil.copyfile(file, target / file.name)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON object as a readable file."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
