@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
 
 from ochat.errors import OchatError
+from ochat.option_values import spread
 
 
 class Command(NamedTuple):
@@ -44,10 +48,10 @@ COMMANDS = {
 
 
 def main() -> None:
-    """The console entry point; exits with 0, 1 (an error that its message explains) or 2 (wrong usage)."""
+    """The console entry point; exits with 0, 1 (an error that is explained), 2 (wrong usage) or 130 (Ctrl-C)."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
-        _print_usage(Console(highlight=False))
+        _print_usage(Console(highlight=False, soft_wrap=True))
         sys.exit(0 if arguments else 2)
     name, *rest = arguments
     if name == "--version":
@@ -55,7 +59,7 @@ def main() -> None:
 
         print(f"ochat {__version__}")
     elif name not in COMMANDS:
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
         console.print(f"ochat: no command {escape(repr(name))}")
         _print_usage(console)
         sys.exit(2)
@@ -64,23 +68,41 @@ def main() -> None:
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Runs one command with its own arguments; prints an OchatError as one message and exits with 1."""
-    command = COMMANDS[name]
+    """Runs one command with its own arguments; prints an error that a user can mend as one message, and exits."""
+    try:
+        _run(name, COMMANDS[name], arguments)
+    except OchatError as error:
+        _fail(type(error).__name__, str(error), error.exit_code)
+    except BrokenPipeError:  # `ochat ... | head`: nobody reads on, so there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
+        sys.exit(1)
+    except OSError as error:
+        where = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+        reason = error.strerror or str(error)
+        _fail(type(error).__name__, f"{where}: {reason}" if where else reason, 1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(128 + signal.SIGINT)
+
+
+def _run(name: str, command: Command, arguments: Sequence[str]) -> None:
     module = importlib.import_module(command.module)
     if command.options is None:
         module.main(arguments)
         return
     import tyro  # here, because training and planning do without it
 
-    style = (tyro.conf.PositionalRequiredArgs,) if command.positional else ()
-    options = tyro.cli(getattr(module, command.options), prog=f"ochat {name}", args=list(arguments), config=style)
-    try:
-        module.main(options)
-    except OchatError as error:
-        Console(stderr=True, highlight=False).print(
-            f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
-        )
-        sys.exit(1)
+    options = getattr(module, command.options)
+    required = [field for field in dataclasses.fields(options) if field.default is dataclasses.MISSING]
+    style = [tyro.conf.UseAppendAction, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName]
+    style += [tyro.conf.PositionalRequiredArgs] if command.positional else []
+    plain = spread(options, arguments, len(required) if command.positional else 0)
+    module.main(tyro.cli(options, prog=f"ochat {name}", args=plain, config=tuple(style)))
+
+
+def _fail(kind: str, message: str, exit_code: int) -> NoReturn:
+    Console(stderr=True, highlight=False).print(f"[bold red]{kind}[/]: {escape(message)}", soft_wrap=True)
+    sys.exit(exit_code)
 
 
 def _print_usage(console: Console) -> None:

@@ -1,13 +1,21 @@
 """The tree of errors a user can meet. Each message says what was wrong, where, and what to do; none carries a
 traceback's job.
 
-`python -m ochat ...` prints the message alone and exits with 1; every other exception is a fault of ours and keeps
-its traceback.
+`python -m ochat ...` prints the message alone and exits with `exit_code`. So it does for an OSError, which names its
+path; every other exception is a fault of ours and keeps its traceback.
 """
 
 
 class OchatError(Exception):
     """Base of every error that a user can cause and mend."""
+
+    exit_code = 1  # of the command that it ends
+
+
+class UsageError(OchatError):
+    """A command line that cannot be read."""
+
+    exit_code = 2
 
 
 class ConfigError(OchatError):

@@ -168,6 +168,16 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_an_empty_folder_is_filled(tmp_path):
+    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
+    (tmp_path / "out").mkdir()
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    with pytest.raises(ConfigError, match="exists already"):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source"))
+
+
 def test_wrong_options_are_explained(tmp_path):
     write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
     with pytest.raises(ConfigError, match="exactly one of --gguf, --hf and --random, not 0"):

@@ -217,7 +217,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "terminate", "kill"])
 def test_an_interrupted_prepare_leaves_nothing_that_loads(base, tmp_path, how, workers):
     script, out = tmp_path / "endless.py", tmp_path / "data" / "out"
     script.write_text(ENDLESS)
@@ -235,10 +235,41 @@ def test_an_interrupted_prepare_leaves_nothing_that_loads(base, tmp_path, how, w
     os.killpg(process.pid, how)
     process.wait(30)
     assert not out.exists()
+    if how == signal.SIGTERM:
+        assert process.returncode in (128 + how, 1), "1: a worker went first"
     for left in (tmp_path / "data").iterdir():
-        assert how == signal.SIGKILL, "Ctrl-C cleans up"
+        assert how == signal.SIGKILL, "the others clean up"
         with pytest.raises(DataError, match="not a prepared data set"):
             TokenDataset(left)
+    prepare([source], base, TEMPLATE, out, progress=False)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["out"], "the next prepare sweeps"
+
+
+def test_the_folder_of_a_living_process_stays(base, tmp_path):
+    """Somebody else's is left alone, and so are names that only look alike."""
+    source = write_lines(tmp_path / "in.jsonl", [chat()])
+    kept = [f".out.partial-{os.getppid()}", ".out.partial-x", f".other.partial-{2**22 + 1}"]
+    for name in [*kept, f".out.partial-{2**22 + 1}"]:  # beyond the largest number a process can have
+        (tmp_path / name).mkdir()
+    prepare([source], base, TEMPLATE, tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "in.jsonl", "out"])
+
+
+@pytest.mark.parametrize("place", ["in.jsonl/below", "in.jsonl/a/b", "", "x" * 300])
+def test_an_output_that_cannot_be_is_named(base, tmp_path, place, monkeypatch):
+    source = write_lines(tmp_path / "in.jsonl", [chat()])
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises((ConfigError, OSError), match=place[:250] or "names no new folder"):
+        prepare([source], base, TEMPLATE, f"{tmp_path}/{place}" if place else "", progress=False)
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("missing", ["meta-llama/Llama-2-7b-hf", "/no/such/folder"])
+def test_a_base_that_is_no_folder_says_how_to_get_one(tmp_path, missing):
+    fetched = missing if missing[0] != "/" else "ORG/NAME"
+    with pytest.raises(ConfigError, match=f"{missing}.*safetensors.*hf download {fetched} --local-dir DIR"):
+        prepare([write_lines(tmp_path / "a.jsonl", [chat()])], missing, TEMPLATE, tmp_path / "out")
 
 
 def test_memory_is_a_few_batches(base, tmp_path):

@@ -39,19 +39,24 @@ Batch = tuple[list[Record], int]  # records, and the bytes of all files read by 
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What `ochat prepare` is asked for."""
+    """Turns conversations into a data set of token ids that `ochat train` reads.
 
-    input: tuple[str, ...]  # JSON Lines or JSON files, plain or compressed (.gz, .xz, .zst)
+    Weights by class are no part of it: they are applied in training.
+    """
+
+    input: tuple[str, ...]  # JSON Lines or JSON files, plain or compressed (.gz, .xz, .zst); at least one
     base: str  # folder of the base model, or a tokenizer's file
     template: str  # a built-in template's name, or the path of a .toml
     output: str  # folder of the data set
-    format: Literal["auto", "openchat", "messages", "sharegpt", "alpaca"] = "auto"  # of the records
+    # of the records; auto: told by each record's keys
+    format: Literal["auto", "openchat", "messages", "sharegpt", "alpaca"] = "auto"
     on_bad: Literal["error", "skip"] = "error"  # a bad record stops everything, or goes to OUTPUT/rejects.jsonl
     over_long: OverLong = "truncate"  # what becomes of a conversation longer than the context
-    context: int | None = None  # tokens a conversation may have; default: the template's
+    context: int | None = None  # tokens a conversation may have; left out: the template's
     conditions: Literal["both", "assistant", "ignore"] = "both"  # which roles' prefixes carry the condition
     default_condition: str = ""  # the class of records that name none
-    workers: int | None = None  # processes that tokenise; default: one per core, none for a small input
+    # processes that tokenise; 0: this one alone; left out: one per core, or this one alone for a small input
+    workers: int | None = None
     overwrite: bool = False  # replace a data set that is at OUTPUT
     progress: bool = True  # show a progress bar
 
@@ -76,8 +81,8 @@ def main(options: PrepareOptions) -> None:
 def run(options: PrepareOptions) -> PrepareReport:
     """Prepare, and return the counts."""
     started = time.monotonic()
-    encoder = _encoder(options)
     files = _open(options)
+    encoder = _encoder(options)
     counts: dict[str, Counter[str]] = {}
     num_rejected = 0
     with ShardWriter(Path(options.output), encoder.tokenizer.vocab_size, overwrite=options.overwrite) as writer:

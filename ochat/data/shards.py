@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ochat.errors import ConfigError, DataError
+from ochat.partial_folder import partial_folder
 
 FORMAT, VERSION = "ochat-tokens", 1
 MANIFEST = "manifest.json"
@@ -72,12 +74,12 @@ def _numbers(names: list[str], known: dict[str, int], what: str) -> NDArray[np.u
 class ShardWriter:
     """Collects columns and writes a shard whenever enough tokens have come together; `finish` writes the manifest.
 
-    Use as a context manager: leaving it by an exception removes everything written so far.
+    Use as a context manager: leaving it by an exception or a SIGTERM removes everything written so far.
     """
 
     def __init__(self, output: Path, vocab_size: int, *, overwrite: bool = False) -> None:
         self.output = output
-        self.folder = output.parent / f".{output.name}.partial-{os.getpid()}"
+        self._partial = partial_folder(output)
         self.id_dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         self.class_ids: dict[str, int] = {}
         self.file_ids: dict[str, int] = {}
@@ -87,12 +89,11 @@ class ShardWriter:
         _check_destination(output, overwrite)
 
     def __enter__(self) -> ShardWriter:
-        shutil.rmtree(self.folder, ignore_errors=True)  # of a killed process that had our number
-        self.folder.mkdir(parents=True)
+        self.folder = self._partial.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def __exit__(self, *error: Any) -> None:
+        self._partial.__exit__(*error)
 
     def add(self, columns: Columns) -> None:
         """Append sequences."""
@@ -119,7 +120,10 @@ class ShardWriter:
         joined["offsets"] = _offsets(joined.pop("lengths"))
         joined["span_offsets"] = _offsets(joined.pop("span_counts"))
         path = self.folder / f"shard-{len(self.shards):05d}.safetensors"
-        save_file(joined, path, metadata={"format": FORMAT})
+        try:
+            save_file(joined, path, metadata={"format": FORMAT})
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{self.output}: cannot be written: {error}") from None
         path.chmod(self.folder.stat().st_mode & 0o666)  # the library keeps files to their owner
         _sync(path)
         self.shards.append(

@@ -18,6 +18,7 @@ import tokenizers
 
 from ochat.data import sentencepiece_model as spm
 from ochat.errors import ConfigError
+from ochat.model import hub
 
 KINDS = ("sentencepiece", "tiktoken", "json")  # in this order of preference where a folder holds several
 LLAMA3_RANKS = 128_000
@@ -62,9 +63,7 @@ def find(path: Path) -> TokenizerFiles:
         names = _names(path.parent) if kind == "json" else {}
         return TokenizerFiles(path, kind, path.read_bytes(), names=names)
     if not path.is_dir():
-        raise ConfigError(
-            f"tokenizer {str(path)!r}: no such file or folder; give a local one, with tokenizer.model or .json"
-        )
+        raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {hub.how_to_fetch(path)}")
     file, kind = _main_file(path)
     return TokenizerFiles(file, kind, file.read_bytes(), _folder_tokens(path), _names(path))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ochat.errors import ConfigError
-from ochat.model import families
+from ochat.model import families, hub
 from ochat.model import rope as rope_settings
 from ochat.model.families import FAMILIES, Family
 from ochat.model.fields import Fields
@@ -55,10 +55,7 @@ class ModelConfig:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(
-                f"{path} does not exist. A base model is a folder with config.json and safetensors; fetch a hub model "
-                f"first, with `hf download {directory} --local-dir DIR`, and name DIR"
-            ) from None
+            raise ConfigError(f"{path} does not exist. {hub.how_to_fetch(directory)}") from None
         except ValueError as error:
             raise ConfigError(f"{path} is not JSON: {error}") from None
         if not isinstance(record, dict):

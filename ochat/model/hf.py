@@ -55,16 +55,31 @@ def load(
 
 
 def read_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
-    """Map a folder's weights and check them against `config`; nothing but headers is read.
+    """Map a folder's weights and check them against `config`; only headers are read, and a tied head if stored.
 
     Raises: as TensorFiles.open; CheckpointError naming tensors that are missing, left over, quantised or misshapen.
     """
+    files = _checked(directory, config)
+    if config.tie_embeddings and "lm_head.weight" in files.files:
+        _check_tied_head(files)
+    return files
+
+
+def check_weights(directory: str | Path, config: ModelConfig) -> None:
+    """Refuse a folder whose weights cannot be loaded, for the price of its files' headers.
+
+    Raises: as read_tensors; an untied head under a config that ties it is found by read_tensors alone.
+    """
+    _checked(directory, config)
+
+
+def _checked(directory: str | Path, config: ModelConfig) -> TensorFiles:
+    """The folder's files, whose tensors have the names, shapes and dtypes that `config` asks for."""
     files = TensorFiles.open(directory)
     wanted = {part.name: part.shape for parts in parameter_parts(config).values() for part in parts}
     found = {name for name in files.files if not name.endswith("rotary_emb.inv_freq")}  # computed, never read
-    if config.tie_embeddings and "lm_head.weight" in found:
+    if config.tie_embeddings:
         found.discard("lm_head.weight")
-        _check_tied_head(files)
     if missing := wanted.keys() - found:
         raise CheckpointError(f"{directory} lacks {_list(missing)}, which its config.json asks for")
     if unexpected := found - wanted.keys():

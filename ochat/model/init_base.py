@@ -10,14 +10,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import ochat_kernels
 import torch
-import tyro
 from rich.console import Console
 
 from ochat.data import tokenizer as tokenizers
@@ -27,6 +25,7 @@ from ochat.model.config import ModelConfig
 from ochat.model.gguf import GGUFFile
 from ochat.model.safetensor_files import TensorFiles
 from ochat.model.transformer import Transformer
+from ochat.partial_folder import partial_folder
 
 # what a folder may hold beside weights and config.json that belongs to its tokenizer or to generation
 TOKENIZER_FILES = (
@@ -38,17 +37,16 @@ VOCABULARY_PARAMETERS = ("embed.weight", "head.weight")
 
 @dataclass(frozen=True)
 class InitBaseOptions:
-    """Make a base model's folder from one of --gguf, --hf and --random."""
+    """Makes a base model's folder from one of --gguf, --hf and --random."""
 
-    out: Path  # the folder to write; it must not exist
+    out: Path  # the folder to write; it must not exist, or be empty
     gguf: Path | None = None  # a GGUF file of the llama architecture: dequantised, its tokenizer rebuilt
     hf: Path | None = None  # a Hugging Face folder with config.json, safetensors and a tokenizer
     random: Path | None = None  # a config.json: weights are drawn at random, as for training from nothing
-    # a special token that templates need, such as "<|end_of_turn|>"; may be given several times
-    add_token: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    add_token: tuple[str, ...] = ()  # a special token that the template needs, such as "<|end_of_turn|>"
     tokenizer: Path | None = None  # a tokenizer's folder or file, instead of the source's own
     seed: int = 0  # decides what --random draws
-    # of the stored weights; auto: what the source's config names, bfloat16 for GGUF
+    # of the stored weights; auto: as the source's config says, bfloat16 for GGUF
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 
@@ -69,15 +67,16 @@ def main(options: InitBaseOptions) -> None:
     given = [name for name in ("gguf", "hf", "random") if getattr(options, name) is not None]
     if len(given) != 1:
         raise ConfigError(f"give exactly one of --gguf, --hf and --random, not {len(given)}")
-    if options.out.exists():
+    if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise ConfigError(f"{options.out}: exists already; remove it or name another folder")
-    with _whole_or_not(options.out) as folder:
+    with partial_folder(options.out) as folder:
         gguf = None if options.gguf is None else GGUFFile(options.gguf)
         source = _source(options, gguf)
         tokens = _write_tokenizer(options, gguf, folder)
         source = _with_vocabulary(source, tokens, options)
         hf.save(folder, source.config, source.parameters, source.config.dtype)
         _write_generation_config(folder, source.config)
+        folder.rename(options.out)
     _report(options, source.config, tokens)
 
 
@@ -197,19 +196,6 @@ def _write_generation_config(folder: Path, config: ModelConfig) -> None:
     path, record = folder / "generation_config.json", config.to_hf()
     if not path.exists():
         _write_json(path, {key: record[key] for key in ("bos_token_id", "eos_token_id") if record[key] is not None})
-
-
-@contextmanager
-def _whole_or_not(out: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `out` at the end; an error or Ctrl-C leaves neither."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _report(options: InitBaseOptions, config: ModelConfig, vocabulary: Vocabulary | None) -> None:

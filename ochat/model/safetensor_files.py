@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ochat.errors import CheckpointError, ConfigError
+from ochat.model import hub
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -91,7 +92,10 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     """One safetensors file, whole and on the disk before it has its name, readable for whoever may read its folder."""
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{path}: cannot be written: {error}") from None
     temporary.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files to their owner
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
@@ -101,10 +105,7 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
 def _index(directory: Path) -> dict[str, str] | None:
     """tensor -> file of a sharded folder; None for a single file."""
     if not directory.is_dir():
-        raise ConfigError(
-            f"{directory} is not a folder. A base model is read from disk; fetch a hub model first, with "
-            f"`hf download {directory} --local-dir DIR`, and name DIR"
-        )
+        raise ConfigError(f"{directory} is not a folder. {hub.how_to_fetch(directory)}")
     has_single, has_index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
     if has_single and has_index:
         raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is not the model's")

@@ -1,0 +1,207 @@
+"""The command line: no value is lost, every user error is one message, help says it all: pytest tests/test_cli.py"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ochat import cli
+from ochat.data import prepare
+from ochat.data.dataset import TokenDataset
+from ochat.errors import UsageError
+from ochat.infer import command as generation
+from ochat.model import init_base
+from ochat.option_values import spread
+from tests.tiny_text import conversations, write_base, write_lines
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Path
+    many: tuple[str, ...] = ()
+    more_words: tuple[str, ...] = ()
+    one: int = 0
+    flag: bool = False
+
+
+def parse(arguments, num_positional=1):
+    style = (tyro.conf.PositionalRequiredArgs, tyro.conf.UseAppendAction)
+    return tyro.cli(Options, args=spread(Options, arguments, num_positional), config=style)
+
+
+words = st.text("ab -=_5é\n", max_size=4).filter(lambda word: not word.lstrip("-")[:1].isalpha() or word[0] != "-")
+
+
+@given(
+    st.data(), st.lists(st.tuples(st.sampled_from(["many", "more-words", "more_words"]), st.lists(words, min_size=1)))
+)
+def test_every_value_arrives_in_order(data, runs):
+    """However values are shared out among repeated flags, wherever other options stand."""
+    arguments, wanted = [], {"many": [], "more_words": []}
+    others = data.draw(st.permutations([["--one", "7"], ["--flag"]]))
+    for flag, values in runs:
+        if data.draw(st.booleans()):
+            arguments += [f"--{flag}", *values]
+        else:
+            arguments += [f"--{flag}={value}" for value in values]
+        wanted[flag.replace("-", "_")] += values
+        if others and data.draw(st.booleans()):
+            arguments += others.pop()
+    arguments += [word for other in others for word in other]
+    wanted_options = Options(Path("M"), tuple(wanted["many"]), tuple(wanted["more_words"]), 7, True)
+    assert parse([*arguments, "M"]) == parse(["M", *arguments]) == wanted_options
+
+
+@pytest.mark.parametrize(
+    ("line", "many"),
+    [
+        ("M --many a b", "ab"),
+        ("M --many a --many b", "ab"),
+        ("M --many a --one 3 --many b c", "abc"),
+        ("--many a --many b M", "ab"),
+        ("--many a b M", "ab"),
+        ("--many a b M --one 3", "ab"),
+        ("--many=a M --many=b", "ab"),
+        ("--flag M --many a", "a"),
+        ("--many -5 - M", ["-5", "-"]),
+    ],
+)
+def test_forms_of_a_repeated_option(line, many):
+    options = parse(line.split())
+    assert (options.model, options.many) == (Path("M"), tuple(many))
+
+
+@pytest.mark.parametrize("line", ["M --one 1 --one 2", "M --one=1 --one 1", "M --flag --flag"])
+def test_an_option_of_one_value_given_twice_is_refused(line):
+    with pytest.raises(UsageError, match=r"--(one|flag) is given 2 times"):
+        parse(line.split())
+
+
+def test_an_option_without_its_value_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse(["M", "--many"])
+    assert "--many" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["--input {0} {1}", "--input {0} --input {1}", "--input={0} --input={1}"])
+def test_prepare_reads_all_its_inputs(tmp_path, form):
+    files = [write_lines(tmp_path / f"{name}.jsonl", conversations(i, 5)) for i, name in enumerate("ab")]
+    base, out = write_base(tmp_path / "base"), tmp_path / "out"
+    rest = ["--base", str(base), "--template", "openchat_v3.2", "--output", str(out), "--no-progress"]
+    cli.run("prepare", [*form.format(*files).split(), *rest])
+    assert TokenDataset(out).manifest["files"] == [str(file) for file in files]
+
+
+def test_generate_answers_all_its_prompts(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generation, "main", seen.append)
+    for line in (["M", "--prompt", "A", "--prompt", "B"], ["M", "--prompt", "A", "B"], ["--prompt", "A", "B", "M"]):
+        cli.run("generate", line)
+    assert seen == [generation.GenerateOptions(Path("M"), ("A", "B"))] * 3
+
+
+def test_wrong_usage_is_one_message_and_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run("prepare", ["--base", "a", "--base", "b"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "--base is given 2 times" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/some/where"), 1, "PermissionError: /some/where: Permission denied"),
+        (OSError(28, "No space left on device"), 1, "OSError: No space left on device"),
+        (OSError("/some/where: cannot be written"), 1, "OSError: /some/where: cannot be written"),
+        (OSError(18, "Invalid cross-device link", "a", None, "b"), 1, "OSError: a -> b: Invalid cross-device link"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+@pytest.mark.parametrize("name", ["init-base", "plan"])
+def test_what_a_user_or_a_disk_does_needs_no_traceback(monkeypatch, capsys, raised, code, said, name):
+    def stop(_):
+        raise raised
+
+    monkeypatch.setattr(f"{cli.COMMANDS[name].module}.main", stop)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(name, ["out"])
+    assert stopped.value.code == code and capsys.readouterr().err.strip() == said
+
+
+def test_impossible_outputs_are_plain_messages(tmp_path, capsys):
+    write_lines(tmp_path / "in.jsonl", conversations(0, 3))
+    write_base(tmp_path / "base")
+    for output in (f"{tmp_path}/in.jsonl/out", "/proc/nowhere/out", f"{tmp_path}/{'x' * 300}"):
+        for name, line in {
+            "prepare": ["--input", f"{tmp_path}/in.jsonl", "--base", f"{tmp_path}/base",
+                        "--template", "openchat_v3.2", "--output", output],
+            "init-base": [output, "--hf", f"{tmp_path}/base"],
+        }.items():  # fmt: skip
+            with pytest.raises(SystemExit) as stopped:
+                cli.run(name, line)
+            assert stopped.value.code == 1 and output in capsys.readouterr().err
+
+
+FULL = """
+import resource, sys
+from ochat import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+cli.run("prepare", sys.argv[1:])
+"""
+
+
+def test_a_full_disk_is_a_plain_message(tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    write_lines(tmp_path / "in.jsonl", conversations(0, 300))
+    write_base(tmp_path / "base")
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, "--input", tmp_path / "in.jsonl", "--base", tmp_path / "base",
+         "--template", "openchat_v3.2", "--output", tmp_path / "out", "--no-progress"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith(f"OSError: {tmp_path / 'out'}: cannot be written")
+    assert "Traceback" not in done.stderr and sorted(p.name for p in tmp_path.iterdir()) == ["base", "in.jsonl"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["nonsense"]])
+def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys, arguments):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys, "argv", ["ochat", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    lines = "".join(capsys.readouterr()).splitlines()
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name:<10} {command.purpose}" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("init-base", init_base.InitBaseOptions),
+        ("prepare", prepare.PrepareOptions),
+        ("generate", generation.GenerateOptions),
+    ],
+)
+def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, name, options):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(name, ["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(len(line) <= 88 for line in shown.splitlines())
+    opening = shown.splitlines()[2]
+    assert opening == (options.__doc__ or "").splitlines()[0] and "asked for" not in opening
+    assert "{None}" not in shown and "(default: )" not in shown
+    for field in options.__dataclass_fields__:
+        flag = "--" + field.replace("_", "-")
+        description = shown.split(f"│ {flag}", 1)[-1].split("│ --", 1)[0]
+        assert len([word for word in description.split("(default")[0].split() if word.islower()]) >= 2, flag
