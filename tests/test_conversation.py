@@ -60,6 +60,10 @@ def test_defaults():
         (("reward",), math.inf, "reward: expected a finite number"),
         (("reward",), False, "reward: expected a number, got a boolean"),
         (("conditon",), "x", "record: unknown key 'conditon'; did you mean 'condition'"),
+        (("conditions",), [], "record: unknown key 'conditions'; did you mean 'condition'"),
+        (("Reward",), 1, "record: unknown key 'Reward'; did you mean 'reward'"),
+        (("itemz",), [], "record: unknown key 'itemz'; did you mean 'items'"),
+        (("items", 1, "contents"), "x", r"items\[1\]: unknown key 'contents'; did you mean 'content'"),
     ],
 )
 def test_faults_name_their_field(path, value, message):
@@ -71,6 +75,13 @@ def test_faults_name_their_field(path, value, message):
     assert Conversation.from_dict(GOOD)
     with pytest.raises(DataError, match=message):
         Conversation.from_dict(record)
+
+
+@pytest.mark.parametrize("key", ["id", "source", "edition", "title", "timestamp", "model", "language", "\ud800"])
+def test_metadata_is_left_out(key):
+    record = copy.deepcopy(GOOD) | {key: {"x": 1}}
+    record["items"][0][key] = 3
+    assert Conversation.from_dict(record) == Conversation.from_dict(GOOD)
 
 
 @pytest.mark.parametrize("key", ["role", "content"])

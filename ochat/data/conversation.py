@@ -3,7 +3,8 @@
     items = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     Conversation.from_dict({"items": items, "condition": "GPT4"})
 
-Every fault of a record is a DataError that names the field; nothing is guessed, cut or left out.
+Every fault of a record is a DataError that names the field; nothing is guessed or cut. Metadata beside the fields
+(`id`, `source`) is left out, but not what looks like a field's name misspelt.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from ochat.errors import DataError
 
 ROLES = ("user", "assistant")
+MISSPELT = 0.8  # difflib's ratio: `itemz`, `wieght` and `conditions` reach it, `id`, `edition` and `title` do not
 _KINDS: dict[type, str] = {
     type(None): "null",
     bool: "a boolean",
@@ -55,11 +57,11 @@ class Conversation:
         """Read one record.
 
         `items`: a list of {"role": "user" | "assistant", "content": str, "weight": number (optional)}, not empty;
-        `condition`, `system`: str (optional); `reward`: number (optional).
-        Raises: DataError, naming the field, for anything missing, mistyped or unknown.
+        `condition`, `system`: str (optional); `reward`: number (optional). Other keys are metadata.
+        Raises: DataError, naming the field, for anything missing, mistyped or misspelt.
         """
         require_object(record, "record")
-        refuse_unknown(record, ("items", "condition", "system", "reward"), "record")
+        refuse_misspelt(record, ("items", "condition", "system", "reward"), "record")
         items = require_list(record, "items")
         return cls(
             items=tuple(_message(item, f"items[{i}]") for i, item in enumerate(items)),
@@ -82,7 +84,7 @@ def default_weight(role: str) -> float:
 
 def _message(item: Any, place: str) -> Message:
     require_object(item, place)
-    refuse_unknown(item, ("role", "content", "weight"), place)
+    refuse_misspelt(item, ("role", "content", "weight"), place)
     role = text_field(item, "role", f"{place}.role", required=True)
     if role not in ROLES:
         hint = "put it into the record's `system` field" if role == "system" else "use user or assistant"
@@ -114,13 +116,11 @@ def require_list(record: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def refuse_unknown(record: dict[str, Any], known: tuple[str, ...], place: str) -> None:
-    """Raises: DataError for a key outside `known`, with the nearest known one."""
-    for key in record:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-            raise DataError(f"{place}: unknown key {key!r}; {hint}")
+def refuse_misspelt(record: dict[str, Any], known: tuple[str, ...], place: str) -> None:
+    """Raises: DataError for a key that is no known one, but close to one."""
+    for key in record.keys() - set(known):
+        if close := difflib.get_close_matches(key.lower(), known, n=1, cutoff=MISSPELT):
+            raise DataError(f"{place}: unknown key {key!r}; did you mean {close[0]!r}? If not, rename or remove it")
 
 
 def text_field(record: dict[str, Any], key: str, place: str, *, required: bool = False) -> str:
