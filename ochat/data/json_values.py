@@ -17,6 +17,9 @@ from ochat.data.compressed import DAMAGED
 MAX_RECORD_BYTES = 1 << 28  # memory is bounded by it; no conversation comes near
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
+# what the decoder may stop before because the text ended within it
+WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+CUT_NUMBER_OR_ESCAPE = re.compile(r"\.|[eE][+-]?|u[0-9a-fA-F]{0,4}")
 Value = tuple[int, bytes, str]
 
 
@@ -118,14 +121,25 @@ def is_cut(error: Exception) -> bool:
     """True if the text may just be too short: its end was reached, not something wrong before it."""
     if not isinstance(error, json.JSONDecodeError):
         return False
-    rest = error.doc[error.pos :]
-    return error.msg.startswith("Unterminated string") or len(rest.strip()) < len("-Infinity")
+    rest = error.doc[error.pos :].strip()
+    return (
+        error.msg.startswith("Unterminated string")
+        or any(word.startswith(rest) for word in WORDS)
+        or (CUT_NUMBER_OR_ESCAPE.fullmatch(rest) is not None)
+    )
 
 
 def explain(error: Exception) -> str:
+    """What is wrong with the last text of a file."""
+    if isinstance(error, json.JSONDecodeError) and is_cut(error):
+        return f"not JSON, the record is cut off ({error.msg})"
+    return wrong_at(error)
+
+
+def wrong_at(error: Exception) -> str:
+    """What is wrong with a text that is there as a whole, and where in its line."""
     if not isinstance(error, json.JSONDecodeError):
         return f"JSON that cannot be read: {error}"
-    if is_cut(error):
-        return f"not JSON, the record is cut off ({error.msg})"
+    column = error.pos - error.doc.rfind("\n", 0, error.pos)
     near = error.doc[max(error.pos - 20, 0) : error.pos + 20]
-    return f"not JSON: {error.msg} near {near!r}"
+    return f"not JSON: {error.msg} at column {column}, near {near!r}"

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ochat.data import compressed
 from ochat.data.compressed import DAMAGED
-from ochat.data.json_values import MAX_RECORD_BYTES, JsonValues, explain, is_cut
+from ochat.data.json_values import MAX_RECORD_BYTES, JsonValues, explain, is_cut, wrong_at
 from ochat.errors import DataError
 
 HEAD_BYTES = 1 << 16  # enough to tell what the file is
@@ -35,6 +35,7 @@ class Record:
     number: int  # among the file's records, from 1
     data: bytes
     error: str = ""
+    is_last: bool = False  # of its file, as far as that can be read: the only one that can be cut off
 
     @property
     def place(self) -> str:
@@ -51,7 +52,8 @@ class Record:
                 f"{self.place}: not UTF-8 at byte {error.start} of the record: save the file as UTF-8"
             ) from error
         except json.JSONDecodeError as error:
-            raise DataError(f"{self.place}: {explain(error)}") from error
+            why = explain(error) if self.is_last else wrong_at(error)
+            raise DataError(f"{self.place}: {why}") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousandfold
             raise DataError(f"{self.place}: JSON that cannot be read: {error}") from error
         if not isinstance(value, dict):
@@ -96,12 +98,15 @@ class RecordFile:
             yield chunk
 
     def _lines(self, head: bytes, chunks: Iterator[bytes]) -> Iterator[Record]:
-        """One record per line; blank lines hold none."""
-        number = 0
+        """One record per line; blank lines hold none. One line ahead, to know the last one."""
+        last: Record | None = None
         for line, (text, error) in enumerate(_split_lines(head, chunks), start=1):
             if error or text.strip():
-                number += 1
-                yield Record(self.name, line, number, text, error)
+                if last is not None:
+                    yield last
+                last = Record(self.name, line, 1 if last is None else last.number + 1, text, error)
+        if last is not None:
+            yield replace(last, is_last=True)
 
 
 def read(path: str | Path) -> RecordFile:
