@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ochat.errors import ConfigError, DataError
+from ochat.infer import generate as generation
 from ochat.infer.generate import Sampler, generate
 from ochat.model import hf
 from tests.model_families import FAMILIES, make, random_ids
@@ -93,6 +94,24 @@ def test_answers_end_with_the_context(model):
     context = model.config.max_position_embeddings
     answers = generate(model, random_ids(context - 3, 2), max_new_tokens=8, stop_ids=())
     assert [len(answer) for answer in answers] == [3, 8]
+
+
+def test_the_cache_holds_the_longest_sequence_there_can_be_and_no_more(model, monkeypatch):
+    capacities = []
+
+    class Watched(generation.KVCache):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            capacities.append(self.keys.shape[2])
+
+    monkeypatch.setattr(generation, "KVCache", Watched)
+    context = model.config.max_position_embeddings
+    long, short = random_ids(context - 3, 2)
+    together = generate(model, [long, short], max_new_tokens=20, stop_ids=())  # one is full long before the other ends
+    alone = [generate(model, [ids], max_new_tokens=20, stop_ids=())[0] for ids in (long, short)]
+    generate(model, [short], max_new_tokens=10**9, stop_ids={alone[1][4]})
+    assert capacities == [context, context, 22, context]
+    assert together == alone and [len(answer) for answer in alone] == [3, 20]
 
 
 def test_no_prompts_no_answers(model):

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -16,14 +16,17 @@ from ochat.data import tokenizer as tokenizers
 from ochat.data.conversation import Conversation, Message
 from ochat.data.template import Template
 from ochat.errors import ConfigError
+from ochat.model import hub
+
+OPENCHAT = "openchat.json"
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Answers prompts with a model that `ochat export` wrote (or any Llama folder, with --template)."""
+    """Answers prompts with an exported model, or any Hugging Face folder with --template."""
 
     model: Path  # a Hugging Face folder
-    prompt: tuple[str, ...] = ()  # one or more user messages, each answered on its own
+    prompt: tuple[str, ...] = ()  # a user message; several are answered each on its own
     condition: str | None = None  # the class whose answer is wanted; left out: the template's default; "": none
     system: str = ""  # system text before the prompt
     template: str | None = None  # a template's name or file; left out: what openchat.json in the folder says
@@ -32,8 +35,8 @@ class GenerateOptions:
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
     top_k: int = 0  # sample among so many likeliest tokens; 0: all
     seed: int = 0  # decides what sampling draws
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of weights and computation
-    device: str = "cpu"  # or cuda
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation
+    device: str = "cpu"  # cpu, cuda, cuda:1, ...
 
 
 def main(options: GenerateOptions) -> None:
@@ -47,24 +50,26 @@ def main(options: GenerateOptions) -> None:
 
 
 def answer(options: GenerateOptions) -> list[str]:
-    """One answer per prompt; ConfigError where there is no prompt or no template."""
+    """One answer per prompt; ConfigError where there is no prompt, no template or no such device."""
     if not options.prompt:
         raise ConfigError('nothing to answer; give --prompt "..."')
     from ochat.infer.generate import generate  # torch takes seconds to import; a missing prompt should not
     from ochat.model import hf
 
+    device = find_device(options.device)
+    described = read_description(options.model)
     spoken = load_template(options.model, options.template)
     if options.condition is not None:
         spoken = dataclasses.replace(spoken, default_condition=options.condition)
+    warn_of_unknown_class(spoken.default_condition, described.get("classes"))
     tokenizer = tokenizers.load(options.model)
     spoken.check(tokenizer)
     prompts = [
         spoken.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
         for prompt in options.prompt
     ]
-    model = hf.load(options.model, dtype=options.dtype, device=options.device)
     new_ids = generate(
-        model,
+        hf.load(options.model, dtype=options.dtype, device=device),
         prompts,
         max_new_tokens=options.max_new_tokens,
         stop_ids=[tokenizer.special_tokens[spoken.eot]],
@@ -76,14 +81,58 @@ def answer(options: GenerateOptions) -> list[str]:
     return [tokenizer.decode(ids) for ids in new_ids]
 
 
+def find_device(name: str) -> str:
+    """`name` if torch has such a device here. Raises: ConfigError with what there is."""
+    import torch
+
+    present = ["cpu"]
+    if torch.accelerator.is_available() and (kind := torch.accelerator.current_accelerator()) is not None:
+        present += [kind.type, *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name not in present:
+        raise ConfigError(f"--device {name}: no such device here; there is {', '.join(present)}")
+    return name
+
+
 def load_template(folder: Path, name: str | None) -> Template:
-    """The named template, or the one that openchat.json in the folder describes."""
+    """The named template, or the one that openchat.json in the folder describes. Raises: ConfigError."""
     if name is not None:
         return templates.load(name)
+    path, content = folder / OPENCHAT, read_description(folder)
+    if not content:
+        raise ConfigError(f"{folder}: has no {OPENCHAT} that names its template; give --template NAME")
+    model_type, described = content.get("model_type"), content.get("template")
+    if not isinstance(model_type, str) or not isinstance(described, dict | None):
+        raise ConfigError(f"{path}: model_type must name a template, and template describe it; give --template NAME")
+    if described is not None:
+        return Template.from_dict({"name": model_type} | described, f"{path}: template")
     try:
-        content = json.loads((folder / "openchat.json").read_text(encoding="utf-8"))
+        return templates.load(model_type)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: model_type: {error}; or give --template NAME") from None
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of openchat.json in an exported folder; {} where there is none. Raises: ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder. {hub.how_to_fetch(folder)}")
+    path = folder / OPENCHAT
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder}: has no openchat.json that names its template; give --template NAME") from None
+        return {}
     except ValueError as error:
-        raise ConfigError(f"{folder / 'openchat.json'}: not JSON: {error}") from None
-    return Template.from_dict(content["template"]) if "template" in content else templates.load(content["model_type"])
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object, not {type(content).__name__}; export the model again")
+    return content
+
+
+def warn_of_unknown_class(condition: str, classes: list[str] | None) -> None:
+    """Say on stderr that a model was not trained on a class, if its `classes` are known."""
+    if classes and condition and condition not in classes:
+        known = ", ".join(repr(name) if name else "none" for name in classes)
+        Console(stderr=True, highlight=False).print(
+            f"[bold yellow]warning[/]: the model was not trained on the class {escape(repr(condition))}; "
+            f"it knows {escape(known)}",
+            soft_wrap=True,
+        )

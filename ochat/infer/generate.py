@@ -44,7 +44,7 @@ def generate(
     if not prompts:
         return []
     input_ids, position_ids, attend = pack_ids(model, prompts, device)
-    cache = _cache(model, prompts, max_new_tokens, input_ids.device)
+    cache = _cache(model, prompts, room, input_ids.device)
     last = cache.lengths.cumsum(0) - 1  # rows of the prompts' last tokens
     logits = model(input_ids, position_ids, cache.storing(attend), lambda x, weight: F.linear(x[last], weight).float())
     answers: list[list[int]] = [[] for _ in prompts]
@@ -110,10 +110,10 @@ def _room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -
     return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
 
 
-def _cache(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device) -> KVCache:
+def _cache(model: Transformer, prompts: Sequence[Sequence[int]], room: list[int], device: torch.device) -> KVCache:
     lengths = [len(prompt) for prompt in prompts]
-    dtype = model.compute_dtype or model.embed.weight.dtype
-    return KVCache(model.config, lengths, max(lengths) + max_new_tokens, dtype, device)
+    capacity = max(length + more for length, more in zip(lengths, room, strict=True))
+    return KVCache(model.config, lengths, capacity, model.compute_dtype or model.embed.weight.dtype, device)
 
 
 def _check_range(name: str, value: float, is_right: bool, expected: str) -> None:

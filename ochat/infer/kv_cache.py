@@ -60,9 +60,11 @@ class KVCache:
         return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=True)[:, :, 0]
 
     def advance(self) -> None:
-        """After all layers took the token."""
-        self.lengths = self.lengths + 1
-        self.longest += 1
+        """After all layers took the token. A full sequence writes over its last place: its answer has ended, and it
+        goes along with the others."""
+        last = self.keys.shape[2] - 1
+        self.lengths = (self.lengths + 1).clamp(max=last)
+        self.longest = min(self.longest + 1, last)
 
     def _seen(self, end: int, window: int | None) -> Tensor:
         """(B, end) bool: the keys up to the new token's own, the nearest `window` of them if given."""
