@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, NonFiniteError
+from ochat.train.schedule import factor
 from tests import tiny
 
 LINE = [
@@ -44,8 +45,9 @@ def curve(lines):
 def test_the_loss_falls_and_every_step_has_its_line(world, alone):
     assert [line["step"] for line in alone] == list(range(1, len(alone) + 1))
     assert alone[-1]["loss"] < 0.75 * alone[0]["loss"]
-    for line in alone:
+    for step, line in enumerate(alone):
         assert list(line) == LINE
+        assert line["lr"] == 3e-3 * factor(step, len(alone), warmup_ratio=0.05, min_lr_ratio=0.1)
         assert line["padded_tokens_per_s"] >= line["tokens_per_s"] > line["supervised_tokens_per_s"] > 0
         assert 0 < line["mfu"] < 1 and line["classes"].keys() == {"GPT4", "GPT3"}
     config = (world.folder / "alone" / "config.toml").read_text()
