@@ -142,4 +142,4 @@ def wrong_at(error: Exception) -> str:
         return f"JSON that cannot be read: {error}"
     column = error.pos - error.doc.rfind("\n", 0, error.pos)
     near = error.doc[max(error.pos - 20, 0) : error.pos + 20]
-    return f"not JSON: {error.msg} at column {column}, near {near!r}"
+    return f"not JSON: {error.msg} (column {column}), near {near!r}"
