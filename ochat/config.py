@@ -45,7 +45,7 @@ class DataConfig:
     eval_path: str = ""  # a held-out folder of the same kind; empty: no evaluation
     token_budget: int = 8192  # tokens in a bin, that is in one micro-batch
     bins_per_step: int = 8  # bins in an optimizer step, over all ranks
-    epochs: int = 1
+    epochs: int = 1  # passes over the data
     max_steps: int = 0  # stop after so many steps; 0: all epochs
     only_class: str = ""  # keep this class alone (the paper's "only expert" and "only sub-optimal")
     subsample: dict[str, float] = field(default_factory=dict)  # class -> share of its conversations that is kept
@@ -56,18 +56,22 @@ class ClassConfig:
     """What an answer of one class weighs: `weight`, or `exp((reward - 1) / beta)`. Give exactly one of reward and
     weight."""
 
-    reward: float | None = None
-    weight: float | None = None
-    beta: float | None = None  # None: weights.beta
+    reward: float | None = None  # 1 for the experts, less for the others
+    weight: float | None = None  # what an answer of the class weighs, instead of a reward
+    beta: float | None = None  # of this class's reward; left out: weights.beta
 
 
 @dataclass(frozen=True)
 class WeightsConfig:
-    """Where the weight of a supervised message comes from."""
+    """Where the weight of a supervised message comes from.
 
-    # record: the record's own weights; classes: the [classes] table; reward: each conversation's `reward` field;
-    # none: every supervised token weighs 1; auto: classes if the table has entries, else record
-    source: Literal["auto", "record", "classes", "reward", "none"] = "auto"
+    record: the record's own weights; classes: the [classes] table; reward: each conversation's `reward` field;
+    none: every supervised token weighs 1.
+    """
+
+    source: Literal["auto", "record", "classes", "reward", "none"] = (
+        "auto"  # auto: classes if there are any, else record
+    )
     beta: float = 0.9 / math.log(10)  # rewards 1 and 0.1 become weights 1 and 0.1, the paper's
     per_message_mean: bool = False  # divide a message's weight by its number of tokens
 
@@ -76,13 +80,13 @@ class WeightsConfig:
 class OptimConfig:
     """AdamW, clipping and the learning-rate schedule (linear warm-up, then cosine)."""
 
-    lr: float | Literal["auto"] = "auto"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
-    weight_decay: float = 0.1
+    lr: float | Literal["auto"] = "auto"  # peak learning rate; "auto" goes by the supervised tokens of a step
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-5  # of AdamW
+    weight_decay: float = 0.1  # of matrices; norms and biases have none
     clip: float = 1.0  # largest gradient norm; 0: no clipping
-    warmup_ratio: float = 0.05
-    min_lr_ratio: float = 0.1
+    warmup_ratio: float = 0.05  # share of the steps in which the rate rises
+    min_lr_ratio: float = 0.1  # share of the peak at which the cosine ends
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,13 @@ class TrainConfig:
     """How a step is computed, and how often it is reported."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; masters are fp32
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Literal["auto", "reference"] = "auto"  # how the operators are computed
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA, per-document SDPA elsewhere
     recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
-    compile: bool = False
+    compile: bool = False  # torch.compile, block by block
     log_every: int = 1  # steps between two reads of the metrics from the device
     eval_every: int = 0  # steps between held-out evaluations; 0: at the end of every epoch
-    device: Literal["auto", "cuda", "cpu"] = "auto"
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a card
     peak_tflops: float = 0.0  # the peak that mfu is taken of; 0: the card's data sheet, or a product timed at start
 
 
@@ -105,7 +109,7 @@ class ParallelConfig:
     """`shard` ranks hold one copy of the model between them; `replicate` such groups work side by side."""
 
     shard: int = 0  # 0: all ranks that replicate leaves
-    replicate: int = 1
+    replicate: int = 1  # groups side by side, each with a copy of the model
     offload: bool = False  # parameters and optimizer state in host memory
 
 
@@ -121,16 +125,16 @@ class CheckpointConfig:
 class SamplesConfig:
     """Prompts that are answered at every evaluation, each under each condition."""
 
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()  # user messages
     conditions: tuple[str, ...] = ()  # empty: every class of the data
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # longest answer
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """Trackers beside metrics.jsonl."""
 
-    tensorboard: bool = False
+    tensorboard: bool = False  # events in RUN/tensorboard
     wandb: str = ""  # a Weights & Biases project; empty: off
 
 

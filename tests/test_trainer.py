@@ -70,7 +70,9 @@ def test_each_epoch_ends_with_an_evaluation_and_samples(world, alone):
 
 @pytest.mark.parametrize(("processes", "replicate"), [(2, 1), (4, 1), (4, 2)])
 def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processes, replicate, tmp_path):
-    tiny.torchrun(world, tmp_path / "run", processes, "--data.epochs=2", f"--parallel.replicate={replicate}")
+    options = ["--data.epochs=2", f"--parallel.replicate={replicate}", f"--data.eval_path={world.data}"]
+    samples = ['--samples.prompts=["1+1"]', "--samples.max_new_tokens=3"]
+    tiny.torchrun(world, tmp_path / "run", processes, *options, *samples)
     lines = tiny.metrics(tmp_path / "run")
     assert len(lines) == len(alone)
     for ours, theirs in zip(lines, alone, strict=True):
@@ -78,6 +80,12 @@ def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processe
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert ours["supervised_tokens"] == theirs["supervised_tokens"] and ours["tokens"] == theirs["tokens"]
         assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+    held_out = [tiny.metrics(folder, "eval.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
+    for ours, theirs in zip(*held_out, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
+    answers = [tiny.metrics(folder, "samples.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
+    assert answers[0] == answers[1]
 
 
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(world, alone, tmp_path):

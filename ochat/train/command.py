@@ -7,7 +7,9 @@ saved.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -24,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, trains, and exits with the documented code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print_help("torchrun --nproc-per-node N -m ochat.train")
+        print_help("torchrun --nproc-per-node N -m ochat.train", "Trains from the newest checkpoint, or from the base.")
         sys.exit(0 if arguments else 2)
     try:
         config = read_arguments(arguments)
@@ -50,17 +52,23 @@ def read_arguments(arguments: Sequence[str]) -> Config:
     return configuration.load(files[0], [a for a in arguments if a.startswith("--")])
 
 
-def print_help(command: str) -> None:
-    """Usage, and every configuration key with its default."""
+def print_help(command: str, purpose: str) -> None:
+    """Usage, and every configuration key with its default and what it is for."""
     console = Console(highlight=False)
-    console.print(f"usage: {escape(command)} CONFIG.toml [--section.key=value ...]\n", soft_wrap=True)
-    table = Table(
-        "key", "default", box=None, padding=(0, 3, 0, 0), title="keys of the configuration", title_justify="left"
-    )
+    console.print(f"usage: {escape(command)} CONFIG.toml [--section.key=value ...]\n\n{purpose}\n", soft_wrap=True)
+    table = Table("key", "default", "what it is", box=None, padding=(0, 3, 0, 0))
     for section in dataclasses.fields(Config):
-        kind = {"classes": configuration.ClassConfig}.get(section.name) or type(getattr(Config(), section.name))
-        prefix = "classes.NAME" if section.name == "classes" else section.name
+        is_table = section.name == "classes"
+        kind = configuration.ClassConfig if is_table else type(getattr(Config(), section.name))
+        comments = _comments(kind)
         for key in dataclasses.fields(kind):
+            name = f"classes.NAME.{key.name}" if is_table else f"{section.name}.{key.name}"
             default = key.default if key.default is not dataclasses.MISSING else {}
-            table.add_row(f"{prefix}.{key.name}", escape(repr(default)))
+            table.add_row(name, escape(repr(default)), escape(comments.get(key.name, "")))
     console.print(table)
+
+
+def _comments(kind: type) -> dict[str, str]:
+    """field -> the comment behind it in the source: the configuration explains itself in one place."""
+    found = (re.match(r"    (\w+): .*?  # (.*)", line) for line in inspect.getsource(kind).splitlines())
+    return {match[1]: match[2] for match in found if match}

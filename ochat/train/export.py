@@ -17,6 +17,7 @@ from typing import Literal
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import hf
 from ochat.model.config import ModelConfig
+from ochat.partial_folder import partial_folder
 from ochat.train import checkpoint, serving
 
 
@@ -44,16 +45,14 @@ def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bo
     folder = find(source)
     step = checkpoint.read_state(folder)["step"]
     _refuse_overwriting(output, overwrite)
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model = ModelConfig.load(folder)
-    hf.save(temporary, model, hf.iterate_parameters(folder, model), dtype)
-    serving.copy(folder, temporary)
-    described = json.loads((folder / serving.OPENCHAT).read_text(encoding="utf-8"))
-    serving.write_json(temporary / serving.OPENCHAT, described | {"step": step})
-    shutil.rmtree(output, ignore_errors=True)
-    os.rename(temporary, output)
+    with partial_folder(output) as temporary:
+        model = ModelConfig.load(folder)
+        hf.save(temporary, model, hf.iterate_parameters(folder, model), dtype)
+        serving.copy(folder, temporary)
+        described = json.loads((folder / serving.OPENCHAT).read_text(encoding="utf-8"))
+        serving.write_json(temporary / serving.OPENCHAT, described | {"step": step})
+        shutil.rmtree(output, ignore_errors=True)
+        os.rename(temporary, output)
     return step
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from ochat.config import Config
 from ochat.data.loader import Loader
 from ochat.errors import OchatError
+from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.train import command, inputs
 
@@ -23,7 +24,7 @@ BARS = " ▏▎▍▌▋▊▉█"
 def main(arguments: Sequence[str]) -> None:
     """Parses the training command line and prints the plan of its run; exits with 1 on an error."""
     if not arguments or "--help" in arguments or "-h" in arguments:
-        command.print_help("ochat plan")
+        command.print_help("ochat plan", "Shows what the same command line would train, without a GPU.")
         sys.exit(0 if arguments else 2)
     try:
         show(command.read_arguments(arguments), Console(highlight=False))
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str]) -> None:
 def show(config: Config, console: Console) -> None:
     """Prints the facts of the run and a histogram of its sequence lengths."""
     model = ModelConfig.load(config.base.path)
+    hf.check_weights(config.base.path, model)
     data = inputs.open_data(config)
     facts = describe(config, inputs.open_loader(config, data, model), model)
     table = Table(
