@@ -69,9 +69,7 @@ class WeightsConfig:
     none: every supervised token weighs 1.
     """
 
-    source: Literal["auto", "record", "classes", "reward", "none"] = (
-        "auto"  # auto: classes if there are any, else record
-    )
+    source: Literal["auto", "record", "classes", "reward", "none"] = "auto"  # auto: classes if given, else record
     beta: float = 0.9 / math.log(10)  # rewards 1 and 0.1 become weights 1 and 0.1, the paper's
     per_message_mean: bool = False  # divide a message's weight by its number of tokens
 
