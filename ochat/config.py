@@ -201,7 +201,8 @@ def _check(config: Config) -> None:
     for name, share in config.data.subsample.items():
         expect(0 < share <= 1, f"data.subsample.{name}", share, "a share in (0, 1]")
     for name, entry in config.classes.items():
-        expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", entry, "either reward or weight")
+        given = {key: value for key, value in dataclasses.asdict(entry).items() if value is not None}
+        expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
     for name in ("base.path", "data.path", "run.dir"):
         section, key = name.split(".")
         expect(bool(getattr(getattr(config, section), key)), name, "", f"a path, for example --{name}=PATH")

@@ -81,7 +81,7 @@ def build(kind: Any, value: Any, where: str = "") -> Any:
         expect(isinstance(value, dict), where, value, "a table")
         return {key: build(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple:
-        expect(isinstance(value, list), where, value, "an array")
+        expect(isinstance(value, list), where, value, 'an array, such as ["a", "b"]' if args[0] is str else "an array")
         expect(args[-1] is Ellipsis or len(args) == len(value), where, value, f"an array of {len(args)}")
         return tuple(build(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin in (typing.Union, types.UnionType):

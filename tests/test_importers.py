@@ -102,3 +102,13 @@ def test_faults_name_their_field(record, message):
 def test_unknown_format():
     with pytest.raises(ConfigError, match="known: auto, openchat, messages, sharegpt, alpaca"):
         convert({"items": []}, format="chatml")
+
+
+@pytest.mark.parametrize("wrong", [{"conditon": "GPT4"}, {"rewrad": 1.0}, {"Condition": "GPT4"}])
+def test_a_misspelt_key_of_ours_is_refused_in_every_format(wrong):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(DataError, match="did you mean"):
+        convert({"messages": turns} | wrong)
+    with pytest.raises(DataError, match="did you mean 'weight'"):
+        convert({"messages": [turns[0], turns[1] | {"wieght": 3}]})
+    assert convert({"messages": turns, "id": 7, "source": "x"}).items[1].content == "b"

@@ -237,6 +237,10 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(world, t
     zero = ["--classes.GPT4.weight=0", "--classes.GPT3.weight=0"]
     with pytest.raises(ConfigError, match="no token has a weight other than 0"):
         tiny.train(world, tmp_path / "zero", *zero)
+    for typo in ("--classes.GPT5.weight=1", '--samples.conditions=["GPT5"]'):
+        table = ["--classes.GPT4.weight=1", "--classes.GPT3.weight=0.1"]
+        with pytest.raises(ConfigError, match="names 'GPT5'; the classes of .* are GPT4, GPT3"):
+            tiny.train(world, tmp_path / "typo", *table, typo)
     other = tmp_path / "other_data"
     prepare(
         [world.folder / "conversations.jsonl"], world.base, "openchat_v3.2", other, conditions="ignore", progress=False

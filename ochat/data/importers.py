@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ochat.data.conversation import Conversation, describe, number_field, require_list, require_object, text_field
+from ochat.data.conversation import (
+    Conversation,
+    describe,
+    number_field,
+    refuse_misspelt,
+    require_list,
+    require_object,
+    text_field,
+)
 from ochat.errors import ConfigError, DataError
 
 _SYNONYMS = {
@@ -37,6 +45,7 @@ def convert(record: Any, format: str = "auto", default_condition: str = "") -> C
     require_object(record, "record")
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format {format!r}: unknown; known: auto, {', '.join(FORMATS)}")
+    refuse_misspelt(record, ("condition", "reward", "system"), "record")
     plain = FORMATS[_detect(record) if format == "auto" else format](record)
     if plain.get("condition", "") == "":
         plain = plain | {"condition": default_condition}
@@ -76,6 +85,7 @@ def _from_turns(record: dict[str, Any], key: str, role_key: str, text_key: str) 
     for i, turn in enumerate(turns):
         place = f"{key}[{i}]"
         require_object(turn, place)
+        refuse_misspelt(turn, ("weight",), place)
         item = {"role": _role(turn, role_key, place), "content": _content(turn, text_key, place)}
         if item["role"] == "system":
             system = _leading_system(system, item["content"], i, f"{place}.{role_key}")

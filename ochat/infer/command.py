@@ -45,7 +45,7 @@ def main(options: GenerateOptions) -> None:
     answers = answer(options)
     for prompt, text in zip(options.prompt, answers, strict=True):
         if len(answers) > 1:
-            console.print(f"[bold]{escape(prompt)}[/]", soft_wrap=True)
+            console.print(f"[bold]> {escape(prompt)}[/]", soft_wrap=True)
         console.print(escape(text), soft_wrap=True)
 
 

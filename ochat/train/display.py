@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+SAMPLE_CHARACTERS = 240
+
 
 class Display:
     """The first rank's console; the other ranks' is silent."""
@@ -61,18 +63,18 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, TextColumn("{task.description}"), console=self.console) as self._progress:
+        with Progress(*columns, console=self.console) as self._progress:
             self._task = self._progress.add_task("", total=total, completed=done)
             yield
         self._progress = None
 
     def steps(self, lines: list[dict[str, Any]], total: int) -> None:
-        """The newest of the flushed steps: on the bar, or as a line at most once a second."""
+        """Moves the bar, and prints the newest of the flushed steps as a line, at most one a second."""
         if not lines:
             return
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=lines[-1]["step"], description=_describe(lines[-1]))
-        elif time.monotonic() - self._printed > 1 or lines[-1]["step"] == total:
+            self._progress.update(self._task, completed=lines[-1]["step"])
+        if time.monotonic() - self._printed > 1 or lines[-1]["step"] == total:
             self._printed = time.monotonic()
             self.note(f"step {lines[-1]['step']}/{total}  {_describe(lines[-1])}")
 
@@ -87,9 +89,11 @@ class Display:
         self.console.print(table)
 
     def samples(self, answers: list[dict[str, str]]) -> None:
-        """The answers to the fixed prompts."""
+        """The answers to the fixed prompts, each on a line; samples.jsonl has them whole."""
         for a in answers:
-            line = f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(a['answer'])}"
+            text = " / ".join(a["answer"].splitlines())
+            shown = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
+            line = f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(shown)}"
             self.console.print(line, soft_wrap=True)
 
 

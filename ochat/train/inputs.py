@@ -46,6 +46,12 @@ def open_loader(
     """
     if not data.supervised.sum():
         raise ConfigError(f"{data.path}: no token has a weight other than 0; look at [classes] and weights.source")
+    for section, names in (("[classes]", config.classes), ("samples.conditions", config.samples.conditions)):
+        for name in names:
+            if name and name not in data.class_names:
+                raise ConfigError(
+                    f"{section} names {name!r}; the classes of {data.path} are {', '.join(data.class_names)}"
+                )
     return Loader(
         data,
         token_budget=config.data.token_budget,
@@ -73,7 +79,7 @@ def served_template(data: TokenDataset) -> Template:
     trained = [data.class_names[i] for i in np.unique(data.class_ids)]
     if data.template.default_condition in trained:
         return data.template
-    weights = {name: _mean_weight(data, name) for name in trained}
+    weights = {name: mean_weight(data, name) for name in trained}
     return dataclasses.replace(data.template, default_condition=max(weights, key=lambda name: weights[name]))
 
 
@@ -87,7 +93,8 @@ def choose_lr(config: Config, loader: Loader, model: ModelConfig) -> LearningRat
     )
 
 
-def _mean_weight(data: TokenDataset, name: str, sample: int = 200) -> float:
+def mean_weight(data: TokenDataset, name: str, sample: int = 200) -> float:
+    """Mean |weight| of the supervised tokens in the first `sample` conversations of a class."""
     members = np.flatnonzero(data.class_ids == data.class_names.index(name))[:sample]
     weights = np.abs(np.concatenate([data[int(i)].loss_weights for i in members]))
     return float(weights.sum() / max(1, np.count_nonzero(weights)))

@@ -7,6 +7,7 @@ next, over the host's network, while the device works. A second Ctrl-C ends at o
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -29,8 +30,8 @@ class Interrupted(OchatError):
 class Interrupt:
     """Catches the signals while it is entered."""
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    def __init__(self, world: int, say: Callable[[str], None]) -> None:
+        self.world, self.say = world, say
         self.received: int | None = None
         self._asked: tuple[torch.Tensor, Any] | None = None
         self._previous: dict[int, Any] = {}
@@ -70,3 +71,4 @@ class Interrupt:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        self.say("stopping after this step or the next, then saving; a second Ctrl-C ends at once, unsaved")

@@ -12,12 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat.config import Config
+from ochat.data import tokenizer as tokenizers
 from ochat.data.loader import Loader
 from ochat.errors import OchatError
 from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.train import command, inputs
+from ochat.train import command, inputs, run_folder
 
+LOW_FILL = " (low: the data fills few bins; lower data.bins_per_step or data.token_budget)"
 BARS = " ▏▎▍▌▋▊▉█"
 
 
@@ -40,6 +42,8 @@ def show(config: Config, console: Console) -> None:
     model = ModelConfig.load(config.base.path)
     hf.check_weights(config.base.path, model)
     data = inputs.open_data(config)
+    held_out = inputs.open_eval_loader(config, inputs.open_eval_data(config)) if config.data.eval_path else None
+    run_folder.check_data(data, held_out, tokenizers.load(config.base.path), model, config)
     facts = describe(config, inputs.open_loader(config, data, model), model)
     table = Table(
         title=f"plan of {config.run.dir}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
@@ -60,13 +64,15 @@ def describe(config: Config, loader: Loader, model: ModelConfig) -> dict[str, st
         "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, "
         f"longest {int(data.lengths.max()):,}",
         "classes": ", ".join(
-            f"{name or '(none)'} {count:,}" for name, count in zip(data.class_names, classes, strict=True)
+            f"{name or '(none)'} {count:,} (mean weight {inputs.mean_weight(data, name):.4g})"
+            for name, count in zip(data.class_names, classes, strict=True)
+            if count
         ),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
         "steps": f"{stats.num_steps:,} of {_epochs(stats.steps_per_epoch)}",
         "step": f"{config.data.bins_per_step} bins of {config.data.token_budget:,} tokens: "
         f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
-        "packing": f"fill {stats.fill:.2%}; work of a step's bins, max over mean: "
+        "packing": f"fill {stats.fill:.2%}{LOW_FILL * (stats.fill < 0.5)}; work of a step's bins, max over mean: "
         f"{stats.imbalance_mean:.3f} on average, {stats.imbalance_worst:.3f} at worst",
         "work": f"{flops / stats.num_tokens:.3g} FLOPs a token, {flops:.3g} an epoch",
         "learning rate": inputs.choose_lr(config, loader, model).reason,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 BASE_LR = 3e-4  # at BASE_TOKENS supervised tokens a step, the public C-RLFT runs' rule
 BASE_TOKENS = 4e6
 LLAMA3_VOCAB = 128_000  # from here on a Llama is of the third generation
+MEANT_FOR = 20_000  # supervised tokens a step, a tenth of the published runs'; below, the rule leaves next to nothing
 FAMILY_DIVISORS = {"Mistral": 6.0, "Gemma": 5.5, "Llama 3": 5.3}
 
 
@@ -38,6 +39,8 @@ def choose_lr(
         f"lr {value:.3g}: auto, {BASE_LR:g} x sqrt({supervised_tokens_per_step:,.0f} supervised tokens a step / "
         f"{BASE_TOKENS:,.0f}) / {divisor:g} for {family}"
     )
+    if supervised_tokens_per_step < MEANT_FOR:
+        reason += "; the rule is meant for steps of about 200,000: for small steps set optim.lr, 1e-5 to 3e-4 are usual"
     return LearningRate(value, reason)
 
 

@@ -76,7 +76,7 @@ class Trainer:
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
         self.trackers = Trackers(config, self.run_dir, enabled=ranks.is_first)
-        self.interrupt = Interrupt(ranks.world)
+        self.interrupt = Interrupt(ranks.world, self.display.note)
 
     def run(self) -> None:
         """All remaining steps, with evaluations and checkpoints at their times; ends with an export."""
