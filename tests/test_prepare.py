@@ -202,6 +202,8 @@ def test_the_table_shows_every_class(make):
 
 
 ENDLESS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background hands down an ignored one
 import sys
 from ochat.data import prepare as module
 from ochat.data.records import Record
