@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, training on 2 processes, export, answers (about 12 minutes)
+demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, training on 2 processes, export, answers (about 8 minutes)
 	$(BIN)/python -m demo.run
 
 test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU needed, under 10 minutes)
