@@ -35,10 +35,6 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Each value summed over all ranks, in float64; waits for the device."""
-        return self.sum_tensor(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
-
     def sum_tensor(self, values: Tensor) -> Tensor:
         """The tensor summed over all ranks, in place."""
         if self.world > 1:

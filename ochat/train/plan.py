@@ -14,7 +14,6 @@ from rich.table import Table
 from ochat.config import Config
 from ochat.data import tokenizer as tokenizers
 from ochat.data.loader import Loader
-from ochat.errors import OchatError
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.train import command, inputs, run_folder
@@ -24,17 +23,11 @@ BARS = " ▏▎▍▌▋▊▉█"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the training command line and prints the plan of its run; exits with 1 on an error."""
+    """Parses the training command line and prints the plan of its run. Raises: OchatError."""
     if not arguments or "--help" in arguments or "-h" in arguments:
         command.print_help("ochat plan", "Shows what the same command line would train, without a GPU.")
         sys.exit(0 if arguments else 2)
-    try:
-        show(command.read_arguments(arguments), Console(highlight=False))
-    except OchatError as error:
-        Console(stderr=True, highlight=False).print(
-            f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
-        )
-        sys.exit(1)
+    show(command.read_arguments(arguments), Console(highlight=False))
 
 
 def show(config: Config, console: Console) -> None:
