@@ -1,10 +1,15 @@
-"""One thread (the tests' models are tiny, and threads that wait for each other cost more than they bring), and the
-small world."""
+"""One thread (the tests' models are tiny, and threads that wait for each other cost more than they bring), Triton's
+interpreter where there is no card, and the small world."""
+
+import os
 
 import pytest
 import torch
 
-from tests import tiny
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
+
+from tests import tiny  # noqa: E402 (after the variable is set)
 
 torch.set_num_threads(1)
 

@@ -1,8 +1,8 @@
-"""The operators of a Llama training step, each defined in plain PyTorch; `load` picks an implementation by name.
+"""The operators of a Llama training step, as Triton kernels and as their definitions in plain PyTorch.
 
-    ops = ochat_kernels.load("reference")
+    ops = ochat_kernels.load("triton")      # or "reference": the same functions, on any device
     out = ops.linear_cross_entropy(hidden, head_weight, labels, loss_weights)
-They need torch alone and know no trainer.
+They need torch and triton alone and know no trainer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 
 from ochat_kernels.reference import LossOutput
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = {"triton": "ochat_kernels.triton_ops", "reference": "ochat_kernels.reference"}
 
 __all__ = ["IMPLEMENTATIONS", "LossOutput", "load"]
 
@@ -21,4 +21,4 @@ def load(name: str) -> ModuleType:
     """The module that implements every operator under `name`; ValueError for a name that is not in IMPLEMENTATIONS."""
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no kernels named {name!r}; this version has: {', '.join(IMPLEMENTATIONS)}")
-    return importlib.import_module(f"ochat_kernels.{name}")
+    return importlib.import_module(IMPLEMENTATIONS[name])

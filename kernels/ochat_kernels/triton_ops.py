@@ -1,0 +1,5 @@
+"""Every operator as Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (see launch.py)."""
+
+from ochat_kernels.swiglu import swiglu
+
+__all__ = ["swiglu"]

@@ -1,0 +1,60 @@
+"""One comparison for every operator: its outputs and gradients against the definition's, truth in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.numerics import assert_close
+
+ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}  # for values of order 1
+
+
+def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal values, drawn on the CPU so that every device gets the same."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+def outputs_and_gradients(
+    function: Callable[..., Any], inputs: list[Tensor], wanted: list[bool], dtype: torch.dtype
+) -> list[Tensor]:
+    """The function's floating-point outputs, then the gradients of the `wanted` inputs under fixed random upstream
+    gradients; inputs are copied in `dtype`, with the strides that they have."""
+    leaves = [_copy(x, dtype).requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    upstream = [random(*y.shape, dtype=y.dtype, device=y.device, seed=i + 1) for i, y in enumerate(outputs)]
+    narrow = [x.dtype for x in inputs if x.is_floating_point()][0]
+    upstream = [u.to(narrow).to(dtype) for u in upstream]
+    gradients = torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], upstream)
+    return [y.detach() for y in outputs] + list(gradients)
+
+
+def assert_op(
+    op: Callable[..., Any], definition: Callable[..., Any], inputs: list[Tensor], wanted: list[bool] | None = None
+) -> None:
+    """Every output and every wanted gradient of `op` obeys the accuracy rule, and has the definition's dtype."""
+    wanted = wanted or [x.is_floating_point() for x in inputs]
+    dtype = inputs[0].dtype
+    truth = outputs_and_gradients(definition, inputs, wanted, torch.float64)
+    expected = outputs_and_gradients(definition, inputs, wanted, dtype)
+    for got, reference, true in zip(outputs_and_gradients(op, inputs, wanted, dtype), expected, truth, strict=True):
+        assert got.dtype == reference.dtype
+        scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
+        assert_close(got, reference, true, ATOL[dtype] * scale)
+
+
+def strided_rows(x: Tensor, padding: int = 3) -> Tensor:
+    """The same values as columns of a wider matrix: rows that do not follow one another in memory."""
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + padding), float("nan"), dtype=x.dtype, device=x.device)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    target = torch.empty_strided(
+        x.shape, x.stride(), dtype=dtype if x.is_floating_point() else x.dtype, device=x.device
+    )
+    return target.copy_(x.detach())

@@ -1,0 +1,65 @@
+"""SwiGLU kernels against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ochat_kernels import reference, swiglu
+
+from tests.kernels.harness import assert_op, random, strided_rows
+
+CPU_OR_CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 10), (5, 2 * 1024), (2, 2 * 1031)])
+def test_outputs_and_gradients(shape, dtype, device):
+    assert_op(swiglu.swiglu, reference.swiglu, [random(*shape, dtype=dtype, device=device, scale=3.0)])
+
+
+@given(T=st.integers(0, 4), F=st.integers(0, 40), scale=st.sampled_from([1e-3, 1.0, 50.0]), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_any_shape(T, F, scale, seed):
+    x = random(T, 2 * F, dtype=torch.float32, device=CPU_OR_CUDA, seed=seed, scale=scale)
+    assert_op(swiglu.swiglu, reference.swiglu, [x])
+
+
+def test_rows_of_any_stride(device):
+    assert_op(swiglu.swiglu, reference.swiglu, [strided_rows(random(4, 20, dtype=torch.bfloat16, device=device))])
+
+
+def test_a_transposed_input_and_an_expanded_gradient(device):
+    x = random(12, 5, dtype=torch.float32, device=device).T.requires_grad_()
+    swiglu.swiglu(x).sum().backward()
+    twin = x.detach().clone().requires_grad_()
+    reference.swiglu(twin).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_under_checkpoint_and_compile(device):
+    x = random(3, 10, dtype=torch.float32, device=device).requires_grad_()
+    (plain,) = torch.autograd.grad(swiglu.swiglu(x).sum(), x)
+    again = torch.utils.checkpoint.checkpoint(swiglu.swiglu, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.sum(), x)[0], plain, rtol=0, atol=0)
+    compiled = torch.compile(swiglu.swiglu, fullgraph=True)(x)
+    torch.testing.assert_close(torch.autograd.grad(compiled.sum(), x)[0], plain, rtol=0, atol=0)
+
+
+def test_what_the_operator_registers(device):
+    x = random(3, 10, dtype=torch.float32, device=device).requires_grad_()
+    torch.library.opcheck(torch.ops.ochat_kernels.swiglu.default, (x,))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 4, dtype=torch.float64), "float64: expected float32"),
+        (torch.zeros(2, 2, 2), "expected 2 dimensions"),
+        (torch.zeros(2, 5), "5 columns: expected an even number"),
+        (torch.zeros(2, 4, device="meta"), "on meta"),
+    ],
+)
+def test_refuses(x, message):
+    x = x.to(CPU_OR_CUDA) if x.device.type == "cpu" else x
+    with pytest.raises(ValueError, match=message):
+        swiglu.swiglu(x)
