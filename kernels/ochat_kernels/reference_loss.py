@@ -6,6 +6,7 @@ Letters: T packed tokens, R live rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,14 +16,28 @@ from torch import Tensor
 IGNORE_INDEX = -100
 LOGITS_PER_CHUNK = 2**26  # 256 MiB of fp32 logits at a time
 
+# (nll (n,) fp32 detached, weights (n,) fp32) -> weights (n,) fp32, element by element
+WeightTransform = Callable[[Tensor, Tensor], Tensor]
+
 
 class LossOutput(NamedTuple):
     """What `linear_cross_entropy` returns."""
 
-    loss_sum: Tensor  # () fp32, sum of w * nll, with gradient to hidden and weight
+    loss_sum: Tensor  # () fp32, sum of w * loss, with gradient to hidden and weight
     weight_sum: Tensor  # () fp32, sum of |w| where label != IGNORE_INDEX
-    nll: Tensor  # (T,) fp32, detached; 0 in rows that are not live
-    correct: Tensor  # (T,) bool: the largest logit is the label's; False in rows that are not live
+    nll: Tensor  # (T,) fp32, detached, without z-loss and smoothing; 0 in rows that are not live
+    correct: (
+        Tensor  # (T,) bool: the largest logit (the first of equals) is the label's; False in rows that are not live
+    )
+
+
+class Options(NamedTuple):
+    """What changes the loss of a row, with its gradient; see `linear_cross_entropy`."""
+
+    logit_softcap: float | None
+    z_loss: float
+    label_smoothing: float
+    weight_transform: WeightTransform | None
 
 
 def linear_cross_entropy(
@@ -33,33 +48,42 @@ def linear_cross_entropy(
     *,
     rows: Tensor | None = None,
     chunk_rows: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight_transform: WeightTransform | None = None,
 ) -> LossOutput:
     """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
 
-    loss_sum = sum_t w_t * (logsumexp(hidden_t @ weight.T) - (hidden_t @ weight.T)[label_t])
+    loss_sum = sum_t w_t * (logsumexp(z_t) - z_t[label_t]),  z_t = hidden_t @ weight.T
 
     Args: hidden (T, H); weight (V, H) of hidden's dtype; labels (T,) int64, IGNORE_INDEX where there is none;
-    loss_weights (T,) fp32 of any sign; rows (R,) int64 indices of the live rows (label present, weight not 0), found
-    here when not given, which on CUDA synchronises once; chunk_rows: rows of logits held at a time.
-    Raises: ValueError for shapes and dtypes that do not fit.
+    loss_weights (T,) fp32 of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
+    0), found here when not given, which on CUDA synchronises once; chunk_rows: rows of logits held at a time.
+    Options: logit_softcap c: z becomes c * tanh(z / c); z_loss a: each row adds w * a * logsumexp(z)^2;
+    label_smoothing e: the target is 1 - e on the label and e / V on every token; weight_transform: called as f(nll, w)
+    on detached (n,) fp32 values of some live rows at a time, its result takes the place of w in the loss (not in
+    weight_sum), without a gradient of its own.
+    Raises: ValueError for shapes, dtypes and options that do not fit, and for a label outside the vocabulary.
     Costs: forward makes loss and gradients in one pass, 6 R H V FLOPs, one chunk of logits + dW in fp32 + dhidden.
     """
-    _check_loss_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
-    live = labels != IGNORE_INDEX
+    check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
+    options = Options(logit_softcap, z_loss, label_smoothing, weight_transform)
+    check_options(options)
+    check_labels(labels, weight.shape[0])
     if rows is None:
-        rows = (live & (loss_weights != 0)).nonzero().squeeze(1)
+        rows = live_rows(labels, loss_weights)
     if chunk_rows is None:
-        chunk_rows = min(max(LOGITS_PER_CHUNK // weight.shape[0], 256), 8192)
-    loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, chunk_rows)  # type: ignore[misc]
-    weight_sum = (loss_weights.abs() * live).sum(dtype=statistics_dtype(loss_weights))
-    return LossOutput(loss_sum, weight_sum, nll, correct)
+        chunk_rows = min(max(LOGITS_PER_CHUNK // weight.shape[0], 1024 if hidden.is_cuda else 256), 8192)
+    loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, chunk_rows, options)  # type: ignore[misc]
+    return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in forward, so that no logits are kept or made again; backward only scales."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_weights, rows, chunk_rows):
+    def forward(ctx, hidden, weight, labels, loss_weights, rows, chunk_rows, options):
         wide = statistics_dtype(hidden)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
@@ -70,17 +94,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows.shape[0], chunk_rows):
             chunk = rows[start : start + chunk_rows]
             x, y, w = hidden[chunk], labels[chunk], loss_weights[chunk].to(wide)
-            logits = F.linear(x, weight).to(wide)  # (chunk, V)
-            lse = logits.logsumexp(-1)
-            chunk_nll = lse - logits.gather(1, y[:, None]).squeeze(1)
-            nll[chunk] = chunk_nll
-            correct[chunk] = logits.argmax(-1) == y
-            loss_sum += (chunk_nll * w).sum()
+            logits = soft_cap(F.linear(x, weight).to(wide), options.logit_softcap)  # (chunk, V)
+            row_loss, nll[chunk], correct[chunk], w, lse = _statistics(logits, y, w, options)
+            loss_sum += (row_loss * w).sum()
             if not (want_hidden or want_weight):
                 continue
-            logits.sub_(lse[:, None]).exp_()  # softmax
-            logits[torch.arange(len(y), device=y.device), y] -= 1
-            dlogits = logits.mul_(w[:, None]).to(hidden.dtype)
+            dlogits = _gradient(logits, y, w, lse, options).to(hidden.dtype)
             if grad_rows is not None:
                 grad_rows[start : start + chunk_rows] = dlogits @ weight
             if grad_weight is not None:
@@ -100,14 +119,66 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.dtypes[1])
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`, or the logits where there is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _statistics(
+    logits: Tensor, y: Tensor, w: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss before the weight, nll, correct, the weight to use, logsumexp) of a chunk's rows; 0 and False where a row
+    is not live."""
+    live = (y != IGNORE_INDEX) & (w != 0)
+    lse = logits.logsumexp(-1)
+    label_logit = logits.gather(1, y.clamp_min(0)[:, None]).squeeze(1)
+    nll = torch.where(live, lse - label_logit, 0)
+    if options.weight_transform is not None:
+        w = options.weight_transform(nll, w).to(w.dtype)
+    loss = nll
+    if options.label_smoothing:
+        loss = loss + options.label_smoothing * (label_logit - logits.mean(-1))
+    if options.z_loss:
+        loss = loss + options.z_loss * lse.square()
+    correct = live & (logits.argmax(-1) == y)
+    return torch.where(live, loss, 0), nll, correct, torch.where(live, w, 0), lse
+
+
+def _gradient(logits: Tensor, y: Tensor, w: Tensor, lse: Tensor, options: Options) -> Tensor:
+    """Of w * loss to the logits before the cap, (n, V); overwrites `logits`."""
+    cap, smoothing = options.logit_softcap, options.label_smoothing
+    slope = None if cap is None else 1 - (logits / cap).square()
+    gradient = logits.sub_(lse[:, None]).exp_()  # softmax
+    if options.z_loss:
+        gradient *= (1 + 2 * options.z_loss * lse)[:, None]
+    if smoothing:
+        gradient -= smoothing / gradient.shape[1]
+    gradient[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1 - smoothing
+    if slope is not None:
+        gradient *= slope
+    return gradient.mul_(w[:, None]).masked_fill_((w == 0)[:, None], 0)
+
+
+def live_rows(labels: Tensor, loss_weights: Tensor) -> Tensor:
+    """(R,) int64 indices of the rows with a label and a weight that is not 0; synchronises a CUDA device."""
+    return ((labels != IGNORE_INDEX) & (loss_weights != 0)).nonzero().squeeze(1)
+
+
+def weight_sum(labels: Tensor, loss_weights: Tensor) -> Tensor:
+    """() fp32: the sum of |w| where there is a label."""
+    return (loss_weights.abs() * (labels != IGNORE_INDEX)).sum(dtype=statistics_dtype(loss_weights))
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
+    """fp32, or float64 where x is float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _check_loss_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows) -> None:
+def check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows) -> None:
+    """ValueError for tensors of `linear_cross_entropy` that do not fit each other."""
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}: expected (T, H) and (V, H)")
     if hidden.dtype != weight.dtype:
@@ -123,3 +194,26 @@ def _check_loss_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows
         raise ValueError(f"rows are {rows.dtype} {tuple(rows.shape)}: expected int64 (R,)")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}: expected at least 1")
+    for name, tensor in (("weight", weight), ("labels", labels), ("loss_weights", loss_weights), ("rows", rows)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: expected one device")
+
+
+def check_options(options: Options) -> None:
+    """ValueError for an option of `linear_cross_entropy` that means nothing."""
+    if options.logit_softcap is not None and not options.logit_softcap > 0:
+        raise ValueError(f"logit_softcap is {options.logit_softcap}: expected a number above 0, or None")
+    if not options.z_loss >= 0:
+        raise ValueError(f"z_loss is {options.z_loss}: expected 0 or more")
+    if not 0 <= options.label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {options.label_smoothing}: expected at least 0 and below 1")
+
+
+def check_labels(labels: Tensor, vocab_size: int) -> None:
+    """ValueError for a label outside the vocabulary, on a CPU; on a card the look would cost a synchronisation."""
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"labels[{row}] is {int(labels[row])}: expected {IGNORE_INDEX} or 0 to {vocab_size - 1}")

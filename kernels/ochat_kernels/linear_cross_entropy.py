@@ -1,0 +1,208 @@
+"""Linear head and per-token weighted cross-entropy in one pass: loss and gradients by chunks of rows, nothing twice.
+
+    out = linear_cross_entropy(hidden, weight, labels, loss_weights, rows=rows);  (out.loss_sum / total).backward()
+Per chunk: logits by a matrix product, one kernel that takes the statistics and writes the gradient over the logits, two
+products for dhidden and dW. Rows that carry no loss never enter. The definition is reference_loss.py.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakValueDictionary
+
+import torch
+import triton
+from torch import Tensor
+
+from ochat_kernels import lce_kernels
+from ochat_kernels.launch import check_device, check_floats
+from ochat_kernels.reference_loss import (
+    LossOutput,
+    Options,
+    WeightTransform,
+    check_arguments,
+    check_labels,
+    check_options,
+    live_rows,
+    weight_sum,
+)
+
+LOGITS_BYTES = 2**31  # of a chunk: 8192 rows of a vocabulary of 128k in bf16
+CHUNK_ROWS = (1024, 8192)  # fewer rows: adding dW up in fp32 costs more than its product; more: only memory
+ROW_ALIGNMENT = 128  # rows of a tile of a matrix product
+COLUMN_ALIGNMENT = 64  # columns: every row of logits starts on a 128-byte line, whatever V is
+
+_transforms: WeakValueDictionary[str, WeightTransform] = WeakValueDictionary()  # an operator's arguments are plain
+
+
+def chunk_size(num_rows: int, vocab_size: int, itemsize: int) -> int:
+    """Rows of logits at a time: as many as fit LOGITS_BYTES, within CHUNK_ROWS, the chunks about equal."""
+    least, most = CHUNK_ROWS
+    rows = min(max(LOGITS_BYTES // (vocab_size * itemsize), least), most)
+    num_chunks = max(triton.cdiv(num_rows, rows), 1)
+    return max(triton.cdiv(triton.cdiv(num_rows, num_chunks), ROW_ALIGNMENT) * ROW_ALIGNMENT, ROW_ALIGNMENT)
+
+
+def lce_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    rows: Tensor | None,
+    chunk_rows: int,
+    logit_softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    weight_transform: str,
+    want_hidden: bool,
+    want_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss_sum (), nll (T,), correct (T,), grad_hidden (T, H) or (0,), grad_weight (V, H) fp32 or (0,)).
+
+    `chunk_rows` 0: chosen here; `weight_transform`: a key of _transforms, or empty.
+    """
+    check_labels(labels, weight.shape[0])  # here, where nothing is traced
+    transform = _transforms[weight_transform] if weight_transform else None
+    options = Options(logit_softcap, z_loss, label_smoothing, transform)
+    rows = live_rows(labels, loss_weights) if rows is None else rows
+    R, V = rows.shape[0], weight.shape[0]
+    chunk_rows = min(chunk_rows or chunk_size(R, V, hidden.element_size()), max(R, 1))
+    y, w = labels.index_select(0, rows), loss_weights.index_select(0, rows).float()
+    stats = lce_kernels.RowStatistics(R, hidden.device)
+    gradients = _Gradients(hidden, weight, want_hidden, want_weight)
+    if R == 0:
+        gradients.weight.zero_()  # else its first product writes it
+    logits = hidden.new_empty(chunk_rows, triton.cdiv(V, COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)[:, :V]
+    for start in range(0, R, chunk_rows):
+        end = min(start + chunk_rows, R)
+        x, z = hidden.index_select(0, rows[start:end]), logits[: end - start]
+        torch.mm(x, weight.t(), out=z)
+        part = stats.slice(start, end)
+        chunk_y, chunk_w = y[start:end], w[start:end]
+        lce_kernels.lce_stats(z, chunk_y, chunk_w, part, options, gradients.wanted and transform is None)
+        if transform is not None:
+            chunk_w.copy_(torch.where(chunk_w != 0, transform(part["nll_ptr"], chunk_w), 0))
+            if gradients.wanted:
+                lce_kernels.lce_grad(z, chunk_y, chunk_w, part["lse_ptr"], options)
+        gradients.add(rows[start:end], x, z)
+    loss_sum = (stats.loss * w).sum()
+    nll = torch.zeros_like(labels, dtype=torch.float32).index_copy_(0, rows, stats.nll)
+    correct = torch.zeros_like(labels, dtype=torch.bool).index_copy_(0, rows, stats.correct.view(torch.bool))
+    return loss_sum, nll, correct, gradients.hidden, gradients.weight
+
+
+class _Gradients:
+    """dhidden and dW as they grow; tensors of no elements where nobody wants them."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool):
+        self.wanted = want_hidden or want_weight
+        self.hidden = hidden.new_zeros(hidden.shape if want_hidden else 0)
+        self.weight = weight.new_empty(weight.shape if want_weight else 0, dtype=torch.float32)
+        self.head = weight
+        self.want_hidden, self.want_weight, self.is_first = want_hidden, want_weight, True
+
+    def add(self, rows: Tensor, x: Tensor, dlogits: Tensor) -> None:
+        """The part of a chunk: rows (n,), their hidden states x (n, H), dlogits (n, V)."""
+        if self.want_hidden:
+            self.hidden.index_copy_(0, rows, torch.mm(dlogits, self.head))
+        if self.want_weight:
+            _accumulate(self.weight, dlogits.t(), x, self.is_first)
+            self.is_first = False
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """total = a @ b (+ total): the products of bf16 on the tensor cores, their sum in fp32 in memory too."""
+    beta = 0 if is_first else 1
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif not a.is_cuda:  # the interpreter: no product of bf16 into fp32 on a CPU
+        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
+    elif is_first:
+        torch.mm(a, b, out_dtype=torch.float32, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+_forward = torch.library.custom_op("ochat_kernels::linear_cross_entropy", lce_fwd, mutates_args=())
+_scale = torch.library.custom_op("ochat_kernels::scale", lce_kernels.lce_scale, mutates_args=())
+
+
+@_forward.register_fake
+def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, z_loss, smoothing, transform, want_h, want_w):
+    loss_sum = hidden.new_empty((), dtype=torch.float32)
+    nll = torch.empty_like(labels, dtype=torch.float32)
+    correct = torch.empty_like(labels, dtype=torch.bool)
+    grad_hidden = hidden.new_empty(hidden.shape if want_h else (0,))
+    grad_weight = weight.new_empty(weight.shape if want_w else (0,), dtype=torch.float32)
+    return loss_sum, nll, correct, grad_hidden, grad_weight
+
+
+@_scale.register_fake
+def _(x, factor, dtype):
+    return torch.empty_like(x, dtype=dtype)
+
+
+def _save(ctx, inputs, output):
+    _, nll, correct, grad_hidden, grad_weight = output
+    ctx.mark_non_differentiable(nll, correct, grad_hidden, grad_weight)
+    ctx.want_hidden, ctx.want_weight = inputs[-2:]
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.save_for_backward(grad_hidden, grad_weight)
+
+
+def _differentiate(ctx, grad_loss, *_):
+    grad_hidden, grad_weight = ctx.saved_tensors
+    scaled_hidden = _scale(grad_hidden, grad_loss, ctx.dtypes[0]) if ctx.want_hidden else None
+    scaled_weight = _scale(grad_weight, grad_loss, ctx.dtypes[1]) if ctx.want_weight else None
+    return scaled_hidden, scaled_weight, *[None] * 10
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.compiler.assume_constant_result
+def _name(transform: WeightTransform) -> str:
+    """A key under which the operator finds the function, for as long as its caller keeps it."""
+    key = f"{getattr(transform, '__qualname__', type(transform).__name__)} at {id(transform):x}"
+    _transforms[key] = transform
+    return key
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    *,
+    rows: Tensor | None = None,
+    chunk_rows: int | None = None,
+    logit_softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    weight_transform: WeightTransform | None = None,
+) -> LossOutput:
+    """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
+
+    loss_sum = sum_t w_t * (logsumexp(z_t) - z_t[label_t]),  z_t = hidden_t @ weight.T
+
+    Args: hidden (T, H) fp32, bf16 or fp16; weight (V, H) of its dtype; labels (T,) int64, -100 where there is none;
+    loss_weights (T,) float of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
+    0); chunk_rows: rows of logits held at a time, chosen from V by default (see chunk_size).
+    Options, each as in the definition (reference_loss.py): logit_softcap, z_loss, label_smoothing, weight_transform.
+    Returns: LossOutput; gradients flow from loss_sum to hidden and weight.
+    Raises: ValueError for shapes, dtypes, devices and options that do not fit; a label outside the vocabulary makes the
+    loss NaN on a card (in the interpreter, a ValueError).
+    Costs: 6 R H V FLOPs, all in forward (2 R H V where nothing wants a gradient); memory: a chunk of logits, dW in
+    fp32, dhidden; beside the products 3 chunk x V elements are moved (one read more where the L2 does not hold a row).
+    No sync with `rows` given, else one.
+    """
+    check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
+    check_options(Options(logit_softcap, z_loss, label_smoothing, weight_transform))
+    check_floats("hidden", hidden)
+    check_device("labels", labels)
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    transform = "" if weight_transform is None else _name(weight_transform)
+    loss_sum, nll, correct, _, _ = _forward(
+        hidden, weight, labels, loss_weights, rows, chunk_rows or 0, logit_softcap, z_loss, label_smoothing, transform,
+        *wanted,
+    )  # fmt: skip
+    return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)

@@ -1,0 +1,283 @@
+"""The fused head against its definition: loss, nll, accuracy and gradients, under every option."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ochat_kernels import launch, reference
+from ochat_kernels import linear_cross_entropy as head
+from torch import Tensor
+
+from tests.kernels.harness import ATOL, assert_op, random
+from tests.numerics import assert_close
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EVERYTHING = {"logit_softcap": 2.0, "z_loss": 0.05, "label_smoothing": 0.1}
+OPTIONS = [{}, {"logit_softcap": 3.0}, {"z_loss": 0.1}, {"label_smoothing": 0.2}, EVERYTHING]
+
+
+def scaled_by_likelihood(nll: Tensor, weights: Tensor) -> Tensor:
+    return weights * torch.exp(-nll)
+
+
+def make(T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, head weight, labels with some missing, weights of both signs with some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = random(T, H, dtype=dtype, device=DEVICE, seed=seed)
+    weight = random(V, H, dtype=dtype, device=DEVICE, seed=seed + 1, scale=H**-0.5)
+    labels = torch.randint(V, (T,), generator=generator)
+    labels[torch.rand(T, generator=generator) < 0.2] = -100
+    weights = torch.randn(T, generator=generator)
+    weights[torch.rand(T, generator=generator) < 0.2] = 0
+    return hidden, weight, labels.to(DEVICE), weights.to(DEVICE)
+
+
+def compare(case: tuple[Tensor, Tensor, Tensor, Tensor], **options) -> None:
+    """Loss and both gradients by the accuracy rule, then what else is returned."""
+    hidden, weight, labels, weights = case
+
+    def loss(implementation):
+        return lambda h, w: implementation.linear_cross_entropy(h, w, labels, weights, **options).loss_sum
+
+    assert_op(loss(head), loss(reference), [hidden, weight])
+    got = head.linear_cross_entropy(hidden, weight, labels, weights, **options)
+    expected = reference.linear_cross_entropy(hidden, weight, labels, weights, **options)
+    truth = reference.linear_cross_entropy(hidden.double(), weight.double(), labels, weights, **options)
+    assert_close(got.nll, expected.nll, truth.nll, ATOL[hidden.dtype])
+    assert torch.equal(got.correct, expected.correct)
+    assert torch.equal(got.weight_sum, expected.weight_sum)
+    assert got.nll.dtype == got.loss_sum.dtype == torch.float32 and not got.nll.requires_grad
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_option_in_chunks(dtype, options):
+    compare(make(13, 7, 301, dtype), chunk_rows=4, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_several_blocks_and_an_odd_end(dtype):
+    compare(make(3, 6, 2 * head.lce_kernels.LANES["BLOCK_V"] + 77, dtype), **EVERYTHING)
+
+
+@given(
+    T=st.integers(0, 9), H=st.integers(1, 9), V=st.integers(1, 200), chunk=st.integers(1, 5), seed=st.integers(0, 99)
+)
+@settings(max_examples=20, deadline=None)
+def test_any_shape(T, H, V, chunk, seed):
+    compare(make(T, H, V, torch.float32, seed), chunk_rows=chunk, **OPTIONS[seed % len(OPTIONS)])
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=str)
+def test_a_transform_of_the_weights(options):
+    case = make(13, 7, 301, torch.float32)
+    compare(case, chunk_rows=4, weight_transform=scaled_by_likelihood, **options)
+    hidden, weight, labels, weights = case
+    with torch.no_grad():
+        plain = head.linear_cross_entropy(hidden, weight, labels, weights)
+        moved = head.linear_cross_entropy(hidden, weight, labels, weights, weight_transform=scaled_by_likelihood)
+    torch.testing.assert_close(moved.loss_sum, (weights * torch.exp(-plain.nll) * plain.nll).sum())
+    assert torch.equal(moved.nll, plain.nll) and torch.equal(moved.weight_sum, plain.weight_sum)
+
+
+def test_rows_that_are_not_live_never_enter():
+    hidden, weight, labels, weights = make(13, 7, 50, torch.float32)
+    dead = (labels == -100) | (weights == 0)
+    assert dead.any() and not dead.all()
+    hidden[dead] = float("nan")
+    hidden.requires_grad_()
+    out = head.linear_cross_entropy(hidden, weight, labels, weights, rows=(~dead).nonzero().squeeze(1))
+    out.loss_sum.backward()
+    assert torch.isfinite(out.loss_sum) and torch.isfinite(hidden.grad).all()
+    assert (hidden.grad[dead] == 0).all() and (out.nll[dead] == 0).all() and not out.correct[dead].any()
+
+
+@pytest.mark.parametrize("transform", [None, scaled_by_likelihood])
+def test_dead_rows_that_a_caller_names_add_nothing(transform):
+    hidden, weight, labels, weights = make(13, 7, 50, torch.float32)
+    every = torch.arange(13, device=DEVICE)
+    results = []
+    for implementation in (head, reference):
+        for rows in (None, every):
+            h = hidden.clone().requires_grad_()
+            options = {"rows": rows, "chunk_rows": 5, "weight_transform": transform}
+            out = implementation.linear_cross_entropy(h, weight, labels, weights, **options)
+            out.loss_sum.backward()
+            results.append((out.loss_sum, out.nll, out.correct, h.grad))
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_in_any_order():
+    hidden, weight, labels, weights = make(9, 5, 40, torch.float32)
+    rows = ((labels != -100) & (weights != 0)).nonzero().squeeze(1)
+    a = head.linear_cross_entropy(hidden, weight, labels, weights, rows=rows)
+    b = head.linear_cross_entropy(hidden, weight, labels, weights, rows=rows.flip(0))
+    torch.testing.assert_close(a.nll, b.nll, rtol=0, atol=1e-6)
+    assert torch.equal(a.correct, b.correct)
+
+
+def test_the_upstream_gradient_is_honoured():
+    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    gradients = []
+    for factor in (1.0, -2.5):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        (head.linear_cross_entropy(h, w, labels, weights).loss_sum * factor).backward()
+        gradients.append((h.grad / factor, w.grad / factor))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_only_what_needs_a_gradient_is_computed(frozen, monkeypatch):
+    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    hidden.requires_grad_(frozen == "weight")
+    weight.requires_grad_(frozen == "hidden")
+    made = []
+    monkeypatch.setattr(head._Gradients, "add", watch(head._Gradients.add, made))
+    out = head.linear_cross_entropy(hidden, weight, labels, weights)
+    sizes = {(g.hidden.numel(), g.weight.numel()) for g in made}
+    assert sizes == {(30 * hidden.requires_grad, 200 * weight.requires_grad)}
+    assert out.loss_sum.requires_grad == (frozen != "both")
+    if frozen != "both":
+        out.loss_sum.backward()
+        assert (hidden.grad is None, weight.grad is None) == (frozen == "hidden", frozen == "weight")
+
+
+def watch(method, made):
+    def wrapped(self, *arguments):
+        made.append(self)
+        return method(self, *arguments)
+
+    return wrapped
+
+
+def test_nothing_supervised_stays_connected():
+    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    labels.fill_(-100)
+    for rows in (None, torch.empty(0, dtype=torch.int64, device=DEVICE)):
+        hidden.grad = weight.grad = None
+        out = head.linear_cross_entropy(hidden, weight, labels, weights, rows=rows)
+        out.loss_sum.backward()
+        assert out.loss_sum == 0 == out.weight_sum
+        assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+def test_equal_logits_are_won_by_the_first():
+    hidden = torch.ones(3, 1, device=DEVICE)
+    weight = torch.tensor([[0.0], [1.0], [1.0], [0.5]], device=DEVICE)
+    labels = torch.tensor([1, 2, 3], device=DEVICE)
+    out = head.linear_cross_entropy(hidden, weight, labels, torch.ones(3, device=DEVICE))
+    assert out.correct.tolist() == [True, False, False]
+
+
+def test_logits_far_from_zero_do_not_overflow():
+    hidden = torch.tensor([[1.0]], device=DEVICE)
+    weight = torch.tensor([[1e4], [-1e4], [0.0]], device=DEVICE)
+    for label, nll in ((0, 0.0), (1, 2e4)):
+        out = head.linear_cross_entropy(
+            hidden, weight, torch.tensor([label], device=DEVICE), torch.ones(1, device=DEVICE)
+        )
+        assert out.nll.item() == nll
+
+
+def test_two_calls_are_bitwise_equal():
+    hidden, weight, labels, weights = make(13, 7, 301, torch.bfloat16)
+    gradients = []
+    for _ in range(2):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        head.linear_cross_entropy(h, w, labels, weights, chunk_rows=4).loss_sum.backward()
+        gradients.append((h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("transform", [None, scaled_by_likelihood])
+def test_under_checkpoint_and_compile(transform):
+    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    rows = torch.tensor([0, 1, 3], device=DEVICE)
+
+    def loss(hidden, weight):
+        return head.linear_cross_entropy(
+            hidden, weight, labels, weights, rows=rows, weight_transform=transform
+        ).loss_sum
+
+    plain = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, hidden, weight, use_reentrant=False)
+    for other in (checkpointed, torch.compile(loss, fullgraph=True)(hidden, weight)):
+        torch.testing.assert_close(torch.autograd.grad(other, (hidden, weight)), plain, rtol=0, atol=0)
+
+
+def test_what_the_operator_registers():
+    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    arguments = (hidden.requires_grad_(), weight.requires_grad_(), labels, weights, None, 0, None, 0.0, 0.0, "")
+    torch.library.opcheck(torch.ops.ochat_kernels.linear_cross_entropy.default, (*arguments, True, True))
+    torch.library.opcheck(torch.ops.ochat_kernels.scale.default, (hidden.detach(), weights[0], torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "itemsize", "expected"),
+    [
+        (16384, 128256, 2, 8192),  # 2 GiB of bf16
+        (16384, 32000, 2, 8192),  # no more than 8192 rows
+        (12288, 128256, 2, 6144),  # two equal chunks, not 8192 and 4096
+        (16384, 2_000_000, 2, 1024),  # no fewer than 1024
+        (16384, 128256, 4, 4096),
+        (700, 128256, 2, 768),  # whole tiles of 128 rows
+        (0, 128256, 2, 128),
+    ],
+)
+def test_chunk_size(num_rows, vocab_size, itemsize, expected):
+    assert head.chunk_size(num_rows, vocab_size, itemsize) == expected
+
+
+def test_a_chunk_of_rows_is_one_launch_and_every_row_of_logits_starts_on_a_line():
+    T, H, V = 5000, 64, 128257
+    hidden, weight = (torch.empty(n, H, dtype=torch.bfloat16, device="meta") for n in (T, V))
+    labels, weights = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
+    rows = torch.empty(3000, dtype=torch.int64, device="meta")
+    with launch.record() as launches:
+        head.lce_fwd(hidden, weight, labels, weights, rows, 1024, None, 0.0, 0.0, "", True, True)
+    assert [item.arguments["logits_ptr"].shape[0] for item in launches] == [1024, 1024, 952]
+    assert {item.arguments["stride_zn"] * 2 % 128 for item in launches} == {0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.zeros(5, 2)}, "expected \\(T, H\\) and \\(V, H\\)"),
+        ({"hidden": torch.zeros(5, 3, dtype=torch.float64), "weight": torch.zeros(4, 3).double()}, "expected float32"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, "expected int64 \\(5,\\)"),
+        ({"loss_weights": torch.zeros(5, dtype=torch.int64)}, "expected float"),
+        ({"logit_softcap": 0.0}, "logit_softcap is 0.0"),
+        ({"z_loss": -1.0}, "z_loss is -1.0"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, "one device"),
+    ],
+)
+def test_refuses(change, message):
+    arguments = {
+        "hidden": torch.zeros(5, 3),
+        "weight": torch.zeros(4, 3),
+        "labels": torch.zeros(5, dtype=torch.int64),
+        "loss_weights": torch.ones(5),
+    } | change
+    on_device = {k: v.to(DEVICE) if isinstance(v, Tensor) and not v.is_meta else v for k, v in arguments.items()}
+    for implementation in (head, reference):
+        if implementation is reference and "expected float32" in message:
+            continue
+        with pytest.raises(ValueError, match=message):
+            implementation.linear_cross_entropy(**on_device)
+
+
+def test_a_label_outside_the_vocabulary_is_loud():
+    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    labels[2], weights[2] = 40, 1.0
+    if DEVICE.type == "cuda":
+        assert head.linear_cross_entropy(hidden, weight, labels, weights).loss_sum.isnan()
+        return
+    for implementation in (head, reference):
+        with pytest.raises(ValueError, match=r"labels\[2\] is 40: expected -100 or 0 to 39"):
+            implementation.linear_cross_entropy(hidden, weight, labels, weights)
