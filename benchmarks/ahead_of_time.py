@@ -1,0 +1,164 @@
+"""Compiles noted kernel launches for a card that is not there, and reads from the binary what they need of it.
+
+    with ochat_kernels.launch.record() as launches: ...   # launchers on meta tensors
+    for kernel in compile_all(launches, 90): print(kernel.registers, faults(kernel))
+It goes through the JIT's own specialisation: a stub stands where Triton asks a driver which card it has.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from ochat_kernels.launch import Launch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+SHARED_KIB = {80: 163, 90: 227}  # shared memory that a block may ask for; a processor has 1 KiB more, a block costs 1
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one processor, the same on both
+WORKERS = 2  # most of a compilation runs outside Python's lock
+CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One binary, or the compiler's words where there is none (`error`)."""
+
+    name: str
+    configuration: str  # dtypes and constants
+    alignment: str  # which integers and pointers are no multiples of 16
+    arch: int
+    num_warps: int
+    registers: int = 0  # a thread
+    stack_bytes: int = 0  # a thread; what does not fit into registers is spilled here
+    shared_bytes: int = 0  # a block
+    access_bytes: int = 0  # the widest access of a thread to global memory
+    error: str = ""
+
+    @property
+    def registers_per_block(self) -> int:
+        """Registers are given to a warp by 256."""
+        return self.num_warps * -(-self.registers * 32 // 256) * 256
+
+    @property
+    def blocks_per_processor(self) -> int:
+        """How many blocks a streaming multiprocessor holds at once."""
+        shared = (SHARED_KIB[self.arch] + 1) * 1024 // (self.shared_bytes + 1024)
+        return min(BLOCKS, WARPS // self.num_warps, REGISTERS // max(self.registers_per_block, 1), shared)
+
+
+class _Card:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(
+    launches: list[Launch], arch: int, report: Callable[[int, int], None] = lambda done, total: None
+) -> list[CompiledKernel]:
+    """Every distinct compilation among `launches`, in their order; calls report(done, total) as they end."""
+    card: Any = _Card(arch)
+    driver.set_active(card)
+    with ThreadPoolExecutor(WORKERS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        pending = {}  # the JIT gives one object for launches that share a binary
+        for launch in launches:
+            compilation = _start(launch)
+            pending.setdefault(id(compilation), (launch, compilation))
+        kernels = []
+        for launch, compilation in pending.values():
+            kernels.append(_finish(launch, compilation, arch))
+            report(len(kernels), len(pending))
+    return kernels
+
+
+def faults(kernel: CompiledKernel) -> list[str]:
+    """Why a card would refuse the kernel, or run it slowly."""
+    found = []
+    if kernel.error:
+        found.append(f"does not compile: {kernel.error}")
+    if kernel.stack_bytes:
+        found.append(f"spills: {kernel.stack_bytes} bytes of stack a thread")
+    if kernel.shared_bytes > SHARED_KIB[kernel.arch] * 1024:
+        allowed = f"a block may have {SHARED_KIB[kernel.arch]} KiB on sm_{kernel.arch}"
+        found.append(f"needs {kernel.shared_bytes / 1024:.1f} KiB of shared memory: {allowed}")
+    return found
+
+
+def describe(launch: Launch) -> tuple[str, str]:
+    """What distinguishes a compilation: dtypes of pointers and constants; then the integers and pointers that are no
+    multiples of 16, are 1, or need 64 bits."""
+    pointers: dict[str, list[str]] = {}
+    constants, alignment = [], []
+    for parameter in launch.kernel.params:
+        value = launch.arguments.get(parameter.name, parameter.default)
+        name = parameter.name.removesuffix("_ptr")
+        if isinstance(value, Tensor):
+            pointers.setdefault(DTYPES.get(value.dtype, str(value.dtype)[6:]), []).append(name)
+        elif parameter.is_constexpr or value is None:
+            constants.append(f"{name}={value}")
+        if not parameter.is_constexpr and not parameter.do_not_specialize:
+            alignment += _peculiarities(name, value)
+    dtypes = [f"{dtype} {' '.join(names)}" for dtype, names in pointers.items()]
+    dtypes = list(pointers) if len(pointers) == 1 else dtypes
+    return ", ".join([*dtypes, *constants]), " ".join(alignment)
+
+
+def _peculiarities(name: str, value: Any) -> list[str]:
+    if isinstance(value, Tensor):
+        return [f"{name}%16!=0"] if value.data_ptr() % 16 else []
+    if type(value) is not int:
+        return []
+    if value == 1:
+        return [f"{name}=1"]
+    return [f"{name}%16!=0"] * bool(value % 16) + [f"{name}:int64"] * (value >= 2**31)
+
+
+def _start(launch: Launch) -> Any:
+    """A future kernel, or the reason why it cannot even be asked for."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    try:
+        return launch.kernel.warmup(**launch.arguments, **options, grid=(1,))
+    except Exception as error:
+        return error
+
+
+def _finish(launch: Launch, compilation: Any, arch: int) -> CompiledKernel:
+    facts = (launch.kernel.__name__, *describe(launch), arch, launch.num_warps)
+    try:
+        if isinstance(compilation, Exception):
+            raise compilation
+        kernel = compilation.result()
+        return CompiledKernel(*facts, *_usage(kernel))
+    except Exception as error:  # the compiler's own, the assembler's, or a kernel's assertion: all are the finding
+        return CompiledKernel(*facts, error=f"{type(error).__name__}: {error}")
+
+
+def _usage(kernel: Any) -> tuple[int, int, int, int]:
+    """Registers and bytes of stack of a thread, bytes of shared memory of a block, bytes of the widest access."""
+    cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
+    command = [str(CUOBJDUMP), "--dump-resource-usage", cubin]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.findall(r"REG:(\d+) STACK:(\d+)", listing)
+    registers, stack = (max(int(numbers[i]) for numbers in functions) for i in (0, 1))
+    accesses = re.findall(r"(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", kernel.asm["ptx"])
+    widest = max((int(vector or 1) * int(bits) // 8 for vector, bits in accesses), default=0)
+    return registers, stack, kernel.metadata.shared, widest
