@@ -123,7 +123,7 @@ def test_wrong_arguments_are_refused_with_value_and_expectation(change, message)
 
 
 def textbook_with_options(hidden, weight, labels, weights, cap, z_loss, smoothing, transform):
-    """All options written out: a cap on the logits, a target distribution, a squared logsumexp, weights from the nll."""
+    """All options written out: capped logits, a target distribution, a squared logsumexp, weights from the nll."""
     logits = hidden @ weight.T
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)

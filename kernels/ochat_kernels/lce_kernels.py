@@ -134,8 +134,21 @@ def lce_stats_kernel(
     tl.store(lse_ptr + n, lse)
     if GRADIENT:
         _write_gradient(
-            z_ptr, label, w, is_live, lse, stride_zn, V, cap, z_loss, smoothing, HAS_CAP, HAS_Z_LOSS, HAS_SMOOTHING, BLOCK_V
-        )  # fmt: skip
+            z_ptr,
+            label,
+            w,
+            is_live,
+            lse,
+            stride_zn,
+            V,
+            cap,
+            z_loss,
+            smoothing,
+            HAS_CAP,
+            HAS_Z_LOSS,
+            HAS_SMOOTHING,
+            BLOCK_V,
+        )
 
 
 @triton.jit
@@ -160,9 +173,21 @@ def lce_grad_kernel(
     is_live = (label != _IGNORE) & (w != 0.0)
     lse = tl.load(lse_ptr + n)
     _write_gradient(
-        logits_ptr + n * stride_zn, label, w, is_live, lse, stride_zn, V, cap, z_loss, smoothing,
-        HAS_CAP, HAS_Z_LOSS, HAS_SMOOTHING, BLOCK_V
-    )  # fmt: skip
+        logits_ptr + n * stride_zn,
+        label,
+        w,
+        is_live,
+        lse,
+        stride_zn,
+        V,
+        cap,
+        z_loss,
+        smoothing,
+        HAS_CAP,
+        HAS_Z_LOSS,
+        HAS_SMOOTHING,
+        BLOCK_V,
+    )
 
 
 @triton.jit
