@@ -1,0 +1,169 @@
+"""Rotary position embedding of packed q and k: pairs (i, i + D/2) of each head turned by their token's angle.
+
+    q, k = rope(q, k, cos, sin)   # q (T, N, D), k (T, K, D), cos and sin (T, D/2); inplace=True overwrites q and k
+One launch turns both; a program takes a few tokens, reads their angles once and walks over the heads, in fp32.
+The gradient is the rotation by the opposite angle.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ochat_kernels.launch import check_floats, launch, rows_of
+from ochat_kernels.reference import check_rope_inplace
+from ochat_kernels.rounding import narrow
+
+NUM_WARPS = 4
+# One access for each half of a thread's pairs: about 40 registers, so that enough programs wait for memory at once.
+PAIR_BYTES = 16
+MAX_BLOCK_H = 8  # divides the head counts of most models, so that no lane idles
+
+
+@triton.jit
+def _turn(x_ptr, y_ptr, stride_xt, stride_xh, stride_yt, stride_yh, t, tokens, i, cols, cos, sin,
+          HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """Every head of x, at tokens `t` (BLOCK_T, 1, 1) and pairs `i` (1, 1, BLOCK_I), into y; then their masks."""
+    for start in range(0, HEADS, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)[None, :, None]
+        mask = tokens & (h < HEADS) & cols
+        h = h.to(tl.int64)
+        x_row, y_row = x_ptr + t * stride_xt + h * stride_xh, y_ptr + t * stride_yt + h * stride_yh
+        first = tl.load(x_row + i, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(x_row + HALF + i, mask=mask, other=0.0).to(tl.float32)
+        dtype: tl.constexpr = y_ptr.dtype.element_ty
+        tl.store(y_row + i, narrow(first * cos - second * sin, dtype), mask=mask)
+        tl.store(y_row + HALF + i, narrow(second * cos + first * sin, dtype), mask=mask)
+
+
+@triton.jit
+def rope_kernel(
+    q_ptr, k_ptr, yq_ptr, yk_ptr, cos_ptr, sin_ptr, stride_qt, stride_qh, stride_kt, stride_kh,
+    stride_yqt, stride_yqh, stride_ykt, stride_ykh, T, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
+    INVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    i = tl.arange(0, BLOCK_I)[None, None, :]
+    tokens, cols = t < T, i < HALF
+    cos = tl.load(cos_ptr + t * HALF + i, mask=tokens & cols, other=0.0)
+    sin = tl.load(sin_ptr + t * HALF + i, mask=tokens & cols, other=0.0)
+    if INVERSE:
+        sin = -sin
+    _turn(q_ptr, yq_ptr, stride_qt, stride_qh, stride_yqt, stride_yqh, t, tokens, i, cols, cos, sin, N, HALF, BLOCK_H)
+    _turn(k_ptr, yk_ptr, stride_kt, stride_kh, stride_ykt, stride_ykh, t, tokens, i, cols, cos, sin, K, HALF, BLOCK_H)
+
+
+def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Launches the forward: q (T, N, D) and k (T, K, D), turned, each in memory of its own."""
+    return _launch_apart(q, k, cos, sin, inverse=False)
+
+
+def rope_bwd(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Launches the backward: the gradients of q (T, N, D) and k (T, K, D) from those of what rope_fwd returned."""
+    return _launch_apart(grad_q, grad_k, cos, sin, inverse=True)
+
+
+def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Launches the forward onto q (T, N, D) and k (T, K, D) themselves; their last dimension is dense."""
+    _launch((q, k), (q, k), cos, sin, inverse=False)
+
+
+def _launch_apart(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    turned = q.new_empty(q.shape), k.new_empty(k.shape)
+    _launch((rows_of(q), rows_of(k)), turned, cos, sin, inverse)
+    return turned
+
+
+def _launch(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    (q, k), (yq, yk), (T, N, D) = x, y, x[0].shape
+    arguments = {"q_ptr": q, "k_ptr": k, "yq_ptr": yq, "yk_ptr": yk}
+    arguments |= {"cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
+    arguments |= {"stride_qt": q.stride(0), "stride_qh": q.stride(1), "stride_kt": k.stride(0)}
+    arguments |= {"stride_kh": k.stride(1), "stride_yqt": yq.stride(0), "stride_yqh": yq.stride(1)}
+    arguments |= {"stride_ykt": yk.stride(0), "stride_ykh": yk.stride(1), "T": T}
+    arguments |= {"N": N, "K": k.shape[1], "HALF": D // 2, "INVERSE": inverse}
+    blocks = _blocks(k.shape[1], D // 2, q.element_size())
+    launch(rope_kernel, (triton.cdiv(T, blocks["BLOCK_T"]),), arguments | blocks, num_warps=NUM_WARPS)
+
+
+def _blocks(num_kv_heads: int, half: int, element_size: int) -> dict[str, int]:
+    """Tokens, heads and pairs of a tile: heads by k, whose count divides q's, then tokens until threads are busy."""
+    elements = 32 * NUM_WARPS * PAIR_BYTES // element_size
+    block_i = triton.next_power_of_2(half)
+    block_h = min(triton.next_power_of_2(max(1, num_kv_heads)), MAX_BLOCK_H, max(1, elements // block_i))
+    return {"BLOCK_T": max(1, elements // (block_h * block_i)), "BLOCK_H": block_h, "BLOCK_I": block_i}
+
+
+_forward = torch.library.custom_op("ochat_kernels::rope", rope_fwd, mutates_args=())
+_backward = torch.library.custom_op("ochat_kernels::rope_bwd", rope_bwd, mutates_args=())
+_inplace = torch.library.custom_op("ochat_kernels::rope_inplace", rope_inplace, mutates_args=("q", "k"))
+
+
+@_forward.register_fake
+def _(q, k, cos, sin):
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@_backward.register_fake
+def _(grad_q, grad_k, cos, sin):
+    return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
+
+
+@_inplace.register_fake
+def _(q, k, cos, sin):
+    return None
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[2:])
+
+
+def _differentiate(ctx, grad_q, grad_k):
+    return *_backward(grad_q, grad_k, *ctx.saved_tensors), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+    """q and k with the pairs (i, i + D/2) of each head turned by their token's angle.
+
+    Args: q (T, N, D) and k (T, K, D) fp32, bf16 or fp16, D even, of any strides (views of a packed product as they are;
+    copied if the last dimension is not dense); cos and sin (T, D/2) fp32. `inplace`: q and k are overwritten and
+    returned; they may not share memory.
+    Returns: (T, N, D) and (T, K, D) of their dtype.
+    Raises: ValueError for another dtype, shape or device; for cos or sin that require a gradient, which they don't get;
+    and with `inplace` for q or k that require one (see reference.py), that repeat memory or are not dense.
+    Costs: 3 T (N + K) D FLOPs; forward and backward each move 2 T (N + K) D elements and T D fp32; saves cos and sin
+    alone; no sync.
+    Source: Su et al. 2021, arXiv:2104.09864; the pairs are those of GPT-NeoX and Llama checkpoints.
+    """
+    _check(q, k, cos, sin)
+    if not inplace:
+        return _forward(q, k, cos, sin)
+    check_rope_inplace(q, k)
+    for name, x in (("q", q), ("k", k)):
+        if x.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {x.stride()}: inplace=True expects 1 in the last dimension")
+    _inplace(q, k, cos, sin)
+    return q, k
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_floats("q", q, dims=3)
+    check_floats("k", k, dims=3)
+    (T, _, D), expected = q.shape, (q.shape[0], k.shape[1], q.shape[2])
+    if D == 0 or D % 2:
+        raise ValueError(f"q has heads of {D} elements: expected an even number, the two halves of the pairs")
+    if k.shape != expected or k.dtype != q.dtype or k.device != q.device:
+        raise ValueError(
+            f"k is {k.dtype} {tuple(k.shape)} on {k.device}: expected {q.dtype} {expected} on {q.device}, as q is"
+        )
+    for name, x in (("cos", cos), ("sin", sin)):
+        if x.shape != (T, D // 2) or x.dtype != torch.float32 or x.device != q.device:
+            wanted = f"torch.float32 {(T, D // 2)} on {q.device}"
+            raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)} on {x.device}: expected {wanted}")
+        if x.requires_grad:
+            raise ValueError(f"{name} requires a gradient and rope gives it none: pass {name}.detach()")
