@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ochat_kernels.reference_adamw import adamw
 from ochat_kernels.reference_loss import IGNORE_INDEX, LossOutput, linear_cross_entropy, statistics_dtype
 
-__all__ = ["IGNORE_INDEX", "LossOutput", "add_rms_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+__all__ = ["IGNORE_INDEX", "LossOutput", "adamw", "add_rms_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

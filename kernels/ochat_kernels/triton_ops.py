@@ -1,7 +1,8 @@
 """Every operator as Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (see launch.py)."""
 
+from ochat_kernels.adamw import adamw
 from ochat_kernels.linear_cross_entropy import linear_cross_entropy
 from ochat_kernels.rope import rope
 from ochat_kernels.swiglu import swiglu
 
-__all__ = ["linear_cross_entropy", "rope", "swiglu"]
+__all__ = ["adamw", "linear_cross_entropy", "rope", "swiglu"]

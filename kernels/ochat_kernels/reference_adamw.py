@@ -1,0 +1,170 @@
+"""The definition of `adamw` in plain PyTorch: one optimizer step in place, bf16 values rounded stochastically.
+
+    adamw([p], [p.grad], [m], [v], lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1)
+A value between two bf16 neighbours goes to either with the probability that leaves its mean unchanged; the random bits
+are a hash of (seed, step, tensor, element, stream), so a step can be repeated exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ochat_kernels.reference_loss import statistics_dtype
+
+# Odd multipliers, chosen among random ones for the hash's avalanche: flipping any bit of the counter flips every bit
+# of the result with probability 1/2, as far as 65536 samples can tell.
+HASH_1, HASH_2, HASH_3 = 0x9B363043, 0x5E2F2C5D, 0x8216950F
+HIGH_1, HIGH_2 = 0xBAD68D35, 0x1A332C3F  # for the bits of an element's offset above the 32nd
+WORD = 0xFFFFFFFF
+STREAMS = EXP_AVG, EXP_AVG_SQ, PARAM = 0, 1, 2
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.no_grad()
+def adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    masters: Sequence[Tensor] | None = None,
+    grad_scale: Tensor | None = None,
+    seed: int = 0,
+) -> None:
+    """One step of AdamW over lists of tensors, in place; computed in fp32 (float64 for float64 parameters).
+
+    g = grad * grad_scale; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2
+    p = p (1 - lr weight_decay) - lr / (1 - b1^step) * m / (sqrt(v / (1 - b2^step)) + eps)
+
+    Args: params, fp32 or bf16 of any shape, contiguous; grads of their shapes, fp32 or bf16; exp_avgs and exp_avg_sqs
+    likewise, the two of a parameter of one dtype; step counts from 1. masters: fp32 parameters of which params, then
+    bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient. seed: for
+    stochastic rounding of bf16 moments, and of bf16 params without masters; ranks that hold shards of one tensor pass
+    seeds that differ. The update uses the moments before they are rounded.
+    Raises: ValueError for lists, shapes, dtypes, devices, layouts and numbers that do not fit.
+    Costs: 14 FLOPs an element; several passes over memory; no sync.
+    Source: Loshchilov and Hutter 2019, arXiv:1711.05101; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
+    """
+    check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, (*DTYPES, torch.float64))
+    check_numbers(lr, betas, eps, weight_decay, step, seed)
+    correction_1, correction_2 = 1 - betas[0] ** step, 1 - betas[1] ** step
+    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        source = param if masters is None else masters[i]
+        wide = statistics_dtype(source)
+        g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale.to(wide)
+        m = exp_avg.to(wide) * betas[0] + g * (1 - betas[0])
+        v = exp_avg_sq.to(wide) * betas[1] + g * g * (1 - betas[1])
+        update = m / (v.sqrt() * correction_2**-0.5 + eps)
+        p = source.to(wide) * (1 - lr * weight_decay) - update * (lr / correction_1)
+        key = (seed, step, i)
+        _store(exp_avg, m, *key, EXP_AVG)
+        _store(exp_avg_sq, v, *key, EXP_AVG_SQ)
+        if masters is None:
+            _store(param, p, *key, PARAM)
+        else:
+            source.copy_(p)
+            param.copy_(p)
+
+
+def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
+    """fp32 `x` as bf16: up or down as the 16 random `bits` (int64, x's shape) say; NaN and infinities stay."""
+    word = x.view(torch.int32).to(torch.int64) + bits  # a carry out of the low half is a step away from zero
+    word = torch.where(x.isnan(), 0x7FC00000, word) >> 16
+    return word.to(torch.int16).view(torch.bfloat16)
+
+
+def random_bits(key: int, offsets: Tensor, stream: int) -> Tensor:
+    """16 random bits for each element offset (int64) of the tensor with this key, in int64; a hash of the offset."""
+    high = offsets >> 32
+    word_1 = (key + high * HIGH_1) & WORD
+    word_2 = ((key >> 32) + high * HIGH_2) & WORD
+    x = (offsets + word_1) & WORD
+    x ^= x >> 16
+    x = (x * HASH_1 + word_2) & WORD
+    x ^= x >> 15
+    x = (x * HASH_2) & WORD
+    x ^= x >> 16
+    if stream == PARAM:
+        return ((x ^ word_2) * HASH_3 & WORD) >> 16
+    return x & 0xFFFF if stream == EXP_AVG else x >> 16
+
+
+def tensor_key(seed: int, step: int, index: int) -> int:
+    """64 bits, as a signed integer, from which all of a tensor's random bits of a step follow."""
+    digest = hashlib.blake2b(f"{seed} {step} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def check_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor] | None,
+    grad_scale: Tensor | None,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
+) -> None:
+    """ValueError unless the lists fit one another and are of `dtypes`."""
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    for name, tensors in (lists | ({} if masters is None else {"masters": masters})).items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one for each of params")
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            _check_tensor(f"{name}[{i}]", tensor, param, params[0].device, dtypes)
+    for i, (first, second) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
+        if first.dtype != second.dtype:
+            raise ValueError(f"exp_avg_sqs[{i}] is {second.dtype}: expected that of exp_avgs[{i}], {first.dtype}")
+    for i, master in enumerate(masters or ()):
+        if (params[i].dtype, master.dtype) not in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+            raise ValueError(
+                f"masters[{i}] is {master.dtype} and params[{i}] {params[i].dtype}: expected float32 and bfloat16"
+            )
+    if grad_scale is not None and (grad_scale.shape != () or grad_scale.dtype != torch.float32):
+        raise ValueError(f"grad_scale is {grad_scale.dtype} {tuple(grad_scale.shape)}: expected float32 ()")
+    if grad_scale is not None and params and grad_scale.device != params[0].device:
+        raise ValueError(f"grad_scale is on {grad_scale.device}: expected {params[0].device}, as params are")
+
+
+def check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, seed: int) -> None:
+    """ValueError for a hyperparameter out of its range."""
+    for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value}: expected a finite number that is not negative")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas are {betas}: expected two numbers in [0, 1)")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps is {eps}: expected a finite number above 0")
+    if step < 1:
+        raise ValueError(f"step is {step}: expected at least 1")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}: expected an integer from 0 to 2^63 - 1")
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, param: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}: expected float32 or bfloat16")
+    if tensor.shape != param.shape or tensor.device != device:
+        raise ValueError(
+            f"{name} is {tuple(tensor.shape)} on {tensor.device}: expected its parameter's shape {tuple(param.shape)}, "
+            f"on {device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()}: expected a contiguous tensor")
+
+
+def _store(target: Tensor, value: Tensor, seed: int, step: int, index: int, stream: int) -> None:
+    if target.dtype == torch.bfloat16:
+        offsets = torch.arange(value.numel(), device=value.device).view(value.shape)
+        value = stochastic_round(value, random_bits(tensor_key(seed, step, index), offsets, stream))
+    target.copy_(value)

@@ -1,0 +1,410 @@
+"""The multi-tensor AdamW kernel against its definition and torch's own, and the laws of stochastic rounding."""
+
+import copy
+from itertools import product
+from typing import NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ochat_kernels import adamw, reference, reference_adamw
+from ochat_kernels.launch import launch, record
+from torch import Tensor
+
+from tests.kernels.harness import ATOL, random
+from tests.numerics import assert_close
+
+CPU_OR_CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FP32, BF16 = torch.float32, torch.bfloat16
+COMBINATIONS = list(product((FP32, BF16), repeat=3))  # of parameters, gradients and moments
+SIZES = (1, 5, 0, 1024, 2050, 48)
+ANY = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+MANY = 2**17  # draws; a correlation of 5 / sqrt(MANY) = 0.014 shows
+
+
+class Lists(NamedTuple):
+    """What one call takes; `masters` None where there are none."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    masters: list[Tensor] | None = None
+
+    def to(self, dtype: torch.dtype) -> "Lists":
+        return Lists(*(None if tensors is None else [x.to(dtype, copy=True) for x in tensors] for tensors in self))
+
+    @property
+    def written(self) -> list[Tensor]:
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(self.masters or ())]
+
+
+def lists(sizes, dtypes, device, *, masters: bool = False, seed: int = 0) -> Lists:
+    """Random values; the moments are those of a run that has begun."""
+    param, grad, state = dtypes
+    draws = [
+        [random(n, dtype=FP32, device=device, seed=seed + 100 * i + k) for k, n in enumerate(sizes)] for i in range(4)
+    ]
+    params, grads, exp_avgs, roots = draws
+    return Lists(
+        [x.to(param) for x in params],
+        [x.to(grad) for x in grads],
+        [x.to(state) for x in exp_avgs],
+        [x.square().to(state) for x in roots],
+        [x.clone() for x in params] if masters else None,
+    )
+
+
+def run(function, values: Lists, **options) -> Lists:
+    """The lists after one step by `function`; those given stay as they are."""
+    values = copy.deepcopy(values)
+    function(*values[:4], masters=values.masters, **(ANY | options))
+    return values
+
+
+def assert_step(values: Lists, **options) -> None:
+    """Everything that the kernel writes obeys the accuracy rule."""
+    got, expected = run(adamw.adamw, values, **options), run(reference.adamw, values, **options)
+    truth = run(reference.adamw, values.to(torch.float64), **options)
+    for op, definition, true in zip(got.written, expected.written, truth.written, strict=True):
+        assert op.dtype == definition.dtype
+        scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
+        assert_close(op, definition, true, ATOL[op.dtype] * scale)
+
+
+def neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bf16 values next to fp32 `x`, towards zero and away from it, in fp32."""
+    word = x.view(torch.int32).to(torch.int64) >> 16 << 16
+    towards = word.to(torch.int32).view(FP32)
+    return towards, torch.where(towards == x, word, word + 0x10000).to(torch.int32).view(FP32)
+
+
+def assert_unrelated(x: Tensor, y: Tensor) -> None:
+    """Two sequences of 16 random bits: neither their values nor any pair of their bits go together."""
+    limit = 5 / len(x) ** 0.5
+    assert torch.corrcoef(torch.stack((x, y)).double())[0, 1].abs() < limit
+    bits = [(v[None] >> torch.arange(16, device=v.device)[:, None] & 1).double() * 2 - 1 for v in (x, y)]
+    assert (bits[0] @ bits[1].T / len(x)).abs().max() < limit
+
+
+@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_fp32_is_torchs_adamw(function, weight_decay, device):
+    ours = lists(SIZES, (FP32, FP32, FP32), device)
+    theirs = [torch.nn.Parameter(p.clone()) for p in ours.params]
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW(theirs, **options)
+    for moment in (*ours.exp_avgs, *ours.exp_avg_sqs):
+        moment.zero_()
+    for step in range(1, 6):
+        for i, (param, grad) in enumerate(zip(theirs, ours.grads, strict=True)):
+            grad.copy_(random(*grad.shape, dtype=FP32, device=device, seed=10 * step + i))
+            param.grad = grad.clone()
+        optimizer.step()
+        function(*ours[:4], step=step, **options)
+    states = [optimizer.state[p] for p in theirs]
+    for i, state in enumerate(states):
+        torch.testing.assert_close(ours.params[i], theirs[i].detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.exp_avgs[i], state["exp_avg"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.exp_avg_sqs[i], state["exp_avg_sq"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", COMBINATIONS, ids=str)
+def test_every_combination_of_dtypes(dtypes, device):
+    assert_step(lists(SIZES, dtypes, device))
+
+
+@pytest.mark.parametrize(("step", "eps", "lr"), [(1, 1e-8, 1e-2), (1, 1.0, 0.5), (1000, 1e-5, 0.0)])
+def test_corrections_and_epsilon(step, eps, lr, device):
+    assert_step(lists(SIZES, (FP32, FP32, FP32), device), step=step, eps=eps, lr=lr)
+
+
+@pytest.mark.parametrize(("grad", "state"), list(product((FP32, BF16), repeat=2)))
+def test_masters(grad, state, device):
+    values = lists(SIZES, (BF16, grad, state), device, masters=True)
+    assert_step(values)
+    for param, master in zip(*run(adamw.adamw, values)[::4], strict=True):
+        torch.testing.assert_close(param, master.to(BF16), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, BF16, FP32), (BF16, BF16, BF16)])
+def test_grad_scale(dtypes, device):
+    values = lists(SIZES, dtypes, device)
+    scale = torch.tensor(0.25, device=device)  # a power of two: the products are exact
+    assert_step(values, grad_scale=scale)
+    scaled = values._replace(grads=[g * 0.25 for g in values.grads])
+    got, expected = run(adamw.adamw, values, grad_scale=scale), run(adamw.adamw, scaled)
+    torch.testing.assert_close(got.written, expected.written, rtol=0, atol=0)
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 7, 16, 40, 1023, 1024, 1040]), max_size=4),
+    gaps=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    dtypes=st.lists(st.sampled_from(COMBINATIONS), min_size=4, max_size=4),
+    seed=st.integers(0, 2**63 - 1),
+    step=st.integers(1, 10**6),
+)
+@settings(max_examples=20, deadline=None)
+def test_views_of_one_buffer_and_nothing_beside_them(sizes, gaps, dtypes, seed, step):
+    parts = [
+        lists([n], d, CPU_OR_CUDA, seed=seed % 97 + i) for i, (n, d) in enumerate(zip(sizes, dtypes, strict=False))
+    ]
+    total = sum(sizes) + sum(gaps)
+    buffers = {dtype: torch.full((4, total), 7.0, dtype=dtype, device=CPU_OR_CUDA) for dtype in (FP32, BF16)}
+    untouched = torch.ones(total, dtype=torch.bool, device=CPU_OR_CUDA)
+    values, end = Lists([], [], [], []), 0
+    for part, size, gap in zip(parts, sizes, gaps, strict=False):
+        start, end = end + gap, end + gap + size
+        untouched[start:end] = False
+        for which in range(4):
+            tensor = part[which][0]
+            values[which].append(buffers[tensor.dtype][which, start:end].copy_(tensor))
+    expected = run(reference.adamw, values, seed=seed, step=step)
+    adamw.adamw(*values[:4], **(ANY | {"seed": seed, "step": step}))
+    for got, want in zip(values.written, expected.written, strict=True):
+        # a neighbour in bf16 where the fp32 values differ in their last bit
+        torch.testing.assert_close(got, want, rtol=2**-7 if got.dtype == BF16 else 1e-5, atol=1e-6)
+    assert all((buffer[:, untouched] == 7.0).all() for buffer in buffers.values())
+
+
+def test_tensors_of_any_shape_and_none(device):
+    adamw.adamw([], [], [], [], **ANY)
+    values = lists([2 * 3 * 4, 1], (FP32, FP32, FP32), device)
+    shaped = Lists(*([x.view(s) for x, s in zip(tensors, [(2, 3, 4), ()], strict=True)] for tensors in values[:4]))
+    got, expected = run(adamw.adamw, shaped), run(adamw.adamw, values)
+    for one, other in zip(got.written, expected.written, strict=True):
+        torch.testing.assert_close(one.flatten(), other, rtol=0, atol=0)
+
+
+def test_stochastic_rounding_is_the_definitions_bit_for_bit(device):
+    values = lists([3000, 17, 2048], (BF16, FP32, BF16), device)
+    got, expected = run(adamw.adamw, values, seed=11), run(reference.adamw, values, seed=11)
+    exact, definition = run(adamw.adamw, values.to(FP32)), run(reference.adamw, values.to(FP32))
+    for rows in zip(got.written, expected.written, exact.written, definition.written, strict=True):
+        same = rows[2] == rows[3]
+        assert same.float().mean() > 0.5
+        assert torch.equal(rows[0][same], rows[1][same])
+
+
+def test_a_stored_value_is_a_neighbour_and_the_mean_is_kept(device):
+    values = lists([MANY // 2], (BF16, FP32, BF16), device)
+    exact = run(adamw.adamw, values.to(FP32))
+    for seed in (0, 1):
+        for stored, true in zip(run(adamw.adamw, values, seed=seed).written, exact.written, strict=True):
+            towards, away = neighbours(true)
+            assert ((stored == towards) | (stored == away)).all()
+            ulp = torch.where(away == towards, 1.0, away - towards).double()
+            fraction = (true - towards).double() / ulp
+            excess = (stored.double() - true.double()) / ulp
+            sigma = (fraction * (1 - fraction)).sum().sqrt()
+            assert sigma > 50  # otherwise nothing is between two neighbours, and nothing tested
+            assert excess.sum().abs() < 4 * sigma
+            trend = (excess * (fraction - fraction.mean())).sum()  # right for small and large fractions alike
+            assert trend.abs() < 4 * (fraction * (1 - fraction) * (fraction - fraction.mean()) ** 2).sum().sqrt()
+
+
+def test_bits_follow_from_seed_step_and_place(device):
+    values = lists([512], (BF16, FP32, BF16), device)
+    twice = Lists(*([tensors[0], tensors[0].clone()] for tensors in values[:4]))
+    first, again = run(adamw.adamw, twice, seed=1), run(adamw.adamw, twice, seed=1)
+    assert all(torch.equal(x, y) for x, y in zip(first.written, again.written, strict=True))
+    other = run(adamw.adamw, twice, seed=2)
+    assert not any(torch.equal(x, y) for x, y in zip(first.written, other.written, strict=True))
+    for tensors in (first.params, first.exp_avgs, first.exp_avg_sqs):  # the same values, at another place in the list
+        assert not torch.equal(*tensors)
+    moments = run(adamw.adamw, twice, seed=1, step=4)  # the moments do not depend on the step, their rounding does
+    assert not torch.equal(first.exp_avgs[0], moments.exp_avgs[0])
+
+
+def test_small_updates_move_bf16_parameters(device):
+    size, steps, lr = 1024, 200, 1e-4
+    grads = [torch.ones(size, dtype=BF16, device=device)]
+    fp32, bf16 = (
+        Lists([torch.ones(size, dtype=dtype, device=device)], grads, *([torch.zeros_like(grads[0])] for _ in "mv"))
+        for dtype in (FP32, BF16)
+    )
+    for step in range(1, steps + 1):
+        for function, values in ((reference.adamw, fp32), (adamw.adamw, bf16)):
+            function(*values[:4], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step=step, seed=3)
+    exact, stochastic = (values.params[0].double().mean().item() for values in (fp32, bf16))
+    assert torch.tensor(1 - lr).to(BF16) == 1  # rounded to nearest, no step would move anything
+    assert abs(exact - (1 - steps * lr)) < 2e-3
+    sigma = (steps * lr * 2**-8 / size) ** 0.5  # a step moves an element by 2^-8 with probability lr / 2^-8
+    assert abs(stochastic - exact) < 4 * sigma
+
+
+@triton.jit
+def _round_kernel(x_ptr, bits_ptr, y_ptr, N: tl.constexpr):
+    lanes = tl.arange(0, N)
+    bits = tl.load(bits_ptr + lanes).to(tl.uint32)
+    tl.store(y_ptr + lanes, adamw.round_with(tl.load(x_ptr + lanes), bits, tl.bfloat16))
+
+
+def test_rounding_of_every_kind_of_number(device):
+    special = [0x0, 0x1, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0x3F800000]
+    words = torch.tensor(special + [0x80000000 | w for w in special] + [0] * 1008)
+    words[16:] = torch.randint(2**32, (1008,), generator=torch.Generator().manual_seed(0))
+    x = words.to(torch.int32).view(FP32).to(device)
+    for drawn in (0, 0xFFFF, 0x7FFF, 1):
+        bits = torch.full((1024,), drawn, device=device)
+        y = x.new_empty(1024, dtype=BF16)
+        launch(_round_kernel, (1,), {"x_ptr": x, "bits_ptr": bits, "y_ptr": y, "N": 1024})
+        assert torch.equal(y.isnan(), x.isnan())
+        assert torch.equal(y[x.isinf()].float(), x[x.isinf()])
+        assert torch.equal(y.view(torch.int16), reference_adamw.stochastic_round(x, bits).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, BF16, BF16)])
+def test_nan_and_infinity_show(dtypes, device):
+    values = lists([64], dtypes, device)
+    values.grads[0][3], values.grads[0][5] = float("nan"), float("-inf")
+    got = run(adamw.adamw, values)
+    assert got.exp_avgs[0][5] == float("-inf") and got.exp_avg_sqs[0][5] == float("inf")
+    for tensor in (got.params[0], got.exp_avgs[0], got.exp_avg_sqs[0]):
+        assert tensor[3].isnan() and tensor.isfinite().sum() == 62
+
+
+def test_the_random_bits_are_balanced():
+    offsets = torch.arange(MANY)
+    for seed, stream in product(range(3), reference_adamw.STREAMS):
+        bits = reference_adamw.random_bits(reference_adamw.tensor_key(seed, 1, 0), offsets, stream)
+        assert bits.min() >= 0 and bits.max() < 2**16
+        ones = (bits[None] >> torch.arange(16)[:, None] & 1).double().sum(1)
+        assert (ones - MANY / 2).abs().max() < 4.5 * MANY**0.5 / 2
+        for shift in (0, 8):  # every byte equally often: chi-squared with 255 degrees of freedom, 4.5 sigma
+            counts = (bits >> shift & 0xFF).bincount(minlength=256).double()
+            assert abs((counts - MANY / 256).square().sum() / (MANY / 256) - 255) < 4.5 * 510**0.5
+
+
+def test_the_random_bits_are_unrelated():
+    def bits(seed=0, step=1, index=0, first=0, stream=0):
+        key = reference_adamw.tensor_key(seed, step, index)
+        return reference_adamw.random_bits(key, torch.arange(first, first + MANY), stream)
+
+    for stream in reference_adamw.STREAMS:
+        base = bits(stream=stream)
+        for lag in (1, 2, 8, 1024, 2**16):
+            assert_unrelated(base[:-lag], base[lag:])
+        for other in ({"seed": 1}, {"step": 2}, {"index": 1}, {"first": 2**32}, {"first": 2**33}, {"first": 2**20}):
+            assert_unrelated(base, bits(**other, stream=stream))
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert_unrelated(bits(stream=one), bits(stream=other))
+
+
+def test_elements_beyond_two_to_the_32(device, monkeypatch):
+    """The kernel believes that its tensors begin 2^32 elements earlier: offsets need 64 bits, and the hash has them."""
+    values, key, size = lists([1100], (BF16, FP32, BF16), device), reference_adamw.tensor_key(0, 3, 0), 1100
+
+    def row(tensors, key):
+        return [*(x.data_ptr() - 2**32 * x.itemsize for x in tensors), 2**32 + size, key, 0]
+
+    monkeypatch.setattr(adamw, "_row", row)
+    blocks = [[0, 2**32 // adamw.BLOCK + i] for i in range(2)]
+    programs = torch.tensor(blocks, dtype=torch.int32, device=device)
+    monkeypatch.setattr(adamw, "_programs", lambda sizes, device: programs)
+    got, exact = run(adamw.adamw, values), run(adamw.adamw, values.to(FP32))
+    offsets = torch.arange(2**32, 2**32 + size, device=device)
+    for stream, i in ((reference_adamw.PARAM, 0), (reference_adamw.EXP_AVG, 2), (reference_adamw.EXP_AVG_SQ, 3)):
+        bits = reference_adamw.random_bits(key, offsets, stream)
+        assert torch.equal(got[i][0], reference_adamw.stochastic_round(exact[i][0], bits))
+
+
+def test_one_launch_for_each_combination_of_dtypes():
+    def step(count, n, dtypes, **options):
+        numbers = {"lr": 1e-3, "beta_1": 0.9, "beta_2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
+        tensors = [[torch.empty(n, dtype=d, device="meta")] * count for d in (*dtypes, dtypes[-1])]
+        with record() as launches:
+            adamw.adamw_step(*tensors, [], None, **(numbers | options))
+        return launches
+
+    for dtypes in COMBINATIONS:
+        (one,) = step(3, 4096, dtypes)
+        assert one.arguments["ALIGNED"] and len(one.arguments["programs_ptr"]) == 12
+        (odd,) = step(1, 4095, dtypes)
+        assert not odd.arguments["ALIGNED"]
+
+    plain, shifted = torch.zeros(64), torch.zeros(65)[1:]
+    with record() as launches:
+        adamw.adamw_step(*[[plain, shifted, plain]] * 4, [], None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0)
+    assert [(x.arguments["ALIGNED"], len(x.arguments["programs_ptr"])) for x in launches] == [(True, 2), (False, 1)]
+
+    def compiled_for(launches):
+        numbers = {k: type(v) if isinstance(v, float) else v for k, v in launches[0].arguments.items()}
+        return {k: v for k, v in numbers.items() if not isinstance(v, Tensor)}
+
+    first = compiled_for(step(1, 64, (BF16, BF16, BF16)))
+    for later in ({"step": 16, "seed": 1}, {"step": 17, "lr": 1.0, "seed": 2**40}, {"weight_decay": 0.0, "step": 2}):
+        assert compiled_for(step(1, 64, (BF16, BF16, BF16), **later)) == first
+
+
+def test_parameters_that_require_gradients(device):
+    values = lists([16], (FP32, FP32, FP32), device)
+    values.params[0].requires_grad_()
+    version = values.params[0]._version
+    adamw.adamw(*values[:4], **ANY)
+    assert values.params[0].is_leaf and values.params[0]._version > version
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, BF16, BF16)])
+def test_under_compile(dtypes, device):
+    values = lists([48, 5], dtypes, device)
+    compiled = run(torch.compile(adamw.adamw, fullgraph=True), values)
+    for got, expected in zip(compiled.written, run(adamw.adamw, values).written, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_what_the_operator_registers(device):
+    for masters in (False, True):
+        values = lists([48, 5], (BF16, BF16, BF16), device, masters=masters)
+        arguments = (*values[:4], values.masters or [], torch.ones((), device=device), 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7)
+        torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_waits_for_nothing(device):
+    values = lists([4096, 7], (BF16, BF16, BF16), device)
+    scale = torch.ones((), device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adamw.adamw(*values[:4], grad_scale=scale, **ANY)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": lambda x: []}, "grads has 0 tensors: expected 1, one for each of params"),
+        ({"grads": lambda x: [x[0].half()]}, r"grads\[0\] is torch.float16: expected float32 or bfloat16"),
+        ({"exp_avgs": lambda x: [x[0][:2]]}, r"exp_avgs\[0\] is \(2, 6\) .* shape \(4, 6\)"),
+        ({"exp_avgs": lambda x: [x[0].to("meta")]}, r"exp_avgs\[0\] is \(4, 6\) on meta"),
+        ({"exp_avg_sqs": lambda x: [x[0].bfloat16()]}, r"expected that of exp_avgs\[0\], torch.float32"),
+        ({"params": lambda x: [x[0].T.contiguous().T]}, r"params\[0\] has strides \(1, 4\): expected a contiguous"),
+        ({"masters": lambda x: [torch.zeros(4, 6)]}, r"expected float32 and bfloat16"),
+        ({"grad_scale": lambda x: torch.ones(1)}, r"grad_scale is torch.float32 \(1,\): expected float32 \(\)"),
+        ({"grad_scale": lambda x: torch.ones((), device="meta")}, "grad_scale is on meta"),
+        ({"lr": lambda x: -1.0}, "lr is -1.0"),
+        ({"weight_decay": lambda x: float("nan")}, "weight_decay is nan"),
+        ({"betas": lambda x: (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
+        ({"eps": lambda x: 0.0}, "eps is 0.0: expected a finite number above 0"),
+        ({"step": lambda x: 0}, "step is 0: expected at least 1"),
+        ({"seed": lambda x: -1}, "seed is -1"),
+    ],
+)  # fmt: skip
+def test_refuses(function, change, message):
+    arguments = {name: [torch.ones(4, 6)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    for name, edit in change.items():
+        arguments[name] = edit(arguments.get(name))
+    with pytest.raises(ValueError, match=message):
+        function(**(ANY | arguments))
+
+
+def test_refuses_another_device():
+    tensors = [[torch.ones(4, device="meta")] for _ in range(4)]
+    with pytest.raises(ValueError, match=r"params\[0\] is on meta: the Triton kernels expect"):
+        adamw.adamw(*tensors, **ANY)
