@@ -2,7 +2,8 @@
 
 from ochat_kernels.adamw import adamw
 from ochat_kernels.linear_cross_entropy import linear_cross_entropy
+from ochat_kernels.rms_norm import add_rms_norm, rms_norm
 from ochat_kernels.rope import rope
 from ochat_kernels.swiglu import swiglu
 
-__all__ = ["adamw", "linear_cross_entropy", "rope", "swiglu"]
+__all__ = ["adamw", "add_rms_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]

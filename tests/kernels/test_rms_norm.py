@@ -1,0 +1,282 @@
+"""RMSNorm kernels, alone and after the residual addition, against the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ochat_kernels import launch, reference, rms_norm
+
+from tests.kernels.harness import ATOL, assert_op, random, strided_rows
+from tests.numerics import assert_close
+
+CPU_OR_CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS = 1e-5
+SHAPES = [(1, 1), (3, 7), (5, 64), (2, 1031), (2, 4096)]
+
+
+def norm(x, weight):
+    return rms_norm.rms_norm(x, weight, EPS)
+
+
+def norm_definition(x, weight):
+    return reference.rms_norm(x, weight, EPS)
+
+
+def add_norm(x, residual, weight):
+    return rms_norm.add_rms_norm(x, residual, weight, EPS)
+
+
+def add_norm_definition(x, residual, weight):
+    return reference.add_rms_norm(x, residual, weight, EPS)
+
+
+def draw(*shape, dtype=torch.float32, device=CPU_OR_CUDA, scale=1.0):
+    """x, a residual, and a weight about 1."""
+    x = random(*shape, dtype=dtype, device=device, scale=scale)
+    residual = random(*shape, dtype=dtype, device=device, seed=7, scale=3 * scale)
+    return x, residual, 1 + random(shape[-1], dtype=dtype, device=device, seed=8, scale=0.3)
+
+
+@pytest.fixture
+def one_processor(monkeypatch):
+    """A card so small that a program of the backward walks several tiles, even of a test's few rows."""
+    monkeypatch.setattr(rms_norm, "num_processors", lambda device: 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_norm(shape, dtype, device):
+    x, _, weight = draw(*shape, dtype=dtype, device=device)
+    assert_op(norm, norm_definition, [x, weight])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_add_norm(shape, dtype, device):
+    assert_op(add_norm, add_norm_definition, list(draw(*shape, dtype=dtype, device=device)))
+
+
+@pytest.mark.parametrize("shape", [(67, 130), (150, 8), (7, 4096), (6, 4097)])
+def test_programs_that_walk_several_tiles(shape, device, one_processor):
+    assert_op(add_norm, add_norm_definition, list(draw(*shape, dtype=torch.bfloat16, device=device)))
+    assert_op(add_norm, add_norm_definition, list(draw(*shape, device=device)))
+
+
+@given(
+    T=st.integers(0, 40),
+    H=st.integers(1, 300),
+    scale=st.sampled_from([1e-3, 1.0, 50.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_shape(T, H, scale, dtype):
+    x, residual, weight = draw(T, H, dtype=dtype, scale=scale)
+    assert_op(add_norm, add_norm_definition, [x, residual, weight])
+    if scale == 1e-3:  # eps outweighs the mean square
+        assert_op(norm, norm_definition, [x, weight])
+
+
+@pytest.mark.parametrize("shape", [(12,), (2, 3, 12), (2, 0, 12), (0, 12)])
+def test_any_leading_dimensions(shape, device):
+    x, residual, weight = draw(*shape, dtype=torch.bfloat16, device=device)
+    assert_op(norm, norm_definition, [x, weight])
+    assert_op(add_norm, add_norm_definition, [x, residual, weight])
+
+
+def test_the_longest_row(device):
+    assert_op(add_norm, add_norm_definition, list(draw(1, rms_norm.MAX_H, dtype=torch.bfloat16, device=device)))
+
+
+def test_rows_of_any_stride(device):
+    x, residual, weight = draw(4, 10, dtype=torch.bfloat16, device=device)
+    wide = [strided_rows(x, padding=3), strided_rows(residual, padding=5), weight]
+    assert_op(add_norm, add_norm_definition, wide)
+    assert_op(norm, norm_definition, [wide[0], weight])
+
+
+def test_heads_of_a_fused_product(device):
+    """q and k as views of one matrix, whose leading dimensions no one stride spans."""
+    heads = random(3, 5, 8, dtype=torch.bfloat16, device=device)[:, 1:3]
+    weight = draw(8, dtype=torch.bfloat16, device=device)[2]
+    truth, expected = norm_definition(heads.double(), weight.double()), norm_definition(heads, weight)
+    assert_close(norm(heads, weight), expected, truth, ATOL[torch.bfloat16] * 4)
+    assert_close(norm(heads.flatten(0, 1), weight).view(heads.shape), expected, truth, ATOL[torch.bfloat16] * 4)
+
+
+def test_transposed_inputs_and_expanded_gradients(device):
+    x, residual, weight = (t.requires_grad_() for t in draw(6, 5, device=device))
+    y, total = add_norm(x.T.reshape(5, 6).T, residual.reshape(5, 6).T.reshape(6, 5), weight)
+    (y.sum() + total[:, :1].expand(6, 5).sum()).backward()
+    twins = [t.detach().clone().requires_grad_() for t in (x, residual, weight)]
+    y, total = add_norm_definition(twins[0].T.reshape(5, 6).T, twins[1].reshape(5, 6).T.reshape(6, 5), twins[2])
+    (y.sum() + total[:, :1].expand(6, 5).sum()).backward()
+    for tensor, twin in zip((x, residual, weight), twins, strict=True):
+        torch.testing.assert_close(tensor.grad, twin.grad)
+
+
+def test_gradients_of_any_stride(device):
+    """Each of the two in a matrix of its own width, as where the outputs were columns of one."""
+    leaves = [t.requires_grad_() for t in draw(4, 10, device=device)]
+    upstream = [strided_rows(random(4, 10, dtype=torch.float32, device=device, seed=s), padding=s) for s in (3, 5)]
+    got, expected = (torch.autograd.grad(f(*leaves), leaves, upstream) for f in (add_norm, add_norm_definition))
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_weight_of_any_stride(device):
+    x, _, weight = (t.requires_grad_() for t in draw(4, 10, device=device))
+    columns = torch.stack((weight, torch.zeros_like(weight)), 1)[:, 0]
+    got, expected = (torch.autograd.grad(norm(x, w).square().sum(), (x, weight)) for w in (columns, weight))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_fp32_weight_of_narrow_rows(dtype, device):
+    x, _, weight = draw(4, 96, dtype=dtype, device=device)
+    upstream = random(4, 96, dtype=dtype, device=device, seed=1)
+    results = []
+    for function, wide in ((norm, None), (norm_definition, None), (norm_definition, torch.float64)):
+        leaves = [x.to(wide or dtype).requires_grad_(), weight.to(wide or torch.float32).requires_grad_()]
+        y = function(*leaves)
+        results.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))])
+    for got, expected, truth in zip(*results, strict=True):
+        assert got.dtype == expected.dtype
+        assert_close(got, expected, truth, ATOL[got.dtype] * max(1.0, truth.abs().max().item()))
+
+
+def test_the_sum_is_rounded_before_it_is_normalised(device):
+    x, residual, weight = draw(8, 64, dtype=torch.bfloat16, device=device)
+    y, total = add_norm(x, residual, weight)
+    torch.testing.assert_close(total, x + residual, rtol=0, atol=0)
+    torch.testing.assert_close(y, norm(total, weight), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("used", [(True, False), (False, True)])
+def test_one_output_alone_has_a_gradient(used, device):
+    leaves = [t.requires_grad_() for t in draw(5, 12, device=device)]
+    got, expected = (
+        torch.autograd.grad(
+            sum((y * y).sum() for y, is_used in zip(function(*leaves), used, strict=True) if is_used),
+            leaves,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for function in (add_norm, add_norm_definition)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradients_of_x_and_residual_are_apart(device):
+    x, residual, weight = (t.requires_grad_() for t in draw(3, 12, device=device))
+    for _ in range(2):  # the second call adds to the first one's gradients in place
+        torch.autograd.backward(add_norm(x, residual, weight), [torch.ones_like(x)] * 2)
+    once = torch.autograd.grad(add_norm(x, residual, weight), x, [torch.ones_like(x)] * 2)[0]
+    torch.testing.assert_close(x.grad, 2 * once)
+    torch.testing.assert_close(residual.grad, 2 * once)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_frozen_weight_costs_no_sums(is_trained, device, monkeypatch):
+    x, residual, weight = draw(3, 20, device=device)
+    assert_op(add_norm, add_norm_definition, [x, residual, weight], [True, True, is_trained])
+    assert_op(norm, norm_definition, [x, weight], [True, is_trained])
+    outputs = [norm(x.requires_grad_(), weight.requires_grad_(is_trained)), add_norm(x.detach(), x, weight)[0]]
+    sums = []
+    monkeypatch.setattr(rms_norm, "launch", lambda kernel, grid, arguments, **_: sums.append(arguments["partial_ptr"]))
+    for y in outputs:
+        y.sum().backward()
+    assert [partial is not None for partial in sums] == [is_trained] * 2
+
+
+def test_sums_of_a_weight_are_rounded_once(device, monkeypatch):
+    monkeypatch.setattr(rms_norm, "TILE", 256)  # a row a program
+    x, _, weight = draw(60, 256, dtype=torch.bfloat16, device=device)
+    upstream = random(60, 256, dtype=torch.bfloat16, device=device, seed=1).abs() * x.sign()  # no part cancels another
+    _, rstd = rms_norm.rms_norm_fwd(x, weight, EPS)
+    _, dweight = rms_norm.rms_norm_bwd(upstream, None, x, weight, rstd, True)
+    exact = (upstream.double() * x.double() * rstd.double()[:, None]).sum(0)
+    torch.testing.assert_close(dweight, exact.to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_two_runs_give_the_same_bits(device, one_processor):
+    inputs = [t.requires_grad_() for t in draw(100, 65, dtype=torch.bfloat16, device=device)]
+    first, second = (torch.autograd.grad(add_norm(*inputs), inputs, [torch.ones_like(inputs[0])] * 2) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_rows_of_zeros_and_of_large_values(device):
+    weight = torch.ones(16, device=device)
+    x = torch.zeros(2, 16, dtype=torch.float16, device=device)
+    x[1] = 6e4  # its square is beyond fp16
+    y = norm(x, weight)
+    torch.testing.assert_close(y[0], x[0])
+    torch.testing.assert_close(y[1], torch.ones_like(y[1]))
+
+
+def test_the_number_of_programs(device):
+    """Never more than there are tiles, else a multiple of the card's processors; none without rows."""
+    for T, H in ((0, 64), (3, 4096), (10**6, 128), (10**6, 8192), (10**6, rms_norm.MAX_H)):
+        x = torch.empty(T, H, dtype=torch.bfloat16, device="meta")
+        with launch.record() as launches:
+            _, dweight = rms_norm.rms_norm_bwd(x, x, x, x.new_empty(H), x.new_empty(T), True)
+        assert dweight.shape == (H,)
+        assert len(launches) == (1 if T else 0)
+        for noted in launches:
+            programs = noted.arguments["partial_ptr"].shape[0]
+            tiles = -(-T // noted.arguments["ROWS"])
+            assert programs == tiles or (programs < tiles and programs % launch.UNKNOWN_CARD_PROCESSORS == 0)
+
+
+def test_under_checkpoint_and_compile(device):
+    inputs = [t.requires_grad_() for t in draw(3, 10, device=device)]
+
+    def chain(x, residual, weight):
+        y, stream = add_norm(x, residual, weight)
+        return norm((y * stream).view(3, 2, 5), weight[:5]).square().sum() + stream.sum()
+
+    plain = torch.autograd.grad(chain(*inputs), inputs)
+    again = torch.utils.checkpoint.checkpoint(chain, *inputs, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again, inputs), plain, rtol=0, atol=0)
+    compiled = torch.compile(chain, fullgraph=True)(*inputs)
+    torch.testing.assert_close(torch.autograd.grad(compiled, inputs), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, True, False), (False, False, True)])
+def test_what_the_operators_register(wanted, device):
+    x, residual, weight = (t.requires_grad_(want) for t, want in zip(draw(3, 10, device=device), wanted, strict=True))
+    torch.library.opcheck(torch.ops.ochat_kernels.rms_norm.default, (x, weight, EPS))
+    torch.library.opcheck(torch.ops.ochat_kernels.add_rms_norm.default, (x, residual, weight, EPS))
+
+
+def test_what_the_backward_registers(device):
+    x, grad, weight = draw(3, 10, device=device)
+    for grad_sum, need_weight in ((grad, True), (None, False)):
+        arguments = (grad, grad_sum, x, weight, torch.ones(3, device=device), need_weight)
+        torch.library.opcheck(torch.ops.ochat_kernels.rms_norm_bwd.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.zeros(2, 4, dtype=torch.float64), torch.zeros(4), "x is torch.float64: expected float32"),
+        (torch.zeros(2, 4), torch.zeros(4, dtype=torch.int32), "weight is torch.int32: expected float32"),
+        (torch.zeros(()), torch.zeros(1), r"shape \(\): expected"),
+        (torch.zeros(2, 0), torch.zeros(0), r"shape \(2, 0\): expected .* H from 1"),
+        (torch.zeros(1, 16385), torch.zeros(16385), r"shape \(1, 16385\): expected .* to 16384"),
+        (torch.zeros(2, 4), torch.zeros(5), r"weight has shape \(5,\): expected .*\(4,\)"),
+        (torch.zeros(2, 4), torch.zeros(1, 4), r"weight has shape \(1, 4\)"),
+        (torch.zeros(2, 4), torch.zeros(4).bfloat16(), "weight is torch.bfloat16: expected x's torch.float32"),
+        (torch.zeros(2, 4, device="meta"), torch.zeros(4), "x is on meta"),
+    ],
+)
+def test_refuses(x, weight, message):
+    x, weight = (t.to(CPU_OR_CUDA) if t.device.type == "cpu" else t for t in (x, weight))
+    with pytest.raises(ValueError, match=message):
+        norm(x, weight)
+    with pytest.raises(ValueError, match=message):
+        add_norm(x, x, weight)
+
+
+@pytest.mark.parametrize("residual", [torch.zeros(2, 5), torch.zeros(1, 4), torch.zeros(2, 4).bfloat16()])
+def test_refuses_another_residual(residual, device):
+    with pytest.raises(ValueError, match="residual is .*: expected the same as x"):
+        add_norm(torch.zeros(2, 4, device=device), residual.to(device), torch.ones(4, device=device))
