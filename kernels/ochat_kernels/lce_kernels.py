@@ -15,7 +15,8 @@ from ochat_kernels.launch import launch
 from ochat_kernels.reference_loss import IGNORE_INDEX, Options
 from ochat_kernels.rounding import narrow
 
-LANES = {"BLOCK_V": 4096, "num_warps": 8}  # 16 logits a thread: two 16-byte loads in bf16
+NUM_WARPS = 8
+THREAD_BYTES = 32  # of logits: two 16-byte loads a thread; with four, in fp32, Triton 3.6 spills
 SCALE_BLOCK = 2048
 
 _IGNORE = tl.constexpr(IGNORE_INDEX)
@@ -221,15 +222,15 @@ def lce_stats(
     arguments = (
         {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights} | stats | _settings(logits, options)
     )
-    arguments |= {"GRADIENT": gradient, "BLOCK_V": LANES["BLOCK_V"]}
-    launch(lce_stats_kernel, (logits.shape[0],), arguments, num_warps=LANES["num_warps"])
+    arguments |= {"GRADIENT": gradient}
+    launch(lce_stats_kernel, (logits.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
 def lce_grad(logits: Tensor, labels: Tensor, weights: Tensor, lse: Tensor, options: Options) -> None:
     """Launches the gradient alone, over the logits, for weights that were only known after the statistics."""
     arguments = {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights, "lse_ptr": lse}
-    arguments |= _settings(logits, options) | {"BLOCK_V": LANES["BLOCK_V"]}
-    launch(lce_grad_kernel, (logits.shape[0],), arguments, num_warps=LANES["num_warps"])
+    arguments |= _settings(logits, options)
+    launch(lce_grad_kernel, (logits.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
 def lce_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,6 +239,11 @@ def lce_scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     arguments = {"x_ptr": x, "factor_ptr": factor, "y_ptr": y, "num_elements": x.numel(), "BLOCK": SCALE_BLOCK}
     launch(lce_scale_kernel, (triton.cdiv(x.numel(), SCALE_BLOCK),), arguments)
     return y
+
+
+def block_size(dtype: torch.dtype) -> int:
+    """Logits that a program takes at a time."""
+    return 32 * NUM_WARPS * THREAD_BYTES // dtype.itemsize
 
 
 def _settings(logits: Tensor, options: Options) -> dict[str, object]:
@@ -251,4 +257,5 @@ def _settings(logits: Tensor, options: Options) -> dict[str, object]:
         "HAS_CAP": cap is not None,
         "HAS_Z_LOSS": options.z_loss != 0,
         "HAS_SMOOTHING": options.label_smoothing != 0,
+        "BLOCK_V": block_size(logits.dtype),
     }

@@ -57,7 +57,7 @@ def test_every_option_in_chunks(dtype, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_several_blocks_and_an_odd_end(dtype):
-    compare(make(3, 6, 2 * head.lce_kernels.LANES["BLOCK_V"] + 77, dtype), **EVERYTHING)
+    compare(make(3, 6, 2 * head.lce_kernels.block_size(dtype) + 77, dtype), **EVERYTHING)
 
 
 @given(
