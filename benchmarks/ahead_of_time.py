@@ -34,7 +34,7 @@ class CompiledKernel:
     """One binary, or the compiler's words where there is none (`error`)."""
 
     name: str
-    configuration: str  # dtypes and constants
+    configuration: dict[str, str]  # dtypes of pointers, constants
     alignment: str  # which integers and pointers are no multiples of 16
     arch: int
     num_warps: int
@@ -103,23 +103,20 @@ def faults(kernel: CompiledKernel) -> list[str]:
     return found
 
 
-def describe(launch: Launch) -> tuple[str, str]:
-    """What distinguishes a compilation: dtypes of pointers and constants; then the integers and pointers that are no
-    multiples of 16, are 1, or need 64 bits."""
-    pointers: dict[str, list[str]] = {}
-    constants, alignment = [], []
+def describe(launch: Launch) -> tuple[dict[str, str], str]:
+    """What distinguishes a compilation: the dtypes of pointers and the constants, by name; then the integers and
+    pointers that are no multiples of 16, are 1, or need 64 bits."""
+    configuration, alignment = {}, []
     for parameter in launch.kernel.params:
         value = launch.arguments.get(parameter.name, parameter.default)
         name = parameter.name.removesuffix("_ptr")
         if isinstance(value, Tensor):
-            pointers.setdefault(DTYPES.get(value.dtype, str(value.dtype)[6:]), []).append(name)
+            configuration[name] = DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
         elif parameter.is_constexpr or value is None:
-            constants.append(f"{name}={value}")
+            configuration[name] = str(value)
         if not parameter.is_constexpr and not parameter.do_not_specialize:
             alignment += _peculiarities(name, value)
-    dtypes = [f"{dtype} {' '.join(names)}" for dtype, names in pointers.items()]
-    dtypes = list(pointers) if len(pointers) == 1 else dtypes
-    return ", ".join([*dtypes, *constants]), " ".join(alignment)
+    return configuration, " ".join(alignment)
 
 
 def _peculiarities(name: str, value: Any) -> list[str]:

@@ -11,7 +11,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from ochat_kernels import swiglu
+from ochat_kernels import lce_kernels, linear_cross_entropy, rope, swiglu
 from ochat_kernels.launch import FLOATS, Launch, record
 from torch import Tensor
 
@@ -71,4 +71,46 @@ def swiglu_cases() -> None:
             swiglu.swiglu_bwd(gate_up, grad)
 
 
-CASES: dict[str, Callable[[], None]] = {"swiglu": swiglu_cases}
+def linear_cross_entropy_cases() -> None:
+    vocabularies = {*widths("V"), 32002, 128257}
+    transforms = ("", linear_cross_entropy._name(_unchanged))
+    for dtype, V, softcap, z_loss, smoothing in product(FLOATS, vocabularies, (None, 30.0), (0.0, 1e-4), (0.0, 0.1)):
+        _head(dtype, V, 0, (softcap, z_loss, smoothing, ""), wanted=False)
+        for transform in transforms:
+            _head(dtype, V, 0, (softcap, z_loss, smoothing, transform), wanted=True)
+    for dtype, transform in product(FLOATS, transforms):  # chunks that begin where no address is a multiple of 16
+        _head(dtype, 128257, 1001, (30.0, 1e-4, 0.1, transform), wanted=True)
+    for dtype, num_elements in product(FLOATS, (T * 4096, 1031 * 63)):
+        for source in {dtype, torch.float32}:
+            lce_kernels.lce_scale(empty(num_elements, dtype=source), empty(dtype=torch.float32), dtype)
+
+
+def _head(
+    dtype: torch.dtype, V: int, chunk_rows: int, options: tuple[float | None, float, float, str], wanted: bool
+) -> None:
+    hidden, weight = empty(T, 64, dtype=dtype), empty(V, 64, dtype=dtype)
+    labels, rows, loss_weights = (empty(T, dtype=kind) for kind in (torch.int64, torch.int64, torch.float32))
+    linear_cross_entropy.lce_fwd(hidden, weight, labels, loss_weights, rows, chunk_rows, *options, wanted, wanted)
+
+
+def _unchanged(nll: Tensor, weights: Tensor) -> Tensor:
+    return weights
+
+
+def rope_cases() -> None:
+    for (_, _, N, K, D, _), dtype in product(MODELS.values(), FLOATS):
+        angles = [empty(T, D // 2, dtype=torch.float32)] * 2
+        q, k = empty(T, N, D, dtype=dtype), empty(T, K, D, dtype=dtype)
+        rope.rope_bwd(q, k, *angles)
+        for packed in layouts(T, (N + 2 * K) * D, dtype=dtype):
+            q, k, _ = (part.unflatten(1, (-1, D)) for part in packed.split((N * D, K * D, K * D), dim=1))
+            rope.rope_fwd(q, k, *angles)
+            rope.rope_inplace(q, k, *angles)
+        rope.rope_fwd(q[1:], k[1:], *(x[1:] for x in angles))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "swiglu": swiglu_cases,
+    "linear_cross_entropy": linear_cross_entropy_cases,
+    "rope": rope_cases,
+}

@@ -42,7 +42,7 @@ FACTS = {  # heading -> a number of a kernel
     "blocks/SM": lambda kernel: kernel.blocks_per_processor,
     "occupancy %": lambda kernel: round(100 * kernel.blocks_per_processor * kernel.num_warps / WARPS),
 }
-NAMES = ("kernel", "configuration", "arch", "warps")
+WORDS = ("kernel", "configuration")
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def compile_with_progress(launches: list[Launch], archs: list[int], console: Con
         for arch in archs:
             task = progress.add_task(f"sm_{arch}", total=None)
             kernels += compile_all(launches, arch, partial(_advance, progress, task))
-    return sorted(kernels, key=_family)
+    return sorted(kernels, key=_order)
 
 
 def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
@@ -100,17 +100,18 @@ def never_launched(launches: list[Launch]) -> list[str]:
 
 
 def print_table(kernels: list[CompiledKernel], console: Console) -> None:
-    """One row for all binaries that differ in alignment alone; `a-b` is the least and the most of them."""
+    """One row for all binaries of a configuration, whatever alignment and card; `a-b` is the least and the most."""
     table = Table(title="What the kernels need", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in (*NAMES, "binaries", *FACTS):
-        is_text = heading in NAMES[:3]
-        table.add_column(heading, justify="left" if is_text else "right", no_wrap=heading == "kernel")
-    for family, members in groupby(kernels, _family):
+    for heading in (*WORDS, "warps", "binaries", *FACTS):
+        table.add_column(heading, justify="left" if heading in WORDS else "right", no_wrap=heading == "kernel")
+    for (name, num_warps), members in groupby(kernels, lambda kernel: (kernel.name, kernel.num_warps)):
         members = list(members)
-        name, configuration, arch, num_warps = family
-        facts = [_range([fact(kernel) for kernel in members]) for fact in FACTS.values()]
-        names = [name, escape(configuration), f"sm_{arch}", str(num_warps), str(len(members))]
-        table.add_row(*names, *facts, style="red" if any(faults(kernel) for kernel in members) else None)
+        shared = set.intersection(*(set(kernel.configuration.items()) for kernel in members))
+        for _, rows in groupby(members, _configuration):
+            rows = list(rows)
+            words = [name, escape(_brief(dict(set(rows[0].configuration.items()) - shared))), str(num_warps)]
+            facts = [_range([fact(kernel) for kernel in rows]) for fact in FACTS.values()]
+            table.add_row(*words, str(len(rows)), *facts, style="red" if any(map(faults, rows)) else None)
     console.print(table)
 
 
@@ -119,19 +120,37 @@ def write_csv(kernels: list[CompiledKernel], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["triton", *NAMES, "alignment", *FACTS, "faults"])
+        rows.writerow(["triton", *WORDS, "alignment", "arch", "warps", *FACTS, "faults"])
         for kernel in kernels:
+            words = [kernel.name, _configuration(kernel), kernel.alignment, kernel.arch, kernel.num_warps]
             facts = (fact(kernel) for fact in FACTS.values())
-            rows.writerow([triton.__version__, *_family(kernel), kernel.alignment, *facts, "; ".join(faults(kernel))])
+            rows.writerow([triton.__version__, *words, *facts, "; ".join(faults(kernel))])
 
 
-def _family(kernel: CompiledKernel) -> tuple[str, str, int, int]:
-    """What NAMES says of a kernel."""
-    return kernel.name, kernel.configuration, kernel.arch, kernel.num_warps
+def _configuration(kernel: CompiledKernel) -> str:
+    return " ".join(f"{name}={value}" for name, value in kernel.configuration.items())
+
+
+def _order(kernel: CompiledKernel) -> tuple:
+    return kernel.name, kernel.num_warps, _configuration(kernel), kernel.arch, kernel.alignment
+
+
+def _brief(configuration: dict[str, str]) -> str:
+    """Names by their dtype, or the dtype alone where all have one; constants that are true by name alone."""
+    dtypes: dict[str, list[str]] = {}
+    constants = []
+    for name, value in sorted(configuration.items()):
+        if name.islower():
+            dtypes.setdefault(value, []).append(name)
+        elif value != "False":
+            constants.append(name if value == "True" else f"{name}={value}")
+    groups = [f"{dtype} {' '.join(names)}" for dtype, names in sorted(dtypes.items())]
+    return " ".join([*(dtypes if len(dtypes) == 1 else groups), *constants])
 
 
 def _title(kernel: CompiledKernel) -> str:
-    facts = filter(None, [kernel.configuration, kernel.alignment, f"{kernel.num_warps} warps", f"sm_{kernel.arch}"])
+    alignment = [kernel.alignment] if kernel.alignment else []
+    facts = [_configuration(kernel), *alignment, f"{kernel.num_warps} warps", f"sm_{kernel.arch}"]
     return f"{kernel.name} ({'; '.join(facts)})"
 
 

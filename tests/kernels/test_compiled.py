@@ -67,7 +67,7 @@ def test_what_is_wrong_is_named(tmp_path):
     result = run(tmp_path, str(script))
     faulty = [line for line in result.stdout.splitlines() if line.startswith("✗")]
     assert result.returncode == 1, result.stdout + result.stderr
-    assert any("spilling_kernel (fp32, BLOCK=16384; 1 warps; sm_80) spills:" in line for line in faulty)
+    assert any("spilling_kernel (x=fp32 BLOCK=16384; 1 warps; sm_80) spills:" in line for line in faulty)
     assert not any("BLOCK=1024; 4 warps; sm_80) spills" in line for line in faulty)
     assert sum("broken_kernel" in line and "does not compile" in line for line in faulty) == 2
     assert any("swiglu_fwd_kernel: no case launches it" in line for line in faulty)
@@ -81,7 +81,7 @@ def test_the_interpreter_compiles_nothing(tmp_path):
 
 @pytest.mark.parametrize(("arch", "fits"), [(80, False), (90, True)])
 def test_shared_memory_is_the_cards(arch, fits):
-    kernel = CompiledKernel("a_kernel", "", "", arch, num_warps=4, shared_bytes=200 * 1024)
+    kernel = CompiledKernel("a_kernel", {}, "", arch, num_warps=4, shared_bytes=200 * 1024)
     assert bool(faults(kernel)) is not fits
 
 
@@ -96,5 +96,5 @@ def test_shared_memory_is_the_cards(arch, fits):
     ],
 )
 def test_blocks_that_fit_a_processor(num_warps, registers, shared_kib, blocks):
-    kernel = CompiledKernel("a_kernel", "", "", 80, num_warps, registers, shared_bytes=shared_kib * 1024)
+    kernel = CompiledKernel("a_kernel", {}, "", 80, num_warps, registers, shared_bytes=shared_kib * 1024)
     assert kernel.blocks_per_processor == blocks
