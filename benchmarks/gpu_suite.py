@@ -1,0 +1,129 @@
+"""Everything that needs a card, in one command of less than nine minutes: tests, then times, then pictures.
+
+    PYTHONPATH=.:kernels python -m benchmarks.gpu_suite --out DIR       # dry run: --device cpu --quick
+It goes on when something fails and says so at the end (exit status 1); it fetches nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import plots, report
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 520.0
+TEST_SHARE = 0.25  # of the time, at most, for each of the two runs of tests
+PEERS_SHARE = 0.55  # of what is left when the peers begin: other shapes come after them
+LAST_SECONDS = 8.0  # for tables and pictures
+GRACE_SECONDS = 45.0  # a group that has begun is measured to its end
+PROCESSES = 8  # of tests that are mostly Triton compiling
+
+
+class Step(NamedTuple):
+    """One program of the suite."""
+
+    name: str
+    command: list[str]
+    log: Path | None  # where its output goes beside the screen
+    share: float  # of the time that is left
+
+
+def steps(options: argparse.Namespace) -> Iterator[Step]:
+    """In the order of what one would miss most."""
+    log = options.out / "tests.txt"
+    tests = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
+    yield Step("tests on the card", [*tests, "-m", "gpu", "tests/kernels"], log, TEST_SHARE)
+    laws = [*tests, "-m", "not gpu", "tests/kernels", "--ignore=tests/kernels/test_compiled.py"]
+    if options.quick:
+        laws += ["-k", "refuses"]
+    elif find_spec("xdist"):
+        laws += ["-n", str(PROCESSES)]
+    yield Step("laws of the kernels", laws, log, TEST_SHARE)
+    for phase, share in (("ours", 1.0), ("peers", PEERS_SHARE), ("rest", 1.0)):
+        yield Step(f"times: {phase}", _ops_command(options, phase), None, share)
+
+
+def _ops_command(options: argparse.Namespace, phase: str) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.ops", "--out", str(options.out), "--phase", phase]
+    command += ["--device", options.device]
+    command += ["--quick"] if options.quick else []
+    return command + (["--commit", options.commit] if options.commit else [])
+
+
+def run(step: Step, seconds_left: float, environment: dict[str, str]) -> str:
+    """Runs one step within its share of the time; returns "passed", or what went wrong."""
+    limit = seconds_left * step.share
+    if limit < 5:
+        return "skipped: the time was out"
+    command = step.command
+    if step.log is None:
+        command = [*command, "--seconds", str(round(limit, 1))]
+        limit += min(GRACE_SECONDS, max(seconds_left - limit, 0.0) + GRACE_SECONDS / 3)
+    print(f"\n== {step.name} (at most {limit:.0f} s): {' '.join(command[1:])}", flush=True)
+    before = time.monotonic()
+    status = _watch(command, step.log, limit, environment)
+    outcome = {0: "passed", 5: "passed: nothing to run", None: f"stopped after {limit:.0f} s"}
+    return f"{outcome.get(status, f'failed: exit status {status}')} ({time.monotonic() - before:.0f} s)"
+
+
+def _watch(command: list[str], log: Path | None, limit: float, environment: dict[str, str]) -> int | None:
+    """The exit status, None when the time was over; what the program prints is shown and kept line by line."""
+    keep = f" 2>&1 | tee -a '{log}'" if log else " 2>&1"
+    shell = ["bash", "-c", f'set -o pipefail; timeout --kill-after=5 {limit:.0f} "$@"{keep}', "bash", *command]
+    status = subprocess.run(shell, cwd=ROOT, env=environment).returncode
+    return None if status in (124, 137) else status
+
+
+def _environment(options: argparse.Namespace) -> dict[str, str]:
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    known = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    if options.device == "cpu":
+        known |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return known
+
+
+def finish(out: Path) -> None:
+    """Tables and pictures from what was measured."""
+    if not (out / "ops.csv").exists():
+        print("no times were measured")
+        return
+    rows = report.read(out / "ops.csv")
+    report.write_file(rows, out / "report.txt")
+    report.show(rows)
+    try:
+        print("pictures:", *plots.archive(rows, out / "plots.tar.gz"))
+    except ImportError as problem:
+        print(f"no pictures ({problem}); where there is matplotlib: python -m benchmarks.plots ops.csv FOLDER")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu_suite", description="tests, times and pictures of the kernels"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a new folder: ops.csv, report.txt, plots.tar.gz, ...")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and few tests: shows that everything runs")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything together")
+    parser.add_argument("--commit", help="the commit that is measured, where there is no git")
+    options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + options.seconds - LAST_SECONDS
+    environment = _environment(options)
+    outcomes = {step.name: run(step, end - time.monotonic(), environment) for step in steps(options)}
+    finish(options.out)
+    print("", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
+    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv and commit it")
+    return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
