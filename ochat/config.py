@@ -92,7 +92,7 @@ class TrainConfig:
     """How a step is computed, and how often it is reported."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; masters are fp32
-    kernels: Literal["auto", "reference"] = "auto"  # how the operators are computed
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: triton on CUDA, plain PyTorch elsewhere
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA, per-document SDPA elsewhere
     recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
     compile: bool = False  # torch.compile, block by block

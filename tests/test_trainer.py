@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ochat import config as configuration
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, NonFiniteError
 from ochat.train.schedule import factor
+from ochat.train.trainer import kernels_name
 from tests import tiny
 
 LINE = [
@@ -155,6 +157,38 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path
 def test_recomputing_blocks_changes_nothing(world, alone, tmp_path):
     lines = tiny.train(world, tmp_path / "run", "--data.epochs=2", "--train.recompute=block")
     assert curve(lines) == curve(alone)
+
+
+COMPILED = pytest.param(1, ["--train.compile=true"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("processes", "more"), [(1, ["--train.recompute=block"]), (2, []), COMPILED])
+def test_the_triton_kernels_train_the_same(world, tmp_path, processes, more):
+    options = ["--data.epochs=2", "--data.max_steps=3", "--data.eval_path=" + str(world.data)]
+    expected = tiny.train(world, tmp_path / "plain", *options)
+    tiny.torchrun(world, tmp_path / "run", processes, *options, "--train.kernels=triton", *more)
+    lines = tiny.metrics(tmp_path / "run")
+    for name in ("loss", "grad_norm", "accuracy"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-5)
+
+
+def test_kernels_that_the_device_cannot_run_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match="train.kernels = 'triton', but the run is on a CPU"):
+        tiny.train(world, tmp_path / "run", "--train.kernels=triton")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "means"),
+    [
+        ("auto", "cuda", "triton"),
+        ("auto", "cpu", "reference"),
+        ("reference", "cuda", "reference"),
+    ],
+)
+def test_one_value_of_the_configuration_decides_the_kernels(world, asked, device, means):
+    config = configuration.load(world.config, [f"--train.kernels={asked}"])
+    assert kernels_name(config, torch.device(device)) == means
 
 
 def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):

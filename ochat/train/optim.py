@@ -5,7 +5,7 @@ Weight decay is applied to matrices (embeddings included), never to norms and bi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,36 +14,72 @@ from torch.distributed.tensor import DTensor
 from ochat.config import OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (decoupled weight decay) over the model's parameters, which are its fp32 masters."""
+class FusedAdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW's state and result by a multi-tensor kernel, which also scales the gradients as it reads them.
+
+    `adamw`: that of ochat_kernels. A sharded parameter is updated where its shard lies.
+    """
+
+    def __init__(self, groups: list[dict], adamw: Callable[..., None], betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps})
+        self.adamw = adamw
+
+    @torch.no_grad()
+    def step(self, grad_scale: Tensor | None = None) -> None:  # type: ignore[override]
+        """One update by the gradients times `grad_scale` () fp32."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            states = [self._state(p) for p in parameters]
+            lists = [parameters, [p.grad for p in parameters], *([s[moment] for s in states] for moment in MOMENTS)]
+            numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            step = int(states[0]["step"]) if states else 1  # a host tensor
+            self.adamw(*([local(t) for t in tensors] for tensors in lists), **numbers, step=step, grad_scale=grad_scale)
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS} | {"step": torch.tensor(0.0)}
+        state["step"] += 1
+        return state
+
+
+def build(
+    model: nn.Module, config: OptimConfig, adamw: Callable[..., None] | None = None
+) -> torch.optim.AdamW | FusedAdamW:
+    """AdamW (decoupled weight decay) over the model's parameters, which are its fp32 masters; by the kernel `adamw`
+    where one is given, else torch's."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+    if adamw is not None:
+        return FusedAdamW(groups, adamw, config.betas, config.eps)
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The learning rate of the next step, for every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def clip_gradients(parameters: Iterable[Tensor], largest: float) -> Tensor:
-    """Scales all gradients so that their joint 2-norm is at most `largest` (0: leaves them); returns the norm before,
-    () fp32.
+def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float) -> Tensor:
+    """One step at rate `lr` with the gradients scaled so that their joint 2-norm is at most `clip` (0: as they are);
+    gradients are then gone. Returns the norm before, () fp32.
 
     The norm runs over every rank's shards; nothing waits on the host.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if largest > 0:
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if isinstance(optimizer, FusedAdamW):
+        optimizer.step((clip / (norm + CLIP_EPS)).clamp_max(1.0) if clip > 0 else None)
+    else:
+        if clip > 0:
+            nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        optimizer.step()
+    optimizer.zero_grad()
     return norm
 
 
@@ -55,11 +91,17 @@ def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tupl
                 yield name, moment, optimizer.state[parameter][moment]
 
 
-def start_state(optimizer: torch.optim.Optimizer, steps_done: int) -> None:
+def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int) -> None:
     """Creates zero moments for every parameter, as after `steps_done` steps, so that a checkpoint can be copied
     into them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-            state["step"] = torch.tensor(float(steps_done), device=parameter.device)
+            device = "cpu" if isinstance(optimizer, FusedAdamW) else parameter.device
+            state["step"] = torch.tensor(float(steps_done), device=device)
             optimizer.state[parameter] = state
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that this rank holds; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

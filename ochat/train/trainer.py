@@ -9,6 +9,7 @@ flush.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ochat.config import Config
 from ochat.data import tokenizer as tokenizers
 from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
+from ochat.errors import ConfigError
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
@@ -66,10 +68,12 @@ class Trainer:
         run_folder.check_data(self.data, self.eval_loader, self.tokenizer, self.model_config, config)
         self.identity = run_folder.identity(config, self.model_config, self.loader)
         self.template = inputs.served_template(self.data)
-        self.ops = ochat_kernels.load(kernels_name(config))
+        self.kernels = kernels_name(config, ranks.device)
+        self.ops = ochat_kernels.load(self.kernels)
         self.backend = attention_name(config, ranks.device)
         self.model = self._build_model()
-        self.optimizer = optim.build(self.model, config.optim)
+        is_fused = self.kernels == "triton" and not config.parallel.offload  # a kernel cannot reach host memory
+        self.optimizer = optim.build(self.model, config.optim, self.ops.adamw if is_fused else None)
         self.steps_done = self._load()
         if ranks.is_first:
             run_folder.describe(self.run_dir, config, self.template, self.tokenizer, self.data.class_names)
@@ -101,11 +105,8 @@ class Trainer:
             out = self.forward(batch)
             (out.loss_sum / weight).backward()
             tally.add(batch, out)
-        grad_norm = optim.clip_gradients(self.model.parameters(), self.config.optim.clip)
         lr = self.lr.value * self._lr_factor(step)
-        optim.set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        grad_norm = optim.update(self.optimizer, lr=lr, clip=self.config.optim.clip)
         self.steps_done = step + 1
         sums = self.ranks.sum_tensor(tally.flat())
         self.journal.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
@@ -178,7 +179,7 @@ class Trainer:
         facts = plan.describe(self.config, self.loader, self.model_config)
         facts |= {
             "processes": f"{self.ranks.world} on {self.ranks.device.type}",
-            "computation": f"{self.config.train.dtype}, kernels {kernels_name(self.config)}, attention {self.backend}",
+            "computation": f"{self.config.train.dtype}, kernels {self.kernels}, attention {self.backend}",
             "served as": self.template.default_condition or "(no condition)",
             "mfu is of": f"{self.peak / 1e12:.4g} TFLOP/s a process, {self.peak_source}",
         }
@@ -242,9 +243,17 @@ def due(done: int, every: int, epoch_end: bool) -> bool:
     return done % every == 0 if every else epoch_end
 
 
-def kernels_name(config: Config) -> str:
-    """The implementation of the operators that the configuration means."""
-    return "reference" if config.train.kernels == "auto" else config.train.kernels
+def kernels_name(config: Config, device: torch.device) -> str:
+    """The implementation of the operators that the configuration means on this device."""
+    on_card = device.type == "cuda"
+    if config.train.kernels == "auto":
+        return "triton" if on_card else "reference"
+    if config.train.kernels == "triton" and not on_card and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "train.kernels = 'triton', but the run is on a CPU, where Triton only runs in its slow interpreter "
+            "(TRITON_INTERPRET=1); use 'auto' or 'reference'"
+        )
+    return config.train.kernels
 
 
 def attention_name(config: Config, device: torch.device) -> str:
