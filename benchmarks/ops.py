@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __name__ == "__main__" and "cpu" in sys.argv:
+if __name__ == "__main__" and re.search(r"--device[ =]cpu\b", " ".join(sys.argv)):
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
 import torch
@@ -297,6 +298,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=math.inf, help="groups not begun by then are skipped")
     parser.add_argument("--commit", help="the commit that is measured, where there is no git")
     options = parser.parse_args(arguments)
+    if options.device == "cpu" and not options.quick:
+        parser.error("--device cpu takes --quick: the interpreter would need days for real shapes")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; the dry run is --device cpu --quick")
     device = torch.device(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + options.seconds

@@ -157,6 +157,14 @@ def test_the_shapes_of_the_plan():
     assert {32002, 128257} < {g.case.model.V for g in rest}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+@pytest.mark.parametrize(("options", "message"), [([], "no CUDA device"), (["--device", "cpu"], "takes --quick")])
+def test_refuses_what_would_never_end(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ops.main(["--out", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+
+
 def read(path):
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
