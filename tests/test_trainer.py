@@ -164,7 +164,7 @@ COMPILED = pytest.param(1, ["--train.compile=true"], marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(("processes", "more"), [(1, ["--train.recompute=block"]), (2, []), COMPILED])
 def test_the_triton_kernels_train_the_same(world, tmp_path, processes, more):
-    options = ["--data.epochs=2", "--data.max_steps=3", "--data.eval_path=" + str(world.data)]
+    options = ["--data.epochs=2", "--data.max_steps=3"]
     expected = tiny.train(world, tmp_path / "plain", *options)
     tiny.torchrun(world, tmp_path / "run", processes, *options, "--train.kernels=triton", *more)
     lines = tiny.metrics(tmp_path / "run")
