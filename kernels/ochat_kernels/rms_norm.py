@@ -98,7 +98,8 @@ def rms_norm_bwd(
     dx = x.new_empty(x.shape)
     grad, x, weight = _matrix(grad), _matrix(x), rows_of(weight)
     grad_sum = None if grad_sum is None else _matrix(grad_sum)
-    rows, block, warps = _tile(x.shape[1], x.element_size())
+    # by the wider of the two: a weight in fp32 beside eight elements of x in bf16 spills
+    rows, block, warps = _tile(x.shape[1], max(x.element_size(), weight.element_size()))
     T, H = x.shape
     programs = _programs(T, rows, warps, x.device)
     partial = x.new_empty(programs, H, dtype=torch.float32) if need_weight else None
