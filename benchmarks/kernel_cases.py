@@ -1,7 +1,8 @@
 """Launches of every operator over the shapes, layouts, dtypes and options that decide what is compiled.
 
     launches = note("swiglu")   # on meta tensors: no memory, no card
-A new operator gets a function here; kernels_check fails for a kernel that none of them launches.
+A new operator gets a function here; kernels_check fails for a kernel that none of them launches. bf16, which is
+what models train in, takes every case, the others those that need most: a compilation costs a fifth of a second.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-from ochat_kernels import lce_kernels, linear_cross_entropy, rope, swiglu
+from ochat_kernels import adamw, lce_kernels, linear_cross_entropy, rms_norm, rope, swiglu
 from ochat_kernels.launch import FLOATS, Launch, record
 from torch import Tensor
 
@@ -74,10 +75,12 @@ def swiglu_cases() -> None:
 def linear_cross_entropy_cases() -> None:
     vocabularies = {*widths("V"), 32002, 128257}
     transforms = ("", linear_cross_entropy._name(_unchanged))
-    for dtype, V, softcap, z_loss, smoothing in product(FLOATS, vocabularies, (None, 30.0), (0.0, 1e-4), (0.0, 0.1)):
-        _head(dtype, V, 0, (softcap, z_loss, smoothing, ""), wanted=False)
-        for transform in transforms:
-            _head(dtype, V, 0, (softcap, z_loss, smoothing, transform), wanted=True)
+    options = list(product((None, 30.0), (0.0, 1e-4), (0.0, 0.1)))
+    for dtype, V in product(FLOATS, vocabularies):
+        for settings in options if dtype == torch.bfloat16 else [options[0], options[-1]]:
+            _head(dtype, V, 0, (*settings, ""), wanted=False)
+            for transform in transforms:
+                _head(dtype, V, 0, (*settings, transform), wanted=True)
     for dtype, transform in product(FLOATS, transforms):  # chunks that begin where no address is a multiple of 16
         _head(dtype, 128257, 1001, (30.0, 1e-4, 0.1, transform), wanted=True)
     for dtype, num_elements in product(FLOATS, (T * 4096, 1031 * 63)):
@@ -98,7 +101,8 @@ def _unchanged(nll: Tensor, weights: Tensor) -> Tensor:
 
 
 def rope_cases() -> None:
-    for (_, _, N, K, D, _), dtype in product(MODELS.values(), FLOATS):
+    models = product(MODELS.values(), (torch.float32, torch.bfloat16))
+    for (_, _, N, K, D, _), dtype in [*models, (MODELS["Llama-3-8B"], torch.float16)]:
         angles = [empty(T, D // 2, dtype=torch.float32)] * 2
         q, k = empty(T, N, D, dtype=dtype), empty(T, K, D, dtype=dtype)
         rope.rope_bwd(q, k, *angles)
@@ -109,8 +113,49 @@ def rope_cases() -> None:
         rope.rope_fwd(q[1:], k[1:], *(x[1:] for x in angles))
 
 
+def rms_norm_cases() -> None:
+    """Widths of the models, of their heads and of the longest row, then the blocks and the odd widths between."""
+    fp32, bf16, fp16 = FLOATS
+    for dtype, H in product((fp32, bf16), {*widths("H"), *widths("D"), 1, 256, 16383, 16384}):
+        _norm(empty(T, H, dtype=dtype), empty(H, dtype=dtype))
+    for (dtype, weight_dtype), H in product([(bf16, fp32), (fp16, fp16)], (64, 4096, 16384)):
+        _norm(empty(T, H, dtype=dtype), empty(H, dtype=weight_dtype))
+    for x in layouts(T, 4096, dtype=bf16):
+        _norm(x, empty(4096, dtype=bf16))
+
+
+def _norm(x: Tensor, weight: Tensor) -> None:
+    rms_norm.rms_norm_fwd(x, weight, 1e-5)
+    rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5)
+    rstd = empty(x.shape[0], dtype=torch.float32)
+    for grad_sum, need_weight in product((None, x), (True, False)):
+        rms_norm.rms_norm_bwd(x, grad_sum, x, weight, rstd, need_weight)
+
+
+def adamw_cases() -> None:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    parameters = [(fp32, False), (bf16, False), (bf16, True)]  # and whether there are masters
+    for (dtype, has_masters), grad, state in product(parameters, (fp32, bf16), (fp32, bf16)):
+        for grad_scale in (None, empty(dtype=fp32)):
+            lists = [[empty(size, dtype=kind) for size in (4096, 1031)] for kind in (dtype, grad, state, state, fp32)]
+            masters = lists.pop() if has_masters else []
+            params, grads, exp_avgs, exp_avg_sqs = lists[:4]
+            numbers = {
+                "lr": 1e-4,
+                "beta_1": 0.9,
+                "beta_2": 0.95,
+                "eps": 1e-8,
+                "weight_decay": 0.1,
+                "step": 1,
+                "seed": 0,
+            }
+            adamw.adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, **numbers)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "swiglu": swiglu_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "rope": rope_cases,
+    "rms_norm": rms_norm_cases,
+    "adamw": adamw_cases,
 }
