@@ -139,7 +139,7 @@ def _peculiarities(name: str, value: Any) -> list[str]:
 
 def _start(launch: Launch) -> Any:
     """A future kernel, or the reason why it cannot even be asked for."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     try:
         return launch.kernel.warmup(**launch.arguments, **options, grid=(1,))
     except Exception as error:

@@ -15,7 +15,6 @@ import importlib
 import pkgutil
 import sys
 import time
-import warnings
 from collections.abc import Iterable
 from functools import partial
 from itertools import groupby
@@ -48,7 +47,6 @@ WORDS = ("kernel", "configuration")
 def main() -> None:
     """Exits with 1 when there is a fault, 2 for wrong usage."""
     options = _parse(sys.argv[1:])
-    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")  # Triton's default is what is checked
     console = Console(highlight=False)
     console.width = console.width if console.is_terminal else PIPE_COLUMNS
     operators = list(CASES)[:1] if options.quick else list(CASES)

@@ -55,7 +55,8 @@ def launch(
         noted.append(Launch(kernel, arguments, num_warps, num_stages))
         return
     with _card_of(arguments):
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+        # fused multiply-adds: Triton's default, which it means to change
+        kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
 def check_floats(name: str, tensor: Tensor, dims: int | None = None) -> None:
