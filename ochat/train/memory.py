@@ -1,0 +1,190 @@
+"""How much memory a GPU needs for a step: what the model's own code keeps, tensor by tensor, at its fullest moment.
+
+    use = predict(model, Setting(token_budget=8192, supervised=4096, recompute="block", ranks=8, shard=8))
+    use.total / GIB, use.activations
+
+Letters: T token_budget, H hidden, F FFN, N and K query and key/value heads, D head dim, V vocabulary, L blocks, P
+parameters, B those of one block, E = V H, s GPUs that share a copy of the model, e bytes of an activation.
+
+What backward keeps of a block (the operators of kernels/ochat_kernels, torch's varlen attention):
+  norms      e T 2H + 4 T 2      the two streams and their rstd
+  products   e T (2H + F)        inputs of qkv, gate_up and down; that of `out` is attention's output
+  attention  e T (N + K + (N + 2K) + N) D + 4 T N + 16    q and k turned, the product that v is a part of, the output;
+                                 its logsumexp; a random state
+  SwiGLU     e T 2F              its input
+  qk norms   e T (N + K) D + 4 T (N + K), where the model has them
+  weights    e B                 on one process: the casts of fp32 masters, biases apart
+With recompute = "block" it is e T 2H, the block's inputs, and all of the above for the one block in backward.
+Outside the blocks: 8 T ids, 4 T D angles; the last norm's e T H + 4 T + e H; the head's dhidden e T H and dW 4 E.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ochat.model.config import ModelConfig
+
+GIB = 2**30
+CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's own, kernels, workspaces of the matrix products
+NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
+FRAGMENTATION = 0.04  # assumed: share of what comes and goes in a step that is lost between the allocator's blocks
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run is cut, as far as memory cares."""
+
+    token_budget: int  # T
+    supervised: int  # rows that reach the head in a micro-batch
+    recompute: str = "none"
+    ranks: int = 1  # more than one: FSDP
+    shard: int = 1  # s
+    micro_batches: int = 1  # of a rank in a step
+    itemsize: int = 2  # e; 4: train.dtype = "float32"
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes on one GPU at one moment, by what they are for."""
+
+    masters: float  # fp32 parameters
+    moments: float  # AdamW's two, fp32
+    gradients: float  # fp32
+    weights: float  # what the products read: casts of the masters, or gathered blocks
+    activations: float  # kept for backward
+    working: float  # logits, dW and dhidden of the head; gradients on their way through a block
+    allowance: float  # assumed, not derived: the constants above
+
+    @property
+    def total(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
+    """Memory of the fullest of four moments of a step, with an allowance for what is not derived.
+
+    All along: masters 4 P / s, moments 8 P / s. Gradients on one process: 4 P once there are any. Under FSDP 4 P / s;
+    but while a rank adds up micro-batches before it reduces them it holds the whole model's, 4 P.
+      head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e T H, and the larger of the
+              logits of a chunk of rows and dW on its way into the gradient, e E + 4 E
+      block   backward of the last block, or of the first one when the gradients of the others are there: activations
+              up to it, e T (2F + H) of gradients within it, e T H more for its output made again
+      end     all gradients; the embeddings' own on its way, 4 E, and 4 T H
+    FSDP gathers: in `head` e E, else 3 e B (this block, the next, a buffer) and 8 B of gradients being reduced. Tied
+    embeddings hold the head's gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
+    """
+    uses = [_head(model, setting), _block(model, setting, is_last=True), _block(model, setting, is_last=False)]
+    return max((*uses, _end(model, setting)), key=lambda use: use.total)
+
+
+def saved_bytes(model: ModelConfig, tokens: int, recompute: str = "none", itemsize: int = 2) -> int:
+    """All that autograd holds between forward and backward of a micro-batch on one process, the parameters and the
+    batch's own tensors apart."""
+    casts = 0 if recompute == "block" else model.num_layers * cast_bytes(model, itemsize)
+    inside = model.num_layers * _kept_of_block(model, tokens, recompute, itemsize)
+    first = tokens * model.hidden_size * itemsize if recompute == "block" else 0  # the first block has no residual yet
+    return casts + inside - first + _kept_outside(model, tokens, itemsize) + 4 * model.head_params()
+
+
+def block_saved_bytes(model: ModelConfig, tokens: int, itemsize: int = 2) -> int:
+    """What backward keeps of one block, weights apart."""
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    wide = 4 * model.hidden_size + 3 * model.intermediate_size + (q + kv) + (q + 2 * kv) + q
+    narrow = 2 + model.num_heads
+    if model.qk_norm:
+        wide, narrow = wide + q + kv, narrow + model.num_heads + model.num_kv_heads
+    return tokens * (itemsize * wide + 4 * narrow) + 16
+
+
+def cast_bytes(model: ModelConfig, itemsize: int = 2) -> int:
+    """One block's matrices and norms in the dtype of the computation; 0 where that is the masters'."""
+    norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
+    return 0 if itemsize == 4 else itemsize * (_block_matrices(model) + norms)
+
+
+def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
+    """The head's logits of one chunk of rows, with the rows' hidden states and their gradients."""
+    from ochat_kernels.linear_cross_entropy import COLUMN_ALIGNMENT, chunk_size  # here: a CPU trains without triton
+
+    rows = min(chunk_size(supervised, model.vocab_size, itemsize), max(supervised, 1))
+    columns = -(-model.vocab_size // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
+    return itemsize * rows * (columns + 2 * model.hidden_size)
+
+
+def _head(model: ModelConfig, at: Setting) -> MemoryUse:
+    E, stream = model.head_params(), at.token_budget * model.hidden_size * at.itemsize
+    chunk = chunk_bytes(model, at.supervised, at.itemsize)
+    passing = at.itemsize * E + (4 * E if at.itemsize < 4 else 0)
+    casts = model.num_layers * cast_bytes(model, at.itemsize) if at.recompute == "none" and at.ranks == 1 else 0
+    # on one process the head's cast is gone before dW is on its way
+    weights, working = max((at.itemsize * E, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
+    return _use(
+        model, at, gradients=_gradients(model, at, 0.0), weights=casts + weights,
+        activations=_kept(model, at, model.num_layers) + _kept_outside(model, at.token_budget, at.itemsize),
+        working=working + 4 * E + 2 * stream,
+    )  # fmt: skip
+
+
+def _block(model: ModelConfig, at: Setting, *, is_last: bool) -> MemoryUse:
+    """The backward of the last block, which is the first to run, or of the first."""
+    T, E, B = at.token_budget, model.head_params(), _block_matrices(model)
+    others = model.num_layers - 1 if is_last else 0
+    done = E if is_last else model.num_parameters() - B - E * (not model.tie_embeddings)
+    activations = _kept(model, at, others) + block_saved_bytes(model, T, at.itemsize) + T * (8 + 4 * model.head_dim)
+    streams = 2 if at.recompute == "block" else 1
+    working = at.itemsize * T * (2 * model.intermediate_size + streams * model.hidden_size)
+    if at.ranks > 1:
+        weights = 3 * at.itemsize * B + at.itemsize * E * model.tie_embeddings
+        working += 8 * B + at.itemsize * E * model.tie_embeddings
+    else:
+        weights = cast_bytes(model, at.itemsize) * (1 if at.recompute == "block" else others + 1)
+        working += 4 * E * (model.tie_embeddings and at.micro_batches > 1)
+    return _use(
+        model, at, gradients=_gradients(model, at, done), weights=weights, activations=activations, working=working
+    )
+
+
+def _end(model: ModelConfig, at: Setting) -> MemoryUse:
+    E = model.head_params()
+    adds = 4 * E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
+    working = adds + max(4 * at.token_budget * model.hidden_size, 4 * E * model.tie_embeddings)
+    weights = at.itemsize * E if at.ranks > 1 else 0
+    gradients = _gradients(model, at, model.num_parameters())
+    return _use(model, at, gradients=gradients, weights=weights, activations=0, working=working)
+
+
+def _use(model: ModelConfig, at: Setting, **bytes_of: float) -> MemoryUse:
+    """A moment with what is there all along, and the allowance."""
+    own = 0 if at.offload and at.ranks > 1 else model.num_parameters() / at.shard
+    lost = FRAGMENTATION * sum(bytes_of.values())
+    allowance = CONTEXT_BYTES + NCCL_BYTES * (at.ranks > 1) + lost
+    return MemoryUse(masters=4 * own, moments=8 * own, allowance=allowance, **bytes_of)
+
+
+def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
+    """Bytes of gradients once the last micro-batch has made those of `done` parameters."""
+    if at.micro_batches > 1:
+        return 4 * model.num_parameters()
+    return 0.0 if at.offload and at.ranks > 1 else 4 * done / at.shard
+
+
+def _kept(model: ModelConfig, at: Setting, num_blocks: int) -> float:
+    return num_blocks * _kept_of_block(model, at.token_budget, at.recompute, at.itemsize)
+
+
+def _kept_of_block(model: ModelConfig, tokens: int, recompute: str, itemsize: int) -> int:
+    if recompute == "block":
+        return 2 * tokens * model.hidden_size * itemsize
+    return block_saved_bytes(model, tokens, itemsize)
+
+
+def _kept_outside(model: ModelConfig, tokens: int, itemsize: int) -> int:
+    """All but dW."""
+    cast = itemsize * model.hidden_size if itemsize < 4 else 0
+    return tokens * (8 + 4 * model.head_dim + 4 + 2 * itemsize * model.hidden_size) + cast
+
+
+def _block_matrices(model: ModelConfig) -> int:
+    return model.matmul_params() // model.num_layers

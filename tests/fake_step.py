@@ -1,0 +1,91 @@
+"""A training step of any size without a card and without its memory: fake tensors that have shapes and nothing else.
+
+    step = FakeStep(model_config, token_budget=8192, recompute="none");  step.saved_bytes();  step.peak_bytes(2)
+The real model, the Triton operators (their fake kernels) and torch's varlen attention run; every storage is counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import ochat_kernels
+import torch
+from ochat_kernels import LossOutput
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ochat.model.attention import PackedAttention
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer
+
+
+class Living(TorchDispatchMode):
+    """Bytes of all storages that were made under it and are still held; the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        self.bytes += storage.nbytes()
+        weakref.finalize(storage, self._gone, storage.nbytes())
+
+    def _gone(self, size: int) -> None:
+        self.bytes -= size
+
+
+class FakeStep:
+    """Forward and backward of one process over micro-batches of `token_budget` tokens, two documents each."""
+
+    def __init__(self, config: ModelConfig, token_budget: int, recompute: str) -> None:
+        self.mode, self.tokens = FakeTensorMode(), token_budget
+        self.ops = ochat_kernels.load("triton")
+        self.living = Living()
+        with self.mode, self.living:
+            self.model = Transformer(config, self.ops)
+        self.model.compute_dtype, self.model.recompute = torch.bfloat16, recompute
+
+    def forward(self) -> torch.Tensor:
+        """The loss of one micro-batch in which every token is supervised."""
+        ids, cu_seqlens = torch.zeros(self.tokens, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor) -> LossOutput:
+            return self.ops.linear_cross_entropy(hidden, weight, ids, torch.zeros(self.tokens), rows=ids)
+
+        attend = PackedAttention(cu_seqlens, self.tokens // 2, "varlen", [self.tokens // 2] * 2)
+        return self.model(ids, ids, attend, head=head).loss_sum
+
+    def saved_bytes(self) -> int:
+        """Unique storages that autograd holds after forward, those of parameters left out."""
+        held: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            held[storage._cdata] = storage
+            return tensor
+
+        with self.mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.forward()
+        own = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
+        assert loss.requires_grad
+        return sum(storage.nbytes() for key, storage in held.items() if key not in own)
+
+    def peak_bytes(self, micro_batches: int) -> int:
+        """The most that was held at any moment of `micro_batches` forwards and backwards, moments of AdamW apart."""
+        with self.mode, self.living:
+            for _ in range(micro_batches):
+                self.forward().backward()
+        return self.living.peak

@@ -1,0 +1,107 @@
+"""The memory that a plan predicts is what the model's own code keeps: pytest tests/test_memory.py"""
+
+import dataclasses
+
+import ochat_kernels
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from ochat.config import OptimConfig, ParallelConfig, TrainConfig
+from ochat.model.attention import PackedAttention
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer
+from ochat.train import memory, optim, parallel
+from ochat.train.memory import Setting
+from ochat.train.parallel import Ranks
+from tests.fake_step import FakeStep
+
+# Real widths, few blocks.
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 6, 32, 8, 128)
+LLAMA_1B = ModelConfig("llama", 128256, 2048, 8192, 5, 32, 8, 64, tie_embeddings=True)
+QWEN3 = ModelConfig("qwen3", 151936, 1024, 3072, 6, 16, 8, 128, tie_embeddings=True, qk_norm=True)
+SMALL_VOCABULARY = ModelConfig("qwen2", 1000, 1024, 3072, 4, 16, 8, 64, qkv_bias=True)
+MODELS = {"8B": LLAMA_8B, "1B": LLAMA_1B, "qwen3": QWEN3, "small vocabulary": SMALL_VOCABULARY}
+CU_SEQLENS = 4 * 3  # the batch's own; checkpointed blocks do not keep it
+UNTIED = ModelConfig("llama", 512, 64, 96, 2, 4, 2, 16)
+REFERENCE = ochat_kernels.load("reference")
+GRADIENT_TOLERANCE = 0.02  # of the peak: the order in which backward frees a block's tensors is followed roughly
+
+
+@pytest.fixture
+def derived_only(monkeypatch):
+    """Without the allowance, and without logits: fake operators make none."""
+    for name in ("CONTEXT_BYTES", "NCCL_BYTES", "FRAGMENTATION"):
+        monkeypatch.setattr(memory, name, 0.0)
+    monkeypatch.setattr(memory, "chunk_bytes", lambda *_: 0)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_backward_keeps_is_known_to_the_byte(name, recompute):
+    for tokens in (1024, 8192):
+        counted = FakeStep(MODELS[name], tokens, recompute).saved_bytes()
+        expected = memory.saved_bytes(MODELS[name], tokens, recompute)
+        assert counted == expected + CU_SEQLENS * (recompute == "none")
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
+    for tokens, micro_batches in ((1024, 1), (32768, 1), (32768, 2)):
+        use = memory.predict(MODELS[name], Setting(tokens, tokens, recompute, micro_batches=micro_batches))
+        peak = FakeStep(MODELS[name], tokens, recompute).peak_bytes(micro_batches)
+        assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_masters_gradients_and_moments_are_those_of_a_built_trainer(tied, derived_only):
+    config = dataclasses.replace(UNTIED, tie_embeddings=tied)
+    model = Transformer(config, REFERENCE)
+    optimizer = optim.build(model, OptimConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    use = memory.predict(config, Setting(64, 64, micro_batches=2))
+    assert use.masters == sum(p.nbytes for p in model.parameters())
+    assert use.gradients == gradients
+    assert use.moments == sum(tensor.nbytes for _, _, tensor in optim.moments(model, optimizer))
+
+
+@pytest.fixture
+def shard_of_four():
+    """This process as the first of four that exist in name only."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
+    yield Ranks(0, 4, torch.device("cpu"), mesh)
+    dist.destroy_process_group()
+
+
+def test_a_rank_holds_its_share_and_whole_gradients_until_it_reduces(shard_of_four, derived_only):
+    model = Transformer(UNTIED, REFERENCE)
+    model.initialize(0)
+    model.compute_dtype = torch.bfloat16
+    parallel.wrap(model, shard_of_four, TrainConfig(), ParallelConfig(), torch.bfloat16)
+    use = memory.predict(UNTIED, Setting(8, 8, ranks=4, shard=4, micro_batches=2))
+    assert sum(optim.local(p).nbytes for p in model.parameters()) == use.masters
+    ids = torch.arange(8)
+    attend = PackedAttention(torch.tensor([0, 8], dtype=torch.int32), 8)
+    for reduces, whole in ((False, use.gradients), (True, 0)):
+        parallel.sync_gradients(model, enabled=reduces)
+        model(ids, ids, attend).sum().backward()
+        assert unreduced_bytes(model) == whole
+    shares = sum(optim.local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
+    assert shares == use.gradients / 4
+
+
+def unreduced_bytes(model: Transformer) -> int:
+    """Gradients of whole parameters that FSDP adds up on this rank."""
+    groups = [group for module in model.modules() if isinstance(module, FSDPModule)
+              for group in [module._get_fsdp_state()._fsdp_param_group] if group is not None]  # fmt: skip
+    sums = [parameter.unsharded_accumulated_grad for group in groups for parameter in group.fsdp_params]
+    return sum(total.nbytes for total in sums if total is not None)
