@@ -229,3 +229,31 @@ def test_the_model_reader_agrees_with_the_library():
     assert changed == [5, 300] and patched.pieces[300].score == model.pieces[300].score
     with pytest.raises(ValueError, match="cut off"):
         sentencepiece_model.read(content[: len(content) // 2 + 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100, deadline=None)
+@given(batch=st.lists(texts, max_size=5))
+def test_a_batch_is_its_texts_one_by_one(small, kind, batch):
+    batch = [*batch, "", EOT, "x" + EOT]
+    assert small[kind].encode_batch(batch) == [small[kind].encode(text) for text in batch]
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_a_batch_is_its_texts_one_by_one_with_real_tokenizers(name):
+    tokenizer = tokenizers.load(text_kit.real_tokenizer(name))
+    assert tokenizer.encode_batch(text_kit.NASTY) == [tokenizer.encode(text) for text in text_kit.NASTY]
+
+
+def test_a_batch_with_a_lone_surrogate_is_refused(small):
+    with pytest.raises(DataError, match="lone surrogate at character 1"):
+        small["gpt2"].encode_batch(["fine", "a\ud800"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefix_ids_are_those_of_live_text_however_many_there_are(small, kind, monkeypatch):
+    monkeypatch.setattr(tokenizers, "MAX_PREFIXES", 3)
+    prefixes = [f"class {i} User:{EOT}" for i in range(5)] * 2
+    assert [list(small[kind].prefix_ids(p)) for p in prefixes] == [
+        small[kind].encode_with_specials(p) for p in prefixes
+    ]

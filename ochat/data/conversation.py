@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ochat.errors import DataError
@@ -118,9 +119,15 @@ def require_list(record: dict[str, Any], key: str) -> list[Any]:
 
 def refuse_misspelt(record: dict[str, Any], known: tuple[str, ...], place: str) -> None:
     """Raises: DataError for a key that is no known one, but close to one."""
-    for key in record.keys() - set(known):
-        if close := difflib.get_close_matches(key.lower(), known, n=1, cutoff=MISSPELT):
-            raise DataError(f"{place}: unknown key {key!r}; did you mean {close[0]!r}? If not, rename or remove it")
+    for key in record:
+        if key not in known and (close := _misspelt(key, known)):
+            raise DataError(f"{place}: unknown key {key!r}; did you mean {close!r}? If not, rename or remove it")
+
+
+@lru_cache(maxsize=4096)  # the same keys come with every record, and difflib is slower than a tokenizer
+def _misspelt(key: str, known: tuple[str, ...]) -> str:
+    """The known key that `key` is close to, "" if there is none."""
+    return next(iter(difflib.get_close_matches(key.lower(), known, n=1, cutoff=MISSPELT)), "")
 
 
 def text_field(record: dict[str, Any], key: str, place: str, *, required: bool = False) -> str:

@@ -19,7 +19,7 @@ from ochat.data import importers
 from ochat.data.conversation import Conversation, default_weight
 from ochat.data.records import Record
 from ochat.data.shards import Columns
-from ochat.data.template import Span, Template
+from ochat.data.template import Part, Span, Template, join
 from ochat.data.tokenizer import Tokenizer
 from ochat.data.weights import ROLES
 from ochat.errors import DataError
@@ -48,6 +48,11 @@ class Encoded:
     counts: dict[str, Counter[str]] = field(default_factory=dict)
 
 
+class _LaidOut(NamedTuple):
+    conversation: Conversation
+    parts: list[Part]
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Records in, sequences out. Called in worker processes, so it pickles."""
@@ -62,31 +67,52 @@ class Encoder:
     def __call__(self, batch: list[Record]) -> Encoded:
         """Encode records. Bad ones become rejects; only over_long="error" raises (DataError)."""
         encoded = Encoded()
-        for record in batch:
+        laid_out = [self._lay_out(record) for record in batch]
+        texts = self._texts([item.parts for item in laid_out if not isinstance(item, Reject)])
+        for record, item in zip(batch, laid_out, strict=True):
+            if isinstance(item, Reject):
+                encoded.rejects.append(item)
+                continue
             try:
-                ids, spans, condition, reward = self._encode(record)
+                ids, spans = self._join(item.parts, texts)
             except DataError as error:
                 encoded.rejects.append(_reject(record, str(error)))
                 continue
-            self._keep(encoded, record, ids, spans, condition, reward)
+            self._keep(encoded, record, item.conversation, ids, spans)
         return encoded
 
-    def _encode(self, record: Record) -> tuple[list[int], list[Span], str, float]:
-        """Ids and spans up to the last supervised token, class and reward (NaN: none). Raises DataError."""
-        conversation = importers.convert(record.value(), self.format, self.default_condition)
-        _check_numbers(conversation)
-        ids, spans = self.template.encode_spans(conversation, self.tokenizer)
+    def _lay_out(self, record: Record) -> _LaidOut | Reject:
+        """The record as a conversation and its parts, of which only the texts are left to tokenise."""
+        try:
+            conversation = importers.convert(record.value(), self.format, self.default_condition)
+            _check_numbers(conversation)
+            return _LaidOut(conversation, self.template.parts(conversation, self.tokenizer))
+        except DataError as error:
+            return _reject(record, str(error))
+
+    def _texts(self, layouts: list[list[Part]]) -> dict[str, list[int]] | None:
+        """text -> its ids, all in one call of the library and each text once; None if one of them cannot be encoded."""
+        texts = list(dict.fromkeys(part.text for parts in layouts for part in parts))
+        try:
+            return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
+        except DataError:
+            return None
+
+    def _join(self, parts: list[Part], texts: dict[str, list[int]] | None) -> tuple[list[int], list[Span]]:
+        """Ids and spans up to the last supervised token. Raises DataError if there is none."""
+        if texts is None:  # some record of the batch is at fault: this one alone will tell whether it is this one
+            texts = {part.text: self.tokenizer.encode(part.text) for part in parts}
+        ids, spans = join(parts, texts)
         spans = trim(spans)
         if num_supervised(spans) == 0:
             raise DataError("items: no message to learn from; every weight is 0, or there is no assistant message")
-        reward = math.nan if conversation.reward is None else conversation.reward
-        return ids[: spans[-1].end], spans, conversation.condition, reward
+        return ids[: spans[-1].end], spans
 
     def _keep(
-        self, encoded: Encoded, record: Record, ids: list[int], spans: list[Span], condition: str, reward: float
+        self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
     ) -> None:
         """Fit one sequence into the context, count it and append it."""
-        count = encoded.counts.setdefault(condition, Counter())
+        count = encoded.counts.setdefault(conversation.condition, Counter())
         if len(ids) > self.context:
             if self.over_long == "error":
                 raise DataError(
@@ -108,8 +134,8 @@ class Encoder:
         columns.span_ends.append([span.end for span in spans])
         columns.span_roles.append([ROLE_IDS[span.role] for span in spans])
         columns.span_weights.append([math.nan if span.weight is None else span.weight for span in spans])
-        columns.conditions.append(condition)
-        columns.rewards.append(reward)
+        columns.conditions.append(conversation.condition)
+        columns.rewards.append(math.nan if conversation.reward is None else conversation.reward)
         columns.lines.append(record.line)
         columns.files.append(record.file)
 

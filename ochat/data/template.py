@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -30,6 +31,15 @@ class Span(NamedTuple):
     end: int
     role: str
     weight: float | None  # None: the record gives none
+
+
+class Part(NamedTuple):
+    """A stretch before its text is tokenised: the ids of `text`, encoded alone, then `ids`."""
+
+    role: str
+    weight: float | None
+    text: str
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -98,14 +108,19 @@ class Template:
 
     def encode_spans(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
         """Ids and the spans that cover them in order. A message's content and its end of turn are one span."""
+        parts = self.parts(conversation, tokenizer)
+        return join(parts, {part.text: tokenizer.encode(part.text) for part in parts})
+
+    def parts(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Part]:
+        """The conversation as parts in order, of which only the texts are left to tokenise."""
         self.check(tokenizer)
-        ids, spans = self._opening(conversation, tokenizer)
+        parts = self._opening(conversation, tokenizer)
+        eot = (tokenizer.special_tokens[self.eot],)
         for message in conversation.items:
-            ids += tokenizer.encode_with_specials(self.role_prefix(message.role, conversation.condition))
-            spans.append(Span(len(ids), "prefix", None))
-            ids += self._turn(message, tokenizer)
-            spans.append(Span(len(ids), message.role, message.weight))
-        return ids, [span for span, begin in zip(spans, [0, *(s.end for s in spans)], strict=False) if span.end > begin]
+            prefix = self.role_prefix(message.role, conversation.condition)
+            parts.append(Part("prefix", None, "", tokenizer.prefix_ids(prefix)))
+            parts.append(Part(message.role, message.weight, message.content, eot))
+        return parts
 
     def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
@@ -122,19 +137,27 @@ class Template:
         ids += tokenizer.encode_with_specials(self.role_prefix("assistant", conversation.condition))
         return ids + tokenizer.encode(items[-1].content)
 
-    def _opening(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
-        bos = self.bos_token(tokenizer)
-        ids = [] if bos is None else [tokenizer.special_tokens[bos]]
-        spans = [Span(len(ids), "bos", None)]
+    def _opening(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Part]:
+        bos, eot = self.bos_token(tokenizer), tokenizer.special_tokens[self.eot]
+        parts = [] if bos is None else [Part("bos", None, "", (tokenizer.special_tokens[bos],))]
         if conversation.system:
-            ids += tokenizer.encode_with_specials(self.system_prefix())
-            spans.append(Span(len(ids), "prefix", None))
-            ids += [*tokenizer.encode(conversation.system), tokenizer.special_tokens[self.eot]]
-            spans.append(Span(len(ids), "system", None))
-        return ids, spans
+            parts.append(Part("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
+            parts.append(Part("system", None, conversation.system, (eot,)))
+        return parts
 
-    def _turn(self, message: Message, tokenizer: Tokenizer) -> list[int]:
-        return [*tokenizer.encode(message.content), tokenizer.special_tokens[self.eot]]
+
+def join(parts: Sequence[Part], encoded: Mapping[str, Sequence[int]]) -> tuple[list[int], list[Span]]:
+    """Ids and spans of `parts`; `encoded`: the ids of each text. A part without tokens leaves no span."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    for role, weight, text, tail in parts:
+        begin = len(ids)
+        if text:
+            ids += encoded[text]
+        ids += tail
+        if len(ids) > begin:
+            spans.append(Span(len(ids), role, weight))
+    return ids, spans
 
 
 def load(name_or_path: str | Path) -> Template:

@@ -8,7 +8,7 @@ what templates write themselves. tokenizer_files.py decides which files make up 
 
 from __future__ import annotations
 
-import base64
+import binascii
 import hashlib
 import json
 import re
@@ -29,6 +29,8 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+MAX_PREFIXES = 4096  # ids of role prefixes that are kept: a template's roles times the data's classes
 
 
 def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
@@ -51,6 +53,7 @@ class Tokenizer:
         self.content = content
         self.special_tokens = special_tokens  # text -> id; escaped in content, live in prefixes
         self.bos, self.eos = bos, eos
+        self._prefixes: dict[str, tuple[int, ...]] = {}
 
     @classmethod
     def from_files(cls, files: tokenizer_files.TokenizerFiles, added_tokens: tuple[str, ...]) -> Tokenizer:
@@ -58,11 +61,23 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; special tokens written in it are text. Raises: DataError for a lone surrogate."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"a lone surrogate at character {error.start}; it is no valid Unicode text") from None
+        _check_unicode(text)
         return self._encode(text) if text else []
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text, by the library's fastest way. Raises: DataError if any of them cannot be encoded."""
+        for text in texts:
+            _check_unicode(text)
+        return self._encode_batch(texts)
+
+    def prefix_ids(self, text: str) -> tuple[int, ...]:
+        """`encode_with_specials` of a text that comes again and again."""
+        ids = self._prefixes.get(text)
+        if ids is None:
+            if len(self._prefixes) == MAX_PREFIXES:
+                self._prefixes.clear()
+            ids = self._prefixes[text] = tuple(self.encode_with_specials(text))
+        return ids
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of text in which special tokens are live; what stands between them is encoded alone."""
@@ -142,6 +157,9 @@ class Tokenizer:
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._encode(text) if text else [] for text in texts]
 
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
@@ -256,6 +274,10 @@ class JsonTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
 
+    def _encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)  # a third faster: no offsets
+        return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
+
     def _decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=False)
 
@@ -269,10 +291,17 @@ class JsonTokenizer(Tokenizer):
         return json.dumps(kept, sort_keys=True).encode()
 
 
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"a lone surrogate at character {error.start}; it is no valid Unicode text") from None
+
+
 def read_ranks(content: bytes) -> dict[bytes, int]:
     """token -> rank of a tiktoken file: a base64 token and its rank on each line."""
     lines = (line.split() for line in content.splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in lines}
+    return {binascii.a2b_base64(token): int(rank) for token, rank in lines}
 
 
 _KINDS: dict[str, type[Tokenizer]] = {t.kind: t for t in (SentencePieceTokenizer, TiktokenTokenizer, JsonTokenizer)}
