@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ochat.data.batch import IGNORE_INDEX, PAD_DOCUMENT_TOKENS, Example, pack
+from ochat.data.batch import IGNORE_INDEX, PAD_DOCUMENT_TOKENS, Example, most_documents, pack
 
 WEIGHTS = st.sampled_from([0.0, 1.0, 0.1, -0.5])
 DOCUMENTS = st.lists(st.lists(st.tuples(st.integers(0, 1000), WEIGHTS), min_size=1, max_size=9), max_size=6)
@@ -55,6 +55,24 @@ def test_padding_is_short_documents():
     batch = pack([example([(5, 0.0), (6, 1.0)])], [0], [0], pad_to=1000)
     padding = batch.lengths[1:]
     assert sum(padding) == 998 and max(padding) == PAD_DOCUMENT_TOKENS and min(padding) > 0
+
+
+@pytest.mark.parametrize(("longest", "max_seqlen"), [(1, 256), (256, 256), (257, 512), (512, 512), (513, 600)])
+def test_empty_documents_and_a_bucket_fix_the_shape(longest, max_seqlen):
+    document = example([(5, 1.0)] * longest)
+    batch = pack([document], [0], [0], pad_to=600, num_documents=7)
+    assert len(batch.lengths) == 7 and batch.cu_seqlens[-1] == batch.cu_seqlens[4] == 600
+    assert batch.max_seqlen == max_seqlen
+    with pytest.raises(AssertionError, match="documents do not fit into 1"):
+        pack([document], [0], [0], pad_to=longest + 1, num_documents=1)
+
+
+@pytest.mark.parametrize(
+    ("num_real", "tokens", "most"), [(63, 599, 64), (64, 600, 64), (64, 599, 128), (62, 88, 64), (62, 87, 128)]
+)
+def test_the_fullest_bin_counts_its_padding(num_real, tokens, most):
+    """599 of 600 tokens need one document of padding, 88 need two of 256, 87 need three."""
+    assert most_documents(np.array([num_real, 3]), np.array([tokens, 600]), 600) == most
 
 
 def test_an_empty_bin_is_padding_alone():

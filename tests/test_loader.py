@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,6 +133,28 @@ def test_fewer_conversations_than_bins_still_make_a_step(data):
     batches = loader.step(0)
     assert loader.num_steps == 1 and sum(len(batch.sequences) for batch in batches) == len(data)
     assert [len(batch.input_ids) for batch in batches[-250:]] == [1] * 250
+
+
+def test_padded_batches_have_the_shapes_of_a_run_that_never_recompiles(data):
+    loader = load(data, pad=True, epochs=3)
+    batches = [batch for step in range(loader.num_steps) for batch in loader.step(step)]
+    assert {(*batch.input_ids.shape, *batch.cu_seqlens.shape) for batch in batches} == {(512, loader.num_documents + 1)}
+    assert {batch.max_seqlen for batch in batches} <= {256, 512}  # padding's documents have 256
+    fullest = max(np.count_nonzero(batch.lengths) for batch in batches)
+    assert fullest <= loader.num_documents < fullest + 64
+    for batch in batches:
+        assert batch.max_seqlen >= max(batch.lengths) and sum(batch.lengths) == 512
+        assert batch.cu_seqlens.tolist() == np.cumsum([0, *batch.lengths]).tolist()
+    ranks = [load(data, pad=True, epochs=3, rank=rank, world=4) for rank in range(4)]
+    assert {rank.num_documents for rank in ranks} == {loader.num_documents}
+
+
+def test_a_budget_that_is_no_power_of_two_bounds_max_seqlen(data):
+    budget = int(data.lengths.max()) + 3
+    loader = load(data, pad=True, token_budget=budget)
+    longest = [max(batch.lengths) for step in range(loader.num_steps) for batch in loader.step(step)]
+    found = [batch.max_seqlen for step in range(loader.num_steps) for batch in loader.step(step)]
+    assert max(longest) <= budget and all(a <= b <= budget for a, b in zip(longest, found, strict=True))
 
 
 def test_leaving_early_ends_the_thread(data):

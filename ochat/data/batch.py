@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 IGNORE_INDEX = -100
 PAD_ID = 0  # any valid id will do: no document sees padding, and padding has no label
 PAD_DOCUMENT_TOKENS = 256  # long enough to keep their number small, short enough to cost nothing in attention
+DOCUMENTS_MULTIPLE = 64  # data sets and epochs that differ a little share a compiled shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,11 +44,11 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # (S+1,) int32
     rows: torch.Tensor  # (R,) int64, ascending: label != IGNORE_INDEX and weight != 0
     row_classes: torch.Tensor  # (R,) int64, class of the conversation that a row belongs to
-    max_seqlen: int
+    max_seqlen: int  # at least the longest document
     num_tokens: int  # without padding
     num_supervised: int  # R
     weight_sum: float  # sum of |weight| over the rows, in float64
-    lengths: tuple[int, ...]  # (S,) of the documents, padding documents included
+    lengths: tuple[int, ...]  # (S,) of the documents, padding and empty ones included
     sequences: tuple[int, ...]  # data set indices of the first documents; what follows them is padding
 
     @cached_property
@@ -69,24 +70,27 @@ class PackedBatch:
 
 
 def pack(
-    examples: Sequence[Example], indices: Sequence[int], class_ids: Sequence[int], *, pad_to: int | None = None
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    class_ids: Sequence[int],
+    *,
+    pad_to: int | None = None,
+    num_documents: int | None = None,
 ) -> PackedBatch:
-    """Lay `examples` end to end.
+    """Lay `examples` end to end: the definition of what `TokenDataset.batch` does in compiled code.
 
     `indices` (S,) are their places in the data set, `class_ids` (S,) their classes. `pad_to`: fill up to exactly so
-    many tokens. Without examples the batch is padding alone: `pad_to` tokens, or one.
+    many tokens. `num_documents`: exactly so many documents, empty ones at the end, and a `max_seqlen` that is a power
+    of two from PAD_DOCUMENT_TOKENS on, or `pad_to`, so that a compiler meets few shapes. Without examples the batch is
+    padding alone: `pad_to` tokens, or one.
     """
     assert len(examples) == len(indices) == len(class_ids), "one index and one class per example"
-    real = [len(example.input_ids) for example in examples]
-    num_tokens = sum(real)
-    lengths = real + _padding(max(pad_to or 0, 0 if real else 1) - num_tokens)
-    assert pad_to is None or sum(lengths) == pad_to, f"{num_tokens} tokens do not fit into {pad_to}"
-
-    input_ids = np.full(sum(lengths), PAD_ID, np.int64)
+    lengths, max_seqlen = documents([len(example.input_ids) for example in examples], pad_to, num_documents)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    input_ids = np.full(cu_seqlens[-1], PAD_ID, np.int64)
     labels = np.full(len(input_ids), IGNORE_INDEX, np.int64)
     weights = np.zeros(len(input_ids), np.float32)
     row_class = np.zeros(len(input_ids), np.int64)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     for example, class_id, begin in zip(examples, class_ids, cu_seqlens, strict=False):
         end = begin + len(example.input_ids)
         input_ids[begin:end] = example.input_ids
@@ -102,13 +106,45 @@ def pack(
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         rows=torch.from_numpy(rows),
         row_classes=torch.from_numpy(row_class[rows]),
-        max_seqlen=max(lengths),
-        num_tokens=num_tokens,
+        max_seqlen=max_seqlen,
+        num_tokens=int(cu_seqlens[len(examples)]),
         num_supervised=len(rows),
         weight_sum=float(np.abs(weights[rows], dtype=np.float64).sum()),
         lengths=tuple(lengths),
         sequences=tuple(int(index) for index in indices),
     )
+
+
+def allocate(num_tokens: int, num_documents: int, pin: bool) -> dict[str, torch.Tensor]:
+    """Unfilled tensors of a PackedBatch; `rows` and `row_classes` have room for all tokens.
+
+    `pin`: in page-locked memory, which torch hands out again only when copies from it are done.
+    """
+    int64 = ("input_ids", "labels", "position_ids", "rows", "row_classes")
+    tensors = {name: torch.empty(num_tokens, dtype=torch.int64, pin_memory=pin) for name in int64}
+    tensors["loss_weights"] = torch.empty(num_tokens, dtype=torch.float32, pin_memory=pin)
+    tensors["cu_seqlens"] = torch.empty(num_documents + 1, dtype=torch.int32, pin_memory=pin)
+    return tensors
+
+
+def documents(real: list[int], pad_to: int | None, num_documents: int | None) -> tuple[list[int], int]:
+    """Lengths of a batch's documents, padding and empty ones included, and its max_seqlen (see `pack`)."""
+    num_tokens = sum(real)
+    lengths = real + _padding(max(pad_to or 0, 0 if real else 1) - num_tokens)
+    total, longest = sum(lengths), max(lengths)
+    assert pad_to is None or total == pad_to, f"{num_tokens} tokens do not fit into {pad_to}"
+    if num_documents is None:
+        return lengths, longest
+    assert len(lengths) <= num_documents, f"{len(lengths)} documents do not fit into {num_documents}"
+    bucket = max(1 << (longest - 1).bit_length(), PAD_DOCUMENT_TOKENS)
+    return lengths + [0] * (num_documents - len(lengths)), min(bucket, total)
+
+
+def most_documents(num_real: NDArray[np.int64], num_tokens: NDArray[np.int64], pad_to: int) -> int:
+    """Most documents, padding included, of bins with so many sequences and tokens (B,), rounded up to a multiple."""
+    padding = -(-(pad_to - num_tokens) // PAD_DOCUMENT_TOKENS)
+    most = int((num_real + padding).max(initial=1))
+    return -(-most // DOCUMENTS_MULTIPLE) * DOCUMENTS_MULTIPLE
 
 
 def _padding(num_tokens: int) -> list[int]:

@@ -1,10 +1,10 @@
-"""A prepared data set: shards of token ids and spans, mapped into memory, that turn into examples with weights at load.
+"""Prepared data: shards of token ids and spans, mapped into memory, that turn into examples with weights at load.
 
     dataset = TokenDataset("data/train", classes=config.classes, weights=config.weights)
-    dataset[0].input_ids, dataset.lengths, dataset.place(0)
+    dataset[0].input_ids, dataset.lengths, dataset.place(0), dataset.batch([0, 5])
 
-`ochat prepare` writes the folder; shards.py describes it. Token ids stay in the file: all processes share their
-pages.
+`ochat prepare` writes the folder; shards.py describes it, mapped.py maps it. Token ids, spans, lines and rewards stay
+in the files, whose pages all processes share; a process holds 14 bytes a sequence, 4 more under a selection.
 """
 
 from __future__ import annotations
@@ -12,20 +12,23 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from numpy.typing import ArrayLike, NDArray
 
 from ochat.config import ClassConfig, WeightsConfig
-from ochat.data import shards
+from ochat.data import fill, mapped, shards
 from ochat.data.batch import Example as Example
+from ochat.data.batch import PackedBatch, allocate, documents
+from ochat.data.mapped import Shard
 from ochat.data.template import Template
 from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import ConfigError, DataError
+
+FILLED = ("input_ids", "labels", "loss_weights", "position_ids", "rows", "row_classes")  # in fill_batch's order
 
 
 class TokenDataset:
@@ -42,10 +45,9 @@ class TokenDataset:
     manifest: dict[str, Any]
     template: Template
     class_names: tuple[str, ...]
-    indices: NDArray[np.int64]  # (S,) places in the whole data set
     lengths: NDArray[np.int64]  # (S,) tokens
-    class_ids: NDArray[np.int64]  # (S,) places in class_names
-    supervised: NDArray[np.int64]  # (S,) labels of non-zero weight, that is counted after the shift
+    class_ids: NDArray[np.uint16]  # (S,) places in class_names
+    supervised: NDArray[np.int32]  # (S,) labels of non-zero weight, that is counted after the shift
 
     def __init__(
         self,
@@ -64,37 +66,73 @@ class TokenDataset:
                 f"{self.path}: its roles are {self.manifest['roles']}, not {list(ROLES)}: prepare the data again"
             )
         self.template = Template.from_dict(self.manifest["template"], str(self.path / shards.MANIFEST))
-        self.class_names = tuple(self.manifest["classes"])
-        self._shards = [_open_shard(shards.check_size(self.path, shard)) for shard in self.manifest["shards"]]
-        self._shard_starts = np.cumsum([0, *(len(shard["class_ids"]) for shard in self._shards)])
-        all_classes = self._column("class_ids").astype(np.int64)
+        self.class_names, [self._shards] = mapped.open_all([(self.path, self.manifest)])
+        self._starts = np.cumsum([0, *map(len, self._shards)])
+        self._table = mapped.address_table(self._shards)
         self._selection = {"only_class": only_class, "subsample": dict(subsample or {}), "seed": seed}
-        self.indices = _select(self.class_names, all_classes, only_class, subsample or {}, seed)
-        if not len(self.indices):
-            raise ConfigError(f"{self.path}: only_class and subsample leave no conversation of {len(all_classes)}")
-        self.class_ids = all_classes[self.indices]
-        self.lengths = np.concatenate([np.diff(shard["offsets"]) for shard in self._shards])[self.indices]
-        present = [self.class_names[i] for i in np.unique(self.class_ids)]
+        class_ids = self._filled(np.uint16, _class_ids)
+        self._kept = _select(self.class_names, class_ids, only_class, subsample or {}, seed)
+        if self._kept is not None and not len(self._kept):
+            raise ConfigError(f"{self.path}: only_class and subsample leave no conversation of {len(class_ids)}")
+        self.class_ids = self._of_kept(class_ids)
+        self.lengths = self._of_kept(self._filled(np.int64, _lengths))
+        present = [self.class_names[i] for i in np.flatnonzero(np.bincount(self.class_ids))]
         self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, present)
+        self._compiled = mapped.compiled_rule(self._rule)
         self._check_rewards()
-        self.supervised = np.concatenate(list(self._count_supervised()))[self.indices]
+        self.supervised = self._of_kept(self._filled(np.int32, self._count_supervised))
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Example:
         """Ids (len,) int64 and weights (len,) float32 of a conversation, unshifted. Raises IndexError past the end."""
         shard, at = self._locate(index)
         begin, end = shard["offsets"][at], shard["offsets"][at + 1]
-        lengths, weights = self._span_weights(shard, at, at + 1)
+        lengths, weights = self._span_weights(shard, at)
         return Example(
             input_ids=shard["input_ids"][begin:end].astype(np.int64),
             loss_weights=np.repeat(weights, lengths),
-            condition=self.class_names[shard["class_ids"][at]],
+            condition=self.class_names[shard.class_map[shard["class_ids"][at]]],
         )
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+    @property
+    def indices(self) -> NDArray[np.integer]:
+        """(S,) places in the whole data set."""
+        return np.arange(len(self)) if self._kept is None else self._kept
+
+    def batch(
+        self, indices: ArrayLike, *, pad_to: int | None = None, num_documents: int | None = None, pin: bool = False
+    ) -> PackedBatch:
+        """What `pack` makes of these examples, by one compiled pass over the mapped files; `pin`: in pinned memory.
+
+        Costs at 40,960 tokens: benchmarks/results/loader.csv. Raises IndexError past the ends.
+        """
+        chosen = np.asarray(indices, np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
+            raise IndexError(f"examples {chosen.min()} ... {chosen.max()} of {len(self)}")
+        wholes = chosen if self._kept is None else self._kept[chosen].astype(np.int64)
+        in_shards = np.searchsorted(self._starts, wholes, side="right") - 1
+        lengths, max_seqlen = documents(self.lengths[chosen].tolist(), pad_to, num_documents)
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+        tensors = allocate(int(cu_seqlens[-1]), len(lengths), pin)
+        tensors["cu_seqlens"].numpy()[:] = cu_seqlens
+        num_rows, weight_sum = fill.fill_batch(
+            self._table, in_shards, wholes, cu_seqlens, self._compiled, *(tensors[name].numpy() for name in FILLED)
+        )
+        tensors |= {name: tensors[name][:num_rows] for name in ("rows", "row_classes")}
+        return PackedBatch(
+            **tensors,
+            max_seqlen=max_seqlen,
+            num_tokens=int(cu_seqlens[len(chosen)]),
+            num_supervised=num_rows,
+            weight_sum=weight_sum,
+            lengths=tuple(lengths),
+            sequences=tuple(chosen.tolist()),
+        )
 
     @property
     def fingerprint(self) -> str:
@@ -106,7 +144,7 @@ class TokenDataset:
     def place(self, index: int) -> str:
         """ "file:line" of the record that an example came from."""
         shard, at = self._locate(index)
-        return f"{self.manifest['files'][shard['files'][at]]}:{shard['lines'][at]}"
+        return f"{shard.files[shard['files'][at]]}:{shard['lines'][at]}"
 
     def verify(self) -> None:
         """Read every shard and compare its sha256. Raises DataError naming the file."""
@@ -117,46 +155,51 @@ class TokenDataset:
                     f"{path}: its content has changed since it was written: copy it again, or prepare again"
                 )
 
-    def _locate(self, index: int) -> tuple[dict[str, NDArray], int]:
+    def _locate(self, index: int) -> tuple[Shard, int]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
-        whole = int(self.indices[index])
-        number = int(np.searchsorted(self._shard_starts, whole, side="right")) - 1
-        return self._shards[number], whole - int(self._shard_starts[number])
+        whole = int(index % len(self) if self._kept is None else self._kept[index])
+        number = int(np.searchsorted(self._starts, whole, side="right")) - 1
+        return self._shards[number], whole - int(self._starts[number])
 
-    def _column(self, name: str) -> NDArray:
-        return np.concatenate([shard[name] for shard in self._shards])
+    def _filled(self, dtype: type, write: Callable[[Shard, NDArray], None]) -> NDArray:
+        """A column of the whole data set, which `write` fills shard by shard."""
+        column = np.empty(self._starts[-1], dtype)
+        for shard, first in zip(self._shards, self._starts, strict=False):
+            write(shard, column[first : first + len(shard)])
+        return column
 
-    def _span_weights(self, shard: dict[str, NDArray], begin: int, end: int) -> tuple[NDArray, NDArray[np.float32]]:
-        """Lengths and weights of the spans of a shard's sequences begin ... end - 1."""
-        offsets = shard["span_offsets"][begin : end + 1]
-        spans = slice(int(offsets[0]), int(offsets[-1]))
-        counts = np.diff(offsets)
-        ends = shard["span_ends"][spans]
-        starts = np.concatenate([[0], ends[:-1]])
-        starts[(offsets[:-1] - offsets[0])] = 0  # every sequence has a span
-        weights = self._rule(
-            shard["span_weights"][spans],
-            shard["span_roles"][spans],
-            np.repeat(shard["class_ids"][begin:end], counts),
-            np.repeat(shard["rewards"][begin:end], counts),
-            ends - starts,
+    def _of_kept(self, column: NDArray) -> NDArray:
+        return column if self._kept is None else column[self._kept]
+
+    def _span_weights(self, shard: Shard, at: int) -> tuple[NDArray, NDArray[np.float32]]:
+        """Lengths and weights of a sequence's spans."""
+        spans = slice(int(shard["span_offsets"][at]), int(shard["span_offsets"][at + 1]))
+        lengths = np.diff(shard["span_ends"][spans], prepend=0)
+        class_ids = np.full(len(lengths), shard.class_map[shard["class_ids"][at]])
+        rewards = np.full(len(lengths), shard["rewards"][at])
+        return lengths, self._rule(
+            shard["span_weights"][spans], shard["span_roles"][spans], class_ids, rewards, lengths
         )
-        return ends - starts, weights
 
-    def _count_supervised(self) -> Iterator[NDArray[np.int64]]:
-        """Supervised labels of each sequence, one array per shard."""
-        for shard in self._shards:
-            lengths, weights = self._span_weights(shard, 0, len(shard["class_ids"]))
-            first_spans = shard["span_offsets"][:-1]
-            lengths[first_spans] -= 1  # a sequence's first token is nobody's label
-            yield np.add.reduceat(np.where(weights != 0, lengths, 0), first_spans).astype(np.int64)
+    def _count_supervised(self, shard: Shard, counts: NDArray[np.int32]) -> None:
+        fill.count_supervised(
+            shard["span_offsets"],
+            shard["span_ends"],
+            shard["span_roles"],
+            shard["span_weights"],
+            shard["class_ids"],
+            shard["rewards"],
+            shard.class_map,
+            self._compiled,
+            counts,
+        )
 
     def _check_rewards(self) -> None:
         """Raises DataError naming the first conversation whose weight the reward field cannot give."""
         if not self._rule.needs_reward:
             return
-        rewards = self._column("rewards")[self.indices]
+        rewards = self._of_kept(self._filled(np.float32, _rewards))
         with np.errstate(over="ignore"):
             wrong = np.flatnonzero(
                 ~np.isfinite(np.exp((rewards.astype(np.float64) - 1) / self._rule.beta).astype(np.float32))
@@ -170,26 +213,30 @@ class TokenDataset:
             )
 
 
-def _open_shard(path: Path) -> dict[str, NDArray]:
-    """A shard's arrays as views of the mapped file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names: list[str] = file.keys()
-            return {name: file.get_tensor(name).numpy() for name in names}
-    except SafetensorError as error:
-        raise DataError(f"{path}: damaged ({error}): copy it again, or prepare the data again") from error
+def _lengths(shard: Shard, column: NDArray[np.int64]) -> None:
+    np.subtract(shard["offsets"][1:], shard["offsets"][:-1], out=column)
+
+
+def _class_ids(shard: Shard, column: NDArray[np.uint16]) -> None:
+    np.take(shard.class_map, shard["class_ids"], out=column)
+
+
+def _rewards(shard: Shard, column: NDArray[np.float32]) -> None:
+    column[:] = shard["rewards"]
 
 
 def _select(
-    names: tuple[str, ...], class_ids: NDArray[np.int64], only_class: str, subsample: Mapping[str, float], seed: int
-) -> NDArray[np.int64]:
-    """Places of the conversations that stay."""
+    names: tuple[str, ...], class_ids: NDArray[np.uint16], only_class: str, subsample: Mapping[str, float], seed: int
+) -> NDArray[np.integer] | None:
+    """Places of the conversations that stay; None: all of them."""
     known = ", ".join(map(repr, names))
     for name in [only_class, *subsample] if only_class else [*subsample]:
         if name not in names:
             raise ConfigError(
                 f"the data has no class {name!r} (its classes: {known}): correct data.only_class or data.subsample"
             )
+    if not only_class and not subsample:
+        return None
     kept = np.ones(len(class_ids), bool) if not only_class else class_ids == names.index(only_class)
     for name, share in subsample.items():
         if not 0 <= share <= 1:
@@ -197,4 +244,4 @@ def _select(
         members = np.flatnonzero(class_ids == names.index(name))
         order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(members))
         kept[members[order[round(share * len(members)) :]]] = False
-    return np.flatnonzero(kept)
+    return np.flatnonzero(kept).astype(np.int32 if len(kept) < 1 << 31 else np.int64)

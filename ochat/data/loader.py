@@ -12,15 +12,15 @@ import queue
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ochat.data import multipack
-from ochat.data.batch import PackedBatch, pack
+from ochat.data.batch import PackedBatch, most_documents
 from ochat.data.dataset import TokenDataset
 from ochat.data.multipack import PackPlan
+from ochat.data.plans import Plans
 from ochat.errors import ConfigError, DataError
 
 
@@ -50,9 +50,11 @@ class LoaderStats:
 class Loader:
     """Plans every epoch once at construction, so that the number of steps is exact before the first.
 
-    `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens. `costs` (S,) float:
-    the work of each sequence, which the bins of a step share evenly. Raises ConfigError for impossible settings,
-    DataError for a sequence longer than a bin and for a data set without sequences.
+    `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens and as many documents
+    as the run's fullest bin. `pin`: in page-locked memory, from which `PackedBatch.to` copies without waiting.
+    `costs` (S,) float: the work of each sequence, which the bins of a step share evenly. Memory: two plans, of 8 bytes
+    a sequence each. Raises ConfigError for impossible settings, DataError for a sequence longer than a bin and for a
+    data set without sequences.
     """
 
     def __init__(
@@ -67,15 +69,19 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         pad: bool = False,
-        costs: NDArray[np.float64] | None = None,
+        pin: bool = False,
+        costs: NDArray[np.floating] | None = None,
     ) -> None:
         _check_settings(bins_per_step, epochs, max_steps, rank, world)
         _check_lengths(dataset, token_budget)
         self.dataset = dataset
         self.token_budget, self.bins_per_step, self.seed = token_budget, bins_per_step, seed
-        self.rank, self.world, self.pad, self.costs = rank, world, pad, costs
-        self.plan = lru_cache(maxsize=2)(self._plan)  # two: the prefetch thread may be an epoch ahead
-        self.steps_per_epoch = tuple(self.plan(epoch).num_steps for epoch in range(epochs))
+        self.rank, self.world, self.pin, self.costs = rank, world, pin, costs
+        self.plan = Plans(self._plan)
+        counts = [self._count(epoch) for epoch in reversed(range(epochs))]  # so that the first two stay planned
+        self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))
+        self.pad_to = token_budget if pad else None
+        self.num_documents = max(most for _, most in counts) if pad else None
         self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
         total = int(self._epoch_starts[-1])
         self.num_steps = min(total, max_steps) if max_steps else total
@@ -89,6 +95,11 @@ class Loader:
             epoch=epoch,
             costs=self.costs,
         )
+
+    def _count(self, epoch: int) -> tuple[int, int]:
+        """Steps of an epoch, and the most documents of a padded bin."""
+        plan = self.plan(epoch)
+        return plan.num_steps, most_documents(np.diff(plan.bin_offsets), plan.bin_tokens, self.token_budget)
 
     def steps_of_epoch(self, epoch: int) -> int:
         """Number of steps of an epoch, whatever `max_steps` leaves of it."""
@@ -111,15 +122,17 @@ class Loader:
         epoch, step_in_epoch = self.position(step)
         plan = self.plan(epoch)
         first = step_in_epoch * self.bins_per_step
-        return [self._batch(plan.bin(first + b)) for b in range(self.rank, self.bins_per_step, self.world)]
+        bins = range(first + self.rank, first + self.bins_per_step, self.world)
+        return [self._batch(plan.bin(b)) for b in bins]
 
     def _batch(self, indices: NDArray[np.int64]) -> PackedBatch:
-        examples = [self.dataset[int(index)] for index in indices]
-        pad_to = self.token_budget if self.pad else None
-        return pack(examples, indices.tolist(), self.dataset.class_ids[indices].tolist(), pad_to=pad_to)
+        return self.dataset.batch(indices, pad_to=self.pad_to, num_documents=self.num_documents, pin=self.pin)
 
     def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Generator[tuple[int, list[PackedBatch]]]:
-        """(step, batches) from `start_step` on; a thread works `prefetch` steps ahead and ends with the generator."""
+        """(step, batches) from `start_step` on; a thread works `prefetch` steps ahead and ends with the generator.
+
+        Nothing of earlier steps is read. Another thread plans the next epoch while this one is under way.
+        """
         ready: queue.Queue = queue.Queue(maxsize=max(prefetch, 1))
         stop = threading.Event()
         thread = threading.Thread(target=self._produce, args=(start_step, ready, stop), daemon=True, name="loader")
@@ -145,10 +158,17 @@ class Loader:
             for step in range(start_step, self.num_steps):
                 if stop.is_set():
                     return
+                self._plan_ahead(step)
                 put((step, self.step(step)))
             put(None)
         except BaseException as error:  # the consumer raises it
             put(error)
+
+    def _plan_ahead(self, step: int) -> None:
+        """Have the next epoch planned by the time it begins; behind max_steps nothing is."""
+        following = self.position(step)[0] + 1
+        if following < len(self.steps_per_epoch) and self._epoch_starts[following] < self.num_steps:
+            self.plan.start(following)
 
     def stats(self) -> LoaderStats:
         """Counts of the data and of the first epoch's plan."""

@@ -67,7 +67,7 @@ class WeightRule:
         table = {name: class_weight(entry, name, config.beta) for name, entry in classes.items()}
         if self.source == "classes":
             _check_complete(table, names if present is None else tuple(present))
-        self._by_class = np.array([table.get(name, np.nan) for name in names] or [np.nan], np.float32)
+        self.by_class = np.array([table.get(name, np.nan) for name in names] or [np.nan], np.float32)
 
     def __call__(
         self,
@@ -86,7 +86,7 @@ class WeightRule:
         weights = own_weights(own, roles)
         supervised = weights != 0
         if self.source == "classes":
-            weights = np.where(supervised, np.copysign(1, weights) * self._by_class[class_ids], 0)
+            weights = np.where(supervised, np.copysign(1, weights) * self.by_class[class_ids], 0)
         elif self.source == "reward":
             weights = np.where(supervised, np.copysign(1, weights) * _reward_weights(rewards, self.beta), 0)
         elif self.source == "none":

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
@@ -62,13 +64,16 @@ def open_loader(
         rank=rank,
         world=world,
         pad=pad,
+        pin=pad and torch.cuda.is_available(),
         costs=sequence_flops(data, model),
     )
 
 
 def open_eval_loader(config: Config, data: TokenDataset, *, rank: int = 0, world: int = 1, pad: bool = False) -> Loader:
     """One pass over held-out data, one bin per rank at a time; the order never changes."""
-    return Loader(data, token_budget=config.data.token_budget, bins_per_step=world, rank=rank, world=world, pad=pad)
+    pin = pad and torch.cuda.is_available()
+    budget = config.data.token_budget
+    return Loader(data, token_budget=budget, bins_per_step=world, rank=rank, world=world, pad=pad, pin=pin)
 
 
 def served_template(data: TokenDataset) -> Template:
@@ -100,9 +105,12 @@ def mean_weight(data: TokenDataset, name: str, sample: int = 200) -> float:
     return float(weights.sum() / max(1, np.count_nonzero(weights)))
 
 
-def sequence_flops(data: TokenDataset, model: ModelConfig) -> np.ndarray:
-    """(S,) float64: training FLOPs of each sequence, its head counted for supervised tokens only."""
+def sequence_flops(data: TokenDataset, model: ModelConfig) -> NDArray[np.float64]:
+    """(S,): training FLOPs of each sequence, its head counted for supervised tokens only."""
     linear, head = model.flops_per_step(1, 0, 0), model.flops_per_step(0, 0, 1)
     square = model.flops_per_step(0, 1, 0)
-    lengths = data.lengths.astype(np.float64)
-    return linear * lengths + square * lengths**2 + head * data.supervised
+    flops = square * data.lengths.astype(np.float64)  # in place: a large data set has many sequences
+    flops += linear
+    flops *= data.lengths
+    flops += head * data.supervised
+    return flops

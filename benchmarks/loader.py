@@ -1,0 +1,157 @@
+"""What a batch costs on one core: to build, and what a training thread waits for it behind the loader's own thread.
+
+    python -m benchmarks.loader --out benchmarks/results/loader.csv
+
+Two synthetic data sets in a temporary folder: chats (log-normal, median 180 tokens, as of paired instructions) and long
+ones (as of ShareGPT, half of them cut at 2,048). Rows: `build`, one batch in microseconds; `definition`, the same batch
+by batch.pack; `wait`, what `next()` takes a consumer whose step lasts 20 ms; `loop`, how much slower a consumer's
+own Python runs while the loader's thread works without pause (1: not at all).
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numba
+import numpy as np
+
+from benchmarks import bench
+from ochat.data import batch, shards, template
+from ochat.data.dataset import TokenDataset
+from ochat.data.loader import Loader
+from ochat.data.weights import ROLES
+
+BUDGET = 40_960
+STEP_S = 0.02
+COLUMNS = ["date", "commit", "cpu", "python", "numpy", "numba", "torch"]
+COLUMNS += ["data", "padded", "documents", "what", "repeats", "median", "p20", "p80", "unit"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="in each data set")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = bench.Rows(args.out, COLUMNS)
+    rng = np.random.default_rng(0)
+    for name, lengths in {"chats": chat_lengths(rng, args.tokens), "long": long_lengths(rng, args.tokens)}.items():
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder) / "data", lengths, rng)
+            data = TokenDataset(Path(folder) / "data")
+            for pad in (False, True):
+                measure(rows, name, data, pad)
+    rows.close()
+
+
+def measure(rows: bench.Rows, name: str, data: TokenDataset, pad: bool) -> None:
+    """All rows of one data set."""
+    loader = Loader(data, token_budget=BUDGET, bins_per_step=1, pad=pad)
+    bins = [loader.plan(0).bin(i) for i in range(min(200, loader.num_steps))]
+    facts = stamp() | {"data": name, "padded": pad, "documents": round(float(np.mean([len(b) for b in bins])))}
+
+    def row(what: str, values: list[float], unit: str) -> None:
+        p20, median, p80 = (bench.percentile(values, percent) for percent in (20, 50, 80))
+        measured = {"what": what, "repeats": len(values), "median": median, "p20": p20, "p80": p80, "unit": unit}
+        rows.add(facts | measured)
+        print(f"{name:6} padded {pad!s:5} {what:10} {median:10.4g} {unit}")
+
+    shape = {"pad_to": loader.pad_to, "num_documents": loader.num_documents}
+    build(data, bins[0], shape)  # compiles
+    row("build", [us(lambda b=b: build(data, b, shape)) for b in bins], "us")
+    row("definition", [us(lambda b=b: define(data, b, shape)) for b in bins[:40]], "us")
+    row("wait", list(islice(waits(loader.iterate()), 100)), "us")
+    row("loop", slowdowns(loader), "ratio")
+
+
+def build(data: TokenDataset, indices: np.ndarray, shape: dict[str, int | None]) -> batch.PackedBatch:
+    """The batch as the loader makes it."""
+    return data.batch(indices, pad_to=shape["pad_to"], num_documents=shape["num_documents"])
+
+
+def define(data: TokenDataset, indices: np.ndarray, shape: dict[str, int | None]) -> batch.PackedBatch:
+    """The batch by its definition."""
+    return batch.pack([data[int(i)] for i in indices], indices.tolist(), data.class_ids[indices].tolist(), **shape)
+
+
+def us(call: Callable[[], object]) -> float:
+    before = time.perf_counter()
+    call()
+    return (time.perf_counter() - before) * 1e6
+
+
+def waits(steps: Iterator) -> Iterator[float]:
+    """What each step's batches were waited for, by a consumer that is busy STEP_S between them."""
+    next(steps)
+    while True:
+        time.sleep(STEP_S)
+        yield us(lambda: next(steps))
+
+
+def slowdowns(loader: Loader) -> list[float]:
+    """Time of a Python loop beside the loader's busy thread, over its time alone."""
+    alone = min(us(spin) for _ in range(20))
+    steps = loader.iterate(prefetch=10_000)  # more than there are: the thread never waits
+    next(steps)
+    return [us(spin) / alone for _ in range(20)]
+
+
+def spin() -> None:
+    for _ in range(40_000):
+        pass
+
+
+def chat_lengths(rng: np.random.Generator, tokens: int) -> np.ndarray:
+    return np.clip(rng.lognormal(np.log(181), 0.9, tokens // 270), 12, 4096).astype(np.int64)
+
+
+def long_lengths(rng: np.random.Generator, tokens: int) -> np.ndarray:
+    return np.clip(rng.lognormal(np.log(2000), 0.9, tokens // 1450), 100, 2048).astype(np.int64)
+
+
+def write(folder: Path, lengths: np.ndarray, rng: np.random.Generator) -> None:
+    """A data set of random ids: bos, then prefix and text of the user and of the assistant in turn, 150 tokens each."""
+    columns = shards.Columns()
+    for i, length in enumerate(lengths.tolist()):
+        ends, roles, begin = [1], [ROLES.index("bos")], 1
+        for turn in range(2 * (1 + length // 300)):
+            for role, size in (("prefix", 3), (("user", "assistant")[turn % 2], 147)):
+                ends.append(begin := min(begin + size, length))
+                roles.append(ROLES.index(role))
+        ends[-1] = length
+        columns.input_ids.append(rng.integers(0, 32_000, length).astype(np.uint32))
+        columns.span_ends.append(ends)
+        columns.span_roles.append(roles)
+        columns.span_weights.append([np.nan] * len(ends))
+        columns.conditions.append(("GPT4", "GPT3")[i % 2])
+        columns.rewards.append(np.nan)
+        columns.lines.append(i + 1)
+        columns.files.append("synthetic")
+    manifest = {"template": template.load("openchat_v3.2").to_dict(), "tokenizer": {"fingerprint": ""}, "context": 4096}
+    with shards.ShardWriter(folder, 32_002) as writer:
+        writer.add(columns)
+        writer.finish(manifest, ROLES)
+
+
+def stamp() -> dict[str, str]:
+    """Where and with what a number was measured."""
+    import torch
+
+    taken = bench.stamp(torch.device("cpu"))
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__}
+    return {"date": taken["date"], "commit": taken["commit"], "cpu": cpu_name(), "torch": taken["torch"]} | versions
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
