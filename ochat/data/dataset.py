@@ -76,7 +76,7 @@ class TokenDataset:
             raise ConfigError(f"{self.path}: only_class and subsample leave no conversation of {len(class_ids)}")
         self.class_ids = self._of_kept(class_ids)
         self.lengths = self._of_kept(self._filled(np.int64, _lengths))
-        present = [self.class_names[i] for i in np.flatnonzero(np.bincount(self.class_ids))]
+        present = [self.class_names[i] for i in np.flatnonzero(_counts(self.class_ids, len(self.class_names)))]
         self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, present)
         self._compiled = mapped.compiled_rule(self._rule)
         self._check_rewards()
@@ -223,6 +223,15 @@ def _class_ids(shard: Shard, column: NDArray[np.uint16]) -> None:
 
 def _rewards(shard: Shard, column: NDArray[np.float32]) -> None:
     column[:] = shard["rewards"]
+
+
+def _counts(class_ids: NDArray[np.uint16], num_classes: int) -> NDArray[np.int64]:
+    """Sequences of each class; in blocks, because bincount copies what it counts to int64."""
+    blocks = range(0, len(class_ids), 1 << 20)
+    return sum(
+        (np.bincount(class_ids[b : b + (1 << 20)], minlength=num_classes) for b in blocks),
+        np.zeros(num_classes, np.int64),
+    )
 
 
 def _select(

@@ -65,7 +65,7 @@ def open_loader(
         world=world,
         pad=pad,
         pin=pad and torch.cuda.is_available(),
-        costs=sequence_flops(data, model),
+        costs=sequence_flops(data, model).astype(np.float32),  # of many sequences, each rank holds them
     )
 
 
