@@ -16,10 +16,11 @@ from ochat.data import shards, template, tokenizer
 from ochat.data.conversation import Conversation
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import Encoder, num_supervised
-from ochat.data.prepare import _encode_all, prepare
+from ochat.data.prepare import prepare
 from ochat.data.prepare_report import print_report
 from ochat.data.records import Record
 from ochat.data.template import Span
+from ochat.data.workers import encode_all
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -208,7 +209,7 @@ import sys
 from ochat.data import prepare as module
 from ochat.data.records import Record
 record = Record("f", 1, 1, b'{"items": [{"role": "assistant", "content": "x"}]}')
-def batches(files):
+def batches(files, shard):
     while True:
         yield [record] * 100, 0
 module._batches = batches
@@ -303,7 +304,7 @@ class Killer:
 def test_a_worker_that_dies_names_where_it_was():
     batch = [Record("in.jsonl", line, line, b"{}") for line in (7, 8, 9)]
     with pytest.raises(DataError, match=r"in\.jsonl:7: a worker died on this record or one of the 2 behind it"):
-        list(_encode_all([(batch, 0)], Killer(), 1))
+        list(encode_all([(batch, 0)], Killer(), 1))
 
 
 class Squeamish(tokenizer.JsonTokenizer):
@@ -327,7 +328,8 @@ def test_a_text_that_cannot_be_encoded_rejects_its_record_alone(base):
         for model, records in ((squeamish, batch), (tokens, [batch[0], batch[2]]))
     )
     assert [(reject.line, reject.reason) for reject in encoded.rejects] == [(1, "cannot be encoded")]
-    assert [ids.tolist() for ids in encoded.columns.input_ids] == [ids.tolist() for ids in expected.columns.input_ids]
+    assert encoded.sides[0].columns.input_ids[1].tolist() == expected.sides[0].columns.input_ids[1].tolist()
+    assert encoded.sides[0].columns.lines == expected.sides[0].columns.lines == [0, 2]
 
 
 def test_a_first_token_is_nobodys_label():

@@ -17,6 +17,7 @@ import numpy as np
 
 from ochat.data import importers
 from ochat.data.conversation import Conversation, default_weight
+from ochat.data.held_out import is_held_out
 from ochat.data.records import Record
 from ochat.data.shards import Columns
 from ochat.data.template import Part, Span, Template, join
@@ -40,12 +41,19 @@ class Reject(NamedTuple):
 
 
 @dataclass
-class Encoded:
-    """What became of a batch. `counts` per class: kept, truncated, too_long, unsupervised, tokens, supervised."""
+class Side:
+    """Conversations for one data set. `counts`: class -> kept, truncated, too_long, unsupervised, tokens, supervised"""
 
     columns: Columns = field(default_factory=Columns)
-    rejects: list[Reject] = field(default_factory=list)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
+
+
+@dataclass
+class Encoded:
+    """What became of a batch: for training and held out, and what is bad."""
+
+    sides: tuple[Side, Side] = field(default_factory=lambda: (Side(), Side()))
+    rejects: list[Reject] = field(default_factory=list)
 
 
 class _LaidOut(NamedTuple):
@@ -63,6 +71,7 @@ class Encoder:
     default_condition: str
     context: int
     over_long: OverLong
+    held_out: float = 0.0  # share of the prompts
 
     def __call__(self, batch: list[Record]) -> Encoded:
         """Encode records. Bad ones become rejects; only over_long="error" raises (DataError)."""
@@ -78,7 +87,8 @@ class Encoder:
             except DataError as error:
                 encoded.rejects.append(_reject(record, str(error)))
                 continue
-            self._keep(encoded, record, item.conversation, ids, spans)
+            side = encoded.sides[is_held_out(item.conversation, self.held_out)]
+            self._keep(side, record, item.conversation, ids, spans)
         return encoded
 
     def _lay_out(self, record: Record) -> _LaidOut | Reject:
@@ -108,11 +118,9 @@ class Encoder:
             raise DataError("items: no message to learn from; every weight is 0, or there is no assistant message")
         return ids[: spans[-1].end], spans
 
-    def _keep(
-        self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
-    ) -> None:
+    def _keep(self, side: Side, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]) -> None:
         """Fit one sequence into the context, count it and append it."""
-        count = encoded.counts.setdefault(conversation.condition, Counter())
+        count = side.counts.setdefault(conversation.condition, Counter())
         if len(ids) > self.context:
             if self.over_long == "error":
                 raise DataError(
@@ -129,7 +137,7 @@ class Encoder:
             ids = ids[: spans[-1].end]
             count["truncated"] += 1
         count.update(kept=1, tokens=len(ids), supervised=num_supervised(spans))
-        columns = encoded.columns
+        columns = side.columns
         columns.input_ids.append(np.array(ids, np.uint32))
         columns.span_ends.append([span.end for span in spans])
         columns.span_roles.append([ROLE_IDS[span.role] for span in spans])

@@ -3,51 +3,52 @@
     report = prepare(["a.jsonl"], base="models/base", template="openchat_v3.2", output="data/a")
 
 The main process cuts the input into batches of records, workers turn each into token ids and spans (encode.py), and
-the main process writes shards in input order. Memory is a few batches per worker and one shard.
+the main process writes shards in input order. Memory is a few batches per worker and one shard. `--merge` and `--check`
+are merge.py and check.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
 import os
-import signal
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Literal
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ochat.data import records, template, tokenizer
-from ochat.data.encode import Encoded, Encoder, OverLong, Reject
-from ochat.data.prepare_report import PrepareReport, print_report
+from ochat.data import check, input_files, merge, records, template, tokenizer
+from ochat.data.encode import Encoder, OverLong, Reject
+from ochat.data.prepare_report import Counts, PrepareReport, add_counts, print_report
 from ochat.data.records import Record, RecordFile
 from ochat.data.shards import ShardWriter
 from ochat.data.weights import ROLES
+from ochat.data.workers import Batch, encode_all
 from ochat.errors import ConfigError, DataError
 
 BATCH_RECORDS, BATCH_BYTES = 512, 1 << 20
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
 REJECTS = "rejects.jsonl"
-Batch = tuple[list[Record], int]  # records, and the bytes of all files read by then
+HELD_OUT = "-held-out"  # what the name of the held-out set ends with
 
 
 @dataclass(frozen=True)
 class PrepareOptions:
     """Turns conversations into a data set of token ids that `ochat train` reads.
 
-    Weights by class are no part of it: they are applied in training.
+    Weights by class are no part of it: they are applied in training. On many machines: the same command with
+    --shard 1/8 ... 8/8 and an --output of its own each, then --merge.
     """
 
-    input: tuple[str, ...]  # JSON Lines or JSON files, plain or compressed (.gz, .xz, .zst); at least one
-    base: str  # folder of the base model, or a tokenizer's file
-    template: str  # a built-in template's name, or the path of a .toml
-    output: str  # folder of the data set
+    # JSON Lines, JSON (either plain, .gz, .xz, .zst) or Parquet files, or folders of them; at least one
+    input: tuple[str, ...] = ()
+    base: str = ""  # folder of the base model, or a tokenizer's file
+    template: str = ""  # a built-in template's name, or the path of a .toml
+    output: str = ""  # folder of the data set
     # of the records; auto: told by each record's keys
     format: Literal["auto", "openchat", "messages", "sharegpt", "alpaca"] = "auto"
     on_bad: Literal["error", "skip"] = "error"  # a bad record stops everything, or goes to OUTPUT/rejects.jsonl
@@ -55,6 +56,12 @@ class PrepareOptions:
     context: int | None = None  # tokens a conversation may have; left out: the template's
     conditions: Literal["both", "assistant", "ignore"] = "both"  # which roles' prefixes carry the condition
     default_condition: str = ""  # the class of records that name none
+    # share of the prompts (say 0.05) whose conversations go to OUTPUT-held-out instead, for evaluation; all answers to
+    # one prompt (system text and first user message) stay together, on every machine and in every order
+    held_out: float = 0.0
+    shard: str = "1/1"  # i/n: take only every n-th record, from the i-th on; the n data sets together are the whole
+    merge: tuple[str, ...] = ()  # write at OUTPUT one data set that refers to these; nothing is copied or prepared
+    check: str = ""  # read the data set in this folder and compare its checksums; nothing is prepared
     # processes that tokenise; 0: this one alone; left out: one per core, or this one alone for a small input
     workers: int | None = None
     overwrite: bool = False  # replace a data set that is at OUTPUT
@@ -74,30 +81,79 @@ def prepare(
 
 
 def main(options: PrepareOptions) -> None:
-    """The command: prepare, then print the counts."""
-    print_report(run(options))
+    """The command: prepare, merge or check, then print what was done."""
+    if options.check:
+        print(check.check(options.check).summary())
+    elif options.merge:
+        if not options.output:
+            raise ConfigError("--merge: say with --output where the merged data set goes")
+        merged = merge.merge(options.merge, options.output, overwrite=options.overwrite)
+        sizes = f"{merged['counts']['kept']:,} conversations, {merged['counts']['tokens']:,} tokens"
+        print(f"{options.output}: {len(options.merge)} data sets as one, {sizes}; they stay where they are")
+    else:
+        print_report(run(options))
 
 
 def run(options: PrepareOptions) -> PrepareReport:
     """Prepare, and return the counts."""
     started = time.monotonic()
-    files = _open(options)
+    _check_given(options)
+    shard = Shard.parse(options.shard)
+    inputs = input_files.find(options.input)
+    files = [records.read(path) for path in inputs.paths]
     encoder = _encoder(options)
-    counts: dict[str, Counter[str]] = {}
-    num_rejected = 0
-    with ShardWriter(Path(options.output), encoder.tokenizer.vocab_size, overwrite=options.overwrite) as writer:
-        with _Rejects(writer.folder, options.on_bad) as rejects, _Bar(files, options.progress) as bar:
-            for encoded, position in _encode_all(_batches(files), encoder, _num_workers(options, files)):
-                num_rejected += rejects.add(encoded.rejects)
-                writer.add(encoded.columns)
-                for name, count in encoded.counts.items():
-                    counts.setdefault(name, Counter()).update(count)
-                bar(position)
-        report = PrepareReport(options.output, encoder.context, counts, num_rejected, time.monotonic() - started)
-        if not report.kept:
-            raise DataError(f"{', '.join(options.input)}: no conversation is left to train on; {report.summary()}")
-        writer.finish(_manifest(options, encoder, report), ROLES)
+    with ExitStack() as stack:
+        writers = [stack.enter_context(writer) for writer in _writers(options, encoder.tokenizer.vocab_size)]
+        sides, num_rejected = _write(options, files, encoder, writers, shard)
+        skipped, elapsed_s = tuple(map(str, inputs.skipped)), time.monotonic() - started
+        reports = [PrepareReport(str(writer.output), encoder.context, counts, 0, elapsed_s)
+                   for writer, counts in zip(writers, sides, strict=True)]  # fmt: skip
+        report = replace(reports[0], rejected=num_rejected, skipped=skipped, held_out=(*reports, None)[1])
+        _check_kept(options, report, shard)
+        for side, writer in enumerate(writers):
+            writer.finish(_manifest(options, encoder, shard, report if side == 0 else reports[side], side), ROLES)
     return report
+
+
+def _check_given(options: PrepareOptions) -> None:
+    for name in ("input", "base", "template"):
+        if not getattr(options, name):
+            raise ConfigError(f"--{name} is missing: `ochat prepare --help` says what it takes")
+    if not 0 <= options.held_out < 1:
+        raise ConfigError(f"--held-out {options.held_out}: a share from 0 to 1 is needed, such as 0.05")
+
+
+def _writers(options: PrepareOptions, vocab_size: int) -> list[ShardWriter]:
+    """Of the data set, and of the held-out one."""
+    output = Path(options.output)
+    outputs = [output] if not options.held_out else [output, output.with_name(output.name + HELD_OUT)]
+    return [ShardWriter(path, vocab_size, overwrite=options.overwrite) for path in outputs]
+
+
+def _write(
+    options: PrepareOptions, files: list[RecordFile], encoder: Encoder, writers: list[ShardWriter], shard: Shard
+) -> tuple[list[Counts], int]:
+    """Everything from records to shards; the counts of each side, and the number of rejects."""
+    sides: list[Counts] = [{} for _ in writers]
+    num_rejected = 0
+    with _Rejects(writers[0].folder, options.on_bad) as rejects, _Bar(files, options.progress) as bar:
+        for encoded, position in encode_all(_batches(files, shard), encoder, _num_workers(options, files)):
+            num_rejected += rejects.add(encoded.rejects)
+            for side, writer in enumerate(writers):
+                writer.add(encoded.sides[side].columns)
+                add_counts(sides[side], encoded.sides[side].counts)
+            bar(position)
+    return sides, num_rejected
+
+
+def _check_kept(options: PrepareOptions, report: PrepareReport, shard: Shard) -> None:
+    """Raises DataError where nothing is left; one of many shards may be empty."""
+    if shard.of > 1:
+        return
+    if not report.kept:
+        raise DataError(f"{', '.join(options.input)}: no conversation is left to train on; {report.summary()}")
+    if report.held_out and not report.held_out.kept:
+        raise DataError(f"--held-out {options.held_out} holds out none of {report.kept} conversations: raise it")
 
 
 def _encoder(options: PrepareOptions) -> Encoder:
@@ -107,13 +163,24 @@ def _encoder(options: PrepareOptions) -> Encoder:
     form = template.with_conditions(template.load(options.template), options.conditions)
     form.check(tokens)
     context = form.context if options.context is None else options.context
-    return Encoder(tokens, form, options.format, options.default_condition, context, options.over_long)
+    values = (options.format, options.default_condition, context, options.over_long, options.held_out)
+    return Encoder(tokens, form, *values)
 
 
-def _open(options: PrepareOptions) -> list[RecordFile]:
-    if not options.input:
-        raise ConfigError("no input: give at least one file with --input")
-    return [records.read(path) for path in options.input]
+@dataclass(frozen=True)
+class Shard:
+    """Of every `of` records the `number`-th, from 1."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Raises ConfigError unless `text` is "i/n"."""
+        number, slash, of = text.partition("/")
+        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            raise ConfigError(f"--shard {text}: i/n is needed, with i from 1 to n, such as 3/8")
+        return cls(int(number), int(of))
 
 
 def _num_workers(options: PrepareOptions, files: list[RecordFile]) -> int:
@@ -124,12 +191,15 @@ def _num_workers(options: PrepareOptions, files: list[RecordFile]) -> int:
     return len(os.sched_getaffinity(0)) if sum(file.size for file in files) > SMALL_INPUT_BYTES else 0
 
 
-def _batches(files: list[RecordFile]) -> Iterator[Batch]:
-    """Records of all files in order, in batches that are worth a message to another process."""
+def _batches(files: list[RecordFile], shard: Shard) -> Iterator[Batch]:
+    """The shard's records of all files in order, in batches that are worth a message to another process."""
     batch: list[Record] = []
     num_bytes = done = 0
+    number = itertools.cycle(range(1, shard.of + 1))
     for file in files:
         for record in file:
+            if next(number) != shard.number:
+                continue
             batch.append(record)
             num_bytes += len(record.data)
             if len(batch) == BATCH_RECORDS or num_bytes >= BATCH_BYTES:
@@ -138,52 +208,6 @@ def _batches(files: list[RecordFile]) -> Iterator[Batch]:
         done += file.size
     if batch:
         yield batch, done
-
-
-def _encode_all(batches: Iterable[Batch], encoder: Encoder, num_workers: int) -> Iterator[tuple[Encoded, int]]:
-    """Encoded batches in the order of their records."""
-    if num_workers == 0:
-        for batch, position in batches:
-            yield encoder(batch), position
-        return
-    # spawn: a fork would copy the locks of this process's threads in whatever state they are
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (encoder,))
-    waiting: deque[tuple[Future[Encoded], Batch]] = deque()
-    try:
-        for batch in batches:
-            waiting.append((pool.submit(_encode, batch[0]), batch))
-            if len(waiting) > 3 * num_workers:  # enough to keep everybody busy, few enough to stay small
-                yield _result(*waiting.popleft())
-        while waiting:
-            yield _result(*waiting.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future[Encoded], batch: Batch) -> tuple[Encoded, int]:
-    try:
-        return future.result(), batch[1]
-    except BrokenProcessPool as error:
-        first = batch[0][0]
-        raise DataError(
-            f"{first.place}: a worker died on this record or one of the {len(batch[0]) - 1} behind it, most often for "
-            "want of memory: try --workers 0, which needs the least"
-        ) from error
-
-
-_worker_encoder: Callable[[list[Record]], Encoded]
-
-
-def _start_worker(encoder: Encoder) -> None:
-    global _worker_encoder  # a worker process has one encoder, and pickling it per batch would cost more than the work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's affair
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process per core is enough
-    _worker_encoder = encoder
-
-
-def _encode(batch: list[Record]) -> Encoded:
-    return _worker_encoder(batch)
 
 
 class _Rejects:
@@ -201,7 +225,7 @@ class _Rejects:
         if self.file is not None:
             self.file.close()
 
-    def add(self, rejects: list[Reject]) -> int:
+    def add(self, rejects: Sequence[Reject]) -> int:
         """Number of `rejects`. Raises DataError for the first if none may be."""
         if rejects and self.file is None:
             first = rejects[0]
@@ -228,9 +252,9 @@ class _Bar:
         self.progress.stop()
 
 
-def _manifest(options: PrepareOptions, encoder: Encoder, report: PrepareReport) -> dict:
+def _manifest(options: PrepareOptions, encoder: Encoder, shard: Shard, report: PrepareReport, side: int) -> dict:
     tokens = encoder.tokenizer
-    return {
+    manifest = {
         "template": replace(encoder.template, context=encoder.context).to_dict(),
         "conditions": options.conditions,
         "context": encoder.context,
@@ -238,3 +262,9 @@ def _manifest(options: PrepareOptions, encoder: Encoder, report: PrepareReport) 
         "tokenizer": {"kind": tokens.kind, "fingerprint": tokens.fingerprint(), "vocab_size": tokens.vocab_size},
         "counts": report.to_dict(),
     }
+    if options.held_out:
+        manifest["held_out"] = {"share": options.held_out, "side": ("train", "held-out")[side]}
+    if shard.of > 1:
+        names = [Path(name).name for name in options.input]  # machines may have them in different folders
+        manifest["shard"] = {"number": shard.number, "of": shard.of, "input": names}
+    return manifest

@@ -6,6 +6,7 @@ print_report(prepare(...))
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,18 +24,21 @@ COLUMNS = {  # name in the counts -> heading
     "tokens": "tokens",
     "supervised": "supervised",
 }
+Counts = dict[str, Counter[str]]  # class -> counts named as in COLUMNS
 CAPTION = "dropped: too long, or no answer left within the context; supervised: tokens with a weight other than 0"
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """Counts of one run. `classes`: class -> counts named as in COLUMNS; tokens are those that were kept."""
+    """Counts of one run. Tokens are those that were kept."""
 
     output: str
     context: int
-    classes: dict[str, Counter[str]]
+    classes: Counts
     rejected: int
     elapsed_s: float
+    skipped: tuple[str, ...] = ()  # files of input folders that were not read
+    held_out: PrepareReport | None = None  # of the held-out set
 
     @cached_property
     def total(self) -> Counter[str]:
@@ -73,9 +77,25 @@ class PrepareReport:
         return f"{self.kept} kept, {cut}, {dropped or 'none dropped'}, {self.rejected} rejected"
 
 
+def add_counts(total: Counts, more: Mapping[str, Counter[str]]) -> None:
+    """Adds `more` to `total`, class by class."""
+    for name, count in more.items():
+        total.setdefault(name, Counter()).update(count)
+
+
 def print_report(report: PrepareReport, console: Console | None = None) -> None:
-    """A table of classes, and one line about the whole."""
+    """A table of classes for each data set, and one line about the whole."""
     console = console or Console()
+    for each in filter(None, (report, report.held_out)):
+        console.print(_table(each))
+    if report.skipped:
+        shown = ", ".join(map(escape, report.skipped[:5])) + (", ..." if len(report.skipped) > 5 else "")
+        console.print(f"{len(report.skipped)} files with unknown endings were not read: {shown}", soft_wrap=True)
+    rejects = f" ({escape(report.output)}/rejects.jsonl)" if report.rejected else ""
+    console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
+
+
+def _table(report: PrepareReport) -> Table:
     table = Table(
         title=f"{escape(report.output)}: conversations and tokens, context {report.context}",
         caption=CAPTION,
@@ -89,6 +109,4 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
         table.add_row(escape(name) or "(none)", *(f"{counts[column]:,}" for column in COLUMNS))
     table.add_section()
     table.add_row("all", *(f"{report.total[column]:,}" for column in COLUMNS))
-    console.print(table)
-    rejects = f" ({escape(report.output)}/rejects.jsonl)" if report.rejected else ""
-    console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
+    return table

@@ -3,9 +3,9 @@
     for record in records.read("chats.jsonl.xz"): record.value()
 
 JSON Lines, one JSON array (however large, pretty-printed or on one line), or whole JSON values one after another;
-plain, gzip, xz or zstd. What the file is, is told by its content. A damaged place becomes a record with an `error`,
-so that the caller decides whether to stop; only after damage that hides where the next record begins does the file
-end there.
+plain, gzip, xz or zstd; or Parquet (parquet.py). What the file is, is told by its content. A damaged place becomes a
+record with an `error`, so that the caller decides whether to stop; only after damage that hides where the next record
+begins does the file end there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RecordFile:
         self.position = 0
         if not self.path.is_file():
             what = "a folder" if self.path.is_dir() else "no such file"
-            raise DataError(f"{self.name}: {what}; an input is a JSON Lines or JSON file")
+            raise DataError(f"{self.name}: {what}; an input is a JSON Lines, JSON or Parquet file")
         self.size = self.path.stat().st_size
 
     def __iter__(self) -> Iterator[Record]:
@@ -111,7 +111,10 @@ class RecordFile:
 
 def read(path: str | Path) -> RecordFile:
     """The records of `path`, in order. Memory: one record and a few megabytes."""
-    return RecordFile(path)
+    from ochat.data import parquet  # it needs Record
+
+    file = RecordFile(path)
+    return parquet.ParquetFile(path) if parquet.is_parquet(file.path) else file
 
 
 def _split_lines(head: bytes, chunks: Iterator[bytes]) -> Iterator[tuple[bytes, str]]:

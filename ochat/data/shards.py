@@ -9,6 +9,8 @@ A shard holds, for its S sequences with T tokens and N spans (a span is a stretc
     lines        (S,)   int64                files        (S,)   uint16
 
 Writing goes into a folder beside the destination, manifest last, and one rename: what is interrupted never loads.
+A merged manifest (merge.py) names shards of other folders by their paths; each has a `part`, the place in `parts` of
+the classes and files that its numbers mean.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from safetensors.numpy import save_file
 from ochat.errors import ConfigError, DataError
 from ochat.partial_folder import partial_folder
 
-FORMAT, VERSION = "ochat-tokens", 1
+FORMAT, VERSION, MERGED_VERSION = "ochat-tokens", 1, 2
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 26  # 256 MiB of ids at most: what the writer holds in memory
 
@@ -108,14 +110,15 @@ class ShardWriter:
         if self._num_tokens:
             self._write_shard()
         described = {"format": FORMAT, "version": VERSION, **manifest, "classes": list(self.class_ids)}
-        described |= {"roles": list(roles), "files": list(self.file_ids), "shards": self.shards}
-        path = self.folder / MANIFEST
-        path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        _sync(path)
+        known = {shard["file"] for shard in self.shards}
+        others = [_described(path) for path in sorted(self.folder.iterdir()) if path.name not in known]
+        described |= {"roles": list(roles), "files": list(self.file_ids), "shards": self.shards, "others": others}
+        write_manifest(self.folder / MANIFEST, described)
         _replace(self.folder, self.output)
 
     def _write_shard(self) -> None:
-        joined = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        # a column's parts go before the next one is joined: memory holds the token ids twice, and nothing else
+        joined = {name: np.concatenate([part.pop(name) for part in self._parts]) for name in list(self._parts[0])}
         self._parts, self._num_tokens = [], 0
         joined["offsets"] = _offsets(joined.pop("lengths"))
         joined["span_offsets"] = _offsets(joined.pop("span_counts"))
@@ -126,15 +129,8 @@ class ShardWriter:
             raise OSError(f"{self.output}: cannot be written: {error}") from None
         path.chmod(self.folder.stat().st_mode & 0o666)  # the library keeps files to their owner
         _sync(path)
-        self.shards.append(
-            {
-                "file": path.name,
-                "sha256": sha256(path),
-                "bytes": path.stat().st_size,
-                "sequences": len(joined["class_ids"]),
-                "tokens": len(joined["input_ids"]),
-            }
-        )
+        sizes = {"sequences": len(joined["class_ids"]), "tokens": len(joined["input_ids"])}
+        self.shards.append(_described(path) | sizes)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -149,22 +145,45 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: damaged ({error}): prepare the data again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a data set (format is not {FORMAT!r})")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (VERSION, MERGED_VERSION):
         raise DataError(
             f"{path}: version {manifest.get('version')!r}, this ochat reads version {VERSION}: prepare the data again"
         )
     return manifest
 
 
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write it with its own digest, and wait until it is on the disk."""
+    described = manifest | {"digest": digest(manifest)}
+    path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    _sync(path)
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """sha256 over the manifest without its own `digest`, however it is laid out."""
+    kept = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def names(manifest: dict[str, Any], shard: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The classes and the input files that the numbers of one of the manifest's shards mean."""
+    owner = manifest["parts"][shard["part"]] if "part" in shard else manifest
+    return owner["classes"], owner["files"]
+
+
 def check_size(folder: Path, shard: dict[str, Any]) -> Path:
     """The path of a shard. Raises DataError if it is missing or has another size than was written."""
     path = folder / shard["file"]
-    if path.parent != folder or not path.is_file():
+    if (path.parent != folder and "part" not in shard) or not path.is_file():
         raise DataError(f"{path}: missing: copy the whole data set, or prepare the data again")
     if path.stat().st_size != shard["bytes"]:
         size = path.stat().st_size
         raise DataError(f"{path}: {size} bytes instead of {shard['bytes']}: copy it again, or prepare the data again")
     return path
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def sha256(path: Path) -> str:
