@@ -1,50 +1,124 @@
-"""`ochat plan CONFIG.toml --section.key=value ...`: what the run will do, before it does it. Reads the data set's
-lengths only."""
+"""`ochat plan CONFIG.toml --section.key=value ...`: what a run will do and what it will need, before it does it.
+
+    ochat plan run.toml --card H100 --gpus 8 --nodes 4        one kind of machine
+    ochat plan run.toml --lengths lengths.npy                 before there is a data set: lengths alone
+Needs no GPU, and of the base model no more than its config.json.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ochat.config import Config
 from ochat.data import tokenizer as tokenizers
+from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.train import command, inputs, run_folder
+from ochat.train import command, inputs, plan_lengths, plan_tables, run_folder
+from ochat.train import lengths as length_files
+from ochat.train.cards import CARDS
+from ochat.train.forecast import Run
+from ochat.train.lengths import LengthCounts
+from ochat.train.speed import Workload
 
-LOW_FILL = " (low: the data fills few bins; lower data.bins_per_step or data.token_budget)"
-BARS = " ▏▎▍▌▋▊▉█"
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
+PURPOSE = """Shows what the same command line would train, without a GPU: steps, packing, learning rate; and predicts
+memory and speed on named cards.
+
+  --card NAME         {cards} (default: all three)
+  --gpus N            GPUs of a node (default: 1 and 8)
+  --nodes N           nodes of so many GPUs (default: 1)
+  --lengths FILE.npy  plan from the lengths of sequences alone, int32 or int64, in place of data.path; made with
+                      {how}
+  --supervised SHARE  with --lengths: the share of tokens that is trained on (default: 0.5)"""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the training command line and prints the plan of its run. Raises: OchatError."""
+    """Parses the plan's own options and the training command line, and prints the plan. Raises: OchatError."""
     if not arguments or "--help" in arguments or "-h" in arguments:
-        command.print_help("ochat plan", "Shows what the same command line would train, without a GPU.")
+        purpose = PURPOSE.format(cards=", ".join(CARDS), how=length_files.HOW_TO_MAKE)
+        command.print_help("ochat plan", purpose)
         sys.exit(0 if arguments else 2)
-    show(command.read_arguments(arguments), Console(highlight=False))
+    options, rest = parse(arguments)
+    if options.lengths:
+        rest.append(f"--data.path={options.lengths}")
+    show(command.read_arguments(rest), options, Console(highlight=False))
 
 
-def show(config: Config, console: Console) -> None:
-    """Prints the facts of the run and a histogram of its sequence lengths."""
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The plan's own options, and what is left for the training command line; a wrong value ends with usage."""
+    parser = argparse.ArgumentParser("ochat plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--card", choices=sorted(CARDS))
+    parser.add_argument("--gpus", type=_count)
+    parser.add_argument("--nodes", type=_count, default=1)
+    parser.add_argument("--lengths", default="")
+    parser.add_argument("--supervised", type=_share, default=0.5)
+    return parser.parse_known_args(arguments)
+
+
+def show(config: Config, options: argparse.Namespace, console: Console) -> None:
+    """Prints the lengths, the facts of the run, what to know about them, and the forecasts."""
     model = ModelConfig.load(config.base.path)
-    hf.check_weights(config.base.path, model)
-    data = inputs.open_data(config)
+    notes = check_base(config, model)
+    if options.lengths:
+        lengths = length_files.read(options.lengths)
+        counts = LengthCounts.of(lengths)
+        console.print(counts.text(), end="\n\n")
+        notes += plan_lengths.notes(config, model, counts)
+        stats = plan_lengths.pack(config, model, lengths, counts, options.supervised, console)
+        counts = counts.cut(config.data.token_budget)
+        facts = plan_lengths.describe(config, model, stats, counts, options)
+    else:
+        data = inputs.open_data(config)
+        counts = LengthCounts.of(data.lengths)
+        console.print(counts.text(), end="\n\n")
+        loader = open_checked(config, data, model)
+        stats, facts = loader.stats(), describe(config, loader, model)
+        notes += data_notes(data, model, counts)
+    share = stats.num_supervised / max(counts.num_tokens, 1)
+    workload = Workload(counts, share, stats.fill, stats.imbalance_mean)
+    console.print(plan_tables.facts(f"plan of {config.run.dir}", facts))
+    for note in notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    plan_tables.show(Run(model, config, workload, stats.num_steps), options, console)
+
+
+def check_base(config: Config, model: ModelConfig) -> list[str]:
+    """Checks what there is of the base's weights; notes on what is missing and not needed yet. Raises: as
+    hf.check_weights."""
+    folder = Path(config.base.path)
+    if any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        hf.check_weights(folder, model)
+        return []
+    return [f"{folder} has a config.json and no weights: enough for a plan, not for training"]
+
+
+def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Loader:
+    """The run's loader, once data, held-out data, tokenizer and model are known to belong together."""
     held_out = inputs.open_eval_loader(config, inputs.open_eval_data(config)) if config.data.eval_path else None
-    run_folder.check_data(data, held_out, tokenizers.load(config.base.path), model, config)
-    facts = describe(config, inputs.open_loader(config, data, model), model)
-    table = Table(
-        title=f"plan of {config.run.dir}", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
-    for name, value in facts.items():
-        table.add_row(f"[dim]{name}[/]", escape(value))
-    console.print(table)
-    console.print(histogram(data.lengths))
+    if any(Path(config.base.path).glob("tokenizer*")):
+        run_folder.check_data(data, held_out, tokenizers.load(config.base.path), model, config)
+    return inputs.open_loader(config, data, model)
+
+
+def data_notes(data: TokenDataset, model: ModelConfig, counts: LengthCounts) -> list[str]:
+    """Sequences that preparation cut or left out, and those the model was not made for."""
+    found = data.manifest.get("counts", {})
+    context = data.manifest.get("context", 0)
+    notes = [
+        f"{found[key]:,} conversations were longer than the context of {context:,} tokens and were {what} by prepare"
+        for key, what in (("truncated", "cut"), ("too_long", "left out"))
+        if found.get(key)
+    ]
+    return notes + plan_lengths.beyond_context(model, counts)
 
 
 def describe(config: Config, loader: Loader, model: ModelConfig) -> dict[str, str]:
@@ -62,27 +136,21 @@ def describe(config: Config, loader: Loader, model: ModelConfig) -> dict[str, st
             if count
         ),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
-        "steps": f"{stats.num_steps:,} of {_epochs(stats.steps_per_epoch)}",
-        "step": f"{config.data.bins_per_step} bins of {config.data.token_budget:,} tokens: "
-        f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
-        "packing": f"fill {stats.fill:.2%}{LOW_FILL * (stats.fill < 0.5)}; work of a step's bins, max over mean: "
-        f"{stats.imbalance_mean:.3f} on average, {stats.imbalance_worst:.3f} at worst",
-        "work": f"{flops / stats.num_tokens:.3g} FLOPs a token, {flops:.3g} an epoch",
-        "learning rate": inputs.choose_lr(config, loader, model).reason,
+        **plan_tables.step_facts(config, stats, float(flops), inputs.choose_lr(config, loader, model).reason),
     }
 
 
-def histogram(lengths: np.ndarray, num_bins: int = 10, width: int = 40) -> str:
-    """Sequence lengths as text: a line per range of lengths, a bar and the count."""
-    counts, edges = np.histogram(lengths, bins=min(num_bins, int(np.ptp(lengths)) + 1))
-    lines = ["sequence lengths"]
-    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-        eighths = round(8 * width * count / counts.max())
-        bar = "█" * (eighths // 8) + BARS[eighths % 8].strip()
-        lines.append(f"{low:>9,.0f} - {high:<9,.0f} {bar} {count:,}")
-    return "\n".join(lines)
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10**5:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 up")
+    return int(text)
 
 
-def _epochs(steps_per_epoch: Sequence[int]) -> str:
-    shown = ", ".join(f"{steps:,}" for steps in steps_per_epoch[:8]) + " ..." * (len(steps_per_epoch) > 8)
-    return f"{sum(steps_per_epoch):,} in {len(steps_per_epoch)} epoch{'s' * (len(steps_per_epoch) > 1)} ({shown})"
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share above 0, up to 1")
+    return share

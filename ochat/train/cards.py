@@ -1,0 +1,80 @@
+"""What the named cards can do: the constants behind a plan's predicted speed and memory, each with its source.
+
+cards.CARDS["H200"].matmul_tflops
+
+Measured: on an H200, products of random bf16 matrices and a copy. Published: the maker's data sheets, FlashAttention's
+own figures (forward + backward, causal, head dim 128, by document length; they count 7/6 of our FLOPs, the backward's
+second q k^T too). Everything else is assumed, by analogy. Bandwidths are what is reached, not what is nominal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ATTENTION_LENGTHS = (1024, 2048, 4096, 8192)
+FLASH_3_HOPPER = (212.0, 361.0, 491.0, 574.0)  # published, H100
+FLASH_2_HOPPER = tuple(rate / 2 for rate in FLASH_3_HOPPER)  # published as "about half at length"
+FLASH_2_AMPERE = (100.0, 140.0, 165.0, 180.0)  # assumed, from some 200 published for 16k
+SLOPE_BELOW = 0.77  # of log rate over log length below 1024: that between 1024 and 2048 goes on
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU and its links. TFLOP/s are bf16; bandwidths bytes/s in one direction."""
+
+    name: str
+    memory_gib: float  # what a process sees
+    peak_tflops: float  # data sheet, dense: what MFU is taken of
+    matmul_tflops: float  # reached by large matrix products
+    attention_tflops: tuple[float, ...]  # at ATTENTION_LENGTHS
+    copy_bandwidth: float  # bytes read + written a second
+    node_bandwidth: float  # of a collective among the GPUs of a node, a GPU
+    network_bandwidth: float  # of a GPU's network card
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card(
+            "A100-80",
+            memory_gib=79.1,  # assumed
+            peak_tflops=312,  # data sheet
+            matmul_tflops=0.85 * 312,  # assumed
+            attention_tflops=FLASH_2_AMPERE,
+            copy_bandwidth=0.9 * 2.0e12,  # data sheet, 90 % assumed
+            node_bandwidth=230e9,  # assumed, of 300 on the data sheet
+            network_bandwidth=0.8 * 25e9,  # assumed: 200 Gbit/s a GPU
+        ),
+        Card(
+            "H100",
+            memory_gib=79.1,  # assumed
+            peak_tflops=989,  # data sheet
+            matmul_tflops=790,  # measured on an H200, which computes alike
+            attention_tflops=FLASH_2_HOPPER,
+            copy_bandwidth=0.9 * 3.35e12,  # data sheet, 90 % assumed
+            node_bandwidth=360e9,  # assumed, of 450 on the data sheet
+            network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
+        ),
+        Card(
+            "H200",
+            memory_gib=139.0,  # assumed
+            peak_tflops=989,  # data sheet
+            matmul_tflops=790,  # measured
+            attention_tflops=FLASH_2_HOPPER,
+            copy_bandwidth=4.3e12,  # measured
+            node_bandwidth=360e9,  # assumed, of 450 on the data sheet
+            network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
+        ),
+    )
+}
+
+
+def attention_rate(card: Card, lengths: NDArray) -> NDArray[np.float64]:
+    """TFLOP/s in documents of these lengths: between the known ones by logarithms, beyond the longest as there."""
+    logs = np.log(np.maximum(lengths, 1))
+    known = np.log(ATTENTION_LENGTHS)
+    inside = np.interp(logs, known, np.log(card.attention_tflops))
+    return np.exp(inside + SLOPE_BELOW * np.minimum(logs - known[0], 0))

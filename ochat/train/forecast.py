@@ -1,0 +1,181 @@
+"""What named cards would make of a run: does it fit, how fast, and with which token_budget.
+
+    rows = [forecast(Run(model, config, workload, num_steps), card, gpus=8, nodes=1) for card in CARDS.values()]
+
+Memory is memory.py's, time speed.py's; here a run is tried at several sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ochat.config import Config
+from ochat.model.config import ModelConfig
+from ochat.train import memory, speed
+from ochat.train.cards import Card
+from ochat.train.memory import GIB, MemoryUse, Setting
+from ochat.train.speed import Cut, Speed, Workload
+
+STEP_OF_BUDGET = 256  # tokens: the largest budget that fits is found to so many
+MOST_TOKENS = 2**22  # no larger budget is tried
+NEARLY = 0.98  # of the best speed: a smaller budget is as good, and leaves room
+NOTABLE = 1.03  # a gain worth a line
+MOST_GPUS = 4096
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a forecast asks of a configuration and its data."""
+
+    model: ModelConfig
+    config: Config
+    workload: Workload
+    num_steps: int
+
+    def cut(self, ranks: int, gpus_per_node: int, token_budget: int = 0, bins_per_step: int = 0) -> Cut:
+        """The run on so many GPUs, as configured or with another budget."""
+        data, parallel = self.config.data, self.config.parallel
+        shard = parallel.shard or ranks // parallel.replicate
+        return Cut(
+            token_budget or data.token_budget,
+            bins_per_step or rounded_up(data.bins_per_step, ranks),
+            self.config.train.recompute,
+            ranks,
+            shard if shard * parallel.replicate == ranks else ranks,
+            gpus_per_node,
+        )
+
+    def memory(self, cut: Cut) -> MemoryUse:
+        """Of the fullest GPU."""
+        supervised = round(cut.token_budget * self.workload.supervised_share)
+        return memory.predict(
+            self.model,
+            Setting(
+                cut.token_budget, supervised, cut.recompute, cut.ranks, cut.shard, cut.bins_per_step // cut.ranks,
+                offload=self.config.parallel.offload,
+            ),
+        )  # fmt: skip
+
+    def bins_for(self, token_budget: int, ranks: int) -> int:
+        """Bins of another budget that keep the step's tokens, in shares for all ranks."""
+        tokens = self.config.data.token_budget * self.config.data.bins_per_step
+        return max(round(tokens / token_budget / ranks), 1) * ranks
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One card and number of GPUs. `advice`: what to set, or what it would take, and why."""
+
+    card: Card
+    ranks: int
+    use: MemoryUse
+    speed: Speed
+    run_seconds: float
+    largest_budget: int  # that fits; 0: none
+    best: Cut | None  # what is recommended
+    advice: str
+
+    @property
+    def fits(self) -> bool:
+        return self.use.total <= self.card.memory_gib * GIB
+
+
+def forecast(run: Run, card: Card, *, gpus: int, nodes: int) -> Forecast:
+    """The run as it is configured on `nodes` times `gpus` cards, and the best budget there."""
+    ranks = gpus * nodes
+    cut = run.cut(ranks, gpus)
+    as_configured = speed.predict(run.model, card, run.workload, cut)
+    steps = run.num_steps * run.config.data.bins_per_step / cut.bins_per_step  # fewer where bins were rounded up
+    largest = largest_budget(run, card, cut)
+    best = recommend(run, card, cut, largest)
+    return Forecast(
+        card, ranks, run.memory(cut), as_configured, steps * as_configured.step_seconds, largest, best,
+        _why(run, card, cut, best) if best else _remedy(run, card, cut, largest),
+    )  # fmt: skip
+
+
+def largest_budget(run: Run, card: Card, cut: Cut) -> int:
+    """The largest token_budget, in steps of STEP_OF_BUDGET, with which the run fits; 0 if none does."""
+
+    def fits(steps: int) -> bool:
+        tried = dataclasses.replace(cut, token_budget=steps * STEP_OF_BUDGET)
+        return run.memory(tried).total <= card.memory_gib * GIB
+
+    low, high = 0, MOST_TOKENS // STEP_OF_BUDGET + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * STEP_OF_BUDGET
+
+
+def recommend(run: Run, card: Card, cut: Cut, largest: int) -> Cut | None:
+    """The smallest budget within NEARLY of the fastest that fits and keeps the tokens of a step; None if none holds the
+    longest sequence.
+
+    Budgets of at least twice the longest sequence come first: with less room the bins of a step cannot be evened.
+    """
+    data, longest = run.config.data, run.workload.lengths.longest
+    most = min(largest, max(data.token_budget * data.bins_per_step // cut.ranks, data.token_budget))
+    budgets = [budget for budget in (*_round_numbers(most), data.token_budget) if longest <= budget <= most]
+    budgets = [budget for budget in budgets if budget >= 2 * longest] or budgets
+    cuts = [run.cut(cut.ranks, cut.gpus_per_node, b, run.bins_for(b, cut.ranks)) for b in sorted(set(budgets))]
+    cuts = [each for each in cuts if run.memory(each).total <= card.memory_gib * GIB]
+    rates = [speed.predict(run.model, card, run.workload, each).tokens_per_s for each in cuts]
+    return next((each for each, rate in zip(cuts, rates, strict=True) if rate >= NEARLY * max(rates)), None)
+
+
+def rounded_up(bins: int, ranks: int) -> int:
+    """Bins of a step that `ranks` can share."""
+    return -(-bins // ranks) * ranks
+
+
+def _why(run: Run, card: Card, cut: Cut, best: Cut) -> str:
+    """What the recommendation rests on."""
+    data, longest = run.config.data, run.workload.lengths.longest
+    rate = speed.predict(run.model, card, run.workload, best).tokens_per_s
+    reasons = [f"the smallest within {1 - NEARLY:.0%} of the fastest that fits"]
+    if best.token_budget < 2 * longest:
+        reasons.append("less than twice the longest sequence, so the work of a step's bins is uneven")
+    if best.token_budget != data.token_budget:
+        gain = rate / speed.predict(run.model, card, run.workload, cut).tokens_per_s - 1
+        reasons.append(f"{gain:+.0%} tokens/s")
+    if cut.recompute == "block" and (other := _without_recompute(run, card, cut)):
+        kept, faster = other
+        if faster > NOTABLE * rate:
+            reasons.append(
+                f'train.recompute = "none" with token_budget {kept.token_budget:,} and bins_per_step '
+                f"{kept.bins_per_step:,} brings {faster / rate - 1:+.0%} more"
+            )
+    return "; ".join(reasons)
+
+
+def _without_recompute(run: Run, card: Card, cut: Cut) -> tuple[Cut, float] | None:
+    """What is recommended when every activation is kept, and its tokens a second; None if that does not fit."""
+    train = dataclasses.replace(run.config.train, recompute="none")
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    cut = dataclasses.replace(cut, recompute="none")
+    best = recommend(run, card, cut, largest_budget(run, card, cut))
+    return best and (best, speed.predict(run.model, card, run.workload, best).tokens_per_s)
+
+
+def _remedy(run: Run, card: Card, cut: Cut, largest: int) -> str:
+    """What would make room where nothing fits."""
+    longest, train = run.workload.lengths.longest, run.config.train
+    if largest >= longest:
+        return "a step of so few tokens leaves no budget that holds the longest sequence; raise data.bins_per_step"
+    if train.recompute == "none":
+        with_less = dataclasses.replace(cut, recompute="block")
+        if (budget := largest_budget(run, card, with_less)) >= longest:
+            return f'set train.recompute = "block": then up to {budget:,} tokens fit'
+    ranks = cut.ranks * 2
+    while ranks <= MOST_GPUS:
+        if largest_budget(run, card, run.cut(ranks, cut.gpus_per_node)) >= longest:
+            return f"use {ranks} GPUs, the fewest of twice, four times ... as many on which it fits"
+        ranks *= 2
+    return "no number of GPUs makes room"
+
+
+def _round_numbers(most: int) -> list[int]:
+    """64, 96, 128, 192 ... up to `most`."""
+    return [n for k in range(6, 23) for n in (2**k, 3 * 2 ** (k - 1)) if n <= most]

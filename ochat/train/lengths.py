@@ -1,0 +1,128 @@
+"""How long the sequences of a data set are: a count of each length, which answers everything a plan asks of them.
+
+lengths = LengthCounts.of(np.load("lengths.npy", mmap_mode="r"));  lengths.percentile(50);  lengths.text()
+
+Memory does not grow with the number of sequences: a mapped file of 100 million is read in pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.errors import DataError
+
+PIECE = 2**22  # sequences looked at together
+LONGEST = 2**24  # a count is kept of every length: 128 MiB of them
+BARS = " ▏▎▍▌▋▊▉█"
+HOW_TO_MAKE = 'np.save("lengths.npy", np.array([len(ids) for ids in ...], dtype=np.int32))'
+
+
+@dataclass(frozen=True, eq=False)
+class LengthCounts:
+    """`counts[n]` sequences have n tokens."""
+
+    counts: NDArray[np.int64]  # (longest + 1,)
+
+    @classmethod
+    def of(cls, lengths: NDArray) -> LengthCounts:
+        """Counts of (S,) integers from 1 up. Raises: DataError naming the first that is no length."""
+        counts = np.zeros(1, np.int64)
+        for start in range(0, len(lengths), PIECE):
+            piece = np.asarray(lengths[start : start + PIECE])
+            wrong = np.flatnonzero((piece < 1) | (piece > LONGEST))
+            if len(wrong):
+                raise DataError(
+                    f"sequence {start + wrong[0]} has {piece[wrong[0]]} tokens: expected 1 to {LONGEST:,} tokens each"
+                )
+            found = np.bincount(piece, minlength=len(counts))
+            found[: len(counts)] += counts
+            counts = found
+        return cls(counts)
+
+    @property
+    def num_sequences(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts @ np.arange(len(self.counts)))
+
+    @property
+    def longest(self) -> int:
+        return len(self.counts) - 1
+
+    def over(self, limit: int) -> int:
+        """Sequences of more than `limit` tokens."""
+        return int(self.counts[limit + 1 :].sum())
+
+    def cut(self, limit: int) -> LengthCounts:
+        """The counts after longer sequences have been cut at `limit` tokens."""
+        counts = self.counts[: limit + 1].copy()
+        if self.longest > limit:
+            counts[limit] += self.over(limit)
+        return LengthCounts(counts)
+
+    def percentile(self, percent: float) -> int:
+        """The shortest length that at least `percent` % of the sequences do not exceed."""
+        reached = np.cumsum(self.counts)
+        return int(np.searchsorted(reached, max(percent / 100 * reached[-1], 1)))
+
+    def text(self, width: int = 34, num_ranges: int = 12) -> str:
+        """Percentiles, and a bar for each range of lengths; a range is about as wide as the lengths in it are long."""
+        used = np.flatnonzero(self.counts)
+        edges = _edges(int(used[0]), self.longest, num_ranges)
+        found = [int(self.counts[low:high].sum()) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        known = ", ".join(f"{name} {self.percentile(p):,}" for name, p in (("p50", 50), ("p90", 90), ("p99", 99)))
+        mean = self.num_tokens / self.num_sequences
+        lines = [f"tokens a sequence: mean {mean:,.0f}, {known}, max {self.longest:,}"]
+        for count, low, high in zip(found, edges[:-1], edges[1:], strict=True):
+            share = f"{count:>13,} {count / self.num_sequences:>7.2%}"
+            lines.append(f"{low:>9,} - {high - 1:<9,} {share}  {_bar(count / max(found), width)}".rstrip())
+        return "\n".join(lines)
+
+
+def read(path: str | Path) -> NDArray:
+    """The (S,) int32 or int64 lengths in a .npy file, mapped. Raises: DataError for anything else."""
+    try:
+        lengths = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file. Make one with: {HOW_TO_MAKE}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a NumPy .npy file ({error}). Make one with: {HOW_TO_MAKE}") from None
+    if not isinstance(lengths, np.ndarray) or lengths.ndim != 1 or lengths.dtype not in (np.int32, np.int64):
+        kind = f"{lengths.dtype} of shape {lengths.shape}" if isinstance(lengths, np.ndarray) else "an archive"
+        raise DataError(f"{path}: holds {kind}; expected one row of int32 or int64. Make one with: {HOW_TO_MAKE}")
+    if not len(lengths):
+        raise DataError(f"{path}: holds no lengths")
+    return lengths
+
+
+def _edges(shortest: int, longest: int, num_ranges: int) -> list[int]:
+    """Round borders from at most `shortest` to above `longest`: evenly apart in ratio, 1, 1.5, 2, 3, 4, 6, 8 ... and
+    the like."""
+    for per_doubling in (4, 2, 1):
+        ladder = _ladder(per_doubling, longest)
+        first = max((i for i, edge in enumerate(ladder) if edge <= shortest), default=0)
+        if len(ladder) - first - 1 <= num_ranges:
+            break
+    return ladder[first:]
+
+
+def _ladder(per_doubling: int, longest: int) -> list[int]:
+    """1, 2, 4, 8 ... with `per_doubling` - 1 borders between two, up to the first above `longest`."""
+    edges = [1]
+    doubling = 1
+    while edges[-1] <= longest:
+        edges += [doubling + doubling * i // per_doubling for i in range(1, per_doubling + 1)]
+        doubling *= 2
+    edges = sorted(set(edges))
+    return [edge for i, edge in enumerate(edges) if i == 0 or edges[i - 1] <= longest]
+
+
+def _bar(share: float, width: int) -> str:
+    eighths = round(8 * width * share) or (1 if share else 0)
+    return "█" * (eighths // 8) + BARS[eighths % 8].strip()

@@ -1,0 +1,181 @@
+"""How fast a step would be on a card: FLOPs and bytes over the rates in cards.py. A prediction, not a measurement.
+
+    speed = predict(model, CARDS["H200"], workload, Cut(token_budget=8192, bins_per_step=64, ranks=8, shard=8))
+    speed.tokens_per_s, speed.mfu
+
+Letters as in memory.py; R supervised rows of a micro-batch, S ranks, s those that share a copy, G GPUs of a node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ochat.model.config import ModelConfig
+from ochat.train.cards import Card, attention_rate
+from ochat.train.lengths import LengthCounts
+
+OVERLAP = 0.9  # assumed: share of the communication that can hide behind computation
+LAUNCHES_OF_BLOCK = 50  # counted: operators of a block, forward and backward
+LAUNCH_SECONDS = 10e-6  # assumed: what the host needs for one of them
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the data set makes of a micro-batch, whatever its size."""
+
+    lengths: LengthCounts
+    supervised_share: float  # of the tokens
+    fill: float = 1.0  # real tokens over token_budget
+    imbalance: float = 1.0  # largest over mean work among the bins of a step: the others wait
+
+    def attention_per_token(self, model: ModelConfig) -> float:
+        """FLOPs of causal attention, forward and backward, an average token."""
+        return _attention(model, self.lengths, np.ones(self.lengths.longest + 1))
+
+    def attention_seconds(self, model: ModelConfig, card: Card) -> float:
+        """The same at the card's rate for each document's length, for an average token; 7 FLOPs are done for 6."""
+        rates = attention_rate(card, np.arange(self.lengths.longest + 1))
+        return _attention(model, self.lengths, 7 / 6 / (rates * 1e12))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the run is cut into micro-batches and over GPUs."""
+
+    token_budget: int  # T
+    bins_per_step: int
+    recompute: str = "none"
+    ranks: int = 1  # S
+    shard: int = 1  # s
+    gpus_per_node: int = 8  # G
+    itemsize: int = 2
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of an optimizer step by what they go to, and what follows from them."""
+
+    products: float
+    attention: float
+    head: float
+    moved: float  # memory-bound operators and casts
+    again: float  # recompute
+    launches: float  # what the host needs beyond the card's time
+    communication: float  # what does not hide behind computation
+    optimizer: float
+    waiting: float  # for the fullest bin of a step
+    tokens_per_step: float  # real ones
+    flops_per_step: float
+    peak_flops: float  # of all GPUs
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(getattr(self, name) for name in PARTS)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Real tokens a second, of all GPUs together."""
+        return self.tokens_per_step / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        return self.flops_per_step / self.step_seconds / self.peak_flops
+
+
+PARTS = ("products", "attention", "head", "moved", "again", "launches", "communication", "optimizer", "waiting")
+
+
+def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Speed:
+    """The sum of what a step's parts take.
+
+    A micro-batch of T tokens, all of them computed, `fill` of them real, R = supervised_share of those:
+      products   6 T FLOPs a weight of the blocks at the rate of matrix products; never less than 3 reads of the weights
+      attention  7 L N D len^2 a document at the rate for its length
+      head       6 R E FLOPs, 3 e R V bytes, dW and its scaling (12 + e) E
+      moved      a token and block e (16H + (6N + 8K) D + 8F) bytes; casts e + 4 a weight and direction, 12 to add up
+      again      under recompute = "block" the blocks' forward: a third of the products, 2/7 of attention, moved
+    and all wait for the rank with the fullest bin. FSDP gathers e P (s - 1) / s bytes before
+    forward and backward of each micro-batch and reduces 4 P of gradients once a step, over NVLink inside a node, over
+    G network cards between nodes; a share of OVERLAP of it hides. AdamW moves 28 P / s bytes, the norm 4 P / s.
+    """
+    count = max(round(cut.bins_per_step / cut.ranks), 1)
+    parts = _micro_batch(model, card, workload, cut, count)
+    device = sum(parts.values())
+    host = model.num_layers * LAUNCHES_OF_BLOCK * LAUNCH_SECONDS * (4 / 3 if cut.recompute == "block" else 1)
+    parts["launches"] = max(host - device, 0.0)
+    busy = device + parts["launches"]
+    parts["communication"] = _exposed(_gather_seconds(model, card, cut), busy)
+    parts["waiting"] = (workload.imbalance - 1) * device
+    step = {name: count * seconds for name, seconds in parts.items()}
+    step["communication"] += _exposed(_reduce_seconds(model, card, cut), busy)
+    step["optimizer"] = 32 * model.num_parameters() / cut.shard / card.copy_bandwidth
+    real = workload.fill * cut.token_budget * count * cut.ranks
+    flops = model.flops_per_step(1, 0, 0) * real + model.flops_per_step(0, 0, 1) * real * workload.supervised_share
+    flops += workload.attention_per_token(model) * real
+    return Speed(
+        **step, tokens_per_step=real, flops_per_step=flops, peak_flops=card.peak_tflops * 1e12 * cut.ranks
+    )  # fmt: skip
+
+
+def _micro_batch(model: ModelConfig, card: Card, workload: Workload, cut: Cut, count: int) -> dict[str, float]:
+    """Seconds of the card's own work on one micro-batch."""
+    T, E, e = cut.token_budget, model.head_params(), cut.itemsize
+    real, rate, bandwidth = workload.fill * T, card.matmul_tflops * 1e12, card.copy_bandwidth
+    rows = real * workload.supervised_share
+    products = max(6 * model.matmul_params() * T / rate, 3 * e * model.matmul_params() / bandwidth)
+    attention = workload.attention_seconds(model, card) * real
+    head = 6 * rows * E / rate + (3 * e * rows * model.vocab_size + (12 + e) * E) / bandwidth
+    passes = T * model.num_layers * e * _moved_per_token(model) / bandwidth
+    casts = _cast_bytes(model, cut, count) / bandwidth
+    again = 0.0
+    if cut.recompute == "block":
+        again = products / 3 + attention * 2 / 7 + passes * 0.4 + (casts / 3 if cut.ranks == 1 else 0)
+    return {"products": products, "attention": attention, "head": head, "moved": passes + casts, "again": again}
+
+
+def _moved_per_token(model: ModelConfig) -> int:
+    """Elements that the memory-bound operators of a block read and write for a token, forward and backward: two norms
+    with their residual 16 H, RoPE 4 (N + K) D, gradients of q, k and v side by side 2 (N + 2K) D, SwiGLU 8 F."""
+    heads = 6 * model.num_heads + 8 * model.num_kv_heads
+    return 16 * model.hidden_size + heads * model.head_dim + 8 * model.intermediate_size
+
+
+def _cast_bytes(model: ModelConfig, cut: Cut, count: int) -> float:
+    """Of weights into the computation's dtype and of gradients back, added up over micro-batches; FSDP casts shards
+    and adds up whole gradients."""
+    P, e = model.num_parameters(), cut.itemsize
+    adds = 12 * P * (count - 1) / count
+    if cut.ranks == 1:
+        return (2 * (4 + e) * P if e < 4 else 0) + adds
+    return (4 + e) * P / cut.shard + 4 * e * P + adds
+
+
+def _gather_seconds(model: ModelConfig, card: Card, cut: Cut) -> float:
+    """Of all weights, before forward and again before backward."""
+    return 2 * cut.itemsize * model.num_parameters() * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
+
+
+def _reduce_seconds(model: ModelConfig, card: Card, cut: Cut) -> float:
+    """Of gradients: scattered over a group's ranks, then summed over the groups."""
+    P, groups = model.num_parameters(), cut.ranks // cut.shard
+    scatter = 4 * P * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
+    return scatter + 8 * P / cut.shard * (1 - 1 / groups) / _link(card, cut, cut.ranks)
+
+
+def _link(card: Card, cut: Cut, members: int) -> float:
+    """Bytes/s of a collective of so many ranks: between nodes a ring crosses every network card of a node at once."""
+    if members <= cut.gpus_per_node:
+        return card.node_bandwidth
+    return min(card.node_bandwidth, cut.gpus_per_node * card.network_bandwidth)
+
+
+def _exposed(seconds: float, busy: float) -> float:
+    return seconds - min(OVERLAP * seconds, busy)
+
+
+def _attention(model: ModelConfig, lengths: LengthCounts, cost: np.ndarray) -> float:
+    """Sum over documents of FLOPs(len) * cost[len], over the number of tokens."""
+    squares = np.arange(lengths.longest + 1, dtype=np.float64) ** 2
+    return model.flops_per_step(0, 1, 0) * float(lengths.counts @ (squares * cost)) / lengths.num_tokens

@@ -1,0 +1,83 @@
+"""Laws of what a plan recommends: pytest tests/test_forecast.py"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ochat.config import BaseConfig, Config, DataConfig, ParallelConfig, TrainConfig
+from ochat.model.config import ModelConfig
+from ochat.train import forecast, speed
+from ochat.train.cards import CARDS
+from ochat.train.forecast import Run
+from ochat.train.lengths import LengthCounts
+from ochat.train.memory import GIB
+from ochat.train.speed import Workload
+
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128)
+LLAMA_70B = ModelConfig("llama", 128256, 8192, 28672, 80, 64, 8, 128)
+LLAMA_1B = ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, tie_embeddings=True)
+
+
+def make_run(model=LLAMA_8B, recompute: Any = "none", longest=4000, budget=8192, bins=64, **parallel) -> Run:
+    config = Config(
+        base=BaseConfig("base"), data=DataConfig("data", token_budget=budget, bins_per_step=bins),
+        train=TrainConfig(recompute=recompute), parallel=ParallelConfig(**parallel),
+    )  # fmt: skip
+    return Run(model, config, Workload(LengthCounts.of(np.array([200, 600, longest])), 0.5), num_steps=100)
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize(("model", "gpus"), [(LLAMA_8B, 8), (LLAMA_1B, 1), (LLAMA_70B, 64)])
+@pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)
+def test_the_largest_budget_fits_and_the_next_does_not(model, gpus, card, recompute):
+    run = make_run(model, recompute)
+    cut = run.cut(gpus, 8)
+    largest = forecast.largest_budget(run, card, cut)
+    memory = [run.memory(dataclasses.replace(cut, token_budget=largest + more)).total for more in (0, 256)]
+    assert memory[1] > card.memory_gib * GIB
+    assert memory[0] <= card.memory_gib * GIB or largest == 0
+
+
+@pytest.mark.parametrize(("gpus", "card"), [(8, "H100"), (8, "H200"), (4, "H200"), (16, "A100-80")])
+def test_the_recommended_budget_fits_holds_every_sequence_and_keeps_the_step(gpus, card):
+    run = make_run(recompute="block")
+    found = forecast.forecast(run, CARDS[card], gpus=gpus, nodes=1)
+    best = found.best
+    assert best is not None and found.fits
+    assert run.memory(best).total <= CARDS[card].memory_gib * GIB
+    assert 2 * 4000 <= best.token_budget <= found.largest_budget
+    assert best.bins_per_step % gpus == 0
+    assert best.token_budget * best.bins_per_step == pytest.approx(64 * 8192, rel=0.15)
+    rate = speed.predict(run.model, CARDS[card], run.workload, best).tokens_per_s
+    assert rate >= 0.98 * found.speed.tokens_per_s
+    assert found.run_seconds == 100 * found.speed.step_seconds
+
+
+def test_what_does_not_fit_gets_a_remedy_that_works():
+    alone = forecast.forecast(make_run(LLAMA_8B), CARDS["A100-80"], gpus=1, nodes=1)
+    assert not alone.fits and alone.best is None and alone.largest_budget == 0
+    run, enough = make_run(LLAMA_8B), int(alone.advice.split()[1])
+    assert alone.advice.startswith("use ")
+    assert forecast.largest_budget(run, CARDS["A100-80"], run.cut(enough, 8)) >= 4000
+    assert forecast.largest_budget(run, CARDS["A100-80"], run.cut(enough // 2, 8)) < 4000
+
+
+def test_recompute_is_the_first_remedy_and_doing_without_it_the_first_gain():
+    tight = forecast.forecast(make_run(longest=30000, budget=32768), CARDS["H100"], gpus=8, nodes=1)
+    assert tight.best is None and 'recompute = "block"' in tight.advice
+    roomy = forecast.forecast(make_run(recompute="block"), CARDS["H200"], gpus=8, nodes=1)
+    assert 'recompute = "none"' in roomy.advice
+
+
+def test_a_step_too_small_for_its_longest_sequence_is_told_so():
+    found = forecast.forecast(make_run(LLAMA_1B, longest=9000, bins=1), CARDS["H200"], gpus=8, nodes=1)
+    assert found.best is None and "bins_per_step" in found.advice
+
+
+def test_a_configured_shard_is_kept_where_it_fits_the_gpus():
+    run = make_run(shard=8, replicate=2)
+    assert run.cut(16, 8).shard == 8
+    assert run.cut(4, 8).shard == 4
+    assert make_run().cut(16, 8).shard == 16
