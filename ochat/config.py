@@ -38,10 +38,21 @@ class BaseConfig:
 
 
 @dataclass(frozen=True)
+class MixConfig:
+    """One of several data sets, and what an epoch takes of it: at most one of epochs, tokens and rate."""
+
+    path: str = ""  # a folder written by `ochat prepare`
+    epochs: float | None = None  # passes over it, 0.5 is another half each time; nothing given: 1
+    tokens: int | None = None  # so many tokens of it
+    rate: float | None = None  # in proportion to the other rates, until the first set with a rate is used up
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is trained on, and how it is cut into steps."""
 
     path: str = ""  # a folder written by `ochat prepare`
+    mix: dict[str, MixConfig] = field(default_factory=dict)  # several sets: [data.mix.NAME] path and epochs ...
     eval_path: str = ""  # a held-out folder of the same kind; empty: no evaluation
     token_budget: int = 8192  # tokens in a bin, that is in one micro-batch
     bins_per_step: int = 8  # bins in an optimizer step, over all ranks
@@ -203,6 +214,20 @@ def _check(config: Config) -> None:
     for name, entry in config.classes.items():
         given = {key: value for key, value in dataclasses.asdict(entry).items() if value is not None}
         expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
+    _check_mix(config.data)
     for name in ("base.path", "data.path", "run.dir"):
         section, key = name.split(".")
-        expect(bool(getattr(getattr(config, section), key)), name, "", f"a path, for example --{name}=PATH")
+        is_needed = name != "data.path" or not config.data.mix
+        given = bool(getattr(getattr(config, section), key))
+        expect(given or not is_needed, name, "", f"a path, for example --{name}=PATH")
+
+
+def _check_mix(data: DataConfig) -> None:
+    expect(not (data.path and data.mix), "data.path", data.path, "no path beside [data.mix]; make it a set of its own")
+    for name, share in data.mix.items():
+        where = f"data.mix.{name}"
+        expect(bool(share.path), f"{where}.path", "", "the folder of a data set")
+        given = {key: getattr(share, key) for key in ("epochs", "tokens", "rate") if getattr(share, key) is not None}
+        expect(len(given) <= 1, where, given, "at most one of epochs, tokens and rate")
+        for key, value in given.items():
+            expect(math.isfinite(value) and value > 0, f"{where}.{key}", value, "a number above 0")

@@ -142,6 +142,9 @@ def section(path: Sequence[str], values: Any) -> str:
 
 
 def _toml(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        value = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        value = {key: item for key, item in value.items() if item is not None}
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + " }" if value else "{}"
     if isinstance(value, tuple | list):

@@ -2,6 +2,7 @@
 
     dataset = TokenDataset("data/train", classes=config.classes, weights=config.weights)
     dataset[0].input_ids, dataset.lengths, dataset.place(0), dataset.batch([0, 5])
+    TokenDataset({"chat": "data/chat", "code": "data/code"}).sets["code"]     # several, one after the other
 
 `ochat prepare` writes the folder; shards.py describes it, mapped.py maps it. Token ids, spans, lines and rewards stay
 in the files, whose pages all processes share; a process holds 14 bytes a sequence, 4 more under a selection.
@@ -32,18 +33,19 @@ FILLED = ("input_ids", "labels", "loss_weights", "position_ids", "rows", "row_cl
 
 
 class TokenDataset:
-    """A sequence of examples in input order.
+    """A sequence of examples in input order. `path`: a folder, or several by name, whose classes are united by name.
 
     `classes` and `weights` decide what a supervised token weighs (weights.py). `only_class` keeps one class,
     `subsample` a share of each class that it names: the same conversations for the same seed, and a smaller share
     is part of a larger one. Raises DataError for a folder that is no data set, is incomplete, or lacks a reward
-    that `weights` asks for (with its place); ConfigError for an unknown class and for a selection that leaves
-    nothing.
+    that `weights` asks for (with its place); ConfigError for an unknown class, for a selection that leaves nothing
+    and for sets of different templates or tokenizers.
     """
 
-    path: Path
+    path: Path  # the first set's, as are manifest and template
     manifest: dict[str, Any]
     template: Template
+    sets: dict[str, slice]  # the examples of each set
     class_names: tuple[str, ...]
     lengths: NDArray[np.int64]  # (S,) tokens
     class_ids: NDArray[np.uint16]  # (S,) places in class_names
@@ -51,7 +53,7 @@ class TokenDataset:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | Mapping[str, str | Path],
         *,
         classes: Mapping[str, ClassConfig] | None = None,
         weights: WeightsConfig | None = None,
@@ -59,14 +61,13 @@ class TokenDataset:
         subsample: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
-        self.path = Path(path)
-        self.manifest = shards.read_manifest(self.path)
-        if tuple(self.manifest["roles"]) != ROLES:
-            raise DataError(
-                f"{self.path}: its roles are {self.manifest['roles']}, not {list(ROLES)}: prepare the data again"
-            )
+        paths = {name: Path(each) for name, each in (path if isinstance(path, Mapping) else {"": path}).items()}
+        self._manifests = {name: (each, _read_manifest(each)) for name, each in paths.items()}
+        _check_alike(self._manifests)
+        self.path, self.manifest = next(iter(self._manifests.values()))
         self.template = Template.from_dict(self.manifest["template"], str(self.path / shards.MANIFEST))
-        self.class_names, [self._shards] = mapped.open_all([(self.path, self.manifest)])
+        self.class_names, opened = mapped.open_all(list(self._manifests.values()))
+        self._shards = [shard for of_set in opened for shard in of_set]
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._table = mapped.address_table(self._shards)
         self._selection = {"only_class": only_class, "subsample": dict(subsample or {}), "seed": seed}
@@ -74,6 +75,7 @@ class TokenDataset:
         self._kept = _select(self.class_names, class_ids, only_class, subsample or {}, seed)
         if self._kept is not None and not len(self._kept):
             raise ConfigError(f"{self.path}: only_class and subsample leave no conversation of {len(class_ids)}")
+        self.sets = self._slices([sum(map(len, of_set)) for of_set in opened])
         self.class_ids = self._of_kept(class_ids)
         self.lengths = self._of_kept(self._filled(np.int64, _lengths))
         present = [self.class_names[i] for i in np.flatnonzero(_counts(self.class_ids, len(self.class_names)))]
@@ -137,9 +139,13 @@ class TokenDataset:
     @property
     def fingerprint(self) -> str:
         """sha256 over tokens, their order and the selection, wherever the folder lies; weights do not count."""
-        kept = {key: self.manifest[key] for key in ("template", "tokenizer", "context", "classes")}
-        kept |= {"shards": [shard["sha256"] for shard in self.manifest["shards"]], "selection": self._selection}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+        keys = ("template", "tokenizer", "context", "classes")
+        kept: list[Any] = [
+            {key: manifest[key] for key in keys} | {"shards": [shard["sha256"] for shard in manifest["shards"]]}
+            for _, manifest in self._manifests.values()
+        ]
+        first = kept[0] | {"selection": self._selection} | ({"others": kept[1:]} if kept[1:] else {})
+        return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
 
     def place(self, index: int) -> str:
         """ "file:line" of the record that an example came from."""
@@ -148,12 +154,13 @@ class TokenDataset:
 
     def verify(self) -> None:
         """Read every shard and compare its sha256. Raises DataError naming the file."""
-        for described in self.manifest["shards"]:
-            path = shards.check_size(self.path, described)
-            if shards.sha256(path) != described["sha256"]:
-                raise DataError(
-                    f"{path}: its content has changed since it was written: copy it again, or prepare again"
-                )
+        for folder, manifest in self._manifests.values():
+            for described in manifest["shards"]:
+                path = shards.check_size(folder, described)
+                if shards.sha256(path) != described["sha256"]:
+                    raise DataError(
+                        f"{path}: its content has changed since it was written: copy it again, or prepare again"
+                    )
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not -len(self) <= index < len(self):
@@ -161,6 +168,12 @@ class TokenDataset:
         whole = int(index % len(self) if self._kept is None else self._kept[index])
         number = int(np.searchsorted(self._starts, whole, side="right")) - 1
         return self._shards[number], whole - int(self._starts[number])
+
+    def _slices(self, sizes: list[int]) -> dict[str, slice]:
+        """Which examples are each set's, of sets of so many sequences before the selection."""
+        ends = np.cumsum([0, *sizes])
+        places = (ends if self._kept is None else np.searchsorted(self._kept, ends)).tolist()
+        return {name: slice(*places[i : i + 2]) for i, name in enumerate(self._manifests)}
 
     def _filled(self, dtype: type, write: Callable[[Shard, NDArray], None]) -> NDArray:
         """A column of the whole data set, which `write` fills shard by shard."""
@@ -211,6 +224,28 @@ class TokenDataset:
                 f'{self.place(first)}: the record has {what}, and weights.source = "reward" needs one in every record '
                 f"({len(wrong)} such)"
             )
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = shards.read_manifest(path)
+    if tuple(manifest["roles"]) != ROLES:
+        raise DataError(f"{path}: its roles are {manifest['roles']}, not {list(ROLES)}: prepare the data again")
+    return manifest
+
+
+def _check_alike(sets: Mapping[str, tuple[Path, dict[str, Any]]]) -> None:
+    """Raises ConfigError for a set that was prepared otherwise than the first; the context may differ."""
+    (first, (path, manifest)), *others = sets.items()
+    for name, (other, its) in others:
+        for what, differs in (
+            ("tokenizer", its["tokenizer"].get("fingerprint") != manifest["tokenizer"].get("fingerprint")),
+            ("template or --conditions", its["template"] | {"context": 0} != manifest["template"] | {"context": 0}),
+        ):
+            if differs:
+                raise ConfigError(
+                    f"data.mix.{name} ({other}): prepared with another {what} than data.mix.{first} ({path}): prepare "
+                    "both with the same base and template"
+                )
 
 
 def _lengths(shard: Shard, column: NDArray[np.int64]) -> None:

@@ -1,4 +1,4 @@
-"""Which micro-batches a rank computes in a step: a pure function of (data set, seed, epoch, step), without state.
+"""Which micro-batches a rank computes in a step: a pure function of (data, seed, epoch, step), without state.
 
     loader = Loader(dataset, token_budget=8192, bins_per_step=8, seed=0, epochs=3)
     for step, batches in loader.iterate(start_step=120): ...
@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ochat.data import multipack
 from ochat.data.batch import PackedBatch, most_documents
 from ochat.data.dataset import TokenDataset
+from ochat.data.mixture import Mixture
 from ochat.data.multipack import PackPlan
 from ochat.data.plans import Plans
 from ochat.errors import ConfigError, DataError
@@ -28,9 +29,9 @@ from ochat.errors import ConfigError, DataError
 class LoaderStats:
     """What an epoch is made of. Shares are of 1; imbalances are max over mean among the bins of a step (1: equal)."""
 
-    num_sequences: int
-    num_tokens: int  # in an epoch
-    num_supervised: int  # labels of non-zero weight in an epoch
+    num_sequences: int  # in the first epoch
+    num_tokens: int  # in the first epoch
+    num_supervised: int  # labels of non-zero weight in the first epoch
     num_steps: int  # of the whole run
     steps_per_epoch: tuple[int, ...]
     fill: float  # tokens used over token budget, first epoch
@@ -52,7 +53,8 @@ class Loader:
 
     `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens and as many documents
     as the run's fullest bin. `pin`: in page-locked memory, from which `PackedBatch.to` copies without waiting.
-    `costs` (S,) float: the work of each sequence, which the bins of a step share evenly. Memory: two plans, of 8 bytes
+    `mixture`: which sequences an epoch takes; without it, all. `costs` (S,) float: the work of each sequence, which the
+    bins of a step share evenly. Memory: two plans, of 8 bytes
     a sequence each. Raises ConfigError for impossible settings, DataError for a sequence longer than a bin and for a
     data set without sequences.
     """
@@ -70,13 +72,15 @@ class Loader:
         world: int = 1,
         pad: bool = False,
         pin: bool = False,
+        mixture: Mixture | None = None,
         costs: NDArray[np.floating] | None = None,
     ) -> None:
         _check_settings(bins_per_step, epochs, max_steps, rank, world)
         _check_lengths(dataset, token_budget)
         self.dataset = dataset
         self.token_budget, self.bins_per_step, self.seed = token_budget, bins_per_step, seed
-        self.rank, self.world, self.pin, self.costs = rank, world, pin, costs
+        self.rank, self.world, self.pin = rank, world, pin
+        self.mixture, self.costs = mixture, costs
         self.plan = Plans(self._plan)
         counts = [self._count(epoch) for epoch in reversed(range(epochs))]  # so that the first two stay planned
         self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))
@@ -87,14 +91,19 @@ class Loader:
         self.num_steps = min(total, max_steps) if max_steps else total
 
     def _plan(self, epoch: int) -> PackPlan:
-        return multipack.plan(
-            self.dataset.lengths,
+        lengths, costs = self.dataset.lengths, self.costs
+        taken = None if self.mixture is None else self.mixture(epoch)
+        if taken is not None:
+            lengths, costs = lengths[taken], None if costs is None else costs[taken]
+        plan = multipack.plan(
+            lengths,
             token_budget=self.token_budget,
             bins_per_step=self.bins_per_step,
             seed=self.seed,
             epoch=epoch,
-            costs=self.costs,
+            costs=costs,
         )
+        return plan if taken is None else replace(plan, indices=taken[plan.indices])
 
     def _count(self, epoch: int) -> tuple[int, int]:
         """Steps of an epoch, and the most documents of a padded bin."""
@@ -174,10 +183,11 @@ class Loader:
         """Counts of the data and of the first epoch's plan."""
         plan = self.plan(0)
         imbalance = plan.cost_imbalance()
+        supervised = self.dataset.supervised if self.mixture is None else self.dataset.supervised[plan.indices]
         return LoaderStats(
-            num_sequences=len(self.dataset),
-            num_tokens=int(self.dataset.lengths.sum()),
-            num_supervised=int(self.dataset.supervised.sum()),
+            num_sequences=len(plan.indices),
+            num_tokens=int(plan.bin_tokens.sum()),
+            num_supervised=int(supervised.sum()),
             num_steps=self.num_steps,
             steps_per_epoch=self.steps_per_epoch,
             fill=plan.efficiency(),

@@ -8,7 +8,7 @@ Opening reads headers and, to refuse a damaged file before a loop runs through i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,19 +50,19 @@ class Shard:
         return self.columns[name]
 
 
-def open_all(sets: Iterable[tuple[Path, dict[str, Any]]]) -> tuple[tuple[str, ...], list[list[Shard]]]:
+def open_all(sets: Sequence[tuple[Path, dict[str, Any]]]) -> tuple[tuple[str, ...], list[list[Shard]]]:
     """The classes of all data sets (folder, manifest) together, and the shards of each.
 
     Raises DataError for a file that is missing, has another size than was written, or whose columns do not fit
     together.
     """
     class_ids: dict[str, int] = {}
-    opened = []
-    for folder, manifest in sets:
-        names = [class_ids.setdefault(name, len(class_ids)) for name in manifest["classes"]]
-        class_map = np.array(names, np.uint16)
-        paths = [shards.check_size(folder, described) for described in manifest["shards"]]
-        opened.append([Shard(path, _columns(path, len(class_map)), class_map, manifest["files"]) for path in paths])
+    for _, manifest in sets:
+        for name in manifest["classes"]:
+            class_ids.setdefault(name, len(class_ids))
+    opened = [
+        [_open(folder, manifest, described, class_ids) for described in manifest["shards"]] for folder, manifest in sets
+    ]
     return tuple(class_ids), opened
 
 
@@ -99,6 +99,14 @@ def compiled_rule(rule: WeightRule) -> fill.Rule:
         beta=float(rule.beta),
         is_mean=bool(rule.per_message_mean),
     )
+
+
+def _open(folder: Path, manifest: dict[str, Any], described: dict[str, Any], class_ids: dict[str, int]) -> Shard:
+    """One shard, whose classes stand in `class_ids`."""
+    classes, files = shards.names(manifest, described)
+    class_map = np.array([class_ids[name] for name in classes], np.uint16)
+    path = shards.check_size(folder, described)
+    return Shard(path, _columns(path, len(class_map)), class_map, files)
 
 
 def _columns(path: Path, num_classes: int) -> dict[str, NDArray]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
+from ochat.data.mixture import Mixture
 from ochat.data.template import Template
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
@@ -23,9 +24,9 @@ from ochat.train.schedule import LearningRate
 
 
 def open_data(config: Config) -> TokenDataset:
-    """The prepared data set that is trained on, with the configuration's weights and selection."""
+    """The prepared data that is trained on, one set or several, with the configuration's weights and selection."""
     return TokenDataset(
-        config.data.path,
+        {name: share.path for name, share in config.data.mix.items()} or config.data.path,
         classes=config.classes,
         weights=config.weights,
         only_class=config.data.only_class,
@@ -65,8 +66,24 @@ def open_loader(
         world=world,
         pad=pad,
         pin=pad and torch.cuda.is_available(),
+        mixture=Mixture(data, config.data.mix, config.run.seed) if config.data.mix else None,
         costs=sequence_flops(data, model).astype(np.float32),  # of many sequences, each rank holds them
     )
+
+
+def describe_sets(loader: Loader) -> dict[str, str]:
+    """What the first epoch takes of each set of a mixture, as name -> text; nothing for a single data set."""
+    if loader.mixture is None:
+        return {}
+    taken, facts = loader.mixture(0), {}
+    for name, part in loader.dataset.sets.items():
+        lengths = loader.dataset.lengths[taken[(part.start <= taken) & (taken < part.stop)]]
+        total = loader.mixture.totals[name]
+        facts[f"set {name}"] = (
+            f"{part.stop - part.start:,} conversations, {total:,} tokens; an epoch takes {len(lengths):,}, "
+            f"{lengths.sum():,} tokens: {loader.mixture.budgets[name] / total:.3g} passes"
+        )
+    return facts
 
 
 def open_eval_loader(config: Config, data: TokenDataset, *, rank: int = 0, world: int = 1, pad: bool = False) -> Loader:
