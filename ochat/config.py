@@ -52,7 +52,7 @@ class DataConfig:
     """What is trained on, and how it is cut into steps."""
 
     path: str = ""  # a folder written by `ochat prepare`
-    mix: dict[str, MixConfig] = field(default_factory=dict)  # several sets: [data.mix.NAME] path and epochs ...
+    mix: dict[str, MixConfig] = field(default_factory=dict)  # several sets instead of path
     eval_path: str = ""  # a held-out folder of the same kind; empty: no evaluation
     token_budget: int = 8192  # tokens in a bin, that is in one micro-batch
     bins_per_step: int = 8  # bins in an optimizer step, over all ranks

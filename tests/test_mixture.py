@@ -13,7 +13,7 @@ from ochat.data.mixture import Mixture, stretch, token_budgets
 from ochat.data.prepare import prepare
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
-from ochat.train import inputs
+from ochat.train import inputs, plan
 from tests import tiny
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -203,6 +203,8 @@ def test_a_plan_has_a_row_for_each_set(world):
     total = data.lengths[data.sets["two"]].sum()
     assert rows["set two"] == f"60 conversations, {total:,} tokens; an epoch takes 120, {2 * total:,} tokens: 2 passes"
     assert rows["set one"].startswith(f"60 conversations, {total:,} tokens; an epoch takes ")
+    facts = plan.describe(config, loader, ModelConfig.load(world.base))
+    assert rows.items() <= facts.items() and f"{loader.stats().num_tokens:,} tokens" in facts["data"]
 
 
 @pytest.mark.parametrize(

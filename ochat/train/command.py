@@ -58,14 +58,20 @@ def print_help(command: str, purpose: str) -> None:
     console.print(f"usage: {escape(command)} CONFIG.toml [--section.key=value ...]\n\n{purpose}\n", soft_wrap=True)
     table = Table("key", "default", "what it is", box=None, padding=(0, 3, 0, 0))
     for section in dataclasses.fields(Config):
-        is_table = section.name == "classes"
-        kind = configuration.ClassConfig if is_table else type(getattr(Config(), section.name))
-        comments = _comments(kind)
-        for key in dataclasses.fields(kind):
-            name = f"classes.NAME.{key.name}" if is_table else f"{section.name}.{key.name}"
-            default = key.default if key.default is not dataclasses.MISSING else {}
-            table.add_row(name, escape(repr(default)), escape(comments.get(key.name, "")))
+        if section.name == "classes":
+            _add_keys(table, "classes.NAME", configuration.ClassConfig)
+        else:
+            _add_keys(table, section.name, type(getattr(Config(), section.name)))
+        if section.name == "data":
+            _add_keys(table, "data.mix.NAME", configuration.MixConfig)
     console.print(table)
+
+
+def _add_keys(table: Table, section: str, kind: type) -> None:
+    comments = _comments(kind)
+    for key in dataclasses.fields(kind):
+        default = key.default if key.default is not dataclasses.MISSING else {}
+        table.add_row(f"{section}.{key.name}", escape(repr(default)), escape(comments.get(key.name, "")))
 
 
 def _comments(kind: type) -> dict[str, str]:

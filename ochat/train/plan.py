@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(0 if arguments else 2)
     options, rest = parse(arguments)
     if options.lengths:
-        rest.append(f"--data.path={options.lengths}")
+        rest += [f"--data.path={options.lengths}", "--data.mix={}"]
     show(command.read_arguments(rest), options, Console(highlight=False))
 
 
@@ -83,6 +83,7 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
         loader = open_checked(config, data, model)
         stats, facts = loader.stats(), describe(config, loader, model)
         notes += data_notes(data, model, counts)
+        counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or more
     share = stats.num_supervised / max(counts.num_tokens, 1)
     workload = Workload(counts, share, stats.fill, stats.imbalance_mean)
     console.print(plan_tables.facts(f"plan of {config.run.dir}", facts))
@@ -124,12 +125,13 @@ def data_notes(data: TokenDataset, model: ModelConfig, counts: LengthCounts) -> 
 def describe(config: Config, loader: Loader, model: ModelConfig) -> dict[str, str]:
     """The facts of a run as name -> text; the trainer prints the same before its first step."""
     data, stats = loader.dataset, loader.stats()
-    flops = inputs.sequence_flops(data, model).sum()
+    flops = inputs.sequence_flops(data, model)[loader.plan(0).indices].sum()
     classes = np.bincount(data.class_ids, minlength=len(data.class_names))
     return {
         "model": f"{model.model_type}, {model.num_parameters():,} parameters",
         "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, "
         f"longest {int(data.lengths.max()):,}",
+        **inputs.describe_sets(loader),
         "classes": ", ".join(
             f"{name or '(none)'} {count:,} (mean weight {inputs.mean_weight(data, name):.4g})"
             for name, count in zip(data.class_names, classes, strict=True)
