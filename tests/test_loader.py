@@ -9,6 +9,7 @@ import torch
 from ochat.data import multipack
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
+from ochat.data.plans import Plans
 from ochat.data.prepare import prepare
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_base, write_lines
@@ -155,6 +156,73 @@ def test_a_budget_that_is_no_power_of_two_bounds_max_seqlen(data):
     longest = [max(batch.lengths) for step in range(loader.num_steps) for batch in loader.step(step)]
     found = [batch.max_seqlen for step in range(loader.num_steps) for batch in loader.step(step)]
     assert max(longest) <= budget and all(a <= b <= budget for a, b in zip(longest, found, strict=True))
+
+
+def test_going_on_reads_nothing_of_earlier_steps(data, monkeypatch):
+    whole = load(data)
+    late = load(data)
+    read = []
+    monkeypatch.setattr(data, "batch", lambda indices, **_: read.append(tuple(indices)))
+    start = whole.steps_of_epoch(0) + 3
+    assert [step for step, _ in late.iterate(start)] == list(range(start, whole.num_steps))
+    first = 4 * (start - whole.steps_of_epoch(0))
+    assert read == [tuple(whole.plan(1).bin(first + b)) for b in range(len(read))] and len(read) % 4 == 0
+
+
+def test_the_next_epoch_is_planned_in_a_thread_and_two_plans_are_kept(data, monkeypatch):
+    makers, make = [], multipack.plan
+
+    def noted(lengths, *, epoch, **options):
+        makers.append((epoch, threading.current_thread().name))
+        return make(lengths, epoch=epoch, **options)
+
+    monkeypatch.setattr(multipack, "plan", noted)
+    loader = load(data, epochs=5)
+    assert [epoch for epoch, _ in makers] == [4, 3, 2, 1, 0]  # for the number of steps; the first two stay
+    makers.clear()
+    for _ in loader.iterate():
+        assert len(loader.plan._kept) <= 2
+    assert makers == [(epoch, f"plan of epoch {epoch}") for epoch in (2, 3, 4)]
+
+
+def test_no_epoch_behind_the_last_step_is_planned_again(data, monkeypatch):
+    planned, into_the_second = [], load(data).steps_of_epoch(0) + 1
+    loader = load(data, epochs=5, max_steps=into_the_second)
+    monkeypatch.setattr(multipack, "plan", lambda *_, epoch, **__: planned.append(epoch))
+    assert len(list(loader.iterate())) == into_the_second and planned == []
+
+
+def test_a_plan_is_made_once_and_what_it_raises_reaches_who_asks():
+    made, wanted = threading.Event(), []
+
+    def make(epoch):
+        made.wait(10)
+        wanted.append(epoch)
+        return 1 // epoch
+
+    plans = Plans(make)
+    plans.start(1)
+    threads = [threading.Thread(target=plans, args=(1,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    made.set()
+    for thread in threads:
+        thread.join()
+    assert plans(1) == 1 and wanted == [1]
+    with pytest.raises(ZeroDivisionError):
+        plans(0)
+
+
+def test_a_pinned_loader_asks_for_pinned_memory_alone(data, monkeypatch):
+    empty, pinned = torch.empty, []
+    monkeypatch.setattr(
+        "ochat.data.batch.torch.empty",
+        lambda *size, pin_memory, **options: pinned.append(pin_memory) or empty(*size, **options),
+    )
+    (batch, *_) = load(data, pin=True).step(0)
+    assert pinned == [True] * len(pinned) and len(pinned) == 7 * 4
+    monkeypatch.undo()
+    assert equal(batch, load(data).step(0)[0])
 
 
 def test_leaving_early_ends_the_thread(data):

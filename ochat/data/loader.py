@@ -175,7 +175,9 @@ class Loader:
 
     def _plan_ahead(self, step: int) -> None:
         """Have the next epoch planned by the time it begins; behind max_steps nothing is."""
-        following = self.position(step)[0] + 1
+        epoch = self.position(step)[0]
+        self.plan(epoch)  # in use, so that it stays when the next one comes
+        following = epoch + 1
         if following < len(self.steps_per_epoch) and self._epoch_starts[following] < self.num_steps:
             self.plan.start(following)
 
