@@ -64,7 +64,9 @@ def test_the_share_is_the_binomials(share):
 
 def test_the_side_is_the_same_everywhere():
     """A fixed number, so no release, machine or process moves a prompt to the other side."""
-    assert position(Conversation((Message("user", "Hello"),), system="Be brief.")) == GOLDEN
+    chat = Conversation((Message("user", "Hello"),), system="Be brief.")
+    assert position(chat) == GOLDEN
+    assert is_held_out(chat, GOLDEN + 1e-9) and not is_held_out(chat, GOLDEN)
     code = "from ochat.data.held_out import *; from ochat.data.conversation import *\n"
     code += "print(position(Conversation((Message('user', 'Hello'),), system='Be brief.')))"
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[1])}

@@ -204,5 +204,7 @@ def test_the_command_merges_and_checks(make, tmp_path, capsys):
     assert "2 data sets as one, 2 conversations" in text and "3 files" in text and "all as they were written" in text
     with pytest.raises(ConfigError, match="--output"):
         prepare.main(PrepareOptions(merge=sets))
+    with pytest.raises(ConfigError, match="--merge and --check: give one of them"):
+        prepare.main(PrepareOptions(merge=sets, output="x", check="y"))
     with pytest.raises(ConfigError, match="--base is missing"):
         prepare.main(PrepareOptions(input=("a.jsonl",), output="x"))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -275,23 +274,28 @@ def test_a_base_that_is_no_folder_says_how_to_get_one(tmp_path, missing):
         prepare([write_lines(tmp_path / "a.jsonl", [chat()])], missing, TEMPLATE, tmp_path / "out")
 
 
-def test_memory_is_a_few_batches(base, tmp_path):
-    """Fifteen times the input takes no more memory."""
+@pytest.mark.parametrize(
+    ("workers", "text", "counts"), [(0, "word " * 400, (200, 3000)), (1, "yes", (2_000, 20_000))], ids=["alone", "pool"]
+)
+def test_memory_is_a_few_batches(base, tmp_path, workers, text, counts):
+    """Ten times the input takes no more memory, in the process that does everything and in the one that writes."""
     peaks = []
-    for count in (200, 3000):
-        source = write_lines(tmp_path / f"{count}.jsonl", [chat("word " * 400)] * count)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks.append(pool.apply(_peak_mib, (str(source), str(base), str(tmp_path / f"out{count}"))))
-    assert peaks[1] - peaks[0] < 30, f"{peaks} MiB for 0.4 and 6 MB of text"
+    for count in counts:
+        source = write_lines(tmp_path / f"{count}.jsonl", [chat(text)] * count)
+        arguments = (str(source), str(base), str(tmp_path / f"out{count}"), str(workers))
+        peaks.append(float(subprocess.check_output([sys.executable, "-c", PEAK_MIB, *arguments], env=ENVIRONMENT)))
+    assert peaks[1] - peaks[0] < 15, f"{peaks} MiB for {counts} records"
 
 
-def _peak_mib(source, base, output):
-    import resource
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_TOKENS", 1 << 18)
-        prepare([source], base, TEMPLATE, output, workers=0, progress=False)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}
+PEAK_MIB = """
+import resource, sys
+from ochat.data import prepare, shards
+shards.SHARD_TOKENS = 1 << 18
+source, base, output, workers = sys.argv[1:]
+prepare.prepare([source], base, "openchat_v3.2", output, workers=int(workers), progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
 
 
 class Killer:

@@ -10,21 +10,19 @@ are merge.py and check.py.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Literal
-
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import Literal
 
 from ochat.data import check, input_files, merge, records, template, tokenizer
-from ochat.data.encode import Encoder, OverLong, Reject
-from ochat.data.prepare_report import Counts, PrepareReport, add_counts, print_report
+from ochat.data.encode import Encoder, OverLong
+from ochat.data.prepare_report import Bar, Counts, PrepareReport, add_counts, print_report
 from ochat.data.records import Record, RecordFile
+from ochat.data.rejects import Rejects
 from ochat.data.shards import ShardWriter
 from ochat.data.weights import ROLES
 from ochat.data.workers import Batch, encode_all
@@ -32,7 +30,6 @@ from ochat.errors import ConfigError, DataError
 
 BATCH_RECORDS, BATCH_BYTES = 512, 1 << 20
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
-REJECTS = "rejects.jsonl"
 HELD_OUT = "-held-out"  # what the name of the held-out set ends with
 
 
@@ -40,15 +37,14 @@ HELD_OUT = "-held-out"  # what the name of the held-out set ends with
 class PrepareOptions:
     """Turns conversations into a data set of token ids that `ochat train` reads.
 
-    Weights by class are no part of it: they are applied in training. On many machines: the same command with
-    --shard 1/8 ... 8/8 and an --output of its own each, then --merge.
+    Weights by class are no part of it: they are applied in training.
     """
 
     # JSON Lines, JSON (either plain, .gz, .xz, .zst) or Parquet files, or folders of them; at least one
     input: tuple[str, ...] = ()
-    base: str = ""  # folder of the base model, or a tokenizer's file
-    template: str = ""  # a built-in template's name, or the path of a .toml
-    output: str = ""  # folder of the data set
+    base: str = ""  # folder of the base model, or a tokenizer's file; needed to prepare
+    template: str = ""  # a built-in template's name, or the path of a .toml; needed to prepare
+    output: str = ""  # folder of the data set; needed to prepare and to merge
     # of the records; auto: told by each record's keys
     format: Literal["auto", "openchat", "messages", "sharegpt", "alpaca"] = "auto"
     on_bad: Literal["error", "skip"] = "error"  # a bad record stops everything, or goes to OUTPUT/rejects.jsonl
@@ -59,7 +55,9 @@ class PrepareOptions:
     # share of the prompts (say 0.05) whose conversations go to OUTPUT-held-out instead, for evaluation; all answers to
     # one prompt (system text and first user message) stay together, on every machine and in every order
     held_out: float = 0.0
-    shard: str = "1/1"  # i/n: take only every n-th record, from the i-th on; the n data sets together are the whole
+    # i/n: take only every n-th record, from the i-th on. On 8 machines: the same command with 1/8 ... 8/8, each with an
+    # --output of its own; then --merge
+    shard: str = "1/1"
     merge: tuple[str, ...] = ()  # write at OUTPUT one data set that refers to these; nothing is copied or prepared
     check: str = ""  # read the data set in this folder and compare its checksums; nothing is prepared
     # processes that tokenise; 0: this one alone; left out: one per core, or this one alone for a small input
@@ -82,6 +80,9 @@ def prepare(
 
 def main(options: PrepareOptions) -> None:
     """The command: prepare, merge or check, then print what was done."""
+    given = [f"--{name}" for name in ("input", "merge", "check") if getattr(options, name)]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: give one of them, each is a command of its own")
     if options.check:
         print(check.check(options.check).summary())
     elif options.merge:
@@ -136,7 +137,7 @@ def _write(
     """Everything from records to shards; the counts of each side, and the number of rejects."""
     sides: list[Counts] = [{} for _ in writers]
     num_rejected = 0
-    with _Rejects(writers[0].folder, options.on_bad) as rejects, _Bar(files, options.progress) as bar:
+    with Rejects(writers[0].folder, options.on_bad) as rejects, Bar(files, options.progress) as bar:
         for encoded, position in encode_all(_batches(files, shard), encoder, _num_workers(options, files)):
             num_rejected += rejects.add(encoded.rejects)
             for side, writer in enumerate(writers):
@@ -208,48 +209,6 @@ def _batches(files: list[RecordFile], shard: Shard) -> Iterator[Batch]:
         done += file.size
     if batch:
         yield batch, done
-
-
-class _Rejects:
-    """Bad records: the first one raises, or all are written down with their reasons."""
-
-    def __init__(self, folder: Path, on_bad: str) -> None:
-        self.path, self.stop = folder / REJECTS, on_bad == "error"
-        self.file: IO[str] | None = None
-
-    def __enter__(self) -> _Rejects:
-        self.file = None if self.stop else self.path.open("w", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def add(self, rejects: Sequence[Reject]) -> int:
-        """Number of `rejects`. Raises DataError for the first if none may be."""
-        if rejects and self.file is None:
-            first = rejects[0]
-            raise DataError(f"{first.file}:{first.line}: {first.reason} (--on-bad skip goes on without bad records)")
-        for reject in rejects:
-            assert self.file is not None
-            self.file.write(json.dumps(reject._asdict(), ensure_ascii=False) + "\n")
-        return len(rejects)
-
-
-class _Bar:
-    """Progress by bytes read."""
-
-    def __init__(self, files: list[RecordFile], shown: bool) -> None:
-        columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self.progress = Progress(*columns, disable=not shown)
-        self.task = self.progress.add_task("prepare", total=sum(file.size for file in files))
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.progress.start()
-        return lambda position: self.progress.update(self.task, completed=position)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
 
 
 def _manifest(options: PrepareOptions, encoder: Encoder, shard: Shard, report: PrepareReport, side: int) -> dict:

@@ -1,4 +1,4 @@
-"""What became of the input of `ochat prepare`: counts by class, for the manifest and as a table.
+"""What a user sees of `ochat prepare`: a bar while it reads, counts by class, for the manifest and as a table.
 
 print_report(prepare(...))
 """
@@ -6,7 +6,7 @@ print_report(prepare(...))
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +14,10 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from ochat.data.records import RecordFile
 
 COLUMNS = {  # name in the counts -> heading
     "kept": "kept",
@@ -110,3 +113,19 @@ def _table(report: PrepareReport) -> Table:
     table.add_section()
     table.add_row("all", *(f"{report.total[column]:,}" for column in COLUMNS))
     return table
+
+
+class Bar:
+    """Progress by bytes read."""
+
+    def __init__(self, files: Sequence[RecordFile], shown: bool) -> None:
+        columns = (TextColumn("prepare"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self.progress = Progress(*columns, disable=not shown)
+        self.task = self.progress.add_task("prepare", total=sum(file.size for file in files))
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.progress.start()
+        return lambda position: self.progress.update(self.task, completed=position)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
