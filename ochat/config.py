@@ -27,7 +27,8 @@ class RunConfig:
     dir: str = "runs/default"  # the run folder: config, metrics, checkpoints
     seed: int = 0  # decides the order of the data and every random draw
     deterministic: bool = False  # bitwise the same on the same machine and number of processes
-    resume: str = "auto"  # "auto": the newest complete checkpoint in run.dir, if any; "never"; or a checkpoint's path
+    resume: str = "auto"  # "auto": the newest whole checkpoint in run.dir, if any; "never"; or a checkpoint's path
+    resume_anyway: bool = False  # go on although template, data set or order of the data are not the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class CheckpointConfig:
 
     every: int = 0  # steps between checkpoints; 0: at the end of every epoch
     keep: int = 2  # newest checkpoints that are kept; 0: all
+    keep_every: int = 0  # besides, those after a multiple of so many steps are kept for good; 0: none
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def dump(config: Config) -> str:
 _POSITIVE = "data.token_budget data.bins_per_step data.epochs weights.beta train.log_every parallel.replicate optim.eps"
 _NOT_NEGATIVE = (
     "data.max_steps optim.weight_decay optim.clip train.eval_every train.peak_tflops parallel.shard "
-    "checkpoint.every checkpoint.keep samples.max_new_tokens run.seed"
+    "checkpoint.every checkpoint.keep checkpoint.keep_every samples.max_new_tokens run.seed"
 )
 _SHARES = "optim.warmup_ratio optim.min_lr_ratio"
 

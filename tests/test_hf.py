@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ochat.errors import CheckpointError, ConfigError
-from ochat.model import hf
+from ochat.model import hf, safetensor_files
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from tests.model_families import FAMILIES, config, make, peer_logits, random_ids
@@ -75,8 +75,28 @@ def test_splitting_undoes_fusing(tmp_path):
     assert torch.equal(ours["blocks.1.attn.qkv.weight"][:32], theirs[Q_PROJ])
     back = hf.to_hf_state(model_config, ours.items())
     assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
-    read = dict(hf.iterate_parameters(tmp_path, model_config))
-    assert list(read) == list(ours) and all(torch.equal(read[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_rows_of_fused_parameters_come_from_their_parts_alone(parts, tmp_path, monkeypatch):
+    """However many ranks share the rows: together they are the whole, and no byte is read twice."""
+    make("qwen3-mixed", tmp_path)
+    model_config, plain, count = ModelConfig.load(tmp_path), safetensor_files.read_rows, []
+    files, whole = hf.read_tensors(tmp_path, model_config), hf.load(tmp_path, dtype="float32")
+
+    def counted(*args):
+        count.append(plain(*args))
+        return count[-1]
+
+    monkeypatch.setattr(safetensor_files, "read_rows", counted)
+    for name, parameter in whole.named_parameters():
+        read = torch.full_like(parameter, torch.nan)
+        chunk = -(-len(read) // parts)
+        for start in range(0, len(read), chunk):
+            for offset, piece in hf.read_rows(files, model_config, name, start, min(start + chunk, len(read))):
+                read[start + offset : start + offset + len(piece)] = piece
+        assert torch.equal(read, parameter), name
+    assert sum(piece.numel() for piece in count) == whole.config.num_parameters()
 
 
 def test_dtype_is_rounded_once_and_recorded(tmp_path):
@@ -130,6 +150,9 @@ def test_a_tied_head_may_be_stored_but_not_differ(tmp_path):
     change(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBED] + 1}))
     with pytest.raises(CheckpointError, match="lm_head.weight differs from"):
         hf.load(tmp_path)
+    model_config = ModelConfig.load(tmp_path)
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from"):  # nor in the rows of one rank
+        list(hf.read_rows(hf.open_tensors(tmp_path, model_config), model_config, "embed.weight", 3, 5))
 
 
 def test_nothing_incomplete_or_unknown_is_saved(tmp_path):

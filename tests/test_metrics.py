@@ -10,6 +10,7 @@ from ochat_kernels import LossOutput
 from ochat.data.batch import Example, pack
 from ochat.errors import NonFiniteError
 from ochat.train import metrics
+from ochat.train.line_file import LineFile
 from ochat.train.metrics import Journal, Tally
 
 WEIGHTS = ([0, 1.0, -0.5, 0.25], [0, 0, 2.0])
@@ -55,7 +56,7 @@ def test_a_class_without_tokens_has_no_mean():
 
 def journal(path, **change):
     settings = {"flops": lambda *_: 10.0, "peak_flops": 1e3, "device": CPU, "write": True, "blame": lambda step: "bins"}
-    return Journal(path, ["a", "b"], **settings | change)
+    return Journal(LineFile(path, pytest.fail), ["a", "b"], **settings | change)
 
 
 def test_mfu_and_rates_are_of_the_time_since_the_last_flush(tmp_path, monkeypatch):

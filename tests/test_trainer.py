@@ -100,9 +100,10 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(world, alone, tmp_p
     assert curve(lines) == curve(alone)
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert kept == sorted([f"step_{len(alone)}", f"step_{(len(alone) - 1) // 5 * 5}"])
-    final = load_file(world.folder / "alone" / "checkpoints" / f"step_{len(alone)}" / "model.safetensors")
-    again = load_file(tmp_path / "run" / "checkpoints" / f"step_{len(alone)}" / "model.safetensors")
-    assert final.keys() == again.keys() and all(torch.equal(final[name], again[name]) for name in final)
+    for kind in ("weights", "optimizer"):
+        name = f"checkpoints/step_{len(alone)}/{kind}-00001-of-00001.safetensors"
+        final, again = load_file(world.folder / "alone" / name), load_file(tmp_path / "run" / name)
+        assert final.keys() == again.keys() and all(torch.equal(final[name], again[name]) for name in final)
 
 
 def test_a_finished_run_has_nothing_left_to_do(world, alone):

@@ -59,9 +59,8 @@ def read_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
 
     Raises: as TensorFiles.open; CheckpointError naming tensors that are missing, left over, quantised or misshapen.
     """
-    files = _checked(directory, config)
-    if config.tie_embeddings and "lm_head.weight" in files.files:
-        _check_tied_head(files)
+    files = open_tensors(directory, config)
+    _check_tied_head(files, config, 0, config.vocab_size)
     return files
 
 
@@ -70,11 +69,12 @@ def check_weights(directory: str | Path, config: ModelConfig) -> None:
 
     Raises: as read_tensors; an untied head under a config that ties it is found by read_tensors alone.
     """
-    _checked(directory, config)
+    open_tensors(directory, config)
 
 
-def _checked(directory: str | Path, config: ModelConfig) -> TensorFiles:
-    """The folder's files, whose tensors have the names, shapes and dtypes that `config` asks for."""
+def open_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
+    """The folder's files, whose tensors have the names, shapes and dtypes that `config` asks for. Raises: as
+    check_weights."""
     files = TensorFiles.open(directory)
     wanted = {part.name: part.shape for parts in parameter_parts(config).values() for part in parts}
     found = {name for name in files.files if not name.endswith("rotary_emb.inv_freq")}  # computed, never read
@@ -95,10 +95,21 @@ def read_parameter(files: TensorFiles, config: ModelConfig, name: str) -> Tensor
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def iterate_parameters(directory: str | Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of each of our parameters, read from a folder one at a time. Raises: as read_tensors."""
-    files = read_tensors(directory, config)
-    return ((name, read_parameter(files, config, name)) for name in parameter_parts(config))
+def read_rows(
+    files: TensorFiles, config: ModelConfig, name: str, start: int, stop: int
+) -> Iterator[tuple[int, Tensor]]:
+    """(offset from `start`, CPU tensor) of the pieces of our parameter's rows, each a map of its part's file.
+
+    Of a tied head that is stored too, the same rows are compared. Raises: CheckpointError where they differ.
+    """
+    if name == "embed.weight":
+        _check_tied_head(files, config, start, stop)
+    first = 0  # row of the part in our parameter
+    for part in hf_parts(config, name):
+        low, high = max(start, first), min(stop, first + part.shape[0])
+        if low < high:
+            yield low - start, files.read_rows(part.name, low - first, high - first)
+        first += part.shape[0]
 
 
 def save(
@@ -224,12 +235,14 @@ def _check_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> None
         raise CheckpointError(f"{where} is {dtype}; expected F32, BF16 or F16 (quantised weights are not read)")
 
 
-def _check_tied_head(files: TensorFiles) -> None:
-    embed = "model.embed_tokens.weight"
-    if embed in files.files and not torch.equal(files.read("lm_head.weight"), files.read(embed)):
+def _check_tied_head(files: TensorFiles, config: ModelConfig, start: int, stop: int) -> None:
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not config.tie_embeddings or head not in files.files:
+        return
+    if not torch.equal(files.read_rows(head, start, stop), files.read_rows(embed, start, stop)):
         raise CheckpointError(
-            f"{files.place('lm_head.weight')}: lm_head.weight differs from {embed}, but config.json ties them; "
-            "set tie_word_embeddings to false or remove lm_head.weight"
+            f"{files.place(head)}: {head} differs from {embed}, but config.json ties them; "
+            f"set tie_word_embeddings to false or remove {head}"
         )
 
 

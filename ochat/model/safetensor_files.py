@@ -64,6 +64,15 @@ class TensorFiles:
         """A CPU tensor whose pages are read from disk when touched. Do not write to it."""
         return self.handles[self.files[name]].get_tensor(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, mapped like the whole: no other byte is touched."""
+        return read_rows(self.handles[self.files[name]], name, start, stop)
+
+
+def read_rows(handle: Any, name: str, start: int, stop: int) -> Tensor:
+    """The rows from `start` to `stop` of a tensor in an open safetensors file."""
+    return handle.get_slice(name)[start:stop]
+
 
 def write_shards(directory: Path, shards: Iterable[dict[str, Tensor]], num_shards: int) -> None:
     """Write `num_shards` files and, for several, their index. Each file appears whole or not at all."""

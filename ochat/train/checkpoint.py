@@ -1,164 +1,202 @@
-"""Checkpoints: `RUN/checkpoints/step_N/` holds the fp32 masters as a Hugging Face folder, AdamW's moments and one JSON.
+"""Checkpoints: finding the newest whole one, checking it, and reading from it just the rows that a rank holds.
 
-    state = checkpoint.save(run_dir, step, model, optimizer, identity, ranks)
-    step  = checkpoint.load(path, model, optimizer, identity)
+    RUN/checkpoints/step_N/   manifest.json, weights-... and optimizer-... of every shard, config.json, serving files
+    RUN/latest                one line that names the newest: checkpoints/step_N
 
-The first rank writes into a temporary folder, syncs it to the disk and renames it; a folder named step_N is complete.
-Only safetensors and JSON are read or written. The step number alone decides the data that follows.
+    found = checkpoint.find(run_dir, "auto", ranks, print);  step = checkpoint.load(found, model, optimizer)
+The saver writes them. They hold fp32 masters and AdamW's moments under our names, in safetensors and JSON only; `ochat
+export` makes a Hugging Face folder of any of them. The step number alone decides the data that follows.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ochat.errors import CheckpointError
-from ochat.model import hf, safetensor_files
+from ochat.model import hf
+from ochat.model.safetensor_files import read_rows
 from ochat.model.transformer import Transformer
-from ochat.train import optim, parallel, serving
+from ochat.train import optim, parallel
+from ochat.train.manifest import MANIFEST, Manifest
 from ochat.train.parallel import Ranks
 
-FORMAT = 1
-STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
-SERVING = "serving"  # the run's folder of tokenizer, chat template and openchat.json
+FOLDER, LATEST = "checkpoints", "latest"
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    model: Transformer,
-    optimizer: Any,
-    identity: dict[str, Any],
-    ranks: Ranks,
-    *,
-    keep: int,
-) -> Path:
-    """Writes `checkpoints/step_{step}` with a copy of the run's serving files, then drops all but the newest `keep`.
+def folders(run_dir: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first, whole or not."""
+    found = [path for path in (run_dir / FOLDER).glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
-    Every rank calls it, the first one writes; its host memory must hold the weights' shard and both moments.
+
+def find(run_dir: Path, resume: str, ranks: Ranks, say: Callable[[str], None]) -> Manifest | None:
+    """The checkpoint that `run.resume` names, checked: "auto" is the newest whole one, or None where there is none
+    at all; "never" is None. Every rank calls it and all get the same answer.
+
+    `say` hears which ones were skipped, and why. Raises: CheckpointError where a named one is missing or damaged, where
+    all are damaged, or where the run folder holds later ones, which going on from there would leave behind as another
+    branch. Costs: as verify.
     """
-    root = run_dir / "checkpoints"
-    final, temporary = root / f"step_{step}", root / f".step_{step}.tmp"
-    weights = ((name, parallel.gather(p)) for name, p in model.named_parameters())
-    moments = ((f"{moment}.{name}", parallel.gather(t)) for name, moment, t in optim.moments(model, optimizer))
-    if ranks.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        hf.save(temporary, model.config, weights, torch.float32)
-        safetensor_files.write_file(temporary / OPTIMIZER, dict(moments))
-        serving.copy(run_dir / SERVING, temporary)
-        state = {"format": FORMAT, "step": step, "identity": identity}
-        (temporary / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _publish(temporary, final)
-        _drop_old(root, keep)
-    else:  # gathering takes every rank
-        for _ in itertools.chain(weights, moments):
-            pass
-    ranks.barrier()
-    return final
-
-
-def load(path: Path, model: Transformer, optimizer: Any, identity: dict[str, Any]) -> int:
-    """Fills model and optimizer from a checkpoint folder and returns its step.
-
-    Raises: CheckpointError for a missing or damaged file, or a checkpoint of another model, template, data set or order
-    of the data.
-    """
-    state = read_state(path)
-    _check_identity(path, state["identity"], identity)
-    load_weights(path, model)
-    optim.start_state(optimizer, state["step"])
-    try:
-        with safe_open(path / OPTIMIZER, framework="pt") as file:
-            for name, moment, target in optim.moments(model, optimizer):
-                parallel.fill(target, file.get_tensor(f"{moment}.{name}"))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / OPTIMIZER}: {error}") from None
-    return state["step"]
-
-
-def load_weights(folder: Path, model: Transformer) -> None:
-    """Fills the model's parameters, sharded or not, from a Hugging Face folder, one tensor at a time."""
-    parameters = dict(model.named_parameters())
-    for name, tensor in hf.iterate_parameters(folder, model.config):
-        parallel.fill(parameters[name], tensor)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The checkpoint's JSON: format, step, identity."""
-    try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / STATE}: not a readable checkpoint: {error}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / STATE}: format {state.get('format') if isinstance(state, dict) else None!r}, expected {FORMAT}"
-        )
-    return state
-
-
-def complete(run_dir: Path) -> list[Path]:
-    """The run's complete checkpoints, oldest first."""
-    found = [p for p in (run_dir / "checkpoints").glob("step_*") if p.name[5:].isdigit() and (p / STATE).is_file()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
-
-
-def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that `run.resume` names: "auto" is the newest complete one or None, "never" is None.
-
-    Raises: CheckpointError where there is none at a named place, or the run folder holds later ones, which going on
-    from there would leave behind as another branch.
-    """
-    there = complete(run_dir)
     if resume == "never":
         return None
-    if resume == "auto":
-        return there[-1] if there else None
-    if not (Path(resume) / STATE).is_file():
-        raise CheckpointError(f"run.resume = {resume!r}: no checkpoint there (a folder step_N with {STATE})")
-    if there and read_state(there[-1])["step"] > read_state(Path(resume))["step"]:
+    if resume != "auto":
+        return _named(run_dir, resume, ranks)
+    skipped = []
+    for folder in reversed(folders(run_dir)):
+        try:
+            return verify(folder, ranks)
+        except CheckpointError as error:
+            skipped.append(folder.name)
+            say(f"skipping {folder.name}: {error}")
+    if skipped:
         raise CheckpointError(
-            f"run.resume = {resume!r}: {run_dir} holds the later {there[-1].name}; go on in another --run.dir, "
-            "or remove the later checkpoints"
+            f"{run_dir / FOLDER}: none of {', '.join(skipped)} can be loaded; mend one of them, or remove them to "
+            "start anew from the base"
         )
-    return Path(resume)
+    return None
 
 
-def _check_identity(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def verify(folder: Path, ranks: Ranks) -> Manifest:
+    """The manifest of a folder whose files all have their sizes and checksums. Every rank calls it.
+
+    Raises: CheckpointError naming the file, on all ranks alike. Costs: every file is read once by one of the ranks,
+    about 1 s a GB.
+    """
+    problem, manifest = "", None
+    try:
+        manifest = Manifest.read(folder)
+        manifest.check_sizes()
+        for name in list(manifest.files)[ranks.rank :: ranks.world]:
+            manifest.check_file(name)
+    except CheckpointError as error:
+        problem = str(error)
+    for answer in ranks.exchange({"problem": problem}):
+        if answer["problem"]:
+            raise CheckpointError(answer["problem"])
+    assert manifest is not None
+    return manifest
+
+
+def check_identity(manifest: Manifest, now: dict[str, Any]) -> None:
+    """Raises: CheckpointError naming what a checkpoint of another model, template, data set or order of the data has
+    otherwise."""
+    saved = manifest.identity
     differ = [
         f"{key} is {saved.get(key)!r} there and {value!r} here" for key, value in now.items() if saved.get(key) != value
     ]
     if differ:
         raise CheckpointError(
-            f"{path}: belongs to another run: {'; '.join(differ)}. Continue with the configuration it was made with, "
-            "or start anew in another --run.dir"
+            f"{manifest.folder}: belongs to another run: {'; '.join(differ)}. Continue with the configuration it was "
+            "made with, start anew in another --run.dir, or go on all the same with --run.resume_anyway=true"
         )
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    for file in [*temporary.iterdir(), temporary]:
-        _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
-    _sync(final.parent)
+def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
+    """Fills model and optimizer from a checkpoint made on any number of processes; returns its step.
+
+    Raises: CheckpointError for a model of other shapes. Costs: reads the rows that this rank holds, once.
+    """
+    _check_shapes(manifest, model)
+    optim.start_state(optimizer, manifest.step)
+    shards = Shards(manifest)
+    for name, parameter in model.named_parameters():
+        state = {moment: optimizer.state[parameter][moment] for moment in optim.MOMENTS}
+        for stored, target in slices(name, parameter, state).items():
+            _fill(target, shards.read(*stored, *parallel.rows(parameter)))
+    return manifest.step
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def load_base(folder: Path, model: Transformer) -> None:
+    """Fills the model's parameters from a Hugging Face folder; a sharded one reads the rows that this rank holds, and
+    of the rest the files' headers.
+
+    Raises: as hf.open_tensors; CheckpointError for a stored head that differs from the embedding it should be.
+    """
+    files = hf.open_tensors(folder, model.config)
+    for name, parameter in model.named_parameters():
+        _fill(optim.local(parameter), hf.read_rows(files, model.config, name, *parallel.rows(parameter)))
 
 
-def _drop_old(root: Path, keep: int) -> None:
-    if keep:
-        for old in complete(root.parent)[:-keep]:
-            shutil.rmtree(old)
+def iterate_parameters(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole fp32 tensor) of each parameter, read one at a time; the optimizer's files are left alone."""
+    shards = Shards(manifest)
+    for name, described in manifest.parameters.items():
+        pieces = [piece for _, piece in shards.read("weights", name, name, 0, described["shape"][0])]
+        yield name, torch.cat(pieces)
+
+
+def slices(name: str, parameter: Tensor, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
+    """(kind of file, tensor's name there, parameter's name) -> this rank's part of a parameter and of its moments."""
+    moments = {("optimizer", f"{moment}.{name}", name): optim.local(state[moment]) for moment in optim.MOMENTS}
+    return {("weights", name, name): optim.local(parameter)} | moments
+
+
+class Shards:
+    """The shard files of a checkpoint, each opened when the first of its rows is asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._handles: dict[str, Any] = {}
+
+    def read(self, kind: str, stored: str, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(offset from `start`, CPU tensor) of the pieces that make rows of parameter `name`, from the tensor `stored`
+        of each shard's file of that kind; mapped, not read.
+
+        Raises: CheckpointError naming a file that does not hold it.
+        """
+        for shard, held in enumerate(self.manifest.shards):
+            first, end = held.get(name, (0, 0))
+            low, high = max(start, first), min(stop, end)
+            if low < high:
+                yield low - start, self._read(self.manifest.shard_file(kind, shard), stored, low - first, high - first)
+
+    def _read(self, file: str, stored: str, start: int, stop: int) -> Tensor:
+        path = self.manifest.folder / file
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(path, framework="pt")
+            return read_rows(self._handles[file], stored, start, stop)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: {stored} cannot be read ({error}); take another checkpoint") from None
+
+
+def _named(run_dir: Path, resume: str, ranks: Ranks) -> Manifest:
+    if not Path(resume).is_dir():
+        raise CheckpointError(f"run.resume = {resume!r}: no such folder; give a checkpoint's, a step_N with {MANIFEST}")
+    found, there = verify(Path(resume), ranks), folders(run_dir)
+    if there and int(there[-1].name[5:]) > found.step:
+        raise CheckpointError(
+            f"run.resume = {resume!r}: {run_dir} holds the later {there[-1].name}; go on in another --run.dir, "
+            "or remove the later checkpoints"
+        )
+    return found
+
+
+@torch.no_grad()
+def _fill(target: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> None:
+    for offset, piece in pieces:
+        target[offset : offset + piece.shape[0]].copy_(piece)
+
+
+def _check_shapes(manifest: Manifest, model: nn.Module) -> None:
+    here = {name: f"{dtype_name(parameter)} {list(parameter.shape)}" for name, parameter in model.named_parameters()}
+    there = {name: f"{described['dtype']} {described['shape']}" for name, described in manifest.parameters.items()}
+    for name in sorted(here.keys() | there.keys()):
+        saved, wanted = (found.get(name, "missing") for found in (there, here))
+        if saved != wanted:
+            raise CheckpointError(
+                f"{manifest.folder}: {name} is {saved} there and {wanted} in this model; a checkpoint only fits the "
+                "model it was made of"
+            )
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """float32, bfloat16 or float16, as a manifest says it."""
+    return DTYPE_NAMES[tensor.dtype]

@@ -49,6 +49,10 @@ class Display:
         """One plain line."""
         self.console.print(escape(text), soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        """One line that must not be missed."""
+        self.console.print(f"[bold red]WARNING[/] {escape(text)}", soft_wrap=True)
+
     @contextmanager
     def progress(self, done: int, total: int) -> Iterator[None]:
         """A live progress bar from step `done` to `total`, if this is a terminal."""

@@ -19,6 +19,7 @@ from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.partial_folder import partial_folder
 from ochat.train import checkpoint, serving
+from ochat.train.manifest import MANIFEST, Manifest
 
 
 @dataclass(frozen=True)
@@ -38,32 +39,36 @@ def main(options: ExportOptions) -> None:
 
 
 def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bool = False) -> int:
-    """Writes `output` from a run folder or a checkpoint folder, without a GPU, one tensor at a time; returns its step.
+    """Writes `output` from a run folder or a checkpoint folder, without a GPU; returns its step.
 
-    Raises: CheckpointError where there is no complete checkpoint, ConfigError where `output` is in the way.
+    Raises: CheckpointError where there is no checkpoint, or a damaged one (all files but the optimizer's are checked);
+    ConfigError where `output` is in the way. Costs: reads the weights twice; holds one file of the output, of at most 5
+    GB, and one tensor.
     """
-    folder = find(source)
-    step = checkpoint.read_state(folder)["step"]
+    manifest = find(source)
     _refuse_overwriting(output, overwrite)
+    for name in manifest.files:
+        if not name.startswith("optimizer-"):
+            manifest.check_file(name)
     with partial_folder(output) as temporary:
-        model = ModelConfig.load(folder)
-        hf.save(temporary, model, hf.iterate_parameters(folder, model), dtype)
-        serving.copy(folder, temporary)
-        described = json.loads((folder / serving.OPENCHAT).read_text(encoding="utf-8"))
-        serving.write_json(temporary / serving.OPENCHAT, described | {"step": step})
+        model = ModelConfig.load(manifest.folder)
+        hf.save(temporary, model, checkpoint.iterate_parameters(manifest), dtype)
+        serving.copy(manifest.folder, temporary)
+        described = json.loads((manifest.folder / serving.OPENCHAT).read_text(encoding="utf-8"))
+        serving.write_json(temporary / serving.OPENCHAT, described | {"step": manifest.step})
         shutil.rmtree(output, ignore_errors=True)
         os.rename(temporary, output)
-    return step
+    return manifest.step
 
 
-def find(source: Path) -> Path:
-    """The checkpoint folder that `source` is, or the newest complete one of the run folder that it is."""
-    if (source / checkpoint.STATE).is_file():
-        return source
-    found = checkpoint.complete(source)
-    if not found:
-        raise CheckpointError(f"{source}: neither a checkpoint nor a run folder with a complete checkpoint")
-    return found[-1]
+def find(source: Path) -> Manifest:
+    """The checkpoint that `source` is, or the newest of the run folder that it is, its files' sizes checked."""
+    there = [source] if (source / MANIFEST).is_file() else checkpoint.folders(source)
+    if not there:
+        raise CheckpointError(f"{source}: neither a checkpoint nor a run folder with a checkpoint")
+    manifest = Manifest.read(there[-1])
+    manifest.check_sizes()
+    return manifest
 
 
 def _refuse_overwriting(output: Path, overwrite: bool) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ochat.data.batch import PackedBatch
 from ochat.errors import NonFiniteError
+from ochat.train.line_file import LineFile
 
 # peak bf16 TFLOP/s of the data sheets, dense
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
@@ -89,7 +90,7 @@ class Journal:
 
     def __init__(
         self,
-        path: Path,
+        file: LineFile,
         class_names: Sequence[str],
         *,
         flops: Callable[[int, int, int], float],
@@ -100,7 +101,7 @@ class Journal:
     ):
         """`flops(tokens, sum of squared lengths, supervised tokens)` of a step; `peak_flops` of all ranks together;
         `blame(step)` names what a step was computed on, for the error about a step that is not finite."""
-        self.path, self.class_names, self.flops, self.peak_flops = path, class_names, flops, peak_flops
+        self.file, self.class_names, self.flops, self.peak_flops = file, class_names, flops, peak_flops
         self.device, self.write, self.blame = device, write, blame
         self.pending: list[_Pending] = []
         self.since = time.perf_counter()
@@ -125,8 +126,7 @@ class Journal:
         self.pending, self.since = [], time.perf_counter()
         finite = list(itertools.takewhile(_is_finite, lines))
         if self.write:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in finite)
+            self.file.append(finite)
         if len(finite) < len(lines):
             bad = lines[len(finite)]
             what = f"loss {bad['loss']}, gradient norm {bad['grad_norm']}"

@@ -7,19 +7,24 @@ averaged: the loss is already divided by the weight of the whole step.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ochat.config import ParallelConfig, TrainConfig
 from ochat.errors import ConfigError
 from ochat.model.transformer import Transformer
+
+DISK_TIMEOUT = timedelta(hours=2)  # the slowest rank's write of its part of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh | None  # (replicate, shard); None: one process, no wrapper
+    disk_group: Any = None  # a process group of all ranks over the host's network, with time for writes to a disk
 
     @property
     def is_first(self) -> bool:
@@ -44,6 +50,27 @@ class Ranks:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+    @property
+    def shard(self) -> tuple[int, int, bool]:
+        """(which shard of the model this rank holds, of how many, whether it is in the first of the replicas)."""
+        if self.mesh is None:
+            return 0, 1, True
+        return self.mesh.get_local_rank("shard"), self.mesh["shard"].size(), self.mesh.get_local_rank("replicate") == 0
+
+    def exchange(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's JSON object, in the order of the ranks. Safe beside the main thread's collectives, in one thread
+        at a time; torch's own exchange of objects would send pickles."""
+        if self.world == 1:
+            return [record]
+        content = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+        sizes = list(torch.empty(self.world, 1, dtype=torch.int64))
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.disk_group)
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        received = list(torch.empty(self.world, len(padded), dtype=torch.uint8))
+        dist.all_gather(received, padded, group=self.disk_group)
+        return [json.loads(bytes(r[: int(n)].tolist())) for r, n in zip(received, sizes, strict=True)]
 
 
 def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
@@ -60,7 +87,7 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
         return Ranks(rank, world, device, None)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
-    return Ranks(rank, world, device, mesh)
+    return Ranks(rank, world, device, mesh, dist.new_group(backend="gloo", timeout=DISK_TIMEOUT))
 
 
 def stop() -> None:
@@ -90,18 +117,14 @@ def sync_gradients(model: nn.Module, enabled: bool) -> None:
         model.set_requires_gradient_sync(enabled)
 
 
-@torch.no_grad()
-def fill(target: Tensor, full: Tensor) -> None:
-    """Copies a whole tensor into `target`; of a sharded one each rank takes its own part, without communication."""
-    if isinstance(target, DTensor):
-        full = distribute_tensor(full.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(full)
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor on the host; every rank must call it."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu()
+def rows(tensor: Tensor) -> tuple[int, int]:
+    """The first row and the end of what this rank holds of a tensor that `wrap` may have sharded along its rows."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0]
+    mesh = tensor.device_mesh  # the last dimension shards, as torch.chunk does; one before it replicates
+    chunk = -(-tensor.shape[0] // mesh.size(mesh.ndim - 1))
+    start = min(tensor.shape[0], chunk * mesh.get_local_rank(mesh.ndim - 1))
+    return start, start + tensor.to_local().shape[0]
 
 
 def _shard(model: Transformer, ranks: Ranks, parallel: ParallelConfig, dtype: torch.dtype) -> None:

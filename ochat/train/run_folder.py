@@ -1,6 +1,6 @@
 """A run's folder: it is made, checked and described here, before the model is loaded.
 
-RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  checkpoints/step_N/  export/
+RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  checkpoints/step_N/  latest  export/
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ochat.train import checkpoint, serving
 from ochat.train.parallel import Ranks
 
 CONFIG = "config.toml"
+LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
 def open_folder(config: Config, ranks: Ranks) -> Path:
@@ -45,8 +46,8 @@ def open_folder(config: Config, ranks: Ranks) -> Path:
 def describe(folder: Path, config: Config, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
     """Writes the resolved configuration and the serving files; called once the run is known to go on."""
     _write(folder / CONFIG, configuration.dump(config))
-    shutil.rmtree(folder / checkpoint.SERVING, ignore_errors=True)
-    serving.write(folder / checkpoint.SERVING, template, tokenizer, classes)
+    shutil.rmtree(folder / serving.FOLDER, ignore_errors=True)
+    serving.write(folder / serving.FOLDER, template, tokenizer, classes)
 
 
 def identity(config: Config, model: ModelConfig, loader: Loader) -> dict[str, Any]:
@@ -93,14 +94,8 @@ def blame(folder: Path, loader: Loader, step: int) -> str:
     return f"{'; '.join(shown)}{' ...' * (len(bins) > 8)} (all in {folder / 'bad_step.json'})"
 
 
-def append(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Adds JSON lines to a file of the run."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
 def _refuse_overwriting(folder: Path, config: Config) -> None:
-    if config.run.resume == "never" and checkpoint.complete(folder):
+    if config.run.resume == "never" and checkpoint.folders(folder):
         raise ConfigError(
             f"run.dir = {config.run.dir!r} holds checkpoints of another run and run.resume is 'never': "
             "choose another --run.dir, or remove that folder"

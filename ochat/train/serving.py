@@ -16,6 +16,7 @@ from ochat.data.template import Template
 from ochat.data.tokenizer import Tokenizer
 
 OPENCHAT = "openchat.json"
+FOLDER = "serving"  # of a run
 
 
 def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
@@ -38,9 +39,9 @@ def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies the files of `write` from a folder of theirs, or from a checkpoint, leaving out weights and state."""
+    """Copies the files of `write` from a folder of theirs, or from a checkpoint, leaving out what else it holds."""
     for file in sorted(source.iterdir()):
-        is_ours = not file.name.startswith(("model", "optimizer", "config", "state", "."))
+        is_ours = not file.name.startswith(("weights-", "optimizer-", "config.", "manifest.", "."))
         if file.is_file() and is_ours:
             shutil.copyfile(file, target / file.name)
 

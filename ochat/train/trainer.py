@@ -29,9 +29,11 @@ from ochat.train import checkpoint, evaluate, inputs, metrics, optim, parallel, 
 from ochat.train.display import Display
 from ochat.train.export import export
 from ochat.train.interrupt import Interrupt
+from ochat.train.line_file import LineFile
 from ochat.train.loss import head_loss
 from ochat.train.metrics import Journal, Tally
 from ochat.train.parallel import Ranks
+from ochat.train.saver import Saver
 from ochat.train.trackers import Trackers
 
 
@@ -74,6 +76,8 @@ class Trainer:
         self.model = self._build_model()
         is_fused = self.kernels == "triton" and not config.parallel.offload  # a kernel cannot reach host memory
         self.optimizer = optim.build(self.model, config.optim, self.ops.adamw if is_fused else None)
+        self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in run_folder.LINES}
+        self.saver = self._open_saver()
         self.steps_done = self._load()
         if ranks.is_first:
             run_folder.describe(self.run_dir, config, self.template, self.tokenizer, self.data.class_names)
@@ -85,7 +89,7 @@ class Trainer:
     def run(self) -> None:
         """All remaining steps, with evaluations and checkpoints at their times; ends with an export."""
         self.announce()
-        with self.interrupt, self.display.progress(self.steps_done, self.loader.num_steps):
+        with self.interrupt, self.saver, self.display.progress(self.steps_done, self.loader.num_steps):
             if self.steps_done == 0:
                 self.evaluate()
             self.journal.restart_clock()
@@ -130,9 +134,11 @@ class Trainer:
         if measure:
             self.evaluate()
         if save or stop:
-            self.save()
+            self.saver.save(done)
         if stop:
+            self.saver.finish()
             self.interrupt.stop(done)
+        self.saver.poll()
         if save or measure:
             self.journal.restart_clock()
 
@@ -155,19 +161,12 @@ class Trainer:
         self._append("samples.jsonl", [stamp | answer for answer in answers])
         self.display.samples(answers)
 
-    def save(self) -> None:
-        """A checkpoint of the steps done so far."""
-        keep = self.config.checkpoint.keep
-        self.newest = checkpoint.save(
-            self.run_dir, self.steps_done, self.model, self.optimizer, self.identity, self.ranks, keep=keep
-        )
-        self.display.note(f"saved {self.newest}")
-
     def finish(self) -> None:
-        """Exports the trained model; every rank waits for it."""
+        """Exports the trained model from its last checkpoint; every rank waits for it."""
         self.trackers.close()
+        newest = self.saver.finish()
         if self.ranks.is_first:
-            export(self.newest, self.run_dir / "export", overwrite=True)
+            export(newest, self.run_dir / "export", overwrite=True)
             self.display.note(f"exported {self.run_dir / 'export'}")
         self.ranks.barrier()
 
@@ -187,7 +186,7 @@ class Trainer:
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         if self.ranks.is_first and lines:
-            run_folder.append(self.run_dir / name, lines)
+            self.lines[name].append(lines)
 
     def _build_model(self) -> Transformer:
         dtype = getattr(torch, self.config.train.dtype)
@@ -198,13 +197,28 @@ class Trainer:
         return model.to_empty(device="cpu" if self.config.parallel.offload else self.ranks.device)
 
     def _load(self) -> int:
-        found = checkpoint.find(self.run_dir, self.config.run.resume)
+        found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
         if found is None:
-            checkpoint.load_weights(Path(self.config.base.path), self.model)
+            checkpoint.load_base(Path(self.config.base.path), self.model)
             return 0
-        self.newest = found
-        self.display.note(f"resuming from {found}")
-        return checkpoint.load(found, self.model, self.optimizer, self.identity)
+        if not self.config.run.resume_anyway:
+            checkpoint.check_identity(found, self.identity)
+        self.saver.newest = found.folder
+        self.display.note(f"resuming from {found.folder}")
+        return checkpoint.load(found, self.model, self.optimizer)
+
+    def _open_saver(self) -> Saver:
+        return Saver(
+            self.run_dir,
+            self.model,
+            self.optimizer,
+            self.identity,
+            self.ranks,
+            self.config.checkpoint,
+            lines=list(self.lines.values()),
+            say=self.display.note,
+            warn=self.display.warn,
+        )
 
     def _open_eval_loader(self) -> Loader | None:
         if not self.config.data.eval_path:
@@ -213,16 +227,13 @@ class Trainer:
         return inputs.open_eval_loader(self.config, data, rank=self.ranks.rank, world=self.ranks.world, pad=self.pads)
 
     def _open_journal(self) -> Journal:
-        path = self.run_dir / "metrics.jsonl"
         if self.ranks.is_first:
-            for name in ("metrics.jsonl", "eval.jsonl", "samples.jsonl"):
-                metrics.cut(
-                    self.run_dir / name, self.steps_done or -1
-                )  # -1: what was measured before step 1 comes again
+            for file in self.lines.values():  # -1: what was measured before step 1 comes again
+                metrics.cut(file.path, self.steps_done or -1)
         dtype = getattr(torch, self.config.train.dtype)
         self.peak, self.peak_source = metrics.peak_flops(self.ranks.device, self.config.train.peak_tflops, dtype)
         return Journal(
-            path,
+            self.lines["metrics.jsonl"],
             self.data.class_names,
             flops=self.model_config.flops_per_step,
             peak_flops=self.peak * self.ranks.world,

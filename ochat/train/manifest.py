@@ -1,0 +1,135 @@
+"""`manifest.json` of a checkpoint: what it holds, where each slice lies, and the checksum of every file.
+
+manifest = Manifest.read(Path("runs/a/checkpoints/step_20"));  manifest.check_sizes();  manifest.check_file(name)
+
+parameters  name -> {shape, dtype}                         as the model has them whole
+shards      per shard: name -> [first row, end]            a shard holds rows of each parameter
+files       name -> {bytes, sha256}                        weights-..., optimizer-..., config, tokenizer
+step, identity, processes; sha256 of all the rest          so that a damaged manifest is told from a good one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ochat.errors import CheckpointError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+KINDS = ("weights", "optimizer")  # a shard's two files: only the first is read for an export
+
+Rows = tuple[int, int]  # first and end of a range of rows
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of one complete checkpoint folder."""
+
+    folder: Path
+    step: int
+    identity: dict[str, Any]
+    processes: int  # that were training
+    parameters: dict[str, dict[str, Any]]
+    shards: list[dict[str, Rows]]
+    files: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises: CheckpointError for a manifest that is missing, damaged, of another format, or that does not place
+        every row of every parameter exactly once."""
+        path = folder / MANIFEST
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: no {MANIFEST} there, so no complete checkpoint of this format") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: damaged ({error}); take another checkpoint") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            found = record.get("format") if isinstance(record, dict) else None
+            raise CheckpointError(f"{path}: format {found!r}; this ochat reads format {FORMAT}")
+        if record.pop("sha256", None) != _digest(record):
+            raise CheckpointError(f"{path}: damaged (its checksum differs); take another checkpoint")
+        try:
+            manifest = cls(folder, **{name: record[name] for name in cls.__annotations__ if name != "folder"})
+            manifest._check()
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a checkpoint's manifest ({error!r}); take another one") from None
+        return manifest
+
+    def write(self) -> None:
+        """Writes `manifest.json` into the folder and waits until it is on the disk."""
+        record = {"format": FORMAT} | asdict(self)
+        del record["folder"]
+        record["sha256"] = _digest(record)
+        with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check_sizes(self) -> None:
+        """Raises: CheckpointError naming the first file that is missing or has another size. Reads no content."""
+        for name, described in self.files.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise CheckpointError(f"{path}: missing; copy the whole checkpoint, or take another one")
+            if size != described["bytes"]:
+                raise CheckpointError(
+                    f"{path}: {size} bytes instead of {described['bytes']}; copy it again, or take another checkpoint"
+                )
+
+    def check_file(self, name: str) -> None:
+        """Raises: CheckpointError where a file's content is not what was written. Costs: reads the file, about 1 s a
+        GB."""
+        path = self.folder / name
+        try:
+            found = describe_file(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
+        if found != self.files[name]:
+            raise CheckpointError(f"{path}: damaged (its checksum differs); copy it again, or take another checkpoint")
+
+    def shard_file(self, kind: str, shard: int) -> str:
+        """The name of a shard's file of one kind."""
+        return shard_file(kind, shard, len(self.shards))
+
+    def _check(self) -> None:
+        """What follows relies on: names of files beside the manifest, and shards that tile each parameter."""
+        if not isinstance(self.step, int) or not isinstance(self.identity, dict) or not self.shards:
+            raise ValueError("step, identity and shards are expected")
+        for name, described in self.files.items():
+            if Path(name).name != name or not isinstance(described["bytes"], int):
+                raise ValueError(f"{name!r} is no file of a checkpoint")
+        for kind in KINDS:
+            for shard in range(len(self.shards)):
+                self.files[self.shard_file(kind, shard)]
+        for name, described in self.parameters.items():
+            end = 0
+            for start, stop in sorted(shard[name] for shard in self.shards if name in shard):
+                if start != end or stop <= start:
+                    raise ValueError(f"the rows of {name} do not follow each other")
+                end = stop
+            if end != described["shape"][0]:
+                raise ValueError(f"{name} ends at row {end} of {described['shape'][0]}")
+
+
+def shard_file(kind: str, shard: int, num_shards: int) -> str:
+    """weights-00001-of-00002.safetensors for shard 0 of 2."""
+    return f"{kind}-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's size and checksum, read in one pass."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _digest(record: dict[str, Any]) -> str:
+    content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,261 @@
+"""Saving in the background: a step waits for the copy to host memory, a thread for the disk.
+
+    saver.save(step);  ...steps...;  saver.poll();  ...;  newest = saver.finish()
+
+Every rank writes its own shard into a temporary folder and tells the others how it went; where all succeeded, the first
+adds manifest, model configuration and tokenizer, syncs, renames the folder, moves RUN/latest and only then removes old
+checkpoints. Where one failed (a full disk), all know, the folder is gone, and training goes on to the next save.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ochat.config import CheckpointConfig
+from ochat.errors import CheckpointError, OchatError
+from ochat.model import safetensor_files
+from ochat.model.transformer import Transformer
+from ochat.train import checkpoint, parallel, serving
+from ochat.train.host_file import HostFile
+from ochat.train.line_file import LineFile
+from ochat.train.manifest import KINDS, Manifest, describe_file, shard_file
+from ochat.train.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended, the same on every rank."""
+
+    step: int
+    problem: str  # empty for a checkpoint that stands
+    trouble: str  # what went wrong after it stood
+    seconds: float
+
+
+class Saver:
+    """Writes checkpoints of one model and its optimizer; every rank has one and all call it at the same steps.
+
+    Costs: host memory for this rank's masters and both moments (12 bytes a parameter it holds), kept for the run;
+    pinned where the model is on a card, where torch rounds each file's buffer up to a power of two.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        model: Transformer,
+        optimizer: Any,
+        identity: dict[str, Any],
+        ranks: Ranks,
+        config: CheckpointConfig,
+        *,
+        lines: Sequence[LineFile],
+        say: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.run_dir, self.root = run_dir, run_dir / checkpoint.FOLDER
+        self.optimizer, self.model_config, self.identity = optimizer, model.config, identity
+        self.ranks, self.config, self.lines, self.say, self.warn = ranks, config, lines, say, warn
+        self.parameters = dict(model.named_parameters())  # sharded: a forward may put whole ones in their place
+        self.shard, self.num_shards, self.writes = ranks.shard
+        self.rows = {name: parallel.rows(parameter) for name, parameter in self.parameters.items()}
+        self.files: dict[str, HostFile] = {}  # by kind, laid out at the first save
+        self.newest: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
+        self._failed: Outcome | None = None  # the last save, if it failed
+        if ranks.is_first:
+            sweep(self.root)
+
+    def save(self, step: int) -> None:
+        """Starts a checkpoint of `step` done steps, once the one before is on the disk or has failed.
+
+        Costs: waits for the copy to host memory.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            self.say(f"the checkpoint of step {step} waits until the one before is written")
+        self.wait()
+        copied = self._attempt(self._copy)
+        self._thread = threading.Thread(target=self._run, args=(step, copied), name=f"save step {step}", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Reports a save that has ended since the last look; never waits."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save in hand has ended; reports how."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, outcome = None, self._outcome
+        assert outcome is not None
+        if outcome.problem:
+            self._failed = outcome
+            self.warn(
+                f"the checkpoint of step {outcome.step} could NOT be saved: {outcome.problem}. Training goes on; the "
+                f"next save tries again, and until then a restart goes on from {self.newest or 'the start'}"
+            )
+        else:
+            self._failed, self.newest = None, self._folder(outcome.step)
+            self.say(f"saved {self.newest}, in {outcome.seconds:.1f} s beside the training")
+            if outcome.trouble:
+                self.warn(f"{self.newest} is saved, but {checkpoint.LATEST} or the old checkpoints: {outcome.trouble}")
+
+    def finish(self) -> Path:
+        """The newest checkpoint, once it is on the disk. Raises: CheckpointError if the last save failed."""
+        self.wait()
+        if self._failed is not None:
+            raise CheckpointError(
+                f"the last checkpoint, of step {self._failed.step}, could not be saved: {self._failed.problem}. Make "
+                f"room and start the same command again: it goes on from {self.newest or 'the start'}"
+            )
+        assert self.newest is not None
+        return self.newest
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Lets a save in hand end, unless the run dies of something that the other ranks may not know of."""
+        if kind is None or issubclass(kind, OchatError):
+            self.wait()
+
+    def _folder(self, step: int) -> Path:
+        return self.root / f"step_{step}"
+
+    def _copy(self) -> dict[str, Any]:
+        """Masters and moments to the host files, which the first save lays out; waiting lines to the disk."""
+        for file in self.lines:  # a checkpoint promises those up to its step
+            file.settle()
+        if not self.writes:
+            return {}
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            for (kind, stored, _), tensor in checkpoint.slices(name, parameter, state).items():
+                if tensor.shape[0]:
+                    tensors[kind][stored] = tensor.detach()
+        for kind in KINDS:
+            if kind not in self.files:
+                self.files[kind] = HostFile(tensors[kind])
+            self.files[kind].fill(tensors[kind])
+        if self.ranks.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return {}
+
+    def _run(self, step: int, copied: dict[str, Any]) -> None:
+        """The thread: writes, agrees, publishes, agrees again. What goes wrong anywhere is every rank's outcome."""
+        started, temporary, trouble = time.monotonic(), self.root / f".step_{step}.tmp", ""
+        try:
+            written = self.ranks.exchange(copied or self._attempt(lambda: self._write_shard(temporary)))
+            problem, answer = _first_problem(written), {}
+            if self.ranks.is_first:
+                if not problem:
+                    answer = self._attempt(lambda: self._publish(step, temporary, written))
+                shutil.rmtree(temporary, ignore_errors=True)
+            answer = self.ranks.exchange(answer)[0]
+            problem, trouble = problem or answer.get("problem", ""), answer.get("trouble", "")
+        except RuntimeError as error:  # a rank is gone
+            problem = f"the processes could not agree: {error}"
+        self._outcome = Outcome(step, problem, trouble, time.monotonic() - started)
+
+    def _attempt(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return work()
+        except Exception as error:  # whatever it is: the other ranks wait to hear of it
+            return {"problem": f"process {self.ranks.rank}: {type(error).__name__}: {error}"}
+
+    def _write_shard(self, folder: Path) -> dict[str, Any]:
+        """This rank's files; returns their sizes and checksums, and the rows they hold."""
+        if not self.writes:
+            return {}
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {kind: shard_file(kind, self.shard, self.num_shards) for kind in KINDS}
+        files = {name: self.files[kind].write(folder / name) for kind, name in names.items()}
+        return {"files": files, "rows": {name: rows for name, rows in self.rows.items() if rows[0] < rows[1]}}
+
+    def _publish(self, step: int, temporary: Path, written: list[dict[str, Any]]) -> dict[str, Any]:
+        """Completes the folder and gives it its name; only then do `latest` and old checkpoints move."""
+        written = [record for record in written if record]
+        safetensor_files.write_json(temporary / "config.json", self.model_config.to_hf())
+        serving.copy(self.run_dir / serving.FOLDER, temporary)
+        files = {name: described for record in written for name, described in record["files"].items()}
+        for path in sorted(temporary.iterdir()):
+            if path.name not in files:
+                files[path.name] = describe_file(path)
+                _sync(path)
+        parameters = {
+            name: {"shape": list(parameter.shape), "dtype": checkpoint.dtype_name(parameter)}
+            for name, parameter in self.parameters.items()
+        }
+        shards = [record["rows"] for record in written]
+        Manifest(temporary, step, self.identity, self.ranks.world, parameters, shards, files).write()
+        for lines in self.lines:
+            if lines.path.exists():
+                _sync(lines.path)
+        replace(temporary, self._folder(step))
+        return {"trouble": self._attempt(lambda: self._tidy(step)).get("problem", "")}
+
+    def _tidy(self, step: int) -> dict[str, Any]:
+        """Moves `latest`; then goes all but the newest `keep` (0: all stay) and those of every `keep_every`-th step."""
+        _write_line(self.run_dir / checkpoint.LATEST, f"{checkpoint.FOLDER}/step_{step}")
+        keep, every = self.config.keep, self.config.keep_every
+        there = {int(folder.name[5:]): folder for folder in checkpoint.folders(self.run_dir)}
+        for number in [n for n in there if n <= step][:-keep] if keep else []:  # a later one is a damaged one
+            if not every or number % every:
+                remove(there[number])
+        return {}
+
+
+def replace(temporary: Path, final: Path) -> None:
+    """Renames a finished folder, whose files are synced, onto a place where a damaged one may stand."""
+    _sync(temporary)
+    if final.exists():
+        remove(final)
+    os.rename(temporary, final)
+    _sync(final.parent)
+
+
+def remove(folder: Path) -> None:
+    """Removes a checkpoint so that a kill on the way leaves none that looks damaged."""
+    hidden = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Removes what a killed run left half written or half removed."""
+    for left in [*root.glob(".step_*.tmp"), *root.glob(".step_*.old")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _first_problem(records: list[dict[str, Any]]) -> str:
+    return next((record["problem"] for record in records if "problem" in record), "")
+
+
+def _write_line(path: Path, line: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(line + "\n", encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

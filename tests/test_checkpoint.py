@@ -1,0 +1,266 @@
+"""A checkpoint is whole or refused by the file's name, is written beside the training, and is read in slices: only the
+rows that a rank holds, whatever the number of processes that wrote them."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ochat.errors import CheckpointError
+from ochat.train import checkpoint, export, manifest
+from ochat.train.host_file import HostFile
+from ochat.train.manifest import Manifest
+from ochat.train.parallel import Ranks
+from ochat.train.saver import Saver
+from tests import tiny
+
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+WEIGHTS, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in manifest.KINDS)
+OPTIONS = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=0"]
+
+
+def curve(lines):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture
+def run(world, alone, tmp_path):
+    """A copy of the finished run; its checkpoints are of steps 5, 10, 15 and the last."""
+    shutil.copytree(world.folder / "alone", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def step(run, number):
+    return run / "checkpoints" / f"step_{number}"
+
+
+def keep_only(run, *numbers):
+    for folder in checkpoint.folders(run):
+        if int(folder.name[5:]) not in numbers:
+            shutil.rmtree(folder)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {"cut": lambda path: os.truncate(path, path.stat().st_size - 1), "flipped": flip, "missing": os.unlink}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, "tokenizer.json", "manifest.json"])
+def test_a_damaged_file_is_named(run, name, damage):
+    checkpoint.verify(step(run, 10), ALONE)
+    DAMAGES[damage](step(run, 10) / name)
+    with pytest.raises(CheckpointError, match=f"step_10.*{name}|{name}.*step_10"):
+        checkpoint.verify(step(run, 10), ALONE)
+
+
+def test_an_explicit_checkpoint_that_is_damaged_is_refused_and_so_is_its_export(world, run, tmp_path):
+    flip(step(run, 10) / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: damaged"):
+        tiny.train(world, tmp_path / "other", *OPTIONS, f"--run.resume={step(run, 10)}")
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: damaged"):
+        export.export(step(run, 10), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_auto_goes_on_from_the_newest_whole_one_and_says_what_it_skipped(world, alone, run, capsys):
+    keep_only(run, 5, 10, 15)
+    flip(step(run, 15) / OPTIMIZER)
+    (step(run, 10) / WEIGHTS).unlink()
+    (run / "checkpoints" / ".step_20.tmp").mkdir()
+    lines = tiny.train(world, run, *OPTIONS)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(f"skipping step_15: .*{OPTIMIZER}: damaged", said)
+    assert re.search(f"skipping step_10: .*{WEIGHTS}: missing", said) and re.search("resuming from .*step_5", said)
+    assert curve(lines) == curve(alone)
+    for number in (10, 15):  # written anew
+        checkpoint.verify(step(run, number), ALONE)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(world, run):
+    keep_only(run, 10, 15)
+    before = (run / "metrics.jsonl").read_text()
+    for number in (10, 15):
+        flip(step(run, number) / WEIGHTS)
+    with pytest.raises(CheckpointError, match="none of step_15, step_10 can be loaded"):
+        tiny.train(world, run, *OPTIONS)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_the_newest_k_and_every_nth_stay_and_a_damaged_later_one_takes_no_place(world, run):
+    keep_only(run, 5, 15)
+    flip(step(run, 15) / WEIGHTS)
+    options = ["--data.epochs=2", "--data.max_steps=14", "--run.resume_anyway=true"]
+    tiny.train(world, run, *options, "--checkpoint.every=2", "--checkpoint.keep=1", "--checkpoint.keep_every=6")
+    assert [folder.name for folder in checkpoint.folders(run)] == ["step_6", "step_12", "step_14", "step_15"]
+    assert (run / "latest").read_text() == "checkpoints/step_14\n"
+
+
+def test_another_runs_checkpoint_is_taken_only_when_told(world, run):
+    keep_only(run, 5)
+    with pytest.raises(CheckpointError, match="run.seed is 0 there and 3 here.*--run.resume_anyway=true"):
+        tiny.train(world, run, *OPTIONS, "--run.seed=3")
+    lines = tiny.train(world, run, *OPTIONS, "--run.seed=3", "--run.resume_anyway=true", "--data.max_steps=7")
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    assert Manifest.read(step(run, 7)).identity["run.seed"] == 3
+
+
+def test_a_model_of_other_shapes_is_refused_even_when_told(run, tmp_path):
+    other = tiny.make(tmp_path / "other", model={"intermediate_size": 64})
+    with pytest.raises(CheckpointError, match=r"mlp.down.weight is float32 \[32, 48\] there and float32 \[32, 64\]"):
+        tiny.train(other, run, *OPTIONS, "--run.resume_anyway=true")
+
+
+def test_no_pickle_is_written_and_none_can_be_read(world, alone):
+    files = [path for path in (world.folder / "alone").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        start = path.read_bytes()[:2]
+        assert start != b"PK" and start[:1] != b"\x80", path  # a zip of torch.save, a bare pickle
+    for path in (tiny.ROOT / "ochat").rglob("*.py"):
+        calls = r"torch\.(load|save)\(|import pickle|pickle\.|(gather|broadcast|scatter)_object"
+        assert not re.search(calls, path.read_text()), path
+
+
+def test_a_host_file_is_the_safetensors_file_of_its_tensors(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(1, 1)}
+    file = HostFile(tensors)
+    for _ in range(2):  # the same buffer again
+        tensors = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+        file.fill(tensors)
+        written = file.write(tmp_path / "x.safetensors")
+        read = load_file(tmp_path / "x.safetensors")
+        assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+        content = (tmp_path / "x.safetensors").read_bytes()
+        assert written == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def slow_writes(monkeypatch, seconds):
+    plain = HostFile.write
+
+    def write(self, path):
+        time.sleep(seconds)
+        return plain(self, path)
+
+    monkeypatch.setattr(HostFile, "write", write)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_was_asked_at(
+    world, alone, tmp_path, monkeypatch, capsys
+):
+    """Each save takes far longer than the steps until the next one, so that each next one has to wait."""
+    slow_writes(monkeypatch, 0.5)
+    started, plain = [], Saver.save
+
+    def save(self, number):
+        begin = time.monotonic()
+        self.wait()
+        waited = time.monotonic()
+        plain(self, number)
+        started.append((waited - begin, time.monotonic() - waited))
+
+    monkeypatch.setattr(Saver, "save", save)
+    lines = tiny.train(world, tmp_path / "run", *OPTIONS)
+    assert curve(lines) == curve(alone)
+    assert all(copied < 0.25 for _, copied in started) and any(waited > 0.25 for waited, _ in started[1:])
+    for number in (5, 10, 15, len(alone)):
+        assert (step(tmp_path / "run", number) / WEIGHTS).read_bytes() == (
+            step(world.folder / "alone", number) / WEIGHTS
+        ).read_bytes()
+
+
+def test_a_save_that_has_to_wait_for_the_one_before_says_so(world, tmp_path, monkeypatch, capsys):
+    slow_writes(monkeypatch, 0.3)
+    tiny.train(world, tmp_path / "run", "--data.max_steps=4", "--checkpoint.every=2")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint of step 4 waits until the one before is written" in said
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """limit(first, end): from the save of step `first` to that of `end`, no file of this process grows beyond 200 kB.
+    A write then fails half-way, as on a full disk; it needs no rights."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plain = Saver.save
+
+    def start(first, end):
+        def save(self, number):
+            self.wait()
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (200_000 if first <= number < end else unlimited[0], unlimited[1])
+            )
+            plain(self, number)
+
+        monkeypatch.setattr(Saver, "save", save)
+
+    yield start
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+def check_saves_that_fail(run_dir, lines, alone, said):
+    assert curve(lines) == curve(alone)
+    assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "goes on from" in said
+    assert [folder.name for folder in checkpoint.folders(run_dir)] == ["step_5", "step_15", f"step_{len(alone)}"]
+    assert not list((run_dir / "checkpoints").glob(".*")) and (run_dir / "latest").read_text().endswith(
+        f"step_{len(alone)}\n"
+    )
+    for folder in checkpoint.folders(run_dir):
+        checkpoint.verify(folder, ALONE)
+
+
+def test_a_save_that_fails_is_told_loudly_and_tried_again_at_the_next(world, alone, tmp_path, limit, capsys):
+    limit(10, 15)
+    lines = tiny.train(world, tmp_path / "run", *OPTIONS)
+    check_saves_that_fail(tmp_path / "run", lines, alone, " ".join(capsys.readouterr().out.split()))
+
+
+def test_a_last_save_that_fails_is_an_error_and_the_same_command_mends_it(world, alone, tmp_path, limit, monkeypatch):
+    limit(10, 10**9)
+    with pytest.raises(CheckpointError, match="the last checkpoint, of step .*goes on from .*step_5"):
+        tiny.train(world, tmp_path / "run", *OPTIONS)
+    assert [folder.name for folder in checkpoint.folders(tmp_path / "run")] == ["step_5"]
+    limit(0, 0)
+    assert curve(tiny.train(world, tmp_path / "run", *OPTIONS)) == curve(alone)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_manifest_does_anything_but_load_or_raise(world, alone, data):
+    """Bytes changed anywhere, and values changed under a right checksum, as somebody hostile would."""
+    source = step(world.folder / "alone", 5)
+    record = json.loads((source / "manifest.json").read_text())
+    folder = Path(world.folder / "hostile")
+    folder.mkdir(exist_ok=True)
+    key = data.draw(st.sampled_from([*record, "blob"]))
+    if key == "blob":
+        content = data.draw(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+    else:
+        record[key] = data.draw(HOSTILE)
+        del record["sha256"]
+        content = json.dumps(record | {"sha256": manifest._digest(record)}).encode()
+    (folder / "manifest.json").write_bytes(content)
+    try:
+        Manifest.read(folder).check_sizes()
+    except CheckpointError:
+        return
+    assert record.keys() - {key} and key in ("step", "identity", "processes", "sha256")
+
+
+NAME = st.sampled_from(["embed.weight", "norm.weight", "../../etc/passwd", "", "/", WEIGHTS, "x"])
+LEAF = st.none() | st.integers(-(2**70), 2**70) | st.text(max_size=5) | st.booleans() | st.floats() | NAME
+HOSTILE = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAME, inner, max_size=3))
