@@ -55,6 +55,23 @@ def test_the_recommended_budget_fits_holds_every_sequence_and_keeps_the_step(gpu
     assert found.run_seconds == 100 * found.speed.step_seconds
 
 
+def test_bins_hold_twice_the_longest_sequence_where_that_fits():
+    roomy = forecast.forecast(make_run(longest=20000, recompute="block"), CARDS["H200"], gpus=8, nodes=1)
+    assert roomy.best is not None and roomy.best.token_budget >= 40000
+
+
+def test_no_smaller_budget_is_as_fast():
+    run, card = make_run(LLAMA_1B, longest=500, budget=1024, bins=512), CARDS["H200"]
+    best = forecast.forecast(run, card, gpus=1, nodes=1).best
+    assert best is not None and best.token_budget > 1024
+
+    def rate(budget: int) -> float:
+        cut = run.cut(1, 8, budget, run.bins_for(budget, 1))
+        return speed.predict(run.model, card, run.workload, cut).tokens_per_s
+
+    assert rate(best.token_budget // 2) < 0.98 * rate(65536) < rate(best.token_budget)
+
+
 def test_what_does_not_fit_gets_a_remedy_that_works():
     alone = forecast.forecast(make_run(LLAMA_8B), CARDS["A100-80"], gpus=1, nodes=1)
     assert not alone.fits and alone.best is None and alone.largest_budget == 0
