@@ -1,6 +1,7 @@
 """A checkpoint is whole or refused by the file's name, is written beside the training, and is read in slices: only the
 rows that a rank holds, whatever the number of processes that wrote them."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,14 +11,21 @@ import shutil
 import time
 from pathlib import Path
 
+import ochat_kernels
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.errors import CheckpointError
-from ochat.train import checkpoint, export, manifest
+from ochat.model import hf, safetensor_files
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer
+from ochat.train import checkpoint, export, manifest, optim, parallel
 from ochat.train.host_file import HostFile
 from ochat.train.manifest import Manifest
 from ochat.train.parallel import Ranks
@@ -148,6 +156,59 @@ def test_a_host_file_is_the_safetensors_file_of_its_tensors(tmp_path):
         assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
         content = (tmp_path / "x.safetensors").read_bytes()
         assert written == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_rank_reads_its_own_share_of_the_base_and_of_a_checkpoint(world, alone, world_size, monkeypatch):
+    """Every rank in turn, on a process group that only counts: each reads about 1/world of the bytes, together they
+    read each byte once, and what they hold is their rows of the whole."""
+    found, shares = Manifest.read(step(world.folder / "alone", 5)), []
+    weights, optimizer = (load_file(found.folder / name) for name in (WEIGHTS, OPTIMIZER))
+    base = dict(hf.load(world.base, dtype="float32").named_parameters())
+    plain = safetensor_files.read_rows
+
+    def read_rows(*args):
+        piece = plain(*args)
+        shares[-1] += piece.nbytes
+        return piece
+
+    for module in (safetensor_files, checkpoint):
+        monkeypatch.setattr(module, "read_rows", read_rows)
+    for rank in range(world_size):
+        with sharded(world, rank, world_size) as model:
+            shares.append(0)
+            checkpoint.load_base(world.base, model)
+            for name, parameter in model.named_parameters():
+                assert torch.equal(optim.local(parameter), base[name][slice(*parallel.rows(parameter))]), name
+            adamw = optim.build(model, OptimConfig())
+            assert checkpoint.load(found, model, adamw) == 5
+            for name, parameter in model.named_parameters():
+                rows = slice(*parallel.rows(parameter))
+                assert torch.equal(optim.local(parameter), weights[name][rows]), name
+                for moment in optim.MOMENTS:
+                    held = optim.local(adamw.state[parameter][moment])
+                    assert torch.equal(held, optimizer[f"{moment}.{name}"][rows]), name
+    total = 4 * 4 * sum(parameter.numel() for parameter in base.values())  # base, masters, two moments in fp32
+    assert sum(shares) == total
+    assert max(shares) <= 1.05 * total / world_size
+
+
+@contextlib.contextmanager
+def sharded(world, rank, world_size):
+    """The model of the world as one rank of several holds it, unfilled."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.load(world.base), ochat_kernels.load("reference"))
+    if world_size == 1:
+        yield model.to_empty(device="cpu")
+        return
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("replicate", "shard"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"), mesh)
+    parallel.wrap(model, ranks, TrainConfig(), ParallelConfig(), torch.float32)
+    try:
+        yield model.to_empty(device="cpu")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def slow_writes(monkeypatch, seconds):
