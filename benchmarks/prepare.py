@@ -13,6 +13,8 @@ import argparse
 import os
 import platform
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +25,12 @@ from typing import NamedTuple
 
 from benchmarks import bench
 from ochat.data import importers, records, template, tokenizer
-from ochat.data.prepare import prepare
 from ochat.data.template import Template
 from ochat.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 from ochat.errors import DataError
 
 COLUMNS = [
-    *("date", "commit", "machine", "cores", "python", "library", "input", "mb", "tokenizer", "template"),
+    *("date", "commit", "machine", "cores", "load", "python", "library", "input", "mb", "tokenizer", "template"),
     *("implementation", "repeats", "texts", "mtokens", "median_s", "p20_s", "p80_s", "median_cpu_s"),
     *("mtokens_per_s", "mtokens_per_cpu_s"),
 ]
@@ -114,7 +115,10 @@ def texts_of(path: Path, form: Template, tokens: Tokenizer) -> list[str]:
 
 
 def whole(path: Path, base: str, name: str, output: str, workers: int) -> None:
-    prepare([path], base, name, output, on_bad="skip", workers=workers, progress=False, overwrite=True)
+    """The command as a user starts it; in this process, its workers would import what the benchmark does."""
+    options = ["--input", path, "--base", base, "--template", name, "--output", output, "--workers", str(workers)]
+    command = [sys.executable, "-m", "ochat", "prepare", *options, "--on-bad", "skip", "--overwrite", "--no-progress"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def library_calls(tokens: Tokenizer, texts: list[str], threads: int) -> dict[str, Callable[[], None]]:
@@ -155,6 +159,9 @@ def stamp(tokens: Tokenizer) -> dict:
         "commit": bench._output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
         "machine": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[
+            0
+        ],  # more than 1 before a run: the machine had other work, and only CPU seconds say much
         "python": platform.python_version(),
         "library": f"{library} {version(library)}",
     }
