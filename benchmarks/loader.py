@@ -11,6 +11,7 @@ own Python runs while the loader's thread works without pause (1: not at all).
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import tempfile
 import time
@@ -29,7 +30,7 @@ from ochat.data.weights import ROLES
 
 BUDGET = 40_960
 STEP_S = 0.02
-COLUMNS = ["date", "commit", "cpu", "python", "numpy", "numba", "torch"]
+COLUMNS = ["date", "commit", "cpu", "load", "python", "numpy", "numba", "torch"]  # load: processes that want a core
 COLUMNS += ["data", "padded", "documents", "what", "repeats", "median", "p20", "p80", "unit"]
 
 
@@ -145,7 +146,13 @@ def stamp() -> dict[str, str]:
 
     taken = bench.stamp(torch.device("cpu"))
     versions = {"python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__}
-    return {"date": taken["date"], "commit": taken["commit"], "cpu": cpu_name(), "torch": taken["torch"]} | versions
+    return {
+        "date": taken["date"],
+        "commit": taken["commit"],
+        "cpu": cpu_name(),
+        "load": os.getloadavg()[0],
+        "torch": taken["torch"],
+    } | versions
 
 
 def cpu_name() -> str:
