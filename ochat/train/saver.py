@@ -9,7 +9,6 @@ checkpoints. Where one failed (a full disk), all know, the folder is gone, and t
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -25,7 +24,7 @@ from ochat.config import CheckpointConfig
 from ochat.errors import CheckpointError, OchatError
 from ochat.model import safetensor_files
 from ochat.model.transformer import Transformer
-from ochat.train import checkpoint, parallel, serving
+from ochat.train import checkpoint, parallel, serving, whole_folder
 from ochat.train.host_file import HostFile
 from ochat.train.line_file import LineFile
 from ochat.train.manifest import KINDS, Manifest, describe_file, shard_file
@@ -74,7 +73,7 @@ class Saver:
         self._outcome: Outcome | None = None
         self._failed: Outcome | None = None  # the last save, if it failed
         if ranks.is_first:
-            sweep(self.root)
+            whole_folder.sweep(self.root)
 
     def save(self, step: int) -> None:
         """Starts a checkpoint of `step` done steps, once the one before is on the disk or has failed.
@@ -166,7 +165,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
             answer = self.ranks.exchange(answer)[0]
             problem, trouble = problem or answer.get("problem", ""), answer.get("trouble", "")
-        except RuntimeError as error:  # a rank is gone
+        except Exception as error:  # another process is gone
             problem = f"the processes could not agree: {error}"
         self._outcome = Outcome(step, problem, trouble, time.monotonic() - started)
 
@@ -194,7 +193,7 @@ class Saver:
         for path in sorted(temporary.iterdir()):
             if path.name not in files:
                 files[path.name] = describe_file(path)
-                _sync(path)
+                whole_folder.sync(path)
         parameters = {
             name: {"shape": list(parameter.shape), "dtype": checkpoint.dtype_name(parameter)}
             for name, parameter in self.parameters.items()
@@ -203,59 +202,20 @@ class Saver:
         Manifest(temporary, step, self.identity, self.ranks.world, parameters, shards, files).write()
         for lines in self.lines:
             if lines.path.exists():
-                _sync(lines.path)
-        replace(temporary, self._folder(step))
+                whole_folder.sync(lines.path)
+        whole_folder.replace(temporary, self._folder(step))
         return {"trouble": self._attempt(lambda: self._tidy(step)).get("problem", "")}
 
     def _tidy(self, step: int) -> dict[str, Any]:
         """Moves `latest`; then goes all but the newest `keep` (0: all stay) and those of every `keep_every`-th step."""
-        _write_line(self.run_dir / checkpoint.LATEST, f"{checkpoint.FOLDER}/step_{step}")
+        whole_folder.write_line(self.run_dir / checkpoint.LATEST, f"{checkpoint.FOLDER}/step_{step}")
         keep, every = self.config.keep, self.config.keep_every
         there = {int(folder.name[5:]): folder for folder in checkpoint.folders(self.run_dir)}
         for number in [n for n in there if n <= step][:-keep] if keep else []:  # a later one is a damaged one
             if not every or number % every:
-                remove(there[number])
+                whole_folder.remove(there[number])
         return {}
-
-
-def replace(temporary: Path, final: Path) -> None:
-    """Renames a finished folder, whose files are synced, onto a place where a damaged one may stand."""
-    _sync(temporary)
-    if final.exists():
-        remove(final)
-    os.rename(temporary, final)
-    _sync(final.parent)
-
-
-def remove(folder: Path) -> None:
-    """Removes a checkpoint so that a kill on the way leaves none that looks damaged."""
-    hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
-
-
-def sweep(root: Path) -> None:
-    """Removes what a killed run left half written or half removed."""
-    for left in [*root.glob(".step_*.tmp"), *root.glob(".step_*.old")]:
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def _first_problem(records: list[dict[str, Any]]) -> str:
     return next((record["problem"] for record in records if "problem" in record), "")
-
-
-def _write_line(path: Path, line: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(line + "\n", encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
