@@ -1,6 +1,6 @@
 """Compiled loops of the packer that put a window's sequences into bins, longest first.
 
-    bin_of = deal_evenly(lengths, extra, longest_first, num_bins, limit)             as even as it gets, budget or not
+    bin_of = deal_evenly(lengths, extra, longest_first, num_bins, limit, lead)       as even as it gets, budget or not
     bin_of = pack_tightly(lengths, longest_first, num_bins, budget, limit)           as full as it gets
 
 lengths (n,) int32 tokens; longest_first (n,) the sequences in that order; limit sequences per bin at most; bin_of (n,)
@@ -18,23 +18,28 @@ LAST_ROUNDS = 2  # in which sequences, short by then, make tokens even
 
 
 @njit(cache=True)
-def deal_evenly(lengths, extra, longest_first, num_bins, limit):
+def deal_evenly(lengths, extra, longest_first, num_bins, limit, lead):
     """Rounds of sequences of about one length, at most one for each bin that is not ahead by more than that.
 
     `extra` (n,) float32: cost beyond what the length explains. In a round the bin with the most of it so far gets the
-    least; the last rounds give the emptiest bin the longest. Holds up to num_bins * limit sequences.
+    least; the last rounds give the emptiest bin the longest. `lead`: tokens by which a bin counts as fuller for each
+    unit of extra, less and less towards the end, so that a bin with a very long sequence is filled up with short ones.
+    Holds up to num_bins * limit sequences.
     """
     bin_of = np.full(len(lengths), NOWHERE, np.int32)
     counts = np.zeros(num_bins, np.int64)
     tokens = np.zeros(num_bins, np.int64)
     extras = np.zeros(num_bins, np.float32)
+    level = np.empty(num_bins)
     done = 0
     while done < len(lengths):
-        least = np.int64(2**62)
+        lead_now = lead * (1 - done / len(lengths))
+        least = np.inf
         for b in range(num_bins):
+            level[b] = tokens[b] + lead_now * extras[b]
             if counts[b] < limit:
-                least = min(least, tokens[b])
-        bins = np.flatnonzero((counts < limit) & (tokens < least + lengths[longest_first[done]]))
+                least = min(least, level[b])
+        bins = np.flatnonzero((counts < limit) & (level < least + lengths[longest_first[done]]))
         members = longest_first[done : done + len(bins)]
         if len(lengths) - done <= LAST_ROUNDS * num_bins:
             bins = bins[np.argsort(tokens[bins], kind="mergesort")]

@@ -9,7 +9,7 @@ the head of the stream, in the stream's order. So a window is a random sample, a
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,34 @@ from numpy.typing import NDArray
 from ochat.data.bins import NOWHERE, deal_evenly, pack_tightly
 from ochat.data.swaps import even_out
 
-WINDOW_BINS = 256  # enough that every bin finds partners to exchange with
-TIGHT_WINDOW_BINS = (1024, 4096, 16384)  # the next larger one where a window stays below GOOD_FILL
-GOOD_FILL = 0.999  # of what was meant to be filled
+GOOD_FILL = 0.999  # of what a window was meant to hold
+GOOD_COST = 1.004  # of its costliest bin over the mean
 POOL = 64  # sequences after a window's own that may take a place in it, to fill what is left
-LEAST_SLACK, MOST_SLACK = 1e-4, 2e-3  # share of a window that is left free where the epoch's steps have the room
-COST_TOLERANCE = 2e-3  # by which a bin may cost more than the mean of its window
+LEAST_SLACK, MOST_SLACK = 1e-4, 2e-3
+SPARE_STEPS = 1.5e-3  # share of an epoch's steps that a generous window may assume on top of the fewest
+COST_TOLERANCE = 3e-3  # by which a bin may cost more than the mean of its window
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to pack a window of `num_bins`: even (each bin alike) or tight (each as full as it gets)."""
+
+    num_bins: int
+    is_tight: bool = False
+    is_generous: bool = False
+    lead: float = 0.0  # how strongly costly bins are filled up with short sequences
+
+
+# a window tries them until one is good, and leaves its choice to the next
+WAYS = (
+    Way(256),  # enough that every bin finds partners to exchange with
+    Way(256, lead=30.0),
+    Way(256, is_generous=True),
+    Way(1024, is_tight=True),
+    Way(4096, is_tight=True),
+    Way(16384, is_tight=True),
+    Way(65536, is_tight=True),
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +67,13 @@ class Window:
     members: NDArray[np.int64]  # positions from the stream's head, bin by bin
     counts: NDArray[np.int64]  # (bins,)
     num_seen: int  # positions of the head that were looked at
+    fill: float  # tokens over those that it was meant to hold; 1 if it holds all the rest
+    worst_cost: float  # largest over mean cost of its bins; 1 without costs
+
+    @property
+    def merit(self) -> tuple[float, float]:
+        """The larger, the better: fill before costs, where the fill is not good already."""
+        return min(self.fill, GOOD_FILL), -max(self.worst_cost, GOOD_COST)
 
     @property
     def rest(self) -> NDArray[np.int64]:
@@ -61,6 +90,7 @@ class Stream:
         self.order, self.lengths, self.costs, self.rules = order, lengths, costs, rules
         self.head = 0
         self.num_tokens = int(lengths.sum(dtype=np.int64))
+        self.steps_allowed = self.num_steps() + int(SPARE_STEPS * self.num_steps())
 
     def __len__(self) -> int:
         return len(self.order) - self.head
@@ -74,9 +104,10 @@ class Stream:
         rules = self.rules
         return max(-(-self.num_tokens // rules.step_room), -(-len(self) // (rules.bins_per_step * rules.limit)))
 
-    def target(self, num_steps: int) -> int:
+    def target(self, num_steps: int, is_generous: bool) -> int:
         """Tokens that the next `num_steps` steps should hold: full but for a slack, if the steps left can afford it."""
-        free = 1 - self.num_tokens / (self.num_steps() * self.rules.step_room)
+        steps_left = max(self.num_steps(), self.steps_allowed if is_generous else 0)
+        free = 1 - self.num_tokens / (steps_left * self.rules.step_room)
         return int(num_steps * self.rules.step_room * (1 - min(max(free, LEAST_SLACK), MOST_SLACK)))
 
     def take(self, window: Window) -> NDArray:
@@ -86,6 +117,7 @@ class Stream:
         seen[:] = np.concatenate([members, seen[window.rest]])
         self.head += len(members)
         self.num_tokens -= int(self.lengths[members].sum(dtype=np.int64))
+        self.steps_allowed -= len(window.counts) // self.rules.bins_per_step
         return members
 
 
@@ -93,10 +125,10 @@ def pack_stream(
     order: NDArray, lengths: NDArray, costs: NDArray | None, rules: Rules, rng: np.random.Generator
 ) -> Generator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
     """Bring `order` (S,) into bin order; yields each window's (sequences, tokens, cost) of its bins, in whole steps."""
-    stream, level = Stream(order, lengths, costs, rules), 0
+    stream, way = Stream(order, lengths, costs, rules), 0
     while len(stream):
-        window, level = _next_window(stream, level)
-        window = _shuffle_bins(window, rng)
+        window, way = _next_window(stream, way)
+        window = _shuffle_bins(window, rules.bins_per_step, rng)
         members = stream.take(window)
         bin_of = np.repeat(np.arange(len(window.counts)), window.counts)
         tokens = np.bincount(bin_of, lengths[members], len(window.counts))
@@ -104,48 +136,74 @@ def pack_stream(
         yield window.counts, tokens.astype(np.int64), work
 
 
-def _next_window(stream: Stream, level: int) -> tuple[Window, int]:
-    """The next window and the level it needed: 0 deals evenly, those above pack tightly, in larger windows each."""
-    best, best_fill = None, -1.0
-    for tried in range(level, 1 + len(TIGHT_WINDOW_BINS)):
-        num_bins = WINDOW_BINS if tried == 0 else TIGHT_WINDOW_BINS[tried - 1]
-        num_steps = min(-(-num_bins // stream.rules.bins_per_step), stream.num_steps())
-        window = _pack_window(stream, num_steps, is_tight=tried > 0)
-        tokens = stream.lengths[stream.next(window.num_seen)[window.members]].sum(dtype=np.int64)
-        fill = 1.0 if len(window.members) == len(stream) else tokens / stream.target(num_steps)
-        if fill > best_fill:
-            best, best_fill, level = window, fill, tried
-        if fill >= GOOD_FILL or num_steps == stream.num_steps() and tried > 0:
+def _next_window(stream: Stream, first_way: int) -> tuple[Window, int]:
+    """The next window and the way that it was packed, from `first_way` on."""
+    tried: list[tuple[Window, int]] = []
+    for number, way in enumerate(WAYS[first_way:], first_way):
+        num_steps = _window_steps(stream, way)
+        if tried and _is_pointless(stream, way, num_steps, max(window.fill for window, _ in tried)):
+            continue
+        tried.append((_pack_window(stream, num_steps, way), number))
+        if tried[-1][0].merit == (GOOD_FILL, -GOOD_COST) or (way.is_tight and num_steps == stream.num_steps()):
             break
-    assert best is not None and len(best.members), "a window without sequences would never end"
-    return best, level
+    return max(tried, key=lambda entry: entry[0].merit)
 
 
-def _pack_window(stream: Stream, num_steps: int, is_tight: bool) -> Window:
+def _is_pointless(stream: Stream, way: Way, num_steps: int, best_fill: float) -> bool:
+    """Whether what is wrong so far, too little fill or uneven costs, cannot get better in this way."""
+    if way.is_tight:
+        return best_fill >= GOOD_FILL
+    if way.lead:
+        return stream.costs is None or best_fill < GOOD_FILL
+    return stream.target(num_steps, True) == stream.target(num_steps, False)
+
+
+def _window_steps(stream: Stream, way: Way) -> int:
+    """Whole steps of a window, and those that are left after it where they are too few for another."""
+    wanted, left = -(-way.num_bins // stream.rules.bins_per_step), stream.num_steps()
+    return left if 2 * left <= 3 * wanted else wanted
+
+
+def _pack_window(stream: Stream, num_steps: int, way: Way) -> Window:
     rules, num_bins = stream.rules, num_steps * stream.rules.bins_per_step
-    seen, num_own = _own_and_pool(stream, num_steps)
+    target = stream.target(num_steps, way.is_generous)
+    seen, num_own = _own_and_pool(stream, num_steps, target)
     lengths = stream.lengths[seen].astype(np.int32)
+    own = lengths[:num_own]
+    own_tokens = int(own.sum(dtype=np.int64))
     extra, slope = _extra_costs(stream, seen, lengths, num_own, num_bins)
     bin_of = np.full(len(seen), NOWHERE, np.int32)
-    longest_first = _longest_first(lengths[:num_own])
-    if is_tight:
-        bin_of[:num_own] = pack_tightly(lengths[:num_own], longest_first, num_bins, rules.budget, rules.limit)
+    longest_first = _longest_first(own)
+    if way.is_tight:
+        bin_of[:num_own] = pack_tightly(own, longest_first, num_bins, rules.budget, rules.limit)
     else:
-        bin_of[:num_own] = deal_evenly(lengths[:num_own], extra[:num_own], longest_first, num_bins, rules.limit)
-    slack = max(rules.budget - lengths[:num_own].sum(dtype=np.int64) / num_bins, 1.0)
-    members, counts = even_out(
-        lengths, extra, bin_of, num_bins, rules.budget, rules.limit, slope, slack, is_tight
-    )
-    return Window(members.astype(np.int64), counts, len(seen))
+        lead = way.lead / slope if slope else 0.0
+        bin_of[:num_own] = deal_evenly(own, extra[:num_own], longest_first, num_bins, rules.limit, lead)
+    slack = min(max(rules.budget - own_tokens / num_bins, 1.0), MOST_SLACK * rules.budget)
+    members, counts = even_out(lengths, extra, bin_of, num_bins, rules.budget, rules.limit, slope, slack, way.is_tight)
+    members = members.astype(np.int64)
+    fill = _fill(stream, num_steps, target, int(lengths[members].sum(dtype=np.int64)))
+    return Window(members, counts, len(seen), fill, _worst_cost(extra[members] + slope * lengths[members], counts))
 
 
-def _own_and_pool(stream: Stream, num_steps: int) -> tuple[NDArray, int]:
+def _fill(stream: Stream, num_steps: int, target: int, tokens: int) -> float:
+    """Share of the target; below what is good for the last window where it leaves something to a step of its own."""
+    if num_steps < stream.num_steps():
+        return tokens / target
+    return 1.0 if tokens == stream.num_tokens else 0.99 * tokens / stream.num_tokens
+
+
+def _worst_cost(costs: NDArray, counts: NDArray[np.int64]) -> float:
+    sums = np.bincount(np.repeat(np.arange(len(counts)), counts), costs, len(counts))
+    return float(sums.max() / sums.mean()) if sums.any() else 1.0
+
+
+def _own_and_pool(stream: Stream, num_steps: int, target: int) -> tuple[NDArray, int]:
     """The sequences that a window of so many steps takes, then the pool behind them; and the number of the former."""
-    rules, room, steps_left = stream.rules, num_steps * stream.rules.step_room, stream.num_steps()
+    rules = stream.rules
     most = num_steps * rules.bins_per_step * rules.limit
-    if num_steps == steps_left and stream.num_tokens <= room:
+    if stream.num_steps() == num_steps:
         return stream.next(len(stream)), len(stream)
-    target = stream.target(num_steps)
     num_own, total = _prefix(stream, target, most)
     seen = stream.next(num_own + POOL)
     if num_own < most:
@@ -203,11 +261,17 @@ def _extra_costs(
     return (costs - slope * lengths).astype(np.float32), slope
 
 
-def _shuffle_bins(window: Window, rng: np.random.Generator) -> Window:
-    """Bins in random order, so that no step gets the longest sequences; empty ones come last."""
-    order = rng.permutation(len(window.counts))
-    order = order[np.argsort(window.counts[order] == 0, kind="stable")]
-    starts = np.concatenate([[0], np.cumsum(window.counts)])[:-1]
+def _shuffle_bins(window: Window, bins_per_step: int, rng: np.random.Generator) -> Window:
+    """Bins dealt to steps in rounds of about equally many sequences, so that steps are alike; empty ones come last."""
+    num_bins, num_filled = len(window.counts), int(np.count_nonzero(window.counts))
+    by_count = rng.permutation(num_bins)
+    by_count = by_count[np.argsort(-window.counts[by_count], kind="stable")]
+    order = np.empty(num_bins, np.int64)
+    num_steps = num_bins // bins_per_step
+    places = rng.permuted(np.arange(num_bins).reshape(num_steps, bins_per_step).T, axis=1).ravel()  # step by round
+    places = places[np.argsort(places >= num_filled, kind="stable")]
+    order[places] = by_count
+    starts = np.cumsum(window.counts) - window.counts
     counts = window.counts[order]
     inside = np.arange(len(window.members)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return Window(window.members[np.repeat(starts[order], counts) + inside], counts, window.num_seen)
+    return replace(window, members=window.members[np.repeat(starts[order], counts) + inside], counts=counts)
