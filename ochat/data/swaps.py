@@ -96,17 +96,21 @@ def _exchange(starts, counts, tokens, extras, sequence, bin_a, a, bin_b, b):
 def _put_back(starts, counts, tokens, extras, sequence, bin_tokens, b, budget):
     """Exchange with what is in no bin, or drop there, so that the bin keeps the most that is within its budget."""
     outside = len(counts) - 1
+    longest = 0.0
+    for a in range(starts[b], starts[b] + counts[b]):
+        longest = max(longest, np.float64(tokens[a]))
     while bin_tokens[b] > budget:
         over = bin_tokens[b] - budget
-        best, best_a, best_c = np.inf, -1, -1
         end = starts[outside] + counts[outside]
-        for a in range(starts[b], starts[b] + counts[b]):
-            for place in range(starts[outside], min(end, starts[outside] + MOST_TRIED) + 1):
-                c = place if place < starts[outside] + MOST_TRIED else end
-                freed = np.float64(tokens[a]) - tokens[c]
-                short = freed - over if freed >= over else 2.0**40 - freed  # rather too little at a time than nothing
-                if freed > 0 and short < best:
-                    best, best_a, best_c = short, a, c
+        best, best_a, best_c = np.inf, starts[b], end
+        if over <= longest:  # far over, any will do
+            for a in range(starts[b], starts[b] + counts[b]):
+                for place in range(starts[outside], min(end, starts[outside] + MOST_TRIED) + 1):
+                    c = place if place < starts[outside] + MOST_TRIED else end
+                    freed = np.float64(tokens[a]) - tokens[c]
+                    short = freed - over if freed >= over else 2.0**40 - freed  # rather too little than nothing
+                    if freed > 0 and short < best:
+                        best, best_a, best_c = short, a, c
         bin_tokens[b] -= np.float64(tokens[best_a]) - tokens[best_c]
         _exchange(starts, counts, tokens, extras, sequence, b, best_a, outside, best_c)
 

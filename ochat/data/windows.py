@@ -19,6 +19,7 @@ from ochat.data.swaps import even_out
 
 GOOD_FILL = 0.999  # of what a window was meant to hold
 GOOD_COST = 1.004  # of its costliest bin over the mean
+MOSTLY_PLACED, MOST_OFFERS = 0.98, 8
 POOL = 64  # sequences after a window's own that may take a place in it, to fill what is left
 LEAST_SLACK, MOST_SLACK = 1e-4, 2e-3
 SPARE_STEPS = 1.5e-3  # share of an epoch's steps that a generous window may assume on top of the fewest
@@ -62,25 +63,19 @@ class Rules:
 
 @dataclass(frozen=True)
 class Window:
-    """Bins side by side: sequences (stream positions) of each, and what is left of the stream's head."""
+    """Bins side by side; the stream stays as it is until `Stream.take`."""
 
-    members: NDArray[np.int64]  # positions from the stream's head, bin by bin
+    seen: NDArray  # the sequences at the stream's head that were looked at
+    members: NDArray[np.int64]  # places in `seen`, bin by bin
     counts: NDArray[np.int64]  # (bins,)
-    num_seen: int  # positions of the head that were looked at
-    fill: float  # tokens over those that it was meant to hold; 1 if it holds all the rest
+    num_tokens: int
     worst_cost: float  # largest over mean cost of its bins; 1 without costs
+    fill: float = 0.0  # tokens over those that it was meant to hold; 1 if it holds all the rest
 
     @property
     def merit(self) -> tuple[float, float]:
         """The larger, the better: fill before costs, where the fill is not good already."""
         return min(self.fill, GOOD_FILL), -max(self.worst_cost, GOOD_COST)
-
-    @property
-    def rest(self) -> NDArray[np.int64]:
-        """Positions that found no place, in the stream's order."""
-        is_free = np.ones(self.num_seen, bool)
-        is_free[self.members] = False
-        return np.flatnonzero(is_free)
 
 
 class Stream:
@@ -112,11 +107,12 @@ class Stream:
 
     def take(self, window: Window) -> NDArray:
         """Move the head past the window's members, now in bin order; the members."""
-        seen = self.next(window.num_seen)
-        members = seen[window.members]
-        seen[:] = np.concatenate([members, seen[window.rest]])
+        members = window.seen[window.members]
+        is_left = np.ones(len(window.seen), bool)
+        is_left[window.members] = False
+        self.next(len(window.seen))[:] = np.concatenate([members, window.seen[is_left]])
         self.head += len(members)
-        self.num_tokens -= int(self.lengths[members].sum(dtype=np.int64))
+        self.num_tokens -= window.num_tokens
         self.steps_allowed -= len(window.counts) // self.rules.bins_per_step
         return members
 
@@ -165,12 +161,30 @@ def _window_steps(stream: Stream, way: Way) -> int:
 
 
 def _pack_window(stream: Stream, num_steps: int, way: Way) -> Window:
-    rules, num_bins = stream.rules, num_steps * stream.rules.bins_per_step
+    """The stream's next sequences in `num_steps` steps.
+
+    Tight bins take the longest: were much left over again and again, the epoch would be sorted by length. So less is
+    offered until nearly all of it finds a place.
+    """
     target = stream.target(num_steps, way.is_generous)
-    seen, num_own = _own_and_pool(stream, num_steps, target)
+    offered = stream.num_tokens if num_steps >= stream.num_steps() else target
+    window = _pack_tokens(stream, num_steps, way, offered)
+    for _ in range(MOST_OFFERS if way.is_tight else 0):
+        if window.num_tokens >= MOSTLY_PLACED * offered:
+            break
+        offered = window.num_tokens
+        window = _pack_tokens(stream, num_steps, way, offered)
+    if not way.is_tight and window.num_tokens < MOSTLY_PLACED * offered:
+        return window  # no tight way is worse
+    return replace(window, fill=_fill(stream, num_steps, target, window.num_tokens))
+
+
+def _pack_tokens(stream: Stream, num_steps: int, way: Way, offered: int) -> Window:
+    """The stream's next `offered` tokens in `num_steps` steps."""
+    rules, num_bins = stream.rules, num_steps * stream.rules.bins_per_step
+    seen, num_own = _own_and_pool(stream, num_steps, offered)
     lengths = stream.lengths[seen].astype(np.int32)
     own = lengths[:num_own]
-    own_tokens = int(own.sum(dtype=np.int64))
     extra, slope = _extra_costs(stream, seen, lengths, num_own, num_bins)
     bin_of = np.full(len(seen), NOWHERE, np.int32)
     longest_first = _longest_first(own)
@@ -179,11 +193,11 @@ def _pack_window(stream: Stream, num_steps: int, way: Way) -> Window:
     else:
         lead = way.lead / slope if slope else 0.0
         bin_of[:num_own] = deal_evenly(own, extra[:num_own], longest_first, num_bins, rules.limit, lead)
-    slack = min(max(rules.budget - own_tokens / num_bins, 1.0), MOST_SLACK * rules.budget)
+    slack = min(max(rules.budget - int(own.sum(dtype=np.int64)) / num_bins, 1.0), MOST_SLACK * rules.budget)
     members, counts = even_out(lengths, extra, bin_of, num_bins, rules.budget, rules.limit, slope, slack, way.is_tight)
     members = members.astype(np.int64)
-    fill = _fill(stream, num_steps, target, int(lengths[members].sum(dtype=np.int64)))
-    return Window(members, counts, len(seen), fill, _worst_cost(extra[members] + slope * lengths[members], counts))
+    worst_cost = _worst_cost(extra[members] + slope * lengths[members], counts)
+    return Window(seen, members, counts, int(lengths[members].sum(dtype=np.int64)), worst_cost)
 
 
 def _fill(stream: Stream, num_steps: int, target: int, tokens: int) -> float:
@@ -198,16 +212,13 @@ def _worst_cost(costs: NDArray, counts: NDArray[np.int64]) -> float:
     return float(sums.max() / sums.mean()) if sums.any() else 1.0
 
 
-def _own_and_pool(stream: Stream, num_steps: int, target: int) -> tuple[NDArray, int]:
-    """The sequences that a window of so many steps takes, then the pool behind them; and the number of the former."""
-    rules = stream.rules
-    most = num_steps * rules.bins_per_step * rules.limit
-    if stream.num_steps() == num_steps:
-        return stream.next(len(stream)), len(stream)
-    num_own, total = _prefix(stream, target, most)
-    seen = stream.next(num_own + POOL)
+def _own_and_pool(stream: Stream, num_steps: int, offered: int) -> tuple[NDArray, int]:
+    """The next sequences of together `offered` tokens, then the pool behind them; and the number of the former."""
+    most = num_steps * stream.rules.bins_per_step * stream.rules.limit
+    num_own, total = _prefix(stream, offered, most)
+    seen = stream.next(num_own + POOL).copy()
     if num_own < most:
-        _fill_gap(seen, stream.lengths[seen].astype(np.int64), num_own, target - total)
+        _fill_gap(seen, stream.lengths[seen].astype(np.int64), num_own, offered - total)
     return seen, num_own
 
 
@@ -227,7 +238,7 @@ def _prefix(stream: Stream, target: int, most: int) -> tuple[int, int]:
 
 
 def _fill_gap(seen: NDArray, lengths: NDArray[np.int64], num_own: int, gap: int) -> None:
-    """Exchange in the stream one of the last own sequences with one of the pool, so that the gap is filled best."""
+    """Exchange in place one of the last own sequences with one of the pool, so that the gap is filled best."""
     first = max(num_own - POOL, 0)
     gain = lengths[None, num_own:] - lengths[first:num_own, None]  # (own, pool)
     if gain.size == 0:
