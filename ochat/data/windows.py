@@ -2,8 +2,9 @@
 
     for counts, tokens, costs in pack_stream(order, lengths, costs, rules, rng): ...      `order` ends up in bin order
 
-A window takes the next sequences of the stream until its steps are full; what a window could not place goes back to
-the head of the stream, in the stream's order. So a window is a random sample, and so is each step of it.
+A window deals its sequences evenly to its bins and exchanges them between bins until tokens fit and costs are alike.
+Where lengths are so near to the budget that this leaves room, it packs tightly instead. Bins then go to steps in rounds
+of about equally many sequences, so that every step is a fair sample.
 """
 
 from __future__ import annotations
@@ -15,14 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat.data.bins import NOWHERE, deal_evenly, pack_tightly
+from ochat.data.stream import GOOD_COST, GOOD_FILL, MOST_SLACK, Rules, Stream, Window
 from ochat.data.swaps import even_out
 
-GOOD_FILL = 0.999  # of what a window was meant to hold
-GOOD_COST = 1.004  # of its costliest bin over the mean
-MOSTLY_PLACED, MOST_OFFERS = 0.98, 8
-POOL = 64  # sequences after a window's own that may take a place in it, to fill what is left
-LEAST_SLACK, MOST_SLACK = 1e-4, 2e-3
-SPARE_STEPS = 1.5e-3  # share of an epoch's steps that a generous window may assume on top of the fewest
+MOSTLY_PLACED, MOST_OFFERS = 0.98, 8  # share of the offered tokens that must find a place, and offers made
 COST_TOLERANCE = 3e-3  # by which a bin may cost more than the mean of its window
 
 
@@ -48,75 +45,6 @@ WAYS = (
 )
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a bin and a step may hold; `limit` is the most sequences in a bin."""
-
-    budget: int
-    bins_per_step: int
-    limit: int
-
-    @property
-    def step_room(self) -> int:
-        return self.budget * self.bins_per_step
-
-
-@dataclass(frozen=True)
-class Window:
-    """Bins side by side; the stream stays as it is until `Stream.take`."""
-
-    seen: NDArray  # the sequences at the stream's head that were looked at
-    members: NDArray[np.int64]  # places in `seen`, bin by bin
-    counts: NDArray[np.int64]  # (bins,)
-    num_tokens: int
-    worst_cost: float  # largest over mean cost of its bins; 1 without costs
-    fill: float = 0.0  # tokens over those that it was meant to hold; 1 if it holds all the rest
-
-    @property
-    def merit(self) -> tuple[float, float]:
-        """The larger, the better: fill before costs, where the fill is not good already."""
-        return min(self.fill, GOOD_FILL), -max(self.worst_cost, GOOD_COST)
-
-
-class Stream:
-    """What is left of the epoch: `order[head:]`; before `head` are the bins' sequences."""
-
-    def __init__(self, order: NDArray, lengths: NDArray, costs: NDArray | None, rules: Rules) -> None:
-        self.order, self.lengths, self.costs, self.rules = order, lengths, costs, rules
-        self.head = 0
-        self.num_tokens = int(lengths.sum(dtype=np.int64))
-        self.steps_allowed = self.num_steps() + int(SPARE_STEPS * self.num_steps())
-
-    def __len__(self) -> int:
-        return len(self.order) - self.head
-
-    def next(self, count: int) -> NDArray:
-        """The next `count` sequences, or as many as there are."""
-        return self.order[self.head : self.head + count]
-
-    def num_steps(self) -> int:
-        """The fewest steps that may hold the rest."""
-        rules = self.rules
-        return max(-(-self.num_tokens // rules.step_room), -(-len(self) // (rules.bins_per_step * rules.limit)))
-
-    def target(self, num_steps: int, is_generous: bool) -> int:
-        """Tokens that the next `num_steps` steps should hold: full but for a slack, if the steps left can afford it."""
-        steps_left = max(self.num_steps(), self.steps_allowed if is_generous else 0)
-        free = 1 - self.num_tokens / (steps_left * self.rules.step_room)
-        return int(num_steps * self.rules.step_room * (1 - min(max(free, LEAST_SLACK), MOST_SLACK)))
-
-    def take(self, window: Window) -> NDArray:
-        """Move the head past the window's members, now in bin order; the members."""
-        members = window.seen[window.members]
-        is_left = np.ones(len(window.seen), bool)
-        is_left[window.members] = False
-        self.next(len(window.seen))[:] = np.concatenate([members, window.seen[is_left]])
-        self.head += len(members)
-        self.num_tokens -= window.num_tokens
-        self.steps_allowed -= len(window.counts) // self.rules.bins_per_step
-        return members
-
-
 def pack_stream(
     order: NDArray, lengths: NDArray, costs: NDArray | None, rules: Rules, rng: np.random.Generator
 ) -> Generator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
@@ -128,8 +56,8 @@ def pack_stream(
         members = stream.take(window)
         bin_of = np.repeat(np.arange(len(window.counts)), window.counts)
         tokens = np.bincount(bin_of, lengths[members], len(window.counts))
-        work = tokens if costs is None else np.bincount(bin_of, costs[members], len(window.counts))
-        yield window.counts, tokens.astype(np.int64), work
+        work = np.bincount(bin_of, (lengths if costs is None else costs)[members], len(window.counts))
+        yield window.counts, tokens.astype(np.int64), work.astype(np.float64)
 
 
 def _next_window(stream: Stream, first_way: int) -> tuple[Window, int]:
@@ -182,7 +110,7 @@ def _pack_window(stream: Stream, num_steps: int, way: Way) -> Window:
 def _pack_tokens(stream: Stream, num_steps: int, way: Way, offered: int) -> Window:
     """The stream's next `offered` tokens in `num_steps` steps."""
     rules, num_bins = stream.rules, num_steps * stream.rules.bins_per_step
-    seen, num_own = _own_and_pool(stream, num_steps, offered)
+    seen, num_own = stream.own_and_pool(num_steps, offered)
     lengths = stream.lengths[seen].astype(np.int32)
     own = lengths[:num_own]
     extra, slope = _extra_costs(stream, seen, lengths, num_own, num_bins)
@@ -210,43 +138,6 @@ def _fill(stream: Stream, num_steps: int, target: int, tokens: int) -> float:
 def _worst_cost(costs: NDArray, counts: NDArray[np.int64]) -> float:
     sums = np.bincount(np.repeat(np.arange(len(counts)), counts), costs, len(counts))
     return float(sums.max() / sums.mean()) if sums.any() else 1.0
-
-
-def _own_and_pool(stream: Stream, num_steps: int, offered: int) -> tuple[NDArray, int]:
-    """The next sequences of together `offered` tokens, then the pool behind them; and the number of the former."""
-    most = num_steps * stream.rules.bins_per_step * stream.rules.limit
-    num_own, total = _prefix(stream, offered, most)
-    seen = stream.next(num_own + POOL).copy()
-    if num_own < most:
-        _fill_gap(seen, stream.lengths[seen].astype(np.int64), num_own, offered - total)
-    return seen, num_own
-
-
-def _prefix(stream: Stream, target: int, most: int) -> tuple[int, int]:
-    """Number and tokens of the stream's next sequences that are within `target` tokens and `most` sequences."""
-    count, total, block = 0, 0, 1 << 16
-    while count < min(most, len(stream)):
-        begin = stream.head + count
-        ahead = stream.order[begin : begin + min(block, most - count)]
-        sums = np.cumsum(stream.lengths[ahead], dtype=np.int64) + total
-        inside = int(np.searchsorted(sums, target, side="right"))
-        count += inside
-        total = int(sums[inside - 1]) if inside else total
-        if inside < len(ahead):
-            break
-    return count, total
-
-
-def _fill_gap(seen: NDArray, lengths: NDArray[np.int64], num_own: int, gap: int) -> None:
-    """Exchange in place one of the last own sequences with one of the pool, so that the gap is filled best."""
-    first = max(num_own - POOL, 0)
-    gain = lengths[None, num_own:] - lengths[first:num_own, None]  # (own, pool)
-    if gain.size == 0:
-        return
-    own, pool = np.unravel_index(np.argmax(np.where(gain <= gap, gain, -1)), gain.shape)
-    if 0 < gain[own, pool] <= gap:
-        own, pool = first + own, num_own + pool
-        seen[own], seen[pool] = seen[pool], seen[own]
 
 
 def _longest_first(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
