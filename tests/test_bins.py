@@ -37,6 +37,12 @@ def test_dealing_places_all_that_the_limit_lets(pairs, num_bins, limit, lead):
     assert (np.bincount(bin_of, minlength=num_bins) <= limit).all()
 
 
+def test_a_bin_at_its_limit_gets_no_more_although_it_is_the_emptiest():
+    lengths = np.array([10, 4, 4, 4], np.int32)
+    bin_of = deal_evenly(lengths, np.zeros(4, np.float32), np.arange(4), 2, 2, 0.0)
+    assert np.bincount(bin_of).tolist() == [2, 2]
+
+
 @settings(max_examples=200, deadline=None)
 @given(PAIRS, st.integers(1, 12))
 def test_without_costs_dealing_leaves_bins_apart_by_a_sequence_at_most(pairs, num_bins):
