@@ -6,9 +6,11 @@
 import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,12 +35,11 @@ def descendants(pid):
 
 def kill(process):
     """SIGKILL for the whole job at once: nobody gets to clean up."""
-    job = descendants(process.pid)
-    for pid in job:
-        os.kill(pid, signal.SIGSTOP)
-    for pid in job:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    job = descendants(process.pid) if process.poll() is None else []
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in job:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
     process.wait()
 
 
@@ -53,10 +54,7 @@ def run_until_killed(command, run_dir, draw, *, saving):
     start, log = newest(run_dir), run_dir.with_suffix(".log")
     with log.open("a") as output:
         process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline and newest(run_dir) <= start:
-        time.sleep(0.005)
-    assert process.poll() is None, log.read_text()
+    wait_for(process, lambda: newest(run_dir) > start, log)
     time.sleep(draw.uniform(0, 0.1))
     while saving and process.poll() is None and not any((run_dir / "checkpoints").glob(".step_*.tmp/*")):
         pass
@@ -82,6 +80,40 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_ne
     assert curve(tiny.metrics(run_dir)) == curve(expected)
     assert not list((run_dir / "checkpoints").glob(".*"))
     print(f"{kills} kills at steps {[step for step, _ in stood]}, {sum(half for _, half in stood)} while saving")
+
+
+def rank_of(pid):
+    settings = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(value[5:]) for value in settings if value.startswith(b"RANK=")), None)
+
+
+def test_one_process_that_cannot_write_costs_all_a_checkpoint_and_none_the_run(world, tmp_path):
+    """The second process's files may not grow for a while, the first one's may: they agree, go on, and save again."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    options = ["--data.epochs=40", "--checkpoint.every=20", "--train.eval_every=100000"]
+    with log.open("w") as output:
+        command = tiny.torchrun_command(world, run_dir, 2, *options)
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
+    try:
+        wait_for(process, lambda: newest(run_dir), log)
+        (second,) = (pid for pid in descendants(process.pid) if rank_of(pid) == 1)
+        resource.prlimit(second, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        wait_for(process, lambda: "could NOT be saved: process 1: OSError: [Errno 27]" in log.read_text(), log)
+        resource.prlimit(second, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert process.wait(120) == 0, log.read_text()
+    finally:
+        kill(process)
+    steps = [line["step"] for line in tiny.metrics(run_dir)]
+    assert steps == list(range(1, 361)) and newest(run_dir) == 360
+    assert all(checkpoint.verify(folder, ALONE) for folder in checkpoint.folders(run_dir))
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def wait_for(process, condition, log, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
 
 
 def test_two_processes_then_one_then_four_go_on_as_if_nothing_had_changed(world, alone, tmp_path):
