@@ -17,7 +17,7 @@ NOWHERE = -1
 LAST_ROUNDS = 2  # in which sequences, short by then, make tokens even
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def deal_evenly(lengths, extra, longest_first, num_bins, limit, lead):
     """Rounds of sequences of about one length, at most one for each bin that is not ahead by more than that.
 
@@ -56,7 +56,7 @@ def deal_evenly(lengths, extra, longest_first, num_bins, limit, lead):
     return bin_of
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def pack_tightly(lengths, longest_first, num_bins, budget, limit):
     """Each into the first bin with room (first-fit decreasing), found in a tree of the largest room below each node."""
     leaves = 1

@@ -20,7 +20,7 @@ MOST_TRIED = 64  # slots of a bin that one exchange looks at
 OVER_WEIGHT = 4  # how much more a token counts in a bin that is over the budget
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _lay_out(lengths, extra, bin_of, num_bins, limit):
     """Slots (tokens, extra, sequence) of the bins, then of what is in none, with room there for every sequence."""
     counts = np.zeros(num_bins + 1, np.int64)
@@ -41,7 +41,9 @@ def _lay_out(lengths, extra, bin_of, num_bins, limit):
     return starts, counts, tokens, extras, sequence
 
 
-@njit(cache=True, fastmath={"nnan", "nsz"})  # lets the minimum be vectorised; nothing that rounds differently elsewhere
+@njit(
+    cache=True, nogil=True, fastmath={"nnan", "nsz"}
+)  # lets the minimum be vectorised; nothing that rounds differently elsewhere
 def _best_exchange(tokens, extras, from_a, to_a, from_b, to_b, want_tokens, want_extra, weight, slope, least, most):
     """Slots (a, b) whose difference comes nearest to what is wanted, `least` to `most` tokens of it; or (-1, -1)."""
     best = want_tokens * want_tokens * weight + want_extra * want_extra
@@ -64,7 +66,7 @@ def _best_exchange(tokens, extras, from_a, to_a, from_b, to_b, want_tokens, want
     return best_a, best_b
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _some_slots(starts, counts, b, turn):
     """At most MOST_TRIED slots of bin `b`, others in every turn; of its empty ones, the first."""
     end = min(starts[b] + counts[b] + 1, starts[b + 1])
@@ -73,14 +75,14 @@ def _some_slots(starts, counts, b, turn):
     return begin, min(begin + MOST_TRIED, end)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _swap_slots(tokens, extras, sequence, a, b):
     tokens[a], tokens[b] = tokens[b], tokens[a]
     extras[a], extras[b] = extras[b], extras[a]
     sequence[a], sequence[b] = sequence[b], sequence[a]
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _exchange(starts, counts, tokens, extras, sequence, bin_a, a, bin_b, b):
     """Swap slot `a` of one bin with `b` of another; a bin's empty slots stay behind its sequences."""
     if sequence[a] == EMPTY:
@@ -92,7 +94,7 @@ def _exchange(starts, counts, tokens, extras, sequence, bin_a, a, bin_b, b):
         _swap_slots(tokens, extras, sequence, a, starts[bin_a] + counts[bin_a])
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def _put_back(starts, counts, tokens, extras, sequence, bin_tokens, b, budget):
     """Exchange with what is in no bin, or drop there, so that the bin keeps the most that is within its budget."""
     outside = len(counts) - 1
@@ -115,7 +117,7 @@ def _put_back(starts, counts, tokens, extras, sequence, bin_tokens, b, budget):
         _exchange(starts, counts, tokens, extras, sequence, b, best_a, outside, best_c)
 
 
-@njit(cache=True)
+@njit(cache=True, nogil=True)
 def even_out(lengths, extra, bin_of, num_bins, budget, limit, slope, slack, is_strict):
     """Exchange between bins until none is over `budget` and none costs more than the mean by more than 1.
 
