@@ -263,10 +263,12 @@ def main() -> None:
     plan([1], token_budget=1, bins_per_step=1, seed=0, epoch=0, costs=[1.0])  # compiles, or loads what was compiled
     for variant in ("linear", "quadratic"):
         pack_public(np.ones(1, np.int64), 1, 1, 0, variant)
-    measured = list(rows(arguments.lengths, arguments.quick))
+    measured: list[dict] = []
+    for row in rows(arguments.lengths, arguments.quick):
+        measured.append(row)
+        if arguments.out:
+            write(arguments.out, measured)  # after every row, so that a run that is stopped leaves what it has
     show(measured)
-    if arguments.out:
-        write(arguments.out, measured)
 
 
 def write(path: Path, measured: list[dict]) -> None:

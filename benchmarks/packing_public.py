@@ -50,7 +50,8 @@ def pack_public(
     sums = np.concatenate([[0], np.cumsum(lengths[order], dtype=np.int64)])
     members, counts, head = [], [], 0
     while head < len(order):
-        fitting, bin_of = _most(lengths[order[head:]], sums[head:] - sums[head], bins_per_step, budget, variant)
+        most = int(np.searchsorted(sums, sums[head] + bins_per_step * budget, side="right")) - 1 - head
+        fitting, bin_of = _most(lengths[order[head : head + most]], bins_per_step, budget, variant)
         in_bins = np.bincount(bin_of, minlength=bins_per_step)
         if variant == "linear" and (in_bins == 0).any():
             break
@@ -62,10 +63,10 @@ def pack_public(
     return np.concatenate([nothing, *members]), offsets, len(counts)
 
 
-def _most(stream: NDArray, sums: NDArray, num_bins: int, budget: int, variant: str) -> tuple[int, NDArray]:
-    """The longest prefix that fits, by bisection below what the tokens allow, and its bins."""
+def _most(stream: NDArray, num_bins: int, budget: int, variant: str) -> tuple[int, NDArray]:
+    """The longest prefix of `stream`, which is all that the tokens allow, that fits: by bisection; and its bins."""
     pack = _first_fit if variant == "linear" else _emptiest
-    failed = int(np.searchsorted(sums, num_bins * budget, side="right"))  # so many are too many tokens
+    failed = len(stream) + 1
     fitting, best = 0, np.zeros(0, np.int64)
     while fitting + 1 < failed:
         tried = (fitting + failed) // 2
