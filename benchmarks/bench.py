@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import math
+import platform
 import signal
 import subprocess
 import time
@@ -143,15 +144,22 @@ def stamp(device: torch.device, commit: str | None = None) -> dict[str, str]:
     on_card = device.type == "cuda"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit or _output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit or output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
         "device": torch.cuda.get_device_name(device) if on_card else "cpu-interpreter",
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_card else "",
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_card else "",
     }
 
 
-def _output_of(*command: str) -> str:
+def cpu_name() -> str:
+    """The processor's own name where Linux tells it, else its kind."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def output_of(*command: str) -> str:
     """The command's first line, or "unknown"."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)

@@ -27,7 +27,7 @@ class Model:
     K: int
     D: int
     V: int
-    L: int  # layers whose parameters one optimizer step takes: about 900 million elements, whatever the model has
+    L: int = 1  # layers whose parameters one optimizer step takes: about 900 million elements, whatever the model has
 
     def layer_shapes(self) -> list[tuple[int, ...]]:
         """Of the parameters of one layer: fused qkv, output, fused gate/up, down, two norms."""

@@ -9,33 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import NamedTuple
 
 import torch
 from ochat_kernels import adamw, lce_kernels, linear_cross_entropy, rms_norm, rope, swiglu
 from ochat_kernels.launch import FLOATS, Launch, record
 from torch import Tensor
 
+from benchmarks import cases
+from benchmarks.cases import Model
 
-class Model(NamedTuple):
-    """The widths of a model, in the letters of the repository."""
-
-    H: int
-    F: int
-    N: int
-    K: int
-    D: int
-    V: int
-
-
-MODELS = {
-    "Llama-3-8B": Model(4096, 14336, 32, 8, 128, 128256),
-    "Llama-2-7B": Model(4096, 11008, 32, 32, 128, 32000),
-    "Llama-3.2-1B": Model(2048, 8192, 32, 8, 64, 128256),
-    "Llama-3.2-3B": Model(3072, 8192, 24, 8, 128, 128256),
-    "Llama-3-70B": Model(8192, 28672, 64, 8, 128, 128256),
-    "SmolLM2-135M": Model(576, 1536, 9, 3, 64, 49152),
-    "odd": Model(1031, 1031, 5, 3, 14, 1031),
+MODELS = {  # what is measured, a large and a small model, and one of odd widths
+    **cases.MODELS,
+    "Llama-3-70B": Model("Llama-3-70B", H=8192, F=28672, N=64, K=8, D=128, V=128256),
+    "SmolLM2-135M": Model("SmolLM2-135M", H=576, F=1536, N=9, K=3, D=64, V=49152),
+    "odd": Model("odd", H=1031, F=1031, N=5, K=3, D=14, V=1031),
 }
 T = 16384
 
@@ -102,7 +89,8 @@ def _unchanged(nll: Tensor, weights: Tensor) -> Tensor:
 
 def rope_cases() -> None:
     models = product(MODELS.values(), (torch.float32, torch.bfloat16))
-    for (_, _, N, K, D, _), dtype in [*models, (MODELS["Llama-3-8B"], torch.float16)]:
+    for model, dtype in [*models, (MODELS["Llama-3-8B"], torch.float16)]:
+        N, K, D = model.N, model.K, model.D
         angles = [empty(T, D // 2, dtype=torch.float32)] * 2
         q, k = empty(T, N, D, dtype=dtype), empty(T, K, D, dtype=dtype)
         rope.rope_bwd(q, k, *angles)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
@@ -140,7 +141,7 @@ def write(folder: Path, lengths: np.ndarray, rng: np.random.Generator) -> None:
         writer.finish(manifest, ROLES)
 
 
-def stamp() -> dict[str, str]:
+def stamp() -> dict[str, Any]:
     """Where and with what a number was measured."""
     import torch
 
@@ -149,15 +150,10 @@ def stamp() -> dict[str, str]:
     return {
         "date": taken["date"],
         "commit": taken["commit"],
-        "cpu": cpu_name(),
+        "cpu": bench.cpu_name(),
         "load": os.getloadavg()[0],
         "torch": taken["torch"],
     } | versions
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

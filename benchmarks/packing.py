@@ -272,14 +272,15 @@ def main() -> None:
 
 
 def write(path: Path, measured: list[dict]) -> None:
-    columns = list(dict.fromkeys(key for row in measured for key in row)) + list(stamp())
+    about = stamp()
+    columns = list(dict.fromkeys(key for row in measured for key in row)) + list(about)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         for row in measured:
             texts = {key: _text(key, value) if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow(texts | stamp())
+            writer.writerow(texts | about)
 
 
 if __name__ == "__main__":

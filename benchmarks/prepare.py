@@ -73,13 +73,13 @@ def measure(path: Path, base: str, name: str, repeats: int, workers: int) -> Ite
             for label, call in calls.items():
                 marks[label].append(_timed(call))
     about = stamp(tokens) | {"input": path.name, "mb": path.stat().st_size / 1e6, "tokenizer": tokens.kind}
-    num_tokens = sum(
-        len(ids) for at in range(0, len(texts), 4096) for ids in tokens.encode_batch(texts[at : at + 4096])
-    )
+    num_tokens = 0
+    for at in range(0, len(texts), TEXTS_PER_CALL):
+        num_tokens += sum(map(len, tokens.encode_batch(texts[at : at + TEXTS_PER_CALL])))
     for label, taken in marks.items():
-        row = about | {"template": name, "implementation": label, "texts": len(texts)}
-        yield row | summary(taken, num_tokens)
-        print({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in (row | summary(taken, num_tokens)).items()})
+        row = about | {"template": name, "implementation": label, "texts": len(texts)} | summary(taken, num_tokens)
+        yield row
+        print({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()})
 
 
 def summary(marks: list[Mark], num_tokens: int) -> dict:
@@ -156,8 +156,8 @@ def stamp(tokens: Tokenizer) -> dict:
     library = {"json": "tokenizers", "tiktoken": "tiktoken", "sentencepiece": "sentencepiece"}[tokens.kind]
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": bench._output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
-        "machine": _cpu_name(),
+        "commit": bench.output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "machine": bench.cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[
             0
@@ -165,12 +165,6 @@ def stamp(tokens: Tokenizer) -> dict:
         "python": platform.python_version(),
         "library": f"{library} {version(library)}",
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _timed(call: Callable[[], None]) -> Mark:

@@ -64,7 +64,7 @@ def test_the_head_pays_for_supervised_rows_alone():
     whole, half = (cost(Case("linear_cross_entropy", LLAMA, 16384, share), "forward+backward") for share in (1.0, 0.5))
     assert half.flops * 2 == whole.flops
     floor_ms = Ceilings(790.0, 4300.0).floor_ms(*whole)
-    assert floor_ms == pytest.approx(65.4, abs=0.1)  # the floor of NUMBERS for 8B
+    assert floor_ms == pytest.approx(65.4, abs=0.1)  # what benchmarks/README.md says of 8B
 
 
 def test_the_optimizer_moves_its_states_once():

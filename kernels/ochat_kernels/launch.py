@@ -1,7 +1,7 @@
 """How every Triton kernel is started: on the card, in Triton's interpreter, or only noted for a compiler's check.
 
     TRITON_INTERPRET=1 (before the import) runs kernels on CPU tensors, slowly; `with record() as launches:` runs none.
-Launchers say what a kernel needs; nothing else in the package touches a grid, a device or a stream.
+Launchers say what a kernel needs; nothing else in the package starts one or picks a card or a stream.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ def check_floats(name: str, tensor: Tensor, dims: int | None = None) -> None:
 
 def check_device(name: str, tensor: Tensor) -> None:
     """ValueError for a tensor on a device that kernels cannot run on."""
-    kinds = ("cpu",) if INTERPRETED else ("cuda",)
-    if tensor.device.type not in kinds:
+    kind = "cpu" if INTERPRETED else "cuda"
+    if tensor.device.type != kind:
         hint = "" if INTERPRETED else '; on a CPU use load("reference"), or set TRITON_INTERPRET=1 to debug'
-        raise ValueError(f"{name} is on {tensor.device}: the Triton kernels expect {kinds[0]} tensors{hint}")
+        raise ValueError(f"{name} is on {tensor.device}: the Triton kernels expect {kind} tensors{hint}")
 
 
 def check_like(name: str, tensor: Tensor, model_name: str, model: Tensor) -> None:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from ochat_kernels import lce_kernels
-from ochat_kernels.launch import check_device, check_floats
+from ochat_kernels.launch import check_floats
 from ochat_kernels.reference_loss import (
     LossOutput,
     Options,
@@ -198,7 +198,6 @@ def linear_cross_entropy(
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
     check_options(Options(logit_softcap, z_loss, label_smoothing, weight_transform))
     check_floats("hidden", hidden)
-    check_device("labels", labels)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     transform = "" if weight_transform is None else _name(weight_transform)
     loss_sum, nll, correct, _, _ = _forward(

@@ -26,9 +26,7 @@ class LossOutput(NamedTuple):
     loss_sum: Tensor  # () fp32, sum of w * loss, with gradient to hidden and weight
     weight_sum: Tensor  # () fp32, sum of |w| where label != IGNORE_INDEX
     nll: Tensor  # (T,) fp32, detached, without z-loss and smoothing; 0 in rows that are not live
-    correct: (
-        Tensor  # (T,) bool: the largest logit (the first of equals) is the label's; False in rows that are not live
-    )
+    correct: Tensor  # (T,) bool: the largest logit (the first of equals) is the label's; False in rows not live
 
 
 class Options(NamedTuple):

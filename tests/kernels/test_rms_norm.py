@@ -105,10 +105,10 @@ def test_heads_of_a_fused_product(device):
 
 def test_transposed_inputs_and_expanded_gradients(device):
     x, residual, weight = (t.requires_grad_() for t in draw(6, 5, device=device))
-    y, total = add_norm(x.T.reshape(5, 6).T, residual.reshape(5, 6).T.reshape(6, 5), weight)
+    y, total = add_norm(x.reshape(5, 6).T, residual.reshape(5, 6).T, weight)
     (y.sum() + total[:, :1].expand(6, 5).sum()).backward()
     twins = [t.detach().clone().requires_grad_() for t in (x, residual, weight)]
-    y, total = add_norm_definition(twins[0].T.reshape(5, 6).T, twins[1].reshape(5, 6).T.reshape(6, 5), twins[2])
+    y, total = add_norm_definition(twins[0].reshape(5, 6).T, twins[1].reshape(5, 6).T, twins[2])
     (y.sum() + total[:, :1].expand(6, 5).sum()).backward()
     for tensor, twin in zip((x, residual, weight), twins, strict=True):
         torch.testing.assert_close(tensor.grad, twin.grad)
