@@ -105,7 +105,7 @@ class TrainConfig:
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; masters are fp32
     kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: triton on CUDA, plain PyTorch elsewhere
-    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA, per-document SDPA elsewhere
+    attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA in bfloat16, else SDPA by document
     recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
     compile: bool = False  # torch.compile, block by block
     log_every: int = 1  # steps between two reads of the metrics from the device

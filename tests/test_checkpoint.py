@@ -364,6 +364,20 @@ def test_a_last_save_that_fails_is_an_error_and_the_same_command_mends_it(world,
     assert curve(tiny.train(world, tmp_path / "run", *OPTIONS)) == curve(alone)
 
 
+def test_a_shard_that_another_machine_wrote_to_a_disk_of_its_own_fails_the_save(world, tmp_path, monkeypatch):
+    plain = HostFile.write
+
+    def write(self, path):
+        written = plain(self, path)
+        path.unlink()
+        return written
+
+    monkeypatch.setattr(HostFile, "write", write)
+    with pytest.raises(CheckpointError, match="weights-.* is not there; all processes need the same run folder"):
+        tiny.train(world, tmp_path / "run", "--data.max_steps=2")
+    assert not checkpoint.folders(tmp_path / "run")
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_manifest_does_anything_but_load_or_raise(world, alone, data):

@@ -18,7 +18,7 @@ from ochat import config as configuration
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, NonFiniteError
 from ochat.train.schedule import factor
-from ochat.train.trainer import kernels_name
+from ochat.train.trainer import attention_name, kernels_name
 from tests import tiny
 
 LINE = [
@@ -190,6 +190,15 @@ def test_kernels_that_the_device_cannot_run_are_refused(world, tmp_path, monkeyp
 def test_one_value_of_the_configuration_decides_the_kernels(world, asked, device, means):
     config = configuration.load(world.config, [f"--train.kernels={asked}"])
     assert kernels_name(config, torch.device(device)) == means
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "means"),
+    [("bfloat16", "cuda", "varlen"), ("float32", "cuda", "sdpa"), ("bfloat16", "cpu", "sdpa")],
+)
+def test_auto_takes_the_attention_that_computes_in_the_runs_dtype(world, dtype, device, means):
+    config = configuration.load(world.config, [f"--train.dtype={dtype}"])
+    assert attention_name(config, torch.device(device)) == means
 
 
 def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):

@@ -49,7 +49,9 @@ def find(run_dir: Path, resume: str, ranks: Ranks, say: Callable[[str], None]) -
     if resume != "auto":
         return _named(run_dir, resume, ranks)
     skipped = []
-    for folder in reversed(folders(run_dir)):
+    names = [folder.name for folder in reversed(folders(run_dir))]
+    for name in ranks.exchange({"names": names})[0]["names"]:  # the first rank's: a shared disk may show others late
+        folder = run_dir / FOLDER / name
         try:
             return verify(folder, ranks)
         except CheckpointError as error:

@@ -47,10 +47,6 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
     @property
     def shard(self) -> tuple[int, int, bool]:
         """(which shard of the model this rank holds, of how many, whether it is in the first of the replicas)."""
@@ -70,7 +66,7 @@ class Ranks:
         padded[: len(content)] = content
         received = list(torch.empty(self.world, len(padded), dtype=torch.uint8))
         dist.all_gather(received, padded, group=self.disk_group)
-        return [json.loads(bytes(r[: int(n)].tolist())) for r, n in zip(received, sizes, strict=True)]
+        return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
 
 
 def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:

@@ -194,6 +194,8 @@ class Saver:
             if path.name not in files:
                 files[path.name] = describe_file(path)
                 whole_folder.sync(path)
+        if lost := [name for name in files if not (temporary / name).is_file()]:
+            raise CheckpointError(f"{temporary}: {lost[0]} is not there; all processes need the same run folder")
         parameters = {
             name: {"shape": list(parameter.shape), "dtype": checkpoint.dtype_name(parameter)}
             for name, parameter in self.parameters.items()

@@ -22,7 +22,7 @@ from ochat.data import tokenizer as tokenizers
 from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
 from ochat.errors import ConfigError
-from ochat.model.attention import PackedAttention
+from ochat.model.attention import PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.train import checkpoint, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule
@@ -168,7 +168,7 @@ class Trainer:
         if self.ranks.is_first:
             export(newest, self.run_dir / "export", overwrite=True)
             self.display.note(f"exported {self.run_dir / 'export'}")
-        self.ranks.barrier()
+        self.ranks.exchange({})  # a collective of the cards would time out before a large model is exported
 
     def announce(self) -> None:
         """Says what will be done, before the first step: the plan, the devices, the kernels, the learning rate and
@@ -271,4 +271,4 @@ def attention_name(config: Config, device: torch.device) -> str:
     """The attention backend that the configuration means on this device."""
     if config.train.attention != "auto":
         return config.train.attention
-    return "varlen" if device.type == "cuda" else "sdpa"
+    return default_backend(device, getattr(torch, config.train.dtype))
