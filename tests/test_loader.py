@@ -83,14 +83,14 @@ def test_a_step_depends_on_its_number_alone(data):
 
 def test_epochs_and_seeds_differ(data):
     loader = load(data)
-    second = loader.steps_of_epoch(0)
+    second = loader.steps_per_epoch[0]
     assert loader.step(0)[0].sequences != loader.step(second)[0].sequences
     assert loader.step(0)[0].sequences != load(data, seed=2).step(0)[0].sequences
 
 
 def test_positions_and_epoch_ends(data):
     loader = load(data, epochs=3)
-    expected = [(epoch, step) for epoch in range(3) for step in range(loader.steps_of_epoch(epoch))]
+    expected = [(epoch, step) for epoch in range(3) for step in range(loader.steps_per_epoch[epoch])]
     assert [loader.position(step) for step in range(loader.num_steps)] == expected
     ends = [step for step in range(loader.num_steps) if loader.epoch_end(step)]
     assert [loader.position(step)[0] for step in ends] == [0, 1, 2] and ends[-1] == loader.num_steps - 1
@@ -163,9 +163,9 @@ def test_going_on_reads_nothing_of_earlier_steps(data, monkeypatch):
     late = load(data)
     read = []
     monkeypatch.setattr(data, "batch", lambda indices, **_: read.append(tuple(indices)))
-    start = whole.steps_of_epoch(0) + 3
+    start = whole.steps_per_epoch[0] + 3
     assert [step for step, _ in late.iterate(start)] == list(range(start, whole.num_steps))
-    first = 4 * (start - whole.steps_of_epoch(0))
+    first = 4 * (start - whole.steps_per_epoch[0])
     assert read == [tuple(whole.plan(1).bin(first + b)) for b in range(len(read))] and len(read) % 4 == 0
 
 
@@ -186,7 +186,7 @@ def test_the_next_epoch_is_planned_in_a_thread_and_two_plans_are_kept(data, monk
 
 
 def test_no_epoch_behind_the_last_step_is_planned_again(data, monkeypatch):
-    planned, into_the_second = [], load(data).steps_of_epoch(0) + 1
+    planned, into_the_second = [], load(data).steps_per_epoch[0] + 1
     loader = load(data, epochs=5, max_steps=into_the_second)
     monkeypatch.setattr(multipack, "plan", lambda *_, epoch, **__: planned.append(epoch))
     assert len(list(loader.iterate())) == into_the_second and planned == []

@@ -68,7 +68,7 @@ def test_masters_gradients_and_moments_are_those_of_a_built_trainer(tied, derive
     use = memory.predict(config, Setting(64, 64, micro_batches=2))
     assert use.masters == sum(p.nbytes for p in model.parameters())
     assert use.gradients == gradients
-    assert use.moments == sum(tensor.nbytes for _, _, tensor in optim.moments(model, optimizer))
+    assert use.moments == sum(state[moment].nbytes for state in optimizer.state.values() for moment in optim.MOMENTS)
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_shards_merged_are_one_prepare(base, tmp_path, n, monkeypatch):
     counts, expected = merged["counts"], whole.manifest["counts"]
     assert counts == expected | {"classes": {name: expected["classes"][name] for name in counts["classes"]}}
     assert max(len(TokenDataset(part)) for part in parts) - min(len(TokenDataset(part)) for part in parts) <= 1 + n // 5
-    data.verify()
+    check.check(tmp_path / "all")
 
 
 def test_classes_and_files_are_united_by_name(make, tmp_path):

@@ -97,7 +97,6 @@ def test_several_sets_are_one_after_the_other_with_classes_united_by_name(folder
     expected = [data.class_names.index(data[i].condition) for i in (0, 120) for _ in range(data.supervised[i])]
     assert batch.row_classes.tolist() == expected
     assert len({data.fingerprint, *(each.fingerprint for each in apart)}) == 3
-    data.verify()
 
 
 def test_weights_and_selection_hold_across_sets(folders):

@@ -25,6 +25,10 @@ def build(request):
     return lambda model, config: optim.build(model, config, adamw)
 
 
+def moments(model, optimizer):
+    return [(n, moment, optimizer.state[p][moment]) for n, p in model.named_parameters() for moment in optim.MOMENTS]
+
+
 def keep_gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -59,7 +63,7 @@ def test_clipping_scales_all_gradients_by_one_factor(build, clip, is_scaled):
     torch.testing.assert_close(norm, expected)
     assert all(p.grad is None for p in model.parameters())
     factor = clip / expected if is_scaled else 1.0
-    for name, moment, value in optim.moments(model, optimizer):
+    for name, moment, value in moments(model, optimizer):
         if moment == "exp_avg":  # after one step, (1 - beta_1) times the gradient that was used
             torch.testing.assert_close(value, 0.1 * gradients[name] * factor, atol=1e-6, rtol=1e-5)
 
@@ -72,9 +76,9 @@ def test_state_that_is_put_back_continues_bitwise(build):
     twin.load_state_dict(model.state_dict())
     twin_optimizer = build(twin, OptimConfig())
     optim.start_state(twin_optimizer, 1)
-    saved = {(name, moment): t for name, moment, t in optim.moments(model, optimizer)}
+    saved = {(name, moment): t for name, moment, t in moments(model, optimizer)}
     assert len(saved) == 2 * len(list(model.parameters()))
-    for name, moment, target in optim.moments(twin, twin_optimizer):
+    for name, moment, target in moments(twin, twin_optimizer):
         target.copy_(saved[name, moment])
     for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
         for name, parameter in each.named_parameters():

@@ -96,6 +96,8 @@ def test_what_prepare_cut_is_told_again(world, capsys, tmp_path):
     manifest["counts"]["truncated"] = 7
     (data / "manifest.json").write_text(json.dumps(manifest))
     assert "7 conversations were longer than the context" in say(capsys, world.config, f"--data.path={data}")
+    mix = [f'--data.mix.{name}.path="{path}"' for name, path in (("whole", world.data), ("cut", data))]
+    assert f"7 conversations of {data} were longer" in say(capsys, world.config, "--data.path=", *mix)
 
 
 def test_a_config_alone_is_a_base_to_look_at_but_broken_weights_are_not(world, bare, capsys):
@@ -128,4 +130,4 @@ def test_help_explains_the_options_and_every_key(capsys):
     with pytest.raises(SystemExit):
         plan.main(["--help"])
     said = capsys.readouterr().out
-    assert "--lengths FILE.npy" in said and "np.save" in said and "data.token_budget" in said
+    assert "--lengths FILE.npy" in said and plan.length_files.HOW_TO_MAKE in said and "data.token_budget" in said

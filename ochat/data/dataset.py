@@ -42,6 +42,7 @@ class TokenDataset:
     and for sets of different templates or tokenizers.
     """
 
+    manifests: dict[str, tuple[Path, dict[str, Any]]]  # folder and manifest of each set
     path: Path  # the first set's, as are manifest and template
     manifest: dict[str, Any]
     template: Template
@@ -62,11 +63,11 @@ class TokenDataset:
         seed: int = 0,
     ) -> None:
         paths = {name: Path(each) for name, each in (path if isinstance(path, Mapping) else {"": path}).items()}
-        self._manifests = {name: (each, _read_manifest(each)) for name, each in paths.items()}
-        _check_alike(self._manifests)
-        self.path, self.manifest = next(iter(self._manifests.values()))
+        self.manifests = {name: (each, _read_manifest(each)) for name, each in paths.items()}
+        _check_alike(self.manifests)
+        self.path, self.manifest = next(iter(self.manifests.values()))
         self.template = Template.from_dict(self.manifest["template"], str(self.path / shards.MANIFEST))
-        self.class_names, opened = mapped.open_all(list(self._manifests.values()))
+        self.class_names, opened = mapped.open_all(list(self.manifests.values()))
         self._shards = [shard for of_set in opened for shard in of_set]
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._table = mapped.address_table(self._shards)
@@ -142,7 +143,7 @@ class TokenDataset:
         keys = ("template", "tokenizer", "context", "classes")
         kept: list[Any] = [
             {key: manifest[key] for key in keys} | {"shards": [shard["sha256"] for shard in manifest["shards"]]}
-            for _, manifest in self._manifests.values()
+            for _, manifest in self.manifests.values()
         ]
         first = kept[0] | {"selection": self._selection} | ({"others": kept[1:]} if kept[1:] else {})
         return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
@@ -151,16 +152,6 @@ class TokenDataset:
         """ "file:line" of the record that an example came from."""
         shard, at = self._locate(index)
         return f"{shard.files[shard['files'][at]]}:{shard['lines'][at]}"
-
-    def verify(self) -> None:
-        """Read every shard and compare its sha256. Raises DataError naming the file."""
-        for folder, manifest in self._manifests.values():
-            for described in manifest["shards"]:
-                path = shards.check_size(folder, described)
-                if shards.sha256(path) != described["sha256"]:
-                    raise DataError(
-                        f"{path}: its content has changed since it was written: copy it again, or prepare again"
-                    )
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not -len(self) <= index < len(self):
@@ -173,7 +164,7 @@ class TokenDataset:
         """Which examples are each set's, of sets of so many sequences before the selection."""
         ends = np.cumsum([0, *sizes])
         places = (ends if self._kept is None else np.searchsorted(self._kept, ends)).tolist()
-        return {name: slice(*places[i : i + 2]) for i, name in enumerate(self._manifests)}
+        return {name: slice(*places[i : i + 2]) for i, name in enumerate(self.manifests)}
 
     def _filled(self, dtype: type, write: Callable[[Shard, NDArray], None]) -> NDArray:
         """A column of the whole data set, which `write` fills shard by shard."""

@@ -54,9 +54,8 @@ class Loader:
     `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens and as many documents
     as the run's fullest bin. `pin`: in page-locked memory, from which `PackedBatch.to` copies without waiting.
     `mixture`: which sequences an epoch takes; without it, all. `costs` (S,) float: the work of each sequence, which the
-    bins of a step share evenly. Memory: two plans, of 8 bytes
-    a sequence each. Raises ConfigError for impossible settings, DataError for a sequence longer than a bin and for a
-    data set without sequences.
+    bins of a step share evenly. Memory: two plans, of 8 bytes a sequence each. Raises ConfigError for impossible
+    settings, DataError for a sequence longer than a bin and for a data set without sequences.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class Loader:
         self.mixture, self.costs = mixture, costs
         self.plan = Plans(self._plan)
         counts = [self._count(epoch) for epoch in reversed(range(epochs))]  # so that the first two stay planned
-        self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))
+        self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))  # whatever `max_steps` leaves of them
         self.pad_to = token_budget if pad else None
         self.num_documents = max(most for _, most in counts) if pad else None
         self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
@@ -109,10 +108,6 @@ class Loader:
         """Steps of an epoch, and the most documents of a padded bin."""
         plan = self.plan(epoch)
         return plan.num_steps, most_documents(np.diff(plan.bin_offsets), plan.bin_tokens, self.token_budget)
-
-    def steps_of_epoch(self, epoch: int) -> int:
-        """Number of steps of an epoch, whatever `max_steps` leaves of it."""
-        return self.steps_per_epoch[epoch]
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, step within it) of a global step, both from 0. Raises IndexError outside the run."""

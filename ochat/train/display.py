@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ochat.train import plan_tables
+
 SAMPLE_CHARACTERS = 240
 
 
@@ -40,10 +42,7 @@ class Display:
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """Facts as two aligned columns."""
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-        for name, value in rows.items():
-            table.add_row(f"[dim]{name}[/dim]", escape(value))
-        self.console.print(table)
+        self.console.print(plan_tables.facts(title, rows))
 
     def note(self, text: str) -> None:
         """One plain line."""

@@ -1,11 +1,11 @@
-"""AdamW over fp32 masters, global-norm clipping, and the optimizer's state by parameter name.
+"""AdamW over fp32 masters, and global-norm clipping.
 
 Weight decay is applied to matrices (embeddings included), never to norms and biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,6 @@ def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float)
         optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Tensor]]:
-    """(parameter name, moment name, tensor as it is sharded) of every parameter that has optimizer state."""
-    for name, parameter in model.named_parameters():
-        for moment in MOMENTS:
-            if moment in optimizer.state.get(parameter, {}):
-                yield name, moment, optimizer.state[parameter][moment]
 
 
 def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int) -> None:

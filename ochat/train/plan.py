@@ -44,7 +44,7 @@ memory and speed on named cards.
 def main(arguments: Sequence[str]) -> None:
     """Parses the plan's own options and the training command line, and prints the plan. Raises: OchatError."""
     if not arguments or "--help" in arguments or "-h" in arguments:
-        purpose = PURPOSE.format(cards=", ".join(CARDS), how=length_files.HOW_TO_MAKE)
+        purpose = PURPOSE.format(cards=", ".join(CARDS), how=escape(length_files.HOW_TO_MAKE))
         command.print_help("ochat plan", purpose)
         sys.exit(0 if arguments else 2)
     options, rest = parse(arguments)
@@ -112,13 +112,15 @@ def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Load
 
 def data_notes(data: TokenDataset, model: ModelConfig, counts: LengthCounts) -> list[str]:
     """Sequences that preparation cut or left out, and those the model was not made for."""
-    found = data.manifest.get("counts", {})
-    context = data.manifest.get("context", 0)
-    notes = [
-        f"{found[key]:,} conversations were longer than the context of {context:,} tokens and were {what} by prepare"
-        for key, what in (("truncated", "cut"), ("too_long", "left out"))
-        if found.get(key)
-    ]
+    notes = []
+    for folder, manifest in data.manifests.values():
+        of = f" of {folder}" if len(data.manifests) > 1 else ""
+        notes += [
+            f"{count:,} conversations{of} were longer than the context of {manifest['context']:,} tokens and were "
+            f"{what} by prepare"
+            for key, what in (("truncated", "cut"), ("too_long", "left out"))
+            if (count := manifest.get("counts", {}).get(key))
+        ]
     return notes + plan_lengths.beyond_context(model, counts)
 
 
