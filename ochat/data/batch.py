@@ -36,9 +36,7 @@ class PackedBatch:
     """Tensors of one bin. The rest are host values, so that nobody has to ask the device for them."""
 
     input_ids: torch.Tensor  # (T,) int64
-    labels: (
-        torch.Tensor
-    )  # (T,) int64, the next id of the same document; IGNORE_INDEX at a document's end and in padding
+    labels: torch.Tensor  # (T,) int64, the next id; IGNORE_INDEX at a document's end and in padding
     loss_weights: torch.Tensor  # (T,) float32, the label's weight; 0 where there is none
     position_ids: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (S+1,) int32

@@ -147,7 +147,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path}: not the manifest of a data set (format is not {FORMAT!r})")
     if manifest.get("version") not in (VERSION, MERGED_VERSION):
         raise DataError(
-            f"{path}: version {manifest.get('version')!r}, this ochat reads version {VERSION}: prepare the data again"
+            f"{path}: version {manifest.get('version')!r}, this ochat reads {VERSION} and "
+            f"{MERGED_VERSION}: prepare the data again"
         )
     return manifest
 
