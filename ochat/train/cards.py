@@ -9,7 +9,7 @@ second q k^T too). Everything else is assumed, by analogy. Bandwidths are what i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,41 +35,28 @@ class Card:
     network_bandwidth: float  # of a GPU's network card
 
 
-CARDS = {
-    card.name: card
-    for card in (
-        Card(
-            "A100-80",
-            memory_gib=79.1,  # assumed
-            peak_tflops=312,  # data sheet
-            matmul_tflops=0.85 * 312,  # assumed
-            attention_tflops=FLASH_2_AMPERE,
-            copy_bandwidth=0.9 * 2.0e12,  # data sheet, 90 % assumed
-            node_bandwidth=230e9,  # assumed, of 300 on the data sheet
-            network_bandwidth=0.8 * 25e9,  # assumed: 200 Gbit/s a GPU
-        ),
-        Card(
-            "H100",
-            memory_gib=79.1,  # assumed
-            peak_tflops=989,  # data sheet
-            matmul_tflops=790,  # measured on an H200, which computes alike
-            attention_tflops=FLASH_2_HOPPER,
-            copy_bandwidth=0.9 * 3.35e12,  # data sheet, 90 % assumed
-            node_bandwidth=360e9,  # assumed, of 450 on the data sheet
-            network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
-        ),
-        Card(
-            "H200",
-            memory_gib=139.0,  # assumed
-            peak_tflops=989,  # data sheet
-            matmul_tflops=790,  # measured
-            attention_tflops=FLASH_2_HOPPER,
-            copy_bandwidth=4.3e12,  # measured
-            node_bandwidth=360e9,  # assumed, of 450 on the data sheet
-            network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
-        ),
-    )
-}
+A100 = Card(
+    "A100-80",
+    memory_gib=79.1,  # assumed
+    peak_tflops=312,  # data sheet
+    matmul_tflops=0.85 * 312,  # assumed
+    attention_tflops=FLASH_2_AMPERE,
+    copy_bandwidth=0.9 * 2.0e12,  # data sheet, 90 % assumed
+    node_bandwidth=230e9,  # assumed, of 300 on the data sheet
+    network_bandwidth=0.8 * 25e9,  # assumed: 200 Gbit/s a GPU
+)
+H100 = Card(
+    "H100",
+    memory_gib=79.1,  # assumed
+    peak_tflops=989,  # data sheet
+    matmul_tflops=790,  # measured on an H200, which computes alike
+    attention_tflops=FLASH_2_HOPPER,
+    copy_bandwidth=0.9 * 3.35e12,  # data sheet, 90 % assumed
+    node_bandwidth=360e9,  # assumed, of 450 on the data sheet
+    network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
+)
+H200 = replace(H100, name="H200", memory_gib=139.0, copy_bandwidth=4.3e12)  # the H100's processor; assumed, measured
+CARDS = {card.name: card for card in (A100, H100, H200)}
 
 
 def attention_rate(card: Card, lengths: NDArray) -> NDArray[np.float64]:

@@ -33,7 +33,12 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def folders(run_dir: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first, whole or not."""
     found = [path for path in (run_dir / FOLDER).glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that the name of a checkpoint's folder says."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def find(run_dir: Path, resume: str, ranks: Ranks, say: Callable[[str], None]) -> Manifest | None:
@@ -173,7 +178,7 @@ def _named(run_dir: Path, resume: str, ranks: Ranks) -> Manifest:
     if not Path(resume).is_dir():
         raise CheckpointError(f"run.resume = {resume!r}: no such folder; give a checkpoint's, a step_N with {MANIFEST}")
     found, there = verify(Path(resume), ranks), folders(run_dir)
-    if there and int(there[-1].name[5:]) > found.step:
+    if there and step_of(there[-1]) > found.step:
         raise CheckpointError(
             f"run.resume = {resume!r}: {run_dir} holds the later {there[-1].name}; go on in another --run.dir, "
             "or remove the later checkpoints"

@@ -24,10 +24,8 @@ from torch import Tensor
 
 from ochat.data.batch import PackedBatch
 from ochat.errors import NonFiniteError
+from ochat.train.cards import CARDS
 from ochat.train.line_file import LineFile
-
-# peak bf16 TFLOP/s of the data sheets, dense
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
 
 _SUMS = ("loss", "weight", "correct", "tokens", "supervised", "padded", "square_lengths")
 _CLASS_SUMS = ("loss", "weight", "correct", "tokens")
@@ -182,9 +180,10 @@ def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtyp
         return configured_tflops * 1e12, "configured"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for card, tflops in PEAK_TFLOPS.items():
-            if card in name:
-                return tflops * 1e12, f"data sheet of {card}, dense bf16"
+        for card in CARDS.values():
+            family = card.name.split("-")[0]  # of any memory size
+            if family in name:
+                return card.peak_tflops * 1e12, f"data sheet of {family}, dense bf16"
     return _measured_flops(device, dtype), "a matrix product timed at start"
 
 

@@ -212,7 +212,7 @@ class Saver:
         """Moves `latest`; then goes all but the newest `keep` (0: all stay) and those of every `keep_every`-th step."""
         whole_folder.write_line(self.run_dir / checkpoint.LATEST, f"{checkpoint.FOLDER}/step_{step}")
         keep, every = self.config.keep, self.config.keep_every
-        there = {int(folder.name[5:]): folder for folder in checkpoint.folders(self.run_dir)}
+        there = {checkpoint.step_of(folder): folder for folder in checkpoint.folders(self.run_dir)}
         for number in [n for n in there if n <= step][:-keep] if keep else []:  # a later one is a damaged one
             if not every or number % every:
                 whole_folder.remove(there[number])
