@@ -66,7 +66,7 @@ def flip(path):
 
 
 DAMAGES = {
-    "bytes instead of": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "bytes instead of": lambda path: os.truncate(path, path.stat().st_size - 2),
     "damaged": flip,
     "missing": os.unlink,
 }

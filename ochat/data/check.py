@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from ochat import disk
 from ochat.data import shards
 from ochat.errors import DataError
 
@@ -38,6 +39,6 @@ def check(folder: str | Path) -> Checked:
     described = [*manifest["shards"], *manifest.get("others", [])]
     for one in described:
         path = shards.check_size(folder, one)
-        if shards.sha256(path) != one["sha256"]:
+        if disk.sha256(path) != one["sha256"]:
             raise DataError(f"{path}: its content has changed since it was written: copy it again, or prepare again")
     return Checked(folder, len(described) + 1, sum(one["bytes"] for one in described))

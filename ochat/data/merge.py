@@ -48,9 +48,7 @@ def merge(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool 
     merged |= {"counts": _sum([source.manifest["counts"] for source in sources])}
     merged |= {"classes": _union(sources, "classes"), "files": _union(sources, "files"), **_parts(sources, target)}
     target.mkdir(parents=True, exist_ok=True)
-    partial = target / f".{shards.MANIFEST}.partial-{os.getpid()}"
-    shards.write_manifest(partial, merged)
-    os.replace(partial, target / shards.MANIFEST)
+    shards.write_manifest(target / shards.MANIFEST, merged)
     return merged
 
 

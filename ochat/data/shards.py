@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from ochat import disk
 from ochat.errors import ConfigError, DataError
 from ochat.partial_folder import partial_folder
 
@@ -128,7 +129,7 @@ class ShardWriter:
         except SafetensorError as error:  # a full disk
             raise OSError(f"{self.output}: cannot be written: {error}") from None
         path.chmod(self.folder.stat().st_mode & 0o666)  # the library keeps files to their owner
-        _sync(path)
+        disk.sync(path)
         sizes = {"sequences": len(joined["class_ids"]), "tokens": len(joined["input_ids"])}
         self.shards.append(_described(path) | sizes)
 
@@ -156,8 +157,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write it with its own digest, and wait until it is on the disk."""
     described = manifest | {"digest": digest(manifest)}
-    path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    _sync(path)
+    disk.write_json(path, described)
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -184,13 +184,7 @@ def check_size(folder: Path, shard: dict[str, Any]) -> Path:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": path.name, "sha256": disk.sha256(path), "bytes": path.stat().st_size}
 
 
 def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -213,9 +207,3 @@ def _replace(folder: Path, output: Path) -> None:
         os.rename(output, old)
     os.rename(folder, output)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the file is on the disk: a rename must not outrun it."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ochat import disk
 from ochat.data import sentencepiece_model as spm
 from ochat.data.tokenizer import LLAMA3_PATTERN, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
 from ochat.data.tokenizer_files import BOUNDARY, BOUNDARY_SPLIT
@@ -34,9 +35,9 @@ def export(tokenizer: Tokenizer, out_dir: str | Path, *, chat_template: str, eos
         spec = with_boundary(spec)
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "tokenizer.json", spec)
-    _write_json(folder / "tokenizer_config.json", _config(tokenizer, chat_template, eos_token))
-    _write_json(folder / "special_tokens_map.json", _names(tokenizer, eos_token))
+    disk.write_json(folder / "tokenizer.json", spec)
+    disk.write_json(folder / "tokenizer_config.json", _config(tokenizer, chat_template, eos_token))
+    disk.write_json(folder / "special_tokens_map.json", _names(tokenizer, eos_token))
     if tokenizer.kind in ("sentencepiece", "tiktoken"):
         (folder / "tokenizer.model").write_bytes(tokenizer.content)
 
@@ -207,7 +208,3 @@ def _config(tokenizer: Tokenizer, chat_template: str, eos_token: str) -> dict[st
     # clean-up would change decoded text ("do n't"), which then encodes to other ids
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     return fixed | names | {"chat_template": chat_template}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

@@ -16,9 +16,10 @@ import ochat_kernels
 import torch
 from torch import Tensor
 
+from ochat import disk
 from ochat.errors import CheckpointError
 from ochat.model.config import ModelConfig
-from ochat.model.safetensor_files import TensorFiles, torch_dtype, write_json, write_shards
+from ochat.model.safetensor_files import TensorFiles, torch_dtype, write_shards
 from ochat.model.transformer import Transformer
 
 NAMES_SHOWN = 5
@@ -130,7 +131,9 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     plan = _plan_shards(config, target.itemsize, max_shard_bytes)
     write_shards(directory, _fill_shards(config, plan, named_tensors, target), len(plan))
-    write_json(directory / "config.json", dataclasses.replace(config, dtype=str(target).removeprefix("torch.")).to_hf())
+    disk.write_json(
+        directory / "config.json", dataclasses.replace(config, dtype=str(target).removeprefix("torch.")).to_hf()
+    )
 
 
 def hf_parts(config: ModelConfig, name: str) -> tuple[HFTensor, ...]:

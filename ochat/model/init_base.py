@@ -18,6 +18,7 @@ import ochat_kernels
 import torch
 from rich.console import Console
 
+from ochat import disk
 from ochat.data import tokenizer as tokenizers
 from ochat.errors import ConfigError
 from ochat.model import hf
@@ -170,8 +171,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def _rebuild_tokenizer(file: GGUFFile, folder: Path) -> None:
     special = {f"{role}_token": file.special_token(role) for role in ("bos", "eos")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    _write_json(folder / "tokenizer.json", file.tokenizer_json())
-    _write_json(folder / "tokenizer_config.json", settings)
+    disk.write_json(folder / "tokenizer.json", file.tokenizer_json())
+    disk.write_json(folder / "tokenizer_config.json", settings)
 
 
 def _declare(folder: Path, ids: dict[str, int]) -> None:
@@ -182,20 +183,20 @@ def _declare(folder: Path, ids: dict[str, int]) -> None:
     settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     entries = {str(index): {"content": token, **flags} for token, index in ids.items()}
     settings["added_tokens_decoder"] = settings.get("added_tokens_decoder", {}) | entries
-    _write_json(folder / "tokenizer_config.json", settings)
+    disk.write_json(folder / "tokenizer_config.json", settings)
     if (folder / "tokenizer.json").exists():
         record = _read_json(folder / "tokenizer.json")
         kept = [entry for entry in record.get("added_tokens") or [] if entry["content"] not in ids]
         added = [{"id": index, "content": token, **flags} for token, index in ids.items()]
         record["added_tokens"] = sorted(kept + added, key=lambda entry: entry["id"])
-        _write_json(folder / "tokenizer.json", record)
+        disk.write_json(folder / "tokenizer.json", record)
 
 
 def _write_generation_config(folder: Path, config: ModelConfig) -> None:
     """The source's own, else the ids that start and stop."""
     path, record = folder / "generation_config.json", config.to_hf()
     if not path.exists():
-        _write_json(path, {key: record[key] for key in ("bos_token_id", "eos_token_id") if record[key] is not None})
+        disk.write_json(path, {key: record[key] for key in ("bos_token_id", "eos_token_id") if record[key] is not None})
 
 
 def _report(options: InitBaseOptions, config: ModelConfig, vocabulary: Vocabulary | None) -> None:
@@ -220,7 +221,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ConfigError(f"{path}: expected a JSON object, not {type(record).__name__}")
     return record
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ Only safetensors are read: a pickled `.bin` can run code. Nothing is read before
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ochat import disk
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import hub
 
@@ -85,17 +85,7 @@ def write_shards(directory: Path, shards: Iterable[dict[str, Tensor]], num_shard
         total_size += sum(tensor.nbytes for tensor in shard.values())
     if num_shards > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(directory / INDEX, index)
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write, sync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        disk.write_json(directory / INDEX, index)
 
 
 def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -106,9 +96,7 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     except SafetensorError as error:  # a full disk
         raise OSError(f"{path}: cannot be written: {error}") from None
     temporary.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files to their owner
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    disk.replace(temporary, path)
 
 
 def _index(directory: Path) -> dict[str, str] | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ochat import disk
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import hf
 from ochat.model.config import ModelConfig
@@ -55,7 +56,7 @@ def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bo
         hf.save(temporary, model, checkpoint.iterate_parameters(manifest), dtype)
         serving.copy(manifest.folder, temporary)
         described = json.loads((manifest.folder / serving.OPENCHAT).read_text(encoding="utf-8"))
-        serving.write_json(temporary / serving.OPENCHAT, described | {"step": manifest.step})
+        disk.write_json(temporary / serving.OPENCHAT, described | {"step": manifest.step})
         shutil.rmtree(output, ignore_errors=True)
         os.rename(temporary, output)
     return manifest.step

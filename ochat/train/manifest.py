@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ochat import disk
 from ochat.errors import CheckpointError
 
 FORMAT = 2
@@ -66,10 +66,7 @@ class Manifest:
         record = {"format": FORMAT} | asdict(self)
         del record["folder"]
         record["sha256"] = _digest(record)
-        with (self.folder / MANIFEST).open("w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        disk.write_json(self.folder / MANIFEST, record, indent=1)
 
     def check_sizes(self) -> None:
         """Raises: CheckpointError naming the first file that is missing or has another size. Reads no content."""
@@ -124,10 +121,8 @@ def shard_file(kind: str, shard: int, num_shards: int) -> str:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """A file's size and checksum, read in one pass."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+    """A file's size and checksum."""
+    return {"bytes": path.stat().st_size, "sha256": disk.sha256(path)}
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import torch
 from ochat_kernels import LossOutput
 from torch import Tensor
 
+from ochat import disk
 from ochat.data.batch import PackedBatch
 from ochat.errors import NonFiniteError
 from ochat.train.cards import CARDS
@@ -169,9 +169,7 @@ def cut(path: Path, last_step: int) -> None:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
     if kept != lines:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
+        disk.write_text(path, "".join(kept))
 
 
 def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtype) -> tuple[float, str]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ochat import config as configuration
+from ochat import disk
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
@@ -45,7 +45,7 @@ def open_folder(config: Config, ranks: Ranks) -> Path:
 
 def describe(folder: Path, config: Config, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
     """Writes the resolved configuration and the serving files; called once the run is known to go on."""
-    _write(folder / CONFIG, configuration.dump(config))
+    disk.write_text(folder / CONFIG, configuration.dump(config))
     shutil.rmtree(folder / serving.FOLDER, ignore_errors=True)
     serving.write(folder / serving.FOLDER, template, tokenizer, classes)
 
@@ -89,7 +89,7 @@ def blame(folder: Path, loader: Loader, step: int) -> str:
     epoch, step_in_epoch = loader.position(step)
     plan, first = loader.plan(epoch), step_in_epoch * loader.bins_per_step
     bins = [[loader.dataset.place(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
-    serving.write_json(folder / "bad_step.json", {"step": step + 1, "bins": bins})
+    disk.write_json(folder / "bad_step.json", {"step": step + 1, "bins": bins})
     shown = [f"bin {b}: {', '.join(places[:4])}{' ...' * (len(places) > 4)}" for b, places in enumerate(bins[:8])]
     return f"{'; '.join(shown)}{' ...' * (len(bins) > 8)} (all in {folder / 'bad_step.json'})"
 
@@ -100,12 +100,6 @@ def _refuse_overwriting(folder: Path, config: Config) -> None:
             f"run.dir = {config.run.dir!r} holds checkpoints of another run and run.resume is 'never': "
             "choose another --run.dir, or remove that folder"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="")
-    os.replace(temporary, path)
 
 
 def _digest(content: bytes) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ochat import disk
 from ochat.config import CheckpointConfig
 from ochat.errors import CheckpointError, OchatError
-from ochat.model import safetensor_files
 from ochat.model.transformer import Transformer
 from ochat.train import checkpoint, parallel, serving, whole_folder
 from ochat.train.host_file import HostFile
@@ -187,13 +187,13 @@ class Saver:
     def _publish(self, step: int, temporary: Path, written: list[dict[str, Any]]) -> dict[str, Any]:
         """Completes the folder and gives it its name; only then do `latest` and old checkpoints move."""
         written = [record for record in written if record]
-        safetensor_files.write_json(temporary / "config.json", self.model_config.to_hf())
+        disk.write_json(temporary / "config.json", self.model_config.to_hf())
         serving.copy(self.run_dir / serving.FOLDER, temporary)
         files = {name: described for record in written for name, described in record["files"].items()}
         for path in sorted(temporary.iterdir()):
             if path.name not in files:
                 files[path.name] = describe_file(path)
-                whole_folder.sync(path)
+                disk.sync(path)
         if lost := [name for name in files if not (temporary / name).is_file()]:
             raise CheckpointError(f"{temporary}: {lost[0]} is not there; all processes need the same run folder")
         parameters = {
@@ -204,13 +204,13 @@ class Saver:
         Manifest(temporary, step, self.identity, self.ranks.world, parameters, shards, files).write()
         for lines in self.lines:
             if lines.path.exists():
-                whole_folder.sync(lines.path)
+                disk.sync(lines.path)
         whole_folder.replace(temporary, self._folder(step))
         return {"trouble": self._attempt(lambda: self._tidy(step)).get("problem", "")}
 
     def _tidy(self, step: int) -> dict[str, Any]:
         """Moves `latest`; then goes all but the newest `keep` (0: all stay) and those of every `keep_every`-th step."""
-        whole_folder.write_line(self.run_dir / checkpoint.LATEST, f"{checkpoint.FOLDER}/step_{step}")
+        disk.write_text(self.run_dir / checkpoint.LATEST, f"{checkpoint.FOLDER}/step_{step}\n")
         keep, every = self.config.keep, self.config.keep_every
         there = {checkpoint.step_of(folder): folder for folder in checkpoint.folders(self.run_dir)}
         for number in [n for n in there if n <= step][:-keep] if keep else []:  # a later one is a damaged one

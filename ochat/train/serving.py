@@ -6,11 +6,10 @@ carries a copy and so stands on its own.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
+from ochat import disk
 from ochat.data import chat_template, tokenizer_export
 from ochat.data.template import Template
 from ochat.data.tokenizer import Tokenizer
@@ -32,10 +31,10 @@ def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple
         "eos_token_id": tokenizer.special_tokens[template.eot],
         "do_sample": False,
     }
-    write_json(folder / "generation_config.json", settings)
+    disk.write_json(folder / "generation_config.json", settings)
     # model_type is the name that OpenChat's server looks up; the rest is what `ochat generate` goes by
     described = {"model_type": template.name, "template": template.to_dict(), "classes": list(classes)}
-    write_json(folder / OPENCHAT, described)
+    disk.write_json(folder / OPENCHAT, described)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -44,8 +43,3 @@ def copy(source: Path, target: Path) -> None:
         is_ours = not file.name.startswith(("weights-", "optimizer-", "config.", "manifest.", "."))
         if file.is_file() and is_ours:
             shutil.copyfile(file, target / file.name)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON object as a readable file."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,48 @@
+"""Small files that appear whole, and what is known to be on the disk.
+
+    disk.write_json(folder / "config.json", record);  disk.sync(folder);  disk.sha256(path)
+A file is written beside its place, synced and renamed: a reader, or a machine that stops, sees the old one or the new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, record: Mapping[str, Any], *, indent: int = 2) -> None:
+    """A JSON object as a readable UTF-8 file. Raises: OSError."""
+    write_text(path, json.dumps(record, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 file with the line ends of `text`. Raises: OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="")
+    replace(temporary, path)
+
+
+def replace(temporary: Path, path: Path) -> None:
+    """Gives a finished file or folder its name, once its content is on the disk. Raises: OSError."""
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk. Raises: OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content. Raises: OSError. Costs: reads the file, about 1 s a GB."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
