@@ -16,7 +16,7 @@ demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, t
 	$(BIN)/python -m demo.run
 
 test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU needed, under 10 minutes)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev $(MODEL) $(TOKENIZERS)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu"
