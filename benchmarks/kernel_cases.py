@@ -137,7 +137,7 @@ def adamw_cases() -> None:
                 "step": 1,
                 "seed": 0,
             }
-            adamw.adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, **numbers)
+            adamw.adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, grad_scale, **numbers)
 
 
 CASES: dict[str, Callable[[], None]] = {

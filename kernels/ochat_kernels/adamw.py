@@ -62,7 +62,8 @@ def block_of(table_ptr, column, start, dtype: tl.constexpr, ALIGNED: tl.constexp
 
 @triton.jit
 def adamw_kernel(
-    table_ptr, programs_ptr, grad_scale_ptr, beta_1, rest_1, beta_2, rest_2, eps, decay, step_size, root_correction,
+    table_ptr, programs_ptr, grad_scale_ptr, corrections_ptr,
+    beta_1, rest_1, beta_2, rest_2, eps, decay, step_size, root_correction,
     PARAM: tl.constexpr, SOURCE: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,10 +71,15 @@ def adamw_kernel(
     row = table_ptr + tl.load(program) * COLUMNS
     start = tl.load(program + 1).to(tl.int64) * BLOCK
     left = tl.minimum(tl.load(row + 5) - start, BLOCK).to(tl.int32)
+    if grad_scale_ptr is not None:
+        grad_scale = tl.load(grad_scale_ptr)
+        left = tl.where(tl.abs(grad_scale) < float("inf"), left, 0)  # a step to skip reads and writes nothing
     if ALIGNED:
         left = tl.multiple_of(left, 16)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < left
+    if corrections_ptr is not None:
+        step_size, root_correction = tl.load(corrections_ptr), tl.load(corrections_ptr + 1)
     p_at = block_of(row, 4, start, SOURCE, ALIGNED) + lanes
     m_at = block_of(row, 2, start, STATE, ALIGNED) + lanes
     v_at = block_of(row, 3, start, STATE, ALIGNED) + lanes
@@ -83,7 +89,7 @@ def adamw_kernel(
     v = tl.load(v_at, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
     if grad_scale_ptr is not None:
-        g *= tl.load(grad_scale_ptr)
+        g *= grad_scale
     m = m * beta_1 + g * rest_1
     v = v * beta_2 + g * g * rest_2
     p = p * decay - m / (tl.sqrt(v) * root_correction + eps) * step_size
@@ -103,6 +109,7 @@ def adamw_step(
     exp_avg_sqs: list[Tensor],
     masters: list[Tensor],
     grad_scale: Tensor | None,
+    skipped: Tensor | None,
     lr: float,
     beta_1: float,
     beta_2: float,
@@ -124,9 +131,13 @@ def adamw_step(
     device = params[0].device
     # Every number stays a float: Triton compiles anew for integers that are 1 or multiples of 16.
     numbers = {"beta_1": beta_1, "rest_1": 1 - beta_1, "beta_2": beta_2, "rest_2": 1 - beta_2, "eps": eps}
-    numbers |= {"decay": 1 - lr * weight_decay, "step_size": lr / (1 - beta_1**step)}
-    numbers["root_correction"] = (1 - beta_2**step) ** -0.5
+    step_size, root_correction = definition.corrections(lr, (beta_1, beta_2), step)
+    numbers |= {"decay": 1 - lr * weight_decay, "step_size": step_size, "root_correction": root_correction}
+    corrections = None
+    if skipped is not None:
+        corrections = torch.stack(definition.corrections(lr, (beta_1, beta_2), step - skipped.double())).float()
     common = {"table_ptr": _upload(rows, torch.int64, device), "grad_scale_ptr": grad_scale} | numbers
+    common["corrections_ptr"] = corrections
     for (param, grad, state, aligned), members in groups.items():
         programs = _programs(tuple((i, params[i].numel()) for i in members), device)
         source = torch.float32 if masters else param
@@ -161,7 +172,7 @@ _step = torch.library.custom_op(
 
 
 @_step.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, *numbers):
+def _(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, skipped, *numbers):
     return None
 
 
@@ -179,16 +190,18 @@ def adamw(
     step: int,
     masters: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
+    skipped: Tensor | None = None,
     seed: int = 0,
 ) -> None:
     """One step of AdamW over lists of tensors, in place, in fp32.
 
     g = grad * grad_scale; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2
-    p = p (1 - lr weight_decay) - lr / (1 - b1^step) * m / (sqrt(v / (1 - b2^step)) + eps)
+    n = step - skipped; p = p (1 - lr weight_decay) - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
 
     Args: params, fp32 or bf16 of any shape, contiguous; grads of their shapes, fp32 or bf16; exp_avgs and exp_avg_sqs
     likewise, the two of a parameter of one dtype; step counts from 1. masters: fp32 parameters of which params, then
-    bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient. seed: for
+    bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient; NaN or infinite:
+    this step is skipped, all stays as it is, bit for bit. skipped () fp32: how many of the steps before were. seed: for
     stochastic rounding of bf16 moments, and of bf16 params without masters; ranks that hold shards of one tensor pass
     seeds that differ. The update uses the moments before they are rounded.
     Raises: ValueError for lists, shapes, dtypes, devices, layouts and numbers that do not fit.
@@ -197,9 +210,9 @@ def adamw(
     CUDA graph: each call sends a table of addresses from the host, since gradients move.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
     """
-    definition.check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale)
+    definition.check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, skipped)
     definition.check_numbers(lr, betas, eps, weight_decay, step, seed)
     for i, param in enumerate(params):
         check_device(f"params[{i}]", param)
     lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, masters or ())]
-    _step(*lists, grad_scale, lr, *betas, eps, weight_decay, step, seed)
+    _step(*lists, grad_scale, skipped, lr, *betas, eps, weight_decay, step, seed)

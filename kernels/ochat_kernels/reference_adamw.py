@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,41 +39,48 @@ def adamw(
     step: int,
     masters: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
+    skipped: Tensor | None = None,
     seed: int = 0,
 ) -> None:
     """One step of AdamW over lists of tensors, in place; computed in fp32 (float64 for float64 parameters).
 
     g = grad * grad_scale; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2
-    p = p (1 - lr weight_decay) - lr / (1 - b1^step) * m / (sqrt(v / (1 - b2^step)) + eps)
+    n = step - skipped; p = p (1 - lr weight_decay) - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
 
     Args: params, fp32 or bf16 of any shape, contiguous; grads of their shapes, fp32 or bf16; exp_avgs and exp_avg_sqs
     likewise, the two of a parameter of one dtype; step counts from 1. masters: fp32 parameters of which params, then
-    bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient. seed: for
+    bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient; NaN or infinite:
+    this step is skipped, all stays as it is, bit for bit. skipped () fp32: how many of the steps before were. seed: for
     stochastic rounding of bf16 moments, and of bf16 params without masters; ranks that hold shards of one tensor pass
     seeds that differ. The update uses the moments before they are rounded.
     Raises: ValueError for lists, shapes, dtypes, devices, layouts and numbers that do not fit.
     Costs: 14 FLOPs an element; several passes over memory; no sync.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
     """
-    check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, (*DTYPES, torch.float64))
+    check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, skipped, (*DTYPES, torch.float64))
     check_numbers(lr, betas, eps, weight_decay, step, seed)
-    correction_1, correction_2 = 1 - betas[0] ** step, 1 - betas[1] ** step
+    step_size, root_correction = corrections(lr, betas, step if skipped is None else step - skipped.double())
+    is_kept = None if grad_scale is None else grad_scale.isfinite()
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         source = param if masters is None else masters[i]
         wide = statistics_dtype(source)
         g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale.to(wide)
         m = exp_avg.to(wide) * betas[0] + g * (1 - betas[0])
         v = exp_avg_sq.to(wide) * betas[1] + g * g * (1 - betas[1])
-        update = m / (v.sqrt() * correction_2**-0.5 + eps)
-        p = source.to(wide) * (1 - lr * weight_decay) - update * (lr / correction_1)
-        key = (seed, step, i)
-        _store(exp_avg, m, *key, EXP_AVG)
-        _store(exp_avg_sq, v, *key, EXP_AVG_SQ)
-        if masters is None:
-            _store(param, p, *key, PARAM)
-        else:
-            source.copy_(p)
-            param.copy_(p)
+        update = m / (v.sqrt() * root_correction + eps)
+        p = source.to(wide) * (1 - lr * weight_decay) - update * step_size
+        key = tensor_key(seed, step, i)
+        _store(exp_avg, m, key, EXP_AVG, is_kept)
+        _store(exp_avg_sq, v, key, EXP_AVG_SQ, is_kept)
+        _store(source, p, key, PARAM, is_kept)
+        if masters is not None:
+            _put(param, p.to(param.dtype), is_kept)
+
+
+def corrections(lr: float, betas: tuple[float, float], count: Any) -> tuple[Any, Any]:
+    """What the first moment, and the root of the second, are multiplied with in the `count`-th step, an int or a
+    float64 tensor."""
+    return lr / (1 - betas[0] ** count), (1 - betas[1] ** count) ** -0.5
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
@@ -111,6 +119,7 @@ def check_adamw(
     exp_avg_sqs: Sequence[Tensor],
     masters: Sequence[Tensor] | None,
     grad_scale: Tensor | None,
+    skipped: Tensor | None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
     """ValueError unless the lists fit one another and are of `dtypes`."""
@@ -128,10 +137,11 @@ def check_adamw(
             raise ValueError(
                 f"masters[{i}] is {master.dtype} and params[{i}] {params[i].dtype}: expected float32 and bfloat16"
             )
-    if grad_scale is not None and (grad_scale.shape != () or grad_scale.dtype != torch.float32):
-        raise ValueError(f"grad_scale is {grad_scale.dtype} {tuple(grad_scale.shape)}: expected float32 ()")
-    if grad_scale is not None and params and grad_scale.device != params[0].device:
-        raise ValueError(f"grad_scale is on {grad_scale.device}: expected {params[0].device}, as params are")
+    for name, number in {"grad_scale": grad_scale, "skipped": skipped}.items():
+        if number is not None and (number.shape != () or number.dtype != torch.float32):
+            raise ValueError(f"{name} is {number.dtype} {tuple(number.shape)}: expected float32 ()")
+        if number is not None and params and number.device != params[0].device:
+            raise ValueError(f"{name} is on {number.device}: expected {params[0].device}, as params are")
 
 
 def check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, seed: int) -> None:
@@ -163,8 +173,12 @@ def _check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}: expected a contiguous tensor")
 
 
-def _store(target: Tensor, value: Tensor, seed: int, step: int, index: int, stream: int) -> None:
+def _store(target: Tensor, value: Tensor, key: int, stream: int, is_kept: Tensor | None) -> None:
     if target.dtype == torch.bfloat16:
         offsets = torch.arange(value.numel(), device=value.device).view(value.shape)
-        value = stochastic_round(value, random_bits(tensor_key(seed, step, index), offsets, stream))
-    target.copy_(value)
+        value = stochastic_round(value, random_bits(key, offsets, stream))
+    _put(target, value, is_kept)
+
+
+def _put(target: Tensor, value: Tensor, is_kept: Tensor | None) -> None:
+    target.copy_(value if is_kept is None else torch.where(is_kept, value, target))

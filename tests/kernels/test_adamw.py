@@ -140,6 +140,43 @@ def test_grad_scale(dtypes, device):
     torch.testing.assert_close(got.written, expected.written, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
+def test_a_scale_that_is_not_finite_leaves_every_bit_as_it_is(function, scale, device):
+    for dtypes, masters in (((FP32, FP32, FP32), False), ((BF16, BF16, BF16), False), ((BF16, BF16, FP32), True)):
+        values = lists(SIZES, dtypes, device, masters=masters)
+        values.grads[3][7] = float("nan")
+        got = run(function, values, grad_scale=torch.tensor(scale, device=device))
+        for after, before in zip(got.written, values.written, strict=True):
+            assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+def test_a_skipped_step_does_not_count_in_the_corrections(function, device):
+    """As torch's AdamW, and our own, which never saw the bad steps."""
+    ours = lists(SIZES, (FP32, FP32, FP32), device)
+    for moment in (*ours.exp_avgs, *ours.exp_avg_sqs):
+        moment.zero_()
+    plain, theirs = copy.deepcopy(ours), [torch.nn.Parameter(p.clone()) for p in ours.params]
+    optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    skipped, taken = torch.zeros((), device=device), 0
+    for step, scale in enumerate((float("nan"), 1.0, 1.0, float("inf"), float("nan"), 0.5), start=1):
+        scale = torch.tensor(scale, device=device)
+        function(*ours[:4], **(ANY | {"step": step}), grad_scale=scale, skipped=skipped)
+        skipped += ~scale.isfinite()
+        if scale.isfinite():
+            taken += 1
+            function(*plain[:4], **(ANY | {"step": taken}), grad_scale=scale)
+            for param, grad in zip(theirs, ours.grads, strict=True):
+                param.grad = grad * scale
+            optimizer.step()
+    assert taken == 3
+    for i, param in enumerate(theirs):
+        torch.testing.assert_close(ours.params[i], param.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours.params[i], plain.params[i], rtol=1e-6, atol=1e-7)
+        assert torch.equal(ours.exp_avgs[i], plain.exp_avgs[i])
+
+
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 7, 16, 40, 1023, 1024, 1040]), max_size=4),
     gaps=st.lists(st.integers(0, 9), min_size=4, max_size=4),
@@ -317,7 +354,7 @@ def test_one_launch_for_each_combination_of_dtypes():
         numbers = {"lr": 1e-3, "beta_1": 0.9, "beta_2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
         tensors = [[torch.empty(n, dtype=d, device="meta")] * count for d in (*dtypes, dtypes[-1])]
         with record() as launches:
-            adamw.adamw_step(*tensors, [], None, **(numbers | options))
+            adamw.adamw_step(*tensors, [], None, None, **(numbers | options))
         return launches
 
     for dtypes in COMBINATIONS:
@@ -328,7 +365,7 @@ def test_one_launch_for_each_combination_of_dtypes():
 
     plain, shifted = torch.zeros(64), torch.zeros(65)[1:]
     with record() as launches:
-        adamw.adamw_step(*[[plain, shifted, plain]] * 4, [], None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0)
+        adamw.adamw_step(*[[plain, shifted, plain]] * 4, [], None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0)
     assert [(x.arguments["ALIGNED"], len(x.arguments["programs_ptr"])) for x in launches] == [(True, 2), (False, 1)]
 
     def compiled_for(launches):
@@ -359,7 +396,8 @@ def test_under_compile(dtypes, device):
 def test_what_the_operator_registers(device):
     for masters in (False, True):
         values = lists([48, 5], (BF16, BF16, BF16), device, masters=masters)
-        arguments = (*values[:4], values.masters or [], torch.ones((), device=device), 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7)
+        one = torch.ones((), device=device)
+        arguments = (*values[:4], values.masters or [], one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7)
         torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
 
 
@@ -376,6 +414,7 @@ def test_what_the_operator_registers(device):
         ({"masters": lambda x: [torch.zeros(4, 6)]}, r"expected float32 and bfloat16"),
         ({"grad_scale": lambda x: torch.ones(1)}, r"grad_scale is torch.float32 \(1,\): expected float32 \(\)"),
         ({"grad_scale": lambda x: torch.ones((), device="meta")}, "grad_scale is on meta"),
+        ({"skipped": lambda x: torch.ones((), dtype=torch.int64)}, r"skipped is torch.int64 \(\): expected float32"),
         ({"lr": lambda x: -1.0}, "lr is -1.0"),
         ({"weight_decay": lambda x: float("nan")}, "weight_decay is nan"),
         ({"betas": lambda x: (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
