@@ -10,6 +10,7 @@ Every fault of a record is a DataError that names the field; nothing is guessed 
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from ochat.errors import DataError
 
 ROLES = ("user", "assistant")
 MISSPELT = 0.8  # difflib's ratio: `itemz`, `wieght` and `conditions` reach it, `id`, `edition` and `title` do not
+LONGEST_MISSPELT = 40  # a key of megabytes is no field's name, and difflib would take minutes to say so
 _KINDS: dict[type, str] = {
     type(None): "null",
     bool: "a boolean",
@@ -89,7 +91,7 @@ def _message(item: Any, place: str) -> Message:
     role = text_field(item, "role", f"{place}.role", required=True)
     if role not in ROLES:
         hint = "put it into the record's `system` field" if role == "system" else "use user or assistant"
-        raise DataError(f"{place}.role: unknown role {role!r}; {hint}")
+        raise DataError(f"{place}.role: unknown role {role[:40]!r}; {hint}")
     content = text_field(item, "content", f"{place}.content", required=True)
     return Message(role, content, number_field(item, "weight", f"{place}.weight"))
 
@@ -120,7 +122,7 @@ def require_list(record: dict[str, Any], key: str) -> list[Any]:
 def refuse_misspelt(record: dict[str, Any], known: tuple[str, ...], place: str) -> None:
     """Raises: DataError for a key that is no known one, but close to one."""
     for key in record:
-        if key not in known and (close := _misspelt(key, known)):
+        if key not in known and len(key) <= LONGEST_MISSPELT and (close := _misspelt(key, known)):
             raise DataError(f"{place}: unknown key {key!r}; did you mean {close!r}? If not, rename or remove it")
 
 
@@ -165,10 +167,13 @@ def number_field(record: dict[str, Any], key: str, place: str) -> float | None:
 def describe(value: Any) -> str:
     """A short name of a JSON value for messages: its kind, and its text when that is short."""
     kind = _KINDS.get(type(value), type(value).__name__)
+    if value is None or value and isinstance(value, list | dict):  # which may be nested too deep to be shown
+        return kind
     shown = repr(value)
-    return f"{kind} ({shown})" if value is not None and len(shown) <= 40 else kind
+    return f"{kind} ({shown})" if len(shown) <= 40 else kind
 
 
 def _nearest(key: str, record: dict[str, Any]) -> str:
-    close = difflib.get_close_matches(key, [str(k) for k in record], n=1)
+    near = [k for k in itertools.islice(record, 100) if len(k) <= LONGEST_MISSPELT]
+    close = difflib.get_close_matches(key, near, n=1)
     return f" (there is {close[0]!r})" if close else ""

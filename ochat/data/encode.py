@@ -184,4 +184,4 @@ def _check_numbers(conversation: Conversation) -> None:
 
 def _reject(record: Record, reason: str) -> Reject:
     text = record.data[: 4 * REJECT_CHARACTERS].decode("utf-8", "replace")[:REJECT_CHARACTERS]
-    return Reject(record.file, record.line, reason.removeprefix(f"{record.place}: "), text)
+    return Reject(record.file, record.line, reason.removeprefix(f"{record.place}: ")[:REJECT_CHARACTERS], text)

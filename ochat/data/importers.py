@@ -63,7 +63,7 @@ def _detect(record: dict[str, Any]) -> str:
 
 
 def _keys(record: dict[str, Any]) -> str:
-    shown = ", ".join(repr(key) for key in list(record)[:8])
+    shown = ", ".join(repr(key[:40]) for key in list(record)[:8])
     return shown + (", ..." if len(record) > 8 else "") if record else "no keys"
 
 
@@ -100,7 +100,7 @@ def _role(turn: dict[str, Any], key: str, place: str) -> str:
     name = text_field(turn, key, f"{place}.{key}", required=True)
     role = _SYNONYMS.get(name.lower())
     if role is None:
-        raise DataError(f"{place}.{key}: role {name!r} cannot be expressed; known: {', '.join(_SYNONYMS)}")
+        raise DataError(f"{place}.{key}: role {name[:40]!r} cannot be expressed; known: {', '.join(_SYNONYMS)}")
     for extra in ("tool_calls", "function_call"):
         if turn.get(extra):
             raise DataError(

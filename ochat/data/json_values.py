@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 from ochat.data.compressed import DAMAGED
 
-MAX_RECORD_BYTES = 1 << 28  # memory is bounded by it; no conversation comes near
+# No conversation comes near; memory is bounded by it: parsed JSON takes up to 25 bytes for each of the text's, and some
+# tokenizers 140.
+MAX_RECORD_BYTES = 1 << 25
 SPACE = re.compile(r"[ \t\r\n]*")
 DECODER = json.JSONDecoder()
 # what the decoder may stop before because the text ended within it

@@ -80,6 +80,9 @@ class RecordFile:
                 head = b""
                 while len(head.strip()) < HEAD_BYTES and (more := next(chunks, b"")):
                     head += more
+                    if len(head) > MAX_RECORD_BYTES:
+                        yield Record(self.name, 1, 1, b"", f"begins with {MAX_RECORD_BYTES >> 20} MiB of blanks")
+                        return
                 head = head.removeprefix(UTF8_BOM)
             except DAMAGED as error:
                 yield Record(self.name, 1, 1, b"", f"damaged or cut compressed file: {error}")
