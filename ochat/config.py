@@ -109,6 +109,7 @@ class TrainConfig:
     recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
     compile: bool = False  # torch.compile, block by block
     log_every: int = 1  # steps between two reads of the metrics from the device
+    max_bad_steps: int = 0  # steps of NaN or infinite loss or gradient that a run skips, restarts included; more end it
     eval_every: int = 0  # steps between held-out evaluations; 0: at the end of every epoch
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a card
     peak_tflops: float = 0.0  # the peak that mfu is taken of; 0: the card's data sheet, or a product timed at start
@@ -193,7 +194,8 @@ def dump(config: Config) -> str:
 
 _POSITIVE = "data.token_budget data.bins_per_step data.epochs weights.beta train.log_every parallel.replicate optim.eps"
 _NOT_NEGATIVE = (
-    "data.max_steps optim.weight_decay optim.clip train.eval_every train.peak_tflops parallel.shard "
+    "data.max_steps optim.weight_decay optim.clip train.eval_every train.peak_tflops train.max_bad_steps "
+    "parallel.shard "
     "checkpoint.every checkpoint.keep checkpoint.keep_every samples.max_new_tokens run.seed"
 )
 _SHARES = "optim.warmup_ratio optim.min_lr_ratio"

@@ -8,6 +8,8 @@ from torch import nn
 from ochat.config import OptimConfig
 from ochat.train import optim
 
+GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
+
 
 def model_with_gradients(seed=0):
     model = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
@@ -43,7 +45,7 @@ def test_steps_equal_the_formula_and_vectors_do_not_decay(build):
         lr = 0.1 / step
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name].clone()
-        optim.update(optimizer, lr=lr, clip=0.0)
+        optim.update(optimizer, lr=lr, clip=0.0, loss=GOOD)
         for name, parameter in model.named_parameters():
             grad = gradients[name].double()
             first[name] = 0.9 * first[name] + 0.1 * grad
@@ -59,7 +61,7 @@ def test_clipping_scales_all_gradients_by_one_factor(build, clip, is_scaled):
     model, config = model_with_gradients(), OptimConfig(weight_decay=0.0)
     optimizer, gradients = build(model, config), keep_gradients(model)
     expected = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    norm = optim.update(optimizer, lr=0.1, clip=clip)
+    norm = optim.update(optimizer, lr=0.1, clip=clip, loss=GOOD)
     torch.testing.assert_close(norm, expected)
     assert all(p.grad is None for p in model.parameters())
     factor = clip / expected if is_scaled else 1.0
@@ -71,7 +73,7 @@ def test_clipping_scales_all_gradients_by_one_factor(build, clip, is_scaled):
 def test_state_that_is_put_back_continues_bitwise(build):
     model = model_with_gradients()
     optimizer, gradients = build(model, OptimConfig()), keep_gradients(model)
-    optim.update(optimizer, lr=0.1, clip=1.0)
+    optim.update(optimizer, lr=0.1, clip=1.0, loss=GOOD)
     twin = model_with_gradients()
     twin.load_state_dict(model.state_dict())
     twin_optimizer = build(twin, OptimConfig())
@@ -83,7 +85,7 @@ def test_state_that_is_put_back_continues_bitwise(build):
     for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
         for name, parameter in each.named_parameters():
             parameter.grad = gradients[name].clone()
-        optim.update(its_optimizer, lr=0.05, clip=1.0)
+        optim.update(its_optimizer, lr=0.05, clip=1.0, loss=GOOD)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -93,6 +95,43 @@ def test_a_parameter_without_gradient_is_left_alone(build):
     optimizer = build(model, OptimConfig())
     model[0].bias.grad = None
     before = [p.detach().clone() for p in model.parameters()]
-    optim.update(optimizer, lr=0.1, clip=1.0)
+    optim.update(optimizer, lr=0.1, clip=1.0, loss=GOOD)
     moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
     assert moved == [True, False, True, True]
+
+
+def gradients_of(step, value=None):
+    draw = torch.Generator().manual_seed(step)
+    shapes = [p.shape for p in model_with_gradients().parameters()]
+    gradients = [torch.randn(shape, generator=draw) for shape in shapes]
+    if value is not None:
+        gradients[2][1] = value
+    return gradients
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize(("value", "loss"), [(torch.nan, GOOD), (-torch.inf, GOOD), (None, BAD), (3e38, GOOD)])
+def test_a_bad_step_changes_no_bit_and_the_next_ones_are_as_if_it_had_not_been(build, value, loss, clip):
+    """Also the first one; twice in a row; and a norm that is too large for fp32 is as bad as an infinite gradient."""
+    runs, taken = [], (2, 5, 6)
+    for skips in (True, False):
+        model = model_with_gradients()
+        optimizer = build(model, OptimConfig())
+        for step in (1, 2, 3, 4, 5, 6) if skips else taken:
+            is_bad = step not in taken
+            before = [p.detach().clone() for p in model.parameters()]
+            states = [t.clone() for _, _, t in moments(model, optimizer)] if optimizer.state else []
+            for p, gradient in zip(model.parameters(), gradients_of(step, value if is_bad else None), strict=True):
+                p.grad = gradient
+            norm = optim.update(optimizer, lr=0.1 / step, clip=clip, loss=loss if is_bad else GOOD)
+            if is_bad:
+                assert not norm.isfinite() or value is None
+                assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+                after = [t for _, _, t in moments(model, optimizer)]
+                states = states or [torch.zeros_like(t) for t in after]
+                assert all(torch.equal(a, b) for a, b in zip(states, after, strict=True))
+        runs.append((list(model.parameters()), moments(model, optimizer)))
+    for ours, theirs in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+    for (_, _, ours), (_, _, theirs) in zip(runs[0][1], runs[1][1], strict=True):
+        assert torch.equal(ours, theirs)

@@ -10,6 +10,7 @@ export` makes a Hugging Face folder of any of them. The step number alone decide
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ from ochat.train.manifest import MANIFEST, Manifest
 from ochat.train.parallel import Ranks
 
 FOLDER, LATEST = "checkpoints", "latest"
+NAME = re.compile("step_(0|[1-9][0-9]*)")
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def folders(run_dir: Path) -> list[Path]:
     """The run's checkpoint folders, oldest first, whole or not."""
-    found = [path for path in (run_dir / FOLDER).glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    found = [path for path in (run_dir / FOLDER).glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -111,7 +113,7 @@ def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
     Raises: CheckpointError for a model of other shapes. Costs: reads the rows that this rank holds, once.
     """
     _check_shapes(manifest, model)
-    optim.start_state(optimizer, manifest.step)
+    optim.start_state(optimizer, manifest.step - manifest.skipped)
     shards = Shards(manifest)
     for name, parameter in model.named_parameters():
         state = {moment: optimizer.state[parameter][moment] for moment in optim.MOMENTS}

@@ -101,6 +101,8 @@ class Display:
 
 
 def _describe(line: dict[str, Any]) -> str:
+    if line.get("skipped"):
+        return "skipped, its loss or gradient is not finite"
     losses = "  ".join(f"{name} {_number(row['loss'])}" for name, row in line["classes"].items())
     return (
         f"loss {line['loss']:.4f} ({losses})  acc {line['accuracy']:.3f}  lr {line['lr']:.2e}  "

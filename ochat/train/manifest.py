@@ -5,7 +5,7 @@ manifest = Manifest.read(Path("runs/a/checkpoints/step_20"));  manifest.check_si
 parameters  name -> {shape, dtype}                         as the model has them whole
 shards      per shard: name -> [first row, end]            a shard holds rows of each parameter
 files       name -> {bytes, sha256}                        weights-..., optimizer-..., config, tokenizer
-step, identity, processes; sha256 of all the rest          so that a damaged manifest is told from a good one
+step, skipped, identity, processes; sha256 of all the rest so that a damaged manifest is told from a good one
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Manifest:
     parameters: dict[str, dict[str, Any]]
     shards: list[dict[str, Rows]]
     files: dict[str, dict[str, Any]]
+    skipped: int = 0  # of the steps, those that were bad and not applied
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -55,6 +56,7 @@ class Manifest:
         if record.pop("sha256", None) != _digest(record):
             raise CheckpointError(f"{path}: damaged (its checksum differs); take another checkpoint")
         try:
+            record.setdefault("skipped", 0)  # before steps could be skipped
             manifest = cls(folder, **{name: record[name] for name in cls.__annotations__ if name != "folder"})
             manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -99,6 +101,8 @@ class Manifest:
         """What follows relies on: names of files beside the manifest, and shards that tile each parameter."""
         if not isinstance(self.step, int) or not isinstance(self.identity, dict) or not self.shards:
             raise ValueError("step, identity and shards are expected")
+        if not isinstance(self.skipped, int) or not 0 <= self.skipped <= self.step:
+            raise ValueError(f"{self.skipped!r} of {self.step} steps cannot have been skipped")
         for name, described in self.files.items():
             if Path(name).name != name or not isinstance(described["bytes"], int):
                 raise ValueError(f"{name!r} is no file of a checkpoint")

@@ -1,13 +1,12 @@
 """What a step measured: tallies summed on the device, read once every few steps, written as lines of metrics.jsonl.
 
 A `Tally` collects one step on this rank; `Journal` holds finished steps until `flush`, which reads them from the
-device in one copy, checks that they are finite and writes one JSON line a step. Accuracy and class losses are means
-weighted by |w|.
+device in one copy and writes one JSON line a step, with null for a number that is not finite. Accuracy and class losses
+are means weighted by |w|.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import resource
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ochat import disk
 from ochat.data.batch import PackedBatch
-from ochat.errors import NonFiniteError
+from ochat.train.bad_steps import BadSteps
 from ochat.train.cards import CARDS
 from ochat.train.line_file import LineFile
 
@@ -95,12 +94,11 @@ class Journal:
         peak_flops: float,
         device: torch.device,
         write: bool,
-        blame: Callable[[int], str],
+        bad_steps: BadSteps,
     ):
-        """`flops(tokens, sum of squared lengths, supervised tokens)` of a step; `peak_flops` of all ranks together;
-        `blame(step)` names what a step was computed on, for the error about a step that is not finite."""
+        """`flops(tokens, sum of squared lengths, supervised tokens)` of a step; `peak_flops` of all ranks together."""
         self.file, self.class_names, self.flops, self.peak_flops = file, class_names, flops, peak_flops
-        self.device, self.write, self.blame = device, write, blame
+        self.device, self.write, self.bad_steps = device, write, bad_steps
         self.pending: list[_Pending] = []
         self.since = time.perf_counter()
 
@@ -113,23 +111,24 @@ class Journal:
         """Reads the pending steps from the device, writes their lines and returns them; times are means over these
         steps.
 
-        Raises: NonFiniteError for the first step whose loss or gradient norm is not finite, after writing those
-        before it.
+        A step whose loss or gradient norm is not finite was not applied: its line says `"skipped": true`. Raises:
+        NonFiniteError for the first such step that the budget does not allow, after writing those before it.
         """
         if not self.pending:
             return []
         rows = torch.stack([p.values for p in self.pending]).tolist()
         seconds = (time.perf_counter() - self.since) / len(rows)
-        lines = [self._line(p, row, seconds) for p, row in zip(self.pending, rows, strict=True)]
+        steps = [(self._line(p, row, seconds), is_finite(row)) for p, row in zip(self.pending, rows, strict=True)]
         self.pending, self.since = [], time.perf_counter()
-        finite = list(itertools.takewhile(_is_finite, lines))
-        if self.write:
-            self.file.append(finite)
-        if len(finite) < len(lines):
-            bad = lines[len(finite)]
-            what = f"loss {bad['loss']}, gradient norm {bad['grad_norm']}"
-            where = f"; computed on {self.blame(bad['step'])}" if self.write else ""
-            raise NonFiniteError(f"step {bad['step']}: {what}{where}")
+        lines: list[dict[str, Any]] = []
+        try:
+            for line, is_good in steps:
+                if not is_good:
+                    self.bad_steps.add(line["step"], line["loss"], line["grad_norm"])
+                lines.append(line if is_good else _valid(line) | {"skipped": True})
+        finally:
+            if self.write:
+                self.file.append(lines)
         return lines
 
     def restart_clock(self) -> None:
@@ -158,8 +157,16 @@ class Journal:
         }
 
 
-def _is_finite(line: dict[str, Any]) -> bool:
-    return math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+def is_finite(row: list[float]) -> bool:
+    """Whether a step was applied, by the two numbers that optim.update decided by: the loss sum and the norm."""
+    return math.isfinite(row[0]) and math.isfinite(row[-1])
+
+
+def _valid(value: Any) -> Any:
+    """Without what JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _valid(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def cut(path: Path, last_step: int) -> None:

@@ -25,16 +25,19 @@ class FusedAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], adamw: Callable[..., None], betas: tuple[float, float], eps: float):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps})
+        self.skipped: Tensor | None = None  # () fp32 on the device: of the steps that the state counts, those left out
         self.adamw = adamw
 
     @torch.no_grad()
-    def step(self, grad_scale: Tensor | None = None) -> None:  # type: ignore[override]
-        """One update by the gradients times `grad_scale` () fp32."""
+    def step(self, grad_scale: Tensor) -> None:  # type: ignore[override]
+        """One update by the gradients times `grad_scale` () fp32; none at all where that is NaN or infinite."""
+        skipped = torch.zeros_like(grad_scale) if self.skipped is None else self.skipped
+        self.skipped = skipped + ~grad_scale.isfinite()  # for the next step
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             states = [self._state(p) for p in parameters]
             lists = [parameters, [p.grad for p in parameters], *([s[moment] for s in states] for moment in MOMENTS)]
-            numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+            numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} | {"skipped": skipped}
             step = int(states[0]["step"]) if states else 1  # a host tensor
             self.adamw(*([local(t) for t in tensors] for tensors in lists), **numbers, step=step, grad_scale=grad_scale)
 
@@ -61,37 +64,43 @@ def build(
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
-def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float) -> Tensor:
+def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float, loss: Tensor) -> Tensor:
     """One step at rate `lr` with the gradients scaled so that their joint 2-norm is at most `clip` (0: as they are);
     gradients are then gone. Returns the norm before, () fp32.
 
-    The norm runs over every rank's shards; nothing waits on the host.
+    Where the norm or `loss` () of the whole step is NaN or infinite, parameters, moments and the count of steps that
+    corrects their bias stay as they are. The norm runs over every rank's shards; nothing waits on the host.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    is_good = norm.isfinite() & loss.isfinite().to(norm.device)
     for group in optimizer.param_groups:
         group["lr"] = lr
     if isinstance(optimizer, FusedAdamW):
-        optimizer.step((clip / (norm + CLIP_EPS)).clamp_max(1.0) if clip > 0 else None)
+        scale = (clip / (norm + CLIP_EPS)).clamp_max(1.0) if clip > 0 else torch.ones_like(norm)
+        optimizer.step(torch.where(is_good, scale, torch.nan))
     else:
         if clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        optimizer.found_inf = (~is_good).float()  # as torch.amp.GradScaler tells it
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
 def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int) -> None:
-    """Creates zero moments for every parameter, as after `steps_done` steps, so that a checkpoint can be copied
-    into them."""
+    """Creates zero moments for every parameter, as after `steps_done` steps that were not skipped, so that a checkpoint
+    can be copied into them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
             device = "cpu" if isinstance(optimizer, FusedAdamW) else parameter.device
             state["step"] = torch.tensor(float(steps_done), device=device)
             optimizer.state[parameter] = state
+    if isinstance(optimizer, FusedAdamW):
+        optimizer.skipped = None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """A run's folder: it is made, checked and described here, before the model is loaded.
 
-RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  checkpoints/step_N/  latest  export/
+RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  bad_steps.jsonl  checkpoints/step_N/  latest  export/
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
 from ochat.train import checkpoint, serving
+from ochat.train.bad_steps import Bins
 from ochat.train.parallel import Ranks
 
 CONFIG = "config.toml"
-LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+BAD_STEPS = "bad_steps.jsonl"
+LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", BAD_STEPS)
 
 
 def open_folder(config: Config, ranks: Ranks) -> Path:
@@ -84,14 +86,11 @@ def check_data(
         )
 
 
-def blame(folder: Path, loader: Loader, step: int) -> str:
-    """The bins of `step` and where their conversations stand in the input; written whole to RUN/bad_step.json."""
+def bins_of(loader: Loader, step: int) -> Bins:
+    """Where the conversations of each bin of a step (counted from 0) stand in the input."""
     epoch, step_in_epoch = loader.position(step)
     plan, first = loader.plan(epoch), step_in_epoch * loader.bins_per_step
-    bins = [[loader.dataset.place(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
-    disk.write_json(folder / "bad_step.json", {"step": step + 1, "bins": bins})
-    shown = [f"bin {b}: {', '.join(places[:4])}{' ...' * (len(places) > 4)}" for b, places in enumerate(bins[:8])]
-    return f"{'; '.join(shown)}{' ...' * (len(bins) > 8)} (all in {folder / 'bad_step.json'})"
+    return [[loader.dataset.place(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
 
 
 def _refuse_overwriting(folder: Path, config: Config) -> None:

@@ -25,6 +25,7 @@ from ochat.config import CheckpointConfig
 from ochat.errors import CheckpointError, OchatError
 from ochat.model.transformer import Transformer
 from ochat.train import checkpoint, parallel, serving, whole_folder
+from ochat.train.bad_steps import BadSteps
 from ochat.train.host_file import HostFile
 from ochat.train.line_file import LineFile
 from ochat.train.manifest import KINDS, Manifest, describe_file, shard_file
@@ -58,12 +59,14 @@ class Saver:
         config: CheckpointConfig,
         *,
         lines: Sequence[LineFile],
+        bad_steps: BadSteps,
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
         self.run_dir, self.root = run_dir, run_dir / checkpoint.FOLDER
         self.optimizer, self.model_config, self.identity = optimizer, model.config, identity
         self.ranks, self.config, self.lines, self.say, self.warn = ranks, config, lines, say, warn
+        self.bad_steps, self._skipped = bad_steps, 0
         self.parameters = dict(model.named_parameters())  # sharded: a forward may put whole ones in their place
         self.shard, self.num_shards, self.writes = ranks.shard
         self.rows = {name: parallel.rows(parameter) for name, parameter in self.parameters.items()}
@@ -83,6 +86,7 @@ class Saver:
         if self._thread is not None and self._thread.is_alive():
             self.say(f"the checkpoint of step {step} waits until the one before is written")
         self.wait()
+        self._skipped = self.bad_steps.count
         copied = self._attempt(self._copy)
         self._thread = threading.Thread(target=self._run, args=(step, copied), name=f"save step {step}", daemon=True)
         self._thread.start()
@@ -201,7 +205,7 @@ class Saver:
             for name, parameter in self.parameters.items()
         }
         shards = [record["rows"] for record in written]
-        Manifest(temporary, step, self.identity, self.ranks.world, parameters, shards, files).write()
+        Manifest(temporary, step, self.identity, self.ranks.world, parameters, shards, files, self._skipped).write()
         for lines in self.lines:
             if lines.path.exists():
                 disk.sync(lines.path)

@@ -26,6 +26,7 @@ from ochat.model.attention import PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.train import checkpoint, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule
+from ochat.train.bad_steps import BadSteps
 from ochat.train.display import Display
 from ochat.train.export import export
 from ochat.train.interrupt import Interrupt
@@ -41,7 +42,7 @@ def train(config: Config) -> None:
     """Runs the configured training from its newest checkpoint (or the base model) to its last step.
 
     Raises: ConfigError, DataError, CheckpointError before the first step for what a user can mend; NonFiniteError at
-    a bad step; Interrupted after a signal, once the state is saved.
+    a bad step too many; Interrupted after a signal, once the state is saved.
     """
     ranks = parallel.start(config.train, config.parallel)
     try:
@@ -77,6 +78,7 @@ class Trainer:
         is_fused = self.kernels == "triton" and not config.parallel.offload  # a kernel cannot reach host memory
         self.optimizer = optim.build(self.model, config.optim, self.ops.adamw if is_fused else None)
         self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in run_folder.LINES}
+        self.bad_steps = self._open_bad_steps()
         self.saver = self._open_saver()
         self.steps_done = self._load()
         if ranks.is_first:
@@ -110,9 +112,9 @@ class Trainer:
             (out.loss_sum / weight).backward()
             tally.add(batch, out)
         lr = self.lr.value * self._lr_factor(step)
-        grad_norm = optim.update(self.optimizer, lr=lr, clip=self.config.optim.clip)
-        self.steps_done = step + 1
         sums = self.ranks.sum_tensor(tally.flat())
+        grad_norm = optim.update(self.optimizer, lr=lr, clip=self.config.optim.clip, loss=sums[0])
+        self.steps_done = step + 1
         self.journal.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
 
     def forward(self, batch: PackedBatch) -> LossOutput:
@@ -203,7 +205,7 @@ class Trainer:
             return 0
         if not self.config.run.resume_anyway:
             checkpoint.check_identity(found, self.identity)
-        self.saver.newest = found.folder
+        self.saver.newest, self.bad_steps.count = found.folder, found.skipped
         self.display.note(f"resuming from {found.folder}")
         return checkpoint.load(found, self.model, self.optimizer)
 
@@ -216,7 +218,21 @@ class Trainer:
             self.ranks,
             self.config.checkpoint,
             lines=list(self.lines.values()),
+            bad_steps=self.bad_steps,
             say=self.display.note,
+            warn=self.display.warn,
+        )
+
+    def _open_bad_steps(self) -> BadSteps:
+        def newest() -> Path | None:
+            self.saver.wait()
+            return self.saver.newest
+
+        return BadSteps(
+            self.config.train.max_bad_steps,
+            self.lines[run_folder.BAD_STEPS] if self.ranks.is_first else None,
+            bins_of=lambda step: run_folder.bins_of(self.loader, step - 1),
+            newest=newest,
             warn=self.display.warn,
         )
 
@@ -239,7 +255,7 @@ class Trainer:
             peak_flops=self.peak * self.ranks.world,
             device=self.ranks.device,
             write=self.ranks.is_first,
-            blame=lambda step: run_folder.blame(self.run_dir, self.loader, step - 1),
+            bad_steps=self.bad_steps,
         )
 
     def _lr_factor(self, step: int) -> float:
