@@ -26,7 +26,7 @@ class RunConfig:
 
     dir: str = "runs/default"  # the run folder: config, metrics, checkpoints
     seed: int = 0  # decides the order of the data and every random draw
-    deterministic: bool = False  # bitwise the same on the same machine and number of processes
+    deterministic: bool = False  # bitwise the same on the same machine and number of processes; slower on CUDA
     resume: str = "auto"  # "auto": the newest whole checkpoint in run.dir, if any; "never"; or a checkpoint's path
     resume_anyway: bool = False  # go on although template, data set or order of the data are not the checkpoint's
 
@@ -107,6 +107,7 @@ class TrainConfig:
     kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: triton on CUDA, plain PyTorch elsewhere
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA in bfloat16, else SDPA by document
     recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
+    offload_activations: bool = False  # with recompute = "block": the kept inputs wait in host memory
     compile: bool = False  # torch.compile, block by block
     log_every: int = 1  # steps between two reads of the metrics from the device
     max_bad_steps: int = 0  # steps of NaN or infinite loss or gradient that a run skips, restarts included; more end it
@@ -117,11 +118,26 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """`shard` ranks hold one copy of the model between them; `replicate` such groups work side by side."""
+    """`shard` ranks hold one copy of the model between them; `replicate` such groups work side by side.
+
+    reshard, when gathered weights are let go: "block", after each block's forward and again after its backward; "step",
+    after the step's last backward, which gathers once a step and holds 2 bytes a parameter of the whole model.
+    reduce, when ranks sum their gradients: once a "step", the least traffic, and each holds 4 bytes a parameter of the
+    whole model; or each "micro_batch", and each holds those of its shard.
+    offload, what waits in host memory: the "optimizer"'s moments, which come to the card for each update; or "all",
+    weights too, with the update on the host (more than one process). true and false mean all and none.
+    """
 
     shard: int = 0  # 0: all ranks that replicate leaves
     replicate: int = 1  # groups side by side, each with a copy of the model
-    offload: bool = False  # parameters and optimizer state in host memory
+    reshard: Literal["auto", "block", "step"] = "auto"  # let go of gathered weights after each; auto: block on CUDA
+    reduce: Literal["step", "micro_batch"] = "step"  # sum gradients over ranks after each
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of that sum; bfloat16 needs reduce = "micro_batch"
+    offload: Literal["none", "optimizer", "all"] | bool = "none"  # what waits in host memory
+
+    def __post_init__(self) -> None:
+        if isinstance(self.offload, bool):
+            object.__setattr__(self, "offload", "all" if self.offload else "none")
 
 
 @dataclass(frozen=True)
@@ -219,11 +235,23 @@ def _check(config: Config) -> None:
         given = {key: value for key, value in dataclasses.asdict(entry).items() if value is not None}
         expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
     _check_mix(config.data)
+    _check_memory(config)
     for name in ("base.path", "data.path", "run.dir"):
         section, key = name.split(".")
         is_needed = name != "data.path" or not config.data.mix
         given = bool(getattr(getattr(config, section), key))
         expect(given or not is_needed, name, "", f"a path, for example --{name}=PATH")
+
+
+def _check_memory(config: Config) -> None:
+    offloads, recompute = config.train.offload_activations, config.train.recompute
+    is_kept = not offloads or recompute == "block"
+    expect(
+        is_kept, "train.offload_activations", offloads, 'false beside train.recompute = "none", which keeps no inputs'
+    )
+    reduce, dtype = config.parallel.reduce, config.parallel.reduce_dtype
+    is_exact = dtype == "float32" or reduce == "micro_batch"  # else micro-batches would be added up in bfloat16
+    expect(is_exact, "parallel.reduce_dtype", dtype, '"float32" beside parallel.reduce = "step"')
 
 
 def _check_mix(data: DataConfig) -> None:

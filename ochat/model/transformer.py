@@ -9,12 +9,15 @@ Letters: T packed tokens, H hidden, N query heads, K key/value heads, D head dim
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import ConfigError, DataError
@@ -32,9 +35,11 @@ class Embedding(nn.Module):
     def __init__(self, num_rows: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, size))
+        self.tokens: Any = None  # lora.TokenRows where all other rows are frozen
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(input_ids, self.weight).to(dtype)
+        found = F.embedding(input_ids, self.weight).to(dtype)
+        return found if self.tokens is None else self.tokens.look_up(input_ids, found)
 
 
 class Linear(nn.Module):
@@ -44,9 +49,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size_out, size_in))
         self.bias = nn.Parameter(torch.empty(size_out)) if has_bias else None
+        self.lora: Any = None  # lora.Adapter where weight and bias are frozen
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return y if self.lora is None else self.lora(x, y)
 
 
 class RMSNorm(nn.Module):
@@ -127,9 +134,12 @@ class Head(nn.Module):
     def __init__(self, size: int, num_rows: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, size))
+        self.tokens: Any = None  # lora.TokenRows where all other rows are frozen
 
     def forward(self, hidden: Tensor, function: HeadFunction | None) -> Any:
         weight = self.weight.to(hidden.dtype)
+        if self.tokens is not None:
+            self.tokens.write(weight)
         return F.linear(hidden, weight).float() if function is None else function(hidden, weight)
 
 
@@ -143,6 +153,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = "none"  # "block": keep a block's inputs only and recompute the rest in backward
+        self.offload_activations = False  # with "block": those inputs wait in (pinned) host memory
         self.compute_dtype: torch.dtype | None = None  # None: that of the parameters
         self.inv_freq = rope.inv_freq(config.rope, config.head_dim)  # (D/2,) fp32; no buffer: to_empty() would wipe it
         self.embed = Embedding(config.vocab_size, config.hidden_size)
@@ -163,7 +174,7 @@ class Transformer(nn.Module):
         cos, sin = rope.cos_sin(position_ids, self.inv_freq)
         x, residual = self.embed(input_ids, self.compute_dtype or self.embed.weight.dtype), None
         for block in self.blocks:
-            x, residual = self._run(block, x, residual, cos, sin, attend)
+            x, residual = self._run(partial(block, cos=cos, sin=sin, attend=attend), x, residual)
         return self.head(self.norm(x, residual)[0], head)
 
     @torch.no_grad()
@@ -189,10 +200,15 @@ class Transformer(nn.Module):
             drawn = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
             parameter.copy_(drawn)
 
-    def _run(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
-        if self.recompute == "block" and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[return-value]
-        return block(*inputs)
+    def _run(self, block: Callable[..., Any], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One block; where it is recomputed, `x` and `residual` are all that is kept of it.
+
+        Costs of offload_activations: 2 T H elements to the host in forward and back in backward, each a block.
+        """
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return block(x, residual)
+        with save_on_cpu(pin_memory=x.is_cuda) if self.offload_activations else nullcontext():
+            return checkpoint(block, x, residual, use_reentrant=False)  # type: ignore[return-value]
 
     def _tie(self) -> None:
         if self.config.tie_embeddings:

@@ -48,12 +48,15 @@ class Run:
 
     def memory(self, cut: Cut) -> MemoryUse:
         """Of the fullest GPU."""
+        parallel = self.config.parallel
         supervised = round(cut.token_budget * self.workload.supervised_share)
         return memory.predict(
             self.model,
             Setting(
                 cut.token_budget, supervised, cut.recompute, cut.ranks, cut.shard, cut.bins_per_step // cut.ranks,
-                offload=self.config.parallel.offload,
+                offload=str(parallel.offload), reshard=parallel.reshard, reduce=parallel.reduce,
+                reduce_itemsize=2 if parallel.reduce_dtype == "bfloat16" else 4,
+                offload_activations=self.config.train.offload_activations,
             ),
         )  # fmt: skip
 

@@ -14,7 +14,8 @@ What backward keeps of a block (the operators of kernels/ochat_kernels, torch's 
   SwiGLU     e T 2F              its input
   qk norms   e T (N + K) D + 4 T (N + K), where the model has them
   weights    e B                 on one process: the casts of fp32 masters, biases apart
-With recompute = "block" it is e T 2H, the block's inputs, and all of the above for the one block in backward.
+With recompute = "block" it is e T 2H, the block's inputs (nothing, where they wait on the host), and all of the above
+for the one block in backward.
 Outside the blocks: 8 T ids, 4 T D angles; the last norm's e T H + 4 T + e H; the head's dhidden e T H and dW 4 E.
 """
 
@@ -42,7 +43,16 @@ class Setting:
     shard: int = 1  # s
     micro_batches: int = 1  # of a rank in a step
     itemsize: int = 2  # e; 4: train.dtype = "float32"
-    offload: bool = False
+    offload: str = "none"  # as parallel.offload, the next ones likewise
+    reshard: str = "block"
+    reduce: str = "step"
+    reduce_itemsize: int = 4
+    offload_activations: bool = False
+
+    @property
+    def gathers_once(self) -> bool:
+        """Whether the whole model's weights stay gathered through a step."""
+        return self.ranks > 1 and self.reshard == "step"
 
 
 @dataclass(frozen=True)
@@ -65,15 +75,17 @@ class MemoryUse:
 def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
     """Memory of the fullest of four moments of a step, with an allowance for what is not derived.
 
-    All along: masters 4 P / s, moments 8 P / s. Gradients on one process: 4 P once there are any. Under FSDP 4 P / s;
-    but while a rank adds up micro-batches before it reduces them it holds the whole model's, 4 P.
+    All along: masters 4 P / s, moments 8 P / s, unless they are on the host. Gradients on one process: 4 P once there
+    are any. Under FSDP 4 P / s; but while a rank adds up micro-batches before it reduces them (reduce = "step") it
+    holds the whole model's, 4 P.
       head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e T H, and the larger of the
               logits of a chunk of rows and dW on its way into the gradient, e E + 4 E
       block   backward of the last block, or of the first one when the gradients of the others are there: activations
               up to it, e T (2F + H) of gradients within it, e T H more for its output made again
       end     all gradients; the embeddings' own on its way, 4 E, and 4 T H
-    FSDP gathers: in `head` e E, else 3 e B (this block, the next, a buffer) and 8 B of gradients being reduced. Tied
-    embeddings hold the head's gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
+    FSDP gathers: in `head` e E, which stay until the step's last micro-batch, else 3 e B (this block, the next, a
+    buffer) and 8 B of gradients being reduced; with reshard = "step" e P at any time. Tied embeddings hold the head's
+    gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
     """
     uses = [_head(model, setting), _block(model, setting, is_last=True), _block(model, setting, is_last=False)]
     return max((*uses, _end(model, setting)), key=lambda use: use.total)
@@ -120,6 +132,7 @@ def _head(model: ModelConfig, at: Setting) -> MemoryUse:
     casts = model.num_layers * cast_bytes(model, at.itemsize) if at.recompute == "none" and at.ranks == 1 else 0
     # on one process the head's cast is gone before dW is on its way
     weights, working = max((at.itemsize * E, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
+    weights = _gathered(model, at) if at.gathers_once else weights
     return _use(
         model, at, gradients=_gradients(model, at, 0.0), weights=casts + weights,
         activations=_kept(model, at, model.num_layers) + _kept_outside(model, at.token_budget, at.itemsize),
@@ -136,8 +149,8 @@ def _block(model: ModelConfig, at: Setting, *, is_last: bool) -> MemoryUse:
     streams = 2 if at.recompute == "block" else 1
     working = at.itemsize * T * (2 * model.intermediate_size + streams * model.hidden_size)
     if at.ranks > 1:
-        weights = 3 * at.itemsize * B + at.itemsize * E * model.tie_embeddings
-        working += 8 * B + at.itemsize * E * model.tie_embeddings
+        weights = _gathered(model, at) if at.gathers_once else 3 * at.itemsize * B + _gathered(model, at)
+        working += 2 * at.reduce_itemsize * B + at.itemsize * E * model.tie_embeddings
     else:
         weights = cast_bytes(model, at.itemsize) * (1 if at.recompute == "block" else others + 1)
         working += 4 * E * (model.tie_embeddings and at.micro_batches > 1)
@@ -150,28 +163,39 @@ def _end(model: ModelConfig, at: Setting) -> MemoryUse:
     E = model.head_params()
     adds = 4 * E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
     working = adds + max(4 * at.token_budget * model.hidden_size, 4 * E * model.tie_embeddings)
-    weights = at.itemsize * E if at.ranks > 1 else 0
+    weights = _gathered(model, at) if at.ranks > 1 else 0
     gradients = _gradients(model, at, model.num_parameters())
     return _use(model, at, gradients=gradients, weights=weights, activations=0, working=working)
 
 
 def _use(model: ModelConfig, at: Setting, **bytes_of: float) -> MemoryUse:
     """A moment with what is there all along, and the allowance."""
-    own = 0 if at.offload and at.ranks > 1 else model.num_parameters() / at.shard
+    share = model.num_parameters() / at.shard
+    masters, moments = 4 * share * (at.offload != "all"), 8 * share * (at.offload == "none")
     lost = FRAGMENTATION * sum(bytes_of.values())
     allowance = CONTEXT_BYTES + NCCL_BYTES * (at.ranks > 1) + lost
-    return MemoryUse(masters=4 * own, moments=8 * own, allowance=allowance, **bytes_of)
+    return MemoryUse(masters=masters, moments=moments, allowance=allowance, **bytes_of)
+
+
+def _gathered(model: ModelConfig, at: Setting) -> float:
+    """Bytes of weights that FSDP keeps between blocks: all, or the head's until the last micro-batch, or tied ones."""
+    if at.gathers_once:
+        return at.itemsize * model.num_parameters()
+    return at.itemsize * model.head_params() * (model.tie_embeddings or at.micro_batches > 1)
 
 
 def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
     """Bytes of gradients once the last micro-batch has made those of `done` parameters."""
-    if at.micro_batches > 1:
+    if at.micro_batches > 1 and (at.ranks == 1 or at.reduce == "step"):
         return 4 * model.num_parameters()
-    return 0.0 if at.offload and at.ranks > 1 else 4 * done / at.shard
+    if at.offload == "all":
+        return 0.0
+    return 4 * (done if at.micro_batches == 1 else model.num_parameters()) / at.shard
 
 
 def _kept(model: ModelConfig, at: Setting, num_blocks: int) -> float:
-    return num_blocks * _kept_of_block(model, at.token_budget, at.recompute, at.itemsize)
+    kept = 0 if at.offload_activations else _kept_of_block(model, at.token_budget, at.recompute, at.itemsize)
+    return num_blocks * kept
 
 
 def _kept_of_block(model: ModelConfig, tokens: int, recompute: str, itemsize: int) -> int:

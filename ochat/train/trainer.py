@@ -25,7 +25,7 @@ from ochat.errors import ConfigError
 from ochat.model.attention import PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
-from ochat.train import checkpoint, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule
+from ochat.train import checkpoint, determinism, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule
 from ochat.train.bad_steps import BadSteps
 from ochat.train.display import Display
 from ochat.train.export import export
@@ -44,6 +44,7 @@ def train(config: Config) -> None:
     Raises: ConfigError, DataError, CheckpointError before the first step for what a user can mend; NonFiniteError at
     a bad step too many; Interrupted after a signal, once the state is saved.
     """
+    determinism.apply(config)
     ranks = parallel.start(config.train, config.parallel)
     try:
         Trainer(config, ranks).run()
@@ -59,7 +60,6 @@ class Trainer:
         self.display = Display(show=ranks.is_first)
         self.run_dir = run_folder.open_folder(config, ranks)
         torch.manual_seed(config.run.seed)
-        torch.use_deterministic_algorithms(config.run.deterministic)
         self.model_config = ModelConfig.load(config.base.path)
         self.pads = ranks.device.type == "cuda"  # constant shapes pay there; a CPU would compute the padding
         self.data = inputs.open_data(config)
@@ -75,8 +75,10 @@ class Trainer:
         self.ops = ochat_kernels.load(self.kernels)
         self.backend = attention_name(config, ranks.device)
         self.model = self._build_model()
-        is_fused = self.kernels == "triton" and not config.parallel.offload  # a kernel cannot reach host memory
-        self.optimizer = optim.build(self.model, config.optim, self.ops.adamw if is_fused else None)
+        offload = config.parallel.offload
+        is_ours = self.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
+        adamw = self.ops.adamw if is_ours or offload == "optimizer" else None
+        self.optimizer = optim.build(self.model, config.optim, adamw, host_moments=offload == "optimizer")
         self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in run_folder.LINES}
         self.bad_steps = self._open_bad_steps()
         self.saver = self._open_saver()
@@ -107,7 +109,8 @@ class Trainer:
         tally = Tally(self.data.class_names, self.ranks.device)
         for i, batch in enumerate(batches):
             batch = batch.to(self.ranks.device)
-            parallel.sync_gradients(self.model, enabled=i == len(batches) - 1)
+            is_last = i == len(batches) - 1
+            parallel.begin_micro_batch(self.model, self.ranks, self.config.parallel, is_last=is_last)
             out = self.forward(batch)
             (out.loss_sum / weight).backward()
             tally.add(batch, out)
@@ -196,7 +199,7 @@ class Trainer:
             model = Transformer(self.model_config, self.ops)
         model.compute_dtype = dtype
         parallel.wrap(model, self.ranks, self.config.train, self.config.parallel, dtype)
-        return model.to_empty(device="cpu" if self.config.parallel.offload else self.ranks.device)
+        return model.to_empty(device="cpu" if self.config.parallel.offload == "all" else self.ranks.device)
 
     def _load(self) -> int:
         found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
