@@ -1,6 +1,5 @@
 """Laws of the prepared data set: weights by the configuration, selection, damage: pytest tests/test_dataset.py"""
 
-import json
 import math
 
 import numpy as np
@@ -162,8 +161,7 @@ def test_a_whole_set_verifies(mixed):
 )
 def test_another_format_is_refused(mixed, tmp_path, change, message):
     path = copied(mixed, tmp_path / "a")
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | change))
+    shards.write_manifest(path / "manifest.json", shards.read_manifest(path) | change)
     with pytest.raises(DataError, match=message):
         TokenDataset(path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ochat.data import template
+from ochat.data import shards, template
 from ochat.data.weights import ASSISTANT, ROLES
 
 ROOT = Path(__file__).parents[1]
@@ -62,10 +62,11 @@ def write_sparse(folder, num_sequences):
         for column in columns.values():
             file.write(column.tobytes())
         file.truncate(file.tell() + 2 * num_tokens)
-    shard = {"file": path.name, "sha256": "", "bytes": path.stat().st_size, "sequences": num_sequences}
+    shard = {"file": path.name, "sha256": "0" * 64, "bytes": path.stat().st_size, "sequences": num_sequences}
     manifest = {"format": "ochat-tokens", "version": 1, "template": template.load("openchat_v3.2").to_dict()}
-    manifest |= {"tokenizer": {}, "context": LENGTH, "classes": ["GPT4", "GPT3"], "roles": ROLES, "files": ["a"]}
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": [shard | {"tokens": num_tokens}]}))
+    manifest |= {"tokenizer": {"fingerprint": ""}, "context": LENGTH, "conditions": "both", "counts": {}}
+    manifest |= {"classes": ["GPT4", "GPT3"], "roles": ROLES, "files": ["a"]}
+    shards.write_manifest(folder / "manifest.json", manifest | {"shards": [shard | {"tokens": num_tokens}]})
     return folder
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ochat import cli
+from ochat.data import shards
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.train import plan
 from tests.tiny import MODEL
@@ -92,9 +93,9 @@ def test_a_sequence_beyond_the_models_context_is_told(world, lengths, tmp_path, 
 def test_what_prepare_cut_is_told_again(world, capsys, tmp_path):
     data = tmp_path / "cut"
     shutil.copytree(world.data, data)
-    manifest = json.loads((data / "manifest.json").read_text())
+    manifest = shards.read_manifest(data)
     manifest["counts"]["truncated"] = 7
-    (data / "manifest.json").write_text(json.dumps(manifest))
+    shards.write_manifest(data / shards.MANIFEST, manifest)
     assert "7 conversations were longer than the context" in say(capsys, world.config, f"--data.path={data}")
     mix = [f'--data.mix.{name}.path="{path}"' for name, path in (("whole", world.data), ("cut", data))]
     assert f"7 conversations of {data} were longer" in say(capsys, world.config, "--data.path=", *mix)

@@ -29,16 +29,23 @@ class Checked(NamedTuple):
 
 def check(folder: str | Path) -> Checked:
     """Read everything and compare. Raises DataError naming the first file that is missing or has changed."""
-    folder = Path(folder)
-    manifest = shards.read_manifest(folder)
-    path = folder / shards.MANIFEST
-    if "digest" not in manifest:
-        raise DataError(f"{path}: has no digest, an older ochat wrote it: prepare the data again to have it checked")
-    if shards.digest(manifest) != manifest["digest"]:
-        raise DataError(f"{path}: its content has changed since it was written: copy it again, or prepare again")
+    files = expected(folder)
+    for path, right in files.items():
+        if disk.sha256(path) != right:
+            raise DataError(changed(path))
+    return Checked(Path(folder), len(files) + 1, sum(path.stat().st_size for path in files))
+
+
+def expected(folder: str | Path) -> dict[Path, str]:
+    """File -> sha256 of all files of a data set but its manifest, whose own digest is compared, as are all sizes.
+
+    Raises DataError naming the first file that is missing or has another size. Reads no shard.
+    """
+    manifest = shards.read_manifest(Path(folder))
     described = [*manifest["shards"], *manifest.get("others", [])]
-    for one in described:
-        path = shards.check_size(folder, one)
-        if disk.sha256(path) != one["sha256"]:
-            raise DataError(f"{path}: its content has changed since it was written: copy it again, or prepare again")
-    return Checked(folder, len(described) + 1, sum(one["bytes"] for one in described))
+    return {shards.check_size(Path(folder), one): one["sha256"] for one in described}
+
+
+def changed(path: Path) -> str:
+    """The message about a file of another content."""
+    return f"{path}: its content has changed since it was written: copy it again, or prepare again"

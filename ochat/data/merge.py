@@ -45,7 +45,7 @@ def merge(folders: Sequence[str | Path], output: str | Path, *, overwrite: bool 
     first = sources[0].manifest
     merged: dict[str, Any] = {"format": shards.FORMAT, "version": shards.MERGED_VERSION}
     merged |= {key: first[key] for key in SAME if key in first}
-    merged |= {"counts": _sum([source.manifest["counts"] for source in sources])}
+    merged |= {"counts": _sum([source.manifest.get("counts", {}) for source in sources])}
     merged |= {"classes": _union(sources, "classes"), "files": _union(sources, "files"), **_parts(sources, target)}
     target.mkdir(parents=True, exist_ok=True)
     shards.write_manifest(target / shards.MANIFEST, merged)

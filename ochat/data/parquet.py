@@ -3,8 +3,8 @@
     for record in ParquetFile("chats.parquet"): record.value()
 
 Read row group by row group in small batches; of a large batch, rows become objects one at a time: a few bytes of a file
-can stand for thousands of long texts. A field that is null is a field that is not there: Parquet has no other way to leave one
-out.
+can stand for thousands of long texts. A field that is null is a field that is not there: Parquet has no other way to
+leave one out.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ochat import disk
+from ochat import disk, json_file
+from ochat.data import manifest_schema
 from ochat.errors import ConfigError, DataError
 from ochat.partial_folder import partial_folder
 
@@ -135,22 +136,23 @@ class ShardWriter:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished data set. Raises DataError for a folder that is none, or of another version."""
+    """The manifest of a finished data set. Raises DataError for a folder that is none, or of another version, and for a
+    manifest that is not what was written."""
     path = folder / MANIFEST
     if not path.is_file():
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
         raise DataError(f"{folder}: not a prepared data set ({what}): write one with ochat prepare")
-    try:
-        manifest = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: damaged ({error}): prepare the data again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = json_file.read_object(path, DataError, "copy it again, or prepare the data again")
+    if manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a data set (format is not {FORMAT!r})")
-    if manifest.get("version") not in (VERSION, MERGED_VERSION):
+    if manifest.get("version") != (MERGED_VERSION if "parts" in manifest else VERSION):
         raise DataError(
             f"{path}: version {manifest.get('version')!r}, this ochat reads {VERSION} and "
             f"{MERGED_VERSION}: prepare the data again"
         )
+    if manifest.get("digest") != digest(manifest):
+        raise DataError(f"{path}: its content has changed since it was written: copy it again, or prepare again")
+    manifest_schema.check(manifest, path)
     return manifest
 
 
@@ -175,7 +177,7 @@ def names(manifest: dict[str, Any], shard: dict[str, Any]) -> tuple[list[str], l
 def check_size(folder: Path, shard: dict[str, Any]) -> Path:
     """The path of a shard. Raises DataError if it is missing or has another size than was written."""
     path = folder / shard["file"]
-    if (path.parent != folder and "part" not in shard) or not path.is_file():
+    if not path.is_file():
         raise DataError(f"{path}: missing: copy the whole data set, or prepare the data again")
     if path.stat().st_size != shard["bytes"]:
         size = path.stat().st_size

@@ -7,17 +7,17 @@ refused by name: a model that trains with half of its settings ignored looks fin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ochat import json_file
 from ochat.errors import ConfigError
 from ochat.model import families, hub
 from ochat.model import rope as rope_settings
 from ochat.model.families import FAMILIES, Family
-from ochat.model.fields import Fields
+from ochat.model.fields import MOST, Fields, shown
 from ochat.model.rope import RopeConfig
 
 
@@ -53,13 +53,9 @@ class ModelConfig:
         """Read `directory/config.json`. Raises: ConfigError where it is missing, no JSON, or not implemented."""
         path = Path(directory) / "config.json"
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = json_file.read_object(path, ConfigError, "fetch it again")
         except FileNotFoundError:
             raise ConfigError(f"{path} does not exist. {hub.how_to_fetch(directory)}") from None
-        except ValueError as error:
-            raise ConfigError(f"{path} is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ConfigError(f"{path} holds a {type(record).__name__}; expected a JSON object")
         return cls.from_hf(record, str(path))
 
     @classmethod
@@ -185,8 +181,8 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     found = fields.value("eos_token_id", [])
     ids = found if isinstance(found, list) else [found]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
-        raise fields.fail("eos_token_id", f" is {found!r}; expected a token id or a list of them")
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MOST for token in ids):
+        raise fields.fail("eos_token_id", f" is {shown(found)}; expected a token id or a list of them")
     return tuple(ids)
 
 

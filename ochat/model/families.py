@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ochat.model.fields import REQUIRED, Fields
+from ochat.model.fields import REQUIRED, Fields, shown
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,17 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", 131072),
     "qwen2": Family("Qwen2ForCausalLM", 32768, qkv_bias=True, reads_layer_types=True),
     "qwen3": Family("Qwen3ForCausalLM", 32768, 128, qk_norm=True, reads_attention_bias=True, reads_layer_types=True),
+}
+
+# several times what the largest published models have
+MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 19,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
 }
 
 READ_KEYS = frozenset(
@@ -57,12 +68,12 @@ HARMLESS_KEYS = frozenset(
 def find(fields: Fields) -> Family:
     """The family of a config's model_type, its architecture checked. Raises: ConfigError."""
     model_type = fields.value("model_type", REQUIRED)
-    if model_type not in FAMILIES:
-        raise fields.fail("model_type", f" is {model_type!r}, which is not implemented ({', '.join(FAMILIES)} are)")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise fields.fail("model_type", f" is {shown(model_type)}: not implemented ({', '.join(FAMILIES)} are)")
     family = FAMILIES[model_type]
     found = fields.record.get("architectures") or [family.architecture]
     if found != [family.architecture]:
-        raise fields.fail("architectures", f" is {found!r}; expected [{family.architecture!r}] for {model_type!r}")
+        raise fields.fail("architectures", f" is {shown(found)}; expected [{family.architecture!r}] for {model_type!r}")
     return family
 
 
@@ -70,46 +81,51 @@ def refuse_unimplemented(fields: Fields, family: Family) -> None:
     """Everything that would change a logit and that nothing here computes."""
     record = fields.record
     if (activation := record.get("hidden_act") or "silu") != "silu":
-        raise fields.fail("hidden_act", f" is {activation!r}; only 'silu' is implemented")
+        raise fields.fail("hidden_act", f" is {shown(activation)}; only 'silu' is implemented")
     if (dropout := record.get("attention_dropout") or 0) != 0:
-        raise fields.fail("attention_dropout", f" is {dropout!r}; dropout is not implemented, set it to 0")
+        raise fields.fail("attention_dropout", f" is {shown(dropout)}; dropout is not implemented, set it to 0")
     if (parts := record.get("pretraining_tp") or 1) != 1:
-        raise fields.fail("pretraining_tp", f" is {parts!r}; sliced products are not implemented, set it to 1")
+        raise fields.fail("pretraining_tp", f" is {shown(parts)}; sliced products are not implemented, set it to 1")
     if not family.reads_attention_bias and record.get("attention_bias") not in (None, family.qkv_bias):
-        raise fields.fail("attention_bias", f" is {record['attention_bias']!r}, against what this model type has")
+        raise fields.fail("attention_bias", f" is {shown(record['attention_bias'])}, against what this model type has")
     if record.get("mlp_bias") and not family.reads_mlp_bias:
         raise fields.fail("mlp_bias", " is set, but this model type has none")
     for key in sorted(record.keys() - READ_KEYS - HARMLESS_KEYS):
         if record[key]:
-            raise fields.fail(key, f" = {record[key]!r} is not implemented; if it changes nothing, remove it")
+            raise fields.fail(key, f" = {shown(record[key])} is not implemented; if it changes nothing, remove it")
 
 
 def sizes(fields: Fields, family: Family) -> dict[str, Any]:
-    """The sizes that ModelConfig takes, by its names."""
-    hidden_size, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    """The sizes that ModelConfig takes, by its names; MOST bounds what is built of them before any weight is seen."""
+
+    def size(key: str, default: Any = REQUIRED) -> Any:
+        return fields.integer(key, default, most=MOST[key])
+
+    hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
     # Files of Llama 1 and 2 may leave the key/value heads out; the other families' silent defaults fit one size only.
     kv_default = num_heads if family is FAMILIES["llama"] else REQUIRED
     return {
-        "vocab_size": fields.integer("vocab_size"),
+        "vocab_size": size("vocab_size"),
         "hidden_size": hidden_size,
-        "intermediate_size": fields.integer("intermediate_size"),
-        "num_layers": fields.integer("num_hidden_layers"),
+        "intermediate_size": size("intermediate_size"),
+        "num_layers": size("num_hidden_layers"),
         "num_heads": num_heads,
-        "num_kv_heads": fields.integer("num_key_value_heads", kv_default),
-        "head_dim": fields.integer("head_dim", family.head_dim or hidden_size // num_heads),
+        "num_kv_heads": size("num_key_value_heads", kv_default),
+        "head_dim": size("head_dim", family.head_dim or hidden_size // num_heads),
     }
 
 
 def windows(fields: Fields, family: Family) -> tuple[int | None, ...]:
     """Per layer, as the family's code in transformers decides it; empty where no layer has a window."""
-    num_layers, types = fields.integer("num_hidden_layers"), fields.record.get("layer_types")
+    num_layers = fields.integer("num_hidden_layers", most=MOST["num_hidden_layers"])
+    types = fields.record.get("layer_types")
     window = _window(fields, family)
     first = fields.integer("max_window_layers", 28, least=0) if family.reads_layer_types else 0
     chosen = by_threshold = tuple(window if layer >= first else None for layer in range(num_layers))
     if types is not None:
         chosen = _windows_of_types(fields, types, window, num_layers)
         if not family.reads_layer_types and chosen != by_threshold:
-            raise fields.fail("layer_types", f" = {types!r} does not fit the other settings of this model type")
+            raise fields.fail("layer_types", f" = {shown(types)} does not fit the other settings of this model type")
     return chosen if any(chosen) else ()
 
 
@@ -131,10 +147,10 @@ def _window(fields: Fields, family: Family) -> int | None:
 def _windows_of_types(fields: Fields, types: Any, window: int | None, num_layers: int) -> tuple[int | None, ...]:
     by_type = {"full_attention": None, "sliding_attention": window}
     if not isinstance(types, list) or len(types) != num_layers:
-        raise fields.fail("layer_types", f" = {types!r}; expected a list of {num_layers} names")
+        raise fields.fail("layer_types", f" = {shown(types)}; expected a list of {num_layers} names")
     for name in types:
-        if name not in by_type:
-            raise fields.fail("layer_types", f" names {name!r}, which is not implemented ({', '.join(by_type)} are)")
+        if not isinstance(name, str) or name not in by_type:
+            raise fields.fail("layer_types", f" names {shown(name)}: not implemented ({', '.join(by_type)} are)")
         if name == "sliding_attention" and window is None:
             raise fields.fail("layer_types", " asks for a sliding window, but sliding_window is off")
     return tuple(by_type[name] for name in types)

@@ -100,6 +100,10 @@ class GGUFFile:
             weight = split_in_halves(weight, heads[projection])
         return torch.from_numpy(np.array(weight, copy=True))
 
+    def place(self, name: str) -> str:
+        """The path of the file that holds a tensor, for messages."""
+        return str(self.path)
+
     def tokenizer_json(self) -> dict[str, Any]:
         """A `tokenizer.json` (the `tokenizers` package's format) built from the metadata.
 

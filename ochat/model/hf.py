@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ochat import disk
 from ochat.errors import CheckpointError
+from ochat.model import checksums
 from ochat.model.config import ModelConfig
-from ochat.model.safetensor_files import TensorFiles, torch_dtype, write_shards
+from ochat.model.safetensor_files import TensorFiles, check_finite, torch_dtype, write_shards
 from ochat.model.transformer import Transformer
 
 NAMES_SHOWN = 5
@@ -39,13 +40,15 @@ def load(
     device: str | torch.device = "cpu",
     kernels: str = "reference",
 ) -> Transformer:
-    """The model of a Hugging Face folder, every tensor's name and shape checked before one is read.
+    """The model of a Hugging Face folder, every tensor's name and shape checked before one is read, and the files'
+    checksums where there are any.
 
     Raises: ConfigError for a config or a folder that cannot be used, CheckpointError naming file and tensor for wrong
     weights.
     """
     config, target = ModelConfig.load(directory), torch_dtype(dtype)
     files = read_tensors(directory, config)
+    checksums.compare(checksums.expected(Path(directory)))
     with torch.device("meta"):
         model = Transformer(config, ochat_kernels.load(kernels))
     model.to(target).to_empty(device=device)
@@ -91,8 +94,11 @@ def open_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
 
 
 def read_parameter(files: TensorFiles, config: ModelConfig, name: str) -> Tensor:
-    """One of our parameters, fused from its parts: a CPU tensor in the files' dtype, a map of the file if unfused."""
-    parts = [files.read(part.name) for part in hf_parts(config, name)]
+    """One of our parameters, fused from its parts: a CPU tensor in the files' dtype, a map of the file if unfused.
+
+    Raises: CheckpointError where a value is NaN or infinite.
+    """
+    parts = [check_finite(files.read(part.name), _where(files, part.name)) for part in hf_parts(config, name)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -101,7 +107,8 @@ def read_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """(offset from `start`, CPU tensor) of the pieces of our parameter's rows, each a map of its part's file.
 
-    Of a tied head that is stored too, the same rows are compared. Raises: CheckpointError where they differ.
+    Of a tied head that is stored too, the same rows are compared. Raises: CheckpointError where they differ, or a value
+    is NaN or infinite.
     """
     if name == "embed.weight":
         _check_tied_head(files, config, start, stop)
@@ -109,7 +116,8 @@ def read_rows(
     for part in hf_parts(config, name):
         low, high = max(start, first), min(stop, first + part.shape[0])
         if low < high:
-            yield low - start, files.read_rows(part.name, low - first, high - first)
+            rows = files.read_rows(part.name, low - first, high - first)
+            yield low - start, check_finite(rows, _where(files, part.name))
         first += part.shape[0]
 
 
@@ -231,11 +239,15 @@ def _fill_shards(
 
 
 def _check_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> None:
-    where, found, dtype = f"{files.place(name)}: {name}", files.shape(name), files.dtype(name)
+    where, found, dtype = _where(files, name), files.shape(name), files.dtype(name)
     if found != shape:
         raise CheckpointError(f"{where} has shape {found}, but config.json asks for {shape}")
     if dtype not in ("F32", "BF16", "F16"):
         raise CheckpointError(f"{where} is {dtype}; expected F32, BF16 or F16 (quantised weights are not read)")
+
+
+def _where(files: TensorFiles, name: str) -> str:
+    return f"{files.place(name)}: {name}"
 
 
 def _check_tied_head(files: TensorFiles, config: ModelConfig, start: int, stop: int) -> None:

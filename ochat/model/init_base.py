@@ -7,7 +7,7 @@ that the tokenizer had before. A token that is there keeps its id and its row.
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,13 +18,13 @@ import ochat_kernels
 import torch
 from rich.console import Console
 
-from ochat import disk
+from ochat import disk, json_file
 from ochat.data import tokenizer as tokenizers
 from ochat.errors import ConfigError
-from ochat.model import hf
+from ochat.model import checksums, hf
 from ochat.model.config import ModelConfig
 from ochat.model.gguf import GGUFFile
-from ochat.model.safetensor_files import TensorFiles
+from ochat.model.safetensor_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
 from ochat.partial_folder import partial_folder
 
@@ -62,7 +62,8 @@ class Source:
 def main(options: InitBaseOptions) -> None:
     """Write `options.out`, whole or not at all, and say what is in it.
 
-    Memory: one tensor at a time, apart from --random. Raises ConfigError for options, settings or a tokenizer that
+    Memory: one tensor at a time, apart from --random. SHA256SUMS of --hf is compared and one of the new folder written:
+    each reads the weights once more. Raises ConfigError for options, settings or a tokenizer that
     cannot be honoured, CheckpointError for damaged weights.
     """
     given = [name for name in ("gguf", "hf", "random") if getattr(options, name) is not None]
@@ -77,6 +78,7 @@ def main(options: InitBaseOptions) -> None:
         source = _with_vocabulary(source, tokens, options)
         hf.save(folder, source.config, source.parameters, source.config.dtype)
         _write_generation_config(folder, source.config)
+        checksums.write(folder)
         folder.rename(options.out)
     _report(options, source.config, tokens)
 
@@ -106,6 +108,7 @@ def grow(weight: torch.Tensor, rows: int, vocabulary: Vocabulary) -> torch.Tenso
 def _source(options: InitBaseOptions, gguf: GGUFFile | None) -> Source:
     if options.random is not None:
         config = ModelConfig.from_hf(_read_json(options.random), str(options.random))
+        _check_memory(config, options.random)
         model = Transformer(config, ochat_kernels.load("reference"))
         model.initialize(options.seed)
         return Source(config, model.named_parameters())
@@ -116,12 +119,20 @@ def _source(options: InitBaseOptions, gguf: GGUFFile | None) -> Source:
         assert options.hf is not None
         config = ModelConfig.load(options.hf)
         files = hf.read_tensors(options.hf, config)
+        checksums.compare(checksums.expected(options.hf))
     return Source(config, _parameters(files, config))
+
+
+def _check_memory(config: ModelConfig, path: Path) -> None:
+    has_gb, wants_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 4 * config.num_parameters() / 1e9
+    if wants_gb > has_gb:
+        raise ConfigError(f"{path}: its model takes {wants_gb:,.0f} GB in float32, this machine has {has_gb:,.0f}")
 
 
 def _parameters(files: GGUFFile | TensorFiles, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parts in hf.parameter_parts(config).items():
-        yield name, torch.cat([files.read(part.name) for part in parts])
+        read = [check_finite(files.read(part.name), f"{files.place(part.name)}: {part.name}") for part in parts]
+        yield name, torch.cat(read)
 
 
 def _with_vocabulary(source: Source, vocabulary: Vocabulary | None, options: InitBaseOptions) -> Source:
@@ -213,11 +224,6 @@ def _report(options: InitBaseOptions, config: ModelConfig, vocabulary: Vocabular
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return json_file.read_object(path, ConfigError, "fetch it again")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path}: expected a JSON object, not {type(record).__name__}")
-    return record

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ochat.model.fields import Fields
+from ochat.model.fields import Fields, shown
 
 DEFAULT_THETA = 10000.0
 SCALING_KEYS = {
@@ -86,14 +86,14 @@ def _from_table(record: Mapping[str, Any], key: str, where: str) -> RopeConfig:
     """One of the two tables; `rope_theta` may stand in it or beside it."""
     table, outer = record[key], Fields(record, where)
     if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
-        raise outer.fail(key, f" is {table!r}; expected one table of numbers for all layers")
+        raise outer.fail(key, f" is {shown(table)}; expected one table of numbers for all layers")
     fields = Fields(table, f"{where}: {key}")
     kind = _kind(fields)
     _refuse_partial_rotation(fields)
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALING_KEYS[kind]}
     for name in table.keys() - known:
         if table[name] is not None:
-            raise fields.fail(name, f" = {table[name]!r} is not implemented for rope type {kind!r}")
+            raise fields.fail(name, f" = {shown(table[name])} is not implemented for rope type {kind!r}")
     rope = RopeConfig(_theta(fields, outer), kind, **_scaling(fields, kind))
     if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise fields.fail("high_freq_factor", f" = {rope.high_freq_factor} must be larger than low_freq_factor")
@@ -106,7 +106,8 @@ def _scaling(fields: Fields, kind: str) -> dict[str, Any]:
 
 
 def _kind(fields: Fields) -> str:
-    names = {fields.record[key] for key in ("rope_type", "type") if fields.record.get(key) is not None}
+    given = [fields.record[key] for key in ("rope_type", "type") if fields.record.get(key) is not None]
+    names = {name if isinstance(name, str) else shown(name) for name in given}
     if len(names) > 1:
         raise fields.fail("rope_type", f" and type disagree: {sorted(map(str, names))}; keep the right one")
     kind = names.pop() if names else "default"
@@ -118,11 +119,11 @@ def _kind(fields: Fields) -> str:
 def _theta(fields: Fields, outer: Fields) -> float:
     inside, outside = fields.record.get("rope_theta"), outer.record.get("rope_theta")
     if inside is not None and outside is not None and inside != outside:
-        raise fields.fail("rope_theta", f" is {inside!r}, but the top level says {outside!r}; keep the right one")
+        raise fields.fail("rope_theta", f" is {shown(inside)}, the top level says {shown(outside)}; keep the right one")
     return (fields if inside is not None else outer).number("rope_theta", DEFAULT_THETA)
 
 
 def _refuse_partial_rotation(fields: Fields) -> None:
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         share = fields.record["partial_rotary_factor"]
-        raise fields.fail("partial_rotary_factor", f" is {share!r}: rotating a part of each head is not implemented")
+        raise fields.fail("partial_rotary_factor", f" is {shown(share)}: rotating a part of a head is not implemented")
