@@ -55,6 +55,7 @@ class DataConfig:
     path: str = ""  # a folder written by `ochat prepare`
     mix: dict[str, MixConfig] = field(default_factory=dict)  # several sets instead of path
     eval_path: str = ""  # a held-out folder of the same kind; empty: no evaluation
+    verify: bool = True  # compare every file with its checksum at the start, about 1 s a GB, shared by the processes
     token_budget: int = 8192  # tokens in a bin, that is in one micro-batch
     bins_per_step: int = 8  # bins in an optimizer step, over all ranks
     epochs: int = 1  # passes over the data

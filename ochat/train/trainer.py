@@ -25,7 +25,7 @@ from ochat.errors import ConfigError
 from ochat.model.attention import PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
-from ochat.train import checkpoint, determinism, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule
+from ochat.train import checkpoint, determinism, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule, verify
 from ochat.train.bad_steps import BadSteps
 from ochat.train.display import Display
 from ochat.train.export import export
@@ -62,6 +62,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.model_config = ModelConfig.load(config.base.path)
         self.pads = ranks.device.type == "cuda"  # constant shapes pay there; a CPU would compute the padding
+        verify.headers(config, self.model_config, self.run_dir)
+        verify.data(config, ranks, self.display.note)
         self.data = inputs.open_data(config)
         self.loader = inputs.open_loader(
             config, self.data, self.model_config, rank=ranks.rank, world=ranks.world, pad=self.pads
@@ -204,6 +206,7 @@ class Trainer:
     def _load(self) -> int:
         found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
         if found is None:
+            verify.base(Path(self.config.base.path), self.ranks, self.display.note)
             checkpoint.load_base(Path(self.config.base.path), self.model)
             return 0
         if not self.config.run.resume_anyway:
