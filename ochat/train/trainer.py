@@ -25,7 +25,19 @@ from ochat.errors import ConfigError
 from ochat.model.attention import PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
-from ochat.train import checkpoint, determinism, evaluate, inputs, metrics, optim, parallel, plan, run_folder, schedule, verify
+from ochat.train import (
+    checkpoint,
+    determinism,
+    evaluate,
+    inputs,
+    metrics,
+    optim,
+    parallel,
+    plan,
+    run_folder,
+    schedule,
+    verify,
+)
 from ochat.train.bad_steps import BadSteps
 from ochat.train.display import Display
 from ochat.train.export import export

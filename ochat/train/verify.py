@@ -1,7 +1,8 @@
 """What is read at the start of a run is what was written: data sets and base, file by file against their checksums.
 
     verify.data(config, ranks, print);  verify.base(Path("bases/llama"), ranks, print)
-A folder on a disk that all machines share is read once; of one that each machine has a copy of, each reads a part. Each file is read by one of the ranks, and all of them hear of what it finds.
+Each file is read by one of the ranks, and all of them hear of what it finds. Where every machine has a copy of its own,
+it reads only its ranks' share of it.
 """
 
 from __future__ import annotations
