@@ -117,6 +117,19 @@ class TrainConfig:
     peak_tflops: float = 0.0  # the peak that mfu is taken of; 0: the card's data sheet, or a product timed at start
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a block, by Hugging Face
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters over frozen weights instead of training every weight."""
+
+    rank: int = 0  # of each adapter, 16 is usual; 0: off, every weight is trained
+    alpha: float = 32.0  # an adapter adds alpha / rank times its product
+    targets: tuple[str, ...] = LINEARS  # linears that get one, by their Hugging Face names
+    tokens: Literal["template", "none"] = "template"  # train the template's tokens' rows of embedding and head too
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """`shard` ranks hold one copy of the model between them; `replicate` such groups work side by side.
@@ -178,6 +191,7 @@ class Config:
     weights: WeightsConfig = WeightsConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     samples: SamplesConfig = SamplesConfig()
@@ -213,7 +227,7 @@ _POSITIVE = "data.token_budget data.bins_per_step data.epochs weights.beta train
 _NOT_NEGATIVE = (
     "data.max_steps optim.weight_decay optim.clip train.eval_every train.peak_tflops train.max_bad_steps "
     "parallel.shard "
-    "checkpoint.every checkpoint.keep checkpoint.keep_every samples.max_new_tokens run.seed"
+    "checkpoint.every checkpoint.keep checkpoint.keep_every samples.max_new_tokens run.seed lora.rank"
 )
 _SHARES = "optim.warmup_ratio optim.min_lr_ratio"
 
@@ -237,6 +251,7 @@ def _check(config: Config) -> None:
         expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
     _check_mix(config.data)
     _check_memory(config)
+    _check_lora(config.lora)
     for name in ("base.path", "data.path", "run.dir"):
         section, key = name.split(".")
         is_needed = name != "data.path" or not config.data.mix
@@ -253,6 +268,13 @@ def _check_memory(config: Config) -> None:
     reduce, dtype = config.parallel.reduce, config.parallel.reduce_dtype
     is_exact = dtype == "float32" or reduce == "micro_batch"  # else micro-batches would be added up in bfloat16
     expect(is_exact, "parallel.reduce_dtype", dtype, '"float32" beside parallel.reduce = "step"')
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    expect(math.isfinite(lora.alpha) and lora.alpha > 0, "lora.alpha", lora.alpha, "a number above 0")
+    expect(bool(lora.targets), "lora.targets", lora.targets, "at least one linear; rank = 0 trains without adapters")
+    for name in lora.targets:
+        expect(name in LINEARS, "lora.targets", name, f"some of {', '.join(LINEARS)}")
 
 
 def _check_mix(data: DataConfig) -> None:

@@ -115,7 +115,7 @@ def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
     _check_shapes(manifest, model)
     optim.start_state(optimizer, manifest.step - manifest.skipped)
     shards = Shards(manifest)
-    for name, parameter in model.named_parameters():
+    for name, parameter in optim.trained(model).items():
         state = {moment: optimizer.state[parameter][moment] for moment in optim.MOMENTS}
         for stored, target in slices(name, parameter, state).items():
             _fill(target, shards.read(*stored, *parallel.rows(parameter)))
@@ -123,13 +123,13 @@ def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
 
 
 def load_base(folder: Path, model: Transformer) -> None:
-    """Fills the model's parameters from a Hugging Face folder; a sharded one reads the rows that this rank holds, and
-    of the rest the files' headers.
+    """Fills the model's parameters, adapters apart, from a Hugging Face folder; a sharded one reads the rows that
+    this rank holds, and of the rest the files' headers.
 
     Raises: as hf.open_tensors; CheckpointError for a stored head that differs from the embedding it should be.
     """
-    files = hf.open_tensors(folder, model.config)
-    for name, parameter in model.named_parameters():
+    files, known = hf.open_tensors(folder, model.config), hf.parameter_parts(model.config)
+    for name, parameter in ((name, p) for name, p in model.named_parameters() if name in known):
         _fill(optim.local(parameter), hf.read_rows(files, model.config, name, *parallel.rows(parameter)))
 
 
@@ -195,7 +195,7 @@ def _fill(target: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> None:
 
 
 def _check_shapes(manifest: Manifest, model: nn.Module) -> None:
-    here = {name: f"{dtype_name(parameter)} {list(parameter.shape)}" for name, parameter in model.named_parameters()}
+    here = {name: f"{dtype_name(tensor)} {list(tensor.shape)}" for name, tensor in optim.trained(model).items()}
     there = {name: f"{described['dtype']} {described['shape']}" for name, described in manifest.parameters.items()}
     for name in sorted(here.keys() | there.keys()):
         saved, wanted = (found.get(name, "missing") for found in (there, here))

@@ -2,7 +2,8 @@
 
     ochat export runs/a exported/a            the newest checkpoint of a run, or `runs/a/checkpoints/step_20`
 
-A checkpoint holds all that is needed; neither the base nor the data has to be there any more.
+A checkpoint holds all that is needed; neither the base nor the data has to be there any more. One of adapters needs its
+base, with which they are merged; `--adapter` writes them alone, for PEFT.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ochat import disk
 from ochat.errors import CheckpointError, ConfigError
-from ochat.model import hf
+from ochat.model import checksums, hf, peft
 from ochat.model.config import ModelConfig
 from ochat.partial_folder import partial_folder
-from ochat.train import checkpoint, serving
+from ochat.train import adapters, checkpoint, serving
 from ochat.train.manifest import MANIFEST, Manifest
 
 
@@ -30,36 +33,72 @@ class ExportOptions:
     source: Path  # a run folder (its newest checkpoint) or a checkpoint folder
     output: Path  # the folder to write
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the written weights
+    adapter: bool = False  # of a run with [lora]: write the adapter as PEFT's files instead of the merged model
+    base: str = ""  # of a run with [lora]: where its base lies now; empty: where the run had it
     overwrite: bool = False  # replace an exported folder that is already there
 
 
 def main(options: ExportOptions) -> None:
     """The command `ochat export`."""
-    step = export(options.source, options.output, dtype=options.dtype, overwrite=options.overwrite)
+    if options.adapter:
+        step = export_adapter(options.source, options.output, overwrite=options.overwrite)
+    else:
+        step = export(
+            options.source, options.output, dtype=options.dtype, overwrite=options.overwrite, base=options.base
+        )
     print(f"exported step {step} to {options.output}")
 
 
-def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bool = False) -> int:
+def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bool = False, base: str = "") -> int:
     """Writes `output` from a run folder or a checkpoint folder, without a GPU; returns its step.
 
-    Raises: CheckpointError where there is no checkpoint, or a damaged one (all files but the optimizer's are checked);
-    ConfigError where `output` is in the way. Costs: reads the weights twice; holds one file of the output, of at most 5
-    GB, and one tensor.
+    Adapters are merged into their base, read from `base` or from where the run had it. Raises: CheckpointError where
+    there is no checkpoint, a damaged one (all files but the optimizer's are checked) or another base; ConfigError where
+    `output` is in the way, or the base is gone. Costs: reads the weights twice, and what was written once, for
+    SHA256SUMS; holds one file of the output, of at most 5 GB, and one tensor.
     """
+    with _opened(source, output, overwrite) as (manifest, folder):
+        model = ModelConfig.load(manifest.folder)
+        if adapters.are_in(manifest):
+            (folder / peft.CONFIG).unlink()  # a loader would look for the adapter's weights
+            tensors = adapters.merged(manifest, model, base)
+        else:
+            tensors = checkpoint.iterate_parameters(manifest)
+        hf.save(folder, model, tensors, dtype)
+    return manifest.step
+
+
+def export_adapter(source: Path, output: Path, *, overwrite: bool = False) -> int:
+    """Writes a run's adapters into `output` as PEFT loads them; returns the step.
+
+    Raises: as export; ConfigError where the run has no adapters.
+    """
+    with _opened(source, output, overwrite) as (manifest, folder):
+        if not adapters.are_in(manifest):
+            raise ConfigError(
+                f"{manifest.folder}: has no adapter, all weights were trained; export it without --adapter"
+            )
+        settings, tensors = peft.Settings.read(manifest.folder), dict(checkpoint.iterate_parameters(manifest))
+        peft.save(folder, ModelConfig.load(manifest.folder), settings, tensors)
+    return manifest.step
+
+
+@contextmanager
+def _opened(source: Path, output: Path, overwrite: bool) -> Iterator[tuple[Manifest, Path]]:
+    """A checked checkpoint, and a folder with the serving files that becomes `output` when its weights are there."""
     manifest = find(source)
     _refuse_overwriting(output, overwrite)
     for name in manifest.files:
         if not name.startswith("optimizer-"):
             manifest.check_file(name)
     with partial_folder(output) as temporary:
-        model = ModelConfig.load(manifest.folder)
-        hf.save(temporary, model, checkpoint.iterate_parameters(manifest), dtype)
         serving.copy(manifest.folder, temporary)
         described = json.loads((manifest.folder / serving.OPENCHAT).read_text(encoding="utf-8"))
         disk.write_json(temporary / serving.OPENCHAT, described | {"step": manifest.step})
+        yield manifest, temporary
+        checksums.write(temporary)
         shutil.rmtree(output, ignore_errors=True)
         os.rename(temporary, output)
-    return manifest.step
 
 
 def find(source: Path) -> Manifest:

@@ -112,6 +112,7 @@ def choose_lr(config: Config, loader: Loader, model: ModelConfig) -> LearningRat
         supervised_tokens_per_step=loader.stats().supervised_per_step,
         model_type=model.model_type,
         vocab_size=model.vocab_size,
+        lora=config.lora.rank > 0,
     )
 
 

@@ -9,17 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from ochat_kernels import LossOutput
 from torch import Tensor
 
 from ochat.data.batch import PackedBatch
+from ochat.model.lora import TokenRows
 
 
-def head_loss(ops: ModuleType, batch: PackedBatch) -> Callable[[Tensor, Tensor], LossOutput]:
+def head_loss(
+    ops: ModuleType, batch: PackedBatch, tokens: TokenRows | None = None
+) -> Callable[[Tensor, Tensor], LossOutput]:
     """A head for `Transformer.forward`: (hidden (T, H), head weight (V, H)) -> LossOutput over the batch's live
-    rows."""
+    rows.
+
+    `tokens`: rows of the head that are trained while all others are frozen."""
 
     def head(hidden: Tensor, weight: Tensor) -> LossOutput:
-        return ops.linear_cross_entropy(hidden, weight, batch.labels, batch.loss_weights, rows=batch.rows)
+        out = ops.linear_cross_entropy(hidden, weight, batch.labels, batch.loss_weights, rows=batch.rows)
+        if tokens is None or not torch.is_grad_enabled():
+            return out
+        term = tokens.loss_term(hidden, weight, batch.labels, batch.loss_weights, batch.rows, out.nll)
+        return out._replace(loss_sum=out.loss_sum + term)
 
     return head

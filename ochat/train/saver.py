@@ -24,7 +24,7 @@ from ochat import disk
 from ochat.config import CheckpointConfig
 from ochat.errors import CheckpointError, OchatError
 from ochat.model.transformer import Transformer
-from ochat.train import checkpoint, parallel, serving, whole_folder
+from ochat.train import checkpoint, optim, parallel, serving, whole_folder
 from ochat.train.bad_steps import BadSteps
 from ochat.train.host_file import HostFile
 from ochat.train.line_file import LineFile
@@ -67,7 +67,7 @@ class Saver:
         self.optimizer, self.model_config, self.identity = optimizer, model.config, identity
         self.ranks, self.config, self.lines, self.say, self.warn = ranks, config, lines, say, warn
         self.bad_steps, self._skipped = bad_steps, 0
-        self.parameters = dict(model.named_parameters())  # sharded: a forward may put whole ones in their place
+        self.parameters = optim.trained(model)  # sharded: a forward may put whole ones in their place
         self.shard, self.num_shards, self.writes = ranks.shard
         self.rows = {name: parallel.rows(parameter) for name, parameter in self.parameters.items()}
         self.files: dict[str, HostFile] = {}  # by kind, laid out at the first save

@@ -14,6 +14,7 @@ BASE_LR = 3e-4  # at BASE_TOKENS supervised tokens a step, the public C-RLFT run
 BASE_TOKENS = 4e6
 LLAMA3_VOCAB = 128_000  # from here on a Llama is of the third generation
 MEANT_FOR = 20_000  # supervised tokens a step, a tenth of the published runs'; below, the rule leaves next to nothing
+LORA_FACTOR = 10.0  # of adapters over full training, at any rank: Schulman et al., "LoRA Without Regret", 2025
 FAMILY_DIVISORS = {"Mistral": 6.0, "Gemma": 5.5, "Llama 3": 5.3}
 
 
@@ -26,18 +27,18 @@ class LearningRate:
 
 
 def choose_lr(
-    setting: float | str, *, supervised_tokens_per_step: float, model_type: str, vocab_size: int
+    setting: float | str, *, supervised_tokens_per_step: float, model_type: str, vocab_size: int, lora: bool = False
 ) -> LearningRate:
     """`setting` itself if it is a number; for "auto" `3e-4 * sqrt(supervised tokens per step / 4e6) / family
-    divisor`."""
+    divisor`, ten times that for adapters."""
     if not isinstance(setting, str):
         return LearningRate(float(setting), f"lr {setting:.3g}: set in the configuration")
     family = _family(model_type, vocab_size)
     divisor = FAMILY_DIVISORS.get(family, 1.0)
-    value = BASE_LR * math.sqrt(supervised_tokens_per_step / BASE_TOKENS) / divisor
+    value = BASE_LR * math.sqrt(supervised_tokens_per_step / BASE_TOKENS) / divisor * (LORA_FACTOR if lora else 1)
     reason = (
         f"lr {value:.3g}: auto, {BASE_LR:g} x sqrt({supervised_tokens_per_step:,.0f} supervised tokens a step / "
-        f"{BASE_TOKENS:,.0f}) / {divisor:g} for {family}"
+        f"{BASE_TOKENS:,.0f}) / {divisor:g} for {family}{f', x {LORA_FACTOR:g} for adapters' * lora}"
     )
     if supervised_tokens_per_step < MEANT_FOR:
         reason += "; the rule is meant for steps of about 200,000: for small steps set optim.lr, 1e-5 to 3e-4 are usual"

@@ -38,6 +38,7 @@ from ochat.train import (
     schedule,
     verify,
 )
+from ochat.train.adapters import Adapters
 from ochat.train.bad_steps import BadSteps
 from ochat.train.display import Display
 from ochat.train.export import export
@@ -84,6 +85,8 @@ class Trainer:
         self.tokenizer = tokenizers.load(config.base.path)
         run_folder.check_data(self.data, self.eval_loader, self.tokenizer, self.model_config, config)
         self.identity = run_folder.identity(config, self.model_config, self.loader)
+        self.adapters = Adapters.of(config, self.model_config, self.template, self.tokenizer)
+        self.identity = run_folder.identity(config, self.model_config, self.loader) | self.adapters.identity()
         self.template = inputs.served_template(self.data)
         self.kernels = kernels_name(config, ranks.device)
         self.ops = ochat_kernels.load(self.kernels)
@@ -98,6 +101,7 @@ class Trainer:
         self.saver = self._open_saver()
         self.steps_done = self._load()
         if ranks.is_first:
+            self.adapters.describe(self.run_dir)
             run_folder.describe(self.run_dir, config, self.template, self.tokenizer, self.data.class_names)
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
@@ -137,7 +141,8 @@ class Trainer:
     def forward(self, batch: PackedBatch) -> LossOutput:
         """The LossOutput of one micro-batch on the device."""
         attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, self.backend, batch.lengths)
-        return self.model(batch.input_ids, batch.position_ids, attend, head=head_loss(self.ops, batch))
+        head = head_loss(self.ops, batch, self.model.head.tokens)
+        return self.model(batch.input_ids, batch.position_ids, attend, head=head)
 
     def after(self, step: int) -> None:
         """What is due after a step: the log lines, an evaluation, a checkpoint, the end after a signal."""
@@ -195,7 +200,7 @@ class Trainer:
         if not self.ranks.is_first:
             return
         facts = plan.describe(self.config, self.loader, self.model_config)
-        facts |= {
+        facts |= self.adapters.facts(self.model) | {
             "processes": f"{self.ranks.world} on {self.ranks.device.type}",
             "computation": f"{self.config.train.dtype}, kernels {self.kernels}, attention {self.backend}",
             "served as": self.template.default_condition or "(no condition)",
@@ -211,14 +216,17 @@ class Trainer:
         dtype = getattr(torch, self.config.train.dtype)
         with torch.device("meta"):
             model = Transformer(self.model_config, self.ops)
+        self.adapters.attach(model)
         model.compute_dtype = dtype
         parallel.wrap(model, self.ranks, self.config.train, self.config.parallel, dtype)
         return model.to_empty(device="cpu" if self.config.parallel.offload == "all" else self.ranks.device)
 
     def _load(self) -> int:
         found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
-        if found is None:
+        if found is None or self.adapters.are_on:
             verify.base(Path(self.config.base.path), self.ranks, self.display.note)
+        if found is None:
+            self.adapters.start(self.model)
             checkpoint.load_base(Path(self.config.base.path), self.model)
             return 0
         if not self.config.run.resume_anyway:
@@ -269,7 +277,7 @@ class Trainer:
         return Journal(
             self.lines["metrics.jsonl"],
             self.data.class_names,
-            flops=self.model_config.flops_per_step,
+            flops=self.adapters.flops_per_step,
             peak_flops=self.peak * self.ranks.world,
             device=self.ranks.device,
             write=self.ranks.is_first,

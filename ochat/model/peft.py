@@ -1,0 +1,125 @@
+"""Adapters as PEFT keeps them, and merged into their base: names, adapter_config.json, adapter_model.safetensors.
+
+    settings = Settings.read(folder);  save(out, model_config, settings, adapter)
+    hf.save(out, model_config, merged(base_files, model_config, settings, adapter), "bfloat16")
+`adapter` holds the tensors of `lora.attach` under our names. A merged weight is W + (alpha / r) B A in fp32, rounded
+once; any other weight is the base's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ochat import disk
+from ochat.errors import CheckpointError
+from ochat.model import hf, lora
+from ochat.model.config import ModelConfig
+from ochat.model.safetensor_files import TensorFiles, write_file
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model"
+EMBEDDINGS = {"embed": "model.embed_tokens", "head": "lm_head"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tensors of an adapter mean."""
+
+    base: str  # path of the folder that it was trained on
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]  # q_proj, ...
+    token_ids: tuple[int, ...]  # whose rows of embedding and head were trained
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """From the folder's adapter_config.json. Raises: CheckpointError."""
+        path = folder / CONFIG
+        try:
+            record = json.loads(path.read_bytes())
+            tokens = (record["trainable_token_indices"] or {}).get("embed_tokens", [])
+            return cls(
+                str(record["base_model_name_or_path"]), int(record["r"]), float(record["lora_alpha"]),
+                tuple(record["target_modules"]), tuple(tokens),
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not an adapter's configuration ({error!r}); take another one") from None
+
+    def write(self, folder: Path, config: ModelConfig) -> None:
+        """adapter_config.json into `folder`. Raises: OSError."""
+        disk.write_json(folder / CONFIG, self._record(config))
+
+    def _record(self, config: ModelConfig) -> dict[str, Any]:
+        modules = ["embed_tokens"] if config.tie_embeddings else ["embed_tokens", "lm_head"]
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "target_modules": list(self.targets),
+            "trainable_token_indices": dict.fromkeys(modules, list(self.token_ids)) if self.token_ids else None,
+            "inference_mode": True,
+        }
+
+
+def save(folder: Path, config: ModelConfig, settings: Settings, adapter: Mapping[str, Tensor]) -> None:
+    """What PeftModel.from_pretrained loads, in fp32: adapter_config.json and adapter_model.safetensors.
+
+    Raises: KeyError for a tensor that `adapter` lacks; OSError.
+    """
+    tensors = {}
+    for name, parts in lora.adapted_parts(config, settings.targets).items():
+        for part, _, a, b in _factors(parts, adapter, name, settings.rank):
+            tensors |= {f"{PREFIX}.{part}.lora_A.weight": a, f"{PREFIX}.{part}.lora_B.weight": b}
+    for ours, theirs in EMBEDDINGS.items() if settings.token_ids else ():
+        if ours == "embed" or not config.tie_embeddings:
+            rows = adapter[f"{ours}.tokens.weight"]
+            tensors[f"{PREFIX}.{theirs}.token_adapter.trainable_tokens_delta"] = rows  # the rows themselves
+    write_file(folder / WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    settings.write(folder, config)
+
+
+def merged(
+    files: TensorFiles, config: ModelConfig, settings: Settings, adapter: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """(our name, whole tensor) of every parameter of the model with its adapter, one at a time.
+
+    Raises: KeyError for a tensor that `adapter` lacks. Costs: 2 r FLOPs a weight; one parameter in fp32.
+    """
+    adapted = lora.adapted_parts(config, settings.targets)
+    for name in hf.parameter_parts(config):
+        whole, module = hf.read_parameter(files, config, name), name.removesuffix(".weight")
+        if module in adapted and module != name:  # not its bias
+            whole = whole.to(torch.float32, copy=True)
+            for _, rows, a, b in _factors(adapted[module], adapter, module, settings.rank):
+                whole[rows].addmm_(b.float(), a.float(), alpha=settings.alpha / settings.rank)
+        elif module in EMBEDDINGS and settings.token_ids:
+            rows = adapter[f"{module}.tokens.weight"].float()
+            whole = whole.float().index_copy(0, torch.tensor(settings.token_ids), rows)
+        yield name, whole
+
+
+def _factors(
+    parts: Sequence[lora.Part], adapter: Mapping[str, Tensor], name: str, rank: int
+) -> Iterator[tuple[str, slice, Tensor, Tensor]]:
+    """(Hugging Face's name, its rows in our weight, A (r, in), B (rows, r)) of a linear's adapted parts."""
+    a, b = adapter[f"{name}.lora.a"], adapter[f"{name}.lora.b"]
+    start = start_a = start_b = 0
+    for part in parts:
+        if part.is_adapted:
+            yield (
+                part.name, slice(start, start + part.rows),
+                a[start_a : start_a + rank], b[start_b : start_b + part.rows],
+            )  # fmt: skip
+            start_a, start_b = start_a + rank, start_b + part.rows
+        start += part.rows
