@@ -84,10 +84,9 @@ class Trainer:
         self.eval_loader = self._open_eval_loader()
         self.tokenizer = tokenizers.load(config.base.path)
         run_folder.check_data(self.data, self.eval_loader, self.tokenizer, self.model_config, config)
-        self.identity = run_folder.identity(config, self.model_config, self.loader)
+        self.template = inputs.served_template(self.data)
         self.adapters = Adapters.of(config, self.model_config, self.template, self.tokenizer)
         self.identity = run_folder.identity(config, self.model_config, self.loader) | self.adapters.identity()
-        self.template = inputs.served_template(self.data)
         self.kernels = kernels_name(config, ranks.device)
         self.ops = ochat_kernels.load(self.kernels)
         self.backend = attention_name(config, ranks.device)
@@ -101,8 +100,8 @@ class Trainer:
         self.saver = self._open_saver()
         self.steps_done = self._load()
         if ranks.is_first:
-            self.adapters.describe(self.run_dir)
             run_folder.describe(self.run_dir, config, self.template, self.tokenizer, self.data.class_names)
+            self.adapters.describe(self.run_dir)
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
         self.trackers = Trackers(config, self.run_dir, enabled=ranks.is_first)
@@ -216,8 +215,8 @@ class Trainer:
         dtype = getattr(torch, self.config.train.dtype)
         with torch.device("meta"):
             model = Transformer(self.model_config, self.ops)
-        self.adapters.attach(model)
         model.compute_dtype = dtype
+        self.adapters.attach(model)
         parallel.wrap(model, self.ranks, self.config.train, self.config.parallel, dtype)
         return model.to_empty(device="cpu" if self.config.parallel.offload == "all" else self.ranks.device)
 
@@ -225,9 +224,9 @@ class Trainer:
         found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
         if found is None or self.adapters.are_on:
             verify.base(Path(self.config.base.path), self.ranks, self.display.note)
+            checkpoint.load_base(Path(self.config.base.path), self.model)
         if found is None:
             self.adapters.start(self.model)
-            checkpoint.load_base(Path(self.config.base.path), self.model)
             return 0
         if not self.config.run.resume_anyway:
             checkpoint.check_identity(found, self.identity)
