@@ -144,10 +144,10 @@ class ParallelConfig:
 
     shard: int = 0  # 0: all ranks that replicate leaves
     replicate: int = 1  # groups side by side, each with a copy of the model
-    reshard: Literal["auto", "block", "step"] = "auto"  # let go of gathered weights after each; auto: block on CUDA
-    reduce: Literal["step", "micro_batch"] = "step"  # sum gradients over ranks after each
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of that sum; bfloat16 needs reduce = "micro_batch"
-    offload: Literal["none", "optimizer", "all"] | bool = "none"  # what waits in host memory
+    reshard: Literal["auto", "block", "step"] = "auto"  # weights stay gathered for a "block" or a "step"; auto: block on CUDA
+    reduce: Literal["step", "micro_batch"] = "step"  # when ranks sum gradients; until then each keeps whole ones
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of that sum; bfloat16 needs "micro_batch"
+    offload: Literal["none", "optimizer", "all"] | bool = "none"  # to the host: the "optimizer"'s moments, or "all"
 
     def __post_init__(self) -> None:
         if isinstance(self.offload, bool):

@@ -66,6 +66,9 @@ def test_classes_come_from_tables_and_options(toml):
         ("--optim.betas=[0.9, 1.0]", "optim.betas[1] = 1.0"),
         ("--optim.warmup_ratio=5", "a share"),
         ("--data.subsample.GPT3=2", "data.subsample.GPT3"),
+        ("--parallel.reduce_dtype=bfloat16", "parallel.reduce_dtype = 'bfloat16': expected \"float32\" beside"),
+        ("--parallel.offload=moments", "parallel.offload = 'moments'"),
+        ("--train.offload_activations=true", "train.offload_activations = True"),
         ("--classes.GPT4.reward=1 ", None),
         ("--classes.GPT4={}", "either reward or weight"),
         ("--base.path=", "base.path"),
@@ -88,6 +91,12 @@ def test_missing_and_broken_files_are_named(tmp_path):
     (tmp_path / "bad.toml").write_text("[run\n")
     with pytest.raises(ConfigError, match=r"bad\.toml"):
         configuration.load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(("old", "name"), [("true", "all"), ("false", "none"), ("optimizer", "optimizer")])
+def test_offload_has_names_and_still_reads_true_and_false(toml, old, name):
+    config = configuration.load(toml(), [f"--parallel.offload={old}"])
+    assert config.parallel.offload == name and f'offload = "{name}"' in configuration.dump(config)
 
 
 @given(st.text(), st.text(min_size=1), st.floats(0.001, 1), st.booleans())

@@ -1,5 +1,7 @@
 """The model equals transformers' on every family, and a document's logits know nothing of its neighbours."""
 
+import weakref
+
 import ochat_kernels
 import pytest
 import torch
@@ -81,6 +83,24 @@ def test_recompute_runs_each_block_twice(tmp_path):
     model.recompute = "block"
     model(input_ids, position_ids, counting).sum().backward()
     assert sorted(calls) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_inputs_of_blocks_that_wait_on_the_host_leave_the_device(tmp_path, offloads):
+    """And come back for the same gradients, bitwise. A copy is what counts, also where the host is the device."""
+    make("llama3", tmp_path)
+    model, ids = hf.load(tmp_path, dtype="float32"), random_ids(*LENGTHS)
+    model.recompute, inputs, gradients = "block", [], []
+    last = model.blocks[-1]
+    last.register_forward_pre_hook(lambda _, args: inputs.extend(weakref.ref(x.untyped_storage()) for x in args))
+    for model.offload_activations in (False, offloads):
+        inputs.clear()
+        out = model(*pack_ids(model, ids))
+        assert len(inputs) == 2 and all((held() is None) == model.offload_activations for held in inputs)
+        out.square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
 def test_an_unknown_recompute_is_refused(tmp_path):

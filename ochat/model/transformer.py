@@ -207,7 +207,7 @@ class Transformer(nn.Module):
         """
         if self.recompute == "none" or not torch.is_grad_enabled():
             return block(x, residual)
-        with save_on_cpu(pin_memory=x.is_cuda) if self.offload_activations else nullcontext():
+        with save_on_cpu(pin_memory=True) if self.offload_activations else nullcontext():
             return checkpoint(block, x, residual, use_reentrant=False)  # type: ignore[return-value]
 
     def _tie(self) -> None:
