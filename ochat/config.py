@@ -144,7 +144,7 @@ class ParallelConfig:
 
     shard: int = 0  # 0: all ranks that replicate leaves
     replicate: int = 1  # groups side by side, each with a copy of the model
-    reshard: Literal["auto", "block", "step"] = "auto"  # weights stay gathered for a "block" or a "step"; auto: block on CUDA
+    reshard: Literal["auto", "block", "step"] = "auto"  # weights stay gathered for each; auto: a block on CUDA
     reduce: Literal["step", "micro_batch"] = "step"  # when ranks sum gradients; until then each keeps whole ones
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of that sum; bfloat16 needs "micro_batch"
     offload: Literal["none", "optimizer", "all"] | bool = "none"  # to the host: the "optimizer"'s moments, or "all"
