@@ -75,7 +75,6 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.model_config = ModelConfig.load(config.base.path)
         self.pads = ranks.device.type == "cuda"  # constant shapes pay there; a CPU would compute the padding
-        verify.headers(config, self.model_config, self.run_dir)
         verify.data(config, ranks, self.display.note)
         self.data = inputs.open_data(config)
         self.loader = inputs.open_loader(
@@ -90,6 +89,7 @@ class Trainer:
         self.kernels = kernels_name(config, ranks.device)
         self.ops = ochat_kernels.load(self.kernels)
         self.backend = attention_name(config, ranks.device)
+        verify.headers(config, self.model_config, self.run_dir)
         self.model = self._build_model()
         offload = config.parallel.offload
         is_ours = self.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
