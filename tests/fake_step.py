@@ -7,17 +7,21 @@ The real model, the Triton operators (their fake kernels) and torch's varlen att
 from __future__ import annotations
 
 import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import ochat_kernels
 import torch
-from ochat_kernels import LossOutput
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ochat.config import LoraConfig
+from ochat.model import lora
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
+from ochat.train.loss import head_loss
 
 
 class Living(TorchDispatchMode):
@@ -50,21 +54,33 @@ class Living(TorchDispatchMode):
 class FakeStep:
     """Forward and backward of one process over micro-batches of `token_budget` tokens, two documents each."""
 
-    def __init__(self, config: ModelConfig, token_budget: int, recompute: str) -> None:
+    def __init__(
+        self, config: ModelConfig, token_budget: int, recompute: str, adapters: LoraConfig | None = None
+    ) -> None:
         self.mode, self.tokens = FakeTensorMode(), token_budget
         self.ops = ochat_kernels.load("triton")
         self.living = Living()
         with self.mode, self.living:
-            self.model = Transformer(config, self.ops)
+            self.model = self._build(config, adapters)
         self.model.compute_dtype, self.model.recompute = torch.bfloat16, recompute
+
+    def _build(self, config: ModelConfig, adapters: LoraConfig | None) -> Transformer:
+        if adapters is None:
+            return Transformer(config, self.ops)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = Transformer(config, self.ops)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        lora.attach(model, adapters, (5,))
+        return model
 
     def forward(self) -> torch.Tensor:
         """The loss of one micro-batch in which every token is supervised."""
         ids, cu_seqlens = torch.zeros(self.tokens, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
 
-        def head(hidden: torch.Tensor, weight: torch.Tensor) -> LossOutput:
-            return self.ops.linear_cross_entropy(hidden, weight, ids, torch.zeros(self.tokens), rows=ids)
-
+        batch: Any = SimpleNamespace(labels=ids, loss_weights=torch.zeros(self.tokens), rows=ids)
+        head = head_loss(self.ops, batch, self.model.head.tokens)
         attend = PackedAttention(cu_seqlens, self.tokens // 2, "varlen", [self.tokens // 2] * 2)
         return self.model(ids, ids, attend, head=head).loss_sum
 

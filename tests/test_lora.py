@@ -29,11 +29,11 @@ IDS = (5, 61)
 OPTIONS = ["--lora.rank=4", "--optim.lr=1e-2", "--checkpoint.every=5", "--checkpoint.keep=0"]
 
 
-def adapted(config: ModelConfig, settings: LoraConfig, ids=IDS, dtype=torch.float32) -> Transformer:
+def adapted(config: ModelConfig, settings: LoraConfig, ids=IDS) -> Transformer:
     """A model of random weights, every B included, so that all gradients are there."""
     with torch.device("meta"):
         model = Transformer(config, REFERENCE)
-    lora.attach(model, settings, ids, dtype)
+    lora.attach(model, settings, ids)
     model.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_the_merged_export_computes_what_the_run_did_and_keeps_what_it_did_not_t
     base, merged = hf.load(world.base, dtype="float32"), hf.load(tmp_path / "merged", dtype="float32")
     with torch.device("meta"):
         model = Transformer(base.config, REFERENCE)
-    lora.attach(model, LoraConfig(rank=4, targets=("q_proj", "v_proj", "down_proj")), (258,), torch.float32)
+    lora.attach(model, LoraConfig(rank=4, targets=("q_proj", "v_proj", "down_proj")), (258,))
     model.to_empty(device="cpu")
     model.load_state_dict(dict(base.named_parameters()) | weights(tmp_path / "run" / "checkpoints" / "step_5"))
     ids = [[256, 5, 258, 7], list(range(60))]

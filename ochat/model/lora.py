@@ -1,6 +1,6 @@
 """Low-rank adapters on frozen weights, and rows of the embedding and the head that are trained whole.
 
-    attach(model, config.lora, token_ids=(32000,), dtype=torch.bfloat16)      # on the meta device, before it is wrapped
+    attach(model, config.lora, token_ids=(32000,))      # a model in the dtype of the computation, before it is wrapped
 
 A linear becomes y = x W^T + b + (alpha / r) (x A^T) B^T, A (r, in), B (out, r), with its own A and B for each of the
 Hugging Face linears that ours fuses: just what PEFT trains. Letters: T packed tokens, r rank, P adapted parts of a
@@ -46,7 +46,10 @@ class Adapter(nn.Module):
         self.b = nn.Parameter(torch.empty(sum(rows), rank))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.addmm(y, F.linear(x, self.a.to(x.dtype)), self._diagonal(self.b.to(x.dtype) * self.scale).t())
+        b = self._diagonal(self.b.to(x.dtype) * self.scale)
+        return y.addmm_(
+            F.linear(x, self.a.to(x.dtype)), b.t()
+        )  # in place: a copy of y would cost more than the product
 
     def _diagonal(self, b: Tensor) -> Tensor:
         """(out, P r): rows of a part that has no adapter are zero."""
@@ -104,19 +107,19 @@ class TokenRows(nn.Module):
         return ((self.weight - self.weight.detach()) * gradient).sum()
 
 
-def attach(model: Transformer, config: LoraConfig, token_ids: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Freezes all of a model on the meta device in `dtype` and adds what is trained instead, in fp32.
+def attach(model: Transformer, config: LoraConfig, token_ids: tuple[int, ...]) -> None:
+    """Freezes all of a model and adds what is trained instead, in fp32 and without values.
 
     `token_ids`: whose rows of the embedding and the head are trained too; tied ones share them.
     """
-    model.to(dtype).requires_grad_(False)
+    model.requires_grad_(False)
     for name, parts in adapted_parts(model.config, config.targets).items():
         linear = model.get_submodule(name)
         assert isinstance(linear, Linear)
-        with torch.device("meta"):
+        with linear.weight.device:
             linear.lora = Adapter(linear.weight.shape[1], parts, config.rank, config.alpha / config.rank)
     if token_ids:
-        with torch.device("meta"):
+        with model.embed.weight.device:
             model.embed.tokens = TokenRows(token_ids, model.config.hidden_size)
             tied = model.config.tie_embeddings
             model.head.tokens = model.embed.tokens if tied else TokenRows(token_ids, model.config.hidden_size)

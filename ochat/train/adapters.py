@@ -51,9 +51,9 @@ class Adapters:
         return self.config.lora.rank > 0
 
     def attach(self, model: Transformer) -> None:
-        """Freezes the model, on the meta device, and adds what is trained."""
+        """Freezes the model, on the meta device, in the dtype of the computation, and adds what is trained."""
         if self.are_on:
-            lora.attach(model, self.config.lora, self.ids, getattr(torch, self.config.train.dtype))
+            lora.attach(model.to(getattr(torch, self.config.train.dtype)), self.config.lora, self.ids)
 
     @torch.no_grad()
     def start(self, model: Transformer) -> None:

@@ -11,8 +11,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from ochat.config import Config
+from ochat.model import lora
 from ochat.model.config import ModelConfig
-from ochat.train import memory, speed
+from ochat.train import memory, memory_lora, speed
 from ochat.train.cards import Card
 from ochat.train.memory import GIB, MemoryUse, Setting
 from ochat.train.speed import Cut, Speed, Workload
@@ -44,21 +45,22 @@ class Run:
             ranks,
             shard if shard * parallel.replicate == ranks else ranks,
             gpus_per_node,
+            adapters=lora.num_parameters(self.model, self.config.lora),
         )
 
     def memory(self, cut: Cut) -> MemoryUse:
         """Of the fullest GPU."""
         parallel = self.config.parallel
         supervised = round(cut.token_budget * self.workload.supervised_share)
-        return memory.predict(
-            self.model,
-            Setting(
-                cut.token_budget, supervised, cut.recompute, cut.ranks, cut.shard, cut.bins_per_step // cut.ranks,
-                offload=str(parallel.offload), reshard=parallel.reshard, reduce=parallel.reduce,
-                reduce_itemsize=2 if parallel.reduce_dtype == "bfloat16" else 4,
-                offload_activations=self.config.train.offload_activations,
-            ),
+        setting = Setting(
+            cut.token_budget, supervised, cut.recompute, cut.ranks, cut.shard, cut.bins_per_step // cut.ranks,
+            offload=str(parallel.offload), reshard=parallel.reshard, reduce=parallel.reduce,
+            reduce_itemsize=2 if parallel.reduce_dtype == "bfloat16" else 4,
+            offload_activations=self.config.train.offload_activations,
         )  # fmt: skip
+        if self.config.lora.rank:
+            return memory_lora.predict(self.model, setting, self.config.lora)
+        return memory.predict(self.model, setting)
 
     def bins_for(self, token_budget: int, ranks: int) -> int:
         """Bins of another budget that keep the step's tokens, in shares for all ranks."""

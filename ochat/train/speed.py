@@ -51,6 +51,15 @@ class Cut:
     shard: int = 1  # s
     gpus_per_node: int = 8  # G
     itemsize: int = 2
+    adapters: int = 0  # A parameters that are trained while all others are frozen; 0: all are trained
+
+    @property
+    def products_of_weight(self) -> int:
+        """Forward, the gradient of the input, and that of the weight where it has one."""
+        return 2 if self.adapters else 3
+
+    def trained(self, model: ModelConfig) -> int:
+        return self.adapters or model.num_parameters()
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
     and all wait for the rank with the fullest bin. FSDP gathers e P (s - 1) / s bytes before
     forward and backward of each micro-batch and reduces 4 P of gradients once a step, over NVLink inside a node, over
     G network cards between nodes; a share of OVERLAP of it hides. AdamW moves 28 P / s bytes, the norm 4 P / s.
+    With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
+    gradients and optimizer.
     """
     count = max(round(cut.bins_per_step / cut.ranks), 1)
     parts = _micro_batch(model, card, workload, cut, count)
@@ -110,9 +121,10 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
     parts["waiting"] = (workload.imbalance - 1) * device
     step = {name: count * seconds for name, seconds in parts.items()}
     step["communication"] += _exposed(_reduce_seconds(model, card, cut), busy)
-    step["optimizer"] = 32 * model.num_parameters() / cut.shard / card.copy_bandwidth
+    step["optimizer"] = 32 * cut.trained(model) / cut.shard / card.copy_bandwidth
     real = workload.fill * cut.token_budget * count * cut.ranks
     flops = model.flops_per_step(1, 0, 0) * real + model.flops_per_step(0, 0, 1) * real * workload.supervised_share
+    flops = flops * cut.products_of_weight / 3 + 6 * cut.adapters * real
     flops += workload.attention_per_token(model) * real
     return Speed(
         **step, tokens_per_step=real, flops_per_step=flops, peak_flops=card.peak_tflops * 1e12 * cut.ranks
@@ -124,14 +136,16 @@ def _micro_batch(model: ModelConfig, card: Card, workload: Workload, cut: Cut, c
     T, E, e = cut.token_budget, model.head_params(), cut.itemsize
     real, rate, bandwidth = workload.fill * T, card.matmul_tflops * 1e12, card.copy_bandwidth
     rows = real * workload.supervised_share
-    products = max(6 * model.matmul_params() * T / rate, 3 * e * model.matmul_params() / bandwidth)
+    times, weights = cut.products_of_weight, model.matmul_params()
+    products = max((2 * times * weights + 6 * cut.adapters) * T / rate, times * e * weights / bandwidth)
     attention = workload.attention_seconds(model, card) * real
-    head = 6 * rows * E / rate + (3 * e * rows * model.vocab_size + (12 + e) * E) / bandwidth
+    dw = 0 if cut.adapters else (12 + e) * E
+    head = 2 * times * rows * E / rate + (times * e * rows * model.vocab_size + dw) / bandwidth
     passes = T * model.num_layers * e * _moved_per_token(model) / bandwidth
     casts = _cast_bytes(model, cut, count) / bandwidth
     again = 0.0
     if cut.recompute == "block":
-        again = products / 3 + attention * 2 / 7 + passes * 0.4 + (casts / 3 if cut.ranks == 1 else 0)
+        again = products / times + attention * 2 / 7 + passes * 0.4 + (casts / 3 if cut.ranks == 1 else 0)
     return {"products": products, "attention": attention, "head": head, "moved": passes + casts, "again": again}
 
 
@@ -146,7 +160,9 @@ def _cast_bytes(model: ModelConfig, cut: Cut, count: int) -> float:
     """Of weights into the computation's dtype and of gradients back, added up over micro-batches; FSDP casts shards
     and adds up whole gradients."""
     P, e = model.num_parameters(), cut.itemsize
-    adds = 12 * P * (count - 1) / count
+    adds = 12 * cut.trained(model) * (count - 1) / count
+    if cut.adapters:
+        return adds + (4 * e * P if cut.ranks > 1 else 0)
     if cut.ranks == 1:
         return (2 * (4 + e) * P if e < 4 else 0) + adds
     return (4 + e) * P / cut.shard + 4 * e * P + adds
@@ -159,7 +175,7 @@ def _gather_seconds(model: ModelConfig, card: Card, cut: Cut) -> float:
 
 def _reduce_seconds(model: ModelConfig, card: Card, cut: Cut) -> float:
     """Of gradients: scattered over a group's ranks, then summed over the groups."""
-    P, groups = model.num_parameters(), cut.ranks // cut.shard
+    P, groups = cut.trained(model), cut.ranks // cut.shard
     scatter = 4 * P * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
     return scatter + 8 * P / cut.shard * (1 - 1 / groups) / _link(card, cut, cut.ranks)
 
