@@ -125,3 +125,20 @@ def unreduced_bytes(model: Transformer) -> int:
     """Gradients of whole parameters that FSDP adds up on this rank."""
     sums = [parameter.unsharded_accumulated_grad for group in groups_of(model) for parameter in group.fsdp_params]
     return sum(total.nbytes for total in sums if total is not None)
+
+
+def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_only):
+    def use(**changes):
+        setting = Setting(4096, 4096, "block", ranks=4, shard=4, micro_batches=2)
+        return memory.predict(LLAMA_8B, dataclasses.replace(setting, **changes))
+
+    P, plain = LLAMA_8B.num_parameters(), use()
+    assert (plain.masters, plain.moments, plain.gradients) == (P, 2 * P, 4 * P)
+    assert dataclasses.replace(use(offload="optimizer"), moments=2 * P) == plain
+    assert use(offload="all").masters == use(offload="all").moments == 0
+    assert use(reduce="micro_batch").gradients == P and use(reduce="micro_batch", offload="all").gradients == 0
+    assert use(reshard="step").weights == 2 * P
+    inputs = 2 * 2 * 4096 * LLAMA_8B.hidden_size  # of a block, in bf16
+    head = memory._head(LLAMA_8B, Setting(4096, 4096, "block"))
+    without = memory._head(LLAMA_8B, Setting(4096, 4096, "block", offload_activations=True))
+    assert head.activations - without.activations == inputs * LLAMA_8B.num_layers

@@ -77,13 +77,13 @@ def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processe
     lines = tiny.metrics(tmp_path / "run")
     assert len(lines) == len(alone)
     for ours, theirs in zip(lines, alone, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
         assert ours["supervised_tokens"] == theirs["supervised_tokens"] and ours["tokens"] == theirs["tokens"]
         assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
     held_out = [tiny.metrics(folder, "eval.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
     for ours, theirs in zip(*held_out, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["supervised_tokens"] == theirs["supervised_tokens"]
     answers = [tiny.metrics(folder, "samples.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
     assert answers[0] == answers[1]
