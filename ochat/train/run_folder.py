@@ -1,6 +1,6 @@
 """A run's folder: it is made, checked and described here, before the model is loaded.
 
-RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  bad_steps.jsonl  checkpoints/step_N/  latest  export/
+RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  bad_steps.jsonl  checkpoints/step_N/  latest  export/  .lock
 """
 
 from __future__ import annotations
@@ -8,6 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,32 +25,39 @@ from ochat.data.template import Template
 from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
-from ochat.train import checkpoint, serving
+from ochat.train import checkpoint, folder_lock, serving
 from ochat.train.bad_steps import Bins
+from ochat.train.folder_lock import FolderLock
 from ochat.train.parallel import Ranks
 
 CONFIG = "config.toml"
 BAD_STEPS = "bad_steps.jsonl"
+PROBE_BYTES = 1 << 16
 LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", BAD_STEPS)
 
 
-def open_folder(config: Config, ranks: Ranks) -> Path:
-    """The run folder, made where it is missing; ConfigError if it cannot be written or holds another run."""
-    folder = Path(config.run.dir)
-    if ranks.is_first:
-        _refuse_overwriting(folder, config)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".probe"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ConfigError(f"run.dir = {config.run.dir!r}: cannot be written: {error}") from None
-    return folder
+@contextmanager
+def claim(config: Config, ranks: Ranks, warn: Callable[[str], None]) -> Iterator[Config]:
+    """The configuration with run.dir as the first rank's working directory resolves it; the folder is made where it is
+    missing, and locked.
+
+    Raises: ConfigError where it cannot be written, another process works in it, it holds another run, or a rank sees
+    another folder there; on the other ranks a silent SystemExit, so that one voice says so.
+    """
+    with ExitStack() as held:
+        mine = _take(config, warn, held) if ranks.is_first else {}
+        first = ranks.exchange(mine)[0]
+        _agree(ranks, first.get("problem", ""))
+        folder = Path(first["folder"])
+        seen = folder_lock.is_seen(folder, first["token"]) if not ranks.is_first else True
+        there = ranks.exchange({"seen": seen, "host": socket.gethostname()})
+        _agree(ranks, next((_unseen(folder, r["host"], there[0]["host"]) for r in there if not r["seen"]), ""))
+        yield replace(config, run=replace(config.run, dir=str(folder)))
 
 
 def describe(folder: Path, config: Config, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
     """Writes the resolved configuration and the serving files; called once the run is known to go on."""
+    folder.mkdir(parents=True, exist_ok=True)
     disk.write_text(folder / CONFIG, configuration.dump(config))
     shutil.rmtree(folder / serving.FOLDER, ignore_errors=True)
     serving.write(folder / serving.FOLDER, template, tokenizer, classes)
@@ -93,10 +104,52 @@ def bins_of(loader: Loader, step: int) -> Bins:
     return [[loader.dataset.place(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
 
 
+def _take(config: Config, warn: Callable[[str], None], held: ExitStack) -> dict[str, str]:
+    """Makes, locks and tries the folder; what to tell the other ranks."""
+    try:
+        folder = Path(config.run.dir).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context(FolderLock(folder, warn))
+        _try_to_write(folder / ".probe")
+        _refuse_overwriting(folder, config)
+    except ConfigError as error:
+        return {"problem": f"run.dir = {config.run.dir!r}: {error}"}
+    except FileExistsError:
+        return {"problem": f"run.dir = {config.run.dir!r} is a file; name a folder"}
+    except (OSError, ValueError) as error:  # ValueError: no path has a zero byte
+        why = error.strerror if isinstance(error, OSError) else error
+        return {"problem": f"run.dir = {config.run.dir!r} cannot be written ({why}); name a folder that can"}
+    return {"folder": str(folder), "token": lock.token}
+
+
+def _try_to_write(probe: Path) -> None:
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+        disk.sync(probe)  # a quota may speak only now
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _agree(ranks: Ranks, problem: str) -> None:
+    """Ends all ranks for what the first one says."""
+    if problem and ranks.is_first:
+        raise ConfigError(problem)
+    if problem:
+        time.sleep(1)  # it speaks before a launcher sees this process end, and ends them all
+        raise SystemExit(ConfigError.exit_code)
+
+
+def _unseen(folder: Path, host: str, first_host: str) -> str:
+    return (
+        f"run.dir = {str(folder)!r} on {host} is not the folder that it is on {first_host}: all processes need one "
+        "folder, on a disk that their machines share"
+    )
+
+
 def _refuse_overwriting(folder: Path, config: Config) -> None:
     if config.run.resume == "never" and checkpoint.folders(folder):
         raise ConfigError(
-            f"run.dir = {config.run.dir!r} holds checkpoints of another run and run.resume is 'never': "
+            "holds checkpoints of another run and run.resume is 'never'; "
             "choose another --run.dir, or remove that folder"
         )
 

@@ -60,7 +60,8 @@ def train(config: Config) -> None:
     determinism.apply(config)
     ranks = parallel.start(config.train, config.parallel)
     try:
-        Trainer(config, ranks).run()
+        with run_folder.claim(config, ranks, Display(show=ranks.is_first).warn) as resolved:
+            Trainer(resolved, ranks).run()
     finally:
         parallel.stop()
 
@@ -69,9 +70,8 @@ class Trainer:
     """Everything of one run on this rank."""
 
     def __init__(self, config: Config, ranks: Ranks):
-        self.config, self.ranks = config, ranks
+        self.config, self.ranks, self.run_dir = config, ranks, Path(config.run.dir)
         self.display = Display(show=ranks.is_first)
-        self.run_dir = run_folder.open_folder(config, ranks)
         torch.manual_seed(config.run.seed)
         self.model_config = ModelConfig.load(config.base.path)
         self.pads = ranks.device.type == "cuda"  # constant shapes pay there; a CPU would compute the padding
