@@ -30,7 +30,7 @@ def read_object(path: Path, error: type[OchatError], advice: str) -> dict[str, A
         if b"\\ud" in content.lower():  # half of a surrogate pair: it can be neither printed nor written
             json.dumps(record, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: damaged or not JSON ({problem}); {advice}") from None
+        raise error(f"{path}: damaged, or not valid JSON ({problem}); {advice}") from None
     if not isinstance(record, dict):
         raise error(f"{path}: a JSON object is expected, not {type(record).__name__}; {advice}")
     if _is_deeper(record, MAX_DEPTH):

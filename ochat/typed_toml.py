@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import json
 import re
+import reprlib
 import tomllib
 import types
 import typing
@@ -21,14 +22,19 @@ from typing import Any, Literal
 
 from ochat.errors import ConfigError
 
+MAX_BYTES = 1 << 22  # a configuration has a few thousand
+
 
 def read(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises: ConfigError where it is missing or no TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        expect(len(content) <= MAX_BYTES, str(path), "a file", f"at most {MAX_BYTES:,} bytes of TOML")
+        return tomllib.loads(content.decode("utf-8").replace("\r\n", "\n"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no TOML; numbers of thousands of digits; deep nesting
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
 
 
@@ -39,7 +45,7 @@ class OptionText(str):
         """What it means for `kind`: a TOML value if it is one, else the text; for str, 2024 and true are texts too."""
         try:
             value = tomllib.loads(f"value = {self}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             return str(self)
         return value if isinstance(value, str) or kind is not str else str(self)
 
@@ -61,7 +67,7 @@ def _split_name(name: str) -> tuple[list[str], str]:
     """A dotted name as its sections and its key."""
     try:
         tree, path = tomllib.loads(f"{name} = 0"), []
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         *parents, key = name.split(".")
         return parents, key
     while isinstance(tree, dict):
@@ -89,6 +95,8 @@ def build(kind: Any, value: Any, where: str = "") -> Any:
     if origin is Literal:
         expect(value in args, where, value, "one of " + ", ".join(map(repr, args)))
         return value
+    if type(value) is int:
+        expect(abs(value) < 1 << 63, where, value, "a number of 64 bits")
     if kind is float and type(value) is int:
         return float(value)
     expect(type(value) is kind, where, value, _described(kind))
@@ -112,8 +120,7 @@ def _build_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
             return build(kind, value, where)
         except ConfigError:
             continue
-    wanted = " or ".join(_described(kind) for kind in args if kind is not type(None))
-    raise ConfigError(f"{where} = {value!r}: expected {wanted}")
+    expect(False, where, value, " or ".join(_described(kind) for kind in args if kind is not type(None)))
 
 
 def _described(kind: Any) -> str:
@@ -124,7 +131,9 @@ def _described(kind: Any) -> str:
 def expect(condition: bool, where: str, value: Any, expected: str) -> None:
     """Raises ConfigError "where = value: expected ..." unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{where} = {value!r}: expected {expected}")
+        shown = reprlib.Repr()
+        shown.maxstring = shown.maxother = shown.maxlong = shown.maxdict = 200
+        raise ConfigError(f"{where} = {shown.repr(value)}: expected {expected}")
 
 
 def _join(where: str, key: str) -> str:

@@ -96,9 +96,17 @@ class Encoder:
         try:
             conversation = importers.convert(record.value(), self.format, self.default_condition)
             _check_numbers(conversation)
+            self._check_condition(conversation.condition)
             return _LaidOut(conversation, self.template.parts(conversation, self.tokenizer))
         except DataError as error:
             return _reject(record, str(error))
+
+    def _check_condition(self, condition: str) -> None:
+        """A prefix's special tokens are live, and the condition stands in it. Raises DataError if it spells one."""
+        if condition and self.template.condition_roles != "none":
+            turns = self.tokenizer.split_at_specials(condition)
+            if len(turns) > 1:
+                raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
 
     def _texts(self, layouts: list[list[Part]]) -> dict[str, list[int]] | None:
         """text -> its ids, all in one call of the library and each text once; None if one of them cannot be encoded."""

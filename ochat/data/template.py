@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ochat import typed_toml
 from ochat.data.conversation import Conversation, Message, default_weight
 from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
@@ -165,10 +166,11 @@ def load(name_or_path: str | Path) -> Template:
     text = str(name_or_path)
     name = ALIASES.get(text, text)
     if name in names():
-        return _parse(_folder().joinpath(f"{name}.toml").read_text("utf-8"), name, f"template {name}")
+        data = tomllib.loads(_folder().joinpath(f"{name}.toml").read_text("utf-8"))
+        return Template.from_dict({"name": name} | data, f"template {name}")
     path = Path(text)
     if path.is_file():
-        return _parse(path.read_text("utf-8"), path.stem, str(path))
+        return Template.from_dict({"name": path.stem} | typed_toml.read(path), str(path))
     known = sorted([*names(), *ALIASES])
     close = difflib.get_close_matches(text, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -191,14 +193,6 @@ def with_conditions(template: Template, mode: ConditionsMode) -> Template:
 
 def _folder() -> Any:
     return resources.files("ochat.data") / "templates"
-
-
-def _parse(text: str, name: str, place: str) -> Template:
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{place}: not valid TOML ({error})") from None
-    return Template.from_dict({"name": name} | data, place)
 
 
 _TYPES: dict[str, type] = {

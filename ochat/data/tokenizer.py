@@ -22,7 +22,7 @@ import tiktoken
 import tokenizers
 
 from ochat.data import tokenizer_files
-from ochat.errors import ConfigError, DataError
+from ochat.errors import ConfigError, DataError, OchatError
 
 # Llama 3's pre-tokenizer, from its published tokenizer
 LLAMA3_PATTERN = (
@@ -38,10 +38,20 @@ def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
 
     A folder's own added tokens count. `added_tokens` that it lacks get the next free ids; those it has keep theirs and
     are special from then on. In a folder with several kinds, SentencePiece wins, then tiktoken.
-    Raises: ConfigError saying what was looked for.
+    Raises: ConfigError saying what was looked for, or that it is damaged.
     """
-    files = tokenizer_files.find(Path(path))
-    return _KINDS[files.kind].from_files(files, tuple(added_tokens))
+    try:
+        files = tokenizer_files.find(Path(path))
+        return _KINDS[files.kind].from_files(files, tuple(added_tokens))
+    except (OchatError, OSError):
+        raise
+    except BaseException as error:
+        # the libraries' errors have no class of their own, and a file of another shape breaks wherever it is read
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        raise ConfigError(
+            f"tokenizer {str(path)!r}: damaged, or of another schema ({error!r}); fetch it again"
+        ) from None
 
 
 class Tokenizer:
@@ -233,7 +243,7 @@ class TiktokenTokenizer(Tokenizer):
             return self._model.encode_ordinary(text)
         except BaseException as error:
             # tiktoken's regular expression overflows its stack at about a million blanks in a row, and panics
-            if type(error).__name__ != "PanicException":
+            if not _is_panic(error):
                 raise
             raise DataError("the text holds a run of about a million blanks, which tiktoken cannot encode") from None
 
@@ -289,6 +299,11 @@ class JsonTokenizer(Tokenizer):
         # the library's own spelling, without what never touches ids: the same before and after a re-export
         kept = {k: v for k, v in spec.items() if k not in ("post_processor", "decoder")}
         return json.dumps(kept, sort_keys=True).encode()
+
+
+def _is_panic(error: BaseException) -> bool:
+    """A failed assertion in a library written in Rust, which is no Exception and has no class to import."""
+    return type(error).__name__ == "PanicException"
 
 
 def _check_unicode(text: str) -> None:

@@ -16,12 +16,14 @@ from typing import Any
 
 import tokenizers
 
+from ochat import json_file
 from ochat.data import sentencepiece_model as spm
 from ochat.errors import ConfigError
 from ochat.model import hub
 
 KINDS = ("sentencepiece", "tiktoken", "json")  # in this order of preference where a folder holds several
 LLAMA3_RANKS = 128_000
+MOST_IDS = 1 << 24  # many times the largest published vocabulary
 LLAMA3_SPECIALS = {
     0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
     7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
@@ -85,6 +87,8 @@ def _main_file(folder: Path) -> tuple[Path, str]:
 
 
 def _kind_of(path: Path) -> str:
+    if path.stat().st_size > json_file.MAX_BYTES:
+        raise ConfigError(f"{path}: {_CANNOT} (it has more than {json_file.MAX_BYTES >> 20} MiB)")
     content = path.read_bytes()
     if content.startswith(b"version https://git-lfs"):
         raise ConfigError(f"{path}: a Git LFS pointer instead of the file; fetch it with `git lfs pull`")
@@ -102,9 +106,12 @@ def _kind_of(path: Path) -> str:
 
 
 def _folder_tokens(folder: Path) -> tuple[AddedToken, ...]:
-    """The added tokens of all the folder's files, each once. Raises: ConfigError where two files disagree."""
+    """The added tokens of all the folder's files, each once. Raises: ConfigError where two files disagree, or for an id
+    that no vocabulary has."""
     found: dict[str, AddedToken] = {}
     for token in _declared(folder):
+        if not 0 <= token.id < MOST_IDS:
+            raise ConfigError(f"{folder}: token {token.text!r} has the id {token.id}; at most {MOST_IDS:,} are in use")
         known = found.setdefault(token.text, token)
         if known.id != token.id:
             raise ConfigError(f"{folder}: token {token.text!r} has id {known.id} in one file and {token.id} in another")
@@ -134,13 +141,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object, {} if there is no such file. Raises: ConfigError."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a JSON object")
-    return value
+    return json_file.read_object(path, ConfigError, "fetch it again")
 
 
 def append_tokens(specials: dict[str, int], added_tokens: Sequence[str], next_id: int) -> dict[str, int]:

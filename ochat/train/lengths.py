@@ -91,7 +91,7 @@ def read(path: str | Path) -> NDArray:
         lengths = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Make one with: {HOW_TO_MAKE}") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # the library's reader of headers and archives raises what it meets
         raise DataError(f"{path}: not a NumPy .npy file ({error}). Make one with: {HOW_TO_MAKE}") from None
     if not isinstance(lengths, np.ndarray) or lengths.ndim != 1 or lengths.dtype not in (np.int32, np.int64):
         kind = f"{lengths.dtype} of shape {lengths.shape}" if isinstance(lengths, np.ndarray) else "an archive"
