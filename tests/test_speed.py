@@ -102,3 +102,21 @@ def test_model_flops_are_those_of_the_model():
     exact = MODELS["8B"].flops_per_step(tokens, int((lengths**2).sum()), tokens // 2)
     predicted = speed.predict(MODELS["8B"], H200, workload, Cut(tokens, 1))
     assert predicted.flops_per_step == pytest.approx(exact, rel=1e-2)
+
+
+def test_choices_of_sharding_cost_what_they_move():
+    """Between two nodes, where nothing hides behind so few tokens."""
+
+    def seconds(**changes):
+        cut = {"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256}
+        predicted = predict(**cut | changes)
+        return predicted.communication + predicted.optimizer + predicted.again
+
+    plain = seconds()
+    assert seconds(reshard="step") < 0.5 * plain < 1.5 * plain < seconds(reduce="micro_batch")
+    assert seconds(reduce="micro_batch", reduce_itemsize=2) < seconds(reduce="micro_batch")
+    bus = 16 * MODELS["8B"].num_parameters() / 16 / speed.HOST_BANDWIDTH
+    assert seconds(offload="optimizer") - plain == pytest.approx(bus)
+    inputs = 4 * 2 * 256 * 4096 * 32 / speed.HOST_BANDWIDTH  # there and back, two a block, bf16
+    kept = seconds(recompute="block", offload_activations=True) - seconds(recompute="block")
+    assert kept == pytest.approx(4 * inputs)  # of four micro-batches

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from ochat.config import Config
 from ochat.model import lora
@@ -46,21 +47,27 @@ class Run:
             shard if shard * parallel.replicate == ranks else ranks,
             gpus_per_node,
             adapters=lora.num_parameters(self.model, self.config.lora),
+            **self._choices(),
         )
 
     def memory(self, cut: Cut) -> MemoryUse:
         """Of the fullest GPU."""
-        parallel = self.config.parallel
         supervised = round(cut.token_budget * self.workload.supervised_share)
         setting = Setting(
             cut.token_budget, supervised, cut.recompute, cut.ranks, cut.shard, cut.bins_per_step // cut.ranks,
-            offload=str(parallel.offload), reshard=parallel.reshard, reduce=parallel.reduce,
-            reduce_itemsize=2 if parallel.reduce_dtype == "bfloat16" else 4,
-            offload_activations=self.config.train.offload_activations,
+            **self._choices(),
         )  # fmt: skip
         if self.config.lora.rank:
             return memory_lora.predict(self.model, setting, self.config.lora)
         return memory.predict(self.model, setting)
+
+    def _choices(self) -> dict[str, Any]:
+        """Those of sharding, under the names that memory and speed give them."""
+        parallel, bf16 = self.config.parallel, self.config.parallel.reduce_dtype == "bfloat16"
+        named = {"reshard": parallel.reshard, "reduce": parallel.reduce, "offload": parallel.offload}
+        return named | {
+            "reduce_itemsize": 2 if bf16 else 4, "offload_activations": self.config.train.offload_activations
+        }  # fmt: skip
 
     def bins_for(self, token_budget: int, ranks: int) -> int:
         """Bins of another budget that keep the step's tokens, in shares for all ranks."""

@@ -17,6 +17,7 @@ from ochat.train.cards import Card, attention_rate
 from ochat.train.lengths import LengthCounts
 
 OVERLAP = 0.9  # assumed: share of the communication that can hide behind computation
+HOST_BANDWIDTH = 25e9  # assumed: bytes/s to and from pinned host memory, of PCIe 4
 LAUNCHES_OF_BLOCK = 50  # counted: operators of a block, forward and backward
 LAUNCH_SECONDS = 10e-6  # assumed: what the host needs for one of them
 
@@ -52,6 +53,12 @@ class Cut:
     gpus_per_node: int = 8  # G
     itemsize: int = 2
     adapters: int = 0  # A parameters that are trained while all others are frozen; 0: all are trained
+
+    reshard: str = "block"  # as parallel.reshard, the next ones likewise
+    reduce: str = "step"
+    reduce_itemsize: int = 4
+    offload: str = "none"
+    offload_activations: bool = False
 
     @property
     def products_of_weight(self) -> int:
@@ -105,9 +112,11 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
       head       6 R E FLOPs, 3 e R V bytes, dW and its scaling (12 + e) E
       moved      a token and block e (16H + (6N + 8K) D + 8F) bytes; casts e + 4 a weight and direction, 12 to add up
       again      under recompute = "block" the blocks' forward: a third of the products, 2/7 of attention, moved
-    and all wait for the rank with the fullest bin. FSDP gathers e P (s - 1) / s bytes before
-    forward and backward of each micro-batch and reduces 4 P of gradients once a step, over NVLink inside a node, over
-    G network cards between nodes; a share of OVERLAP of it hides. AdamW moves 28 P / s bytes, the norm 4 P / s.
+    and all wait for the rank with the fullest bin. Of each e P bytes FSDP gathers (s - 1) / s: the blocks' before
+    forward and backward of each micro-batch, the embedding's before each forward, the head's once a step (reshard =
+    "step": all once). It reduces 4 P of gradients once a step (reduce = "micro_batch": in each). Both over NVLink
+    inside a node, over G network cards between nodes; a share of OVERLAP hides. AdamW moves 28 P / s bytes, the norm
+    4 P / s; moments on the host cross the bus, 16 P / s, and so do the inputs of blocks, 4 e T H L.
     With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
     gradients and optimizer.
     """
@@ -117,11 +126,12 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
     host = model.num_layers * LAUNCHES_OF_BLOCK * LAUNCH_SECONDS * (4 / 3 if cut.recompute == "block" else 1)
     parts["launches"] = max(host - device, 0.0)
     busy = device + parts["launches"]
-    parts["communication"] = _exposed(_gather_seconds(model, card, cut), busy)
+    reduces = 1 if cut.reduce == "step" else count
+    parts["communication"] = _exposed(_gather_seconds(model, card, cut, count), busy)
     parts["waiting"] = (workload.imbalance - 1) * device
     step = {name: count * seconds for name, seconds in parts.items()}
-    step["communication"] += _exposed(_reduce_seconds(model, card, cut), busy)
-    step["optimizer"] = 32 * cut.trained(model) / cut.shard / card.copy_bandwidth
+    step["communication"] += reduces * _exposed(_reduce_seconds(model, card, cut), busy)
+    step["optimizer"] = cut.trained(model) / cut.shard * (32 / card.copy_bandwidth + _moments_over_bus(cut))
     real = workload.fill * cut.token_budget * count * cut.ranks
     flops = model.flops_per_step(1, 0, 0) * real + model.flops_per_step(0, 0, 1) * real * workload.supervised_share
     flops = flops * cut.products_of_weight / 3 + 6 * cut.adapters * real
@@ -146,6 +156,8 @@ def _micro_batch(model: ModelConfig, card: Card, workload: Workload, cut: Cut, c
     again = 0.0
     if cut.recompute == "block":
         again = products / times + attention * 2 / 7 + passes * 0.4 + (casts / 3 if cut.ranks == 1 else 0)
+    if cut.offload_activations:
+        again += 4 * e * T * model.hidden_size * model.num_layers / HOST_BANDWIDTH
     return {"products": products, "attention": attention, "head": head, "moved": passes + casts, "again": again}
 
 
@@ -168,16 +180,24 @@ def _cast_bytes(model: ModelConfig, cut: Cut, count: int) -> float:
     return (4 + e) * P / cut.shard + 4 * e * P + adds
 
 
-def _gather_seconds(model: ModelConfig, card: Card, cut: Cut) -> float:
-    """Of all weights, before forward and again before backward."""
-    return 2 * cut.itemsize * model.num_parameters() * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
+def _moments_over_bus(cut: Cut) -> float:
+    """Seconds a parameter, there and back."""
+    return 16 / HOST_BANDWIDTH if cut.offload == "optimizer" else 0.0
+
+
+def _gather_seconds(model: ModelConfig, card: Card, cut: Cut, count: int) -> float:
+    """Of what a micro-batch gathers, where a step has `count` of them."""
+    P, E, is_tied = model.num_parameters(), model.head_params(), model.tie_embeddings
+    blocks = P - E * (1 if is_tied else 2)
+    gathered = P / count if cut.reshard == "step" else 2 * blocks + E / count + E * (not is_tied)
+    return cut.itemsize * gathered * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
 
 
 def _reduce_seconds(model: ModelConfig, card: Card, cut: Cut) -> float:
-    """Of gradients: scattered over a group's ranks, then summed over the groups."""
+    """Of gradients: scattered over a group's ranks, then summed over the groups (counted each time)."""
     P, groups = cut.trained(model), cut.ranks // cut.shard
-    scatter = 4 * P * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
-    return scatter + 8 * P / cut.shard * (1 - 1 / groups) / _link(card, cut, cut.ranks)
+    scatter = cut.reduce_itemsize * P * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
+    return scatter + 2 * cut.reduce_itemsize * P / cut.shard * (1 - 1 / groups) / _link(card, cut, cut.ranks)
 
 
 def _link(card: Card, cut: Cut, members: int) -> float:
