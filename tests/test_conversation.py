@@ -35,7 +35,6 @@ def test_defaults():
         {"items": [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]}
     )
     assert conversation == Conversation((Message("user", ""), Message("assistant", "a")), "", "", None)
-    assert [m.effective_weight for m in conversation.items] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

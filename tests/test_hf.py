@@ -67,16 +67,6 @@ def test_the_table_of_names_is_the_models(family):
         assert (sum(part.shape[0] for part in hf.hf_parts(model_config, name)), *parts[name][0].shape[1:]) == shape
 
 
-def test_splitting_undoes_fusing(tmp_path):
-    make("qwen3-mixed", tmp_path)
-    model_config = ModelConfig.load(tmp_path)
-    theirs = load_file(tmp_path / "model.safetensors")
-    ours = hf.from_hf_state(model_config, theirs)
-    assert torch.equal(ours["blocks.1.attn.qkv.weight"][:32], theirs[Q_PROJ])
-    back = hf.to_hf_state(model_config, ours.items())
-    assert back.keys() == theirs.keys() and all(torch.equal(back[name], theirs[name]) for name in theirs)
-
-
 @pytest.mark.parametrize("parts", [1, 3, 7])
 def test_rows_of_fused_parameters_come_from_their_parts_alone(parts, tmp_path, monkeypatch):
     """However many ranks share the rows: together they are the whole, and no byte is read twice."""

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -186,11 +187,12 @@ def test_processes_that_see_other_folders_are_told(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["base.path", "data.path", "data.eval_path"])
-def test_what_is_read_is_named_where_it_is_not_there(world, tmp_path, monkeypatch, name):
+def test_a_folder_to_read_that_is_none_is_named_whole(world, tmp_path, monkeypatch, name):
     (tmp_path / "file").write_text("{}")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    for given in ("missing", str(tmp_path / "missing"), "file", "empty"):
-        with pytest.raises(OchatError) as caught:
+    monkeypatch.setattr(Trainer, "_build_model", lambda _: pytest.fail("the model was built"))
+    for given in ("missing", "file", "empty"):
+        reason = "does not exist. A base model is a local folder" if name == "base.path" else "not a prepared data set ("
+        with pytest.raises(OchatError, match=re.escape(str(tmp_path / given)) + f".*{re.escape(reason)}"):
             tiny.train(world, tmp_path / "run", f"--{name}={given}")
-        print("SAYS", name, given, type(caught.value).__name__, caught.value)

@@ -40,11 +40,6 @@ class Message:
     content: str
     weight: float | None = None
 
-    @property
-    def effective_weight(self) -> float:
-        """The record's own weight, or the role's default."""
-        return default_weight(self.role) if self.weight is None else self.weight
-
 
 @dataclass(frozen=True)
 class Conversation:

@@ -140,8 +140,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest that is not what was written."""
     path = folder / MANIFEST
     if not path.is_file():
-        what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
-        raise DataError(f"{folder}: not a prepared data set ({what}): write one with ochat prepare")
+        there = "a file, not a folder" if folder.exists() else "no such folder"
+        what = f"no {MANIFEST} in it" if folder.is_dir() else there
+        raise DataError(f"{folder.absolute()}: not a prepared data set ({what}): write one with ochat prepare")
     manifest = json_file.read_object(path, DataError, "copy it again, or prepare the data again")
     if manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a data set (format is not {FORMAT!r})")

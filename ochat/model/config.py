@@ -55,7 +55,7 @@ class ModelConfig:
         try:
             record = json_file.read_object(path, ConfigError, "fetch it again")
         except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist. {hub.how_to_fetch(directory)}") from None
+            raise ConfigError(f"{path.absolute()} does not exist. {hub.how_to_fetch(directory)}") from None
         return cls.from_hf(record, str(path))
 
     @classmethod

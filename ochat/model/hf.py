@@ -161,17 +161,6 @@ def parameter_parts(config: ModelConfig) -> dict[str, tuple[HFTensor, ...]]:
     return parts
 
 
-def to_hf_state(config: ModelConfig, named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Split our (name, tensor) pairs into Hugging Face's; the results are views. Raises: CheckpointError."""
-    parts = parameter_parts(config)
-    return {name: tensor for ours, whole in named_tensors for name, tensor in _split(parts, ours, whole)}
-
-
-def from_hf_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fuse Hugging Face's tensors into our parameters. Raises: KeyError for a missing one."""
-    return {ours: torch.cat([state[part.name] for part in parts]) for ours, parts in parameter_parts(config).items()}
-
-
 def _block_parts(config: ModelConfig, layer: int) -> dict[str, tuple[HFTensor, ...]]:
     hidden, ffn, ours, theirs = config.hidden_size, config.intermediate_size, f"blocks.{layer}", f"model.layers.{layer}"
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

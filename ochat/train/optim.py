@@ -112,7 +112,7 @@ def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float,
     else:
         if clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        optimizer.found_inf = (~is_good).float()  # as torch.amp.GradScaler tells it
+        optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
         optimizer.step()
     optimizer.zero_grad()
     return norm
