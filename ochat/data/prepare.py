@@ -23,7 +23,7 @@ from ochat.data.encode import Encoder, OverLong
 from ochat.data.prepare_report import Bar, Counts, PrepareReport, add_counts, print_report
 from ochat.data.records import Record, RecordFile
 from ochat.data.rejects import Rejects
-from ochat.data.shards import ShardWriter
+from ochat.data.shards import ShardWriter, publish
 from ochat.data.weights import ROLES
 from ochat.data.workers import Batch, encode_all
 from ochat.errors import ConfigError, DataError
@@ -112,7 +112,8 @@ def run(options: PrepareOptions) -> PrepareReport:
         report = replace(reports[0], rejected=num_rejected, skipped=skipped, held_out=(*reports, None)[1])
         _check_kept(options, report, shard)
         for side, writer in enumerate(writers):
-            writer.finish(_manifest(options, encoder, shard, report if side == 0 else reports[side], side), ROLES)
+            writer.seal(_manifest(options, encoder, shard, report if side == 0 else reports[side], side), ROLES)
+        publish(writers)
     return report
 
 

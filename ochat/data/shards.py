@@ -76,7 +76,8 @@ def _numbers(names: list[str], known: dict[str, int], what: str) -> NDArray[np.u
 
 
 class ShardWriter:
-    """Collects columns and writes a shard whenever enough tokens have come together; `finish` writes the manifest.
+    """Collects columns and writes a shard whenever enough tokens have come together; `finish` writes the manifest and
+    gives the folder its name. Of several sets that belong together each is sealed, then all are published.
 
     Use as a context manager: leaving it by an exception or a SIGTERM removes everything written so far.
     """
@@ -109,6 +110,11 @@ class ShardWriter:
 
     def finish(self, manifest: dict[str, Any], roles: Sequence[str]) -> None:
         """Write what is left and the manifest, then give the folder its name."""
+        self.seal(manifest, roles)
+        publish([self])
+
+    def seal(self, manifest: dict[str, Any], roles: Sequence[str]) -> None:
+        """Write what is left and the manifest, last."""
         if self._num_tokens:
             self._write_shard()
         described = {"format": FORMAT, "version": VERSION, **manifest, "classes": list(self.class_ids)}
@@ -116,7 +122,6 @@ class ShardWriter:
         others = [_described(path) for path in sorted(self.folder.iterdir()) if path.name not in known]
         described |= {"roles": list(roles), "files": list(self.file_ids), "shards": self.shards, "others": others}
         write_manifest(self.folder / MANIFEST, described)
-        _replace(self.folder, self.output)
 
     def _write_shard(self) -> None:
         # a column's parts go before the next one is joined: memory holds the token ids twice, and nothing else
@@ -203,10 +208,16 @@ def _check_destination(output: Path, overwrite: bool) -> None:
         raise ConfigError(f"{output}: a data set is there already: give another --output, or --overwrite to replace it")
 
 
-def _replace(folder: Path, output: Path) -> None:
-    """Rename `folder` to `output`; a data set that was there goes last, so that one of the two is always whole."""
-    old = output.parent / f".{output.name}.replaced-{os.getpid()}"
-    if output.exists():
-        os.rename(output, old)
-    os.rename(folder, output)
-    shutil.rmtree(old, ignore_errors=True)
+def publish(writers: Sequence[ShardWriter]) -> None:
+    """Give finished sets that belong together their names, the first one last: where it is, all are, and of one run.
+
+    A first set that was there goes before anything else does, so that a kill on the way leaves none, never a mixture.
+    """
+    old = {writer.output: writer.output.parent / f".{writer.output.name}.replaced-{os.getpid()}" for writer in writers}
+    for output, aside in old.items():
+        if output.exists():
+            os.rename(output, aside)
+    for writer in reversed(writers):
+        os.rename(writer.folder, writer.output)
+    for aside in old.values():
+        shutil.rmtree(aside, ignore_errors=True)
