@@ -73,12 +73,24 @@ def test_no_smaller_budget_is_as_fast():
 
 
 def test_what_does_not_fit_gets_a_remedy_that_works():
-    alone = forecast.forecast(make_run(LLAMA_8B), CARDS["A100-80"], gpus=1, nodes=1)
+    small = dataclasses.replace(CARDS["A100-80"], memory_gib=40)
+    alone = forecast.forecast(make_run(LLAMA_8B), small, gpus=1, nodes=1)
     assert not alone.fits and alone.best is None and alone.largest_budget == 0
     run, enough = make_run(LLAMA_8B), int(alone.advice.split()[1])
     assert alone.advice.startswith("use ")
-    assert forecast.largest_budget(run, CARDS["A100-80"], run.cut(enough, 8)) >= 4000
-    assert forecast.largest_budget(run, CARDS["A100-80"], run.cut(enough // 2, 8)) < 4000
+    assert forecast.largest_budget(run, small, run.cut(enough, 8)) >= 4000
+    assert forecast.largest_budget(run, small, run.cut(enough // 2, 8)) < 4000
+
+
+@pytest.mark.parametrize(("gpus", "key", "value"), [(1, "offload", "optimizer"), (2, "reduce", "micro_batch")])
+def test_settings_that_make_room_come_before_more_cards(gpus, key, value):
+    """8B on one or two cards of 80 GB: the moments on the host, or gradients shared at once."""
+    found = forecast.forecast(make_run(LLAMA_8B), CARDS["A100-80"], gpus=gpus, nodes=1)
+    assert found.best is None
+    assert found.advice.startswith(f'set train.recompute = "block" and parallel.{key} = "{value}": then up to')
+    run = make_run(LLAMA_8B, "block", **{key: value})
+    budget = int(found.advice.split("up to ")[1].split()[0].replace(",", ""))
+    assert budget == forecast.largest_budget(run, CARDS["A100-80"], run.cut(gpus, gpus)) >= 4000
 
 
 def test_recompute_is_the_first_remedy_and_doing_without_it_the_first_gain():

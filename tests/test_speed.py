@@ -105,18 +105,17 @@ def test_model_flops_are_those_of_the_model():
 
 
 def test_choices_of_sharding_cost_what_they_move():
-    """Between two nodes, where nothing hides behind so few tokens."""
+    """Between two nodes, four micro-batches of so few tokens that little hides."""
 
-    def seconds(**changes):
-        cut = {"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256}
-        predicted = predict(**cut | changes)
-        return predicted.communication + predicted.optimizer + predicted.again
+    def parts(**changes):
+        return predict(**{"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256} | changes)
 
-    plain = seconds()
-    assert seconds(reshard="step") < 0.5 * plain < 1.5 * plain < seconds(reduce="micro_batch")
-    assert seconds(reduce="micro_batch", reduce_itemsize=2) < seconds(reduce="micro_batch")
+    plain = parts().communication
+    assert parts(reshard="step").communication < 0.5 * plain
+    each, halved = (parts(reduce="micro_batch", reduce_itemsize=size).communication for size in (4, 2))
+    assert 1.5 * plain < each and halved < each
     bus = 16 * MODELS["8B"].num_parameters() / 16 / speed.HOST_BANDWIDTH
-    assert seconds(offload="optimizer") - plain == pytest.approx(bus)
-    inputs = 4 * 2 * 256 * 4096 * 32 / speed.HOST_BANDWIDTH  # there and back, two a block, bf16
-    kept = seconds(recompute="block", offload_activations=True) - seconds(recompute="block")
-    assert kept == pytest.approx(4 * inputs)  # of four micro-batches
+    assert parts(offload="optimizer").optimizer - parts().optimizer == pytest.approx(bus)
+    inputs = 4 * 2 * 256 * 4096 * 32 / speed.HOST_BANDWIDTH  # two of each block, there and back, in bf16
+    offloaded, kept = (parts(recompute="block", offload_activations=choice).again for choice in (True, False))
+    assert offloaded - kept == pytest.approx(4 * inputs)

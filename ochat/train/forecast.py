@@ -24,6 +24,7 @@ MOST_TOKENS = 2**22  # no larger budget is tried
 NEARLY = 0.98  # of the best speed: a smaller budget is as good, and leaves room
 NOTABLE = 1.03  # a gain worth a line
 MOST_GPUS = 4096
+SAVINGS = (("train", "recompute", "block"), ("parallel", "reduce", "micro_batch"), ("parallel", "offload", "optimizer"))
 
 
 @dataclass(frozen=True)
@@ -173,13 +174,18 @@ def _without_recompute(run: Run, card: Card, cut: Cut) -> tuple[Cut, float] | No
 
 def _remedy(run: Run, card: Card, cut: Cut, largest: int) -> str:
     """What would make room where nothing fits."""
-    longest, train = run.workload.lengths.longest, run.config.train
+    longest = run.workload.lengths.longest
     if largest >= longest:
         return "a step of so few tokens leaves no budget that holds the longest sequence; raise data.bins_per_step"
-    if train.recompute == "none":
-        with_less = dataclasses.replace(cut, recompute="block")
-        if (budget := largest_budget(run, card, with_less)) >= longest:
-            return f'set train.recompute = "block": then up to {budget:,} tokens fit'
+    settings, tried = [], run
+    for section, key, value in SAVINGS[: 1 if run.config.lora.rank else None]:
+        changed = dataclasses.replace(getattr(tried.config, section), **{key: value})
+        if changed == getattr(tried.config, section) or (key == "reduce" and cut.ranks == 1):
+            continue
+        settings.append(f'{section}.{key} = "{value}"')
+        tried = dataclasses.replace(tried, config=dataclasses.replace(tried.config, **{section: changed}))
+        if (budget := largest_budget(tried, card, tried.cut(cut.ranks, cut.gpus_per_node))) >= longest:
+            return f"set {' and '.join(settings)}: then up to {budget:,} tokens fit"
     ranks = cut.ranks * 2
     while ranks <= MOST_GPUS:
         if largest_budget(run, card, run.cut(ranks, cut.gpus_per_node)) >= longest:
