@@ -1,5 +1,4 @@
-"""Whole state dictionaries in Hugging Face's names and in ours, for comparison with a peer; the product reads and writes
-part by part.
+"""Whole state dictionaries in Hugging Face's names and in ours, to compare with a peer; the product goes part by part.
 
     to_hf(config, ours) -> theirs;  from_hf(config, theirs) -> ours
 """

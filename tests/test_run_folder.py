@@ -192,7 +192,7 @@ def test_a_folder_to_read_that_is_none_is_named_whole(world, tmp_path, monkeypat
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Trainer, "_build_model", lambda _: pytest.fail("the model was built"))
+    reason = "does not exist. A base model is a local" if name == "base.path" else r"not a prepared data set \("
     for given in ("missing", "file", "empty"):
-        reason = "does not exist. A base model is a local folder" if name == "base.path" else "not a prepared data set ("
-        with pytest.raises(OchatError, match=re.escape(str(tmp_path / given)) + f".*{re.escape(reason)}"):
+        with pytest.raises(OchatError, match=f"{re.escape(str(tmp_path / given))}.*{reason}"):
             tiny.train(world, tmp_path / "run", f"--{name}={given}")
