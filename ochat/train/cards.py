@@ -59,6 +59,11 @@ H200 = replace(H100, name="H200", memory_gib=139.0, copy_bandwidth=4.3e12)  # th
 CARDS = {card.name: card for card in (A100, H100, H200)}
 
 
+def named(device: str) -> Card | None:
+    """The card, of any memory size, that a device's own name says it is."""
+    return next((card for card in CARDS.values() if card.name.split("-")[0] in device), None)
+
+
 def attention_rate(card: Card, lengths: NDArray) -> NDArray[np.float64]:
     """TFLOP/s in documents of these lengths: between the known ones by logarithms, beyond the longest as there."""
     logs = np.log(np.maximum(lengths, 1))

@@ -21,18 +21,26 @@ from ochat import config as configuration
 from ochat.config import Config
 from ochat.errors import ConfigError, OchatError
 
+PROFILE = "--profile"
+PURPOSE = f"""Trains from the newest checkpoint, or from the base.
+
+  {PROFILE}   instead records a few steps from the base, prints where their time goes beside the least it could take,
+              writes traces into RUN/profile, and ends; the run itself is left as it is"""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, trains, and exits with the documented code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print_help("torchrun --nproc-per-node N -m ochat.train", "Trains from the newest checkpoint, or from the base.")
+        print_help("torchrun --nproc-per-node N -m ochat.train", PURPOSE)
         sys.exit(0 if arguments else 2)
     try:
-        config = read_arguments(arguments)
-        from ochat.train.trainer import train  # torch takes seconds to import; a wrong option should not
-
-        train(config)
+        config = read_arguments([a for a in arguments if a != PROFILE])
+        if PROFILE in arguments:
+            from ochat.train.profile import profile as run
+        else:
+            from ochat.train.trainer import train as run  # torch takes seconds to import; a wrong option should not
+        run(config)
     except OchatError as error:
         rank = os.environ.get("RANK", "0")  # every rank speaks: an error may be one rank's alone
         where = "" if rank == "0" else f"rank {rank}: "

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ochat import disk
 from ochat.data.batch import PackedBatch
+from ochat.train import cards
 from ochat.train.bad_steps import BadSteps
-from ochat.train.cards import CARDS
 from ochat.train.line_file import LineFile
 
 _SUMS = ("loss", "weight", "correct", "tokens", "supervised", "padded", "square_lengths")
@@ -184,11 +184,9 @@ def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtyp
     if configured_tflops:
         return configured_tflops * 1e12, "configured"
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for card in CARDS.values():
-            family = card.name.split("-")[0]  # of any memory size
-            if family in name:
-                return card.peak_tflops * 1e12, f"data sheet of {family}, dense bf16"
+        card = cards.named(torch.cuda.get_device_name(device))
+        if card is not None:
+            return card.peak_tflops * 1e12, f"data sheet of {card.name.split('-')[0]}, dense bf16"
     return _measured_flops(device, dtype), "a matrix product timed at start"
 
 

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 
 from ochat.config import OptimConfig
 
@@ -92,6 +93,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@record_function("optimizer")  # its name in a trace
 def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float, loss: Tensor) -> Tensor:
     """One step at rate `lr` with the gradients scaled so that their joint 2-norm is at most `clip` (0: as they are);
     gradients are then gone. Returns the norm before, () fp32.

@@ -10,6 +10,7 @@ flush.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ from ochat.train.saver import Saver
 from ochat.train.trackers import Trackers
 
 
-def train(config: Config) -> None:
-    """Runs the configured training from its newest checkpoint (or the base model) to its last step.
+def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
+    """Runs the configured training from its newest checkpoint (or the base model) to its last step; or does something
+    else, `run`, with its trainer.
 
     Raises: ConfigError, DataError, CheckpointError before the first step for what a user can mend; NonFiniteError at
     a bad step too many; Interrupted after a signal, once the state is saved.
@@ -61,7 +63,7 @@ def train(config: Config) -> None:
     ranks = parallel.start(config.train, config.parallel)
     try:
         with run_folder.claim(config, ranks, Display(show=ranks.is_first).warn) as resolved:
-            Trainer(resolved, ranks).run()
+            (run or Trainer.run)(Trainer(resolved, ranks))
     finally:
         parallel.stop()
 
