@@ -1,6 +1,6 @@
 """Whole state dictionaries in Hugging Face's names and in ours, to compare with a peer; the product goes part by part.
 
-    to_hf(config, ours) -> theirs;  from_hf(config, theirs) -> ours
+to_hf(config, ours) -> theirs;  from_hf(config, theirs) -> ours
 """
 
 from __future__ import annotations

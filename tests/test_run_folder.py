@@ -67,7 +67,7 @@ def test_a_process_that_was_forked_off_does_not_hold_the_folder(tmp_path):
         "import os, sys, time\n"
         "from pathlib import Path\n"
         "from ochat.train.folder_lock import FolderLock\n"
-        "FolderLock(Path(sys.argv[1]), print).__enter__()\n"
+        "lock = FolderLock(Path(sys.argv[1]), print).__enter__()\n"
         "child = os.fork()\n"
         "print(child, flush=True) if child else time.sleep(60)\n"
     )
