@@ -148,6 +148,7 @@ class ParallelConfig:
     reduce: Literal["step", "micro_batch"] = "step"  # when ranks sum gradients; until then each keeps whole ones
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # of that sum; bfloat16 needs "micro_batch"
     offload: Literal["none", "optimizer", "all"] | bool = "none"  # to the host: the "optimizer"'s moments, or "all"
+    timeout_s: float = 600.0  # a step or evaluation that makes no progress for so long ends the run, with who is where
 
     def __post_init__(self) -> None:
         if isinstance(self.offload, bool):
@@ -223,7 +224,10 @@ def dump(config: Config) -> str:
     return "\n".join(blocks)
 
 
-_POSITIVE = "data.token_budget data.bins_per_step data.epochs weights.beta train.log_every parallel.replicate optim.eps"
+_POSITIVE = (
+    "data.token_budget data.bins_per_step data.epochs weights.beta train.log_every parallel.replicate optim.eps "
+    "parallel.timeout_s"
+)
 _NOT_NEGATIVE = (
     "data.max_steps optim.weight_decay optim.clip train.eval_every train.peak_tflops train.max_bad_steps "
     "parallel.shard "

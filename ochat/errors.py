@@ -5,6 +5,11 @@ traceback's job.
 path; every other exception is a fault of ours and keeps its traceback.
 """
 
+import os
+
+from rich.console import Console
+from rich.markup import escape
+
 
 class OchatError(Exception):
     """Base of every error that a user can cause and mend."""
@@ -34,3 +39,19 @@ class CheckpointError(OchatError):
 
 class NonFiniteError(OchatError):
     """A loss or gradient that is NaN or infinite; names the step and its bins."""
+
+
+class RanksError(OchatError):
+    """Another process of the run is gone or hangs, or all wait for each other; names it and the step. The same command
+    goes on from the newest checkpoint."""
+
+    exit_code = 3
+
+
+def complain(error: OchatError) -> None:
+    """Prints an error on stderr. Every rank speaks and says which it is: an error may be one rank's alone."""
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"rank {rank}: "
+    Console(stderr=True, highlight=False).print(
+        f"{where}[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
+    )

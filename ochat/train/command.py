@@ -1,14 +1,18 @@
 """The command line of training: a configuration file, options that override it, and an exit code.
 
-Exit codes: 0 done; 1 an error that its message explains; 128 + signal when a signal stopped the run and its state is
-saved.
+Exit codes of each process:
+    0             done
+    1             an error that its message explains; or a fault of ours, with a traceback
+    2             a command line that cannot be read
+    3             another process is gone or hangs; the same command goes on from the newest checkpoint
+    128 + signal  a signal stopped the run, and its state is saved: 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM
+torchrun prints its processes' codes and exits with 1 itself whatever they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +23,7 @@ from rich.table import Table
 
 from ochat import config as configuration
 from ochat.config import Config
-from ochat.errors import ConfigError, OchatError
+from ochat.errors import ConfigError, OchatError, complain
 
 PROFILE = "--profile"
 PURPOSE = f"""Trains from the newest checkpoint, or from the base.
@@ -42,11 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from ochat.train.trainer import train as run  # torch takes seconds to import; a wrong option should not
         run(config)
     except OchatError as error:
-        rank = os.environ.get("RANK", "0")  # every rank speaks: an error may be one rank's alone
-        where = "" if rank == "0" else f"rank {rank}: "
-        Console(stderr=True, highlight=False).print(
-            f"{where}[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
-        )
+        complain(error)
         sys.exit(getattr(error, "exit_code", 1))
 
 

@@ -18,14 +18,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # the groups of a mesh do not inherit it
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ochat.config import ParallelConfig, TrainConfig
 from ochat.errors import ConfigError
 from ochat.model.transformer import Transformer
+from ochat.train.meeting import meet
 
-DISK_TIMEOUT = timedelta(hours=2)  # the slowest rank's write of its part of a checkpoint
+DISK_TIMEOUT = timedelta(hours=2)  # the slowest rank's write of its part of a checkpoint; of the dead we hear sooner
+MARGIN_S = 60.0  # by which torch's own time-outs come after the watchdog's, which says more
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Ranks:
     world: int
     device: torch.device
     mesh: DeviceMesh | None  # (replicate, shard); None: one process, no wrapper
+    store: Any = None  # a torch.distributed Store (whose stubs lack clone) of this start's processes
     disk_group: Any = None  # a process group of all ranks over the host's network, with time for writes to a disk
 
     @property
@@ -55,6 +59,17 @@ class Ranks:
             return 0, 1, True
         return self.mesh.get_local_rank("shard"), self.mesh["shard"].size(), self.mesh.get_local_rank("replicate") == 0
 
+    @property
+    def layout(self) -> str:
+        """How the model lies on the ranks, in words."""
+        if self.mesh is None:
+            return "the whole model on one"
+        replicas, shards = self.mesh["replicate"].size(), self.mesh["shard"].size()
+        copies = f"{replicas} copies, each" if replicas > 1 else "one copy,"
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        hint = " (parallel.replicate = nodes would gather weights within a node)" if nodes > 1 == replicas else ""
+        return f"{copies} sharded over {shards} processes, on {nodes} node{'s' * (nodes > 1)}{hint}"
+
     def exchange(self, record: dict[str, Any]) -> list[dict[str, Any]]:
         """Every rank's JSON object, in the order of the ranks. Safe beside the main thread's collectives, in one thread
         at a time; torch's own exchange of objects would send pickles."""
@@ -71,7 +86,10 @@ class Ranks:
 
 
 def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
-    """Joins the process group that torchrun describes and picks the device; ConfigError if the counts do not fit."""
+    """Joins the process group that torchrun describes and picks the device.
+
+    Raises: ConfigError if the counts do not fit; RanksError if not all processes start.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = _device(train.device)
     shard = parallel.shard or world // parallel.replicate
@@ -82,9 +100,14 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
         )
     if world == 1:
         return Ranks(rank, world, device, None)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # would be a pickle; the watchdog writes JSON
+    store, timeout = meet(), timedelta(seconds=parallel.timeout_s + MARGIN_S)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     mesh = init_device_mesh(device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
-    return Ranks(rank, world, device, mesh, dist.new_group(backend="gloo", timeout=DISK_TIMEOUT))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
+    return Ranks(rank, world, device, mesh, store, dist.new_group(backend="gloo", timeout=DISK_TIMEOUT))
 
 
 def stop() -> None:

@@ -4,7 +4,8 @@
 
 Every rank writes its own shard into a temporary folder and tells the others how it went; where all succeeded, the first
 adds manifest, model configuration and tokenizer, syncs, renames the folder, moves RUN/latest and only then removes old
-checkpoints. Where one failed (a full disk), all know, the folder is gone, and training goes on to the next save.
+checkpoints. Where one failed (a full disk), all know, the folder is gone, and training goes on to the next save. A
+fault of ours is no full disk: it ends the run at the next look, with its traceback.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class Saver:
         self.files: dict[str, HostFile] = {}  # by kind, laid out at the first save
         self.newest: Path | None = None
         self._thread: threading.Thread | None = None
-        self._outcome: Outcome | None = None
+        self._outcome: Outcome | Exception | None = None  # of the thread
         self._failed: Outcome | None = None  # the last save, if it failed
         if ranks.is_first:
             whole_folder.sweep(self.root)
@@ -97,12 +98,17 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until the save in hand has ended; reports how."""
+        """Until the save in hand has ended; reports how.
+
+        Raises: what was no fault of a disk: a fault of ours, or of the network where another process is gone.
+        """
         if self._thread is None:
             return
         self._thread.join()
         self._thread, outcome = None, self._outcome
         assert outcome is not None
+        if isinstance(outcome, Exception):
+            raise outcome
         if outcome.problem:
             self._failed = outcome
             self.warn(
@@ -158,25 +164,29 @@ class Saver:
         return {}
 
     def _run(self, step: int, copied: dict[str, Any]) -> None:
-        """The thread: writes, agrees, publishes, agrees again. What goes wrong anywhere is every rank's outcome."""
-        started, temporary, trouble = time.monotonic(), self.root / f".step_{step}.tmp", ""
+        """The thread: its outcome, or what the main thread is to raise."""
         try:
-            written = self.ranks.exchange(copied or self._attempt(lambda: self._write_shard(temporary)))
-            problem, answer = _first_problem(written), {}
-            if self.ranks.is_first:
-                if not problem:
-                    answer = self._attempt(lambda: self._publish(step, temporary, written))
-                shutil.rmtree(temporary, ignore_errors=True)
-            answer = self.ranks.exchange(answer)[0]
-            problem, trouble = problem or answer.get("problem", ""), answer.get("trouble", "")
-        except Exception as error:  # another process is gone
-            problem = f"the processes could not agree: {error}"
-        self._outcome = Outcome(step, problem, trouble, time.monotonic() - started)
+            self._outcome = self._write(step, copied)
+        except Exception as error:
+            self._outcome = error
+
+    def _write(self, step: int, copied: dict[str, Any]) -> Outcome:
+        """Writes, agrees, publishes, agrees again. A disk that refuses anywhere is every rank's outcome."""
+        started, temporary = time.monotonic(), self.root / f".step_{step}.tmp"
+        written = self.ranks.exchange(copied or self._attempt(lambda: self._write_shard(temporary)))
+        problem, answer = _first_problem(written), {}
+        if self.ranks.is_first:
+            if not problem:
+                answer = self._attempt(lambda: self._publish(step, temporary, written))
+            shutil.rmtree(temporary, ignore_errors=True)
+        answer = self.ranks.exchange(answer)[0]
+        problem = problem or answer.get("problem", "")
+        return Outcome(step, problem, answer.get("trouble", ""), time.monotonic() - started)
 
     def _attempt(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         try:
             return work()
-        except Exception as error:  # whatever it is: the other ranks wait to hear of it
+        except (OSError, OchatError) as error:  # the other ranks wait to hear of it
             return {"problem": f"process {self.ranks.rank}: {type(error).__name__}: {error}"}
 
     def _write_shard(self, folder: Path) -> dict[str, Any]:

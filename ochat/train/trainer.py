@@ -50,6 +50,7 @@ from ochat.train.metrics import Journal, Tally
 from ochat.train.parallel import Ranks
 from ochat.train.saver import Saver
 from ochat.train.trackers import Trackers
+from ochat.train.watchdog import Watchdog
 
 
 def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
@@ -57,13 +58,17 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
     else, `run`, with its trainer.
 
     Raises: ConfigError, DataError, CheckpointError before the first step for what a user can mend; NonFiniteError at
-    a bad step too many; Interrupted after a signal, once the state is saved.
+    a bad step too many; Interrupted after a signal, once the state is saved. Where another process is gone or hangs,
+    this one ends as RanksError says.
     """
     determinism.apply(config)
     ranks = parallel.start(config.train, config.parallel)
     try:
-        with run_folder.claim(config, ranks, Display(show=ranks.is_first).warn) as resolved:
-            (run or Trainer.run)(Trainer(resolved, ranks))
+        with (
+            Watchdog(ranks, Path(config.run.dir), config.parallel.timeout_s) as watchdog,
+            run_folder.claim(config, ranks, Display(show=ranks.is_first).warn) as resolved,
+        ):
+            (run or Trainer.run)(Trainer(resolved, ranks, watchdog))
     finally:
         parallel.stop()
 
@@ -71,8 +76,9 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
 class Trainer:
     """Everything of one run on this rank."""
 
-    def __init__(self, config: Config, ranks: Ranks):
+    def __init__(self, config: Config, ranks: Ranks, watchdog: Watchdog | None = None):
         self.config, self.ranks, self.run_dir = config, ranks, Path(config.run.dir)
+        self.watchdog = watchdog or Watchdog(ranks, self.run_dir, config.parallel.timeout_s)  # not entered: idle
         self.display = Display(show=ranks.is_first)
         torch.manual_seed(config.run.seed)
         self.model_config = ModelConfig.load(config.base.path)
@@ -123,6 +129,7 @@ class Trainer:
 
     def step(self, step: int, batches: list[PackedBatch]) -> None:
         """One optimizer step (`step` counts from 0) over this rank's micro-batches of it."""
+        self.watchdog.at(f"step {step + 1}")
         weight = torch.tensor(sum(b.weight_sum for b in batches), dtype=torch.float64).to(self.ranks.device)
         weight = self.ranks.sum_tensor(weight).float().clamp_min(torch.finfo(torch.float32).tiny)
         tally = Tally(self.data.class_names, self.ranks.device)
@@ -159,6 +166,7 @@ class Trainer:
         if measure:
             self.evaluate()
         if save or stop:
+            self.watchdog.rest(f"saving step {done}")
             self.saver.save(done)
         if stop:
             self.saver.finish()
@@ -169,6 +177,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out loss per class and answers to the sample prompts, after the steps done so far."""
+        self.watchdog.at(f"the evaluation after step {self.steps_done}")
         stamp = {"step": self.steps_done}
         if self.eval_loader is not None:
             line = stamp | evaluate.held_out(self.forward, self.eval_loader, self.ranks)
@@ -188,6 +197,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Exports the trained model from its last checkpoint; every rank waits for it."""
+        self.watchdog.rest("the export")
         self.trackers.close()
         newest = self.saver.finish()
         if self.ranks.is_first:
@@ -202,7 +212,7 @@ class Trainer:
             return
         facts = plan.describe(self.config, self.loader, self.model_config)
         facts |= self.adapters.facts(self.model) | {
-            "processes": f"{self.ranks.world} on {self.ranks.device.type}",
+            "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
             "computation": f"{self.config.train.dtype}, kernels {self.kernels}, attention {self.backend}",
             "served as": self.template.default_condition or "(no condition)",
             "mfu is of": f"{self.peak / 1e12:.4g} TFLOP/s a process, {self.peak_source}",
@@ -219,6 +229,7 @@ class Trainer:
             model = Transformer(self.model_config, self.ops)
         model.compute_dtype = dtype
         self.adapters.attach(model)
+        model.register_forward_pre_hook(lambda *_: self.watchdog.progress())
         parallel.wrap(model, self.ranks, self.config.train, self.config.parallel, dtype)
         return model.to_empty(device="cpu" if self.config.parallel.offload == "all" else self.ranks.device)
 
