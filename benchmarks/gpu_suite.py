@@ -1,4 +1,4 @@
-"""Everything that needs a card, in one command of less than nine minutes: tests, then times, then pictures.
+"""Everything that needs a card, in one command of less than nine minutes: tests, times of kernels and steps, pictures.
 
     PYTHONPATH=.:kernels python -m benchmarks.gpu_suite --out DIR       # dry run: --device cpu --quick
 It goes on when something fails and says so at the end (exit status 1); it fetches nothing.
@@ -21,7 +21,8 @@ from benchmarks import plots, report
 ROOT = Path(__file__).parent.parent
 SECONDS = 520.0
 TEST_SHARE = 0.25  # of the time, at most, for each of the two runs of tests
-PEERS_SHARE = 0.55  # of what is left when the peers begin: other shapes come after them
+OUR_STEP_SHARE = 0.65  # of what is left after our kernels: the step of 8B and of 1B is what one wants to know
+PEERS_SHARE, PEER_STEPS_SHARE = 0.4, 0.7  # of what is left when each begins: other shapes come after them
 LAST_SECONDS = 8.0  # for tables and pictures
 GRACE_SECONDS = 45.0  # a group that has begun is measured to its end
 PROCESSES = 8  # of tests that are mostly Triton compiling
@@ -47,12 +48,15 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
     elif find_spec("xdist"):
         laws += ["-n", str(PROCESSES)]
     yield Step("laws of the kernels", laws, log, TEST_SHARE)
-    for phase, share in (("ours", 1.0), ("peers", PEERS_SHARE), ("rest", 1.0)):
-        yield Step(f"times: {phase}", _ops_command(options, phase), None, share)
+    yield Step("times: ours", _command(options, "ops", "ours"), None, 1.0)
+    yield Step("step: ours", _command(options, "train_step", "ours"), None, OUR_STEP_SHARE)
+    yield Step("times: peers", _command(options, "ops", "peers"), None, PEERS_SHARE)
+    yield Step("step: peers", _command(options, "train_step", "peers"), None, PEER_STEPS_SHARE)
+    yield Step("times: rest", _command(options, "ops", "rest"), None, 1.0)
 
 
-def _ops_command(options: argparse.Namespace, phase: str) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.ops", "--out", str(options.out), "--phase", phase]
+def _command(options: argparse.Namespace, program: str, phase: str) -> list[str]:
+    command = [sys.executable, "-m", f"benchmarks.{program}", "--out", str(options.out), "--phase", phase]
     command += ["--device", options.device]
     command += ["--quick"] if options.quick else []
     return command + (["--commit", options.commit] if options.commit else [])
@@ -92,6 +96,10 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 def finish(out: Path) -> None:
     """Tables and pictures from what was measured."""
+    if (out / "train_step.csv").exists():
+        with (out / "steps.txt").open("w", encoding="utf-8") as file:
+            report.write_steps(report.read(out / "train_step.csv"), file)
+        print((out / "steps.txt").read_text("utf-8"))
     if not (out / "ops.csv").exists():
         print("no times were measured")
         return
@@ -106,7 +114,7 @@ def finish(out: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="benchmarks.gpu_suite", description="tests, times and pictures of the kernels"
+        prog="benchmarks.gpu_suite", description="tests, times and pictures of the kernels and of the whole step"
     )
     parser.add_argument("--out", type=Path, required=True, help="a new folder: ops.csv, report.txt, plots.tar.gz, ...")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -121,7 +129,8 @@ def main() -> int:
     outcomes = {step.name: run(step, end - time.monotonic(), environment) for step in steps(options)}
     finish(options.out)
     print("", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
-    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv and commit it")
+    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv, train_step.csv likewise to")
+    print("train_step-DEVICE-DATE.csv, and commit them")
     return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
 
 

@@ -117,17 +117,29 @@ def long_lengths(rng: np.random.Generator, tokens: int) -> np.ndarray:
     return np.clip(rng.lognormal(np.log(2000), 0.9, tokens // 1450), 100, 2048).astype(np.int64)
 
 
-def write(folder: Path, lengths: np.ndarray, rng: np.random.Generator) -> None:
-    """A data set of random ids: bos, then prefix and text of the user and of the assistant in turn, 150 tokens each."""
+def write(
+    folder: Path,
+    lengths: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    vocab_size: int = 32_002,
+    fingerprint: str = "",
+    pair: int = 300,
+    supervised: float = 0.49,
+) -> None:
+    """A data set of random ids: bos, then prefix and text of the user and of the assistant in turn, `pair` tokens
+    together, of which the assistant's text is the share `supervised`. `fingerprint`: the tokenizer's."""
     columns = shards.Columns()
+    answer = min(round(pair * supervised), pair - 6)
+    texts = (("user", pair - 6 - answer), ("assistant", answer))
     for i, length in enumerate(lengths.tolist()):
         ends, roles, begin = [1], [ROLES.index("bos")], 1
-        for turn in range(2 * (1 + length // 300)):
-            for role, size in (("prefix", 3), (("user", "assistant")[turn % 2], 147)):
+        for turn in range(2 * (1 + length // pair)):
+            for role, size in (("prefix", 3), texts[turn % 2]):
                 ends.append(begin := min(begin + size, length))
                 roles.append(ROLES.index(role))
         ends[-1] = length
-        columns.input_ids.append(rng.integers(0, 32_000, length).astype(np.uint32))
+        columns.input_ids.append(rng.integers(0, vocab_size - 2, length).astype(np.uint32))
         columns.span_ends.append(ends)
         columns.span_roles.append(roles)
         columns.span_weights.append([np.nan] * len(ends))
@@ -135,8 +147,12 @@ def write(folder: Path, lengths: np.ndarray, rng: np.random.Generator) -> None:
         columns.rewards.append(np.nan)
         columns.lines.append(i + 1)
         columns.files.append("synthetic")
-    manifest = {"template": template.load("openchat_v3.2").to_dict(), "tokenizer": {"fingerprint": ""}, "context": 4096}
-    with shards.ShardWriter(folder, 32_002) as writer:
+    manifest = {
+        "template": template.load("openchat_v3.2").to_dict(),
+        "tokenizer": {"fingerprint": fingerprint},
+        "context": int(lengths.max()),
+    }
+    with shards.ShardWriter(folder, vocab_size) as writer:
         writer.add(columns)
         writer.finish(manifest, ROLES)
 

@@ -1,4 +1,4 @@
-"""A picture per operator, drawn from an ops.csv alone.
+"""A picture per operator, drawn from an ops.csv alone; one of a step's scaling, from a train_step_scaling.csv.
 
 python -m benchmarks.plots DIR/ops.csv PICTURES     # or PICTURES.tar.gz for one archive of them
 """
@@ -28,10 +28,21 @@ COLOURS = {
 }
 
 
+AXES = {
+    "T": "tokens of a step",
+    "length": "tokens of a document",
+    "supervised": "supervised share",
+    "processes": "processes",
+}
+
+
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """PNG files, one for each operator that has a measurement; ImportError without matplotlib."""
+    """PNG files, one for each operator that has a measurement, or the one of scaling; ImportError without
+    matplotlib."""
     pyplot = _pyplot()
     folder.mkdir(parents=True, exist_ok=True)
+    if rows and "axis" in rows[0]:
+        return [_scaling(pyplot, rows, folder / "train_step_scaling.png")]
     drawn = []
     for operator in OPERATORS:
         measured = [row for row in rows if row["operator"] == operator and row["median_ms"]]
@@ -100,6 +111,33 @@ def _panel(panel: Any, which: str, rows: list[Row], cases: list[str]) -> None:
     panel.set_xlabel("% of the speed of the floor, by the ceilings measured in the same run")
     panel.set_title(which, fontsize=10)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _scaling(pyplot: Any, rows: list[Row], path: Path) -> Path:
+    """A panel an axis: the step's time with its spread, beside what FLOPs alone would make of the last point's."""
+    axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
+    figure, panels = pyplot.subplots(1, len(axes), squeeze=False, layout="constrained", figsize=(4 * len(axes), 3.6))
+    for panel, axis in zip(panels[0], axes, strict=True):
+        points = sorted((row for row in rows if row["axis"] == axis), key=lambda row: float(row["value"]))
+        at = [float(row["value"]) for row in points]
+        low, middle, high = (
+            [1e3 * float(row[name]) for row in points] for name in ("step_s_p20", "step_s", "step_s_p80")
+        )
+        flops = [float(row["flops"]) / int(row["processes"]) for row in points]
+        panel.plot(at, [middle[-1] * each / flops[-1] for each in flops], "--", color="grey", label="as the FLOPs")
+        below = [m - x for m, x in zip(middle, low, strict=True)]
+        above = [x - m for m, x in zip(middle, high, strict=True)]
+        panel.errorbar(at, middle, [below, above], marker="o", capsize=3, color=COLOURS["triton"], label="a step")
+        panel.set_xlabel(AXES[axis])
+        panel.set_ylim(bottom=0)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set_ylabel("ms")
+    panels[0][0].legend(frameon=False)
+    first = rows[0]
+    figure.suptitle(f"{first['model']} model, {first['cpu']}, torch {first['torch']}, {first['commit']}", fontsize=10)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path
 
 
 if __name__ == "__main__":

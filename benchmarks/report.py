@@ -1,4 +1,4 @@
-"""The rows of an ops.csv as tables for people, one per operator.
+"""The rows of an ops.csv as tables for people, one per operator; those of a train_step.csv as one of whole steps.
 
 python -m benchmarks.report DIR/ops.csv
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -73,6 +74,38 @@ def _table(operator: str, rows: list[Row]) -> Table:
     return table
 
 
+def write_steps(rows: list[Row], file: TextIO) -> None:
+    """Who trains how fast, case by case; a line a row, the reason where there is no number."""
+    console = Console(file=file, width=PLAIN_WIDTH)
+    names = ("device", "cpu", "cores", "torch", "transformers", "driver", "commit", "date")
+    console.print(", ".join(f"{name} {rows[0][name]}" for name in names if rows[0][name]))
+    table = Table(title="whole steps", title_justify="left")
+    for name in ("model", "micro-batches", "options", "implementation"):
+        table.add_column(name, no_wrap=True)
+    for name in ("real tokens/s", "p20-p80", "supervised", "padded", "MFU", "peak GiB", "ours is x", "loss differs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in (row for row in rows if row["tokens_per_s"]):
+        layers = f" ({row['layers']} layers)" if row["layers"] else ""
+        table.add_row(
+            row["model"] + layers,
+            f"{row['bins_per_step']} x {row['token_budget']}",
+            row["options"],
+            row["implementation"] + ("" if row["status"] == "ok" else f" ({row['status']})"),
+            f"{float(row['tokens_per_s']):,.0f}",
+            f"{float(row['tokens_per_s_p20']):,.0f}-{float(row['tokens_per_s_p80']):,.0f}",
+            f"{float(row['supervised_tokens_per_s']):,.0f}",
+            f"{float(row['padded_tokens_per_s']):,.0f}",
+            f"{float(row['mfu']):.1%}",
+            f"{float(row['peak_gib']):.2f}",
+            f"{float(row['ours_is_faster']):.2f}" if row["ours_is_faster"] else "",
+            f"{float(row['loss_difference']):.1e}" if row["loss_difference"] else "",
+        )
+    console.print(table)
+    reasons = {(row["model"], row["implementation"], row["note"]) for row in rows if not row["tokens_per_s"]}
+    for model, name, note in sorted(reasons):
+        console.print(f"not measured: {model} {name}: {note}", markup=False)
+
+
 def show(rows: list[Row]) -> None:
     """On the screen, or wide into a pipe."""
     write(rows, Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH))
@@ -84,4 +117,8 @@ def write_file(rows: list[Row], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    show(read(Path(sys.argv[1])))
+    found = read(Path(sys.argv[1]))
+    if "operator" in found[0]:
+        show(found)
+    else:
+        write_steps(found, sys.stdout)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, implementations, ops
+from benchmarks import bench, implementations, ops, train_step
 from benchmarks.bench import Ceilings
 from benchmarks.cases import MODELS, OPERATORS, Case, cost, make_problem, num_parameters
 from benchmarks.implementations import Implementation
@@ -199,6 +199,22 @@ def test_a_dry_run_has_a_row_for_every_operator_of_ours(suite):
         assert bool(row["tflop_per_s"]) != bool(row["gb_per_s"])
         if row["implementation"] == "triton":
             assert float(row["max_error"]) < 2e-2, row
+
+
+def test_a_dry_run_trains_the_same_step_with_its_peers(suite):
+    """Ours in both phases; transformers padded and packed to the same losses; who is not installed is a reason."""
+    out, printed, _ = suite
+    rows = read(out / "train_step.csv")
+    assert list(rows[0]) == train_step.COLUMNS, printed
+    measured = [row for row in rows if row["status"] == "ok"]
+    assert [row["implementation"] for row in measured] == ["ours", "ours", "padded", "packed"], printed
+    for row in measured:
+        assert row["torch"] and row["date"] and row["cpu"] and int(row["cores"]) > 0
+        assert 0 < float(row["supervised_tokens_per_s"]) < float(row["tokens_per_s"]) and float(row["mfu"]) > 0
+    for row in measured[2:]:
+        assert float(row["loss_difference"]) < train_step.LOSS_BOUND["float32"] and row["compared_steps"] == "20"
+    assert "step: ours: passed" in printed and "step: peers: passed" in printed
+    assert all(row["note"] for row in rows) and "ours is x" in (out / "steps.txt").read_text()
 
 
 def test_a_dry_run_says_what_failed(suite):
