@@ -116,9 +116,10 @@ def test_rates_by_hand(tmp_path, world):
     assert rates["mfu"] == pytest.approx(world.model.flops_per_step(100, 900, 40) / 2.0 / 1e9)
 
 
-def taken(losses, note=""):
+def taken(losses):
     answer = {"tokens": 10, "supervised": 5, "padded": 10, "square_lengths": 20, "seconds": 1.0, "peak_gib": 1.0}
-    return Taken(note, [answer | {"losses": [loss]} for loss in losses])
+    answers = [answer | {"losses": [loss]} for loss in losses]
+    return Taken("", [answers[0] | {"seconds": 100.0}, *answers[1:]])  # the first round compiles and warms up
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ def test_who_trains_something_else_is_marked(tmp_path, world, name, losses, stat
     who = Start(name, CASE, world, tmp_path)
     row = train_step.describe(who, taken(losses), taken([2.0, 1.0]), session(tmp_path))
     assert row["status"] == status and row["compared_steps"] == 2 and row["ours_is_faster"] == 1.0
+    assert row["step_s"] == 1.0 and row["rounds"] == 1
     assert set(row) <= set(train_step.COLUMNS)
 
 

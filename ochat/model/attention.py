@@ -77,16 +77,16 @@ def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
-    """One call per run of documents of equal length: padding is many short ones."""
-    outputs, start = [], 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        if length:
-            stop = start + count * length
-            outputs.append(_equal_documents(q[start:stop], k[start:stop], v[start:stop], count, window))
-            start = stop
-    if start != q.shape[0]:
-        raise ValueError(f"lengths sum to {start}, but there are {q.shape[0]} tokens")
+    """One call per run of documents of equal length: padding is many short ones.
+
+    Runs are split off at once: a slice each would make the backward fill a gradient of all tokens for every run.
+    """
+    if sum(lengths) != q.shape[0]:
+        raise ValueError(f"lengths sum to {sum(lengths)}, but there are {q.shape[0]} tokens")
+    runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
+    sizes = [length * count for length, count in runs]
+    parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    outputs = [_equal_documents(q, k, v, count, window) for (_, count), q, k, v in parts]
     return torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
