@@ -136,6 +136,8 @@ def adamw_cases() -> None:
                 "weight_decay": 0.1,
                 "step": 1,
                 "seed": 0,
+                "ids": [0, 1],
+                "offsets": [0, 0],
             }
             adamw.adamw_step(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, grad_scale, **numbers)
 

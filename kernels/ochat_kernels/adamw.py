@@ -2,7 +2,7 @@
 
     adamw(params, grads, exp_avgs, exp_avg_sqs, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1)
 A program finds its tensor in a table of addresses, then reads and writes every value of one block once, in fp32
-between; bf16 is rounded stochastically, with random bits from a hash that costs a dozen integer operations.
+between; bf16 is rounded stochastically, with random bits from a hash that costs some sixteen integer operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ochat_kernels.reference_adamw import tensor_key
 from ochat_kernels.rounding import narrow
 
 BLOCK = 1024  # 8 elements a thread: 16-byte accesses in bf16
-COLUMNS = 8  # int64 of the table: addresses of param, grad, two moments, master (or param); elements; key of hash; 0
+COLUMNS = 8  # int64 of the table: addresses of param, grad, two moments, master (or param); elements; hash key; offset
 TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 HASH_1, HASH_2, HASH_3 = (tl.constexpr(x) for x in (definition.HASH_1, definition.HASH_2, definition.HASH_3))
@@ -30,12 +30,13 @@ HIGH_1, HIGH_2 = tl.constexpr(definition.HIGH_1), tl.constexpr(definition.HIGH_2
 
 @triton.jit
 def random_words(key, start, lanes):
-    """For the elements start + lanes: 32 random bits for the two moments, and 16 for the parameter. Some 12 integer
+    """For the elements start + lanes: 32 random bits for the two moments, and 16 for the parameter. Some 16 integer
     operations an element; a Philox would take about 100, more than a card has time for while it moves the bytes."""
-    high = (start >> 32).to(tl.uint32)
+    element = start + lanes  # a block that starts anywhere may cross a multiple of 2^32
+    high = (element >> 32).to(tl.uint32)
     word_1 = key.to(tl.uint32) + high * HIGH_1
     word_2 = (key >> 32).to(tl.uint32) + high * HIGH_2
-    x = lanes.to(tl.uint32) + (start.to(tl.uint32) + word_1)
+    x = element.to(tl.uint32) + word_1
     x ^= x >> 16
     x = x * HASH_1 + word_2
     x ^= x >> 15
@@ -94,7 +95,7 @@ def adamw_kernel(
     v = v * beta_2 + g * g * rest_2
     p = p * decay - m / (tl.sqrt(v) * root_correction + eps) * step_size
 
-    bits, bits_p = random_words(tl.load(row + 6), start, lanes)
+    bits, bits_p = random_words(tl.load(row + 6), tl.load(row + 7) + start, lanes)
     tl.store(m_at, round_with(m, bits & 0xFFFF, STATE), mask=mask)
     tl.store(v_at, round_with(v, bits >> 16, STATE), mask=mask)
     tl.store(p_at, round_with(p, bits_p, SOURCE), mask=mask)
@@ -117,11 +118,14 @@ def adamw_step(
     weight_decay: float,
     step: int,
     seed: int,
+    ids: list[int],
+    offsets: list[int],
 ) -> None:
     """Launches the step, once for each combination of dtypes; `masters` is empty where there are none. Tensors that
     allow no 16-byte accesses (an odd size, an odd place in a buffer) have a launch of their own and slow no other."""
     columns = [params, grads, exp_avgs, exp_avg_sqs, masters or params]
-    rows = [_row(tensors, tensor_key(seed, step, i)) for i, tensors in enumerate(zip(*columns, strict=True))]
+    keys = [tensor_key(seed, step, i) for i in ids]
+    rows = [_row(*row) for row in zip(zip(*columns, strict=True), keys, offsets, strict=True)]
     groups: dict[tuple, list[int]] = {}
     for i, row in enumerate(rows):
         aligned = all(value % 16 == 0 for value in row[:6])
@@ -139,25 +143,31 @@ def adamw_step(
     common = {"table_ptr": _upload(rows, torch.int64, device), "grad_scale_ptr": grad_scale} | numbers
     common["corrections_ptr"] = corrections
     for (param, grad, state, aligned), members in groups.items():
-        programs = _programs(tuple((i, params[i].numel()) for i in members), device)
+        programs = _programs(tuple((i, params[i].numel()) for i in members), device, _stream(device))
         source = torch.float32 if masters else param
         constants = {"PARAM": TRITON[param], "SOURCE": TRITON[source], "GRAD": TRITON[grad], "STATE": TRITON[state]}
         constants |= {"ALIGNED": aligned, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
         launch(adamw_kernel, (programs.shape[0],), common | constants | {"programs_ptr": programs})
 
 
-def _row(tensors: Sequence[Tensor], key: int) -> list[int]:
+def _row(tensors: Sequence[Tensor], key: int, offset: int) -> list[int]:
     """One tensor's row of the table."""
-    return [*(tensor.data_ptr() for tensor in tensors), tensors[0].numel(), key, 0]
+    return [*(tensor.data_ptr() for tensor in tensors), tensors[0].numel(), key, offset]
 
 
 @lru_cache(maxsize=16)
-def _programs(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(programs, 2) int32 for the (row of the table, elements) of tensors: each program's row, and its block there."""
+def _programs(sizes: tuple[tuple[int, int], ...], device: torch.device, stream: int) -> Tensor:
+    """(programs, 2) int32 for the (row of the table, elements) of tensors: each program's row, and its block there.
+    One for each `stream`: another would not wait for the copy."""
     blocks = torch.tensor([triton.cdiv(size, BLOCK) for _, size in sizes])
     rows = torch.tensor([row for row, _ in sizes]).repeat_interleave(blocks)
     first = (blocks.cumsum(0) - blocks).repeat_interleave(blocks)
     return _upload(torch.stack((rows, torch.arange(len(rows)) - first), dim=1), torch.int32, device)
+
+
+def _stream(device: torch.device) -> int:
+    """The number of the stream that work is queued in; 0 without a card."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _upload(values: Tensor | list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -192,6 +202,8 @@ def adamw(
     grad_scale: Tensor | None = None,
     skipped: Tensor | None = None,
     seed: int = 0,
+    ids: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> None:
     """One step of AdamW over lists of tensors, in place, in fp32.
 
@@ -202,8 +214,9 @@ def adamw(
     likewise, the two of a parameter of one dtype; step counts from 1. masters: fp32 parameters of which params, then
     bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient; NaN or infinite:
     this step is skipped, all stays as it is, bit for bit. skipped () fp32: how many of the steps before were. seed: for
-    stochastic rounding of bf16 moments, and of bf16 params without masters; ranks that hold shards of one tensor pass
-    seeds that differ. The update uses the moments before they are rounded.
+    stochastic rounding of bf16 moments, and of bf16 params without masters; the bits of an element also follow from its
+    tensor's id (ids: 0, 1, ... where left out) and its place there, counted from the tensor's offset (offsets: 0 where
+    left out): where in a whole one a shard or a piece begins. The update uses the moments before they are rounded.
     Raises: ValueError for lists, shapes, dtypes, devices, layouts and numbers that do not fit.
     Costs: 14 FLOPs an element; moves each value once: 14 bytes an element all in bf16, 28 all in fp32, 28 with bf16
     parameters and gradients, fp32 masters and moments; keeps 8 bytes for 1024 elements; no sync. Not for a
@@ -212,7 +225,8 @@ def adamw(
     """
     definition.check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, skipped)
     definition.check_numbers(lr, betas, eps, weight_decay, step, seed)
+    places = definition.places(len(params), ids, offsets)
     for i, param in enumerate(params):
         check_device(f"params[{i}]", param)
     lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, masters or ())]
-    _step(*lists, grad_scale, skipped, lr, *betas, eps, weight_decay, step, seed)
+    _step(*lists, grad_scale, skipped, lr, *betas, eps, weight_decay, step, seed, *places)

@@ -2,7 +2,8 @@
 
     adamw([p], [p.grad], [m], [v], lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1)
 A value between two bf16 neighbours goes to either with the probability that leaves its mean unchanged; the random bits
-are a hash of (seed, step, tensor, element, stream), so a step can be repeated exactly.
+are a hash of (seed, step, tensor, element, stream): a step can be repeated exactly, and parts of a tensor are rounded
+as within the whole.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def adamw(
     grad_scale: Tensor | None = None,
     skipped: Tensor | None = None,
     seed: int = 0,
+    ids: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> None:
     """One step of AdamW over lists of tensors, in place; computed in fp32 (float64 for float64 parameters).
 
@@ -51,14 +54,16 @@ def adamw(
     likewise, the two of a parameter of one dtype; step counts from 1. masters: fp32 parameters of which params, then
     bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient; NaN or infinite:
     this step is skipped, all stays as it is, bit for bit. skipped () fp32: how many of the steps before were. seed: for
-    stochastic rounding of bf16 moments, and of bf16 params without masters; ranks that hold shards of one tensor pass
-    seeds that differ. The update uses the moments before they are rounded.
+    stochastic rounding of bf16 moments, and of bf16 params without masters; the bits of an element also follow from its
+    tensor's id (ids: 0, 1, ... where left out) and its place there, counted from the tensor's offset (offsets: 0 where
+    left out): where in a whole one a shard or a piece begins. The update uses the moments before they are rounded.
     Raises: ValueError for lists, shapes, dtypes, devices, layouts and numbers that do not fit.
     Costs: 14 FLOPs an element; several passes over memory; no sync.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
     """
     check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, skipped, (*DTYPES, torch.float64))
     check_numbers(lr, betas, eps, weight_decay, step, seed)
+    ids, offsets = places(len(params), ids, offsets)
     step_size, root_correction = corrections(lr, betas, step if skipped is None else step - skipped.double())
     is_kept = None if grad_scale is None else grad_scale.isfinite()
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
@@ -69,10 +74,10 @@ def adamw(
         v = exp_avg_sq.to(wide) * betas[1] + g * g * (1 - betas[1])
         update = m / (v.sqrt() * root_correction + eps)
         p = source.to(wide) * (1 - lr * weight_decay) - update * step_size
-        key = tensor_key(seed, step, i)
-        _store(exp_avg, m, key, EXP_AVG, is_kept)
-        _store(exp_avg_sq, v, key, EXP_AVG_SQ, is_kept)
-        _store(source, p, key, PARAM, is_kept)
+        key = tensor_key(seed, step, ids[i])
+        _store(exp_avg, m, key, offsets[i], EXP_AVG, is_kept)
+        _store(exp_avg_sq, v, key, offsets[i], EXP_AVG_SQ, is_kept)
+        _store(source, p, key, offsets[i], PARAM, is_kept)
         if masters is not None:
             _put(param, p.to(param.dtype), is_kept)
 
@@ -110,6 +115,16 @@ def tensor_key(seed: int, step: int, index: int) -> int:
     """64 bits, as a signed integer, from which all of a tensor's random bits of a step follow."""
     digest = hashlib.blake2b(f"{seed} {step} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def places(count: int, ids: Sequence[int] | None, offsets: Sequence[int] | None) -> tuple[list[int], list[int]]:
+    """Id and offset of each of `count` tensors. ValueError for lists that do not fit."""
+    ids = list(range(count) if ids is None else ids)
+    offsets = [0] * count if offsets is None else list(offsets)
+    for name, values in {"ids": ids, "offsets": offsets}.items():
+        if len(values) != count or any(not 0 <= value < 2**63 for value in values):
+            raise ValueError(f"{name} are {values}: expected {count} integers from 0 to 2^63 - 1, one a tensor")
+    return ids, offsets
 
 
 def check_adamw(
@@ -173,9 +188,9 @@ def _check_tensor(
         raise ValueError(f"{name} has strides {tensor.stride()}: expected a contiguous tensor")
 
 
-def _store(target: Tensor, value: Tensor, key: int, stream: int, is_kept: Tensor | None) -> None:
+def _store(target: Tensor, value: Tensor, key: int, first: int, stream: int, is_kept: Tensor | None) -> None:
     if target.dtype == torch.bfloat16:
-        offsets = torch.arange(value.numel(), device=value.device).view(value.shape)
+        offsets = torch.arange(first, first + value.numel(), device=value.device).view(value.shape)
         value = stochastic_round(value, random_bits(key, offsets, stream))
     _put(target, value, is_kept)
 

@@ -256,6 +256,20 @@ def test_bits_follow_from_seed_step_and_place(device):
     assert not torch.equal(first.exp_avgs[0], moments.exp_avgs[0])
 
 
+@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+@pytest.mark.parametrize("first", [0, 2**32 - 1500])
+def test_parts_of_a_tensor_are_rounded_as_within_the_whole(function, first, device):
+    """In any order and company, told their tensor's id and where in it they begin, also across element 2^32."""
+    values = lists([3000, 64], (BF16, FP32, BF16), device)
+    whole = run(function, values, seed=5, ids=[4, 7], offsets=[first, 0])
+    cuts = [(0, 0, 1000), (0, 1000, 2001), (0, 2001, 3000), (1, 0, 64)]
+    parts = Lists(*([tensors[i][a:b] for i, a, b in cuts[::-1]] for tensors in values[:4]))
+    places = {"ids": [7, 4, 4, 4], "offsets": [0, *(first + a for _, a, _ in cuts[2::-1])]}
+    got = run(function, parts, seed=5, **places)
+    for pieces, expected in ((got.params, whole.params), (got.exp_avgs, whole.exp_avgs), (got[3], whole[3])):
+        assert torch.equal(torch.cat(pieces[:0:-1]), expected[0]) and torch.equal(pieces[0], expected[1])
+
+
 def test_small_updates_move_bf16_parameters(device):
     size, steps, lr = 1024, 200, 1e-4
     grads = [torch.ones(size, dtype=BF16, device=device)]
@@ -335,13 +349,13 @@ def test_elements_beyond_two_to_the_32(device, monkeypatch):
     """The kernel believes that its tensors begin 2^32 elements earlier: offsets need 64 bits, and the hash has them."""
     values, key, size = lists([1100], (BF16, FP32, BF16), device), reference_adamw.tensor_key(0, 3, 0), 1100
 
-    def row(tensors, key):
-        return [*(x.data_ptr() - 2**32 * x.itemsize for x in tensors), 2**32 + size, key, 0]
+    def row(tensors, key, offset):
+        return [*(x.data_ptr() - 2**32 * x.itemsize for x in tensors), 2**32 + size, key, offset]
 
     monkeypatch.setattr(adamw, "_row", row)
     blocks = [[0, 2**32 // adamw.BLOCK + i] for i in range(2)]
     programs = torch.tensor(blocks, dtype=torch.int32, device=device)
-    monkeypatch.setattr(adamw, "_programs", lambda sizes, device: programs)
+    monkeypatch.setattr(adamw, "_programs", lambda sizes, device, stream: programs)
     got, exact = run(adamw.adamw, values), run(adamw.adamw, values.to(FP32))
     offsets = torch.arange(2**32, 2**32 + size, device=device)
     for stream, i in ((reference_adamw.PARAM, 0), (reference_adamw.EXP_AVG, 2), (reference_adamw.EXP_AVG_SQ, 3)):
@@ -354,7 +368,7 @@ def test_one_launch_for_each_combination_of_dtypes():
         numbers = {"lr": 1e-3, "beta_1": 0.9, "beta_2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
         tensors = [[torch.empty(n, dtype=d, device="meta")] * count for d in (*dtypes, dtypes[-1])]
         with record() as launches:
-            adamw.adamw_step(*tensors, [], None, None, **(numbers | options))
+            adamw.adamw_step(*tensors, [], None, None, **(numbers | options), ids=[0] * count, offsets=[0] * count)
         return launches
 
     for dtypes in COMBINATIONS:
@@ -365,7 +379,9 @@ def test_one_launch_for_each_combination_of_dtypes():
 
     plain, shifted = torch.zeros(64), torch.zeros(65)[1:]
     with record() as launches:
-        adamw.adamw_step(*[[plain, shifted, plain]] * 4, [], None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0)
+        adamw.adamw_step(
+            *[[plain, shifted, plain]] * 4, [], None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0, [0, 1, 2], [0, 0, 0]
+        )
     assert [(x.arguments["ALIGNED"], len(x.arguments["programs_ptr"])) for x in launches] == [(True, 2), (False, 1)]
 
     def compiled_for(launches):
@@ -397,7 +413,7 @@ def test_what_the_operator_registers(device):
     for masters in (False, True):
         values = lists([48, 5], (BF16, BF16, BF16), device, masters=masters)
         one = torch.ones((), device=device)
-        arguments = (*values[:4], values.masters or [], one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7)
+        arguments = (*values[:4], values.masters or [], one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7, [4, 5], [0, 9])
         torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
 
 
@@ -421,6 +437,8 @@ def test_what_the_operator_registers(device):
         ({"eps": lambda x: 0.0}, "eps is 0.0: expected a finite number above 0"),
         ({"step": lambda x: 0}, "step is 0: expected at least 1"),
         ({"seed": lambda x: -1}, "seed is -1"),
+        ({"ids": lambda x: [1, 2]}, r"ids are \[1, 2\]: expected 1 integers"),
+        ({"offsets": lambda x: [-1]}, r"offsets are \[-1\]: expected 1 integers from 0"),
     ],
 )  # fmt: skip
 def test_refuses(function, change, message):
