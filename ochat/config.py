@@ -96,6 +96,9 @@ class OptimConfig:
     eps: float = 1e-5  # of AdamW
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     clip: float = 1.0  # largest gradient norm; 0: no clipping
+    master: Literal["float32", "bfloat16"] = "float32"  # of the weights that are updated; bfloat16: stochastic rounding
+    state: Literal["float32", "bfloat16"] = "float32"  # of AdamW's two moments; bfloat16: stochastic rounding
+    in_backward: bool = False  # update each weight as soon as its gradient is there: no gradients are held; one process
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises
     min_lr_ratio: float = 0.1  # share of the peak at which the cosine ends
 
@@ -255,6 +258,7 @@ def _check(config: Config) -> None:
         expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
     _check_mix(config.data)
     _check_memory(config)
+    _check_optim(config)
     _check_lora(config.lora)
     for name in ("base.path", "data.path", "run.dir"):
         section, key = name.split(".")
@@ -272,6 +276,28 @@ def _check_memory(config: Config) -> None:
     reduce, dtype = config.parallel.reduce, config.parallel.reduce_dtype
     is_exact = dtype == "float32" or reduce == "micro_batch"  # else micro-batches would be added up in bfloat16
     expect(is_exact, "parallel.reduce_dtype", dtype, '"float32" beside parallel.reduce = "step"')
+
+
+def _check_optim(config: Config) -> None:
+    """Choices of precision and of the time of the update that would not do what they say."""
+    optim, parallel = config.optim, config.parallel
+    if optim.master == "bfloat16":
+        fine = config.train.dtype == "bfloat16"
+        expect(fine, "optim.master", optim.master, '"float32" beside train.dtype = "float32"')
+        fine = config.lora.rank == 0
+        expect(fine, "optim.master", optim.master, '"float32" beside lora.rank: frozen weights have no masters')
+        fine = parallel.reduce == "step"  # a shard's gradient is bfloat16
+        expect(fine, "optim.master", optim.master, '"float32" beside parallel.reduce = "micro_batch", which adds up')
+    for key in ("master", "state"):
+        value = getattr(optim, key)
+        fine = value == "float32" or parallel.offload != "all"
+        expect(fine, f"optim.{key}", value, '"float32" beside parallel.offload = "all", which updates on the host')
+    if optim.in_backward:
+        expect(optim.clip == 0, "optim.clip", optim.clip, "0 beside optim.in_backward: the norm is known too late")
+        for name, most in (("data.bins_per_step", 1), ("train.max_bad_steps", 0), ("lora.rank", 0)):
+            section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
+            expect(value == most, name, value, f"{most} beside optim.in_backward")
 
 
 def _check_lora(lora: LoraConfig) -> None:

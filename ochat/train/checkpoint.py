@@ -113,7 +113,7 @@ def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
     Raises: CheckpointError for a model of other shapes. Costs: reads the rows that this rank holds, once.
     """
     _check_shapes(manifest, model)
-    optim.start_state(optimizer, manifest.step - manifest.skipped)
+    optim.start_state(optimizer, manifest.step, manifest.skipped)
     shards = Shards(manifest)
     for name, parameter in optim.trained(model).items():
         state = {moment: optimizer.state[parameter][moment] for moment in optim.MOMENTS}

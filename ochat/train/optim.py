@@ -1,6 +1,9 @@
-"""AdamW over fp32 masters, and global-norm clipping.
+"""AdamW, global-norm clipping, and the update of each parameter inside backward.
 
-Weight decay is applied to matrices (embeddings included), never to norms and biases.
+    optimizer = build(model, config.optim, ops.adamw);  update(optimizer, lr=2e-5, clip=1.0, loss=loss)
+
+Parameters are fp32 masters, or bf16 without any; moments fp32 or bf16; bf16 is always rounded stochastically. Weight
+decay is applied to matrices (embeddings included), never to norms and biases.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from ochat.config import OptimConfig
+from ochat.errors import ConfigError
+from ochat.train import parallel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**26  # elements whose moments are on the card at a time: 512 MiB
@@ -23,9 +28,11 @@ CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
 class FusedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's state and result by a multi-tensor kernel, which also scales the gradients as it reads them.
 
-    `adamw`: that of ochat_kernels. A sharded parameter is updated where its shard lies. `host_moments`: the moments lie
-    in (pinned) host memory and come to the parameter a piece at a time; 16 bytes a parameter cross the bus each step,
-    and the host waits for them.
+    `adamw`: that of ochat_kernels. A sharded parameter is updated where its shard lies. `state`: the moments' dtype;
+    bf16, like a bf16 parameter, is rounded by bits that follow from `seed`, the step and the element's place in the
+    whole model, so that a resumed run draws the same and so do other numbers of processes. `host_moments`: the moments
+    lie in (pinned) host memory and come to the parameter a piece at a time; four times the bytes of `state` cross the
+    bus for a parameter each step, and the host waits for them.
     """
 
     def __init__(
@@ -35,10 +42,15 @@ class FusedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float],
         eps: float,
         host_moments: bool = False,
+        state: torch.dtype = torch.float32,
+        seed: int = 0,
     ):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps})
         self.skipped: Tensor | None = None  # () fp32 on the device: of the steps that the state counts, those left out
-        self.adamw, self.host_moments = adamw, host_moments
+        self.adamw, self.host_moments, self.state_dtype, self.seed = adamw, host_moments, state, seed
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.ids = {parameter: i for i, parameter in enumerate(parameters)}
+        self.norms: dict[int, Tensor] | None = None  # in backward: of this step's gradients, () fp32 by id
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor) -> None:  # type: ignore[override]
@@ -46,24 +58,45 @@ class FusedAdamW(torch.optim.Optimizer):
         skipped = torch.zeros_like(grad_scale) if self.skipped is None else self.skipped
         self.skipped = skipped + ~grad_scale.isfinite()  # for the next step
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            states = [self._state(p) for p in parameters]
-            lists = [parameters, [p.grad for p in parameters], *([s[moment] for s in states] for moment in MOMENTS)]
-            numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} | {"skipped": skipped}
-            step = int(states[0]["step"]) if states else 1  # a host tensor
-            adamw = partial(self.adamw, **numbers, step=step, grad_scale=grad_scale)
-            lists = [[local(t) for t in tensors] for tensors in lists]
-            if self.host_moments:
-                _update_in_pieces(adamw, *lists)
-            else:
-                adamw(*lists)
+            self._update(group, [p for p in group["params"] if p.grad is not None], grad_scale, skipped)
+
+    def step_in_backward(self) -> None:
+        """From now on backward updates each parameter as soon as its gradient is there, and lets go of it: at the rate
+        its group has then, by the gradient as it is; not at all where that has a NaN or an infinity."""
+        self.norms = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(partial(self._update_now, group))
 
     def zero_moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """AdamW's two, where they are kept."""
         if not self.host_moments:
-            return {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            return {moment: torch.zeros_like(parameter, dtype=self.state_dtype) for moment in MOMENTS}
         like = local(parameter)
-        return {moment: torch.zeros(like.shape, dtype=like.dtype, pin_memory=like.is_cuda) for moment in MOMENTS}
+        return {moment: torch.zeros(like.shape, dtype=self.state_dtype, pin_memory=like.is_cuda) for moment in MOMENTS}
+
+    @torch.no_grad()
+    @record_function("optimizer")
+    def _update_now(self, group: dict, parameter: Tensor) -> None:
+        assert self.norms is not None and parameter.grad is not None
+        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        self.norms[self.ids[parameter]] = norm
+        skipped = torch.zeros_like(norm) if self.skipped is None else self.skipped
+        self._update(group, [parameter], torch.where(norm.isfinite(), 1.0, torch.nan), skipped)
+        parameter.grad = None
+
+    def _update(self, group: dict, parameters: list[Tensor], grad_scale: Tensor, skipped: Tensor) -> None:
+        states = [self._state(p) for p in parameters]
+        lists = [parameters, [p.grad for p in parameters], *([s[moment] for s in states] for moment in MOMENTS)]
+        numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} | {"skipped": skipped}
+        step = int(states[0]["step"]) if states else 1  # a host tensor
+        adamw = partial(self.adamw, **numbers, step=step, grad_scale=grad_scale, seed=self.seed)
+        places = [self.ids[p] for p in parameters], [first_element(p) for p in parameters]
+        lists = [[local(t) for t in tensors] for tensors in lists]
+        if self.host_moments:
+            _update_in_pieces(adamw, *places, *lists)
+        else:
+            adamw(*lists, ids=places[0], offsets=places[1])
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -74,23 +107,56 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 def build(
-    model: nn.Module, config: OptimConfig, adamw: Callable[..., None] | None = None, *, host_moments: bool = False
+    model: nn.Module,
+    config: OptimConfig,
+    adamw: Callable[..., None] | None = None,
+    *,
+    host_moments: bool = False,
+    micro_batches: int = 1,
+    seed: int = 0,
 ) -> torch.optim.AdamW | FusedAdamW:
-    """AdamW (decoupled weight decay) over the model's parameters, which are its fp32 masters; by the kernel `adamw`
-    where one is given, else torch's."""
+    """AdamW (decoupled weight decay) over the model's parameters; by the kernel `adamw` where one is given, else
+    torch's, which cannot do what needs_kernel says.
+
+    Gradients of bf16 parameters are bf16, as backward makes them; where they are added up over `micro_batches` of a
+    process, fp32. Raises: ConfigError for an update in backward of sharded parameters.
+    """
     parameters = list(trained(model).values())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    if adamw is not None:
-        return FusedAdamW(groups, adamw, config.betas, config.eps, host_moments)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    if adamw is None:
+        assert not needs_kernel(config)
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    for parameter in parameters:
+        if micro_batches > 1 and not isinstance(parameter, DTensor):  # a wrapper adds up in its own reduce_dtype
+            parameter.grad_dtype = torch.float32
+    state = getattr(torch, config.state)
+    optimizer = FusedAdamW(groups, adamw, config.betas, config.eps, host_moments, state, seed)
+    if config.in_backward:
+        if any(isinstance(parameter, DTensor) for parameter in parameters):
+            raise ConfigError(
+                "optim.in_backward = true needs one process; on more, each holds its shard of the gradients only"
+            )
+        optimizer.step_in_backward()
+    return optimizer
+
+
+def needs_kernel(config: OptimConfig) -> bool:
+    """Whether torch's AdamW will not do: it rounds to nearest, and updates all parameters at once."""
+    return config.in_backward or config.state != "float32" or config.master != "float32"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are not frozen, by name: those that an optimizer updates and a checkpoint holds."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def begin(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float) -> None:
+    """Before the backward of a step that is to be taken at rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 @record_function("optimizer")  # its name in a trace
@@ -100,14 +166,19 @@ def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float,
 
     Where the norm or `loss` () of the whole step is NaN or infinite, parameters, moments and the count of steps that
     corrects their bias stay as they are. The norm runs over every rank's shards; nothing waits on the host.
+
+    Of an optimizer that steps in backward only the norm is left to do.
     """
+    if isinstance(optimizer, FusedAdamW) and optimizer.norms is not None:
+        norms = [optimizer.norms[i] for i in sorted(optimizer.norms)]
+        optimizer.norms.clear()
+        return torch.linalg.vector_norm(torch.stack(norms))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = nn.utils.get_total_norm([_in_fp32(p.grad) for p in parameters])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     is_good = norm.isfinite() & loss.isfinite().to(norm.device)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    begin(optimizer, lr=lr)
     if isinstance(optimizer, FusedAdamW):
         scale = (clip / (norm + CLIP_EPS)).clamp_max(1.0) if clip > 0 else torch.ones_like(norm)
         optimizer.step(torch.where(is_good, scale, torch.nan))
@@ -120,30 +191,28 @@ def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float,
     return norm
 
 
-def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int) -> None:
-    """Creates zero moments for every parameter, as after `steps_done` steps that were not skipped, so that a checkpoint
-    can be copied into them."""
+def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int, skipped: int = 0) -> None:
+    """Creates zero moments for every parameter, as after `steps_done` steps of which `skipped` were not applied, so
+    that a checkpoint can be copied into them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(optimizer, FusedAdamW):
-                state = optimizer.zero_moments(parameter) | {"step": torch.tensor(0.0)}
+                state = optimizer.zero_moments(parameter) | {"step": torch.tensor(float(steps_done))}
+                optimizer.skipped = torch.tensor(float(skipped), device=local(parameter).device)
             else:
                 state = {name: torch.zeros_like(parameter) for name in MOMENTS}
-                state["step"] = torch.zeros((), device=parameter.device)
-            state["step"] += float(steps_done)
+                state["step"] = torch.full((), float(steps_done - skipped), device=parameter.device)
             optimizer.state[parameter] = state
-    if isinstance(optimizer, FusedAdamW):
-        optimizer.skipped = None
 
 
-def _update_in_pieces(adamw: Callable[..., None], *lists: list[Tensor]) -> None:
+def _update_in_pieces(adamw: Callable[..., None], ids: list[int], offsets: list[int], *lists: list[Tensor]) -> None:
     """`adamw` on parameters, gradients and moments that lie on the host; these are back there when it returns."""
-    for tensors in zip(*lists, strict=True):
+    for number, offset, *tensors in zip(ids, offsets, *lists, strict=True):
         for start in range(0, tensors[0].numel(), PIECE):
             parameter, gradient, *kept = (tensor.view(-1)[start : start + PIECE] for tensor in tensors)
-            moments = [moment.to(parameter.device, non_blocking=True, copy=True) for moment in kept]
-            adamw([parameter], [gradient], *([moment] for moment in moments))
-            for moment, new in zip(kept, moments, strict=True):
+            moments = [[moment.to(parameter.device, non_blocking=True, copy=True)] for moment in kept]
+            adamw([parameter], [gradient], *moments, ids=[number], offsets=[offset + start])
+            for moment, (new,) in zip(kept, moments, strict=True):
                 moment.copy_(new, non_blocking=True)
     if lists[0] and lists[0][0].is_cuda:
         torch.cuda.current_stream().synchronize()  # who saves the moments reads them on the host
@@ -152,3 +221,15 @@ def _update_in_pieces(adamw: Callable[..., None], *lists: list[Tensor]) -> None:
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that this rank holds; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first_element(parameter: Tensor) -> int:
+    """Where in the whole parameter the part begins that this rank holds."""
+    return parallel.rows(parameter)[0] * (parameter.numel() // max(parameter.shape[0], 1))
+
+
+def _in_fp32(gradient: Tensor) -> Tensor:
+    """What has the gradient's 2-norm in fp32: itself, or the norm, which torch would give in bf16."""
+    if gradient.dtype == torch.float32:
+        return gradient
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32)

@@ -101,8 +101,15 @@ class Trainer:
         self.model = self._build_model()
         offload = config.parallel.offload
         is_ours = self.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
-        adamw = self.ops.adamw if is_ours or offload == "optimizer" else None
-        self.optimizer = optim.build(self.model, config.optim, adamw, host_moments=offload == "optimizer")
+        is_ours |= offload == "optimizer" or optim.needs_kernel(config.optim)
+        self.optimizer = optim.build(
+            self.model,
+            config.optim,
+            self.ops.adamw if is_ours else None,
+            host_moments=offload == "optimizer",
+            micro_batches=config.data.bins_per_step // ranks.world,
+            seed=config.run.seed,
+        )
         self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in run_folder.LINES}
         self.bad_steps = self._open_bad_steps()
         self.saver = self._open_saver()
@@ -133,6 +140,8 @@ class Trainer:
         weight = torch.tensor(sum(b.weight_sum for b in batches), dtype=torch.float64).to(self.ranks.device)
         weight = self.ranks.sum_tensor(weight).float().clamp_min(torch.finfo(torch.float32).tiny)
         tally = Tally(self.data.class_names, self.ranks.device)
+        lr = self.lr.value * self._lr_factor(step)
+        optim.begin(self.optimizer, lr=lr)
         for i, batch in enumerate(batches):
             batch = batch.to(self.ranks.device)
             is_last = i == len(batches) - 1
@@ -140,7 +149,6 @@ class Trainer:
             out = self.forward(batch)
             (out.loss_sum / weight).backward()
             tally.add(batch, out)
-        lr = self.lr.value * self._lr_factor(step)
         sums = self.ranks.sum_tensor(tally.flat())
         grad_norm = optim.update(self.optimizer, lr=lr, clip=self.config.optim.clip, loss=sums[0])
         self.steps_done = step + 1
@@ -226,7 +234,7 @@ class Trainer:
     def _build_model(self) -> Transformer:
         dtype = getattr(torch, self.config.train.dtype)
         with torch.device("meta"):
-            model = Transformer(self.model_config, self.ops)
+            model = Transformer(self.model_config, self.ops).to(getattr(torch, self.config.optim.master))
         model.compute_dtype = dtype
         self.adapters.attach(model)
         model.register_forward_pre_hook(lambda *_: self.watchdog.progress())
