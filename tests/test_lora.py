@@ -57,7 +57,8 @@ def batch(tokens: int, vocab: int):
 def run(model: Transformer, given) -> torch.Tensor:
     positions = torch.arange(len(given.input_ids))
     attend = PackedAttention(torch.tensor([0, len(positions)], dtype=torch.int32), len(positions))
-    out = model(given.input_ids, positions, attend, head=head_loss(REFERENCE, given, model.head.tokens))  # type: ignore
+    head = head_loss(REFERENCE, given, model.head.tokens)
+    out = model(given.input_ids, positions, attend, head=head, rows=given.rows)
     return out.loss_sum
 
 

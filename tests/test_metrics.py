@@ -22,9 +22,9 @@ def batch_and_output():
     """Two conversations of classes 1 and 0; labels 1 .. 3 of the first and 2 of the second are supervised."""
     examples = [Example(np.arange(len(w)), np.array(w, np.float32), "") for w in WEIGHTS]
     batch = pack(examples, [0, 1], [1, 0], pad_to=20)
-    nll = torch.linspace(1, 2, 20)
-    correct = torch.arange(20) % 2 == 0
-    loss_sum = (batch.loss_weights * nll).sum()
+    nll = torch.linspace(1, 2, 20)[batch.rows]
+    correct = batch.rows % 2 == 0
+    loss_sum = (batch.loss_weights[batch.rows] * nll).sum()
     return batch, LossOutput(loss_sum, batch.loss_weights.abs().sum(), nll, correct)
 
 
@@ -34,8 +34,8 @@ def test_means_are_weighted_by_absolute_weights_per_class_and_in_all():
     tally.add(batch, out)
     tally.add(batch, out)
     means = metrics.summarise(tally.flat().tolist(), ["a", "b"])
-    nll, right = out.nll.double(), out.correct.double()
-    first, second = [(0, 1.0), (1, -0.5), (2, 0.25)], [(5, 2.0)]  # (row, weight)
+    nll, right = out.nll.double(), out.correct.double()  # of rows 0, 1, 2 and 5
+    first, second = [(0, 1.0), (1, -0.5), (2, 0.25)], [(3, 2.0)]  # (place, weight)
     total = sum(abs(w) for _, w in first + second)
     assert means["loss"] == pytest.approx(sum(w * nll[r].item() for r, w in first + second) / total)
     assert means["accuracy"] == pytest.approx(sum(abs(w) * right[r].item() for r, w in first + second) / total)
@@ -47,7 +47,7 @@ def test_means_are_weighted_by_absolute_weights_per_class_and_in_all():
         "accuracy": pytest.approx(1.25 / 1.75),
         "tokens": 2 * 3,
     }
-    assert means["classes"]["a"]["loss"] == pytest.approx(nll[5].item())
+    assert means["classes"]["a"]["loss"] == pytest.approx(nll[3].item())
 
 
 def test_a_class_without_tokens_has_no_mean():

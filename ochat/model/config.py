@@ -146,7 +146,8 @@ class ModelConfig:
         A weight costs 2 FLOPs a token forward and 4 backward: 6 * matmul_params * T; the head's only for supervised
         rows. Causal attention does q k^T and p v over len^2 / 2 pairs, N * D wide, 2 FLOPs each: 2 * N * D * len^2
         forward and twice that backward: 6 * L * N * D * sum(len^2). Recompute, norms and the embedding's look-up are
-        never counted; a sliding window is not taken off, so for documents longer than one the figure is an upper bound.
+        never counted; what the last block is spared for rows that are not supervised is counted as if done; a sliding
+        window is not taken off, so for documents longer than one the figure is an upper bound.
         """
         attention = 6 * self.num_layers * self.num_heads * self.head_dim * sum_len_sq
         return float(6 * self.matmul_params() * num_tokens + 6 * self.head_params() * num_supervised + attention)

@@ -83,12 +83,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, config.out_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)  # (T, N, D), 2 x (T, K, D)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = (norm(x.flatten(0, 1))[0].view(x.shape) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
         q, k = self.ops.rope(q, k, cos, sin)
-        return self.out(attend(self.layer, q, k, v, self.window).flatten(1))
+        return self.out(_pick(attend(self.layer, q, k, v, self.window).flatten(1), rows))
 
 
 class MLP(nn.Module):
@@ -107,7 +107,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Takes and gives (x, residual): the last branch's output and the stream that it is yet to be added to.
 
-    The addition happens inside the next norm (one kernel); residual is None before the first block.
+    The addition happens inside the next norm (one kernel); residual is None before the first block. With `rows` (R,),
+    what follows attention is done for these alone, and both results are (R, H): of the others nobody needs more than
+    keys and values.
     """
 
     def __init__(self, config: ModelConfig, layer: int, ops: ModuleType) -> None:
@@ -118,10 +120,10 @@ class Block(nn.Module):
         self.mlp = MLP(config, ops)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         x, stream = self.norm1(x, residual)
-        x, stream = self.norm2(self.attn(x, cos, sin, attend), stream)
+        x, stream = self.norm2(self.attn(x, cos, sin, attend, rows), _pick(stream, rows))
         return self.mlp(x), stream
 
 
@@ -162,10 +164,19 @@ class Transformer(nn.Module):
         self.head = Head(config.hidden_size, config.vocab_size)
         self._tie()
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, attend: Attend, head: HeadFunction | None = None) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attend: Attend,
+        head: HeadFunction | None = None,
+        rows: Tensor | None = None,
+    ) -> Any:
         """Logits (T, V) fp32, or `head(hidden, weight)` where given: hidden (T, H) after the last norm, weight (V, H).
 
-        Args: input_ids and position_ids (T,) int64; attend: the batch's attention. Costs: ModelConfig.flops_per_step.
+        Args: input_ids and position_ids (T,) int64; attend: the batch's attention; rows (R,) int64, each once: the only
+        rows that are wanted, in their order, R in place of T. Costs: ModelConfig.flops_per_step, less the last block's
+        out, gate, up and down for all other rows.
         """
         if self.recompute not in RECOMPUTE:
             raise ConfigError(f"recompute = {self.recompute!r} is not known; expected one of {', '.join(RECOMPUTE)}")
@@ -173,8 +184,9 @@ class Transformer(nn.Module):
             self.inv_freq = self.inv_freq.to(input_ids.device)
         cos, sin = rope.cos_sin(position_ids, self.inv_freq)
         x, residual = self.embed(input_ids, self.compute_dtype or self.embed.weight.dtype), None
-        for block in self.blocks:
-            x, residual = self._run(partial(block, cos=cos, sin=sin, attend=attend), x, residual)
+        wanted = [*[None] * (len(self.blocks) - 1), rows]
+        for block, picked in zip(self.blocks, wanted, strict=True):
+            x, residual = self._run(partial(block, cos=cos, sin=sin, attend=attend, rows=picked), x, residual)
         return self.head(self.norm(x, residual)[0], head)
 
     @torch.no_grad()
@@ -219,6 +231,11 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         self._tie()
         return self
+
+
+def _pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The rows of x (T, n) that are wanted; index_select, because the backward of x[rows] would sort them."""
+    return x if rows is None else x.index_select(0, rows)
 
 
 def pack_ids(

@@ -20,16 +20,18 @@ from ochat.model.lora import TokenRows
 def head_loss(
     ops: ModuleType, batch: PackedBatch, tokens: TokenRows | None = None
 ) -> Callable[[Tensor, Tensor], LossOutput]:
-    """A head for `Transformer.forward`: (hidden (T, H), head weight (V, H)) -> LossOutput over the batch's live
-    rows.
+    """A head for `Transformer.forward(..., rows=batch.rows)`: (hidden (R, H) of the batch's live rows, head weight
+    (V, H)) -> LossOutput, nll and correct (R,).
 
     `tokens`: rows of the head that are trained while all others are frozen."""
 
     def head(hidden: Tensor, weight: Tensor) -> LossOutput:
-        out = ops.linear_cross_entropy(hidden, weight, batch.labels, batch.loss_weights, rows=batch.rows)
+        labels, weights = batch.labels[batch.rows], batch.loss_weights[batch.rows]
+        rows = torch.arange(len(labels), device=labels.device)  # all of them are live
+        out = ops.linear_cross_entropy(hidden, weight, labels, weights, rows=rows)
         if tokens is None or not torch.is_grad_enabled():
             return out
-        term = tokens.loss_term(hidden, weight, batch.labels, batch.loss_weights, batch.rows, out.nll)
+        term = tokens.loss_term(hidden, weight, labels, weights, rows, out.nll)
         return out._replace(loss_sum=out.loss_sum + term)
 
     return head

@@ -40,9 +40,10 @@ class Tally:
         self.class_sums = torch.zeros(len(class_names), len(_CLASS_SUMS), dtype=torch.float64, device=device)
 
     def add(self, batch: PackedBatch, out: LossOutput) -> None:
-        """Adds one micro-batch (a PackedBatch on the device) and its LossOutput; nothing waits on the host."""
-        rows, weights = batch.rows, batch.loss_weights[batch.rows].double()
-        nll, correct = out.nll[rows].double(), out.correct[rows].double()
+        """Adds one micro-batch (a PackedBatch on the device) and the LossOutput of its rows, nll and correct (R,);
+        nothing waits on the host."""
+        weights = batch.loss_weights[batch.rows].double()
+        nll, correct = out.nll.double(), out.correct.double()
         per_row = torch.stack((nll * weights.abs(), weights.abs(), correct * weights.abs(), torch.ones_like(nll)), 1)
         self.class_sums.index_add_(0, batch.row_classes, per_row)
         on_device = torch.stack((out.loss_sum.detach().double(), *per_row[:, 1:3].sum(0)))

@@ -155,10 +155,10 @@ class Trainer:
         self.journal.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
 
     def forward(self, batch: PackedBatch) -> LossOutput:
-        """The LossOutput of one micro-batch on the device."""
+        """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows."""
         attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, self.backend, batch.lengths)
         head = head_loss(self.ops, batch, self.model.head.tokens)
-        return self.model(batch.input_ids, batch.position_ids, attend, head=head)
+        return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.rows)
 
     def after(self, step: int) -> None:
         """What is due after a step: the log lines, an evaluation, a checkpoint, the end after a signal."""
@@ -280,6 +280,7 @@ class Trainer:
             bins_of=lambda step: run_folder.bins_of(self.loader, step - 1),
             newest=newest,
             warn=self.display.warn,
+            in_backward=self.config.optim.in_backward,
         )
 
     def _open_eval_loader(self) -> Loader | None:
