@@ -11,7 +11,7 @@ import time
 import uuid
 from datetime import timedelta
 
-from torch.distributed.distributed_c10d import DistStoreError, PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ochat.errors import RanksError
@@ -52,7 +52,7 @@ def _accept(store: Store, rank: int) -> str:
     store.set(_call(rank), word)
     try:
         name = store.get(_answer(word)).decode()
-    except DistStoreError:
+    except RuntimeError:  # of the store: the time is up
         raise RanksError(_absent([0])) from None
     store.set(_heard(name, rank), "")
     return name

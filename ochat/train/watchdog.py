@@ -85,8 +85,9 @@ class Watchdog:
         self._thread.join()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._left = "done" if error is None else f"{type(error).__name__}: {error}"[:1000]
-        with contextlib.suppress(RuntimeError):
-            self._say()
+        if not self._lost:
+            with contextlib.suppress(RuntimeError):
+                self._say()
         if self._lost and isinstance(error, RuntimeError):
             raise RanksError(f"{self._place}: the processes cannot reach each other; {self._lost}") from error
 

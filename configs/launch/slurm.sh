@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Trains under SLURM, from the repository's root, and goes on in the next slot when the time is up.
+#     sbatch --nodes=4 configs/launch/slurm.sh CONFIG.toml --run.dir=/shared/runs/a --parallel.replicate=4
+#SBATCH --job-name=ochat
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+# One task a node: torchrun, which starts a process a card. 120 s before the time is up SLURM sends USR1 to this script;
+# srun passes it to each torchrun, torchrun to the processes, and these save and stop (exit code 138). torchrun itself
+# then exits with 1, as it does after any failure, so that this script remembers the signal to know when to requeue.
+# 120 s have to be more than a step and a save take. torch before 2.12 leaves processes 30 s, whatever is said here.
+set -uo pipefail
+
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export HEAD NODES="$SLURM_JOB_NUM_NODES" JOB="$SLURM_JOB_ID" PORT=$((20000 + SLURM_JOB_ID % 10000))
+
+is_warned=
+srun configs/launch/multi_node.sh "$@" &
+job=$!
+trap 'is_warned=yes; kill -USR1 "$job"' USR1
+wait "$job"
+status=$?
+while kill -0 "$job" 2>/dev/null; do # the signal ended the wait, not the job
+    wait "$job"
+    status=$?
+done
+if [[ $status -ne 0 && $is_warned ]]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
