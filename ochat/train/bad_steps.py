@@ -26,10 +26,12 @@ class BadSteps:
         bins_of: Callable[[int], Bins],
         newest: Callable[[], Path | None],
         warn: Callable[[str], None],
+        in_backward: bool = False,
     ) -> None:
         """`file`: None on other ranks than the first. `bins_of(step)`: what a step was computed on. `newest()`: the
-        checkpoint that a restart goes on from."""
+        checkpoint that a restart goes on from. `in_backward`: weights are updated before the whole step is known."""
         self.budget, self.file, self.bins_of, self.newest, self.warn = budget, file, bins_of, newest, warn
+        self.in_backward = in_backward
         self.count = 0  # so far; a checkpoint keeps it
 
     def add(self, step: int, loss: float, grad_norm: float) -> None:
@@ -47,10 +49,17 @@ class BadSteps:
 
     def _advice(self, newest: Path | None) -> str:
         place = newest or "the base, for there is no checkpoint"
+        mend = (
+            f"Look at these conversations or lower optim.lr, then start the same command again: it goes on from {place}"
+        )
+        if self.in_backward:
+            return (
+                "With optim.in_backward some weights were updated before it was seen, so what is in memory is lost. "
+                f"{mend}. Without it such steps can be skipped"
+            )
         return (
-            f"The step was not applied; it is bad step {self.count} and train.max_bad_steps is {self.budget}. Look at "
-            f"these conversations or lower optim.lr, then start the same command again: it goes on from {place}. Or "
-            f"skip such steps with --train.max_bad_steps={max(10, 2 * self.budget)}"
+            f"The step was not applied; it is bad step {self.count} and train.max_bad_steps is {self.budget}. {mend}. "
+            f"Or skip such steps with --train.max_bad_steps={max(10, 2 * self.budget)}"
         )
 
 

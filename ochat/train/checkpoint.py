@@ -4,8 +4,9 @@
     RUN/latest                one line that names the newest: checkpoints/step_N
 
     found = checkpoint.find(run_dir, "auto", ranks, print);  step = checkpoint.load(found, model, optimizer)
-The saver writes them. They hold fp32 masters and AdamW's moments under our names, in safetensors and JSON only; `ochat
-export` makes a Hugging Face folder of any of them. The step number alone decides the data that follows.
+The saver writes them. They hold the weights that are updated and AdamW's moments, in their dtypes, under our names, in
+safetensors and JSON only; `ochat export` makes a Hugging Face folder of any of them. The step number alone decides the
+data that follows, and how bf16 is rounded.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def check_identity(manifest: Manifest, now: dict[str, Any]) -> None:
 def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
     """Fills model and optimizer from a checkpoint made on any number of processes; returns its step.
 
-    Raises: CheckpointError for a model of other shapes. Costs: reads the rows that this rank holds, once.
+    Moments that were saved in another dtype are rounded to nearest, once. Raises: CheckpointError for a model of other
+    shapes or dtypes. Costs: reads the rows that this rank holds, once.
     """
     _check_shapes(manifest, model)
     optim.start_state(optimizer, manifest.step, manifest.skipped)
@@ -134,7 +136,8 @@ def load_base(folder: Path, model: Transformer) -> None:
 
 
 def iterate_parameters(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) of each parameter, read one at a time; the optimizer's files are left alone."""
+    """(name, whole tensor) of each parameter, in the dtype it was trained in, read one at a time; the optimizer's files
+    are left alone."""
     shards = Shards(manifest)
     for name, described in manifest.parameters.items():
         pieces = [piece for _, piece in shards.read("weights", name, name, 0, described["shape"][0])]
@@ -202,7 +205,7 @@ def _check_shapes(manifest: Manifest, model: nn.Module) -> None:
         if saved != wanted:
             raise CheckpointError(
                 f"{manifest.folder}: {name} is {saved} there and {wanted} in this model; a checkpoint only fits the "
-                "model it was made of"
+                "model and the optim.master it was made of"
             )
 
 
