@@ -102,8 +102,8 @@ class JsonValues:
     def _more(self) -> bool:
         """Read on and forget what was consumed. Doubles what it holds, so that a large record costs linear time."""
         parts = [self.text[self.at :]]
-        wanted = max(len(parts[0]), 1)
-        if wanted > MAX_RECORD_BYTES:
+        wanted = min(max(len(parts[0]), 1), MAX_RECORD_BYTES + 1 - len(parts[0]))
+        if wanted <= 0:
             raise _BrokenError(f"a record of more than {MAX_RECORD_BYTES >> 20} MiB")
         while wanted > 0 and (chunk := next(self.chunks, b"")):
             parts.append(self.utf8.decode(chunk))

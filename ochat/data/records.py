@@ -78,17 +78,16 @@ class RecordFile:
             chunks = self._chunks(raw)
             try:
                 head = b""
-                while len(head.strip()) < HEAD_BYTES and (more := next(chunks, b"")):
+                while len(head.strip()) < HEAD_BYTES and len(head) <= MAX_RECORD_BYTES and (more := next(chunks, b"")):
                     head += more
-                    if len(head) > MAX_RECORD_BYTES:
-                        yield Record(self.name, 1, 1, b"", f"begins with {MAX_RECORD_BYTES >> 20} MiB of blanks")
-                        return
                 head = head.removeprefix(UTF8_BOM)
             except DAMAGED as error:
                 yield Record(self.name, 1, 1, b"", f"damaged or cut compressed file: {error}")
                 return
             if not head.strip():
-                yield Record(self.name, 1, 1, b"", "the file is empty")
+                is_short = len(head) <= MAX_RECORD_BYTES
+                what = "the file is empty" if is_short else f"begins with {MAX_RECORD_BYTES >> 20} MiB of blanks"
+                yield Record(self.name, 1, 1, b"", what)
             elif _is_json_lines(head):
                 yield from self._lines(head, chunks)
             else:
