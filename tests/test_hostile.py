@@ -455,9 +455,7 @@ def test_a_gigabyte_on_one_line_is_refused_in_bounded_memory(tmp_path, start):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pack", ["zst", "gz", "xz"])
-@pytest.mark.parametrize(
-    "piece", [bytes(1 << 20), b" " * (1 << 20), b"\n" * (1 << 20)], ids=["zeros", "blanks", "ends"]
-)
+@pytest.mark.parametrize("piece", [bytes(1 << 20), b" " * (1 << 20)], ids=["zeros", "blanks"])
 def test_a_bomb_of_four_gigabytes_takes_bounded_memory(tmp_path, pack, piece):
     error, mib = measured(tmp_path, write_stream(tmp_path / "x.jsonl", piece, 4096, b'{"a":1}\n', pack))
     print(pack, error, mib, "MiB")
