@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+MAX_NAME_BYTES = 255  # of every file system in use
+
 
 def write_json(path: Path, record: Mapping[str, Any], *, indent: int = 2) -> None:
     """A JSON object as a readable UTF-8 file. Raises: OSError."""
@@ -46,3 +48,9 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's content. Raises: OSError. Costs: reads the file, about 1 s a GB."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_name(name: Any) -> bool:
+    """Whether this is the name of a file in some folder, and no way out of it."""
+    is_plain = isinstance(name, str) and "\0" not in name and Path(name).name == name
+    return is_plain and 0 < len(name.encode("utf-8", "replace")) <= MAX_NAME_BYTES

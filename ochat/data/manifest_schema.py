@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ochat import disk
 from ochat.errors import DataError
 
 KINDS: dict[str, type] = {
@@ -65,15 +66,15 @@ def _check_file(path: Path, place: str, one: Any, num_parts: int) -> None:
     """A file beside the manifest; only a merged set, whose shards have parts, may name others by their paths."""
     _expect(path, place, _is(one, dict), "a table expected")
     name, part = one.get("file"), one.get("part")
-    is_name = _is(name, str) and name != "" and "\0" not in name
-    _expect(path, f"{place}.file", is_name, "the name of a file expected")
+    is_path = _is(name, str) and len(name) < 4096 and disk.is_name(PurePosixPath(name).name)
+    _expect(path, f"{place}.file", is_path, "the name of a file expected")
     _expect(path, f"{place}.sha256", bool(_SHA256.fullmatch(str(one.get("sha256")))), "64 hexadecimal digits expected")
     sizes = {"bytes": one.get("bytes")} | {key: one[key] for key in ("sequences", "tokens") if key in one}
     _expect(path, place, _are_counts(sizes), f"counts expected as {', '.join(sizes)}")
     if num_parts:
         _expect(path, f"{place}.part", _is(part, int) and 0 <= part < num_parts, f"one of {num_parts} parts expected")
     else:
-        is_beside = part is None and PurePosixPath(name).name == name
+        is_beside = part is None and disk.is_name(name)
         _expect(path, f"{place}.file", is_beside, "the name of a file in this folder expected")
 
 

@@ -64,7 +64,7 @@ def _listed(folder: Path) -> dict[Path, str]:
             continue
         match = _LINE.fullmatch(line)
         name = match[2].removeprefix("./") if match else ""
-        if match is None or Path(name).name != name or "\0" in name:
+        if match is None or not disk.is_name(name):
             raise CheckpointError(
                 f"{path}, line {number}: expected a sha256 and the name of a file beside it, as sha256sum writes them"
             )

@@ -138,7 +138,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is empty or no table; fetch it again")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors") or "\0" in name:
+        if not disk.is_name(name) or not name.endswith(".safetensors"):
             at = f"{path}: weight_map[{shown(tensor)}]"
             raise CheckpointError(f"{at} is {shown(name)}; expected the name of a file beside it")
     return weight_map

@@ -104,7 +104,7 @@ class Manifest:
         if not isinstance(self.skipped, int) or not 0 <= self.skipped <= self.step:
             raise ValueError(f"{self.skipped!r} of {self.step} steps cannot have been skipped")
         for name, described in self.files.items():
-            if Path(name).name != name or not isinstance(described["bytes"], int):
+            if not disk.is_name(name) or not isinstance(described["bytes"], int):
                 raise ValueError(f"{name!r} is no file of a checkpoint")
         for kind in KINDS:
             for shard in range(len(self.shards)):
