@@ -119,3 +119,18 @@ def test_choices_of_sharding_cost_what_they_move():
     inputs = 4 * 2 * 256 * 4096 * 32 / speed.HOST_BANDWIDTH  # two of each block, there and back, in bf16
     offloaded, kept = (parts(recompute="block", offload_activations=choice).again for choice in (True, False))
     assert offloaded - kept == pytest.approx(4 * inputs)
+
+
+def test_narrow_masters_and_moments_cost_what_they_move():
+    def parts(**changes):
+        return predict(**{"bins_per_step": 1} | changes)
+
+    P, copy = MODELS["8B"].num_parameters(), H200.copy_bandwidth
+    narrow = {"master_itemsize": 2, "state_itemsize": 2}
+    assert parts().optimizer == pytest.approx(32 * P / copy)
+    assert parts(state_itemsize=2).optimizer == pytest.approx(24 * P / copy)
+    assert parts(**narrow).optimizer == pytest.approx(16 * P / copy)
+    assert parts(**narrow, bins_per_step=2).optimizer == pytest.approx(20 * P / copy)  # sums of gradients are fp32
+    assert parts().moved - parts(**narrow).moved == pytest.approx(12 * P / copy)  # casts there and back
+    bus = parts(**narrow, offload="optimizer").optimizer - parts(**narrow).optimizer
+    assert bus == pytest.approx(8 * P / speed.HOST_BANDWIDTH)

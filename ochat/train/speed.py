@@ -20,6 +20,7 @@ OVERLAP = 0.9  # assumed: share of the communication that can hide behind comput
 HOST_BANDWIDTH = 25e9  # assumed: bytes/s to and from pinned host memory, of PCIe 4
 LAUNCHES_OF_BLOCK = 50  # counted: operators of a block, forward and backward
 LAUNCH_SECONDS = 10e-6  # assumed: what the host needs for one of them
+MORE_LAUNCHES = {"none": 1, "elementwise": 1.1, "block": 4 / 3}  # counted: four more of 50, with a third of forward
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Cut:
 
     token_budget: int  # T
     bins_per_step: int
-    recompute: str = "none"
+    recompute: str = "none"  # never "auto"
     ranks: int = 1  # S
     shard: int = 1  # s
     gpus_per_node: int = 8  # G
@@ -59,6 +60,8 @@ class Cut:
     reduce_itemsize: int = 4
     offload: str = "none"
     offload_activations: bool = False
+    master_itemsize: int = 4  # 2: optim.master = "bfloat16"
+    state_itemsize: int = 4  # of each moment, likewise
 
     @property
     def products_of_weight(self) -> int:
@@ -107,23 +110,27 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
     """The sum of what a step's parts take.
 
     A micro-batch of T tokens, all of them computed, `fill` of them real, R = supervised_share of those:
-      products   6 T FLOPs a weight of the blocks at the rate of matrix products; never less than 3 reads of the weights
+      products   6 T FLOPs a weight of the blocks at the rate of matrix products, but 6 R in the last block behind its
+                 attention; never less than 3 reads of the weights
       attention  7 L N D len^2 a document at the rate for its length
       head       6 R E FLOPs, 3 e R V bytes, dW and its scaling (12 + e) E
-      moved      a token and block e (16H + (6N + 8K) D + 8F) bytes; casts e + 4 a weight and direction, 12 to add up
-      again      under recompute = "block" the blocks' forward: a third of the products, 2/7 of attention, moved
+      moved      a token and block e (16H + (6N + 8K) D + 8F) bytes; casts e + 4 a weight and direction, 12 to add up;
+                 in the last block R for 8H + 8F, and e (T + 5R) (H + N D) to pick the rows and put gradients back
+      again      under recompute = "block" the blocks' forward: a third of the products, 2/7 of attention, moved; under
+                 "elementwise" a token and block e (4H + 2 (N + K) D + 3F) bytes
     and all wait for the rank with the fullest bin. Of each e P bytes FSDP gathers (s - 1) / s: the blocks' before
     forward and backward of each micro-batch, the embedding's before each forward, the head's once a step (reshard =
     "step": all once). It reduces 4 P of gradients once a step (reduce = "micro_batch": in each). Both over NVLink
     inside a node, over G network cards between nodes; a share of OVERLAP hides. AdamW moves 28 P / s bytes, the norm
-    4 P / s; moments on the host cross the bus, 16 P / s, and so do the inputs of blocks, 4 e T H L.
+    4 P / s (14 and 2 where masters and moments are bf16, which are not cast either, save for what one process adds up);
+    moments on the host cross the bus, 16 P / s (8), and so do the inputs of blocks, 4 e T H L.
     With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
     gradients and optimizer.
     """
     count = max(round(cut.bins_per_step / cut.ranks), 1)
     parts = _micro_batch(model, card, workload, cut, count)
     device = sum(parts.values())
-    host = model.num_layers * LAUNCHES_OF_BLOCK * LAUNCH_SECONDS * (4 / 3 if cut.recompute == "block" else 1)
+    host = model.num_layers * LAUNCHES_OF_BLOCK * LAUNCH_SECONDS * MORE_LAUNCHES[cut.recompute]
     parts["launches"] = max(host - device, 0.0)
     busy = device + parts["launches"]
     reduces = 1 if cut.reduce == "step" else count
@@ -131,7 +138,8 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
     parts["waiting"] = (workload.imbalance - 1) * device
     step = {name: count * seconds for name, seconds in parts.items()}
     step["communication"] += reduces * _exposed(_reduce_seconds(model, card, cut), busy)
-    step["optimizer"] = cut.trained(model) / cut.shard * (32 / card.copy_bandwidth + _moments_over_bus(cut))
+    update = _update_bytes(cut, count) / card.copy_bandwidth + _moments_over_bus(cut)
+    step["optimizer"] = cut.trained(model) / cut.shard * update
     real = workload.fill * cut.token_budget * count * cut.ranks
     flops = model.flops_per_step(1, 0, 0) * real + model.flops_per_step(0, 0, 1) * real * workload.supervised_share
     flops = flops * cut.products_of_weight / 3 + 6 * cut.adapters * real
@@ -147,15 +155,20 @@ def _micro_batch(model: ModelConfig, card: Card, workload: Workload, cut: Cut, c
     real, rate, bandwidth = workload.fill * T, card.matmul_tflops * 1e12, card.copy_bandwidth
     rows = real * workload.supervised_share
     times, weights = cut.products_of_weight, model.matmul_params()
-    products = max((2 * times * weights + 6 * cut.adapters) * T / rate, times * e * weights / bandwidth)
+    flops = (2 * times * weights + 6 * cut.adapters) * T - 2 * times * _behind_attention(model) * (T - rows)
+    products = max(flops / rate, times * e * weights / bandwidth)
     attention = workload.attention_seconds(model, card) * real
     dw = 0 if cut.adapters else (12 + e) * E
     head = 2 * times * rows * E / rate + (times * e * rows * model.vocab_size + dw) / bandwidth
-    passes = T * model.num_layers * e * _moved_per_token(model) / bandwidth
+    behind = model.hidden_size + model.intermediate_size  # of what is moved, an eighth
+    picks = (T + 5 * rows) * (model.hidden_size + model.num_heads * model.head_dim) - 8 * behind * (T - rows)
+    passes = e * (T * model.num_layers * _moved_per_token(model) + picks) / bandwidth
     casts = _cast_bytes(model, cut, count) / bandwidth
     again = 0.0
     if cut.recompute == "block":
         again = products / times + attention * 2 / 7 + passes * 0.4 + (casts / 3 if cut.ranks == 1 else 0)
+    if cut.recompute == "elementwise":
+        again = e * T * model.num_layers * _remade_per_token(model) / bandwidth
     if cut.offload_activations:
         again += 4 * e * T * model.hidden_size * model.num_layers / HOST_BANDWIDTH
     return {"products": products, "attention": attention, "head": head, "moved": passes + casts, "again": again}
@@ -168,6 +181,17 @@ def _moved_per_token(model: ModelConfig) -> int:
     return 16 * model.hidden_size + heads * model.head_dim + 8 * model.intermediate_size
 
 
+def _remade_per_token(model: ModelConfig) -> int:
+    """Elements that norms, RoPE and SwiGLU read and write once more for a token of a block."""
+    heads = model.num_heads + model.num_kv_heads
+    return 4 * model.hidden_size + 2 * heads * model.head_dim + 3 * model.intermediate_size
+
+
+def _behind_attention(model: ModelConfig) -> int:
+    """Weights of a block's out, gate, up and down."""
+    return model.hidden_size * (model.num_heads * model.head_dim + 3 * model.intermediate_size)
+
+
 def _cast_bytes(model: ModelConfig, cut: Cut, count: int) -> float:
     """Of weights into the computation's dtype and of gradients back, added up over micro-batches; FSDP casts shards
     and adds up whole gradients."""
@@ -175,14 +199,26 @@ def _cast_bytes(model: ModelConfig, cut: Cut, count: int) -> float:
     adds = 12 * cut.trained(model) * (count - 1) / count
     if cut.adapters:
         return adds + (4 * e * P if cut.ranks > 1 else 0)
+    weights = 4 + e if cut.master_itemsize > e else 0
     if cut.ranks == 1:
-        return (2 * (4 + e) * P if e < 4 else 0) + adds
-    return (4 + e) * P / cut.shard + 4 * e * P + adds
+        gradients = 4 + e if _gradient_itemsize(cut, count) > e else 0
+        return (weights + gradients) * P + adds
+    return weights * P / cut.shard + 4 * e * P + adds
+
+
+def _gradient_itemsize(cut: Cut, count: int) -> int:
+    """Of what the optimizer reads: fp32 also where one process adds up micro-batches."""
+    return 4 if cut.ranks == 1 and count > 1 else cut.master_itemsize
+
+
+def _update_bytes(cut: Cut, count: int) -> int:
+    """Of a parameter that AdamW reads and writes, with the norm's look at its gradient."""
+    return 2 * cut.master_itemsize + 4 * cut.state_itemsize + 2 * _gradient_itemsize(cut, count)
 
 
 def _moments_over_bus(cut: Cut) -> float:
     """Seconds a parameter, there and back."""
-    return 16 / HOST_BANDWIDTH if cut.offload == "optimizer" else 0.0
+    return 4 * cut.state_itemsize / HOST_BANDWIDTH if cut.offload == "optimizer" else 0.0
 
 
 def _gather_seconds(model: ModelConfig, card: Card, cut: Cut, count: int) -> float:
