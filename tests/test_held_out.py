@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from ochat.data.conversation import Conversation, Message
 from ochat.data.dataset import TokenDataset
 from ochat.data.held_out import is_held_out, position
 from ochat.errors import ConfigError, DataError
+from tests import tiny
 from tests.tiny_text import write_base, write_lines
 
 TEMPLATE = "openchat_v3.2"
@@ -133,3 +135,45 @@ def test_a_set_in_the_way_of_either_side_is_kept(tmp_path, way):
     prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.3, overwrite=True, progress=False)
     manifest = json.loads((tmp_path / "out-held-out" / "manifest.json").read_text())
     assert manifest["held_out"] == {"share": 0.3, "side": "held-out"} and manifest["counts"]["kept"] < 60
+
+
+KILLED = """
+import os, signal, sys
+from ochat.data import prepare
+
+renames, rename = 0, os.rename
+
+def dying(source, target):
+    global renames
+    renames += 1
+    if renames == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+os.rename = dying
+_, _, source, base, output, share = sys.argv
+prepare.prepare([source], base, "openchat_v3.2", output, held_out=float(share), overwrite=True, progress=False)
+"""
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_kill_between_the_two_sets_leaves_no_mixture(tmp_path, is_there):
+    """Before each rename: where the training set is, both are, and of one split; else both can be made again."""
+    base, source = write_base(tmp_path / "base"), write_lines(tmp_path / "in.jsonl", list(pairs(100)))
+    for moment in range(1, 6):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        if is_there:
+            prepare.prepare([source], base, TEMPLATE, folder / "out", held_out=0.5, progress=False)
+        command = [sys.executable, "-c", KILLED, moment, source, base, folder / "out", 0.2]
+        done = subprocess.run(list(map(str, command)), env=tiny.environment(), cwd=tiny.ROOT)
+        last = 4 if is_there else 2
+        assert done.returncode == (-signal.SIGKILL if moment <= last else 0)
+        sides = [folder / "out" / "manifest.json", folder / "out-held-out" / "manifest.json"]
+        if sides[0].exists():
+            shares = [json.loads(side.read_text())["held_out"]["share"] for side in sides]
+            assert shares == [0.2, 0.2] if moment > last else [0.5, 0.5]
+        else:
+            prepare.prepare([source], base, TEMPLATE, folder / "out", held_out=0.2, overwrite=True, progress=False)
+        if moment > last:
+            break
