@@ -74,6 +74,16 @@ def test_a_damaged_data_set_is_refused_by_name(world, data, tmp_path, damage, na
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_no_file_is_left_out(world, data, tmp_path):
+    for i, path in enumerate(sorted(data.iterdir())):
+        content = path.read_bytes()
+        flip(path)
+        with pytest.raises(DataError, match=path.name):
+            tiny.train(world, tmp_path / f"run{i}", f"--data.path={data}")
+        path.write_bytes(content)
+    assert i > 3
+
+
 @pytest.mark.parametrize("where", ["eval", "mixture", "merged"])
 def test_so_is_every_other_set_that_a_run_reads(world, data, tmp_path, where):
     flip(data / "shard-00001.safetensors")

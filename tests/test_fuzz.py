@@ -7,6 +7,7 @@ Inputs are good files of each kind, damaged: bytes flipped, cut, doubled and ins
 for hostile ones; digests are made right again, as whoever means harm would. Random text alone rarely comes so far.
 """
 
+import copy
 import functools
 import json
 import shutil
@@ -55,7 +56,7 @@ HOSTILE = (
     ]
     + ["0" * 64, "model.safetensors", "shard-00000.safetensors", [0, 0], {"a": {"a": {"a": None}}}]
 )
-hostile = st.sampled_from(HOSTILE) | st.integers() | st.text(max_size=5)
+hostile = st.sampled_from(HOSTILE).map(copy.deepcopy) | st.integers() | st.text(max_size=5)
 
 
 # damage

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from ochat import cli, json_file
 from ochat import config as configuration
 from ochat.data import json_values, records, shards, tokenizer
+from ochat.data.conversation import Conversation
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
@@ -127,7 +128,7 @@ def test_a_config_of_absurd_sizes_is_refused_at_once(tmp_path, key, value):
 
 @pytest.mark.parametrize("key", sorted(LLAMA))
 def test_no_key_of_a_config_can_be_of_another_kind(tmp_path, key):
-    for value in ([[]], {"a": {}}, [None], "\u0000", -(10**30), float("nan"), [10**30], False):
+    for value in ([[]], {"a": {}}, [None], "\u0000", -(10**30), float("nan"), [10**30], 10**400, False):
         (tmp_path / "config.json").write_text(json.dumps(LLAMA | {key: value}))
         with pytest.raises(ConfigError, match="config.json: "):
             ModelConfig.load(tmp_path)
@@ -266,6 +267,15 @@ def test_a_hostile_line_is_a_bad_line(base, tmp_path, line):
     assert message.startswith(f"{source}:2: ") and len(message) < 3000
     prepare([source], base, "openchat_v3.2", tmp_path / "out", on_bad="skip", progress=False)
     assert len(TokenDataset(tmp_path / "out")) == 2
+
+
+def test_no_depth_is_just_deep_enough_to_be_read_and_not_shown():
+    """Where reading just works, printing in a message, further down in Python's stack, might not."""
+    for depth in [*range(100, 900, 50), *range(900, 1000), *range(1000, 12_000, 500)]:
+        nested = b"[" * depth + b"]" * depth
+        for line in (b'{"items": [{"role": "user", "content": %s}]}', b'{"items": [], "reward": %s}', b'{"items": %s}'):
+            with pytest.raises(DataError):
+                Conversation.from_dict(records.Record("x", 1, 1, line % nested).value())
 
 
 def test_what_a_record_may_take_is_bounded(base, tmp_path, monkeypatch):
@@ -438,7 +448,7 @@ def write_stream(path, piece, count, start=b"", pack=""):
 
 @pytest.mark.parametrize("pack", ["zst", "gz", "xz"])
 def test_a_small_bomb_of_each_kind_takes_little_memory(tmp_path, pack):
-    path = write_stream(tmp_path / "x.jsonl", bytes(1 << 20), 64, b'{"a": "', pack)
+    path = write_stream(tmp_path / "x.jsonl", bytes(1 << 20), 384, b'{"a": "', pack)
     assert path.stat().st_size < 1 << 20
     error, mib = measured(tmp_path, path)
     assert "a line of more than 32 MiB" in error and mib < 200
