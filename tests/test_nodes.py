@@ -66,7 +66,7 @@ def test_the_recipe_of_one_machine(world, alone, tmp_path):
     assert_same_run(run_dir, alone)
 
 
-@pytest.mark.parametrize("replicate", [1, 2])
+@pytest.mark.parametrize("replicate", [1, pytest.param(2, marks=pytest.mark.slow)])  # 2: also on the two hosts
 def test_the_recipe_of_several_machines_gives_the_curve_of_one_process(world, alone, tmp_path, replicate):
     """Two torchruns that meet; the model sharded over all four processes, or a copy on each."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
@@ -117,7 +117,7 @@ def test_two_hosts_that_share_only_a_disk_train_one_model(world, alone, tmp_path
     assert_same_run(run_dir, alone)
 
 
-def test_a_host_that_goes_dark_ends_the_other_by_name(world, tmp_path, hosts):
+def test_a_host_that_goes_dark_ends_the_other_by_name(world, alone, tmp_path, hosts):
     """The second host's processes and its cable are gone at once; the first knows within the time-out."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     options = ["--data.epochs=2000", "--train.eval_every=100000", "--parallel.timeout_s=5"]

@@ -14,6 +14,7 @@ from tests import tiny
 from tests.test_checkpoint_faults import curve, descendants, kill, newest, rank_of, tell, wait_for
 
 LONG = ["--data.epochs=2000", "--train.eval_every=100000", "--checkpoint.every=100000"]  # the test ends it, or fails
+pytestmark = pytest.mark.usefixtures("alone")  # after it Numba has compiled what a short time-out has no room for
 QUICK = ["--parallel.timeout_s=5"]
 
 # ochat.train with one fault: `python faulty.py CONFIG ...`; {fault} is code that sees trainer, saver, errors and time
@@ -81,6 +82,7 @@ def test_a_killed_process_ends_the_others_within_30_s_by_name_and_step(world, tm
     run_dir = tmp_path / "run"
     with job(world, run_dir, 3, "--data.bins_per_step=6") as (process, log):
         wait_for(process, steps(run_dir, 5), log)
+        time.sleep(1.5)  # a process says every second where it is
         ranks = workers(process)
         os.kill(ranks[1], signal.SIGKILL)
         killed = time.monotonic()

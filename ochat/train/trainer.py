@@ -128,6 +128,7 @@ class Trainer:
         with self.interrupt, self.saver, self.display.progress(self.steps_done, self.loader.num_steps):
             if self.steps_done == 0:
                 self.evaluate()
+            self.watchdog.rest("planning the first epoch")
             self.journal.restart_clock()
             for step, batches in self.loader.iterate(self.steps_done):
                 self.step(step, batches)

@@ -32,7 +32,7 @@ from ochat.train.parallel import Ranks
 FOLDER = "flight_recorder"
 BEAT_S = 1.0
 SILENT_S = 15.0  # then a process is gone: torchrun leaves the others 30 s
-GRACE_S = 5.0  # an error that all ranks meet is reported by each in its own words
+GRACE_S = 3.0  # an error that all ranks meet is reported by each in its own words
 
 
 class Watchdog:
