@@ -55,24 +55,28 @@ class FakeStep:
     """Forward and backward of one process over micro-batches of `token_budget` tokens, two documents each."""
 
     def __init__(
-        self, config: ModelConfig, token_budget: int, recompute: str, adapters: LoraConfig | None = None
+        self,
+        config: ModelConfig,
+        token_budget: int,
+        recompute: str,
+        adapters: LoraConfig | None = None,
+        masters: torch.dtype = torch.float32,
     ) -> None:
         self.mode, self.tokens = FakeTensorMode(), token_budget
         self.ops = ochat_kernels.load("triton")
         self.living = Living()
         with self.mode, self.living:
-            self.model = self._build(config, adapters)
+            self.model = self._build(config, adapters, masters)
         self.model.compute_dtype, self.model.recompute = torch.bfloat16, recompute
 
-    def _build(self, config: ModelConfig, adapters: LoraConfig | None) -> Transformer:
-        if adapters is None:
-            return Transformer(config, self.ops)
-        torch.set_default_dtype(torch.bfloat16)
+    def _build(self, config: ModelConfig, adapters: LoraConfig | None, masters: torch.dtype) -> Transformer:
+        torch.set_default_dtype(torch.bfloat16 if adapters else masters)
         try:
             model = Transformer(config, self.ops)
         finally:
             torch.set_default_dtype(torch.float32)
-        lora.attach(model, adapters, (5,))
+        if adapters:
+            lora.attach(model, adapters, (5,))
         return model
 
     def forward(self) -> torch.Tensor:
@@ -99,8 +103,14 @@ class FakeStep:
         assert loss.requires_grad
         return sum(storage.nbytes() for key, storage in held.items() if key not in own)
 
-    def peak_bytes(self, micro_batches: int) -> int:
-        """The most that was held at any moment of `micro_batches` forwards and backwards, moments of AdamW apart."""
+    def peak_bytes(self, micro_batches: int, in_backward: bool = False) -> int:
+        """The most that was held at any moment of `micro_batches` forwards and backwards, moments of AdamW apart; with
+        `in_backward`, where each gradient goes as soon as it is there."""
+        for parameter in self.model.parameters():
+            if micro_batches > 1:
+                parameter.grad_dtype = torch.float32
+            if in_backward:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with self.mode, self.living:
             for _ in range(micro_batches):
                 self.forward().backward()

@@ -57,6 +57,19 @@ def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
         assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["8B", "1B"])
+def test_bf16_masters_have_no_casts_and_updates_in_backward_hold_no_gradients(name, derived_only):
+    for tokens, micro_batches, in_backward in ((1024, 1, False), (1024, 2, False), (1024, 1, True), (16384, 1, True)):
+        setting = Setting(tokens, tokens, "block", micro_batches=micro_batches, master_itemsize=2, state_itemsize=2)
+        use = memory.predict(MODELS[name], dataclasses.replace(setting, in_backward=in_backward))
+        peak = FakeStep(MODELS[name], tokens, "block", masters=torch.bfloat16).peak_bytes(micro_batches, in_backward)
+        assert use.total - use.moments == pytest.approx(peak, rel=0.03)
+        assert use.moments == 4 * MODELS[name].num_parameters()
+    use = memory.predict(MODELS[name], dataclasses.replace(setting, master_itemsize=4, in_backward=True))
+    peak = FakeStep(MODELS[name], tokens, "block").peak_bytes(1, in_backward=True)
+    assert use.total - use.moments == pytest.approx(peak, rel=0.03)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_masters_gradients_and_moments_are_those_of_a_built_trainer(tied, derived_only):
     config = dataclasses.replace(UNTIED, tie_embeddings=tied)

@@ -144,6 +144,7 @@ def _(x, factor, dtype):
 def _save(ctx, inputs, output):
     _, nll, correct, grad_hidden, grad_weight = output
     ctx.mark_non_differentiable(nll, correct, grad_hidden, grad_weight)
+    ctx.set_materialize_grads(False)  # else backward begins with zeros of grad_weight's size
     ctx.want_hidden, ctx.want_weight = inputs[-2:]
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
     ctx.save_for_backward(grad_hidden, grad_weight)

@@ -48,6 +48,19 @@ class Setting:
     reduce: str = "step"
     reduce_itemsize: int = 4
     offload_activations: bool = False
+    master_itemsize: int = 4  # 2: optim.master = "bfloat16"
+    state_itemsize: int = 4  # of each moment, likewise
+    in_backward: bool = False  # as optim.in_backward
+
+    @property
+    def gradient_itemsize(self) -> int:
+        """Of what the optimizer reads: fp32 also where one process adds up micro-batches."""
+        return 4 if self.ranks == 1 and self.micro_batches > 1 else self.master_itemsize
+
+    @property
+    def has_casts(self) -> bool:
+        """Whether the products read copies of the masters."""
+        return self.itemsize < self.master_itemsize
 
     @property
     def gathers_once(self) -> bool:
@@ -59,9 +72,9 @@ class Setting:
 class MemoryUse:
     """Bytes on one GPU at one moment, by what they are for."""
 
-    masters: float  # fp32 parameters
-    moments: float  # AdamW's two, fp32
-    gradients: float  # fp32
+    masters: float  # the parameters, fp32 or bf16
+    moments: float  # AdamW's two, likewise
+    gradients: float  # fp32, or of bf16 parameters bf16
     weights: float  # what the products read: casts of the masters, or gathered blocks
     activations: float  # kept for backward
     working: float  # logits, dW and dhidden of the head; gradients on their way through a block
@@ -75,11 +88,12 @@ class MemoryUse:
 def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
     """Memory of the fullest of four moments of a step, with an allowance for what is not derived.
 
-    All along: masters 4 P / s, moments 8 P / s, unless they are on the host. Gradients on one process: 4 P once there
-    are any. Under FSDP 4 P / s; but while a rank adds up micro-batches before it reduces them (reduce = "step") it
+    All along: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on one
+    process: 4 P once there are any, 2 P of bf16 masters in one micro-batch; updated in backward, the embeddings' alone.
+    Under FSDP 4 P / s (2 P / s); but while a rank adds up micro-batches before it reduces them (reduce = "step") it
     holds the whole model's, 4 P.
       head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e T H, and the larger of the
-              logits of a chunk of rows and dW on its way into the gradient, e E + 4 E
+              logits of a chunk of rows and dW on its way into the gradient, e E (4 E more for sums of bf16 masters')
       block   backward of the last block, or of the first one when the gradients of the others are there: activations
               up to it, e T (2F + H) of gradients within it, e T H more for its output made again
       end     all gradients; the embeddings' own on its way, 4 E, and 4 T H
@@ -94,7 +108,8 @@ def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
 def saved_bytes(model: ModelConfig, tokens: int, recompute: str = "none", itemsize: int = 2) -> int:
     """All that autograd holds between forward and backward of a micro-batch on one process, the parameters and the
     batch's own tensors apart."""
-    casts = 0 if recompute == "block" else model.num_layers * cast_bytes(model, itemsize)
+    at = Setting(tokens, tokens, itemsize=itemsize)
+    casts = 0 if recompute == "block" else model.num_layers * cast_bytes(model, at)
     inside = model.num_layers * _kept_of_block(model, tokens, recompute, itemsize)
     first = tokens * model.hidden_size * itemsize if recompute == "block" else 0  # the first block has no residual yet
     return casts + inside - first + _kept_outside(model, tokens, itemsize) + 4 * model.head_params()
@@ -110,10 +125,10 @@ def block_saved_bytes(model: ModelConfig, tokens: int, itemsize: int = 2) -> int
     return tokens * (itemsize * wide + 4 * narrow) + 16
 
 
-def cast_bytes(model: ModelConfig, itemsize: int = 2) -> int:
+def cast_bytes(model: ModelConfig, at: Setting) -> int:
     """One block's matrices and norms in the dtype of the computation; 0 where that is the masters'."""
     norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
-    return 0 if itemsize == 4 else itemsize * (_block_matrices(model) + norms)
+    return at.itemsize * (_block_matrices(model) + norms) * at.has_casts
 
 
 def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
@@ -128,10 +143,12 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
 def _head(model: ModelConfig, at: Setting) -> MemoryUse:
     E, stream = model.head_params(), at.token_budget * model.hidden_size * at.itemsize
     chunk = chunk_bytes(model, at.supervised, at.itemsize)
-    passing = at.itemsize * E + (4 * E if at.itemsize < 4 else 0)
-    casts = model.num_layers * cast_bytes(model, at.itemsize) if at.recompute == "none" and at.ranks == 1 else 0
+    # dW is gone before a cast for fp32 masters, and not before one for sums of micro-batches alone
+    passing = at.itemsize * E + 4 * E * (at.master_itemsize < at.gradient_itemsize)
+    casts = model.num_layers * cast_bytes(model, at) if at.recompute == "none" and at.ranks == 1 else 0
     # on one process the head's cast is gone before dW is on its way
-    weights, working = max((at.itemsize * E, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
+    read = at.itemsize * E * (at.has_casts or at.ranks > 1)
+    weights, working = max((read, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
     weights = _gathered(model, at) if at.gathers_once else weights
     return _use(
         model, at, gradients=_gradients(model, at, 0.0), weights=casts + weights,
@@ -152,7 +169,7 @@ def _block(model: ModelConfig, at: Setting, *, is_last: bool) -> MemoryUse:
         weights = _gathered(model, at) if at.gathers_once else 3 * at.itemsize * B + _gathered(model, at)
         working += 2 * at.reduce_itemsize * B + at.itemsize * E * model.tie_embeddings
     else:
-        weights = cast_bytes(model, at.itemsize) * (1 if at.recompute == "block" else others + 1)
+        weights = cast_bytes(model, at) * (1 if at.recompute == "block" else others + 1)
         working += 4 * E * (model.tie_embeddings and at.micro_batches > 1)
     return _use(
         model, at, gradients=_gradients(model, at, done), weights=weights, activations=activations, working=working
@@ -160,9 +177,9 @@ def _block(model: ModelConfig, at: Setting, *, is_last: bool) -> MemoryUse:
 
 
 def _end(model: ModelConfig, at: Setting) -> MemoryUse:
-    E = model.head_params()
-    adds = 4 * E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
-    working = adds + max(4 * at.token_budget * model.hidden_size, 4 * E * model.tie_embeddings)
+    E = model.head_params() * (at.gradient_itemsize if at.ranks == 1 else 4)
+    adds = E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
+    working = adds + max(at.master_itemsize * at.token_budget * model.hidden_size, E * model.tie_embeddings)
     weights = _gathered(model, at) if at.ranks > 1 else 0
     gradients = _gradients(model, at, model.num_parameters())
     return _use(model, at, gradients=gradients, weights=weights, activations=0, working=working)
@@ -171,7 +188,8 @@ def _end(model: ModelConfig, at: Setting) -> MemoryUse:
 def _use(model: ModelConfig, at: Setting, **bytes_of: float) -> MemoryUse:
     """A moment with what is there all along, and the allowance."""
     share = model.num_parameters() / at.shard
-    masters, moments = 4 * share * (at.offload != "all"), 8 * share * (at.offload == "none")
+    masters = at.master_itemsize * share * (at.offload != "all")
+    moments = 2 * at.state_itemsize * share * (at.offload == "none")
     lost = FRAGMENTATION * sum(bytes_of.values())
     allowance = CONTEXT_BYTES + NCCL_BYTES * (at.ranks > 1) + lost
     return MemoryUse(masters=masters, moments=moments, allowance=allowance, **bytes_of)
@@ -186,11 +204,14 @@ def _gathered(model: ModelConfig, at: Setting) -> float:
 
 def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
     """Bytes of gradients once the last micro-batch has made those of `done` parameters."""
+    if at.in_backward:  # tied, the head's waits for the embeddings'
+        is_there = done == model.num_parameters() or (model.tie_embeddings and done > 0)
+        return at.master_itemsize * model.head_params() * is_there
     if at.micro_batches > 1 and (at.ranks == 1 or at.reduce == "step"):
         return 4 * model.num_parameters()
     if at.offload == "all":
         return 0.0
-    return 4 * (done if at.micro_batches == 1 else model.num_parameters()) / at.shard
+    return at.gradient_itemsize * (done if at.micro_batches == 1 else model.num_parameters()) / at.shard
 
 
 def _kept(model: ModelConfig, at: Setting, num_blocks: int) -> float:

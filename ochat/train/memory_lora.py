@@ -76,7 +76,7 @@ def _use(
     lost = FRAGMENTATION * (gradients + weights + activations + working)
     return MemoryUse(
         masters=(at.itemsize * model.num_parameters() + 4 * trained) / at.shard * on_card,
-        moments=8 * trained / at.shard * (at.offload == "none"),
+        moments=2 * at.state_itemsize * trained / at.shard * (at.offload == "none"),
         gradients=gradients, weights=weights, activations=activations, working=working,
         allowance=CONTEXT_BYTES + NCCL_BYTES * (at.ranks > 1) + lost,
     )  # fmt: skip
