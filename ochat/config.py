@@ -103,6 +103,9 @@ class OptimConfig:
     min_lr_ratio: float = 0.1  # share of the peak at which the cosine ends
 
 
+Recompute = Literal["auto", "none", "elementwise", "block"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How a step is computed, and how often it is reported."""
@@ -110,8 +113,8 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; masters are fp32
     kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: triton on CUDA, plain PyTorch elsewhere
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA in bfloat16, else SDPA by document
-    recompute: Literal["none", "block"] = "none"  # block: keep a block's input only, recompute the rest in backward
-    offload_activations: bool = False  # with recompute = "block": the kept inputs wait in host memory
+    recompute: Recompute = "auto"  # in backward: elementwise, but no product; a whole block; auto: the least that fits
+    offload_activations: bool = False  # inputs of blocks wait in host memory, and all else is recomputed
     compile: bool = False  # torch.compile, block by block
     log_every: int = 1  # steps between two reads of the metrics from the device
     max_bad_steps: int = 0  # steps of NaN or infinite loss or gradient that a run skips, restarts included; more end it
@@ -269,10 +272,9 @@ def _check(config: Config) -> None:
 
 def _check_memory(config: Config) -> None:
     offloads, recompute = config.train.offload_activations, config.train.recompute
-    is_kept = not offloads or recompute == "block"
-    expect(
-        is_kept, "train.offload_activations", offloads, 'false beside train.recompute = "none", which keeps no inputs'
-    )
+    is_kept = not offloads or recompute in ("auto", "block")
+    why = f'false beside train.recompute = "{recompute}", which keeps more than inputs'
+    expect(is_kept, "train.offload_activations", offloads, why)
     reduce, dtype = config.parallel.reduce, config.parallel.reduce_dtype
     is_exact = dtype == "float32" or reduce == "micro_batch"  # else micro-batches would be added up in bfloat16
     expect(is_exact, "parallel.reduce_dtype", dtype, '"float32" beside parallel.reduce = "step"')

@@ -60,9 +60,11 @@ class FakeStep:
         token_budget: int,
         recompute: str,
         adapters: LoraConfig | None = None,
+        supervised: int | None = None,
         masters: torch.dtype = torch.float32,
     ) -> None:
         self.mode, self.tokens = FakeTensorMode(), token_budget
+        self.supervised = token_budget if supervised is None else supervised
         self.ops = ochat_kernels.load("triton")
         self.living = Living()
         with self.mode, self.living:
@@ -80,28 +82,22 @@ class FakeStep:
         return model
 
     def forward(self) -> torch.Tensor:
-        """The loss of one micro-batch in which every token is supervised."""
+        """The loss of one micro-batch."""
         ids, cu_seqlens = torch.zeros(self.tokens, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
 
-        batch: Any = SimpleNamespace(labels=ids, loss_weights=torch.zeros(self.tokens), rows=ids)
+        rows = ids[: self.supervised]  # a view: nothing to count
+        batch: Any = SimpleNamespace(labels=ids, loss_weights=torch.zeros(self.tokens), rows=rows)
         head = head_loss(self.ops, batch, self.model.head.tokens)
         attend = PackedAttention(cu_seqlens, self.tokens // 2, "varlen", [self.tokens // 2] * 2)
-        return self.model(ids, ids, attend, head=head).loss_sum
+        return self.model(ids, ids, attend, head=head, rows=rows).loss_sum
 
     def saved_bytes(self) -> int:
-        """Unique storages that autograd holds after forward, those of parameters left out."""
-        held: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            held[storage._cdata] = storage
-            return tensor
-
-        with self.mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        """Storages that are there after forward and were not before, the loss apart."""
+        with self.mode, self.living:
+            before = self.living.bytes
             loss = self.forward()
-        own = {parameter.untyped_storage()._cdata for parameter in self.model.parameters()}
-        assert loss.requires_grad
-        return sum(storage.nbytes() for key, storage in held.items() if key not in own)
+            assert loss.requires_grad
+            return self.living.bytes - before - loss.nbytes
 
     def peak_bytes(self, micro_batches: int, in_backward: bool = False) -> int:
         """The most that was held at any moment of `micro_batches` forwards and backwards, moments of AdamW apart; with

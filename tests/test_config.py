@@ -68,7 +68,6 @@ def test_classes_come_from_tables_and_options(toml):
         ("--data.subsample.GPT3=2", "data.subsample.GPT3"),
         ("--parallel.reduce_dtype=bfloat16", "parallel.reduce_dtype = 'bfloat16': expected \"float32\" beside"),
         ("--parallel.offload=moments", "parallel.offload = 'moments'"),
-        ("--train.offload_activations=true", "train.offload_activations = True"),
         ("--classes.GPT4.reward=1 ", None),
         ("--classes.GPT4={}", "either reward or weight"),
         ("--base.path=", "base.path"),
@@ -83,6 +82,14 @@ def test_refusals_name_the_key(toml, option, message):
     with pytest.raises(ConfigError) as error:
         configuration.load(toml(), [option])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("recompute", ["none", "elementwise"])
+def test_inputs_of_blocks_wait_on_the_host_only_where_nothing_else_is_kept(toml, recompute):
+    options = ["--train.offload_activations=true", f"--train.recompute={recompute}"]
+    with pytest.raises(ConfigError, match="train.offload_activations = True: expected false beside"):
+        configuration.load(toml(), options)
+    assert configuration.load(toml(), options[:1]).train.recompute == "auto"
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ochat.data.batch import Example, pack
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
-from ochat.model.transformer import Transformer
+from ochat.model.transformer import RECOMPUTE, Transformer
 from ochat.train.loss import head_loss
 
 CONFIG = ModelConfig("qwen3", 67, 24, 40, 3, 4, 2, 8, qk_norm=True, windows=(None, 6, 6))
@@ -48,7 +48,7 @@ def loss_and_gradients(model: Transformer, batch, *, picks: bool):
     return out, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_and_gradients_are_those_of_the_plain_path(tied, recompute):
     model, batch = build(tied, recompute), make_batch(0.4)
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_the_plain_path(tied, recompute):
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-14, msg=name)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_without_a_supervised_row_every_parameter_has_a_gradient_and_it_is_zero(recompute):
     """Other processes wait for it."""
     out, gradients = loss_and_gradients(build(False, recompute), make_batch(0.0), picks=True)

@@ -8,6 +8,7 @@ import pytest
 from ochat.config import LoraConfig
 from ochat.model import lora
 from ochat.model.config import ModelConfig
+from ochat.model.transformer import RECOMPUTE
 from ochat.train import memory_lora, speed
 from ochat.train.cards import CARDS
 from ochat.train.lengths import LengthCounts
@@ -29,15 +30,15 @@ def derived_only(monkeypatch):
     monkeypatch.setattr(memory_lora, "chunk_bytes", lambda *_: 0)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("settings", [LoraConfig(rank=16), LoraConfig(rank=64, targets=("q_proj", "v_proj"))])
 def test_what_backward_keeps_is_what_the_model_keeps(recompute, settings):
-    at = Setting(4096, 4096, recompute)
-    counted = FakeStep(FEW_BLOCKS, 4096, recompute, settings).saved_bytes()
+    at = Setting(4096, 1024, recompute)
+    counted = FakeStep(FEW_BLOCKS, 4096, recompute, settings, supervised=1024).saved_bytes()
     assert memory_lora.saved_bytes(FEW_BLOCKS, at, settings) == pytest.approx(counted, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_the_peak_of_a_step_is_the_one_predicted(recompute, derived_only):
     settings = LoraConfig(rank=16)
     use = memory_lora.predict(FEW_BLOCKS, Setting(8192, 8192, recompute), settings)
@@ -57,6 +58,7 @@ def test_frozen_weights_save_a_third_of_the_products():
     adapters = lora.num_parameters(LLAMA_8B, LoraConfig(rank=16))
     ours = speed.predict(LLAMA_8B, CARDS["H200"], workload, Cut(16384, 8, adapters=adapters))
     assert adapters == 41_943_040  # as PEFT counts them
-    assert ours.products == pytest.approx(full.products * (2 / 3 + adapters / LLAMA_8B.matmul_params()))
+    share = 2 / 3 + adapters / LLAMA_8B.matmul_params()
+    assert ours.products == pytest.approx(full.products * share, rel=1e-3)  # what the last block is spared apart
     assert ours.attention == full.attention and ours.optimizer < 0.01 * full.optimizer
     assert ours.mfu < full.mfu

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
-from ochat.model.transformer import Transformer
+from ochat.model.transformer import RECOMPUTE, Transformer
 from ochat.train import memory, optim, parallel
 from ochat.train.memory import Setting
 from ochat.train.parallel import Ranks
@@ -24,7 +24,7 @@ LLAMA_1B = ModelConfig("llama", 128256, 2048, 8192, 5, 32, 8, 64, tie_embeddings
 QWEN3 = ModelConfig("qwen3", 151936, 1024, 3072, 6, 16, 8, 128, tie_embeddings=True, qk_norm=True)
 SMALL_VOCABULARY = ModelConfig("qwen2", 1000, 1024, 3072, 4, 16, 8, 64, qkv_bias=True)
 MODELS = {"8B": LLAMA_8B, "1B": LLAMA_1B, "qwen3": QWEN3, "small vocabulary": SMALL_VOCABULARY}
-CU_SEQLENS = 4 * 3  # the batch's own; checkpointed blocks do not keep it
+CU_SEQLENS = 4 * 3  # the batch's own
 UNTIED = ModelConfig("llama", 512, 64, 96, 2, 4, 2, 16)
 REFERENCE = ochat_kernels.load("reference")
 GRADIENT_TOLERANCE = 0.02  # of the peak: the order in which backward frees a block's tensors is followed roughly
@@ -38,22 +38,22 @@ def derived_only(monkeypatch):
     monkeypatch.setattr(memory, "chunk_bytes", lambda *_: 0)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_backward_keeps_is_known_to_the_byte(name, recompute):
-    for tokens in (1024, 8192):
-        counted = FakeStep(MODELS[name], tokens, recompute).saved_bytes()
-        expected = memory.saved_bytes(MODELS[name], tokens, recompute)
-        angles = 4 * tokens * MODELS[name].head_dim  # checkpointed blocks hold them, not autograd
-        assert counted == expected + (CU_SEQLENS if recompute == "none" else -angles)
+    for tokens, share in ((1024, 1), (8192, 1), (8192, 0.3)):
+        at = Setting(tokens, round(share * tokens), recompute)
+        counted = FakeStep(MODELS[name], tokens, recompute, supervised=at.supervised).saved_bytes()
+        assert counted == memory.saved_bytes(MODELS[name], at) + CU_SEQLENS
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
-    for tokens, micro_batches in ((1024, 1), (32768, 1), (32768, 2)):
-        use = memory.predict(MODELS[name], Setting(tokens, tokens, recompute, micro_batches=micro_batches))
-        peak = FakeStep(MODELS[name], tokens, recompute).peak_bytes(micro_batches)
+    for tokens, micro_batches, share in ((1024, 1, 1), (32768, 1, 1), (32768, 2, 1), (32768, 2, 0.3)):
+        rows = round(share * tokens)
+        use = memory.predict(MODELS[name], Setting(tokens, rows, recompute, micro_batches=micro_batches))
+        peak = FakeStep(MODELS[name], tokens, recompute, supervised=rows).peak_bytes(micro_batches)
         assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
 
 
@@ -105,7 +105,7 @@ def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, r
     model, choice = Transformer(config, REFERENCE), ParallelConfig(reduce=reduce, reshard=reshard)
     model.initialize(0)
     model.compute_dtype = torch.bfloat16
-    parallel.wrap(model, shard_of_four, TrainConfig(), choice, torch.bfloat16)
+    parallel.wrap(model, shard_of_four, TrainConfig(recompute="none"), choice, torch.bfloat16)
     setting = Setting(8, 8, ranks=4, shard=4, micro_batches=2, reduce=reduce, reshard=reshard)
     use = memory.predict(config, setting)
     assert sum(optim.local(p).nbytes for p in model.parameters()) == use.masters

@@ -24,9 +24,10 @@ from ochat.errors import ConfigError, DataError
 from ochat.model import rope
 from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
+from ochat.model.remaking import Remaking
 
 HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
-RECOMPUTE = ("none", "block")
+RECOMPUTE = ("none", "elementwise", "block")
 
 
 class Embedding(nn.Module):
@@ -59,7 +60,7 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Scale each row to a root mean square of 1, then by `weight`; a residual is added first. Returns (y, sum)."""
 
-    def __init__(self, size: int, eps: float, ops: ModuleType) -> None:
+    def __init__(self, size: int, eps: float, ops: Remaking) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.ops = eps, ops
@@ -74,7 +75,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """q, k and v in one product, rotation, attention within each document, the way out."""
 
-    def __init__(self, config: ModelConfig, layer: int, ops: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Remaking) -> None:
         super().__init__()
         self.layer, self.window, self.ops = layer, config.window(layer), ops
         self.head_dim, self.heads = config.head_dim, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -94,7 +95,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one product."""
 
-    def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, ops: Remaking) -> None:
         super().__init__()
         self.ops = ops
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
@@ -112,7 +113,7 @@ class Block(nn.Module):
     keys and values.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, ops: ModuleType) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: Remaking) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, config.norm_eps, ops)
         self.attn = Attention(config, layer, ops)
@@ -154,13 +155,16 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__()
         self.config = config
-        self.recompute = "none"  # "block": keep a block's inputs only and recompute the rest in backward
+        # what backward makes again instead of keeping it. "elementwise": results of norms, RoPE and SwiGLU, no product;
+        # "block": all but a block's inputs
+        self.recompute = "none"
         self.offload_activations = False  # with "block": those inputs wait in (pinned) host memory
         self.compute_dtype: torch.dtype | None = None  # None: that of the parameters
         self.inv_freq = rope.inv_freq(config.rope, config.head_dim)  # (D/2,) fp32; no buffer: to_empty() would wipe it
+        self.ops = Remaking(ops)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, layer, ops) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, ops)
+        self.blocks = nn.ModuleList(Block(config, layer, self.ops) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.ops)
         self.head = Head(config.hidden_size, config.vocab_size)
         self._tie()
 
@@ -213,12 +217,15 @@ class Transformer(nn.Module):
             parameter.copy_(drawn)
 
     def _run(self, block: Callable[..., Any], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One block; where it is recomputed, `x` and `residual` are all that is kept of it.
+        """One block; where it is recomputed whole, `x` and `residual` are all that is kept of it.
 
         Costs of offload_activations: 2 T H elements to the host in forward and back in backward, each a block.
         """
         if self.recompute == "none" or not torch.is_grad_enabled():
             return block(x, residual)
+        if self.recompute == "elementwise":
+            with self.ops.remaking():
+                return block(x, residual)
         with save_on_cpu(pin_memory=True) if self.offload_activations else nullcontext():
             return checkpoint(block, x, residual, use_reentrant=False)  # type: ignore[return-value]
 

@@ -24,6 +24,7 @@ MOST_TOKENS = 2**22  # no larger budget is tried
 NEARLY = 0.98  # of the best speed: a smaller budget is as good, and leaves room
 NOTABLE = 1.03  # a gain worth a line
 MOST_GPUS = 4096
+POLICIES = ("none", "elementwise", "block")  # of train.recompute, from the fastest to that of the least memory
 SAVINGS = (("train", "recompute", "block"), ("parallel", "reduce", "micro_batch"), ("parallel", "offload", "optimizer"))
 
 
@@ -37,7 +38,7 @@ class Run:
     num_steps: int
 
     def cut(self, ranks: int, gpus_per_node: int, token_budget: int = 0, bins_per_step: int = 0) -> Cut:
-        """The run on so many GPUs, as configured or with another budget."""
+        """The run on so many GPUs, as configured or with another budget; its recompute may be "auto"."""
         data, parallel = self.config.data, self.config.parallel
         shard = parallel.shard or ranks // parallel.replicate
         return Cut(
@@ -47,16 +48,32 @@ class Run:
             ranks,
             shard if shard * parallel.replicate == ranks else ranks,
             gpus_per_node,
+            4 if self.config.train.dtype == "float32" else 2,
             adapters=lora.num_parameters(self.model, self.config.lora),
             **self._choices(),
         )
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Those of POLICIES that "auto" may mean: a compiler makes no result of a kernel again."""
+        train = self.config.train
+        if train.offload_activations:
+            return POLICIES[-1:]
+        return tuple(p for p in POLICIES if p != "elementwise" or not train.compile or train.kernels == "reference")
+
+    def settled(self, cut: Cut, room: float) -> Cut:
+        """The cut with "auto" replaced by the first of the policies that fits `room` bytes, or else by the last."""
+        if cut.recompute != "auto":
+            return cut
+        cuts = [with_policy(cut, policy) for policy in self.policies]
+        return next((each for each in cuts if self.memory(each).total <= room), cuts[-1])
 
     def memory(self, cut: Cut) -> MemoryUse:
         """Of the fullest GPU."""
         supervised = round(cut.token_budget * self.workload.supervised_share)
         setting = Setting(
             cut.token_budget, supervised, cut.recompute, cut.ranks, cut.shard, cut.bins_per_step // cut.ranks,
-            **self._choices(),
+            itemsize=cut.itemsize, **{**self._choices(), "offload_activations": cut.offload_activations},
         )  # fmt: skip
         if self.config.lora.rank:
             return memory_lora.predict(self.model, setting, self.config.lora)
@@ -84,6 +101,8 @@ class Forecast:
     ranks: int
     use: MemoryUse
     speed: Speed
+    policies: dict[str, tuple[MemoryUse, Speed]]  # each of POLICIES
+    recompute: str  # as configured, or what "auto" means here
     run_seconds: float
     largest_budget: int  # that fits; 0: none
     best: Cut | None  # what is recommended
@@ -91,20 +110,27 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        return self.use.total <= self.card.memory_gib * GIB
+        return self.has_room(self.use)
+
+    def has_room(self, use: MemoryUse) -> bool:
+        return use.total <= self.card.memory_gib * GIB
 
 
 def forecast(run: Run, card: Card, *, gpus: int, nodes: int) -> Forecast:
     """The run as it is configured on `nodes` times `gpus` cards, and the best budget there."""
     ranks = gpus * nodes
-    cut = run.cut(ranks, gpus)
+    configured = run.cut(ranks, gpus)
+    cut = run.settled(configured, card.memory_gib * GIB)
     as_configured = speed.predict(run.model, card, run.workload, cut)
     steps = run.num_steps * run.config.data.bins_per_step / cut.bins_per_step  # fewer where bins were rounded up
-    largest = largest_budget(run, card, cut)
-    best = recommend(run, card, cut, largest)
+    largest = largest_budget(run, card, configured)
+    best = recommend(run, card, configured, largest)
+    policies = [with_policy(cut, policy) for policy in POLICIES]
     return Forecast(
-        card, ranks, run.memory(cut), as_configured, steps * as_configured.step_seconds, largest, best,
-        _why(run, card, cut, best) if best else _remedy(run, card, cut, largest),
+        card, ranks, run.memory(cut), as_configured,
+        {each.recompute: (run.memory(each), speed.predict(run.model, card, run.workload, each)) for each in policies},
+        cut.recompute, steps * as_configured.step_seconds, largest, best,
+        _why(run, card, cut, best) if best else _remedy(run, card, configured, largest),
     )  # fmt: skip
 
 
@@ -112,8 +138,9 @@ def largest_budget(run: Run, card: Card, cut: Cut) -> int:
     """The largest token_budget, in steps of STEP_OF_BUDGET, with which the run fits; 0 if none does."""
 
     def fits(steps: int) -> bool:
+        room = card.memory_gib * GIB
         tried = dataclasses.replace(cut, token_budget=steps * STEP_OF_BUDGET)
-        return run.memory(tried).total <= card.memory_gib * GIB
+        return run.memory(run.settled(tried, room)).total <= room
 
     low, high = 0, MOST_TOKENS // STEP_OF_BUDGET + 1
     while high - low > 1:
@@ -132,10 +159,16 @@ def recommend(run: Run, card: Card, cut: Cut, largest: int) -> Cut | None:
     most = min(largest, max(data.token_budget * data.bins_per_step // cut.ranks, data.token_budget))
     budgets = [budget for budget in (*_round_numbers(most), data.token_budget) if longest <= budget <= most]
     budgets = [budget for budget in budgets if budget >= 2 * longest] or budgets
+    room = card.memory_gib * GIB
     cuts = [run.cut(cut.ranks, cut.gpus_per_node, b, run.bins_for(b, cut.ranks)) for b in sorted(set(budgets))]
-    cuts = [each for each in cuts if run.memory(each).total <= card.memory_gib * GIB]
+    cuts = [each for each in (run.settled(each, room) for each in cuts) if run.memory(each).total <= room]
     rates = [speed.predict(run.model, card, run.workload, each).tokens_per_s for each in cuts]
     return next((each for each, rate in zip(cuts, rates, strict=True) if rate >= NEARLY * max(rates)), None)
+
+
+def with_policy(cut: Cut, policy: str) -> Cut:
+    """The cut with this train.recompute; inputs of blocks wait on the host only where they are all that is kept."""
+    return dataclasses.replace(cut, recompute=policy, offload_activations=cut.offload_activations and policy == "block")
 
 
 def rounded_up(bins: int, ranks: int) -> int:
@@ -153,21 +186,21 @@ def _why(run: Run, card: Card, cut: Cut, best: Cut) -> str:
     if best.token_budget != data.token_budget:
         gain = rate / speed.predict(run.model, card, run.workload, cut).tokens_per_s - 1
         reasons.append(f"{gain:+.0%} tokens/s")
-    if cut.recompute == "block" and (other := _without_recompute(run, card, cut)):
-        kept, faster = other
-        if faster > NOTABLE * rate:
-            reasons.append(
-                f'train.recompute = "none" with token_budget {kept.token_budget:,} and bins_per_step '
-                f"{kept.bins_per_step:,} brings {faster / rate - 1:+.0%} more"
-            )
+    others = [_with_policy(run, card, cut, policy) for policy in POLICIES[: POLICIES.index(best.recompute)]]
+    kept, faster = max((each for each in others if each), key=lambda each: each[1], default=(best, rate))
+    if faster > NOTABLE * rate:
+        reasons.append(
+            f'train.recompute = "{kept.recompute}" with token_budget {kept.token_budget:,} and bins_per_step '
+            f"{kept.bins_per_step:,} brings {faster / rate - 1:+.0%} more"
+        )
     return "; ".join(reasons)
 
 
-def _without_recompute(run: Run, card: Card, cut: Cut) -> tuple[Cut, float] | None:
-    """What is recommended when every activation is kept, and its tokens a second; None if that does not fit."""
-    train = dataclasses.replace(run.config.train, recompute="none")
+def _with_policy(run: Run, card: Card, cut: Cut, policy: Any) -> tuple[Cut, float] | None:
+    """What is recommended under another train.recompute, and its tokens a second; None if that does not fit."""
+    train = dataclasses.replace(run.config.train, recompute=policy, offload_activations=False)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
-    cut = dataclasses.replace(cut, recompute="none")
+    cut = run.cut(cut.ranks, cut.gpus_per_node)
     best = recommend(run, card, cut, largest_budget(run, card, cut))
     return best and (best, speed.predict(run.model, card, run.workload, best).tokens_per_s)
 
@@ -182,6 +215,8 @@ def _remedy(run: Run, card: Card, cut: Cut, largest: int) -> str:
         changed = dataclasses.replace(getattr(tried.config, section), **{key: value})
         if changed == getattr(tried.config, section) or (key == "reduce" and cut.ranks == 1):
             continue
+        if key == "recompute" and tried.config.train.recompute == "auto":
+            continue  # has tried it
         settings.append(f'{section}.{key} = "{value}"')
         tried = dataclasses.replace(tried, config=dataclasses.replace(tried.config, **{section: changed}))
         if (budget := largest_budget(tried, card, tried.cut(cut.ranks, cut.gpus_per_node))) >= longest:

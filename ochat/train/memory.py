@@ -3,8 +3,9 @@
     use = predict(model, Setting(token_budget=8192, supervised=4096, recompute="block", ranks=8, shard=8))
     use.total / GIB, use.activations
 
-Letters: T token_budget, H hidden, F FFN, N and K query and key/value heads, D head dim, V vocabulary, L blocks, P
-parameters, B those of one block, E = V H, s GPUs that share a copy of the model, e bytes of an activation.
+Letters: T token_budget, R of them supervised, H hidden, F FFN, N and K query and key/value heads, D head dim, V
+vocabulary, L blocks, P parameters, B those of one block, E = V H, s GPUs that share a copy of the model, e bytes of an
+activation.
 
 What backward keeps of a block (the operators of kernels/ochat_kernels, torch's varlen attention):
   norms      e T 2H + 4 T 2      the two streams and their rstd
@@ -14,9 +15,11 @@ What backward keeps of a block (the operators of kernels/ochat_kernels, torch's 
   SwiGLU     e T 2F              its input
   qk norms   e T (N + K) D + 4 T (N + K), where the model has them
   weights    e B                 on one process: the casts of fp32 masters, biases apart
-With recompute = "block" it is e T 2H, the block's inputs (nothing, where they wait on the host), and all of the above
-for the one block in backward.
-Outside the blocks: 8 T ids, 4 T D angles; the last norm's e T H + 4 T + e H; the head's dhidden e T H and dW 4 E.
+What follows attention in the last block is of R rows, and the rows that it picks are a copy of attention's output.
+With recompute = "elementwise" it is less the inputs of the products and q and k turned: e T (2H + F + (N + K) D). With
+"block" it is e T 2H, the block's inputs (nothing, where they wait on the host), and all of the above for the one block
+in backward.
+Outside the blocks: 8 T ids, 4 T D angles; the last norm's e R H + 4 R + e H; the head's dhidden e R H and dW 4 E.
 """
 
 from __future__ import annotations
@@ -86,43 +89,47 @@ class MemoryUse:
 
 
 def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
-    """Memory of the fullest of four moments of a step, with an allowance for what is not derived.
+    """Memory of the fullest of five moments of a step, with an allowance for what is not derived.
 
     All along: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on one
     process: 4 P once there are any, 2 P of bf16 masters in one micro-batch; updated in backward, the embeddings' alone.
     Under FSDP 4 P / s (2 P / s); but while a rank adds up micro-batches before it reduces them (reduce = "step") it
     holds the whole model's, 4 P.
-      head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e T H, and the larger of the
+      head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e R H, and the larger of the
               logits of a chunk of rows and dW on its way into the gradient, e E (4 E more for sums of bf16 masters')
-      block   backward of the last block, or of the first one when the gradients of the others are there: activations
-              up to it, e T (2F + H) of gradients within it, e T H more for its output made again
+      block   backward of the last block, of the one before it, which is of T rows, or of the first one when the
+              gradients of the others are there: activations up to it, e T (2F + H) of gradients within it, e T H more
+              for its output made again, or e T F for SwiGLU's
       end     all gradients; the embeddings' own on its way, 4 E, and 4 T H
     FSDP gathers: in `head` e E, which stay until the step's last micro-batch, else 3 e B (this block, the next, a
     buffer) and 8 B of gradients being reduced; with reshard = "step" e P at any time. Tied embeddings hold the head's
     gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
     """
-    uses = [_head(model, setting), _block(model, setting, is_last=True), _block(model, setting, is_last=False)]
+    uses = [_head(model, setting), *(_block(model, setting, layer) for layer in fullest_layers(model))]
     return max((*uses, _end(model, setting)), key=lambda use: use.total)
 
 
-def saved_bytes(model: ModelConfig, tokens: int, recompute: str = "none", itemsize: int = 2) -> int:
-    """All that autograd holds between forward and backward of a micro-batch on one process, the parameters and the
-    batch's own tensors apart."""
-    at = Setting(tokens, tokens, itemsize=itemsize)
-    casts = 0 if recompute == "block" else model.num_layers * cast_bytes(model, at)
-    inside = model.num_layers * _kept_of_block(model, tokens, recompute, itemsize)
-    first = tokens * model.hidden_size * itemsize if recompute == "block" else 0  # the first block has no residual yet
-    return casts + inside - first + _kept_outside(model, tokens, itemsize) + 4 * model.head_params()
+def saved_bytes(model: ModelConfig, at: Setting) -> int:
+    """All that is held between forward and backward of a micro-batch on one process, the parameters and the batch's
+    own tensors apart."""
+    casts = 0 if at.recompute == "block" else model.num_layers * cast_bytes(model, at)
+    inside = sum(kept_of_block(model, at, is_last=layer == model.num_layers - 1) for layer in range(model.num_layers))
+    first = at.token_budget * model.hidden_size * at.itemsize if at.recompute == "block" else 0  # has no residual yet
+    return casts + inside - first + _kept_outside(model, at) + 4 * model.head_params()
 
 
-def block_saved_bytes(model: ModelConfig, tokens: int, itemsize: int = 2) -> int:
-    """What backward keeps of one block, weights apart."""
+def block_saved_bytes(model: ModelConfig, at: Setting, *, is_last: bool = False) -> int:
+    """What backward keeps of one block, weights apart; with recompute = "block", while it has it."""
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    wide = 4 * model.hidden_size + 3 * model.intermediate_size + (q + kv) + (q + 2 * kv) + q
-    narrow = 2 + model.num_heads
+    H, F, makes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
+    before = H * (1 if makes else 2) + (q + 2 * kv) + (q + kv) * (not makes) + q  # attention and what precedes it
+    after = H * (1 if makes else 2) + F * (2 if makes else 3)
+    narrow = 1 + model.num_heads
     if model.qk_norm:
-        wide, narrow = wide + q + kv, narrow + model.num_heads + model.num_kv_heads
-    return tokens * (itemsize * wide + 4 * narrow) + 16
+        before, narrow = before + q + kv, narrow + model.num_heads + model.num_kv_heads
+    rows = at.supervised if is_last else at.token_budget
+    picked = at.itemsize * q * rows * is_last
+    return at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
 
 
 def cast_bytes(model: ModelConfig, at: Setting) -> int:
@@ -141,35 +148,41 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
 
 
 def _head(model: ModelConfig, at: Setting) -> MemoryUse:
-    E, stream = model.head_params(), at.token_budget * model.hidden_size * at.itemsize
+    E, stream = model.head_params(), at.supervised * model.hidden_size * at.itemsize
     chunk = chunk_bytes(model, at.supervised, at.itemsize)
     # dW is gone before a cast for fp32 masters, and not before one for sums of micro-batches alone
     passing = at.itemsize * E + 4 * E * (at.master_itemsize < at.gradient_itemsize)
-    casts = model.num_layers * cast_bytes(model, at) if at.recompute == "none" and at.ranks == 1 else 0
+    casts = model.num_layers * cast_bytes(model, at) if at.recompute != "block" and at.ranks == 1 else 0
     # on one process the head's cast is gone before dW is on its way
     read = at.itemsize * E * (at.has_casts or at.ranks > 1)
     weights, working = max((read, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
     weights = _gathered(model, at) if at.gathers_once else weights
     return _use(
         model, at, gradients=_gradients(model, at, 0.0), weights=casts + weights,
-        activations=_kept(model, at, model.num_layers) + _kept_outside(model, at.token_budget, at.itemsize),
+        activations=_kept(model, at, model.num_layers - 1, has_last=True) + _kept_outside(model, at),
         working=working + 4 * E + 2 * stream,
     )  # fmt: skip
 
 
-def _block(model: ModelConfig, at: Setting, *, is_last: bool) -> MemoryUse:
-    """The backward of the last block, which is the first to run, or of the first."""
+def fullest_layers(model: ModelConfig) -> set[int]:
+    """Blocks in whose backward the most may be held."""
+    last = model.num_layers - 1
+    return {last, max(last - 1, 0), 0}
+
+
+def _block(model: ModelConfig, at: Setting, layer: int) -> MemoryUse:
+    """The backward of one block, after those of the blocks behind it."""
     T, E, B = at.token_budget, model.head_params(), _block_matrices(model)
-    others = model.num_layers - 1 if is_last else 0
-    done = E if is_last else model.num_parameters() - B - E * (not model.tie_embeddings)
-    activations = _kept(model, at, others) + block_saved_bytes(model, T, at.itemsize) + T * (8 + 4 * model.head_dim)
-    streams = 2 if at.recompute == "block" else 1
-    working = at.itemsize * T * (2 * model.intermediate_size + streams * model.hidden_size)
+    behind = model.num_layers - 1 - layer
+    is_last, done = behind == 0, E + behind * B
+    activations = _kept(model, at, layer) + block_saved_bytes(model, at, is_last=is_last)
+    activations += T * (8 + 4 * model.head_dim)
+    working = passing_bytes(model, at, is_last=is_last)
     if at.ranks > 1:
         weights = _gathered(model, at) if at.gathers_once else 3 * at.itemsize * B + _gathered(model, at)
         working += 2 * at.reduce_itemsize * B + at.itemsize * E * model.tie_embeddings
     else:
-        weights = cast_bytes(model, at) * (1 if at.recompute == "block" else others + 1)
+        weights = cast_bytes(model, at) * (1 if at.recompute == "block" else layer + 1)
         working += 4 * E * (model.tie_embeddings and at.micro_batches > 1)
     return _use(
         model, at, gradients=_gradients(model, at, done), weights=weights, activations=activations, working=working
@@ -214,21 +227,32 @@ def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
     return at.gradient_itemsize * (done if at.micro_batches == 1 else model.num_parameters()) / at.shard
 
 
-def _kept(model: ModelConfig, at: Setting, num_blocks: int) -> float:
-    kept = 0 if at.offload_activations else _kept_of_block(model, at.token_budget, at.recompute, at.itemsize)
-    return num_blocks * kept
+def _kept(model: ModelConfig, at: Setting, others: int, *, has_last: bool = False) -> float:
+    """Of `others` blocks, and of the last one where asked."""
+    if at.offload_activations:
+        return 0.0
+    return others * kept_of_block(model, at) + (kept_of_block(model, at, is_last=True) if has_last else 0)
 
 
-def _kept_of_block(model: ModelConfig, tokens: int, recompute: str, itemsize: int) -> int:
-    if recompute == "block":
-        return 2 * tokens * model.hidden_size * itemsize
-    return block_saved_bytes(model, tokens, itemsize)
+def kept_of_block(model: ModelConfig, at: Setting, *, is_last: bool = False) -> int:
+    """What is held of one block from its forward to its backward, weights apart."""
+    if at.recompute == "block":
+        return 2 * at.token_budget * model.hidden_size * at.itemsize
+    return block_saved_bytes(model, at, is_last=is_last)
 
 
-def _kept_outside(model: ModelConfig, tokens: int, itemsize: int) -> int:
+def passing_bytes(model: ModelConfig, at: Setting, *, is_last: bool = False) -> float:
+    """Gradients on their way through a block's MLP and what is made again beside them, at the fullest."""
+    H, F, rows = model.hidden_size, model.intermediate_size, at.supervised if is_last else at.token_budget
+    again = {"none": 0, "elementwise": rows * F, "block": at.token_budget * H}[at.recompute]
+    return at.itemsize * (rows * 2 * F + at.token_budget * H + again)
+
+
+def _kept_outside(model: ModelConfig, at: Setting) -> int:
     """All but dW."""
-    cast = itemsize * model.hidden_size if itemsize < 4 else 0
-    return tokens * (8 + 4 * model.head_dim + 4 + 2 * itemsize * model.hidden_size) + cast
+    cast = at.itemsize * model.hidden_size * at.has_casts
+    T, R = at.token_budget, at.supervised
+    return T * (8 + 4 * model.head_dim) + R * (4 + 2 * at.itemsize * model.hidden_size) + cast
 
 
 def _block_matrices(model: ModelConfig) -> int:

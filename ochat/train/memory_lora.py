@@ -21,47 +21,54 @@ from ochat.train.memory import (
     Setting,
     block_saved_bytes,
     chunk_bytes,
+    fullest_layers,
+    passing_bytes,
 )
 
 TOKENS = 4  # assumed: rows of embedding and head that are trained
 
 
 def predict(model: ModelConfig, at: Setting, settings: LoraConfig) -> MemoryUse:
-    """Memory of the fuller of two moments of a step, with memory.py's allowance.
+    """Memory of the fullest of four moments of a step, with memory.py's allowance.
 
     All along: e P / s + 4 A / s and AdamW's 8 A / s; 4 A of gradients.
       head    all activations; the larger of the logits of a chunk of rows and, for the rows of tokens, 2 e R H of
-              hidden states and of the labels' weights; two streams 2 e T H
-      block   the last block's backward: activations, and e T (2F + H) of gradients within it, e T H more for its output
-              made again
+              hidden states and of the labels' weights; two streams 2 e R H
+      block   backward of the last block, of the one before it, which is of T rows, or of the first: activations up to
+              it, and e T (2F + H) of gradients within it, e T H more for its output made again, or e T F for SwiGLU's
     FSDP gathers 3 e B, the head's e E, or with reshard = "step" e P.
     """
-    kept = 0.0 if at.offload_activations else _kept(model, at, settings)
-    return max(_head(model, at, settings, kept), _block(model, at, settings, kept), key=lambda use: use.total)
+    layers = fullest_layers(model)
+    return max(
+        (_head(model, at, settings), *(_block(model, at, settings, layer) for layer in layers)),
+        key=lambda use: use.total,
+    )
 
 
 def saved_bytes(model: ModelConfig, at: Setting, settings: LoraConfig) -> float:
-    """All that autograd holds between forward and backward of a micro-batch on one process, parameters and the batch's
-    own tensors apart."""
+    """All that is held between forward and backward of a micro-batch on one process, parameters and the batch's own
+    tensors apart."""
     stream = at.token_budget * model.hidden_size * at.itemsize
     first = stream if at.recompute == "block" else 0  # the first block has no residual yet
-    return model.num_layers * _kept(model, at, settings) - first + _outside(model, at)
+    return _kept(model, at, settings, model.num_layers) - first + _outside(model, at)
 
 
-def _head(model: ModelConfig, at: Setting, settings: LoraConfig, kept: float) -> MemoryUse:
-    row = at.itemsize * model.hidden_size
-    working = max(chunk_bytes(model, at.supervised, at.itemsize), 2 * at.supervised * row) + 2 * at.token_budget * row
+def _head(model: ModelConfig, at: Setting, settings: LoraConfig) -> MemoryUse:
+    rows = at.itemsize * at.supervised * model.hidden_size
+    working = max(chunk_bytes(model, at.supervised, at.itemsize), 2 * rows) + 2 * rows
     weights = at.itemsize * model.head_params() if at.ranks > 1 else 0
-    return _use(model, at, settings, weights, model.num_layers * kept + _outside(model, at), working)
+    kept = 0.0 if at.offload_activations else _kept(model, at, settings, model.num_layers)
+    return _use(model, at, settings, weights, kept + _outside(model, at), working)
 
 
-def _block(model: ModelConfig, at: Setting, settings: LoraConfig, kept: float) -> MemoryUse:
-    streams = 2 if at.recompute == "block" else 1
-    working = at.itemsize * at.token_budget * (2 * model.intermediate_size + streams * model.hidden_size)
-    activations = (model.num_layers - 1) * kept + _kept_inside(model, at, settings)
+def _block(model: ModelConfig, at: Setting, settings: LoraConfig, layer: int) -> MemoryUse:
+    """The backward of one block, after those of the blocks behind it."""
+    is_last = layer == model.num_layers - 1
+    kept = 0.0 if at.offload_activations else _kept(model, at, settings, layer)
+    activations = kept + _kept_inside(model, at, settings, is_last=is_last)
     activations += at.token_budget * (8 + 4 * model.head_dim)
     weights = 3 * at.itemsize * model.matmul_params() / model.num_layers if at.ranks > 1 else 0
-    return _use(model, at, settings, weights, activations, working)
+    return _use(model, at, settings, weights, activations, passing_bytes(model, at, is_last=is_last))
 
 
 def _use(
@@ -87,26 +94,35 @@ def _trained(model: ModelConfig, settings: LoraConfig) -> float:
     return lora.num_parameters(model, settings) + rows
 
 
-def _kept(model: ModelConfig, at: Setting, settings: LoraConfig) -> float:
+def _kept(model: ModelConfig, at: Setting, settings: LoraConfig, num_blocks: int) -> float:
+    """Of so many blocks from the first on."""
     if at.recompute == "block":
-        return 2 * at.token_budget * model.hidden_size * at.itemsize
-    return _kept_inside(model, at, settings)
+        return num_blocks * 2 * at.token_budget * model.hidden_size * at.itemsize
+    blocks = range(num_blocks)
+    return sum(_kept_inside(model, at, settings, is_last=layer == model.num_layers - 1) for layer in blocks)
 
 
-def _kept_inside(model: ModelConfig, at: Setting, settings: LoraConfig) -> float:
+def _kept_inside(model: ModelConfig, at: Setting, settings: LoraConfig, *, is_last: bool = False) -> float:
     """What backward needs of one block."""
     found = lora.adapted_parts(model, settings.targets)
     inputs = {"attn.qkv": model.hidden_size, "mlp.gate_up": model.hidden_size, "mlp.down": model.intermediate_size}
     wide = small = 0
     for name in ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down"):
+        rows = at.supervised if is_last and name != "attn.qkv" else at.token_budget
         parts = found.get(f"blocks.0.{name}", [])
         columns = settings.rank * sum(part.is_adapted for part in parts)
-        wide += columns if parts else -inputs.get(name, 0)  # attention keeps its output whoever reads it
         size_in = inputs.get(name, model.num_heads * model.head_dim)
+        if parts:
+            wide += rows * columns
+        elif name == "attn.out":  # attention keeps its output, whoever reads it, but not the rows picked from it
+            wide -= rows * size_in * is_last
+        elif at.recompute != "elementwise":
+            wide -= rows * size_in
         small += columns * (size_in + sum(part.rows for part in parts))
-    return block_saved_bytes(model, at.token_budget, at.itemsize) + at.itemsize * (wide * at.token_budget + small)
+    return block_saved_bytes(model, at, is_last=is_last) + at.itemsize * (wide + small)
 
 
 def _outside(model: ModelConfig, at: Setting) -> float:
     """Ids, angles, the last norm's stream and rstd, and dhidden."""
-    return at.token_budget * (8 + 4 * model.head_dim + 4 + 2 * at.itemsize * model.hidden_size)
+    rows = at.supervised * (4 + 2 * at.itemsize * model.hidden_size)
+    return at.token_budget * (8 + 4 * model.head_dim) + rows

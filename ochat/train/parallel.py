@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch._functorch.config as compiler
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -125,6 +126,9 @@ def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: Paralle
     """
     model.recompute, model.offload_activations = train.recompute, train.offload_activations
     if train.compile:
+        # a compiler makes elementwise results again itself, as inputs of products too when it may
+        compiler.ban_recompute_materialized_backward = train.recompute != "elementwise"
+        model.recompute = train.recompute if train.recompute == "block" else "none"
         for block in model.blocks:
             block.compile()
     if ranks.mesh is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from ochat.config import Config
 from ochat.data.loader import LoaderStats
 from ochat.train.cards import CARDS
-from ochat.train.forecast import Forecast, Run, forecast, rounded_up
+from ochat.train.forecast import POLICIES, Forecast, Run, forecast, rounded_up
 from ochat.train.memory import GIB, MemoryUse
 
 LOW_FILL = " (low: the data fills few bins; lower data.bins_per_step or data.token_budget)"
@@ -67,12 +67,12 @@ def show(run: Run, options: argparse.Namespace, console: Console) -> None:
     gpus = (options.gpus,) if options.gpus else ((1, 8) if options.nodes == 1 else (8,))
     cards = [CARDS[options.card]] if options.card else list(CARDS.values())
     forecasts = [forecast(run, card, gpus=count, nodes=options.nodes) for count in gpus for card in cards]
-    data, recompute = run.config.data, run.config.train.recompute
+    data, recompute = run.config.data, " or ".join(dict.fromkeys(each.recompute for each in forecasts))
     console.print(f"\n[dim]{escape(PREDICTED)}[/]\n")
     title = f"memory of a GPU in GiB, token_budget {data.token_budget:,}, recompute {recompute}"
-    console.print(memory_table(title, {each.ranks: each.use for each in forecasts}))
+    console.print(memory_table(title, {(each.ranks, each.recompute): each.use for each in forecasts}))
     console.print(f"[dim]{MEMORY_LEGEND}[/]\n")
-    console.print(speed_table(forecasts), "", advice_table(forecasts), sep="\n")
+    console.print(speed_table(forecasts), "", policy_table(forecasts), "", advice_table(forecasts), sep="\n")
     for advice in dict.fromkeys(each.advice for each in forecasts):
         where = [f"{each.ranks:,} x {each.card.name}" for each in forecasts if each.advice == advice]
         console.print(f"[dim]{escape(', '.join(where))}:[/] {escape(advice)}")
@@ -85,11 +85,27 @@ def show(run: Run, options: argparse.Namespace, console: Console) -> None:
             )  # fmt: skip
 
 
-def memory_table(title: str, uses: dict[int, MemoryUse]) -> Table:
-    """What the memory of one GPU goes to, a line for each number of GPUs."""
+def memory_table(title: str, uses: dict[tuple[int, str], MemoryUse]) -> Table:
+    """What the memory of one GPU goes to, a line for each number of GPUs and what is recomputed there."""
+    shows_policy = len({ranks for ranks, _ in uses}) < len(uses)
     table = _table(title, "GPUs", *MEMORY_COLUMNS)
-    for ranks, use in uses.items():
-        table.add_row(f"{ranks:,}", *(f"{part(use) / GIB:,.1f}" for part in MEMORY_COLUMNS.values()))
+    for (ranks, recompute), use in uses.items():
+        who = f"{ranks:,} {recompute}" if shows_policy else f"{ranks:,}"
+        table.add_row(who, *(f"{part(use) / GIB:,.1f}" for part in MEMORY_COLUMNS.values()))
+    return table
+
+
+def policy_table(forecasts: Sequence[Forecast]) -> Table:
+    """What each train.recompute needs and brings, a line for each number of GPUs and card."""
+    table = _table("train.recompute: GiB and tokens/s of a GPU", "GPUs", "card", *POLICIES)
+    for each in forecasts:
+        cells = []
+        for policy, (use, rate) in each.policies.items():
+            cell = f"{use.total / GIB:,.0f} no" if not each.has_room(use) else (
+                f"{use.total / GIB:,.0f} {_rounded(rate.tokens_per_s / each.ranks):>7}"
+            )  # fmt: skip
+            cells.append(f"[bold]{cell}[/]" if policy == each.recompute else cell)
+        table.add_row(f"{each.ranks:,}", each.card.name, *cells)
     return table
 
 

@@ -35,6 +35,7 @@ from ochat.train import (
     optim,
     parallel,
     plan,
+    recompute,
     run_folder,
     schedule,
     verify,
@@ -95,6 +96,7 @@ class Trainer:
         self.adapters = Adapters.of(config, self.model_config, self.template, self.tokenizer)
         self.identity = run_folder.identity(config, self.model_config, self.loader) | self.adapters.identity()
         self.kernels = kernels_name(config, ranks.device)
+        self.config, self.recompute = recompute.settle(config, self.model_config, ranks, self.kernels)
         self.ops = ochat_kernels.load(self.kernels)
         self.backend = attention_name(config, ranks.device)
         verify.headers(config, self.model_config, self.run_dir)
@@ -223,6 +225,7 @@ class Trainer:
         facts |= self.adapters.facts(self.model) | {
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
             "computation": f"{self.config.train.dtype}, kernels {self.kernels}, attention {self.backend}",
+            "recompute": self.recompute,
             "served as": self.template.default_condition or "(no condition)",
             "mfu is of": f"{self.peak / 1e12:.4g} TFLOP/s a process, {self.peak_source}",
         }
