@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ochat.config import BaseConfig, Config, DataConfig, ParallelConfig, TrainConfig
+from ochat.config import BaseConfig, Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.model.config import ModelConfig
 from ochat.train import forecast, speed
 from ochat.train.cards import CARDS
@@ -110,3 +110,23 @@ def test_a_configured_shard_is_kept_where_it_fits_the_gpus():
     assert run.cut(16, 8).shard == 8
     assert run.cut(4, 8).shard == 4
     assert make_run().cut(16, 8).shard == 16
+
+
+def test_precision_and_time_of_the_update_reach_memory_and_speed():
+    """8B in full on one card of 80 GB: 2 bytes of weights and 4 of moments a parameter, and no gradients."""
+    wide = make_run(recompute="block", bins=1)
+    optim = OptimConfig(clip=0.0, master="bfloat16", state="bfloat16", in_backward=True)
+    found, other = (
+        forecast.forecast(
+            dataclasses.replace(wide, config=dataclasses.replace(wide.config, optim=each)),
+            CARDS["H100"],
+            gpus=1,
+            nodes=1,
+        )
+        for each in (optim, OptimConfig())
+    )
+    P = LLAMA_8B.num_parameters()
+    assert (found.use.masters, found.use.moments) == (2 * P, 4 * P)
+    assert found.fits and found.largest_budget > 16384 and found.best and found.best.bins_per_step == 1
+    assert not other.fits and other.speed.optimizer == pytest.approx(2 * found.speed.optimizer)
+    assert 'optim.master and optim.state = "bfloat16" instead of the host' in other.advice

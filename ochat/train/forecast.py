@@ -77,18 +77,23 @@ class Run:
         )  # fmt: skip
         if self.config.lora.rank:
             return memory_lora.predict(self.model, setting, self.config.lora)
+        setting = dataclasses.replace(setting, in_backward=self.config.optim.in_backward)
         return memory.predict(self.model, setting)
 
     def _choices(self) -> dict[str, Any]:
-        """Those of sharding, under the names that memory and speed give them."""
+        """Those of sharding and precision, under the names that memory and speed give them."""
         parallel, bf16 = self.config.parallel, self.config.parallel.reduce_dtype == "bfloat16"
         named = {"reshard": parallel.reshard, "reduce": parallel.reduce, "offload": parallel.offload}
         return named | {
-            "reduce_itemsize": 2 if bf16 else 4, "offload_activations": self.config.train.offload_activations
+            "reduce_itemsize": 2 if bf16 else 4, "offload_activations": self.config.train.offload_activations,
+            "master_itemsize": itemsize(self.config.optim.master), "state_itemsize": itemsize(self.config.optim.state),
         }  # fmt: skip
 
     def bins_for(self, token_budget: int, ranks: int) -> int:
-        """Bins of another budget that keep the step's tokens, in shares for all ranks."""
+        """Bins of another budget that keep the step's tokens, in shares for all ranks; one each where weights are
+        updated in backward."""
+        if self.config.optim.in_backward:
+            return ranks
         tokens = self.config.data.token_budget * self.config.data.bins_per_step
         return max(round(tokens / token_budget / ranks), 1) * ranks
 
@@ -220,13 +225,38 @@ def _remedy(run: Run, card: Card, cut: Cut, largest: int) -> str:
         settings.append(f'{section}.{key} = "{value}"')
         tried = dataclasses.replace(tried, config=dataclasses.replace(tried.config, **{section: changed}))
         if (budget := largest_budget(tried, card, tried.cut(cut.ranks, cut.gpus_per_node))) >= longest:
-            return f"set {' and '.join(settings)}: then up to {budget:,} tokens fit"
+            there = f"set {' and '.join(settings)}: then up to {budget:,} tokens fit"
+            return there + (_on_the_card(tried, card, cut) if key == "offload" else "")
     ranks = cut.ranks * 2
     while ranks <= MOST_GPUS:
         if largest_budget(run, card, run.cut(ranks, cut.gpus_per_node)) >= longest:
             return f"use {ranks} GPUs, the fewest of twice, four times ... as many on which it fits"
         ranks *= 2
     return "no number of GPUs makes room"
+
+
+def _on_the_card(run: Run, card: Card, cut: Cut) -> str:
+    """What would fit with the moments on the card and not, as in `run`, on the host; empty where nothing would."""
+    parallel = dataclasses.replace(run.config.parallel, offload="none", reduce="step")
+    optim = dataclasses.replace(run.config.optim, master="bfloat16", state="bfloat16")
+    what, one_bin = 'optim.master and optim.state = "bfloat16"', dataclasses.replace(run.config.data, bins_per_step=1)
+    alone = dataclasses.replace(optim, in_backward=True, clip=0.0)
+    choices = {what: {"optim": optim}}
+    if cut.ranks == 1:
+        choices[f"{what}, optim.in_backward = true, optim.clip = 0 and data.bins_per_step = 1"] = {
+            "optim": alone, "data": one_bin
+        }  # fmt: skip
+    for text, sections in choices.items():
+        tried = dataclasses.replace(run, config=dataclasses.replace(run.config, parallel=parallel, **sections))
+        budget = largest_budget(tried, card, tried.cut(cut.ranks, cut.gpus_per_node))
+        if budget >= run.workload.lengths.longest:
+            return f"; with {text} instead of the host, up to {budget:,}"
+    return ""
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of "float32" or "bfloat16"."""
+    return {"float32": 4, "bfloat16": 2}[dtype]
 
 
 def _round_numbers(most: int) -> list[int]:

@@ -31,7 +31,7 @@ MEMORY_COLUMNS = {
     "together": lambda use: use.total,
 }
 MEMORY_LEGEND = (
-    "state: fp32 masters and both moments; weights: as the products read them; passing: the head's logits, gradients "
+    "state: masters and both moments; weights: as the products read them; passing: the head's logits, gradients "
     "on their way; allowance: assumed for CUDA, NCCL and fragmentation"
 )
 
@@ -64,7 +64,8 @@ def show(run: Run, options: argparse.Namespace, console: Console) -> None:
     if run.config.train.dtype != "bfloat16":
         console.print(f"\n{NO_SPEED}", soft_wrap=True)
         return
-    gpus = (options.gpus,) if options.gpus else ((1, 8) if options.nodes == 1 else (8,))
+    few = (1,) if run.config.optim.in_backward else (1, 8)  # in backward one process updates
+    gpus = (options.gpus,) if options.gpus else (few if options.nodes == 1 else (8,))
     cards = [CARDS[options.card]] if options.card else list(CARDS.values())
     forecasts = [forecast(run, card, gpus=count, nodes=options.nodes) for count in gpus for card in cards]
     data, recompute = run.config.data, " or ".join(dict.fromkeys(each.recompute for each in forecasts))
@@ -76,6 +77,8 @@ def show(run: Run, options: argparse.Namespace, console: Console) -> None:
     for advice in dict.fromkeys(each.advice for each in forecasts):
         where = [f"{each.ranks:,} x {each.card.name}" for each in forecasts if each.advice == advice]
         console.print(f"[dim]{escape(', '.join(where))}:[/] {escape(advice)}")
+    if run.config.optim.in_backward and max(each.ranks for each in forecasts) > 1:
+        console.print("[yellow]note[/] optim.in_backward = true needs one process: a run on more will refuse it")
     for ranks in sorted({each.ranks for each in forecasts}):
         if data.bins_per_step % ranks:
             bins = rounded_up(data.bins_per_step, ranks)
