@@ -241,7 +241,7 @@ def _on_the_card(run: Run, card: Card, cut: Cut) -> str:
     optim = dataclasses.replace(run.config.optim, master="bfloat16", state="bfloat16")
     what, one_bin = 'optim.master and optim.state = "bfloat16"', dataclasses.replace(run.config.data, bins_per_step=1)
     alone = dataclasses.replace(optim, in_backward=True, clip=0.0)
-    choices = {what: {"optim": optim}}
+    choices: dict[str, dict[str, Any]] = {what: {"optim": optim}}
     if cut.ranks == 1:
         choices[f"{what}, optim.in_backward = true, optim.clip = 0 and data.bins_per_step = 1"] = {
             "optim": alone, "data": one_bin
