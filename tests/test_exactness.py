@@ -32,7 +32,7 @@ CASES = {  # processes -> name -> (micro-batches that a process makes of its par
     2: {
         "again": (0, [BITWISE]),
         "bins": (0, [BITWISE]),
-        "one": (1, ["--parallel.reshard=block", "--parallel.offload=all"]),
+        "one": (1, ["--parallel.reshard=block", "--parallel.offload=all", "--train.recompute=elementwise"]),
         "three": (3, ["--parallel.reshard=block", "--train.recompute=block", "--train.offload_activations=true"]),
     },
     4: {

@@ -28,16 +28,18 @@ def make_run(model=LLAMA_8B, recompute: Any = "none", longest=4000, budget=8192,
     return Run(model, config, Workload(LengthCounts.of(np.array([200, 600, longest])), 0.5), num_steps=100)
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["auto", "none", "elementwise", "block"])
 @pytest.mark.parametrize(("model", "gpus"), [(LLAMA_8B, 8), (LLAMA_1B, 1), (LLAMA_70B, 64)])
 @pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)
 def test_the_largest_budget_fits_and_the_next_does_not(model, gpus, card, recompute):
     run = make_run(model, recompute)
     cut = run.cut(gpus, 8)
     largest = forecast.largest_budget(run, card, cut)
-    memory = [run.memory(dataclasses.replace(cut, token_budget=largest + more)).total for more in (0, 256)]
-    assert memory[1] > card.memory_gib * GIB
-    assert memory[0] <= card.memory_gib * GIB or largest == 0
+    room = card.memory_gib * GIB
+    cuts = [run.settled(dataclasses.replace(cut, token_budget=largest + more), room) for more in (0, 256)]
+    memory = [run.memory(each).total for each in cuts]
+    assert memory[1] > room
+    assert memory[0] <= room or largest == 0
 
 
 @pytest.mark.parametrize(("gpus", "card"), [(8, "H100"), (8, "H200"), (4, "H200"), (16, "A100-80")])
@@ -53,6 +55,17 @@ def test_the_recommended_budget_fits_holds_every_sequence_and_keeps_the_step(gpu
     rate = speed.predict(run.model, CARDS[card], run.workload, best).tokens_per_s
     assert rate >= 0.98 * found.speed.tokens_per_s
     assert found.run_seconds == 100 * found.speed.step_seconds
+
+
+def test_auto_is_as_fast_as_the_best_policy_that_fits():
+    """Each card has another: 8B on 8 GPUs of 80 GB, and of 141."""
+    taken = set()
+    for card in ("H100", "H200"):
+        auto = forecast.forecast(make_run(recompute="auto"), CARDS[card], gpus=8, nodes=1)
+        fitting = {policy: rate.tokens_per_s for policy, (use, rate) in auto.policies.items() if auto.has_room(use)}
+        assert auto.speed.tokens_per_s == fitting[auto.recompute] == max(fitting.values())
+        taken.add(auto.recompute)
+    assert taken == {"elementwise", "none"}
 
 
 def test_bins_hold_twice_the_longest_sequence_where_that_fits():

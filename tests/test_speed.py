@@ -64,7 +64,16 @@ def test_more_work_takes_longer():
     assert predict(length=8192).step_seconds > base
     assert predict(imbalance=1.2).step_seconds == pytest.approx(base * 1.2, rel=0.02)
     assert predict(recompute="block").step_seconds > 1.2 * base
+    assert base < predict(recompute="elementwise").step_seconds < 1.05 * base
     assert predict(bins_per_step=16).step_seconds > 1.9 * base
+
+
+def test_rows_that_are_not_supervised_are_spared_the_last_blocks_products():
+    model, (all_rows, half) = MODELS["8B"], (predict(share=share) for share in (1.0, 0.5))
+    weights = 4096 * (4096 + 3 * 14336)
+    assert all_rows.products == pytest.approx(8 * 6 * model.matmul_params() * 16384 / H200.matmul_tflops / 1e12)
+    assert all_rows.products - half.products == pytest.approx(8 * 6 * weights * 8192 / H200.matmul_tflops / 1e12)
+    assert half.attention == all_rows.attention and half.flops_per_step < all_rows.flops_per_step
 
 
 def test_eight_gpus_are_at_most_eight_times_one_and_nodes_cost_more():

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from ochat import config as configuration
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError
+from ochat.train.assembly import attention_name, kernels_name
 from ochat.train.schedule import factor
-from ochat.train.trainer import attention_name, kernels_name
 from tests import tiny
 
 LINE = [
@@ -154,8 +154,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path
     assert saved.name == f"step_{len(tiny.metrics(run_dir))}"
 
 
-def test_recomputing_blocks_changes_nothing(world, alone, tmp_path):
-    lines = tiny.train(world, tmp_path / "run", "--data.epochs=2", "--train.recompute=block")
+@pytest.mark.parametrize("recompute", ["elementwise", "block"])
+def test_recomputing_changes_nothing(world, alone, tmp_path, recompute):
+    lines = tiny.train(world, tmp_path / "run", "--data.epochs=2", f"--train.recompute={recompute}")
     assert curve(lines) == curve(alone)
 
 
