@@ -14,7 +14,7 @@ import pytest
 
 from ochat import config as configuration
 from ochat.errors import ConfigError, OchatError
-from ochat.train import checkpoint, export
+from ochat.train import assembly, checkpoint, export
 from ochat.train.folder_lock import FolderLock, is_seen
 from ochat.train.trainer import Trainer, train
 from tests import tiny
@@ -191,7 +191,7 @@ def test_a_folder_to_read_that_is_none_is_named_whole(world, tmp_path, monkeypat
     (tmp_path / "file").write_text("{}")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Trainer, "_build_model", lambda _: pytest.fail("the model was built"))
+    monkeypatch.setattr(assembly, "build_model", lambda *_: pytest.fail("the model was built"))
     reason = "does not exist. A base model is a local" if name == "base.path" else r"not a prepared data set \("
     for given in ("missing", "file", "empty"):
         with pytest.raises(OchatError, match=f"{re.escape(str(tmp_path / given))}.*{reason}"):

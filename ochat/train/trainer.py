@@ -9,7 +9,6 @@ flush.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from ochat.config import Config
 from ochat.data import tokenizer as tokenizers
 from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
-from ochat.errors import ConfigError
-from ochat.model.attention import PackedAttention, default_backend
+from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
-from ochat.model.transformer import Transformer
 from ochat.train import (
+    assembly,
     checkpoint,
     determinism,
     evaluate,
@@ -95,23 +93,14 @@ class Trainer:
         self.template = inputs.served_template(self.data)
         self.adapters = Adapters.of(config, self.model_config, self.template, self.tokenizer)
         self.identity = run_folder.identity(config, self.model_config, self.loader) | self.adapters.identity()
-        self.kernels = kernels_name(config, ranks.device)
+        self.kernels = assembly.kernels_name(config, ranks.device)
         self.config, self.recompute = recompute.settle(config, self.model_config, ranks, self.kernels)
         self.ops = ochat_kernels.load(self.kernels)
-        self.backend = attention_name(config, ranks.device)
+        self.backend = assembly.attention_name(config, ranks.device)
         verify.headers(config, self.model_config, self.run_dir)
-        self.model = self._build_model()
-        offload = config.parallel.offload
-        is_ours = self.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
-        is_ours |= offload == "optimizer" or optim.needs_kernel(config.optim)
-        self.optimizer = optim.build(
-            self.model,
-            config.optim,
-            self.ops.adamw if is_ours else None,
-            host_moments=offload == "optimizer",
-            micro_batches=config.data.bins_per_step // ranks.world,
-            seed=config.run.seed,
-        )
+        self.model = assembly.build_model(self.config, self.model_config, self.ops, ranks, self.adapters)
+        self.model.register_forward_pre_hook(lambda *_: self.watchdog.progress())
+        self.optimizer = assembly.build_optimizer(config, self.model, self.ops, ranks, self.kernels)
         self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in run_folder.LINES}
         self.bad_steps = self._open_bad_steps()
         self.saver = self._open_saver()
@@ -235,16 +224,6 @@ class Trainer:
         if self.ranks.is_first and lines:
             self.lines[name].append(lines)
 
-    def _build_model(self) -> Transformer:
-        dtype = getattr(torch, self.config.train.dtype)
-        with torch.device("meta"):
-            model = Transformer(self.model_config, self.ops).to(getattr(torch, self.config.optim.master))
-        model.compute_dtype = dtype
-        self.adapters.attach(model)
-        model.register_forward_pre_hook(lambda *_: self.watchdog.progress())
-        parallel.wrap(model, self.ranks, self.config.train, self.config.parallel, dtype)
-        return model.to_empty(device="cpu" if self.config.parallel.offload == "all" else self.ranks.device)
-
     def _load(self) -> int:
         found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
         if found is None or self.adapters.are_on:
@@ -319,23 +298,3 @@ class Trainer:
 def due(done: int, every: int, epoch_end: bool) -> bool:
     """Whether something that happens every `every` steps (0: at the end of an epoch) is due after `done` steps."""
     return done % every == 0 if every else epoch_end
-
-
-def kernels_name(config: Config, device: torch.device) -> str:
-    """The implementation of the operators that the configuration means on this device."""
-    on_card = device.type == "cuda"
-    if config.train.kernels == "auto":
-        return "triton" if on_card else "reference"
-    if config.train.kernels == "triton" and not on_card and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            "train.kernels = 'triton', but the run is on a CPU, where Triton only runs in its slow interpreter "
-            "(TRITON_INTERPRET=1); use 'auto' or 'reference'"
-        )
-    return config.train.kernels
-
-
-def attention_name(config: Config, device: torch.device) -> str:
-    """The attention backend that the configuration means on this device."""
-    if config.train.attention != "auto":
-        return config.train.attention
-    return default_backend(device, getattr(torch, config.train.dtype))
