@@ -85,9 +85,8 @@ def write_steps(rows: list[Row], file: TextIO) -> None:
     for name in ("real tokens/s", "p20-p80", "supervised", "padded", "MFU", "peak GiB", "ours is x", "loss differs"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in (row for row in rows if row["tokens_per_s"]):
-        layers = f" ({row['layers']} layers)" if row["layers"] else ""
         table.add_row(
-            row["model"] + layers,
+            row["model"],
             f"{row['bins_per_step']} x {row['token_budget']}",
             row["options"],
             row["implementation"] + ("" if row["status"] == "ok" else f" ({row['status']})"),

@@ -33,8 +33,18 @@ COMPARED_STEPS = 20
 LOSS_BOUND = {"bfloat16": 0.02, "float32": 1e-4}  # largest relative difference from ours of any of these steps' losses
 COLUMNS = [
     *("date", "commit", "device", "cpu", "cores", "threads", "load", "python", "torch", "triton", "transformers"),
-    *("driver", "model", "layers", "token_budget", "bins_per_step", "dtype", "options", "implementation", "status"),
-    *("note", "rounds", "steps_per_round", "step_s", "step_s_p20", "step_s_p80", "tokens_per_s", "tokens_per_s_p20"),
+    *("driver", "model", "token_budget", "bins_per_step", "dtype", "options", "implementation", "status"),
+    *(
+        "note",
+        "rounds",
+        "steps_per_round",
+        "step_s",
+        "step_s_p20",
+        "step_s_p80",
+        "cpu_s",
+        "tokens_per_s",
+        "tokens_per_s_p20",
+    ),
     *("tokens_per_s_p80", "supervised_tokens_per_s", "padded_tokens_per_s", "mfu", "peak_tflops", "peak_gib"),
     *("first_loss", "last_loss", "compared_steps", "loss_difference", "ours_is_faster"),
 ]
@@ -61,7 +71,7 @@ def describe(who: Start, taken: Taken, ours: Taken | None, session: Session) -> 
     """A row of what was measured, or of why nothing was."""
     case = who.case
     shape = {
-        "model": case.model, "layers": case.layers or None, "token_budget": case.token_budget,
+        "model": case.model, "token_budget": case.token_budget,
         "bins_per_step": case.bins_per_step, "options": " ".join(case.options), "dtype": session.dtype,
         "threads": session.threads, "steps_per_round": session.steps, "peak_tflops": session.peak_flops / 1e12,
         "load": os.getloadavg()[0],

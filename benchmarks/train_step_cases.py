@@ -22,6 +22,7 @@ from tokenizers import pre_tokenizers
 
 from benchmarks import loader
 from benchmarks.cases import MODELS, Model
+from benchmarks.train_step_peers import Peer
 from ochat.data import tokenizer as ochat_tokenizers
 from ochat.model import hf
 from ochat.model.config import ModelConfig
@@ -36,6 +37,8 @@ SMALL_MODELS = {
 SHORTEST = 64  # of the drawn conversations; a turn of each side is as long
 OURS, PEERS = ("ours",), ("ours", "padded", "packed", "liger", "trl")
 BLOCK = ("--train.recompute=block",)
+BF16 = ("--optim.master=bfloat16", "--optim.state=bfloat16")
+IN_BACKWARD = (*BF16, "--optim.in_backward=true", "--optim.clip=0.0")  # no gradients are held
 CLASSES = ("--classes.GPT4.weight=1.0", "--classes.GPT3.weight=0.1")  # the drawn conversations name no weights
 
 
@@ -48,37 +51,35 @@ class Case:
     bins_per_step: int
     implementations: tuple[str, ...] = OURS
     options: tuple[str, ...] = ()  # of ours: --section.key=value
-    peer_recompute: bool = False  # gradient checkpointing
-    layers: int = 0  # 0: the model's own
+    peer: Peer = Peer()
     longest: int = 4096  # of the drawn conversations, tokens
     lengths: str = "chats"  # or "equal": every conversation is `longest`
     supervised: float = 0.5  # share of the drawn tokens
 
     @property
     def title(self) -> str:
-        layers = f", {self.layers} layers" if self.layers else ""
         options = f", {' '.join(self.options)}" if self.options else ""
-        return f"{self.model}{layers}, {self.bins_per_step} x {self.token_budget}{options}"
+        return f"{self.model}, {self.bins_per_step} x {self.token_budget}{options}"
 
 
-# The most wanted first. What fits is told by ochat.train.memory: 8B with fp32 masters leaves room for neither
-# activations nor a second micro-batch; half its layers show the step without recompute.
+# The most wanted first. The memory of each is ochat.train.memory's, which tests hold to that of an H200: with fp32
+# masters 8B leaves no room for activations, with everything in bf16 and no gradients held it keeps them all.
 PHASES = {
     "ours": [
-        Case("Llama-3-8B", 16384, 1, options=BLOCK),
+        Case("Llama-3-8B", 16384, 1, options=IN_BACKWARD),
         Case("Llama-3.2-1B", 16384, 4),
-        Case("Llama-3-8B", 16384, 2, layers=16),
-        Case("Llama-2-7B", 16384, 1, options=BLOCK),
+        Case("Llama-2-7B", 16384, 1, options=IN_BACKWARD),
+        Case("Llama-3-8B", 16384, 1, options=BLOCK),
         Case("Llama-3.2-3B", 16384, 2),
         Case("Llama-3.2-1B", 8192, 8),
         Case("Llama-3.2-1B", 32768, 2),
-        Case("Llama-3-8B", 8192, 1, options=BLOCK),
-        Case("Llama-3-8B", 32768, 1, options=BLOCK),
+        Case("Llama-3-8B", 8192, 2, options=BF16),
+        Case("Llama-3-8B", 32768, 1, options=(*IN_BACKWARD, *BLOCK)),
     ],
     "peers": [
         Case("Llama-3.2-1B", 16384, 1, PEERS),
-        Case("Llama-3-8B", 16384, 1, PEERS, layers=16, peer_recompute=True),
-        Case("Llama-3.2-3B", 16384, 1, PEERS, peer_recompute=True),
+        Case("Llama-3-8B", 16384, 1, PEERS, IN_BACKWARD, Peer(states="bf16", recompute=True)),
+        Case("Llama-3.2-3B", 16384, 1, PEERS, peer=Peer(recompute=True)),
     ],
 }
 QUICK = {
@@ -116,7 +117,7 @@ def model_config(case: Case) -> ModelConfig:
     model = SMALL_MODELS.get(case.model) or MODELS[case.model]
     record = {
         "model_type": "llama", "vocab_size": model.V, "hidden_size": model.H, "intermediate_size": model.F,
-        "num_hidden_layers": case.layers or LAYERS[case.model], "num_attention_heads": model.N,
+        "num_hidden_layers": LAYERS[case.model], "num_attention_heads": model.N,
         "num_key_value_heads": model.K, "head_dim": model.D, "tie_word_embeddings": case.model in TIED,
         "max_position_embeddings": 8192, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
         "bos_token_id": 256, "eos_token_id": 257,

@@ -53,10 +53,10 @@ class Ours:
     """The product's own Trainer, step by step."""
 
     def __init__(self, config: Config, device: torch.device, peer: Peer) -> None:
-        self.trainer = Trainer(config, parallel.start(config.train, config.parallel))
-        self.loader = self.trainer.loader
+        self.trainer = trainer = Trainer(config, parallel.start(config.train, config.parallel))
+        self.loader = trainer.loader
         self.steps = self.loader.iterate()
-        self.note = f"kernels {self.trainer.kernels}, attention {self.trainer.backend}"
+        self.note = f"kernels {trainer.kernels}, attention {trainer.backend}, recompute {trainer.model.recompute}"
 
     def step(self) -> Counts:
         step, batches = next(self.steps)

@@ -6,7 +6,7 @@ taken = take_turns([Start("ours", case, world, folder)], session); rates(taken[0
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,17 +112,19 @@ def start(who: Start, session: Session) -> Worker:
     spec = {
         "implementation": who.name, "config": str(config), "options": [*options, *who.world.options, *who.case.options],
         "device": session.device.type, "threads": session.threads, "num_steps": session.num_steps,
-        "peer": {"recompute": who.case.peer_recompute},
+        "peer": asdict(who.case.peer),
     }  # fmt: skip
     return Worker(spec, who.folder / "log.txt", who.processes)
 
 
 def rates(rounds: list[dict[str, Any]], session: Session, model: ModelConfig) -> dict[str, Any]:
     """Medians and spread over rounds. MFU: the model's FLOPs on real tokens, the head's for supervised ones only, over
-    the peak, whatever was computed besides."""
+    the peak, whatever was computed besides. cpu_s: the processors' own seconds of a step, which others on the machine
+    disturb less."""
     flops = [model.flops_per_step(r["tokens"], r["square_lengths"], r["supervised"]) / r["seconds"] for r in rounds]
     return {
         **spread([each["seconds"] / session.steps for each in rounds], "step_s"),
+        "cpu_s": bench.percentile([each["cpu_seconds"] / session.steps for each in rounds], 50),
         **spread([each["tokens"] / each["seconds"] for each in rounds], "tokens_per_s"),
         "supervised_tokens_per_s": bench.percentile([each["supervised"] / each["seconds"] for each in rounds], 50),
         "padded_tokens_per_s": bench.percentile([each["padded"] / each["seconds"] for each in rounds], 50),

@@ -35,7 +35,7 @@ COLUMNS = [
         "value",
     ),
     *("axis", "value", "processes", "threads", "dtype", "tokens", "length", "supervised", "rounds", "steps_per_round"),
-    *("step_s", "step_s_p20", "step_s_p80", "tokens_per_s", "flops", "tflop_per_s", "peak_gib"),
+    *("step_s", "step_s_p20", "step_s_p80", "cpu_s", "tokens_per_s", "flops", "tflop_per_s", "peak_gib"),
 ]
 MIDDLE = Case("small", 4096, 1, longest=256, lengths="equal")
 

@@ -60,8 +60,8 @@ class Worker:
         return self._answers(seconds)[0]["ready"]
 
     def run(self, steps: int, seconds: float) -> dict[str, Any]:
-        """So many steps on end: seconds and peak_gib of the slowest and largest process, the losses, and the Counts of
-        all together. Raises WorkerFailed."""
+        """So many steps on end: seconds and peak_gib of the slowest and largest process, the losses, and processor
+        seconds and Counts of all together. Raises WorkerFailed."""
         for process in self.processes:
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # its answer says why
@@ -69,7 +69,7 @@ class Worker:
                 process.stdin.flush()
         answers = self._answers(seconds)
         most = {name: max(answer[name] for answer in answers) for name in ("seconds", "peak_gib")}
-        totals = {name: sum(answer[name] for answer in answers) for name in Counts._fields}
+        totals = {name: sum(answer[name] for answer in answers) for name in ("cpu_seconds", *Counts._fields)}
         return most | totals | {"losses": answers[0]["losses"]}
 
     def close(self) -> None:
@@ -132,12 +132,12 @@ def measure(runner: Any, steps: int, device: torch.device) -> dict[str, Any]:
     """Seconds and peak memory of so many steps on end, what they computed on, and their losses."""
     reset_peak_memory(device)
     bench.synchronize(device)
-    before = time.perf_counter()
+    before, busy = time.perf_counter(), time.process_time()
     counts = [runner.step() for _ in range(steps)]
     bench.synchronize(device)
-    seconds = time.perf_counter() - before
+    taken = {"seconds": time.perf_counter() - before, "cpu_seconds": time.process_time() - busy}
     totals = Counts(*map(sum, zip(*counts, strict=True)))._asdict()
-    return {"seconds": seconds, "peak_gib": peak_memory_gib(device), "losses": runner.losses(), **totals}
+    return taken | totals | {"peak_gib": peak_memory_gib(device), "losses": runner.losses()}
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -1,0 +1,52 @@
+"""What the cases of the whole step should reach on a card, by the product's own plan: times and memory, not measured.
+
+PYTHONPATH=.:kernels python -m benchmarks.train_step_forecast     # a line of README's table for each case, on an H200
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+import numpy as np
+
+from benchmarks import train_step_cases
+from benchmarks.train_step_cases import PHASES, Case
+from ochat import config as configuration
+from ochat.data import multipack
+from ochat.train import forecast
+from ochat.train.cards import CARDS, Card
+from ochat.train.forecast import Forecast
+from ochat.train.lengths import LengthCounts
+from ochat.train.memory import GIB
+from ochat.train.speed import Workload
+
+STEPS = 100  # that are drawn and packed
+
+
+def predict(case: Case, card: Card) -> Forecast:
+    """Ours on one such card: the case's own drawn lengths, packed as the run would pack them."""
+    cut = {"data.token_budget": case.token_budget, "data.bins_per_step": case.bins_per_step}
+    options = [f"--{key}={value}" for key, value in ({"base.path": "-", "data.path": "-"} | cut).items()]
+    with tempfile.NamedTemporaryFile(suffix=".toml") as empty:
+        config = configuration.load(empty.name, [*options, *case.options])
+    tokens = STEPS * case.bins_per_step * case.token_budget
+    lengths = train_step_cases.draw_lengths(case, np.random.default_rng(0), tokens)
+    budget, bins = case.token_budget, case.bins_per_step
+    plan = multipack.plan(lengths, token_budget=budget, bins_per_step=bins, seed=0, epoch=0)
+    workload = Workload(LengthCounts.of(lengths), case.supervised, plan.efficiency())
+    run = forecast.Run(train_step_cases.model_config(case), config, workload, plan.num_steps)
+    return forecast.forecast(run, card, gpus=1, nodes=1)
+
+
+def main() -> None:
+    print("| model | micro-batches | options | tokens/s | MFU | GiB |\n|---|---|---|---|---|---|")
+    for case in PHASES["ours"]:
+        expected = predict(case, CARDS["H200"])
+        speed, options = expected.speed, " ".join(option.removeprefix("--") for option in case.options)
+        cells = [case.model, f"{case.bins_per_step} x {case.token_budget:,}", f"`{options}`" if options else ""]
+        cells += [f"{speed.tokens_per_s:,.0f}", f"{speed.mfu:.0%}", f"{expected.use.total / GIB:.0f}"]
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
