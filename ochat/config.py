@@ -110,7 +110,7 @@ Recompute = Literal["auto", "none", "elementwise", "block"]
 class TrainConfig:
     """How a step is computed, and how often it is reported."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; masters are fp32
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; weights: optim.master
     kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: triton on CUDA, plain PyTorch elsewhere
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA in bfloat16, else SDPA by document
     recompute: Recompute = "auto"  # in backward: elementwise, but no product; a whole block; auto: the least that fits

@@ -55,7 +55,11 @@ def learn(config, *, tied=False, recompute="none", host_moments=False, kernels="
     return [*model.parameters(), *states], torch.stack(norms), most
 
 
-@pytest.mark.parametrize("more", [{}, {"tied": True}, {"recompute": "block"}, {"host_moments": True}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"tied": True}, {"recompute": "block"}, {"recompute": "elementwise"}, {"host_moments": True}],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_ordinary_step_bit_for_bit_with_one_gradient_at_a_time(kind, more):
     plain, norms, most = learn(KINDS[kind], **more)
