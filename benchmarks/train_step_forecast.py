@@ -39,11 +39,12 @@ def predict(case: Case, card: Card) -> Forecast:
 
 
 def main() -> None:
-    print("| model | micro-batches | options | tokens/s | MFU | GiB |\n|---|---|---|---|---|---|")
+    print("| model | micro-batches | options | recompute | tokens/s | MFU | GiB |\n|---|---|---|---|---|---|---|")
     for case in PHASES["ours"]:
         expected = predict(case, CARDS["H200"])
         speed, options = expected.speed, " ".join(option.removeprefix("--") for option in case.options)
         cells = [case.model, f"{case.bins_per_step} x {case.token_budget:,}", f"`{options}`" if options else ""]
+        cells += [expected.recompute]
         cells += [f"{speed.tokens_per_s:,.0f}", f"{speed.mfu:.0%}", f"{expected.use.total / GIB:.0f}"]
         print(f"| {' | '.join(cells)} |")
 
