@@ -17,6 +17,8 @@ from ochat.errors import ConfigError, NonFiniteError
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.train import checkpoint, optim
+from ochat.train.parallel import Ranks
+from ochat.train.trainer import Trainer
 from tests import tiny
 
 REFERENCE = ochat_kernels.load("reference")
@@ -136,3 +138,9 @@ def test_a_gradient_that_is_not_finite_updates_nothing_of_its_weight():
 def test_what_it_cannot_do_is_refused_by_name(world, options, message):
     with pytest.raises(ConfigError, match=message):
         configuration.load(world.config, [*IN_BACKWARD, *options])
+
+
+def test_several_processes_are_refused(world, tmp_path):
+    config = configuration.load(world.config, [*IN_BACKWARD, f"--run.dir={tmp_path}"])
+    with pytest.raises(ConfigError, match="optim.in_backward = true needs one process, and these are 2"):
+        Trainer(config, Ranks(0, 2, torch.device("cpu"), None))

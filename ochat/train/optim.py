@@ -119,7 +119,7 @@ def build(
     torch's, which cannot do what needs_kernel says.
 
     Gradients of bf16 parameters are bf16, as backward makes them; where they are added up over `micro_batches` of a
-    process, fp32. Raises: ConfigError for an update in backward of sharded parameters.
+    process, fp32.
     """
     parameters = list(trained(model).values())
     groups = [
@@ -135,12 +135,17 @@ def build(
     state = getattr(torch, config.state)
     optimizer = FusedAdamW(groups, adamw, config.betas, config.eps, host_moments, state, seed)
     if config.in_backward:
-        if any(isinstance(parameter, DTensor) for parameter in parameters):
-            raise ConfigError(
-                "optim.in_backward = true needs one process; on more, each holds its shard of the gradients only"
-            )
         optimizer.step_in_backward()
     return optimizer
+
+
+def check(config: OptimConfig, num_processes: int) -> None:
+    """Raises: ConfigError for a choice that so many processes cannot make."""
+    if config.in_backward and num_processes > 1:
+        raise ConfigError(
+            f"optim.in_backward = true needs one process, and these are {num_processes}; on several, each holds no more "
+            "than its shard of the moments anyhow"
+        )
 
 
 def needs_kernel(config: OptimConfig) -> bool:

@@ -80,6 +80,7 @@ class Trainer:
         self.watchdog = watchdog or Watchdog(ranks, self.run_dir, config.parallel.timeout_s)  # not entered: idle
         self.display = Display(show=ranks.is_first)
         torch.manual_seed(config.run.seed)
+        optim.check(config.optim, ranks.world)
         self.model_config = ModelConfig.load(config.base.path)
         self.pads = ranks.device.type == "cuda"  # constant shapes pay there; a CPU would compute the padding
         verify.data(config, ranks, self.display.note)
