@@ -96,6 +96,19 @@ def test_lines_past_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path):
     metrics.cut(tmp_path / "missing.jsonl", 1)
 
 
+def test_an_answer_of_any_characters_is_one_line_and_a_character_may_be_torn(tmp_path):
+    """Of what a model says, U+2028, U+2029 and U+0085 end lines of a text, but not of a file of JSON lines."""
+    path, warned = tmp_path / "samples.jsonl", []
+    lines = [{"step": step, "answer": "a\u2028b\u2029c\x85d\x1ce\r\u00fc"} for step in (1, 2)]
+    LineFile(path, warned.append).append(lines)
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"step": 2, "answer": "\u00fc'.encode()[:-1])
+    metrics.cut(path, 2)
+    assert path.read_bytes() == whole
+    metrics.cut(path, 1)
+    assert json.loads(path.read_bytes()) == lines[0] and not warned
+
+
 def test_a_known_card_has_its_data_sheets_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert metrics.peak_flops(torch.device("cuda"), 0.0, torch.bfloat16)[0] == 989e12

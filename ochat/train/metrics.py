@@ -174,10 +174,11 @@ def cut(path: Path, last_step: int) -> None:
     """Drops the lines after `last_step` (what a killed run wrote past its checkpoint), atomically."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    # of bytes: U+2028 in an answer ends a line of text, and what is torn may be no UTF-8
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step]
     if kept != lines:
-        disk.write_text(path, "".join(kept))
+        disk.write_text(path, b"".join(kept).decode())
 
 
 def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtype) -> tuple[float, str]:
