@@ -127,7 +127,7 @@ def test_a_configured_shard_is_kept_where_it_fits_the_gpus():
 
 def test_precision_and_time_of_the_update_reach_memory_and_speed():
     """8B in full on one card of 80 GB: 2 bytes of weights and 4 of moments a parameter, and no gradients."""
-    wide = make_run(recompute="block", bins=1)
+    wide = make_run(recompute="block", bins=1, budget=32768)
     optim = OptimConfig(clip=0.0, master="bfloat16", state="bfloat16", in_backward=True)
     found, other = (
         forecast.forecast(

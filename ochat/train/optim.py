@@ -143,8 +143,8 @@ def check(config: OptimConfig, num_processes: int) -> None:
     """Raises: ConfigError for a choice that so many processes cannot make."""
     if config.in_backward and num_processes > 1:
         raise ConfigError(
-            f"optim.in_backward = true needs one process, and these are {num_processes}; on several, each holds no more "
-            "than its shard of the moments anyhow"
+            f"optim.in_backward = true needs one process, and these are {num_processes}; on several, each holds no "
+            "more than its shard of the moments anyhow"
         )
 
 
