@@ -110,6 +110,8 @@ def test_a_manifest_is_what_was_written(run):
             lambda parameters: parameters | {"x": {"shape": [3], "dtype": "float32"}},
             "x ends at row 0 of 3",
         ),
+        ("parameters", lambda parameters: parameters | {"x": {"shape": [], "dtype": "float32"}}, "IndexError"),
+        ("parameters", lambda parameters: parameters | {"x": json.loads("[" * 99 + "]" * 99)}, "nested more than"),
     ],
 )
 def test_a_manifest_that_lies_under_a_right_checksum_is_refused(run, key, change, says):

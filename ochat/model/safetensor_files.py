@@ -7,6 +7,7 @@ Only safetensors are read: a pickled `.bin` can run code. Nothing is read before
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,10 +167,11 @@ def _check_names(path: Path) -> None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} stands twice in its header")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{shown(name)} stands twice in its header")
+    return found
 
 
 def _compare_index(path: Path, index: Mapping[str, str], found: Mapping[str, str], handles: Mapping[str, Any]) -> None:

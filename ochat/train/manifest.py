@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ochat import disk
+from ochat import disk, json_file
 from ochat.errors import CheckpointError
 
 FORMAT = 2
@@ -45,21 +45,20 @@ class Manifest:
         every row of every parameter exactly once."""
         path = folder / MANIFEST
         try:
-            record = json.loads(path.read_bytes())
+            record = json_file.read_object(path, CheckpointError, "take another checkpoint")
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: no {MANIFEST} there, so no complete checkpoint of this format") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: damaged ({error}); take another checkpoint") from None
-        if not isinstance(record, dict) or record.get("format") != FORMAT:
-            found = record.get("format") if isinstance(record, dict) else None
-            raise CheckpointError(f"{path}: format {found!r}; this ochat reads format {FORMAT}")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
+        if record.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format {record.get('format')!r:.40}; this ochat reads format {FORMAT}")
         if record.pop("sha256", None) != _digest(record):
             raise CheckpointError(f"{path}: damaged (its checksum differs); take another checkpoint")
         try:
             record.setdefault("skipped", 0)  # before steps could be skipped
             manifest = cls(folder, **{name: record[name] for name in cls.__annotations__ if name != "folder"})
             manifest._check()
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a checkpoint's manifest ({error!r}); take another one") from None
         return manifest
 
