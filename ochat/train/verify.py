@@ -80,7 +80,8 @@ def _compare(
         files = list_files()
         mine = sorted(files, key=lambda path: (-path.stat().st_size, path))[ranks.rank :: ranks.world]
         with _told(say, sum(path.stat().st_size for path in files)):
-            problem = next((message(path) for path in mine if disk.sha256(path) != files[path]), "")
+            path = disk.first_changed({path: files[path] for path in mine})
+        problem = message(path) if path else ""
     except (OchatError, OSError) as error:
         problem = str(error)
     for answer in ranks.exchange({"problem": problem}):
