@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Remaking:
-    """The operators of `ops` that a block uses, with `ops`'s own results and arguments."""
+    """The operators of `ops` that a block uses; outside `remaking()`, those themselves."""
 
     def __init__(self, ops: ModuleType) -> None:
         self.ops = ops
