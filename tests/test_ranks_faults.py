@@ -118,6 +118,14 @@ def test_a_hung_process_ends_the_run_by_a_time_out_with_the_flight_recorder_kept
     assert "time.sleep(1e6)" in "".join(records[1]["stack"]) and "all_reduce" in "".join(records[0]["stack"])
 
 
+def test_a_disk_that_hangs_does_not_keep_a_process_whose_time_is_up(world, tmp_path):
+    stuck = "from ochat.train import watchdog as w; w.KEEP_S = 1; w.disk.write_json = lambda *_: time.sleep(1e6)"
+    with job(world, tmp_path / "run", 2, *QUICK, in_step=f"{stuck}; time.sleep(1e6)") as (process, log):
+        assert process.wait(60) != 0
+    assert re.search(r"Rank 1 was in step 4; \S+rank_1.json is not written after 1 s", said(log))
+    assert set(exit_codes(log).values()) == {3}
+
+
 def test_a_halted_process_is_named_by_the_others(world, tmp_path):
     run_dir = tmp_path / "run"
     with job(world, run_dir, 2, *QUICK) as (process, log):

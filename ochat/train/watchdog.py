@@ -12,6 +12,7 @@ main thread that waits in a collective. RUN/flight_recorder/ keeps each rank's c
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -32,6 +33,7 @@ from ochat.train.parallel import Ranks
 FOLDER = "flight_recorder"
 BEAT_S = 1.0
 SILENT_S = 15.0  # then a process is gone: torchrun leaves the others 30 s
+KEEP_S = 10.0  # then a process ends although its flight recorder's file is not written
 GRACE_S = 3.0  # an error that all ranks meet is reported by each in its own words
 
 
@@ -82,7 +84,9 @@ class Watchdog:
         if isinstance(error, RuntimeError):
             self._thread.join(self._verdict_s)
         self._over.set()
-        self._thread.join()
+        self._thread.join(self._verdict_s)
+        if self._thread.is_alive():  # it waits for the store, and so would this thread
+            self._lost = self._lost or "the run's store does not answer"
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self._left = "done" if error is None else f"{type(error).__name__}: {error}"[:1000]
         if not self._lost:
@@ -166,19 +170,28 @@ class Watchdog:
         with contextlib.suppress(RuntimeError):
             if self._store is not None and not self._lost:
                 self._store.set("alarm", problem)
-        try:
-            waits, kept = self._keep(problem), f"collectives and stack in {self.file}"
-        except OSError as error:
-            waits, kept = "", f"{self.file} cannot be written: {error.strerror}"
+        faulthandler.dump_traceback_later(KEEP_S + 3 * GRACE_S, exit=True, file=2)  # a driver may halt all threads
+        kept: list[str] = []
+        keeper = threading.Thread(target=lambda: kept.append(self._kept(problem)), daemon=True)
+        keeper.start()
+        keeper.join(KEEP_S)  # the disk may be what hangs
+        found = kept[0] if kept else f"; {self.file} is not written after {KEEP_S:g} s"
         complain(
             RanksError(
-                f"{problem}. Rank {self.rank} was in {self._place}{waits}; {kept}. Start the same command again: it "
-                "goes on from the newest checkpoint"
+                f"{problem}. Rank {self.rank} was in {self._place}{found}. Start the same command again: it goes on "
+                "from the newest checkpoint"
             )
         )
         sys.stdout.flush()
         time.sleep(2 * BEAT_S)  # the others write down what they wait in, before our end changes it
         os._exit(RanksError.exit_code)
+
+    def _kept(self, problem: str) -> str:
+        """What this rank waits in, and where that is written."""
+        try:
+            return f"{self._keep(problem)}; collectives and stack in {self.file}"
+        except OSError as error:
+            return f"; {self.file} cannot be written: {error.strerror}"
 
     def _keep(self, problem: str) -> str:
         """Writes the flight recorder's file; the collective that this rank waits in. Raises: OSError."""
