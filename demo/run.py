@@ -16,8 +16,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
@@ -49,10 +49,10 @@ def main() -> None:
     WORK.mkdir(parents=True)
     fetch_base()
     make_data()
-    before = measure("before training", WORK / "base")
+    before = measure("before", WORK / "base")
     seconds = train(sys.argv[1:])
     run("Export a Hugging Face folder", "ochat", "export", WORK / "run", WORK / "export")
-    after = measure("after training", WORK / "export")
+    after = measure("after", WORK / "export")
     show_losses(before, after)
     show_run(seconds)
     show_answers()
@@ -109,22 +109,15 @@ def run(title: str, program: str, *arguments: object, env: dict[str, str] | None
     return result.stdout or ""
 
 
-def measure(when: str, model_dir: Path) -> dict[str, dict[str, float]]:
-    """nll per supervised token of each class's held-out answers under each class's prefix."""
-    from ochat.data import template, tokenizer
-    from ochat.data.conversation import Conversation
-    from ochat.evaluate.swap import swap_matrix
-    from ochat.model import hf
-
-    console.print(f"\n[bold cyan]Measure held-out answers under both prefixes, {when}[/]")
-    lines = (WORK / "conversations" / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    conversations = [Conversation.from_dict(json.loads(line)) for line in lines]
-    with console.status("running the model ..."):
-        model = hf.load(model_dir, dtype="bfloat16")
-        return swap_matrix(model, template.load(TEMPLATE), tokenizer.load(model_dir), conversations, CLASSES)
+def measure(when: str, model: Path) -> dict[str, Any]:
+    """Each class's held-out answers under each class's prefix, as `ochat eval` writes them."""
+    output = WORK / f"eval_{when}.json"
+    run(f"Measure held-out answers under both prefixes, {when} training", "ochat", "eval", model,
+        WORK / "data" / "held_out", "--output", output)  # fmt: skip
+    return json.loads(output.read_text(encoding="utf-8"))["classes"]
 
 
-def show_losses(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> None:
+def show_losses(before: dict[str, Any], after: dict[str, Any]) -> None:
     """The swap matrix before and after; a row's lower value is bold."""
     table = Table("held-out answers of", title="Loss (nll per token) of each class's answers under each class's prefix")
     for when in ("before", "after"):
@@ -132,9 +125,9 @@ def show_losses(before: dict[str, dict[str, float]], after: dict[str, dict[str, 
             table.add_column(f"{when}:\n{prefix} prefix", justify="right")
     for answers in CLASSES:
         cells = []
-        for matrix in (before, after):
-            best = min(matrix[answers].values())
-            cells += [f"[bold]{nll:.3f}[/]" if nll == best else f"{nll:.3f}" for nll in matrix[answers].values()]
+        for classes in (before, after):
+            losses = [classes[answers]["prefixes"][prefix]["nll"] for prefix in CLASSES]
+            cells += [f"[bold]{nll:.3f}[/]" if nll == min(losses) else f"{nll:.3f}" for nll in losses]
         table.add_row(answers, *cells)
     console.print("\n", table)
 
@@ -189,5 +182,4 @@ def show_answers() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(PROCESSES)
     main()

@@ -44,6 +44,9 @@ COMMANDS = {
     "train": Command("ochat.train.command", None, "train on one process (many: torchrun -m ochat.train)"),
     "export": Command("ochat.train.export", "ExportOptions", "write a checkpoint as a Hugging Face folder", True),
     "generate": Command("ochat.infer.command", "GenerateOptions", "answer prompts under a condition", True),
+    "eval": Command(
+        "ochat.evaluate.command", "EvalOptions", "measure held-out answers under every class's prefix", True
+    ),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from ochat.data import fill, mapped, shards
 from ochat.data.batch import Example as Example
 from ochat.data.batch import PackedBatch, allocate, documents
 from ochat.data.mapped import Shard
-from ochat.data.template import Template
+from ochat.data.template import Span, Template
 from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import ConfigError, DataError
 
@@ -152,6 +153,16 @@ class TokenDataset:
         """ "file:line" of the record that an example came from."""
         shard, at = self._locate(index)
         return f"{shard.files[shard['files'][at]]}:{shard['lines'][at]}"
+
+    def spans(self, index: int) -> list[Span]:
+        """The stretches of an example, each of one role, with the weights that its record gives."""
+        shard, at = self._locate(index)
+        held = slice(int(shard["span_offsets"][at]), int(shard["span_offsets"][at + 1]))
+        columns = (shard[name][held].tolist() for name in ("span_ends", "span_roles", "span_weights"))
+        return [
+            Span(end, ROLES[role], None if math.isnan(weight) else weight)
+            for end, role, weight in zip(*columns, strict=True)
+        ]
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not -len(self) <= index < len(self):

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from ochat import disk
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import checksums, hf, peft
@@ -61,10 +63,7 @@ def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bo
         model = ModelConfig.load(manifest.folder)
         if adapters.are_in(manifest):
             (folder / peft.CONFIG).unlink()  # a loader would look for the adapter's weights
-            tensors = adapters.merged(manifest, model, base)
-        else:
-            tensors = checkpoint.iterate_parameters(manifest)
-        hf.save(folder, model, tensors, dtype)
+        hf.save(folder, model, whole_parameters(manifest, model, base), dtype)
     return manifest.step
 
 
@@ -88,9 +87,7 @@ def _opened(source: Path, output: Path, overwrite: bool) -> Iterator[tuple[Manif
     """A checked checkpoint, and a folder with the serving files that becomes `output` when its weights are there."""
     manifest = find(source)
     _refuse_overwriting(output, overwrite)
-    for name in manifest.files:
-        if not name.startswith("optimizer-"):
-            manifest.check_file(name)
+    check_weights(manifest)
     with partial_folder(output) as temporary:
         serving.copy(manifest.folder, temporary)
         described = json.loads((manifest.folder / serving.OPENCHAT).read_text(encoding="utf-8"))
@@ -109,6 +106,20 @@ def find(source: Path) -> Manifest:
     manifest = Manifest.read(there[-1])
     manifest.check_sizes()
     return manifest
+
+
+def check_weights(manifest: Manifest) -> None:
+    """Raises: CheckpointError naming a damaged file; the optimizer's are left alone. Costs: reads the others once."""
+    for name in manifest.files:
+        if not name.startswith("optimizer-"):
+            manifest.check_file(name)
+
+
+def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each parameter, adapters merged into their base. Raises: as export."""
+    if adapters.are_in(manifest):
+        return adapters.merged(manifest, model, base)
+    return checkpoint.iterate_parameters(manifest)
 
 
 def _refuse_overwriting(output: Path, overwrite: bool) -> None:

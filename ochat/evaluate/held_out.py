@@ -1,0 +1,149 @@
+"""Held-out conversations, tokenised once, and as the template writes them under any class's prefix.
+
+    held_out = read(Path("data/train-held-out"), spoken, tokenizer)      # or a file or folder of conversations
+    held_out[0].under(["GPT4", "GPT3"], template, tokenizer)             # an Example under each
+
+Every segment is tokenised alone, so exchanging the prefixes' ids is encoding the conversation anew.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.data import importers, input_files, records, shards
+from ochat.data.batch import Example
+from ochat.data.conversation import Conversation
+from ochat.data.dataset import TokenDataset
+from ochat.data.encode import num_supervised, own_weight
+from ochat.data.records import Record
+from ochat.data.template import Span, Template
+from ochat.data.tokenizer import Tokenizer
+from ochat.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """A conversation's ids, and the spans that cover them in order."""
+
+    input_ids: NDArray[np.int64]  # (len,)
+    spans: list[Span]
+    condition: str  # its class
+
+    @classmethod
+    def of(cls, conversation: Conversation, template: Template, tokenizer: Tokenizer) -> HeldOut:
+        """The conversation, neither cut nor trimmed."""
+        ids, spans = template.encode_spans(conversation, tokenizer)
+        return cls(np.array(ids, np.int64), spans, conversation.condition)
+
+    def under(self, conditions: Sequence[str], template: Template, tokenizer: Tokenizer) -> list[Example]:
+        """The conversation under each condition's prefixes, up to its last supervised token.
+
+        All hold the same supervised tokens: what the longest prefix pushes out of the template's context is left out
+        under every other too. Without any that fit, each is empty.
+        """
+        written = [self._written(condition, template, tokenizer) for condition in conditions]
+        most = min(int(is_own[: template.context].sum()) for _, _, is_own in written)
+        examples = []
+        for condition, (ids, weights, is_own) in zip(conditions, written, strict=True):
+            supervised = np.flatnonzero((weights != 0) & (is_own.cumsum() <= most))
+            end = int(supervised[-1]) + 1 if len(supervised) else 0
+            examples.append(Example(ids[:end], weights[:end], condition))
+        return examples
+
+    def _written(
+        self, condition: str, template: Template, tokenizer: Tokenizer
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+        """Ids, weights and whether a token is the conversation's own, not a turn's prefix; (len,) each."""
+        pieces = []
+        begins = [0, *(span.end for span in self.spans)]
+        following = [after.role for _, after in pairwise(self.spans)] + [""]
+        for begin, span, role in zip(begins, self.spans, following, strict=False):
+            if is_own := not (span.role == "prefix" and role in ("user", "assistant")):
+                ids = self.input_ids[begin : span.end]
+            else:
+                ids = np.array(tokenizer.prefix_ids(template.role_prefix(role, condition)), np.int64)
+            pieces.append((ids, np.full(len(ids), own_weight(span), np.float32), np.full(len(ids), is_own)))
+        ids, weights, is_own = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return ids, weights, is_own
+
+
+def is_prepared(path: Path) -> bool:
+    """Whether `path` is what `ochat prepare` wrote."""
+    return (path / shards.MANIFEST).is_file()
+
+
+def template_of(path: Path, spoken: Template | None, tokenizer: Tokenizer) -> Template:
+    """The template of a prepared data set. Raises: ConfigError where the model speaks another, or has another
+    tokenizer."""
+    dataset = TokenDataset(path)
+    if dataset.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
+        raise ConfigError(
+            f"{path}: prepared with another tokenizer than the model's; prepare it with the model's base, or give the "
+            "conversations themselves"
+        )
+    if spoken is not None and _turns(spoken) != _turns(dataset.template):
+        raise ConfigError(
+            f"{path}: prepared with another template or --conditions than the model speaks ({spoken.name}); prepare it "
+            "alike, or give the conversations themselves"
+        )
+    return dataset.template
+
+
+def read(path: Path, template: Template, tokenizer: Tokenizer) -> list[HeldOut]:
+    """The conversations with something supervised, of a prepared data set or of files as `ochat prepare` reads.
+
+    Raises: DataError naming file and line of a record that is none, and where nothing is supervised.
+    """
+    each = _of_dataset(TokenDataset(path)) if is_prepared(path) else _of_files(path, template, tokenizer)
+    found = [held_out for held_out in each if num_supervised(held_out.spans)]
+    if not found:
+        raise DataError(f"{path}: no conversation there has anything supervised: there is nothing to measure")
+    return found
+
+
+def select(conversations: Sequence[HeldOut], only_class: str | None, limit: int | None) -> list[HeldOut]:
+    """Those of one class (None: all), the first `limit` of each class (None: all), in order. Raises: ConfigError."""
+    classes = list(dict.fromkeys(each.condition for each in conversations))
+    if only_class is not None and only_class not in classes:
+        known = ", ".join(name or "none" for name in classes)
+        raise ConfigError(f"--only-class {only_class}: the data has no such class; it has {known}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: at least 1 conversation of each class is needed")
+    taken, seen = [], Counter[str]()
+    for each in conversations:
+        seen[each.condition] += 1
+        if only_class in (None, each.condition) and (limit is None or seen[each.condition] <= limit):
+            taken.append(each)
+    return taken
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a file, or of all files in a folder. Raises: DataError where there is none."""
+    for file in input_files.find([path]).paths:
+        yield from records.read(file)
+
+
+def _of_dataset(dataset: TokenDataset) -> Iterator[HeldOut]:
+    for index, example in enumerate(dataset):
+        yield HeldOut(example.input_ids, dataset.spans(index), example.condition)
+
+
+def _of_files(path: Path, template: Template, tokenizer: Tokenizer) -> Iterator[HeldOut]:
+    for record in read_records(path):
+        value = record.value()
+        try:
+            yield HeldOut.of(importers.convert(value), template, tokenizer)
+        except DataError as error:
+            raise DataError(f"{record.place}: {error}") from None
+
+
+def _turns(template: Template) -> Template:
+    """What of a template decides how turns are written."""
+    return replace(template, name="", context=0, default_condition="")
