@@ -4,6 +4,7 @@ pytest tests/test_eval.py"""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ochat.data.conversation import Conversation, Message
 from ochat.data.prepare import prepare
 from ochat.data.template import load as load_template
 from ochat.data.tokenizer import load as load_tokenizer
-from ochat.errors import ConfigError, DataError
+from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.evaluate.command import EvalOptions, evaluate
 from ochat.infer.generate import generate
 from ochat.model import hf
@@ -50,6 +51,16 @@ def test_a_run_its_checkpoint_and_its_export_are_one_model(world, chats, trained
         for cell in row["prefixes"].values():
             assert cell["nll_interval"][0] < cell["nll"] < cell["nll_interval"][1]
             assert cell["accuracy_interval"][0] <= cell["accuracy"] <= cell["accuracy_interval"][1]
+
+
+def test_a_damaged_checkpoint_is_refused(chats, trained, tmp_path):
+    folder = shutil.copytree(trained[0] / "checkpoints" / "step_5", tmp_path / "step_5")
+    weights = next(folder.glob("weights-*"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="weights-.*damaged"):
+        run(folder, chats)
 
 
 def test_adapters_are_measured_in_their_base(world, chats):

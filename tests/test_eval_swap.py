@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from ochat.data import template as templates
 from ochat.data import tokenizer as tokenizers
 from ochat.data.conversation import Conversation, Message
-from ochat.data.dataset import TokenDataset
+from ochat.data.prepare import prepare
 from ochat.errors import DataError
 from ochat.evaluate import swap
 from ochat.evaluate.held_out import HeldOut, read
 from ochat.model.transformer import Transformer, pack_ids
 from tests import test_init_base
-from tests.tiny_text import conversations, write_base
+from tests.tiny_text import conversations, write_base, write_lines
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +120,13 @@ def test_every_prefix_has_the_same_tokens_however_short_the_context(setting):
     assert counts == set(range(np.count_nonzero(weights) + 1))
 
 
-def test_a_prepared_set_reads_as_its_conversations(world):
-    tokenizer, template = tokenizers.load(world.base), TokenDataset(world.data).template
-    prepared, plain = (read(path, template, tokenizer) for path in (world.data, world.folder / "conversations.jsonl"))
-    assert len(prepared) == len(plain) == 60
+def test_a_prepared_set_reads_as_its_conversations(tmp_path):
+    """Weights given and left out, system texts and trailing questions among them."""
+    base, file = write_base(tmp_path / "base"), write_lines(tmp_path / "chats.jsonl", conversations(5, 60))
+    prepare([file], base, "openchat_v3.2", tmp_path / "data", on_bad="skip", progress=False)
+    tokenizer, template = tokenizers.load(base), templates.load("openchat_v3.2")
+    prepared, plain = (read(path, template, tokenizer) for path in (tmp_path / "data", file))
+    assert len(prepared) == len(plain) > 50
     for one, other in zip(prepared, plain, strict=True):
         assert one.condition == other.condition
         for a, b in zip(*(each.under(["GPT4", "x"], template, tokenizer) for each in (one, other)), strict=True):
