@@ -7,10 +7,12 @@ On a card the host is given a lead over every measured call, so that launching i
 from __future__ import annotations
 
 import csv
+import gc
 import math
 import platform
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from torch import Tensor
 GIB = 2**30
 LEAD_CYCLES = 4_000_000  # 2 ms of idling on the card, in which the host launches what is measured
 COMPARED_AT_A_TIME = 2**26
+DEVICE_LOST = 3  # exit status
 
 
 class Ceilings(NamedTuple):
@@ -137,6 +140,29 @@ def time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def reason(problem: Exception) -> str:
+    """Why there is no number, in a line."""
+    text = str(problem).strip().split("\n")[0]
+    return f"{type(problem).__name__}: {text}"[:200]
+
+
+def check_alive(device: torch.device) -> None:
+    """After a failure: frees what it held; ends the run if the card no longer answers."""
+    free(device)
+    try:
+        synchronize(device)
+    except RuntimeError as problem:
+        print(f"the device does not answer any more: {problem}", file=sys.stderr)
+        sys.exit(DEVICE_LOST)
+
+
+def free(device: torch.device) -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def stamp(device: torch.device, commit: str | None = None) -> dict[str, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import math
 import os
 import re
@@ -46,7 +45,6 @@ SECONDS_PER_PASS = 1.5  # of measuring, all implementations of a group together
 MOST_REPEATS, FEWEST_REPEATS = 60, 5
 READY_SECONDS = 45.0  # for an implementation to compile and run once
 CACHES_BETWEEN_USES = 4  # the memory touched between two uses of one input, in sizes of the L2 cache
-DEVICE_LOST = 3  # exit status
 
 
 class Group(NamedTuple):
@@ -141,13 +139,13 @@ def measure(group: Group, session: Session) -> Iterator[dict[str, Any]]:
                 error = bench.max_error(got, expected) if expected else math.nan
             ready[each.name] = (each, function, error)
         except Exception as problem:
-            yield from _excused(case, [each], case.passes, "failed", _reason(problem))
-            _check_alive(session.device)
+            yield from _excused(case, [each], case.passes, "failed", bench.reason(problem))
+            bench.check_alive(session.device)
     del expected
     problems = _rotation(case, session.device)
     for which in case.passes:
         yield from _measure_pass(case, which, ready, problems, session)
-    _free(session.device)
+    bench.free(session.device)
 
 
 def _measure_pass(case: Case, which: str, ready: dict, problems: list[Problem], session: Session) -> Iterator[dict]:
@@ -161,8 +159,8 @@ def _measure_pass(case: Case, which: str, ready: dict, problems: list[Problem], 
                 estimate_ms += bench.interleaved({name: call}, 1, session.device)[name][0]
             calls[name] = call
         except Exception as problem:
-            yield from _excused(case, [each], [which], "failed", _reason(problem))
-            _check_alive(session.device)
+            yield from _excused(case, [each], [which], "failed", bench.reason(problem))
+            bench.check_alive(session.device)
     repeats = 2 if session.quick else _repeats(estimate_ms)
     marks = bench.interleaved(calls, repeats, session.device)
     for name in calls:
@@ -212,19 +210,14 @@ def _excused(case: Case, whom: list[Implementation], passes: list[str], status: 
             yield _shape(case, which) | {"implementation": each.name, "status": status, "note": note}
 
 
-def _reason(problem: Exception) -> str:
-    text = str(problem).strip().split("\n")[0]
-    return f"{type(problem).__name__}: {text}"[:200]
-
-
 def _expected(case: Case, device: torch.device) -> list[Tensor]:
     """What the definition gives for the inputs of seed 0; nothing where it fails, which its own row will say."""
     definition = next(each for each in implementations.of(case.operator) if each.name == "reference")
     try:
         return _results(definition.load(), make_problem(case, device, 0))
     except Exception as problem:
-        print(f"    nothing to compare with: {_reason(problem)}", flush=True)
-        _check_alive(device)
+        print(f"    nothing to compare with: {bench.reason(problem)}", flush=True)
+        bench.check_alive(device)
         return []
 
 
@@ -264,22 +257,6 @@ def _rotating(function: implementations.Function, which: str, problems: list[Pro
             function(plain[index])
 
     return call
-
-
-def _check_alive(device: torch.device) -> None:
-    """After a failure: frees what it held; ends the run if the card no longer answers."""
-    _free(device)
-    try:
-        bench.synchronize(device)
-    except RuntimeError as problem:
-        print(f"the device does not answer any more: {problem}", file=sys.stderr)
-        sys.exit(DEVICE_LOST)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _line(row: dict[str, Any]) -> str:
