@@ -1,6 +1,6 @@
 """A model to evaluate, wherever it stands: an exported folder, a run's newest checkpoint, or a checkpoint.
 
-model, folder = open_model(Path("runs/mine"), dtype="bfloat16", device="cpu")    # the folder has its tokenizer
+model = open_model(Path("runs/mine"), dtype="bfloat16", device="cpu");  tokenizer.load(folder_of(Path("runs/mine")))
 """
 
 from __future__ import annotations
