@@ -7,6 +7,7 @@ It goes on when something fails and says so at the end (exit status 1); it fetch
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ TEST_SHARE = 0.25  # of the time, at most, for each of the two runs of tests
 OUR_STEP_SHARE = 0.65  # of what is left after our kernels: the step of 8B and of 1B is what one wants to know
 PEERS_SHARE, PEER_STEPS_SHARE = 0.4, 0.7  # of what is left when each begins: other shapes come after them
 LAST_SECONDS = 8.0  # for tables and pictures
+ATTENTION_SECONDS = 28.0  # of measuring; with its start less than 40
 GRACE_SECONDS = 45.0  # a group that has begun is measured to its end
 PROCESSES = 8  # of tests that are mostly Triton compiling
 
@@ -35,6 +37,7 @@ class Step(NamedTuple):
     command: list[str]
     log: Path | None  # where its output goes beside the screen
     share: float  # of the time that is left
+    most: float = math.inf  # seconds
 
 
 def steps(options: argparse.Namespace) -> Iterator[Step]:
@@ -42,6 +45,7 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
     log = options.out / "tests.txt"
     tests = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
     yield Step("tests on the card", [*tests, "-m", "gpu", "tests/kernels"], log, TEST_SHARE)
+    yield Step("attention", _command(options, "attention"), None, 1.0, ATTENTION_SECONDS)
     laws = [*tests, "-m", "not gpu", "tests/kernels", "--ignore=tests/kernels/test_compiled.py"]
     if options.quick:
         laws += ["-k", "refuses"]
@@ -55,16 +59,16 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
     yield Step("times: rest", _command(options, "ops", "rest"), None, 1.0)
 
 
-def _command(options: argparse.Namespace, program: str, phase: str) -> list[str]:
-    command = [sys.executable, "-m", f"benchmarks.{program}", "--out", str(options.out), "--phase", phase]
-    command += ["--device", options.device]
+def _command(options: argparse.Namespace, program: str, phase: str | None = None) -> list[str]:
+    command = [sys.executable, "-m", f"benchmarks.{program}", "--out", str(options.out), "--device", options.device]
+    command += ["--phase", phase] if phase else []
     command += ["--quick"] if options.quick else []
     return command + (["--commit", options.commit] if options.commit else [])
 
 
 def run(step: Step, seconds_left: float, environment: dict[str, str]) -> str:
     """Runs one step within its share of the time; returns "passed", or what went wrong."""
-    limit = seconds_left * step.share
+    limit = min(seconds_left * step.share, step.most)
     if limit < 5:
         return "skipped: the time was out"
     command = step.command
@@ -129,8 +133,8 @@ def main() -> int:
     outcomes = {step.name: run(step, end - time.monotonic(), environment) for step in steps(options)}
     finish(options.out)
     print("", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
-    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv, train_step.csv likewise to")
-    print("train_step-DEVICE-DATE.csv, and commit them")
+    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv, train_step.csv and")
+    print("attention.csv likewise to train_step-DEVICE-DATE.csv and attention-DEVICE-DATE.csv, and commit them")
     return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
 
 

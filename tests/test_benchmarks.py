@@ -224,6 +224,7 @@ def test_a_dry_run_says_what_failed(suite):
     assert (out / "tests.txt").stat().st_size > 0
     assert "tests on the card: passed" in printed and "laws of the kernels: passed" in printed
     assert "times: ours: passed" in printed and "times: peers: passed" in printed
+    assert "attention: passed" in printed and read(out / "attention.csv")
     assert len(list(out.iterdir())) <= 8
     assert status == 0
     assert (out / "plots.tar.gz").exists() or "no pictures (No module named 'matplotlib')" in printed
