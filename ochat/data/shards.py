@@ -219,5 +219,6 @@ def publish(writers: Sequence[ShardWriter]) -> None:
             os.rename(output, aside)
     for writer in reversed(writers):
         os.rename(writer.folder, writer.output)
+        disk.sync(writer.output.parent)
     for aside in old.values():
         shutil.rmtree(aside, ignore_errors=True)

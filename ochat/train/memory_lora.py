@@ -98,8 +98,9 @@ def _kept(model: ModelConfig, at: Setting, settings: LoraConfig, num_blocks: int
     """Of so many blocks from the first on."""
     if at.recompute == "block":
         return num_blocks * 2 * at.token_budget * model.hidden_size * at.itemsize
-    blocks = range(num_blocks)
-    return sum(_kept_inside(model, at, settings, is_last=layer == model.num_layers - 1) for layer in blocks)
+    last = num_blocks == model.num_layers  # among them
+    inside = (num_blocks - last) * _kept_inside(model, at, settings) if num_blocks > last else 0.0
+    return inside + (_kept_inside(model, at, settings, is_last=True) if last else 0.0)
 
 
 def _kept_inside(model: ModelConfig, at: Setting, settings: LoraConfig, *, is_last: bool = False) -> float:

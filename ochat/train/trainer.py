@@ -64,9 +64,10 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
     ranks = parallel.start(config.train, config.parallel)
     try:
         with (
-            Watchdog(ranks, Path(config.run.dir), config.parallel.timeout_s) as watchdog,
+            Watchdog(ranks, config.parallel.timeout_s) as watchdog,
             run_folder.claim(config, ranks, Display(show=ranks.is_first).warn) as resolved,
         ):
+            watchdog.keep_in(Path(resolved.run.dir))
             (run or Trainer.run)(Trainer(resolved, ranks, watchdog))
     finally:
         parallel.stop()
@@ -77,7 +78,7 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks, watchdog: Watchdog | None = None):
         self.config, self.ranks, self.run_dir = config, ranks, Path(config.run.dir)
-        self.watchdog = watchdog or Watchdog(ranks, self.run_dir, config.parallel.timeout_s)  # not entered: idle
+        self.watchdog = watchdog or Watchdog(ranks, config.parallel.timeout_s)  # not entered: idle
         self.display = Display(show=ranks.is_first)
         torch.manual_seed(config.run.seed)
         optim.check(config.optim, ranks.world)
@@ -227,14 +228,14 @@ class Trainer:
 
     def _load(self) -> int:
         found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
+        if found is not None and not self.config.run.resume_anyway:
+            checkpoint.check_identity(found, self.identity)
         if found is None or self.adapters.are_on:
             verify.base(Path(self.config.base.path), self.ranks, self.display.note)
             checkpoint.load_base(Path(self.config.base.path), self.model)
         if found is None:
             self.adapters.start(self.model)
             return 0
-        if not self.config.run.resume_anyway:
-            checkpoint.check_identity(found, self.identity)
         self.saver.newest, self.bad_steps.count = found.folder, found.skipped
         self.display.note(f"resuming from {found.folder}")
         return checkpoint.load(found, self.model, self.optimizer)

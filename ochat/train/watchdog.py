@@ -1,7 +1,7 @@
 """What ends a run in which processes wait for one that is gone, or for each other.
 
-    with Watchdog(ranks, run_dir, timeout_s=600) as watchdog:
-        watchdog.at("step 12");  ...work...;  watchdog.progress();  ...;  watchdog.rest("the export")
+    with Watchdog(ranks, timeout_s=600) as watchdog:
+        watchdog.keep_in(run_dir);  watchdog.at("step 12");  ...;  watchdog.progress();  ...;  watchdog.rest("a save")
 
 A thread of each rank writes every second into the store where its rank is, and reads where the next rank is: so all are
 watched, at a cost that does not grow with their number. One that is silent, that has left with an error, or that makes
@@ -43,10 +43,10 @@ class Watchdog:
     Time is counted in beats of its own thread, so that a job which the scheduler halts and wakes does not fall apart.
     """
 
-    def __init__(self, ranks: Ranks, run_dir: Path, timeout_s: float) -> None:
+    def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = ranks.rank, ranks.world, timeout_s
         self.silent_s = min(SILENT_S, timeout_s)
-        self.file = run_dir / FOLDER / f"rank_{ranks.rank}.json"
+        self.file: Path | None = None  # before a folder is this run's, it may be another one's
         self._store: Any = ranks.store and ranks.store.clone()  # a connection of its own: the main thread's may wait
         self._next = (ranks.rank + 1) % ranks.world
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -56,6 +56,10 @@ class Watchdog:
         self._is_told, self._told_s = False, 0.0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def keep_in(self, run_dir: Path) -> None:
+        """The run's folder, from now on the place of the flight recorder's files."""
+        self.file = run_dir / FOLDER / f"rank_{self.rank}.json"
 
     def at(self, place: str) -> None:
         """The main thread is at `place`, where it must make progress every `timeout_s`."""
@@ -188,18 +192,20 @@ class Watchdog:
 
     def _kept(self, problem: str) -> str:
         """What this rank waits in, and where that is written."""
+        if self.file is None:
+            return ""
         try:
-            return f"{self._keep(problem)}; collectives and stack in {self.file}"
+            return f"{self._keep(problem, self.file)}; collectives and stack in {self.file}"
         except OSError as error:
             return f"; {self.file} cannot be written: {error.strerror}"
 
-    def _keep(self, problem: str) -> str:
+    def _keep(self, problem: str, file: Path) -> str:
         """Writes the flight recorder's file; the collective that this rank waits in. Raises: OSError."""
         main = sys._current_frames().get(threading.main_thread().ident or 0)
         record = {"problem": problem, "rank": self.rank, "place": self._place, "stack": traceback.format_stack(main)}
         record |= {"host": socket.gethostname(), "pid": os.getpid(), "collectives": recorded()}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        disk.write_json(self.file, record)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_json(file, record)
         entries = [entry for recorder in record["collectives"].values() for entry in recorder.get("entries", [])]
         waiting = [entry for entry in entries if not entry.get("retired", True)]
         if not waiting:
