@@ -114,7 +114,8 @@ def _panel(panel: Any, which: str, rows: list[Row], cases: list[str]) -> None:
 
 
 def _scaling(pyplot: Any, rows: list[Row], path: Path) -> Path:
-    """A panel an axis: the step's time with its spread, beside what FLOPs alone would make of the last point's."""
+    """A panel an axis: the step's time with its spread, beside what FLOPs alone would make of the largest size's, or
+    of one process's."""
     axes = [axis for axis in AXES if any(row["axis"] == axis for row in rows)]
     figure, panels = pyplot.subplots(1, len(axes), squeeze=False, layout="constrained", figsize=(4 * len(axes), 3.6))
     for panel, axis in zip(panels[0], axes, strict=True):
@@ -123,8 +124,11 @@ def _scaling(pyplot: Any, rows: list[Row], path: Path) -> Path:
         low, middle, high = (
             [1e3 * float(row[name]) for row in points] for name in ("step_s_p20", "step_s", "step_s_p80")
         )
+        anchor = 0 if axis == "processes" else -1
         flops = [float(row["flops"]) / int(row["processes"]) for row in points]
-        panel.plot(at, [middle[-1] * each / flops[-1] for each in flops], "--", color="grey", label="as the FLOPs")
+        panel.plot(
+            at, [middle[anchor] * each / flops[anchor] for each in flops], "--", color="grey", label="as the FLOPs"
+        )
         below = [m - x for m, x in zip(middle, low, strict=True)]
         above = [x - m for m, x in zip(middle, high, strict=True)]
         panel.errorbar(at, middle, [below, above], marker="o", capsize=3, color=COLOURS["triton"], label="a step")

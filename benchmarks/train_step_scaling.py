@@ -19,21 +19,7 @@ from benchmarks.train_step_cases import SHORTEST, Case
 from benchmarks.train_step_rounds import Session, Start, Taken, rates, take_turns
 
 COLUMNS = [
-    *(
-        "date",
-        "commit",
-        "device",
-        "cpu",
-        "cores",
-        "load",
-        "python",
-        "torch",
-        "triton",
-        "driver",
-        "model",
-        "axis",
-        "value",
-    ),
+    *("date", "commit", "device", "cpu", "cores", "load", "python", "torch", "triton", "driver", "model"),
     *("axis", "value", "processes", "threads", "dtype", "tokens", "length", "supervised", "rounds", "steps_per_round"),
     *("step_s", "step_s_p20", "step_s_p80", "cpu_s", "tokens_per_s", "flops", "tflop_per_s", "peak_gib"),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train_step, train_step_cases, train_step_forecast, train_step_rounds
+from benchmarks import plots, train_step, train_step_cases, train_step_forecast, train_step_rounds, train_step_scaling
 from benchmarks.train_step_cases import PEERS, PHASES, Case, World
 from benchmarks.train_step_peers import Ours, Packed, Padded, Peer, pad, padded_batches
 from benchmarks.train_step_rounds import Session, Start, Taken
@@ -225,6 +225,22 @@ def test_drawn_conversations(tmp_path, world):
         made = TokenDataset(train_step_cases.make_world(case, tmp_path / str(share), CPU, 1).data)
         assert set(made.lengths.tolist()) == {256}
         assert made.supervised.sum() / made.lengths.sum() == pytest.approx(share, abs=0.05)
+
+
+def test_scaling_changes_one_thing_at_a_time_and_is_drawn(tmp_path):
+    """Each axis varies its own size alone, from the same middle; a picture from rows alone, where matplotlib is."""
+    for points in train_step_scaling.axes(quick=False):
+        cases = [dataclasses.replace(p.case, token_budget=1, longest=1, supervised=0, bins_per_step=1) for p in points]
+        changed = {"T": "token_budget", "length": "longest", "supervised": "supervised"}.get(points[0].axis)
+        assert len(points) > 2 and len(set(cases)) == 1
+        for field in ("token_budget", "longest", "supervised", "bins_per_step"):
+            values = {getattr(p.case, field) for p in points}
+            assert len(values) == (len(points) if field == changed else 1)
+        assert [p.processes for p in points] == ([p.value for p in points] if changed is None else [1] * len(points))
+    pytest.importorskip("matplotlib")
+    row = dict.fromkeys(train_step_scaling.COLUMNS, "1")
+    rows = [row | {"axis": axis, "value": value} for axis in plots.AXES for value in ("1", "2")]
+    assert [path.read_bytes()[:4] for path in plots.draw(rows, tmp_path)] == [b"\x89PNG"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
