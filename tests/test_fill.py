@@ -46,7 +46,8 @@ def write(folder, vocab_size, seed, num_sequences=60):
             columns.lines.append(1)
             columns.files.append("x")
             writer.add(columns)
-        manifest = {"template": template.load("openchat_v3.2").to_dict(), "tokenizer": {"fingerprint": ""}, "context": 4096}
+        manifest = {"template": template.load("openchat_v3.2").to_dict(), "tokenizer": {"fingerprint": ""}}
+        manifest["context"] = 4096
         writer.finish(manifest, ROLES)
     return folder
 
