@@ -88,9 +88,7 @@ def verify(folder: Path, ranks: Ranks) -> Manifest:
             manifest.check_file(name)
     except (CheckpointError, OSError) as error:
         problem = str(error)
-    for answer in ranks.exchange({"problem": problem}):
-        if answer["problem"]:
-            raise CheckpointError(answer["problem"])
+    ranks.raise_together(problem, CheckpointError)
     assert manifest is not None
     return manifest
 

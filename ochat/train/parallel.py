@@ -24,7 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from ochat.config import ParallelConfig, TrainConfig
-from ochat.errors import ConfigError
+from ochat.errors import ConfigError, OchatError
 from ochat.model.transformer import Transformer
 from ochat.train.meeting import meet
 
@@ -84,6 +84,12 @@ class Ranks:
         received = list(torch.empty(self.world, len(padded), dtype=torch.uint8))
         dist.all_gather(received, padded, group=self.disk_group)
         return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
+
+    def raise_together(self, problem: str, kind: type[OchatError]) -> None:
+        """Raises `kind` on every rank where one has a problem (empty: none): the first one's. Every rank calls it."""
+        for answer in self.exchange({"problem": problem}):
+            if answer["problem"]:
+                raise kind(answer["problem"])
 
 
 def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:

@@ -84,9 +84,7 @@ def _compare(
         problem = message(path) if path else ""
     except (OchatError, OSError) as error:
         problem = str(error)
-    for answer in ranks.exchange({"problem": problem}):
-        if answer["problem"]:
-            raise kind(answer["problem"])
+    ranks.raise_together(problem, kind)
     return len(files)
 
 
