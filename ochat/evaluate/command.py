@@ -7,20 +7,19 @@ ochat eval models/mine chats.jsonl --prompts prompts.jsonl --conditions GPT4 GPT
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ochat import disk
 from ochat.data import tokenizer as tokenizers
 from ochat.data.template import Template
 from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
+from ochat.evaluate.progress import bar
 from ochat.infer.command import find_device, load_template, read_description, warn_of_unknown_class
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     asked = prompts.read(options.prompts, conditions) if options.prompts else []
     encoded = prompts.encode(asked, template, tokenizer, ModelConfig.load(folder).max_position_embeddings)
     model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
-    with _bar("conversations", len(conversations) * len(conditions)) as advance:
+    with bar("conversations", len(conversations) * len(conditions)) as advance:
         sums = swap.swap_matrix(model, template, tokenizer, conversations, conditions, advance)
     record = {
         "model": str(folder),
@@ -137,19 +136,9 @@ def _conditions(
     return conditions
 
 
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Progress on a terminal, on stderr; what it gives is told how many more are done."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
-
-
 def _write_lines(path: Path, lines: Iterator[dict[str, Any]], total: int) -> None:
     """Each line stands in the file as soon as it is known: answers take long."""
-    with path.open("w", encoding="utf-8", newline="") as file, _bar("answers", total) as advance:
+    with path.open("w", encoding="utf-8", newline="") as file, bar("answers", total) as advance:
         for line in lines:
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
             advance(1)

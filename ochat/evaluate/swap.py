@@ -58,7 +58,7 @@ def swap_matrix(
     tokens, correct = (np.zeros((len(examples), len(conditions)), np.int64) for _ in range(2))
     nll = np.zeros(tokens.shape)
     for column in range(len(conditions)):
-        for places in _passes(len(each[column].input_ids) for each in examples):
+        for places in passes(len(each[column].input_ids) for each in examples):
             batch = pack([examples[i][column] for i in places], places, range(len(places)))  # a class for each
             at = np.array(places)[batch.row_classes.numpy()]
             row_nll, is_correct = rows(model, batch)
@@ -81,19 +81,7 @@ def rows(model: Transformer, batch: PackedBatch) -> tuple[NDArray[np.float64], N
     return out.nll.double().cpu().numpy(), out.correct.long().cpu().numpy()
 
 
-def _by_class(
-    conversations: Sequence[HeldOut], tokens: NDArray[np.int64], nll: NDArray[np.float64], correct: NDArray[np.int64]
-) -> dict[str, Sums]:
-    found: dict[str, Sums] = {}
-    for name in dict.fromkeys(each.condition for each in conversations):
-        kept = np.array([each.condition == name for each in conversations]) & (tokens > 0)
-        if not kept.any():
-            raise DataError(f"the conversations of class {name!r} hold no supervised token: nothing to measure")
-        found[name] = Sums(tokens[kept], nll[kept], correct[kept])
-    return found
-
-
-def _passes(lengths: Iterable[int]) -> Iterator[list[int]]:
+def passes(lengths: Iterable[int]) -> Iterator[list[int]]:
     """Places of whole conversations, in order, about TOKENS_PER_PASS tokens together; empty ones are left out."""
     places, tokens = [], 0
     for place, length in enumerate(lengths):
@@ -105,3 +93,15 @@ def _passes(lengths: Iterable[int]) -> Iterator[list[int]]:
         tokens += length
     if places:
         yield places
+
+
+def _by_class(
+    conversations: Sequence[HeldOut], tokens: NDArray[np.int64], nll: NDArray[np.float64], correct: NDArray[np.int64]
+) -> dict[str, Sums]:
+    found: dict[str, Sums] = {}
+    for name in dict.fromkeys(each.condition for each in conversations):
+        kept = np.array([each.condition == name for each in conversations]) & (tokens > 0)
+        if not kept.any():
+            raise DataError(f"the conversations of class {name!r} hold no supervised token: nothing to measure")
+        found[name] = Sums(tokens[kept], nll[kept], correct[kept])
+    return found
