@@ -11,11 +11,15 @@ torchrun prints its processes' codes and exits with 1 itself whatever they are.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -45,26 +49,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             from ochat.train.trainer import train as run  # torch takes seconds to import; a wrong option should not
         run(config)
+        exit_code = 0
     except OchatError as error:
         complain(error)
-        sys.exit(getattr(error, "exit_code", 1))
+        exit_code = error.exit_code
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _leave(exit_code)
+    elif exit_code:
+        sys.exit(exit_code)
+
+
+def _leave(exit_code: int) -> NoReturn:
+    """Ends a process that was one of several, with all that was printed and what was registered with atexit done.
+
+    Python is not taken down first: a thread of gloo that lets go of a tensor meanwhile would abort the process, and
+    torchrun would take a run that has ended for one that has failed (pytorch/pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(exit_code)
 
 
 def read_arguments(arguments: Sequence[str]) -> Config:
     """`CONFIG.toml --section.key=value ...` as a Config; ConfigError for anything else."""
+    return configuration.load(*split_arguments(arguments))
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The configuration file and the options. Raises: ConfigError unless there is one file."""
     files = [a for a in arguments if not a.startswith("--")]
     if len(files) != 1:
         raise ConfigError(
             f"expected one configuration file and --section.key=value options, got {' '.join(arguments)!r}"
         )
-    return configuration.load(files[0], [a for a in arguments if a.startswith("--")])
+    return files[0], [a for a in arguments if a.startswith("--")]
 
 
-def print_help(command: str, purpose: str) -> None:
-    """Usage, and every configuration key with its default and what it is for."""
+def print_help(command: str, purpose: str, more: Mapping[str, type] | None = None) -> None:
+    """Usage, and every configuration key with its default and what it is for; `more`: sections of the command's own."""
     console = Console(highlight=False)
     console.print(f"usage: {escape(command)} CONFIG.toml [--section.key=value ...]\n\n{purpose}\n", soft_wrap=True)
     table = Table("key", "default", "what it is", box=None, padding=(0, 3, 0, 0))
+    for name, kind in (more or {}).items():
+        _add_keys(table, name, kind)
     for section in dataclasses.fields(Config):
         if section.name == "classes":
             _add_keys(table, "classes.NAME", configuration.ClassConfig)
