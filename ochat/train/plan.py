@@ -34,7 +34,7 @@ PURPOSE = """Shows what the same command line would train, without a GPU: steps,
 memory and speed on named cards.
 
   --card NAME         {cards} (default: all three)
-  --gpus N            GPUs of a node (default: 1 and 8)
+  --gpus N            GPUs of a node (default: 1 and 8, and speed on 8, 64 and 512)
   --nodes N           nodes of so many GPUs (default: 1)
   --lengths FILE.npy  plan from the lengths of sequences alone, int32 or int64, in place of data.path; made with
                       {how}

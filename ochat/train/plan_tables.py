@@ -11,9 +11,11 @@ from rich.table import Table
 
 from ochat.config import Config
 from ochat.data.loader import LoaderStats
+from ochat.train import plan_scaling
 from ochat.train.cards import CARDS
 from ochat.train.forecast import POLICIES, Forecast, Run, forecast, rounded_up
 from ochat.train.memory import GIB, MemoryUse
+from ochat.train.quantities import duration, rounded
 
 LOW_FILL = " (low: the data fills few bins; lower data.bins_per_step or data.token_budget)"
 PREDICTED = (
@@ -74,6 +76,9 @@ def show(run: Run, options: argparse.Namespace, console: Console) -> None:
     console.print(memory_table(title, {(each.ranks, each.recompute): each.use for each in forecasts}))
     console.print(f"[dim]{MEMORY_LEGEND}[/]\n")
     console.print(speed_table(forecasts), "", policy_table(forecasts), "", advice_table(forecasts), sep="\n")
+    if options.gpus is None and options.nodes == 1 and not run.config.optim.in_backward:
+        rows = [row for card in cards for row in plan_scaling.scale(run, card)]
+        console.print("", plan_scaling.table(rows), f"[dim]{plan_scaling.LEGEND}[/]\n", sep="\n")
     for advice in dict.fromkeys(each.advice for each in forecasts):
         where = [f"{each.ranks:,} x {each.card.name}" for each in forecasts if each.advice == advice]
         console.print(f"[dim]{escape(', '.join(where))}:[/] {escape(advice)}")
@@ -92,6 +97,7 @@ def memory_table(title: str, uses: dict[tuple[int, str], MemoryUse]) -> Table:
     """What the memory of one GPU goes to, a line for each number of GPUs and what is recomputed there."""
     shows_policy = len({ranks for ranks, _ in uses}) < len(uses)
     table = _table(title, "GPUs", *MEMORY_COLUMNS)
+    table.padding = (0, 1, 0, 0)
     for (ranks, recompute), use in uses.items():
         who = f"{ranks:,} {recompute}" if shows_policy else f"{ranks:,}"
         table.add_row(who, *(f"{part(use) / GIB:,.1f}" for part in MEMORY_COLUMNS.values()))
@@ -105,7 +111,7 @@ def policy_table(forecasts: Sequence[Forecast]) -> Table:
         cells = []
         for policy, (use, rate) in each.policies.items():
             cell = f"{use.total / GIB:,.0f} no" if not each.has_room(use) else (
-                f"{use.total / GIB:,.0f} {_rounded(rate.tokens_per_s / each.ranks):>7}"
+                f"{use.total / GIB:,.0f} {rounded(rate.tokens_per_s / each.ranks):>7}"
             )  # fmt: skip
             cells.append(f"[bold]{cell}[/]" if policy == each.recompute else cell)
         table.add_row(f"{each.ranks:,}", each.card.name, *cells)
@@ -122,7 +128,7 @@ def speed_table(forecasts: Sequence[Forecast]) -> Table:
             continue
         rate, step = each.speed.tokens_per_s, each.speed.step_seconds
         table.add_row(
-            f"{each.ranks:,}", each.card.name, room, "yes", _rounded(rate), _rounded(rate / each.ranks),
+            f"{each.ranks:,}", each.card.name, room, "yes", rounded(rate), rounded(rate / each.ranks),
             f"{each.speed.mfu:.0%}", duration(step), duration(each.run_seconds),
         )  # fmt: skip
     return table
@@ -139,25 +145,11 @@ def advice_table(forecasts: Sequence[Forecast]) -> Table:
     return table
 
 
-def duration(seconds: float) -> str:
-    """0.35 s, 12 s, 7 min, 3.4 h, 2.1 days."""
-    for limit, unit, size, digits in ((1, "s", 1, 2), (100, "s", 1, 1), (5400, "min", 60, 0), (172800, "h", 3600, 1)):
-        if seconds < limit:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in columns:
         table.add_column(name, justify="left" if name in ("card", "fits") else "right", no_wrap=True)
     return table
-
-
-def _rounded(rate: float) -> str:
-    """Three digits: a prediction has no more."""
-    rate = float(f"{rate:.3g}")
-    return f"{rate:,.0f}" if rate < 1e6 else f"{rate / 1e6:,.3g} M"
 
 
 def _epochs(steps_per_epoch: Sequence[int]) -> str:

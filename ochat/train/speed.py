@@ -19,6 +19,7 @@ from ochat.train.lengths import LengthCounts
 OVERLAP = 0.9  # assumed: share of the communication that can hide behind computation
 HOST_BANDWIDTH = 25e9  # assumed: bytes/s to and from pinned host memory, of PCIe 4
 LAUNCHES_OF_BLOCK = 50  # counted: operators of a block, forward and backward
+HOP_SECONDS = 4e-6  # assumed: what a ring adds for each further rank, whatever the message
 LAUNCH_SECONDS = 10e-6  # assumed: what the host needs for one of them
 MORE_LAUNCHES = {"none": 1, "elementwise": 1.1, "block": 4 / 3}  # counted: four more of 50, with a third of forward
 
@@ -67,6 +68,16 @@ class Cut:
     def products_of_weight(self) -> int:
         """Forward, the gradient of the input, and that of the weight where it has one."""
         return 2 if self.adapters else 3
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a GPU in a step."""
+        return max(round(self.bins_per_step / self.ranks), 1)
+
+    @property
+    def reduces(self) -> int:
+        """How often a step sums gradients."""
+        return 1 if self.reduce == "step" else self.micro_batches
 
     def trained(self, model: ModelConfig) -> int:
         return self.adapters or model.num_parameters()
@@ -121,23 +132,23 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
     and all wait for the rank with the fullest bin. Of each e P bytes FSDP gathers (s - 1) / s: the blocks' before
     forward and backward of each micro-batch, the embedding's before each forward, the head's once a step (reshard =
     "step": all once). It reduces 4 P of gradients once a step (reduce = "micro_batch": in each). Both over NVLink
-    inside a node, over G network cards between nodes; a share of OVERLAP hides. AdamW moves 28 P / s bytes, the norm
+    inside a node, over G network cards between nodes, and a ring of s ranks takes s - 1 hops for each block, the
+    embedding and the head; a share of OVERLAP hides. AdamW moves 28 P / s bytes, the norm
     4 P / s (14 and 2 where masters and moments are bf16, which are not cast either, save for what one process adds up);
     moments on the host cross the bus, 16 P / s (8), and so do the inputs of blocks, 4 e T H L.
     With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
     gradients and optimizer.
     """
-    count = max(round(cut.bins_per_step / cut.ranks), 1)
+    count = cut.micro_batches
     parts = _micro_batch(model, card, workload, cut, count)
     device = sum(parts.values())
     host = model.num_layers * LAUNCHES_OF_BLOCK * LAUNCH_SECONDS * MORE_LAUNCHES[cut.recompute]
     parts["launches"] = max(host - device, 0.0)
     busy = device + parts["launches"]
-    reduces = 1 if cut.reduce == "step" else count
     parts["communication"] = _exposed(_gather_seconds(model, card, cut, count), busy)
     parts["waiting"] = (workload.imbalance - 1) * device
     step = {name: count * seconds for name, seconds in parts.items()}
-    step["communication"] += reduces * _exposed(_reduce_seconds(model, card, cut), busy)
+    step["communication"] += cut.reduces * _exposed(_reduce_seconds(model, card, cut), busy)
     update = _update_bytes(cut, count) / card.copy_bandwidth + _moments_over_bus(cut)
     step["optimizer"] = cut.trained(model) / cut.shard * update
     real = workload.fill * cut.token_budget * count * cut.ranks
@@ -147,6 +158,11 @@ def predict(model: ModelConfig, card: Card, workload: Workload, cut: Cut) -> Spe
     return Speed(
         **step, tokens_per_step=real, flops_per_step=flops, peak_flops=card.peak_tflops * 1e12 * cut.ranks
     )  # fmt: skip
+
+
+def message_bytes(model: ModelConfig, cut: Cut) -> float:
+    """What a GPU receives and sends in a step: weights that it gathers, gradients that it gives to be summed."""
+    return cut.micro_batches * _gathered(model, cut, cut.micro_batches) + cut.reduces * sum(_reduced(model, cut))
 
 
 def _micro_batch(model: ModelConfig, card: Card, workload: Workload, cut: Cut, count: int) -> dict[str, float]:
@@ -222,18 +238,31 @@ def _moments_over_bus(cut: Cut) -> float:
 
 
 def _gather_seconds(model: ModelConfig, card: Card, cut: Cut, count: int) -> float:
-    """Of what a micro-batch gathers, where a step has `count` of them."""
-    P, E, is_tied = model.num_parameters(), model.head_params(), model.tie_embeddings
-    blocks = P - E * (1 if is_tied else 2)
-    gathered = P / count if cut.reshard == "step" else 2 * blocks + E / count + E * (not is_tied)
-    return cut.itemsize * gathered * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
+    L = model.num_layers
+    rings = (L + 2) / count if cut.reshard == "step" else 2 * L + 1 + 1 / count
+    return _gathered(model, cut, count) / _link(card, cut, cut.shard) + rings * (cut.shard - 1) * HOP_SECONDS
 
 
 def _reduce_seconds(model: ModelConfig, card: Card, cut: Cut) -> float:
-    """Of gradients: scattered over a group's ranks, then summed over the groups (counted each time)."""
+    scattered, summed = _reduced(model, cut)
+    hops = cut.shard - 1 + 2 * (cut.ranks // cut.shard - 1)
+    rings = (model.num_layers + 2) * hops * HOP_SECONDS
+    return scattered / _link(card, cut, cut.shard) + summed / _link(card, cut, cut.ranks) + rings
+
+
+def _gathered(model: ModelConfig, cut: Cut, count: int) -> float:
+    """Bytes that a GPU receives in a micro-batch, where a step has `count` of them."""
+    P, E, is_tied = model.num_parameters(), model.head_params(), model.tie_embeddings
+    blocks = P - E * (1 if is_tied else 2)
+    gathered = P / count if cut.reshard == "step" else 2 * blocks + E / count + E * (not is_tied)
+    return cut.itemsize * gathered * (1 - 1 / cut.shard)
+
+
+def _reduced(model: ModelConfig, cut: Cut) -> tuple[float, float]:
+    """Bytes of gradients that a GPU sends: scattered over a group's ranks, then summed over the groups."""
     P, groups = cut.trained(model), cut.ranks // cut.shard
-    scatter = cut.reduce_itemsize * P * (1 - 1 / cut.shard) / _link(card, cut, cut.shard)
-    return scatter + 2 * cut.reduce_itemsize * P / cut.shard * (1 - 1 / groups) / _link(card, cut, cut.ranks)
+    scattered = cut.reduce_itemsize * P * (1 - 1 / cut.shard)
+    return scattered, 2 * cut.reduce_itemsize * P / cut.shard * (1 - 1 / groups)
 
 
 def _link(card: Card, cut: Cut, members: int) -> float:
