@@ -47,6 +47,15 @@ COMMANDS = {
     "eval": Command(
         "ochat.evaluate.command", "EvalOptions", "measure held-out answers under every class's prefix", True
     ),
+    "answer": Command(
+        "ochat.evaluate.judges.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench", True
+    ),
+    "agieval": Command(
+        "ochat.evaluate.judges.agieval", "AgievalOptions", "answer and score AGIEval's multiple choice", True
+    ),
+    "judge": Command(
+        "ochat.evaluate.judges.judge", "JudgeOptions", "win rates of two models' answers, judged by a third", True
+    ),
 }
 
 

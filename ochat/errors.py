@@ -48,6 +48,11 @@ class RanksError(OchatError):
     exit_code = 3
 
 
+class ServerError(OchatError):
+    """A server that answers questions or judges answers refuses a request, or keeps failing; gives its words. The same
+    command goes on from what was answered."""
+
+
 def complain(error: OchatError) -> None:
     """Prints an error on stderr. Every rank speaks and says which it is: an error may be one rank's alone."""
     rank = os.environ.get("RANK", "0")

@@ -28,14 +28,15 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     device: torch.device | str | None = None,
 ) -> list[list[int]]:
     """The new ids of each prompt, without the stop id that ended it.
 
     An answer ends at a stop id, after `max_new_tokens`, or where the model's context does. Temperature 0 takes the
     largest logit; above it, tokens are drawn from the `top_k` likeliest (0: all), of which the fewest that reach
-    `top_p` of the probability are kept. `device`: where to compute, if not where the embeddings lie.
+    `top_p` of the probability are kept. `seed`: of all, or of each prompt, which then draws as if it were alone.
+    `device`: where to compute, if not where the embeddings lie.
     Raises: ConfigError for settings out of range, an empty prompt or one that fills the context; DataError for a token
     id outside the vocabulary. Costs: a synchronisation per token.
     """
@@ -59,14 +60,18 @@ def generate(
 
 
 class Sampler:
-    """Logits (B, V) fp32 to tokens (B,) int64. Each sequence has its own generator, made of (seed, its index)."""
+    """Logits (B, V) fp32 to tokens (B,) int64. Each sequence has its own generator, made of (seed, its index), or of
+    its own seed."""
 
-    def __init__(self, temperature: float, top_p: float, top_k: int, seed: int, num_sequences: int) -> None:
+    def __init__(
+        self, temperature: float, top_p: float, top_k: int, seed: int | Sequence[int], num_sequences: int
+    ) -> None:
         _check_range("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "a number >= 0")
         _check_range("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
         _check_range("top_k", top_k, top_k >= 0, "a whole number >= 0")
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        seeds = [(seed * 1_000_003 + index) % 2**63 for index in range(num_sequences)]
+        own = [(seed, index) for index in range(num_sequences)] if isinstance(seed, int) else [(s, 0) for s in seed]
+        seeds = [(value * 1_000_003 + index) % 2**63 for value, index in own]
         self.generators = [torch.Generator().manual_seed(value) for value in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:
