@@ -47,6 +47,12 @@ COMMANDS = {
     "eval": Command(
         "ochat.evaluate.command", "EvalOptions", "measure held-out answers under every class's prefix", True
     ),
+    "represent": Command(
+        "ochat.evaluate.represent.command",
+        "RepresentOptions",
+        "map conversations of each class as models see them",
+        True,
+    ),
     "answer": Command(
         "ochat.evaluate.judges.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench", True
     ),

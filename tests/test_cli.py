@@ -18,6 +18,7 @@ from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
 from ochat.errors import UsageError
 from ochat.evaluate import command as evaluation
+from ochat.evaluate.represent import command as representation
 from ochat.infer import command as generation
 from ochat.model import init_base
 from ochat.option_values import spread
@@ -192,6 +193,7 @@ def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys, arguments
         ("prepare", prepare.PrepareOptions),
         ("generate", generation.GenerateOptions),
         ("eval", evaluation.EvalOptions),
+        ("represent", representation.RepresentOptions),
     ],
 )
 def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, name, options):

@@ -1,0 +1,1 @@
+"""`ochat represent`: does a model tell the classes of conversations apart inside?"""

@@ -1,0 +1,80 @@
+"""The models that are compared: where they lie, and how conversations are written for each.
+
+    readers, tokenizer = find([Path("runs/sft"), Path("runs/crlft")], ["SFT", "C-RLFT"], template=None, data=data)
+
+They may differ in whether prefixes name the class (models trained without do not), and in nothing else: else their
+points would differ for a reason that is not the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ochat.data import tokenizer as tokenizers
+from ochat.data.template import Template
+from ochat.data.tokenizer import Tokenizer
+from ochat.errors import ConfigError
+from ochat.evaluate import held_out
+from ochat.evaluate.open_model import folder_of
+from ochat.infer.command import load_template, read_description
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model, and the template of its conversations."""
+
+    label: str
+    source: Path  # as it was given
+    template: Template
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether its prefixes do."""
+        return self.template.condition_roles != "none"
+
+
+def find(
+    sources: Sequence[Path], labels: Sequence[str], template: str | None, data: Path
+) -> tuple[list[Reader], Tokenizer]:
+    """A reader for each model, and the tokenizer that they share. `template`: of models without openchat.json; None:
+    that of prepared data. Raises: ConfigError for models, or data, that cannot stand side by side.
+    """
+    folders = [folder_of(source) for source in sources]
+    tokenizer = tokenizers.load(folders[0])
+    for source, folder in zip(sources[1:], folders[1:], strict=True):
+        if tokenizers.load(folder).fingerprint() != tokenizer.fingerprint():
+            raise ConfigError(f"{source}: has another tokenizer than {sources[0]}: they cannot stand side by side")
+    of_data = held_out.template_of(data, None, tokenizer) if held_out.is_prepared(data) else None
+    spoken = [_template(folder, template, of_data) for folder in folders]
+    context = min(each.context for each in spoken)
+    for source, each in zip(sources, spoken, strict=True):
+        each.check(tokenizer)
+        if _turns(each) != _turns(of_data or spoken[0]):
+            other = f"the data {data}" if of_data else sources[0]
+            raise ConfigError(f"{source}: speaks another template ({each.name}) than {other}: they cannot be compared")
+    names = zip(labels, sources, spoken, strict=True)
+    return [Reader(label, source, replace(each, context=context)) for label, source, each in names], tokenizer
+
+
+def one_prefix(name: str | None, readers: Sequence[Reader], classes: Sequence[str], tokenizer: Tokenizer) -> str:
+    """The class whose prefixes all conversations get as a control: `name`, or the one that the models answer as, or the
+    first of the data. Raises: ConfigError for a class that no prefix can carry."""
+    defaults = [each.template.default_condition for each in readers if each.names_classes]
+    if name is None:
+        return next((each for each in defaults if each), classes[0])
+    if len(tokenizer.split_at_specials(name)) > 1:
+        raise ConfigError(f"--one-prefix: the class {name!r} spells a special token; no prefix can carry it")
+    return name
+
+
+def _template(folder: Path, named: str | None, of_data: Template | None) -> Template:
+    if named is None and of_data is not None and not read_description(folder):
+        return of_data
+    return load_template(folder, None if read_description(folder) else named)
+
+
+def _turns(template: Template) -> Template:
+    """How turns are written, but for the class."""
+    return replace(template, name="", context=0, default_condition="", condition_roles="both")
