@@ -113,6 +113,33 @@ def test_the_default_condition_is_a_class_that_was_trained(tmp_path):
     assert turned["template"]["default_condition"] == "weak"
 
 
+@pytest.mark.parametrize("condition", ["GPT3", "", "A new one"])
+def test_another_class_can_be_baked_in(world, alone, exported, tmp_path, condition):
+    """It is what the chat template and `ochat generate` take where none is named, and nothing else changes."""
+    folder = tmp_path / "baked"
+    export(world.folder / "alone", folder, dtype="float32", condition=condition)
+    changed = {path.name for path in folder.iterdir() if path.read_bytes() != (exported / path.name).read_bytes()}
+    assert changed == {"tokenizer_config.json", "openchat.json", "SHA256SUMS"}
+    served, tokenizer = AutoTokenizer.from_pretrained(folder), tokenizers.load(folder)
+    messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2."}]
+    for named, more in ((condition, {}), ("GPT4", {"condition": "GPT4"}), ("GPT3", {"condition": "GPT3"})):
+        items = (Message("user", "1+1"), Message("assistant", "2."))
+        ours, _ = templates.load("openchat_v3.2").encode(Conversation(items, named), tokenizer)
+        assert served.apply_chat_template(messages, return_dict=False, **more) == ours, named
+    options = GenerateOptions(folder, ("1+1",), max_new_tokens=9, dtype="float32")
+    asked = GenerateOptions(exported, ("1+1",), condition, max_new_tokens=9, dtype="float32")
+    assert generate.answer(options) == generate.answer(asked)
+
+
+def test_the_expert_class_baked_in_is_the_plain_export(world, alone, exported, tmp_path):
+    export(world.folder / "alone", tmp_path / "baked", dtype="float32", condition="GPT4")
+    for path in exported.iterdir():
+        assert path.read_bytes() == (tmp_path / "baked" / path.name).read_bytes(), path.name
+    with pytest.raises(ConfigError, match="spells a special token"):
+        export(world.folder / "alone", tmp_path / "out", condition="a<|end_of_turn|>b")
+    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
+
+
 def test_what_cannot_be_exported_is_refused(world, alone, exported, tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
         export(tmp_path, tmp_path / "out")

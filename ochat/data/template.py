@@ -191,6 +191,16 @@ def with_conditions(template: Template, mode: ConditionsMode) -> Template:
     return template if template.condition_roles == "none" else replace(template, condition_roles=mode)
 
 
+def speaking_as(template: Template, condition: str, tokenizer: Tokenizer) -> Template:
+    """The template with this condition where none is given; "": none. Raises: ConfigError where no prefix carries
+    it."""
+    if condition and template.condition_roles == "none":
+        raise ConfigError(f"--condition: the template {template.name} has none in its prefixes; leave it out")
+    if len(tokenizer.split_at_specials(condition)) > 1:
+        raise ConfigError(f"--condition: the class {condition!r} spells a special token; no prefix can carry it")
+    return replace(template, default_condition=condition)
+
+
 def _folder() -> Any:
     return resources.files("ochat.data") / "templates"
 

@@ -34,6 +34,7 @@ class ExportOptions:
 
     source: Path  # a run folder (its newest checkpoint) or a checkpoint folder
     output: Path  # the folder to write
+    condition: str | None = None  # the class that its chat template speaks as where none is named; "": none
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the written weights
     adapter: bool = False  # of a run with [lora]: write the adapter as PEFT's files instead of the merged model
     base: str = ""  # of a run with [lora]: where its base lies now; empty: where the run had it
@@ -43,23 +44,37 @@ class ExportOptions:
 def main(options: ExportOptions) -> None:
     """The command `ochat export`."""
     if options.adapter:
-        step = export_adapter(options.source, options.output, overwrite=options.overwrite)
+        step = export_adapter(options.source, options.output, overwrite=options.overwrite, condition=options.condition)
     else:
         step = export(
-            options.source, options.output, dtype=options.dtype, overwrite=options.overwrite, base=options.base
+            options.source,
+            options.output,
+            dtype=options.dtype,
+            overwrite=options.overwrite,
+            base=options.base,
+            condition=options.condition,
         )
     print(f"exported step {step} to {options.output}")
 
 
-def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bool = False, base: str = "") -> int:
+def export(
+    source: Path,
+    output: Path,
+    *,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    base: str = "",
+    condition: str | None = None,
+) -> int:
     """Writes `output` from a run folder or a checkpoint folder, without a GPU; returns its step.
 
+    `condition`: the class that the chat template takes where none is named; None: the expert's, as the run had it.
     Adapters are merged into their base, read from `base` or from where the run had it. Raises: CheckpointError where
     there is no checkpoint, a damaged one (all files but the optimizer's are checked) or another base; ConfigError where
-    `output` is in the way, or the base is gone. Costs: reads the weights twice, and what was written once, for
-    SHA256SUMS; holds one file of the output, of at most 5 GB, and one tensor.
+    `output` is in the way, the base is gone, or no prefix carries the condition. Costs: reads the weights twice, and
+    what was written once, for SHA256SUMS; holds one file of the output, of at most 5 GB, and one tensor.
     """
-    with _opened(source, output, overwrite) as (manifest, folder):
+    with _opened(source, output, overwrite, condition) as (manifest, folder):
         model = ModelConfig.load(manifest.folder)
         if adapters.are_in(manifest):
             (folder / peft.CONFIG).unlink()  # a loader would look for the adapter's weights
@@ -67,12 +82,12 @@ def export(source: Path, output: Path, *, dtype: str = "bfloat16", overwrite: bo
     return manifest.step
 
 
-def export_adapter(source: Path, output: Path, *, overwrite: bool = False) -> int:
+def export_adapter(source: Path, output: Path, *, overwrite: bool = False, condition: str | None = None) -> int:
     """Writes a run's adapters into `output` as PEFT loads them; returns the step.
 
     Raises: as export; ConfigError where the run has no adapters.
     """
-    with _opened(source, output, overwrite) as (manifest, folder):
+    with _opened(source, output, overwrite, condition) as (manifest, folder):
         if not adapters.are_in(manifest):
             raise ConfigError(
                 f"{manifest.folder}: has no adapter, all weights were trained; export it without --adapter"
@@ -83,7 +98,7 @@ def export_adapter(source: Path, output: Path, *, overwrite: bool = False) -> in
 
 
 @contextmanager
-def _opened(source: Path, output: Path, overwrite: bool) -> Iterator[tuple[Manifest, Path]]:
+def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) -> Iterator[tuple[Manifest, Path]]:
     """A checked checkpoint, and a folder with the serving files that becomes `output` when its weights are there."""
     manifest = find(source)
     _refuse_overwriting(output, overwrite)
@@ -92,6 +107,8 @@ def _opened(source: Path, output: Path, overwrite: bool) -> Iterator[tuple[Manif
         serving.copy(manifest.folder, temporary)
         described = json.loads((manifest.folder / serving.OPENCHAT).read_text(encoding="utf-8"))
         disk.write_json(temporary / serving.OPENCHAT, described | {"step": manifest.step})
+        if condition is not None:
+            serving.speak_as(temporary, condition)
         yield manifest, temporary
         checksums.write(temporary)
         shutil.rmtree(output, ignore_errors=True)

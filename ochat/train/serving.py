@@ -9,10 +9,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ochat import disk
+from ochat import disk, json_file
 from ochat.data import chat_template, tokenizer_export
+from ochat.data import template as templates
+from ochat.data import tokenizer as tokenizers
 from ochat.data.template import Template
 from ochat.data.tokenizer import Tokenizer
+from ochat.errors import CheckpointError
+from ochat.infer.command import load_template, warn_of_unknown_class
 
 OPENCHAT = "openchat.json"
 FOLDER = "serving"  # of a run
@@ -35,6 +39,22 @@ def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple
     # model_type is the name that OpenChat's server looks up; the rest is what `ochat generate` goes by
     described = {"model_type": template.name, "template": template.to_dict(), "classes": list(classes)}
     disk.write_json(folder / OPENCHAT, described)
+
+
+def speak_as(folder: Path, condition: str) -> None:
+    """Makes another class the one that is taken where none is named: by the chat template, and by `ochat generate`.
+
+    Raises: ConfigError where no prefix can carry it, CheckpointError where the ids would differ from training's.
+    """
+    described = json_file.read_object(folder / OPENCHAT, CheckpointError, "export the run again")
+    tokenizer = tokenizers.load(folder)
+    template = templates.speaking_as(load_template(folder, None), condition, tokenizer)
+    warn_of_unknown_class(condition, described.get("classes"))
+    config = json_file.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
+    rendered = chat_template.render(template, tokenizer)
+    disk.write_json(folder / "tokenizer_config.json", config | {"chat_template": rendered})
+    chat_template.verify(folder, template, tokenizer)
+    disk.write_json(folder / OPENCHAT, described | {"template": template.to_dict()})
 
 
 def copy(source: Path, target: Path) -> None:

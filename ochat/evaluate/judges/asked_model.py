@@ -7,7 +7,6 @@ Answers do not depend on the questions beside them, nor on where a run was inter
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ochat import disk
+from ochat.data import template as templates
 from ochat.data import tokenizer as tokenizers
 from ochat.data.conversation import Conversation, Message
 from ochat.data.template import Template
@@ -115,11 +115,7 @@ class LocalModel:
         template, condition = load_template(self.folder, self.options.template), self.options.condition
         template.check(self.tokenizer)
         if condition is not None:
-            if condition and template.condition_roles == "none":
-                raise ConfigError(f"--condition: the template {template.name} has none in its prefixes; leave it out")
-            if len(self.tokenizer.split_at_specials(condition)) > 1:
-                raise ConfigError(f"--condition: the class {condition!r} spells a special token; no prefix carries it")
-            template = dataclasses.replace(template, default_condition=condition)
+            template = templates.speaking_as(template, condition, self.tokenizer)
         warn_of_unknown_class(template.default_condition, read_description(self.folder).get("classes"))
         return template
 
