@@ -47,6 +47,7 @@ COMMANDS = {
     "eval": Command(
         "ochat.evaluate.command", "EvalOptions", "measure held-out answers under every class's prefix", True
     ),
+    "report": Command("ochat.report.command", "ReportOptions", "show runs as one HTML file", True),
     "represent": Command(
         "ochat.evaluate.represent.command",
         "RepresentOptions",

@@ -168,6 +168,7 @@ class CheckpointConfig:
     every: int = 0  # steps between checkpoints; 0: at the end of every epoch
     keep: int = 2  # newest checkpoints that are kept; 0: all
     keep_every: int = 0  # besides, those after a multiple of so many steps are kept for good; 0: none
+    keep_best: bool = False  # besides, the one with the lowest held-out loss of the class with the highest weight
 
 
 @dataclass(frozen=True)
@@ -259,6 +260,8 @@ def _check(config: Config) -> None:
     for name, entry in config.classes.items():
         given = {key: value for key, value in dataclasses.asdict(entry).items() if value is not None}
         expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
+    is_measured = bool(config.data.eval_path) or not config.checkpoint.keep_best
+    expect(is_measured, "checkpoint.keep_best", True, "false without data.eval_path: nothing would be measured")
     _check_mix(config.data)
     _check_memory(config)
     _check_optim(config)

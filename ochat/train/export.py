@@ -1,6 +1,7 @@
 """A run's weights as a Hugging Face folder that any server loads: weights, tokenizer, chat template, openchat.json.
 
     ochat export runs/a exported/a            the newest checkpoint of a run, or `runs/a/checkpoints/step_20`
+    ochat export runs/a exported/a --best     the one with the lowest held-out loss of the expert class
 
 A checkpoint holds all that is needed; neither the base nor the data has to be there any more. One of adapters needs its
 base, with which they are merged; `--adapter` writes them alone, for PEFT.
@@ -44,7 +45,7 @@ class ExportOptions:
 def main(options: ExportOptions) -> None:
     """The command `ochat export`."""
     if options.adapter:
-        step = export_adapter(options.source, options.output, overwrite=options.overwrite, condition=options.condition)
+        step = export_adapter(source, options.output, overwrite=options.overwrite, condition=options.condition)
     else:
         step = export(
             options.source,
@@ -137,6 +138,15 @@ def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> 
     if adapters.are_in(manifest):
         return adapters.merged(manifest, model, base)
     return checkpoint.iterate_parameters(manifest)
+
+
+def _best(options: ExportOptions) -> Path:
+    """The checkpoint that --best means, after the table it was chosen from is printed."""
+    if not options.best:
+        raise ConfigError(f"--best-by {options.best_by}: says what --best goes by; add --best")
+    chosen, table = evaluations.best_checkpoint(options.source, options.best_by)
+    Console(highlight=False).print(table)
+    return chosen
 
 
 def _refuse_overwriting(output: Path, overwrite: bool) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import socket
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 from ochat.errors import ConfigError
 
 NAME = ".lock"
+FLOCK = "hhqqi0q"  # Linux's struct flock on 64 bits: type, whence, start, length, pid
 NFS_S = 10.0  # in which a file that one machine has written is seen by the others, if the folder is theirs too
 
 
@@ -71,6 +73,21 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def is_held(folder: Path) -> bool:
+    """Whether another process works in the folder, on this machine or another. It is asked, not tried: a run that
+    starts at this moment finds its folder free. False where the file system cannot say.
+
+    Only for processes that do not hold the lock themselves, which would lose it.
+    """
+    question = struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        with (folder / NAME).open("rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except OSError:
+        return False
+    return struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK
 
 
 def is_seen(folder: Path, token: str, seconds: float = NFS_S) -> bool:

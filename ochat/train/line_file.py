@@ -1,11 +1,13 @@
 """A file of JSON lines that a full disk holds up and never tears: what cannot be written waits for the next time.
 
 metrics = LineFile(run_dir / "metrics.jsonl", warn);  metrics.append([{"step": 1}]);  metrics.settle()
+read(run_dir / "eval.jsonl")    # of a run that may be at work, and of a file that nobody vouches for
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -44,3 +46,28 @@ class LineFile:
                 os.truncate(self.path, size)  # no torn line
             raise
         self._waiting, self._is_refused = b"", False
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The whole lines that say their step; nothing where there is no file. Raises: OSError."""
+    content = path.read_bytes() if path.exists() else b""
+    return [line for text in content.split(b"\n")[:-1] if (line := parse(text)) is not None]
+
+
+def parse(text: bytes) -> dict[str, Any] | None:
+    """A line as the object that it is; None for what is torn, is no object, or says no step."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and number(line.get("step")) is not None else None
+
+
+def number(value: Any) -> float | None:
+    """A finite number as a float; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # a whole number of more than 308 digits
+        return None

@@ -1,12 +1,14 @@
 """A run's folder: it is made, checked and described here, before the model is loaded.
 
-RUN/config.toml  metrics.jsonl  eval.jsonl  samples.jsonl  bad_steps.jsonl  checkpoints/step_N/  latest  export/  .lock
+RUN/config.toml  plan.json  metrics.jsonl  eval.jsonl  samples.jsonl  bad_steps.jsonl  checkpoints/step_N/  latest
+    export/  .lock
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import socket
 import time
@@ -30,7 +32,8 @@ from ochat.train.bad_steps import Bins
 from ochat.train.folder_lock import FolderLock
 from ochat.train.parallel import Ranks
 
-CONFIG = "config.toml"
+CONFIG, PLAN = "config.toml", "plan.json"
+PLAN_POINTS = 1000  # of the balance of an epoch's steps
 BAD_STEPS = "bad_steps.jsonl"
 PROBE_BYTES = 1 << 16
 LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", BAD_STEPS)
@@ -61,6 +64,27 @@ def describe(folder: Path, config: Config, template: Template, tokenizer: Tokeni
     disk.write_text(folder / CONFIG, configuration.dump(config))
     shutil.rmtree(folder / serving.FOLDER, ignore_errors=True)
     serving.write(folder / serving.FOLDER, template, tokenizer, classes)
+
+
+def write_plan(folder: Path, loader: Loader, facts: dict[str, str]) -> None:
+    """Writes what the run is going to do: its steps, how they are packed, and the facts that it announces.
+
+    `imbalance`: max over mean work among the bins of a step, of the first epoch's steps but the last, the worst of each
+    `steps_each` of them.
+    """
+    stats, imbalance = loader.stats(), loader.plan(0).cost_imbalance()
+    each = max(math.ceil(len(imbalance) / PLAN_POINTS), 1)
+    worst = [float(imbalance[first : first + each].max()) for first in range(0, len(imbalance), each)]
+    record = {
+        "num_steps": stats.num_steps,
+        "steps_per_epoch": list(stats.steps_per_epoch),
+        "fill": stats.fill,
+        "imbalance_mean": stats.imbalance_mean,
+        "imbalance_worst": stats.imbalance_worst,
+        "imbalance": {"steps_each": each, "worst": worst},
+        "facts": facts,
+    }
+    disk.write_json(folder / PLAN, record)
 
 
 def identity(config: Config, model: ModelConfig, loader: Loader) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ochat import disk
 from ochat.config import CheckpointConfig
 from ochat.errors import CheckpointError, OchatError
 from ochat.model.transformer import Transformer
-from ochat.train import checkpoint, optim, parallel, serving, whole_folder
+from ochat.train import checkpoint, evaluations, optim, parallel, serving, whole_folder
 from ochat.train.bad_steps import BadSteps
 from ochat.train.host_file import HostFile
 from ochat.train.line_file import LineFile
@@ -223,14 +223,22 @@ class Saver:
         return {"trouble": self._attempt(lambda: self._tidy(step)).get("problem", "")}
 
     def _tidy(self, step: int) -> dict[str, Any]:
-        """Moves `latest`; then goes all but the newest `keep` (0: all stay) and those of every `keep_every`-th step."""
+        """Moves `latest`; then goes all but the newest `keep` (0: all stay), those of every `keep_every`-th step, and
+        the best so far."""
         disk.write_text(self.run_dir / checkpoint.LATEST, f"{checkpoint.FOLDER}/step_{step}\n")
         keep, every = self.config.keep, self.config.keep_every
         there = {checkpoint.step_of(folder): folder for folder in checkpoint.folders(self.run_dir)}
+        best = self._best_step() if self.config.keep_best else None
         for number in [n for n in there if n <= step][:-keep] if keep else []:  # a later one is a damaged one
-            if not every or number % every:
+            if number != best and (not every or number % every):
                 whole_folder.remove(there[number])
         return {}
+
+    def _best_step(self) -> int | None:
+        """Of the checkpoints that are there, the step with the lowest held-out loss of the expert class."""
+        measured = [each for each in evaluations.read(self.run_dir) if each.checkpoint]
+        best = evaluations.best(measured, evaluations.expert(self.run_dir, measured))
+        return best.step if best else None
 
 
 def _first_problem(records: list[dict[str, Any]]) -> str:

@@ -208,8 +208,8 @@ class Trainer:
         self.ranks.exchange({})  # a collective of the cards would time out before a large model is exported
 
     def announce(self) -> None:
-        """Says what will be done, before the first step: the plan, the devices, the kernels, the learning rate and
-        its reason."""
+        """Says and writes down what will be done, before the first step: the plan, the devices, the kernels, the
+        learning rate and its reason."""
         if not self.ranks.is_first:
             return
         facts = plan.describe(self.config, self.loader, self.model_config)
@@ -221,6 +221,7 @@ class Trainer:
             "mfu is of": f"{self.peak / 1e12:.4g} TFLOP/s a process, {self.peak_source}",
         }
         self.display.table(f"run {self.run_dir}", facts)
+        run_folder.write_plan(self.run_dir, self.loader, facts)
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         if self.ranks.is_first and lines:

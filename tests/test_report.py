@@ -1,0 +1,425 @@
+"""`ochat report`: the page holds the run's own numbers, needs nothing else, and shows hostile content as text:
+pytest tests/test_report.py"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ochat import cli
+from ochat.errors import ConfigError, DataError
+from ochat.report import charts, command, curves, run_record, watch
+from ochat.report.columns import Columns
+from ochat.report.command import ReportOptions
+from tests import tiny
+
+pytest.importorskip("plotly")
+VOID = {"meta", "link", "img", "input", "br", "hr"}
+HOSTILE = '</script><script>alert("1")</script><img src=x onerror=alert(2)> <b>&amp;\u2028 \'"` {{ 7*7 }}'
+
+
+class Page(HTMLParser):
+    """The elements of a page; every element that is opened is closed, in order."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
+        self.text = ""
+        self.feed(path.read_text("utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.open += [tag] if tag not in VOID else []
+        self.scripts += [""] if tag == "script" else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        inside = self.open[-1] if self.open else ""
+        if inside == "script":
+            self.scripts[-1] += data
+        elif inside == "style":
+            self.styles.append(data)
+        else:
+            self.text += data
+
+    @property
+    def charts(self) -> dict[str, list[dict]]:
+        """Title -> traces."""
+        return {chart["title"]: chart["traces"] for chart in json.loads(self.scripts[0])}
+
+
+def line(step: int, **more: object) -> dict:
+    """A line of metrics.jsonl as the trainer writes it."""
+    classes = {
+        name: {"loss": base + 1 / step, "accuracy": 0.5, "tokens": 10} for name, base in (("GPT4", 1.0), ("GPT3", 2.0))
+    }
+    return {
+        "step": step,
+        "epoch": (step - 1) // 50,
+        "loss": 1.2 + math.sin(step) / step,
+        "accuracy": 0.4,
+        "lr": 1e-3 / step,
+        "grad_norm": 1.0 + step % 7,
+        "tokens_per_s": 1000.0 + step,
+        "supervised_tokens_per_s": 100.0,
+        "padded_tokens_per_s": 1200.0,
+        "mfu": 0.31,
+        "peak_mem_gib": 2.5,
+        "step_s": 0.5,
+        "tokens": 300,
+        "supervised_tokens": 40,
+        "classes": classes,
+    } | more
+
+
+def write_run(folder: Path, num_steps: int = 30, *, config: str = "", **more: object) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(config or "[data]\ntoken_budget = 100\nbins_per_step = 4\nmax_steps = 30\n")
+    write_lines(folder / "metrics.jsonl", [line(step, **more) for step in range(1, num_steps + 1)])
+    return folder
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    path.write_text("".join(json.dumps(each) + "\n" for each in lines), "utf-8")
+
+
+def report(*runs: Path, **more: object) -> Page:
+    output = runs[0].parent / "page.html"
+    command.main(ReportOptions(runs, output, **more))  # type: ignore[arg-type]
+    return Page(output)
+
+
+def drawn(page: Page, title: str) -> dict[str, tuple[list, list]]:
+    """The curves of a chart: legend's name -> (x, y) of its own points, not of the moving mean."""
+    return {trace["name"]: (trace["x"], trace["y"]) for trace in page.charts[title] if trace.get("hoverinfo") != "skip"}
+
+
+@pytest.fixture(scope="module")
+def reported(world, alone):
+    return report(world.folder / "alone")
+
+
+def test_the_page_needs_nothing_else(reported):
+    for tag, attributes in reported.elements:
+        assert tag not in ("link", "base", "iframe", "object", "embed", "img", "form")
+        assert not {"src", "srcset", "action", "data", "background"} & attributes.keys()
+        assert attributes.get("href", "#").startswith("#")
+        assert not any(name.startswith("on") for name in attributes)
+    policy = [a["content"] for tag, a in reported.elements if tag == "meta" and "http-equiv" in a]
+    assert len(policy) == 1 and policy[0].startswith("default-src 'none';") and "http" not in policy[0]
+    data, plotly, script = reported.scripts
+    assert "plotly.js" in plotly[:200] and len(plotly) > 1e6
+    for text in (*reported.styles, script, data):
+        assert not re.search(r"https?:|@import|url\(|\bimport\b|fetch\(|XMLHttpRequest", text)
+
+
+def test_targets_of_links_are_there_and_ids_are_unique(reported):
+    ids = [a["id"] for _, a in reported.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = [a["href"][1:] for tag, a in reported.elements if tag == "a"]
+    assert targets and set(targets) <= set(ids)
+
+
+def test_every_curve_is_the_run_s_own_numbers(world, alone, reported):
+    run = world.folder / "alone"
+    steps = [each["step"] for each in alone]
+    for title, curve, key in (
+        ("Learning rate", "learning rate", "lr"),
+        ("Gradient norm", "gradient norm", "grad_norm"),
+        ("MFU", "MFU", "mfu"),
+        ("Peak memory", "memory", "peak_mem_gib"),
+        ("Tokens a second", "real", "tokens_per_s"),
+        ("Tokens a second", "supervised", "supervised_tokens_per_s"),
+        ("Tokens a second", "padded", "padded_tokens_per_s"),
+        ("Loss", "all", "loss"),
+        ("Accuracy", "all", "accuracy"),
+    ):
+        curves = drawn(reported, title)
+        name = curve if len(curves) > 1 else next(iter(curves))
+        assert curves[name] == (steps, [each[key] for each in alone]), title
+    for name in ("GPT4", "GPT3"):
+        for title, key in (("Loss", "loss"), ("Accuracy", "accuracy")):
+            assert drawn(reported, title)[name] == (steps, [each["classes"][name][key] for each in alone])
+    measured = tiny.metrics(run, "eval.jsonl")
+    for name in ("GPT4", "GPT3"):
+        x, y = drawn(reported, "Held-out loss")[name]
+        assert (x, y) == ([e["step"] for e in measured], [e["classes"][name]["loss"] for e in measured])
+    room = 96 * 4
+    assert drawn(reported, "Fill")["fill"][1] == [each["tokens"] / room for each in alone]
+
+
+def test_balance_and_state_are_of_the_plan(world, alone, reported):
+    planned = json.loads((world.folder / "alone" / "plan.json").read_text())
+    assert planned["num_steps"] == len(alone) and sum(planned["steps_per_epoch"]) == len(alone)
+    x, y = drawn(reported, "Balance")["balance"]
+    assert y == planned["imbalance"]["worst"] and max(y) == planned["imbalance_worst"]
+    assert len(x) == planned["steps_per_epoch"][0] - 1
+    assert np.mean(y) == pytest.approx(planned["imbalance_mean"])
+    assert f"{len(alone)} of {len(alone)}" in reported.text and "ended" in reported.text
+
+
+def test_the_page_tells_checkpoints_samples_and_configuration(world, alone, reported):
+    run = world.folder / "alone"
+    for each in tiny.metrics(run, "eval.jsonl"):
+        assert f"{each['classes']['GPT4']['loss']:.4f}" in reported.text
+    assert "★ best" in reported.text and f"step_{len(alone)}" in reported.text
+    for each in tiny.metrics(run, "samples.jsonl"):
+        assert each["answer"] in reported.text
+    assert (run / "config.toml").read_text() in reported.text
+
+
+def test_several_runs_lie_over_each_other(tmp_path):
+    one = write_run(tmp_path / "one", config="[optim]\nlr = 1e-3\n[run]\nseed = 1\n")
+    two = write_run(
+        tmp_path / "two", 20, config="[optim]\nlr = 2e-3\n[run]\nseed = 1\n[weights]\nsource = 'none'\n", loss=0.5
+    )
+    both = report(one, two)
+    curves = drawn(both, "Loss: all")
+    assert curves["one"] == ([*range(1, 31)], [line(step)["loss"] for step in range(1, 31)])
+    assert curves["two"] == ([*range(1, 21)], [0.5] * 20)
+    assert set(drawn(both, "Loss: GPT4")) == {"one", "two"} == set(drawn(both, "Gradient norm"))
+    looks = [(t["line"].get("dash"), t["marker"]["symbol"]) for t in both.charts["Loss: all"]]
+    assert len(set(looks)) == 2 and len({dash for dash, _ in looks}) == 2  # told apart without colour
+    differences = both.text[both.text.index("Differences of configuration") :]
+    differences = differences[: differences.index("Training")]
+    assert "optim.lr" in differences and "weights.source" in differences and "run.seed" not in differences
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    runs = [write_run(tmp_path / parent / "run") for parent in "ab"]
+    assert [run.name for run in run_record.named(runs)] == ["a/run", "b/run"]
+    with pytest.raises(ConfigError, match="is given twice"):
+        run_record.named([runs[0], tmp_path / "b" / ".." / "a" / "run"])
+
+
+def test_hostile_content_is_shown_as_text(tmp_path):
+    run = write_run(tmp_path / "a <b>&'\"run", config=f"# {HOSTILE}\n[data]\nmax_steps = 30\n")
+    classes = {HOSTILE: {"loss": 1.0, "accuracy": 0.5}, "": {"loss": 2.0}}
+    write_lines(run / "eval.jsonl", [{"step": 5, "loss": 1.0, "accuracy": 0.1, "classes": classes}])
+    write_lines(run / "metrics.jsonl", [line(step, classes=classes) for step in range(1, 9)])
+    sample = {"step": 5, "prompt": HOSTILE, "condition": HOSTILE, "answer": HOSTILE + "\ud800"}
+    write_lines(run / "samples.jsonl", [sample])
+    write_lines(run / "bad_steps.jsonl", [{"step": 3, "loss": HOSTILE, "grad_norm": "nan", "bins": [[HOSTILE], 3]}])
+    (run / "plan.json").write_text(json.dumps({"num_steps": HOSTILE, "facts": {"model": HOSTILE, "data": 3}}))
+    found = report(run)
+    assert sum(tag == "script" for tag, _ in found.elements) == 3 and "img" not in {tag for tag, _ in found.elements}
+    assert found.text.count(HOSTILE) >= 5
+    names = [trace["name"] for traces in found.charts.values() for trace in traces]
+    assert names and not any("<" in name for name in names)  # Plotly reads tags in names
+    assert "49" not in found.text.replace(time.strftime("%H:%M:%S"), "").split("Configuration")[-1]
+
+
+def test_what_is_torn_or_no_number_is_a_gap(tmp_path):
+    run = write_run(tmp_path / "run")
+    good = [json.dumps(line(step)) for step in range(1, 4)]
+    huge = json.dumps(line(5)).replace('"mfu": 0.31', '"mfu": 1' + "0" * 400)
+    content = [
+        *good,
+        json.dumps(line(4, loss=math.nan, grad_norm=math.inf, lr="fast", mfu=None, classes=[1])),
+        huge,
+        "[1, 2]",
+        "{not json",
+        '{"loss": 3}',
+        "[" * 100_000,
+        json.dumps(line(6, skipped=True, loss=None)),
+        json.dumps(line(7))[:40],
+    ]
+    (run / "metrics.jsonl").write_text("\n".join(content))
+    (run / "eval.jsonl").write_text('{"step": 1, "loss": "low", "classes": {"GPT4": 3}}\n{"step": 2, "lo')
+    (run / "samples.jsonl").write_bytes(b'\xff\xfe\n{"step": 1, "prompt": ')
+    (run / "swap.json").write_text('{"classes": 7}')
+    found = report(run)
+    assert drawn(found, "Loss")["all"][0] == [1, 2, 3, 4, 5, 6]
+    assert [y is None for y in drawn(found, "Loss")["all"][1]] == [False, False, False, True, False, True]
+    assert drawn(found, "MFU")["MFU"][1] == [0.31, 0.31, 0.31, None, None, 0.31]
+    assert "4 lines of metrics.jsonl could not be read" in found.text
+    assert "not what `ochat eval --output FILE` writes" in found.text
+    assert "NaN" not in found.scripts[0] and "Infinity" not in found.scripts[0]
+
+
+@pytest.mark.parametrize("missing", ["config.toml", "metrics.jsonl"])
+def test_a_run_that_lacks_files_is_shown_as_far_as_it_goes(tmp_path, missing):
+    run = write_run(tmp_path / "run")
+    (run / missing).unlink()
+    found = report(run)
+    assert bool(found.charts) == (missing == "config.toml")
+    assert ("No step has been logged yet" in found.text) == (missing == "metrics.jsonl")
+
+
+def test_a_live_file_is_read_on_and_a_cut_one_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    columns = Columns(path)
+    columns.refresh()
+    assert columns.num_lines == 0
+    first, second = (json.dumps(line(step)) + "\n" for step in (1, 2))
+    path.write_text(first + second[:50])
+    columns.refresh()
+    assert columns["step"].tolist() == [1]
+    with path.open("a") as file:
+        file.write(second[50:] + json.dumps({"step": 3, "new": 7}) + "\n")
+    columns.refresh()
+    assert columns["step"].tolist() == [1, 2, 3]
+    assert np.isnan(columns["new"]).tolist() == [True, True, False] and columns["new"][2] == 7
+    assert np.isnan(columns["classes", "GPT4", "loss"]).tolist() == [False, False, True]
+    (tmp_path / "other").write_text(first * 9)  # a resumed run writes a new file in its place, here a longer one
+    os.replace(tmp_path / "other", path)
+    columns.refresh()
+    assert columns["step"].tolist() == [1] * 9
+    os.truncate(path, len(first) * 2)
+    columns.refresh()
+    assert columns["step"].tolist() == [1] * 2
+
+
+numbers = st.one_of(st.floats(-1e6, 1e6), st.just(math.nan))
+
+
+@given(st.lists(numbers, min_size=1, max_size=300), st.integers(2, 40))
+def test_a_thinned_curve_keeps_its_ends_and_extremes(values, half):
+    y = np.array(values)
+    x = np.arange(len(y), dtype=float)
+    xs, ys = curves.thin(x, y, 2 * half)
+    assert len(xs) == len(ys) <= max(2 * half, 0) and xs == sorted(set(xs))
+    assert all(z is None and np.isnan(y[int(a)]) or z == y[int(a)] for a, z in zip(xs, ys, strict=True))
+    assert xs[0] == 0 and xs[-1] == len(y) - 1
+    if np.isfinite(y).any():
+        shown = [z for z in ys if z is not None]
+        assert min(shown) == np.nanmin(y) and max(shown) == np.nanmax(y)
+    if len(y) <= 2 * half:
+        assert len(xs) == len(y)
+
+
+@given(st.lists(numbers, min_size=1, max_size=60), st.integers(0, 10))
+def test_the_moving_mean_is_the_mean_of_the_neighbours(values, half):
+    y = np.array(values)
+    for place, mean in enumerate(curves.moving_mean(y, 2 * half + 1)):
+        near = y[max(place - half, 0) : place + half + 1]
+        near = near[np.isfinite(near)]
+        assert np.isnan(mean) if not len(near) else mean == pytest.approx(near.mean(), abs=1e-6)
+
+
+def test_a_run_of_100_000_steps_stays_a_small_page_with_its_spike(tmp_path):
+    run = write_run(tmp_path / "run", 1)
+    lines = [json.dumps(line(step)) for step in range(1, 1001)]
+    parts = [text.split('"step": ')[1].split(",", 1)[1] for text in lines]
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(1, 100_001):
+            file.write(f'{{"step": {step},{parts[step % 1000]}\n')
+            if step == 70_001:
+                file.write(json.dumps(line(70_001, loss=99.0)) + "\n")
+    found = report(run)
+    x, y = drawn(found, "Loss")["all"]
+    assert len(x) <= charts.POINTS and max(y) == 99.0 and x[y.index(99.0)] == 70_001 and x[-1] == 100_000
+    assert len(found.scripts[0]) < 3e6
+
+
+def test_swap_matrices_are_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    cells = {
+        "GPT4": {"nll": 0.5, "nll_interval": [0.4, 0.6], "accuracy": 0.9, "accuracy_interval": None},
+        "GPT3": {"nll": 0.75, "nll_interval": None, "accuracy": None},
+    }
+    record = {"model": "m", "data": "d", "conditions": ["GPT4", "GPT3"], "classes": {"GPT4": {"prefixes": cells}}}
+    (tmp_path / "swap.json").write_text(json.dumps(record))
+    found = report(run, swap=(tmp_path / "swap.json",))
+    assert "0.500 [0.400, 0.600]" in found.text and "0.750" in found.text and "GPT4 ★" in found.text
+    assert "90.0%" in found.text
+    shutil.move(tmp_path / "swap.json", run / "swap.json")
+    assert "0.500 [0.400, 0.600]" in report(run).text
+    (tmp_path / "other.json").write_text('{"classes": {"a": {"prefixes": {}}}}')
+    with pytest.raises(DataError, match="not what `ochat eval --output FILE` writes"):
+        report(run, swap=(tmp_path / "other.json",))
+
+
+HOLD = (
+    "import sys\nfrom pathlib import Path\nfrom ochat.train.folder_lock import FolderLock\n"
+    "with FolderLock(Path(sys.argv[1]), print):\n    print(flush=True)\n    sys.stdin.read()\n"
+)
+
+
+def test_watching_follows_the_run_and_ends_with_it(tmp_path):
+    run = write_run(tmp_path / "run", 3)
+    program = [sys.executable, "-c", HOLD, str(run)]
+    process = subprocess.Popen(program, env=tiny.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    runs, seen = run_record.named([run]), []
+
+    def write(is_live: bool) -> None:
+        seen.append((is_live, runs[0].state, runs[0].num_done))
+        if len(seen) == 1:
+            with (run / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(line(4)) + "\n")
+        elif len(seen) == 2:
+            process.communicate(b"")
+
+    watch.follow(runs, write, every_s=0.01)
+    assert seen == [(True, "running", 3), (True, "running", 4), (False, "stopped", 4)]
+    assert process.wait() == 0
+
+
+def test_a_run_that_is_not_live_is_written_once_and_ctrl_c_leaves_a_page_that_stands_still(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run")
+    command.main(ReportOptions((run,), watch=True))
+    assert "ochat-reload-s" not in {a.get("name") for _, a in Page(run / "report.html").elements}
+    monkeypatch.setattr(run_record.folder_lock, "is_held", lambda _: True)
+    pages = []
+
+    def stop(_: float) -> None:
+        pages.append((run / "report.html").read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(watch.time, "sleep", stop)
+    command.main(ReportOptions((run,), watch=True))
+    assert '<meta name="ochat-reload-s" content="5.0">' in pages[0]
+    assert '<meta name="ochat-reload-s"' not in (run / "report.html").read_text()
+
+
+def test_wrong_options_are_named(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    for options, named in (
+        (ReportOptions(()), "name at least one run"),
+        (ReportOptions((run, run)), "several runs need --output"),
+        (ReportOptions((run,), tmp_path / "page.txt"), r"ends in \.html"),
+        (ReportOptions((run,), tmp_path / "no" / "page.html"), "cannot be written"),
+        (ReportOptions((tmp_path / "empty",)), "no run is there"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            command.main(options)
+    cli.run("report", [str(run)])
+    assert "report.html" in capsys.readouterr().out and (run / "report.html").is_file()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ConfigError, match=r"ochat\[report\]"):
+        command.main(ReportOptions((run,)))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_a_browser_draws_every_chart(tmp_path):
+    run = write_run(tmp_path / "run", 100)
+    report(run)
+    program = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    program += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+    program += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([*program, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=60)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    places = done.stdout.split('class="chart js-plotly-plot"')[1:]
+    assert len(places) == done.stdout.count("<figure>") == 8 and all('class="main-svg"' in each for each in places)
