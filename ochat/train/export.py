@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from rich.console import Console
 from torch import Tensor
 
 from ochat import disk
@@ -25,7 +26,7 @@ from ochat.errors import CheckpointError, ConfigError
 from ochat.model import checksums, hf, peft
 from ochat.model.config import ModelConfig
 from ochat.partial_folder import partial_folder
-from ochat.train import adapters, checkpoint, serving
+from ochat.train import adapters, checkpoint, evaluations, serving
 from ochat.train.manifest import MANIFEST, Manifest
 
 
@@ -35,6 +36,8 @@ class ExportOptions:
 
     source: Path  # a run folder (its newest checkpoint) or a checkpoint folder
     output: Path  # the folder to write
+    best: bool = False  # of a run: not the newest checkpoint, but the one with the lowest held-out loss
+    best_by: str = ""  # the class whose held-out loss decides, or all; left out: the class with the highest weight
     condition: str | None = None  # the class that its chat template speaks as where none is named; "": none
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the written weights
     adapter: bool = False  # of a run with [lora]: write the adapter as PEFT's files instead of the merged model
@@ -44,11 +47,12 @@ class ExportOptions:
 
 def main(options: ExportOptions) -> None:
     """The command `ochat export`."""
+    source = _best(options) if options.best or options.best_by else options.source
     if options.adapter:
         step = export_adapter(source, options.output, overwrite=options.overwrite, condition=options.condition)
     else:
         step = export(
-            options.source,
+            source,
             options.output,
             dtype=options.dtype,
             overwrite=options.overwrite,
