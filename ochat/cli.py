@@ -63,6 +63,7 @@ COMMANDS = {
     "judge": Command(
         "ochat.evaluate.judges.judge", "JudgeOptions", "win rates of two models' answers, judged by a third", True
     ),
+    "ablate": Command("ochat.evaluate.ablate.command", None, "train the paper's variants and compare them"),
 }
 
 

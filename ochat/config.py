@@ -14,10 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ochat import typed_toml
+from ochat.errors import ConfigError
 from ochat.typed_toml import expect
+
+ABLATE = "ablate"  # a section beside these, read by ochat/evaluate/ablate/variants.py
 
 
 @dataclass(frozen=True)
@@ -211,9 +214,22 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises: ConfigError that names what is wrong.
     """
+    tree = read(path, overrides)
+    if ABLATE in tree:
+        raise ConfigError(f"{path}: has a section [{ABLATE}], which is for `ochat ablate {path}`; leave it out")
+    return from_tree(tree)
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The file's tables after the options, as yet unchecked. Raises: ConfigError for what is no TOML, or no option."""
     tree = typed_toml.read(Path(path))
     for option in overrides:
         typed_toml.apply(tree, option)
+    return tree
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """The configuration that tables of TOML say. Raises: ConfigError that names what is wrong."""
     config = typed_toml.build(Config, tree)
     _check(config)
     return config

@@ -125,6 +125,8 @@ def _build_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _described(kind: Any) -> str:
     names = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+    if typing.get_origin(kind) is tuple:
+        return "an array"
     return names[kind] if kind in names else " or ".join(map(repr, typing.get_args(kind)))
 
 

@@ -29,14 +29,16 @@ SHOWN = {
     "nll": "nll",
     "perplexity": "per-\nplexity",
     "accuracy": "accuracy\n%",
+    "exact": "exact\n%",
     "nll_above_own": "nll above\nown prefix",
 }
 
 
 def summarise(matrix: dict[str, Sums], conditions: Sequence[str]) -> dict[str, Any]:
-    """{class: {conversations, tokens, prefixes: {condition: {nll, perplexity, accuracy, nll_above_own, each with
+    """{class: {conversations, tokens, prefixes: {condition: {nll, perplexity, accuracy, exact, nll_above_own, each with
     ..._interval}}}}.
 
+    `exact`: the share of conversations that greedy decoding gives word for word, to the end of the turn (Sums.exact).
     `nll_above_own`: the nll less that under the class's own prefix; None where that was not measured. An interval is
     [low, high], or None for a class of one conversation. The same matrix gives the same intervals.
     """
@@ -52,20 +54,25 @@ def resampled(columns: NDArray, seed: int = SEED) -> NDArray[np.float64]:
 
 def table(record: dict[str, Any], conditions: Sequence[str]) -> Table:
     """A row for each class and prefix; the likeliest prefix of a class is marked with *."""
+    counts = "; ".join(
+        f"{name or '(none)'}: {row['conversations']:,} conversations, {row['tokens']:,} tokens"
+        for name, row in record.items()
+    )
+    what = f"[low, high]: {LEVEL:.0%}, {METHOD}. *: the likeliest prefix. nll: nats per supervised token"
     shown = Table(
         title="Held-out answers of each class under each class's prefix",
-        caption=escape(f"[low, high]: {LEVEL:.0%}, {METHOD}. *: the likeliest prefix. nll: nats per supervised token"),
+        caption=escape(f"{counts}. {what}. exact: conversations whose every token is the likeliest"),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,  # with it, two classes of short names fit 80 columns
     )
-    shown.add_column("answers of", overflow="fold")
+    shown.add_column("class", overflow="fold")
     shown.add_column("prefix", overflow="fold")
     for heading in SHOWN.values():
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, row in record.items():
         nll = {condition: row["prefixes"][condition]["nll"] for condition in conditions}
-        label = f"{_label(name)}\n[dim]{row['conversations']:,} chats,\n{row['tokens']:,} tokens[/]"
+        label = _label(name)
         for condition in conditions:
             star = " *" if nll[condition] == min(nll.values()) else ""
             numbers = [_shown(row["prefixes"][condition], key) for key in SHOWN]
@@ -76,10 +83,11 @@ def table(record: dict[str, Any], conditions: Sequence[str]) -> Table:
 
 
 def _of_class(name: str, sums: Sums, conditions: Sequence[str]) -> dict[str, Any]:
-    columns = np.column_stack([sums.tokens, sums.nll, sums.correct])
-    drawn = np.vstack([columns.sum(0), resampled(columns)])  # (1 + RESAMPLES, 1 + 2C), the first row of all as they are
-    nll, accuracy = np.split(drawn[:, 1:] / drawn[:, :1], 2, axis=1)
-    measures = {"nll": nll, "perplexity": np.exp(nll), "accuracy": accuracy}
+    columns = np.column_stack([sums.tokens, sums.nll, sums.correct, sums.exact])
+    drawn = np.vstack([columns.sum(0), resampled(columns)])  # (1 + RESAMPLES, 1 + 3C), the first row of all as they are
+    nll, accuracy, exact = np.split(drawn[:, 1:], 3, axis=1)
+    nll, accuracy, exact = nll / drawn[:, :1], accuracy / drawn[:, :1], exact / len(columns)
+    measures = {"nll": nll, "perplexity": np.exp(nll), "accuracy": accuracy, "exact": exact}
     if name in conditions:
         measures["nll_above_own"] = nll - nll[:, [list(conditions).index(name)]]
     prefixes = {
@@ -106,12 +114,12 @@ def _label(name: str) -> str:
 
 
 def _shown(cell: dict[str, Any], key: str) -> str:
-    """A value over its interval; perplexity's is that of the nll, and stands in the record."""
+    """A value over its interval; those of perplexity and exact stand in the record."""
     value, ends = cell[key], cell[f"{key}_interval"]
     if value is None:
         return "-"
-    if key == "perplexity":
-        return f"{value:,.2f}"
+    if key in ("perplexity", "exact"):
+        return f"{value:,.2f}" if key == "perplexity" else f"{100 * value:.1f}"
     scale, digits = (100, 1) if key == "accuracy" else (1, 3)
     value, *ends = (f"{scale * each:.{digits}f}" for each in (value, *(ends or ())))
     return value + (escape(f"\n[{', '.join(ends)}]") if ends else "")

@@ -37,6 +37,12 @@ class Sums:
     nll: NDArray[np.float64]  # (n, C) nats, summed over a conversation's tokens
     correct: NDArray[np.int64]  # (n, C) tokens that have the largest logit
 
+    @property
+    def exact(self) -> NDArray[np.int64]:
+        """(n, C) 1 where all of a conversation's tokens have the largest logit: where greedy decoding, asked for each
+        of its turns behind those before it, says that turn and ends it."""
+        return (self.correct == self.tokens[:, None]).astype(np.int64)
+
 
 def swap_matrix(
     model: Transformer,

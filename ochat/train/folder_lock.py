@@ -27,10 +27,11 @@ NFS_S = 10.0  # in which a file that one machine has written is seen by the othe
 
 
 class FolderLock:
-    """Held while it is entered. `warn` hears of a file system that has no locks; the run then goes on without."""
+    """Held while it is entered. `warn` hears of a file system that has no locks; the run then goes on without.
+    `option`: what chooses the folder."""
 
-    def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
-        self.path, self.warn = folder / NAME, warn
+    def __init__(self, folder: Path, warn: Callable[[str], None], option: str = "--run.dir") -> None:
+        self.path, self.warn, self.option = folder / NAME, warn, option
         self.token = secrets.token_hex(8)  # by which other machines know that they see the same folder
         self._file: TextIO | None = None
 
@@ -54,7 +55,7 @@ class FolderLock:
         except (BlockingIOError, PermissionError):
             raise ConfigError(
                 f"{self.path.parent}: another run works there: {_describe(read(self.path))}. Wait for it, stop it, or "
-                "choose another --run.dir"
+                f"choose another {self.option}"
             ) from None
         except OSError as error:
             self.warn(f"{self.path} cannot be locked ({error.strerror}): nothing keeps a second run off this folder")

@@ -1,0 +1,199 @@
+"""What an ablation trains: the [ablate] section, the paper's variants, and each run's configuration.
+
+    base, options = read("small.toml", ["--ablate.jobs=2"]);  runs(base, options)[0].config
+
+The file is a training configuration with one section more. A run's configuration is that one with its variant's
+switches, its seed, and data of which it takes exactly as many tokens as its steps have room for: a class that is small
+is passed over more often, so every variant makes as many steps, each full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ochat import config as configuration
+from ochat import typed_toml
+from ochat.config import ABLATE, Config, MixConfig
+from ochat.errors import ConfigError
+from ochat.typed_toml import expect
+
+VariantName = Literal["c-rlft", "no-reward", "no-condition", "sft", "only-expert", "only-suboptimal"]
+OURS = "c-rlft"  # with which the others are compared
+SEED = "{seed}"
+# what the laboratory itself sets in each run
+SET_HERE = {
+    "run": ("dir", "seed", "resume", "resume_anyway"),
+    "data": ("path", "mix", "eval_path", "epochs", "only_class", "subsample"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the paper's table: what is switched off, left out or thinned."""
+
+    name: str
+    title: str
+    has_condition: bool = True  # else the data is prepared with --conditions ignore
+    has_reward: bool = True  # else weights.source = "none"
+    only: str = ""  # data.only_class
+    subsample: Mapping[str, float] = field(default_factory=dict)  # data.subsample
+
+    @property
+    def data(self) -> str:
+        """Which of the two preparations it reads."""
+        return "condition" if self.has_condition else "plain"
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """The laboratory: data, classes, and which runs are made. In input, held_out and base.path {seed} stands for the
+    run's seed, for data or a base drawn anew with each."""
+
+    dir: str = ""  # its folder: data, runs, results.jsonl, table.json, table.md
+    input: tuple[str, ...] = ()  # files or folders of conversations, as `ochat prepare` reads them
+    template: str = ""  # a template's name or file
+    held_out: tuple[str, ...] | float = ()  # files of held-out conversations, or the share of the prompts held out
+    expert: str = "GPT4"  # the class whose answers are wanted
+    suboptimal: str = "GPT3"  # the other class
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the order of the data; each variant is trained once with each
+    variants: tuple[VariantName, ...] = typing.get_args(VariantName)  # rows of the table
+    subsample: tuple[float, ...] = ()  # shares of either class, such as [0.6, 0.8], each a C-RLFT run more
+    jobs: int = 1  # processes at a time; on CUDA each has one device
+    context: int | None = None  # tokens that a conversation may have; left out: the template's
+    limit: int | None = None  # held-out conversations of each class that are measured; left out: all
+    keep_checkpoints: bool = False  # keep them once a run is measured; its export stays in any case
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant with a seed."""
+
+    variant: Variant
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return run_name(self.variant, self.seed)
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
+    """The training configuration that all runs share, and the laboratory's. Raises: ConfigError naming the key."""
+    tree = configuration.read(path, overrides)
+    if ABLATE not in tree:
+        raise ConfigError(f"{path}: has no section [{ABLATE}]: `ochat ablate --help` says what it holds")
+    options = typed_toml.build(AblateConfig, tree.pop(ABLATE), ABLATE)
+    for section, keys in SET_HERE.items():
+        for key in keys:
+            if key in tree.get(section, {}):
+                raise ConfigError(f"{section}.{key}: the laboratory sets it for each of its runs; leave it out")
+    base = configuration.from_tree(_with_data(tree))
+    _check(base, options)
+    return base, options
+
+
+def variants(options: AblateConfig) -> list[Variant]:
+    """Those asked for in the paper's order; then C-RLFT on a part of either class."""
+    paper = (
+        Variant(OURS, "C-RLFT"),
+        Variant("no-reward", "without reward", has_reward=False),
+        Variant("no-condition", "without condition", has_condition=False),
+        Variant("sft", "only SFT", has_condition=False, has_reward=False),
+        Variant("only-expert", f"only {options.expert}", only=options.expert),
+        Variant("only-suboptimal", f"only {options.suboptimal}", only=options.suboptimal),
+    )
+    thinned = (
+        Variant(f"{OURS}-{side}-{share:g}", f"C-RLFT, {share:.0%} of {name}", subsample={name: share})
+        for side, name in (("expert", options.expert), ("suboptimal", options.suboptimal))
+        for share in options.subsample
+    )
+    return [variant for variant in paper if variant.name in options.variants] + list(thinned)
+
+
+def runs(base: Config, options: AblateConfig) -> list[Run]:
+    """Every variant with every seed, seed by seed: the first row of all variants is there early."""
+    return [
+        Run(variant, seed, _config(base, options, variant, seed))
+        for seed in options.seeds
+        for variant in variants(options)
+    ]
+
+
+def data_folder(options: AblateConfig, base: Config, seed: int, which: str) -> Path:
+    """Where a preparation ("condition", "plain") lies; each seed has its own where {seed} says so."""
+    is_drawn = any(SEED in text for text in (base.base.path, *options.input, *held_out(options)[0]))
+    return Path(options.dir) / "data" / (f"seed{seed}-{which}" if is_drawn else which)
+
+
+def held_out(options: AblateConfig) -> tuple[tuple[str, ...], float]:
+    """The held-out files, and the share of the input that is held out where there are none."""
+    return ((), float(options.held_out)) if isinstance(options.held_out, float | int) else (options.held_out, 0.0)
+
+
+def run_name(variant: Variant, seed: int) -> str:
+    """What a run's folder, log and configuration are called."""
+    return f"{variant.name}-seed{seed}"
+
+
+def of_seed(text: str, seed: int) -> str:
+    """A path with the seed in the place of {seed}."""
+    return text.replace(SEED, str(seed))
+
+
+def _config(base: Config, options: AblateConfig, variant: Variant, seed: int) -> Config:
+    data = base.data
+    tokens = data.max_steps * data.bins_per_step * data.token_budget
+    path = str(data_folder(options, base, seed, variant.data))
+    return dataclasses.replace(
+        base,
+        run=dataclasses.replace(
+            base.run, dir=str(Path(options.dir) / "runs" / f"{variant.name}-seed{seed}"), seed=seed
+        ),
+        base=dataclasses.replace(base.base, path=of_seed(base.base.path, seed)),
+        data=dataclasses.replace(
+            data,
+            path="",
+            mix={"all": MixConfig(path, tokens=tokens)},
+            only_class=variant.only,
+            subsample=dict(variant.subsample),
+        ),
+        weights=base.weights if variant.has_reward else dataclasses.replace(base.weights, source="none"),
+    )
+
+
+def _with_data(tree: dict[str, Any]) -> dict[str, Any]:
+    """A training configuration needs some data: this stands for each run's own."""
+    data = tree.get("data", {})
+    return tree | {"data": data | {"path": "laboratory"}} if isinstance(data, dict) else tree
+
+
+def _check(base: Config, options: AblateConfig) -> None:
+    """Refuses what would make no laboratory, or no fair one."""
+    for key, example in (("dir", '"labs/mine"'), ("input", '["chats.jsonl"]'), ("template", '"openchat_v3.2"')):
+        value = getattr(options, key)
+        expect(bool(value), f"{ABLATE}.{key}", value, f"a value, such as {example}")
+    files, share = held_out(options)
+    why = "files of held-out conversations, or a share such as 0.05"
+    expect(bool(files) or 0 < share < 1, f"{ABLATE}.held_out", options.held_out, why)
+    expect(bool(options.expert), f"{ABLATE}.expert", options.expert, "the name of a class")
+    is_other = options.suboptimal not in ("", options.expert)
+    expect(is_other, f"{ABLATE}.suboptimal", options.suboptimal, "the name of another class than the expert's")
+    for key in ("seeds", "variants"):
+        value = getattr(options, key)
+        expect(0 < len(value) == len(set(value)), f"{ABLATE}.{key}", value, "at least one, each once")
+    expect(all(seed >= 0 for seed in options.seeds), f"{ABLATE}.seeds", options.seeds, "numbers from 0 up")
+    for share in options.subsample:
+        expect(0 < share < 1, f"{ABLATE}.subsample", share, "shares between 0 and 1")
+    expect(options.jobs > 0, f"{ABLATE}.jobs", options.jobs, "at least 1")
+    expect(options.limit is None or options.limit > 0, f"{ABLATE}.limit", options.limit, "at least 1")
+    why = 'a number: "auto" goes by the supervised tokens of a step, which differ between variants'
+    expect(isinstance(base.optim.lr, float), "optim.lr", base.optim.lr, why)
+    expect(base.data.max_steps > 0, "data.max_steps", base.data.max_steps, "the steps that every run makes")
+    why = "weights that differ by class: without them C-RLFT is the variant without reward"
+    expect(base.weights.source != "none", "weights.source", base.weights.source, why)
