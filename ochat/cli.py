@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.errors import OchatError
+from ochat.errors import OchatError, message
 from ochat.option_values import spread
 
 
@@ -47,13 +47,6 @@ COMMANDS = {
     "eval": Command(
         "ochat.evaluate.command", "EvalOptions", "measure held-out answers under every class's prefix", True
     ),
-    "report": Command("ochat.report.command", "ReportOptions", "show runs as one HTML file", True),
-    "represent": Command(
-        "ochat.evaluate.represent.command",
-        "RepresentOptions",
-        "map conversations of each class as models see them",
-        True,
-    ),
     "answer": Command(
         "ochat.evaluate.judges.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench", True
     ),
@@ -62,6 +55,13 @@ COMMANDS = {
     ),
     "judge": Command(
         "ochat.evaluate.judges.judge", "JudgeOptions", "win rates of two models' answers, judged by a third", True
+    ),
+    "report": Command("ochat.report.command", "ReportOptions", "show runs as one HTML file", True),
+    "represent": Command(
+        "ochat.evaluate.represent.command",
+        "RepresentOptions",
+        "map conversations of each class as models see them",
+        True,
     ),
     "ablate": Command("ochat.evaluate.ablate.command", None, "train the paper's variants and compare them"),
 }
@@ -97,9 +97,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
         sys.exit(1)
     except OSError as error:
-        where = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
-        reason = error.strerror or str(error)
-        _fail(type(error).__name__, f"{where}: {reason}" if where else reason, 1)
+        _fail(type(error).__name__, message(error), 1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(128 + signal.SIGINT)

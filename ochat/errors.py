@@ -53,10 +53,19 @@ class ServerError(OchatError):
     command goes on from what was answered."""
 
 
-def complain(error: OchatError) -> None:
+def message(error: OchatError | OSError) -> str:
+    """What a user reads: of an OSError its paths and the reason."""
+    if isinstance(error, OchatError):
+        return str(error)
+    where = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)
+    reason = error.strerror or str(error)
+    return f"{where}: {reason}" if where else reason
+
+
+def complain(error: OchatError | OSError) -> None:
     """Prints an error on stderr. Every rank speaks and says which it is: an error may be one rank's alone."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"rank {rank}: "
     Console(stderr=True, highlight=False).print(
-        f"{where}[bold red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True
+        f"{where}[bold red]{type(error).__name__}[/]: {escape(message(error))}", soft_wrap=True
     )

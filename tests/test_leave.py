@@ -21,7 +21,7 @@ def train(config):
     kept.append(Kept())
     print("trained")  # not flushed: the output is a pipe
     if len(sys.argv) > 1:
-        raise ConfigError("wrong")
+        raise {"fail": ConfigError("wrong"), "disk": OSError(13, "wrong", "/some/where")}[sys.argv[1]]
 
 kept = []
 atexit.register(lambda: print("goodbye"))
@@ -38,11 +38,11 @@ def run(world: int, *arguments: str, stdout: int = subprocess.PIPE) -> subproces
     return subprocess.run(command, cwd=ROOT, env=environ, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("arguments", "exit_code"), [((), 0), (("fail",), 1)])
+@pytest.mark.parametrize(("arguments", "exit_code"), [((), 0), (("fail",), 1), (("disk",), 1)])
 def test_one_of_several_says_all_it_has_to_say_and_is_not_taken_down(arguments, exit_code):
     done = run(2, *arguments)
     assert (done.returncode, done.stdout.split("\n")) == (exit_code, ["trained", "goodbye", ""])
-    assert ("wrong" in done.stderr) == bool(exit_code)
+    assert ("wrong" in done.stderr) == bool(exit_code) and "Traceback" not in done.stderr
 
 
 def test_a_process_alone_ends_as_any_other():

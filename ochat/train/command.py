@@ -50,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             from ochat.train.trainer import train as run  # torch takes seconds to import; a wrong option should not
         run(config)
         exit_code = 0
-    except OchatError as error:
+    except BrokenPipeError:  # nobody reads what is printed: `ochat` ends without a word
+        raise
+    except (OchatError, OSError) as error:
         complain(error)
-        exit_code = error.exit_code
+        exit_code = getattr(error, "exit_code", 1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _leave(exit_code)
     elif exit_code:
