@@ -89,7 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, answer: Any) -> None:
         text, reason = answer if isinstance(answer, tuple) else (answer, "stop")
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-        self._send(200, {}, json.dumps({"object": "chat.completion", "choices": [choice]}).encode())
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "stub", "choices": [choice]}
+        self._send(200, {}, json.dumps(whole | {"usage": usage}).encode())
 
     def _fail(self, fault: Fault | bytes | str) -> None:
         if fault == HANG:
