@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from ochat import cli
 from ochat.errors import ConfigError, DataError
-from ochat.report import charts, command, curves, run_record, watch
+from ochat.report import charts, command, curves, run_record, tables, watch
 from ochat.report.columns import Columns
 from ochat.report.command import ReportOptions
 from tests import tiny
@@ -188,6 +188,23 @@ def test_the_page_tells_checkpoints_samples_and_configuration(world, alone, repo
     assert (run / "config.toml").read_text() in reported.text
 
 
+def test_of_many_evaluations_the_best_is_shown_and_marked(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "plan.json").write_text(json.dumps({"steps_per_epoch": [100, 300]}))
+    write_lines(
+        run / "eval.jsonl", [{"step": step, "loss": abs(step - 333) + 0.5, "classes": {}} for step in range(400)]
+    )
+    (record,) = run_record.named([run])
+    record.refresh()
+    table = tables.evaluations(record)
+    assert table is not None and len(table.rows) <= tables.MOST_ROWS and "of 400 evaluations" in table.note
+    (row,) = (table.rows[place] for place in table.marked)
+    assert row == ["★ best", "333", f"{1 + 233 / 300:.4g}", "0.5000", "-", "-"]
+    assert [row[1] for row in (table.rows[0], table.rows[-1])] == ["0", "399"]
+    found = report(run)
+    assert [a.get("class") for tag, a in found.elements if tag == "tr"].count("marked") == 1
+
+
 def test_several_runs_lie_over_each_other(tmp_path):
     one = write_run(tmp_path / "one", config="[optim]\nlr = 1e-3\n[run]\nseed = 1\n")
     two = write_run(
@@ -348,6 +365,49 @@ def test_swap_matrices_are_shown(tmp_path):
     (tmp_path / "other.json").write_text('{"classes": {"a": {"prefixes": {}}}}')
     with pytest.raises(DataError, match="not what `ochat eval --output FILE` writes"):
         report(run, swap=(tmp_path / "other.json",))
+
+
+def ablated() -> dict:
+    """A table.json as `ochat ablate` writes it, of two variants."""
+
+    def cells(expert: float, suboptimal: float | None, less: float | None) -> dict:
+        values = {"expert": expert, "suboptimal": suboptimal, "above_ours": less}
+        return {
+            key: None
+            if value is None
+            else {"mean": value, "interval": [value - 0.125, value + 0.25], "values": [value]}
+            for key, value in values.items()
+        }
+
+    rows = [
+        {
+            "variant": "ours",
+            "title": "C-<b>",
+            "seeds": [0, 1],
+            "exact": cells(0.5, 0.25, None),
+            "nll": cells(1, 2, None),
+        },
+        {"variant": "sft", "title": "SFT", "seeds": [0], "exact": cells(0.25, None, -0.25), "nll": cells(3, None, 2)},
+    ]
+    return {"expert": "GPT4", "suboptimal": "GPT3", "rows": rows}
+
+
+def test_an_ablation_is_shown_with_its_intervals(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "table.json").write_text(json.dumps(ablated()))
+    found = report(run, ablation=tmp_path)
+    for text in ("50.0% [37.5%, 75.0%]", "-25.0% [-37.5%, +0.0%]", "+2.000 [+1.875, +2.250]", "C-<b>"):
+        assert text in found.text
+    expert, suboptimal = found.charts["Exact match of expert answers"]
+    assert (expert["x"], expert["y"]) == ([0.5, 0.25], ["C-&lt;b&gt;", "SFT"]) and suboptimal["x"] == [0.25]
+    assert expert["error_x"]["array"] == [0.25, 0.25] and expert["error_x"]["arrayminus"] == [0.125, 0.125]
+    assert expert["marker"]["symbol"] != suboptimal["marker"]["symbol"]
+    for broken in ({}, {"rows": 3}, ablated() | {"rows": [{"title": "x"}]}):
+        (tmp_path / "table.json").write_text(json.dumps(broken))
+        with pytest.raises(DataError, match="not what `ochat ablate` writes"):
+            report(run, ablation=tmp_path)
+    with pytest.raises(DataError, match=r"no table\.json is there"):
+        report(run, ablation=run)
 
 
 HOLD = (

@@ -22,6 +22,10 @@ POINTS = 1600  # of a curve; several runs share them, so that a page stays below
 LEAST_POINTS = 200
 MOST_EPOCHS = 20  # whose ends are drawn; of more they would hide the curves
 LOG_FROM = 50.0  # largest over smallest, from which an axis is logarithmic
+DRAWN = (
+    "Weighted as it is trained. Faint: each step, of very many the lowest and the highest of each stretch. Bold: their "
+    "mean over a fortieth of the run. Dotted uprights: ends of epochs. Drag to zoom, click twice to go back."
+)
 NUMBER, SHARE = "", ".0%"  # how an axis writes its ticks
 
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # (n,) steps and values
@@ -57,13 +61,14 @@ class Panel:
     ticks: str = NUMBER
     may_be_log: bool = False
     is_from_zero: bool = False
+    is_noisy: bool = True
     shows_epochs: bool = False
 
 
 def groups(runs: Sequence[RunRecord]) -> list[Group]:
     """Every chart that has something to show."""
     found = [
-        Group("Training", "Of each step, weighted as it is trained. Dotted uprights: ends of epochs.", _training(runs)),
+        Group("Training", DRAWN, _training(runs)),
         Group("Held out", "Measured at every evaluation, on conversations that are not trained on.", _held_out(runs)),
         Group("Optimizer", "", [*_charts(runs, OPTIMIZER)]),
         Group("Speed and memory", "Time spent in evaluations and checkpoints is left out.", [*_charts(runs, SPEED)]),
@@ -99,7 +104,7 @@ def balance(run: RunRecord) -> Points:
 
 
 OPTIMIZER = (
-    Panel("Learning rate", "", {"lr": column("lr")}),
+    Panel("Learning rate", "", {"lr": column("lr")}, is_noisy=False),
     Panel("Gradient norm", "before clipping", {"gradient norm": column("grad_norm")}, may_be_log=True),
 )
 SPEED = (
@@ -114,11 +119,17 @@ SPEED = (
         is_from_zero=True,
     ),
     Panel("MFU", "share of the peak", {"MFU": column("mfu")}, SHARE, is_from_zero=True),
-    Panel("Peak memory", "GiB, of the first process", {"memory": column("peak_mem_gib")}, is_from_zero=True),
+    Panel(
+        "Peak memory",
+        "GiB, of the first process",
+        {"memory": column("peak_mem_gib")},
+        is_from_zero=True,
+        is_noisy=False,
+    ),
 )
 PACKING = (
     Panel("Fill", "real tokens over room in the bins", {"fill": lambda run: (run.steps, run.fill)}, SHARE),
-    Panel("Balance", "largest over mean work of a step's bins, first epoch", {"balance": balance}),
+    Panel("Balance", "largest over mean work of a step's bins, first epoch", {"balance": balance}, is_noisy=False),
 )
 
 
@@ -168,7 +179,8 @@ def _charts(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Iterator[Char
 def _chart(panel: Panel, title: str, curves: dict[str, Points], runs: Sequence[RunRecord], most: int) -> Chart:
     drawn = []
     for slot, (label, (x, y)) in enumerate(curves.items()):
-        drawn += traces(label, x, y, slot=slot, most=most) if np.isfinite(y).any() else []
+        if np.isfinite(y).any():
+            drawn += traces(label, x, y, slot=slot, most=most, is_noisy=panel.is_noisy)
     layout: dict[str, Any] = {"yaxis": _axis(panel, [y for _, y in curves.values()]), "showlegend": len(curves) > 1}
     if panel.shows_epochs and len(runs) == 1:
         layout["shapes"] = [_upright(step) for step in epoch_ends(runs[0])]

@@ -16,6 +16,7 @@ from rich.markup import escape
 from ochat import disk, json_file
 from ochat.errors import ConfigError, DataError
 from ochat.report import page, run_record, watch
+from ochat.report.ablation import Ablation
 from ochat.report.page import Contents
 
 NAME = "report.html"
@@ -41,7 +42,8 @@ def main(options: ReportOptions) -> None:
     console = Console(highlight=False)
 
     def write(is_live: bool = False) -> None:
-        contents = Contents(runs, {str(path): _object(path) for path in options.swap})
+        swaps = {str(path): _object(path) for path in options.swap}
+        contents = Contents(runs, swaps, Ablation.read(options.ablation) if options.ablation else None)
         disk.write_text(output, page.render(contents, watch.EVERY_S if is_live else None))
 
     if options.watch:

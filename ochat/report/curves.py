@@ -1,7 +1,7 @@
 """A column as a curve for Plotly: few enough points for a page, and no spike lost.
 
     thin(steps, losses, 1600)                   # the lowest and the highest of each of 800 stretches, as they are
-    traces("GPT4", steps, losses, slot=1)       # faint points, and their moving mean, told apart without colour
+    traces("GPT4", steps, losses, slot=1, most=1600, is_noisy=True)     # faint points and their moving mean
 
 A thinned curve looks like the whole one: each stretch of steps keeps its lowest and its highest point, which are the
 file's own numbers.
@@ -49,8 +49,11 @@ def window_of(num_points: int) -> int:
     return max(num_points // 40, 5) | 1
 
 
-def traces(label: str, x: NDArray[np.float64], y: NDArray[np.float64], *, slot: int, most: int) -> list[Trace]:
-    """The points (n,) as one trace, or, of many, faint beside their moving mean. `slot`: which colour, dash, symbol.
+def traces(
+    label: str, x: NDArray[np.float64], y: NDArray[np.float64], *, slot: int, most: int, is_noisy: bool
+) -> list[Trace]:
+    """The points (n,) as one trace, or, of many noisy ones, faint beside their moving mean. `slot`: which colour, dash
+    and symbol.
 
     A class or a folder may be called anything, and Plotly reads tags in names: they are escaped.
     """
@@ -59,7 +62,8 @@ def traces(label: str, x: NDArray[np.float64], y: NDArray[np.float64], *, slot: 
     look = {"dash": DASHES[slot % len(DASHES)], "width": 2}
     marker = {"symbol": SYMBOLS[slot % len(SYMBOLS)], "size": 7}
     common = {"type": "scatter", "name": name, "legendgroup": str(slot), "meta": {"slot": slot}}
-    if len(x) < MEAN_FROM:
+    if len(x) < MEAN_FROM or not is_noisy:
+        marker = marker | ({"maxdisplayed": MARKERS} if len(x) >= MEAN_FROM else {})
         return [common | {"x": xs, "y": ys, "mode": "lines+markers", "line": look, "marker": marker}]
     points = common | {"x": xs, "y": ys, "mode": "lines", "line": {"width": 1}, "opacity": 0.3, "showlegend": False}
     xs, ys = thin(x, moving_mean(y, window_of(len(y))), most)

@@ -17,6 +17,7 @@ from markupsafe import Markup
 from ochat import __version__
 from ochat.errors import ConfigError, DataError
 from ochat.report import charts, samples, tables
+from ochat.report.ablation import Ablation
 from ochat.report.charts import Group
 from ochat.report.run_record import RunRecord
 from ochat.report.tables import Table
@@ -30,17 +31,18 @@ class Contents:
 
     runs: Sequence[RunRecord]
     swaps: dict[str, dict[str, Any]] = field(default_factory=dict)  # file -> record, besides the runs' own
-    ablation: Table | None = None
+    ablation: Ablation | None = None
 
 
 def render(contents: Contents, reload_s: float | None = None) -> str:
     """The page as it stands now. `reload_s`: it loads itself again after so many seconds, for as long as a run goes on.
 
-    Raises: ConfigError where Plotly is missing; DataError for a swap matrix that is none.
+    Raises: ConfigError where Plotly is missing; DataError for a swap matrix or an ablation that is none.
     """
     runs = contents.runs
     groups, notes = charts.groups(runs), [f"{run.name}: {note}" for run in runs for note in run.notes]
-    shown_tables = [*_swaps(contents, notes), *([contents.ablation] if contents.ablation else [])]
+    ablation_charts, ablation_tables = contents.ablation.shown() if contents.ablation else ([], [])
+    evidence = Group("Evidence", "", ablation_charts)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -56,8 +58,9 @@ def render(contents: Contents, reload_s: float | None = None) -> str:
         evaluations=list(filter(None, map(tables.evaluations, runs))),
         differences=tables.differences(runs),
         groups=groups,
-        charts=_numbered(groups),
-        tables=shown_tables,
+        evidence=evidence,
+        charts=_numbered([*groups, evidence]),
+        tables=[*ablation_tables, *_swaps(contents, notes)],
         bad_steps=list(filter(None, map(tables.bad_steps, runs))),
         samples=[(run.name, asked) for run in runs if (asked := samples.of_run(run))],
         notes=notes,

@@ -73,6 +73,15 @@ class RunRecord:
         ended = self.num_done >= self.num_planned if self.num_planned else (self.folder / "export").is_dir()
         return "ended" if ended else "stopped"
 
+    def epochs_at(self, step: int) -> float | None:
+        """Passes over the data that were done after `step` steps; None where the plan does not say."""
+        planned = self.plan.get("steps_per_epoch")
+        counts = [number(each) for each in planned] if isinstance(planned, list) else []
+        if not counts or any(each is None or each <= 0 for each in counts):
+            return None
+        ends = np.cumsum([0.0, *counts])  # type: ignore[list-item]
+        return float(np.interp(step, ends, np.arange(len(ends))))
+
     @property
     def fill(self) -> NDArray[np.float64]:
         """(n,): tokens of a step over what its bins hold; NaN where the configuration does not say."""

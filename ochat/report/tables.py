@@ -57,15 +57,16 @@ def evaluations(run: RunRecord) -> Table | None:
     names = [name for name in dict.fromkeys(name for each in run.evaluations for name in each.losses) if name != ALL]
     names.append(ALL)
     shown = _some(run.evaluations, run.best)
-    rows = [_evaluation(each, names, is_best=each is run.best) for each in shown]
-    headings = [text for name in names for text in (f"{name or '(no class)'} loss", "accuracy")]
+    rows = [_evaluation(run, each, names) for each in shown]
+    headings = ["step", "epochs"]
+    headings += [text for name in names for text in (f"{name or '(no class)'} loss", "accuracy")]
     note = f"★ the best: the lowest held-out loss of {run.best_by or '(no class)'}"
     note += f", {run.best.losses[run.best_by]:.4f}" if run.best else ""
     note += ". `ochat export RUN OUT --best` exports it while its checkpoint is there."
     if len(shown) < len(run.evaluations):
         note += f" {len(shown)} of {len(run.evaluations):,} evaluations are shown; eval.jsonl has all."
     marked = {row for row, each in enumerate(shown) if each is run.best}
-    return Table(f"Checkpoints of {run.name}", ["", "step", *headings, "checkpoint"], rows, 1, marked, note)
+    return Table(f"Checkpoints of {run.name}", ["", *headings, "checkpoint"], rows, 1, marked, note)
 
 
 def differences(runs: Sequence[RunRecord]) -> Table | None:
@@ -165,13 +166,14 @@ def _some(found: list[Evaluation], best: Evaluation | None) -> list[Evaluation]:
     return [each for place, each in enumerate(found) if place in kept or each is best]
 
 
-def _evaluation(each: Evaluation, names: Sequence[str], *, is_best: bool) -> list[str]:
+def _evaluation(run: RunRecord, each: Evaluation, names: Sequence[str]) -> list[str]:
     numbers = [
         text
         for name in names
         for text in (_number(each.losses.get(name), ".4f"), _number(each.accuracies.get(name), ".1%"))
     ]
-    return ["★ best" if is_best else "", f"{each.step:,}", *numbers, each.checkpoint.name if each.checkpoint else "-"]
+    places = [f"{each.step:,}", _number(run.epochs_at(each.step), ".4g")]
+    return ["★ best" * (each is run.best), *places, *numbers, each.checkpoint.name if each.checkpoint else "-"]
 
 
 def _measured(cell: dict[str, Any], key: str) -> str:
