@@ -159,7 +159,7 @@ def test_the_command_draws_writes_and_shows(world, small, capsys, monkeypatch):
     assert [model["label"] for model in record["models"]] == ["only SFT", "C-RLFT <$1$>"]
     assert record["sample"] == {"classes": ["GPT3", "GPT4"], "per_class": 15, "prompts": record["sample"]["prompts"]}
     assert [model["names_classes"] for model in record["models"]] == [False, True]
-    assert "only SFT" in shown and "C-RLFT <$1$>" in shown and shown.count(" *") == 3  # two rows and the legend
+    assert "only SFT" in shown and "C-RLFT <$1$>" in shown and shown.count("* ") == 2  # two rows and the legend
     for model in record["models"]:
         for view, found in model["views"].items():
             low, high = found["probe"]["interval"]

@@ -46,6 +46,17 @@ def _top_two(model, test):
     return np.sort(model.decision_function(test), axis=1)[:, -2:]
 
 
+def test_states_are_standardised_by_the_training_folds():
+    states, _, _ = made_up(0, 40, 16)
+    states[:, 3] = 7  # says nothing, and has no deviation
+    train, test = probes.standardised(states[:30], states[30:])
+    assert train.dtype == np.float32 and train.shape == (30, 17) and (train[:, -1] == 1).all()
+    assert np.abs(train[:, :-1].mean(0)).max() < 1e-6 and (train[:, 3] == 0).all() and (test[:, 3] == 0).all()
+    assert np.delete(train[:, :-1], 3, axis=1).std(0) * np.sqrt(16) == pytest.approx(1, abs=1e-5)
+    wanted = (states[30:, 0] - states[:30, 0].mean()) / states[:30, 0].std() / 4
+    assert test[:, 0] == pytest.approx(wanted, abs=1e-5)
+
+
 def test_the_weights_are_the_minimum():
     """At it the gradient of sum log(1 + e^s) - t s + PENALTY |w|^2 / 2 is zero."""
     states, labels, _ = made_up(2, 100, 30, apart=2)
@@ -106,6 +117,13 @@ def test_separated_classes_have_the_smallest_p_value_there_is():
     assert 0.35 < found.permuted < 0.6
     three = probes.probe(*made_up(0, n=90, classes=3, apart=8), num_permutations=99, seed=0)
     assert three.accuracy == 1.0 and 0.2 < three.permuted < 0.45
+
+
+def test_what_no_permutation_can_change_has_a_p_value_of_one():
+    """Both answers to a prompt look the same: whatever is told of them, one is right."""
+    states, labels, prompts = made_up(0, per_prompt=2)
+    found = probes.probe(states[prompts], labels, prompts, num_permutations=19, seed=0)
+    assert (found.accuracy, found.permuted, found.p_value) == (0.5, 0.5, 1.0)
 
 
 def test_permuted_labels_keep_prompts_and_folds_together():

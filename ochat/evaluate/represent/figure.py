@@ -46,17 +46,19 @@ def draw(panels: Sequence[Panel], classes: Sequence[str], title: str) -> Figure:
     size = (COLUMN_INCHES * len(panels), 2 * ROW_INCHES + 1)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     axes = figure.subplots(2, len(panels), squeeze=False)
+    most_lines = max(panel.caption.count("\n") for panel in panels) + 1
     for (above, below), panel in zip(axes.T, panels, strict=True):
         _scatter(above, panel.pca, panel.labels, classes)
         _scatter(below, panel.umap, panel.labels, classes)
-        above.set_title(f"{_plain(panel.label)}\n", fontweight="bold")
-        above.text(0.5, 1.02, panel.caption, transform=above.transAxes, ha="center", va="bottom", fontsize=9)
+        above.set_title(_plain(panel.label), fontweight="bold", pad=8 + 12 * most_lines)
+        below_title = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "bottom"}
+        above.annotate(_plain(panel.caption), (0.5, 1), (0, 4), fontsize=8, **below_title)
         shares = [f"PCA {axis} ({share:.0%} of the variance)" for axis, share in enumerate(panel.explained, 1)]
         above.set(xlabel=shares[0], ylabel=shares[1])
         below.set(xlabel="UMAP 1", ylabel="UMAP 2")
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(classes), 3), markerscale=2, frameon=False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(_plain(title), fontsize=10)
     return figure
 
 

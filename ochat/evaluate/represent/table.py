@@ -34,16 +34,14 @@ def table(record: dict[str, Any]) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    shown.add_column("model", overflow="fold")
-    shown.add_column("mean over", no_wrap=True)
+    shown.add_column("model\n  mean over", overflow="fold")
     for heading in ("silhou-\nette", "PCA", "UMAP", "probe %", "p"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in record["models"]:
-        label = escape(row["label"])
+        shown.add_row(f"[bold]{escape(row['label'])}[/]")
         for view, name in (NAMES if row["names_classes"] else WITHOUT_CLASSES).items():
             is_drawn = view == _shown_view(record, row)
-            shown.add_row(label, name + " *" * is_drawn, *_cells(row, view, is_drawn))
-            label = ""
+            shown.add_row(f"{'*' if is_drawn else ' '} {name}", *_cells(row, view, is_drawn))
         shown.add_section()
     return shown
 
@@ -60,22 +58,17 @@ def title(record: dict[str, Any]) -> str:
 
 def caption(record: dict[str, Any], row: dict[str, Any]) -> str:
     """A model's numbers: of what is drawn, and under one prefix."""
-    lines = []
+    prefix, tokens = record["view"].split("_")
     if not row["names_classes"]:
-        lines.append(("no class in its prefixes", _shown_view(record, row)))
-    else:
-        lines.append(("drawn", record["view"]))
-        if record["view"].startswith("own"):
-            lines.append((f"all as {record['one_prefix'] or 'none'}", record["view"].replace("own", "one")))
-    return "\n".join(f"{name}: {_line(row['views'][view])}" for name, view in lines)
+        return _line("no class in its prefixes", row["views"][f"own_{tokens}"])
+    of_one = _line(f"all as {record['one_prefix'] or 'none'}", row["views"][f"one_{tokens}"])
+    return of_one if prefix == "one" else f"{_line('own class', row['views'][record['view']])}\n{of_one}"
 
 
-def _line(numbers: dict[str, Any]) -> str:
-    probe = numbers["probe"]
-    low, high = probe["interval"]
+def _line(name: str, numbers: dict[str, Any]) -> str:
+    accuracy = numbers["probe"]["accuracy"]
     return (
-        f"silhouette {numbers['silhouette']:.2f}, probe {probe['accuracy']:.0%} [{100 * low:.0f}, {100 * high:.0f}], "
-        f"p = {probe['p_value']:.3f}"
+        f"{name}: silhouette {numbers['silhouette']:z.2f}, probe {accuracy:.0%} (p = {numbers['probe']['p_value']:.3f})"
     )
 
 
@@ -88,9 +81,9 @@ def _cells(row: dict[str, Any], view: str, is_drawn: bool) -> list[str]:
     probe = numbers["probe"]
     low, high = (100 * end for end in probe["interval"])
     return [
-        f"{numbers['silhouette']:.3f}",
-        f"{numbers['silhouette_pca']:.3f}",
-        f"{row['silhouette_umap']:.3f}" if is_drawn else "",
+        f"{numbers['silhouette']:z.3f}",
+        f"{numbers['silhouette_pca']:z.3f}",
+        f"{row['silhouette_umap']:z.3f}" if is_drawn else "",
         f"{100 * probe['accuracy']:.1f} " + escape(f"[{low:.1f}, {high:.1f}]"),
         f"{probe['p_value']:.3f}",
     ]
