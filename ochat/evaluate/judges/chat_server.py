@@ -77,7 +77,7 @@ class ChatServer:
         """The reply to a chat; `more` goes into the request as it is.
 
         Raises: RefusedError with the server's words; ServerError after the last try. Costs: up to `retries` more
-        requests, and some two minutes of waiting.
+        requests, and a minute of waiting for each.
         """
         settings = {"max_tokens": max_tokens, "temperature": temperature} | more
         body = json.dumps({"model": self.model, "messages": list(messages)} | settings).encode()
