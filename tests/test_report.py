@@ -458,7 +458,7 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     for options, named in (
         (ReportOptions(()), "name at least one run"),
-        (ReportOptions((run, run)), "several runs need --output"),
+        (ReportOptions((run, write_run(tmp_path / "other"))), "several runs need --output"),
         (ReportOptions((run,), tmp_path / "page.txt"), r"ends in \.html"),
         (ReportOptions((run,), tmp_path / "no" / "page.html"), "cannot be written"),
         (ReportOptions((tmp_path / "empty",)), "no run is there"),

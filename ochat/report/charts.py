@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat.report.curves import Trace, traces
-from ochat.report.run_record import RunRecord
+from ochat.report.run_record import RunRecord, class_names
+from ochat.train import evaluations
 from ochat.train.evaluations import ALL
 
 POINTS = 1600  # of a curve; several runs share them, so that a page stays below some 3 MB beside Plotly's 5
@@ -26,7 +27,7 @@ DRAWN = (
     "Weighted as it is trained. Faint: each step, of very many the lowest and the highest of each stretch. Bold: their "
     "mean over a fortieth of the run. Dotted uprights: ends of epochs. Drag to zoom, click twice to go back."
 )
-NUMBER, SHARE = "", ".0%"  # how an axis writes its ticks
+NUMBER, SHARE, EXPONENT = "", ".3~p", ".1e"  # how an axis writes its ticks
 
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # (n,) steps and values
 Read = Callable[[RunRecord], Points]
@@ -104,7 +105,7 @@ def balance(run: RunRecord) -> Points:
 
 
 OPTIMIZER = (
-    Panel("Learning rate", "", {"lr": column("lr")}, is_noisy=False),
+    Panel("Learning rate", "", {"lr": column("lr")}, EXPONENT, is_noisy=False),
     Panel("Gradient norm", "before clipping", {"gradient norm": column("grad_norm")}, may_be_log=True),
 )
 SPEED = (
@@ -134,8 +135,7 @@ PACKING = (
 
 
 def _training(runs: Sequence[RunRecord]) -> list[Chart]:
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics.classes()))
-    panels = []
+    panels, names = [], class_names(runs)
     for key, title, unit, ticks in (
         ("loss", "Loss", "nats a token", NUMBER),
         ("accuracy", "Accuracy", "share of tokens", SHARE),
@@ -146,7 +146,7 @@ def _training(runs: Sequence[RunRecord]) -> list[Chart]:
 
 
 def _held_out(runs: Sequence[RunRecord]) -> list[Chart]:
-    names = list(dict.fromkeys(name for run in runs for each in run.evaluations for name in each.losses))
+    names = [ALL, *class_names(runs)]
     panels = [
         Panel("Held-out loss", "nats a token", {_label(name): held_out(name, "losses") for name in names}),
         Panel(
@@ -224,7 +224,7 @@ def _star(run: RunRecord) -> Trace:
         "type": "scatter",
         "x": [run.best.step],
         "y": [loss],
-        "name": html.escape(f"best of {_label(run.best_by)}: step {run.best.step}", quote=False),
+        "name": html.escape(f"best of {evaluations.label(run.best_by)}: step {run.best.step}", quote=False),
         "mode": "markers",
         "marker": {"symbol": "star-open", "size": 16, "line": {"width": 2}},
         "meta": {"slot": -1},

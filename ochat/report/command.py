@@ -36,9 +36,9 @@ class ReportOptions:
 
 def main(options: ReportOptions) -> None:
     """The command `ochat report`."""
-    output = _output(options)
     page.plotly_js()  # missing: before anything is read
     runs = run_record.named(options.run)
+    output = _output(options)
     console = Console(highlight=False)
 
     def write(is_live: bool = False) -> None:

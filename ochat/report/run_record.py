@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ochat.errors import ConfigError
 from ochat.report.columns import Columns
 from ochat.train import evaluations, folder_lock, line_file
-from ochat.train.evaluations import Evaluation
+from ochat.train.evaluations import ALL, Evaluation
 from ochat.train.line_file import number
 
 FILES = ("config.toml", "plan.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "bad_steps.jsonl", "swap.json")
@@ -138,6 +138,15 @@ def named(folders: Sequence[Path]) -> list[RunRecord]:
     while len({path.parts[-depth:] for path in resolved}) < len(resolved):
         depth += 1
     return [RunRecord(folder, "/".join(path.parts[-depth:])) for folder, path in zip(folders, resolved, strict=True)]
+
+
+def class_names(runs: Sequence[RunRecord]) -> list[str]:
+    """Every class, trained or measured, in one order for all charts and tables: the first run's expert, then as they
+    came."""
+    trained = [name for run in runs for name in run.metrics.classes()]
+    measured = [name for run in runs for each in run.evaluations for name in each.losses]
+    names = list(dict.fromkeys(name for name in (*trained, *measured) if name != ALL))
+    return sorted(names, key=lambda name: name != runs[0].best_by)
 
 
 def _flat(prefix: str, tree: dict[str, Any]) -> Any:

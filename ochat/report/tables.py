@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ochat.errors import DataError
-from ochat.report.run_record import RunRecord
-from ochat.train.evaluations import ALL, Evaluation
+from ochat.report.run_record import RunRecord, class_names
+from ochat.train.evaluations import ALL, Evaluation, label
 from ochat.train.line_file import number
 
 MOST_ROWS = 200  # of evaluations and of bad steps
@@ -54,13 +54,13 @@ def evaluations(run: RunRecord) -> Table | None:
     """Every evaluation with its held-out numbers, whether its checkpoint is there, and the best one marked."""
     if not run.evaluations:
         return None
-    names = [name for name in dict.fromkeys(name for each in run.evaluations for name in each.losses) if name != ALL]
-    names.append(ALL)
+    measured = {name for each in run.evaluations for name in each.losses}
+    names = [name for name in (*class_names([run]), ALL) if name in measured]
     shown = _some(run.evaluations, run.best)
     rows = [_evaluation(run, each, names) for each in shown]
     headings = ["step", "epochs"]
     headings += [text for name in names for text in (f"{name or '(no class)'} loss", "accuracy")]
-    note = f"★ the best: the lowest held-out loss of {run.best_by or '(no class)'}"
+    note = f"★ the best: the lowest held-out loss of {label(run.best_by)}"
     note += f", {run.best.losses[run.best_by]:.4f}" if run.best else ""
     note += ". `ochat export RUN OUT --best` exports it while its checkpoint is there."
     if len(shown) < len(run.evaluations):
@@ -106,8 +106,8 @@ def swap(record: dict[str, Any], where: str) -> Table:
             for prefix, cell in row["prefixes"].items():
                 marked |= {len(rows)} if prefix == best else set()
                 star = " ★" if prefix == best else ""
-                label = [name or "(no class)", (prefix or "(no class)") + star]
-                rows.append(label + [_measured(cell, key) for key in measures])
+                whose = [name or "(no class)", (prefix or "(no class)") + star]
+                rows.append(whose + [_measured(cell, key) for key in measures])
         headings = ["answers of", "under the prefix of", *measures.values()]
         note = (
             f"Nats a token, with intervals. ★ the likeliest prefix. Model: {record['model']}. Data: {record['data']}."
@@ -126,12 +126,12 @@ def _facts(run: RunRecord) -> dict[str, str]:
         if isinstance(announced, dict) and isinstance(announced.get(name), str):
             facts[name] = announced[name]
     classes = ", ".join(
-        f"{name or '(no class)'} {_last(run, ('classes', name, 'loss'))}" for name in run.metrics.classes()
+        f"{name or '(no class)'} {_last(run, ('classes', name, 'loss'))}" for name in class_names([run])
     )
     facts["final loss"] = _last(run, "loss") + (f" ({classes})" if classes else "")
     if run.best:
         facts["held-out best"] = (
-            f"{run.best.losses[run.best_by]:.4f} of {run.best_by or '(no class)'}, at step {run.best.step:,}; its "
+            f"{run.best.losses[run.best_by]:.4f} of {label(run.best_by)}, at step {run.best.step:,}; its "
             f"checkpoint is {'there' if run.best.checkpoint else 'not there'}"
         )
     for name, (key, reduce, form) in MEASURED.items():

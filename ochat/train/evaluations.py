@@ -91,12 +91,12 @@ def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
     shown = Table(
         title=escape(f"checkpoints of {run_dir}"),
         title_justify="left",
-        caption=escape(f"held-out loss in nats per token, and accuracy. *: the lowest loss of {by}"),
+        caption=escape(f"*: the lowest held-out loss of {label(by)}. loss: nats per token"),
         caption_justify="left",
     )
     shown.add_column("step", justify="right")
     for name in names:
-        shown.add_column(escape(f"{name or '(none)'}\nloss"), justify="right")
+        shown.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
         shown.add_column("\naccuracy", justify="right")
     measured = {each.step: each for each in evaluations}
     for folder in checkpoint.folders(run_dir):
@@ -105,6 +105,11 @@ def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
         star = " *" if step == chosen.step else "  "
         shown.add_row(f"{step:,}{star}", *(text for pair in numbers for text in pair), style="bold" * (star == " *"))
     return shown
+
+
+def label(by: str) -> str:
+    """What a best one was chosen by, in words."""
+    return "all classes, weighted" if by == ALL else by or "(no class)"
 
 
 def _evaluation(line: dict[str, Any], kept: dict[int, Path]) -> Evaluation:
@@ -118,7 +123,7 @@ def _evaluation(line: dict[str, Any], kept: dict[int, Path]) -> Evaluation:
 
 def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> str:
     """Why there is nothing to export, and what to do now and the next time."""
-    what = f"{run_dir}: the lowest held-out loss of {by}, {chosen.losses[by]:.4f}, is that of step {chosen.step}"
+    what = f"{run_dir}: the lowest held-out loss of {label(by)}, {chosen.losses[by]:.4f}, is that of step {chosen.step}"
     if chosen.step == 0:
         why = "the base itself before its first step: training has only raised it. Lower optim.lr, or look at the data"
     else:
