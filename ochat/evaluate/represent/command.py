@@ -4,10 +4,12 @@ ochat represent runs/sft data/train-held-out --beside runs/crlft --labels "only 
 ochat represent bases/llama2 chats.jsonl --template openchat_v3.2 --beside models/mine --numbers map.json
 
 A conversation is one point: the mean of the last layer's states over its tokens, written as the model's training wrote
-it: with its class in the prefixes, where the model has classes. Such a prefix tells the class to any model, trained or
-not, and a probe finds it in every token behind it. So a map of one model says little: see it beside a model without
-classes, and the base. And read the numbers of all conversations under one prefix, where only the answers can tell, and
-those of the answers' words, which take no model.
+it: with its class in the prefixes, where the model has classes. That is the paper's figure, and so the default; and it
+shows less than it seems to: a prefix tells the class to any model. In the small laboratory an untrained model's classes
+lie further apart (silhouette 0.48, a probe tells 100 %) than those of C-RLFT (0.12, 100 %), and leaving the prefixes'
+own tokens out of the mean does not change that (0.34 and 99.6 %, 0.01 and 75 %). So see a model beside the base and one
+without classes, and read the numbers that are always given with it: of all conversations under one prefix, where only
+the answers can tell, and of the answers' words, which take no model.
 """
 
 from __future__ import annotations
@@ -54,9 +56,10 @@ class RepresentOptions:
     # what stands before each turn of a conversation on the map: its own class, as in training and the paper's figure,
     # where any model can read it; or one class for all, where only the answers tell. Numbers are given of both
     prefix: Literal["own", "one"] = "own"
-    # the tokens whose states (of the last layer, after the final norm) make the mean on the map: those of the answers,
-    # or all, as in the paper's figure: prefixes, which spell the class, and prompts too. Numbers are given of both
-    tokens: Literal["answers", "all"] = "answers"
+    # the tokens whose states (of the last layer, after the final norm) make the mean on the map: all, as in the paper's
+    # figure, prefixes and prompts too; or those of the answers, into which attention carries the class from the
+    # prefixes as well. Numbers are given of both
+    tokens: Literal["all", "answers"] = "all"
     one_prefix: str | None = None  # the class of the one prefix; left out: the one that the models answer as
     distance: Literal["cosine", "euclidean"] = "cosine"  # of states, for the silhouette and UMAP
     permutations: int = 200  # of labels, to test the probe's accuracy
