@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from ochat import cli
 from ochat.data import template as templates
@@ -25,6 +24,9 @@ from ochat.evaluate.represent.command import RepresentOptions, represent
 from ochat.model import hf
 from ochat.train.export import export
 from tests import tiny
+
+for package in command.PACKAGES:
+    pytest.importorskip(package, reason="the extra `report` is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,11 @@ def read(world, chats, per_class=20, classes=()):
 
 
 def test_states_are_the_mean_of_transformers_last_hidden_states(world, small):
+    transformers = pytest.importorskip("transformers")
     _, own, _, _, _ = read(world, small.chats)
     found = states.pooled(hf.load(world.base, dtype="float32"), own)
     assert found["all"].shape == found["answers"].shape == (40, 32) and found["all"].dtype == np.float32
-    theirs = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
     for row, example in enumerate(own):  # each alone
         with torch.no_grad():
             out = theirs(torch.from_numpy(example.input_ids)[None], output_hidden_states=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
-from sklearn.linear_model import LogisticRegression
-from sklearn.multiclass import OneVsRestClassifier
 
 from ochat.evaluate.represent import plane
 from ochat.evaluate.represent import probe as probes
+
+stats = pytest.importorskip("scipy.stats", reason="the extra `report` is not installed")
+linear_model = pytest.importorskip("sklearn.linear_model")
+multiclass = pytest.importorskip("sklearn.multiclass")
 
 
 def made_up(seed, n=60, hidden=8, classes=2, apart=0.0, per_prompt=1):
@@ -33,8 +34,10 @@ def test_all_fits_at_once_are_scikit_learns_one_by_one(n, hidden, classes):
     for fold in range(probes.FOLDS):
         train, test = probes.standardised(states[folds != fold], states[folds == fold])
         for row, told in zip(many, found, strict=True):
-            model = LogisticRegression(C=1 / probes.PENALTY, fit_intercept=False, tol=1e-8, max_iter=10_000)
-            model = OneVsRestClassifier(model) if classes > 2 else model
+            model = linear_model.LogisticRegression(
+                C=1 / probes.PENALTY, fit_intercept=False, tol=1e-8, max_iter=10_000
+            )
+            model = multiclass.OneVsRestClassifier(model) if classes > 2 else model
             model.fit(train.astype(np.float64), row[folds != fold])
             scores = np.sort(np.abs(model.decision_function(test).reshape(len(test), -1)), axis=1)
             is_clear = (scores[:, 0] if classes == 2 else np.abs(np.diff(_top_two(model, test))[:, 0])) > 0.02
@@ -165,6 +168,7 @@ def test_silhouettes_known_by_hand():
 
 
 def test_maps_keep_two_heaps_apart_and_are_the_same_by_seed():
+    pytest.importorskip("umap")
     states, labels, _ = made_up(0, 60, 30, apart=12)
     points, explained = plane.pca(states)
     assert plane.silhouette(points, labels, "euclidean") > 0.7 and explained[0] > 0.5 > explained[1]
