@@ -481,5 +481,5 @@ def test_a_browser_draws_every_chart(tmp_path):
     program += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
     done = subprocess.run([*program, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=60)
     assert "CONSOLE" not in done.stderr, done.stderr
-    places = done.stdout.split('class="chart js-plotly-plot"')[1:]
+    places = done.stdout.split('js-plotly-plot" role=')[1:]
     assert len(places) == done.stdout.count("<figure>") == 8 and all('class="main-svg"' in each for each in places)

@@ -22,6 +22,7 @@ from ochat.train.evaluations import ALL
 POINTS = 1600  # of a curve; several runs share them, so that a page stays below some 3 MB beside Plotly's 5
 LEAST_POINTS = 200
 MOST_EPOCHS = 20  # whose ends are drawn; of more they would hide the curves
+LEGEND_LINE = 4  # names that fit one
 LOG_FROM = 50.0  # largest over smallest, from which an axis is logarithmic
 DRAWN = (
     "Weighted as it is trained. Faint: each step, of very many the lowest and the highest of each stretch. Bold: their "
@@ -41,6 +42,11 @@ class Chart:
     unit: str
     traces: list[Trace]
     layout: dict[str, Any]
+
+    @property
+    def is_crowded(self) -> bool:
+        """Its legend takes several lines."""
+        return sum(trace.get("showlegend", True) for trace in self.traces) > LEGEND_LINE
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,7 @@ def _axis(panel: Panel, columns: Sequence[NDArray[np.float64]]) -> dict[str, Any
     axis |= {"rangemode": "tozero"} if panel.is_from_zero else {}
     values = np.concatenate([np.zeros(0), *(y[np.isfinite(y)] for y in columns)])
     is_wide = len(values) > 0 and values.min() > 0 and values.max() > LOG_FROM * values.min()
-    return axis | ({"type": "log"} if panel.may_be_log and is_wide else {})
+    return axis | ({"type": "log", "dtick": 1, "tickformat": "~g"} if panel.may_be_log and is_wide else {})
 
 
 def epoch_ends(run: RunRecord) -> list[float]:

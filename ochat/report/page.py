@@ -23,6 +23,7 @@ from ochat.report.run_record import RunRecord
 from ochat.report.tables import Table
 
 HERE = Path(__file__).parent
+NAMED = 4  # runs that the title names
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def render(contents: Contents, reload_s: float | None = None) -> str:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "sort_keys": True}
     page = environment.get_template("page.html").render(
         version=__version__,
-        title=", ".join(run.name for run in runs),
+        title=", ".join(run.name for run in runs) if len(runs) <= NAMED else f"{len(runs)} runs",
         written=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         runs=runs,
         reload_s=reload_s,
