@@ -5,11 +5,11 @@ ochat represent bases/llama2 chats.jsonl --template openchat_v3.2 --beside model
 
 A conversation is one point: the mean of the last layer's states over its tokens, written as the model's training wrote
 it: with its class in the prefixes, where the model has classes. That is the paper's figure, and so the default; and it
-shows less than it seems to: a prefix tells the class to any model. In the small laboratory an untrained model's classes
-lie further apart (silhouette 0.48, a probe tells 100 %) than those of C-RLFT (0.12, 100 %), and leaving the prefixes'
-own tokens out of the mean does not change that (0.34 and 99.6 %, 0.01 and 75 %). So see a model beside the base and one
-without classes, and read the numbers that are always given with it: of all conversations under one prefix, where only
-the answers can tell, and of the answers' words, which take no model.
+shows less than it seems to, for a prefix can tell the class to any model. In the small laboratory (250 conversations of
+each class) an untrained model's classes lie further apart (silhouette 0.48, a probe tells 100 %) than those of C-RLFT
+(0.12, 100 %), and leaving the prefixes' own tokens out of the mean does not mend it (0.34 and 99.6 %, 0.01 and 75 %).
+So see a model beside its base and one without classes, and read the numbers that are always given with it: of all
+conversations under one prefix, where only the answers can tell, and of the answers' words, which take no model.
 """
 
 from __future__ import annotations
