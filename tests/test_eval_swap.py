@@ -15,9 +15,12 @@ from ochat.data import template as templates
 from ochat.data import tokenizer as tokenizers
 from ochat.data.conversation import Conversation, Message
 from ochat.data.prepare import prepare
+from ochat.data.template import Span
 from ochat.errors import DataError
+from ochat.evaluate import matrix as matrices
 from ochat.evaluate import swap
 from ochat.evaluate.held_out import HeldOut, read
+from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer, pack_ids
 from tests import test_init_base
 from tests.tiny_text import conversations, write_base, write_lines
@@ -131,6 +134,44 @@ def test_a_prepared_set_reads_as_its_conversations(tmp_path):
         assert one.condition == other.condition
         for a, b in zip(*(each.under(["GPT4", "x"], template, tokenizer) for each in (one, other)), strict=True):
             assert a.input_ids.tolist() == b.input_ids.tolist() and a.loss_weights.tolist() == b.loss_weights.tolist()
+
+
+def test_exact_is_what_greedy_decoding_says(setting):
+    """Of true answers, which end at a token that the model itself says, and of such with a slip or an end too early."""
+    model, template, tokenizer = setting
+    names, rng = ["good", "bad"], np.random.default_rng(0)
+    template, chats, prompts = replace(template, default_condition=""), [], []
+    for number in range(24):
+        own = names[number % 2]
+        asked = chat(own, " ".join(rng.choice(["the", "cat", "sat", "b", "9"], 4)))
+        prompt = {name: template.encode_prompt(replace(asked, condition=name), tokenizer) for name in names}
+        (free,) = generate(model, [prompt[own]], max_new_tokens=6, stop_ids=())
+        new = next((k for k in range(2, 6) if free[k] not in free[:k]), 1)
+        answer, stop = free[:new], free[new]
+        if number % 3 == 1:
+            answer[rng.integers(new)] = int(rng.integers(tokenizer.vocab_size))
+        elif number % 3 == 2:
+            answer = answer[:-1]
+        ids, spans = template.encode_spans(asked, tokenizer)
+        opening = prompt[own][len(ids) :]
+        ids += [*opening, *answer, stop]
+        spans += [Span(len(ids) - len(answer) - 1, "prefix", None), Span(len(ids), "assistant", 1.0)]
+        chats.append(HeldOut(np.array(ids), spans, own))
+        prompts.append((prompt, answer, stop))
+    found = swap.swap_matrix(model, template, tokenizer, chats, names)
+    seen = []
+    for own in names:
+        members = [each for each, held_out in zip(prompts, chats, strict=True) if held_out.condition == own]
+        for row, (prompt, answer, stop) in enumerate(members):
+            for column, name in enumerate(names):
+                said = generate(model, [prompt[name]], max_new_tokens=len(answer) + 1, stop_ids={stop})
+                assert found[own].exact[row, column] == (said == [answer]), (own, name, row)
+                seen.append(said == [answer])
+    assert 8 <= sum(seen) <= len(seen) - 8
+    summary = matrices.summarise(found, names)["good"]["prefixes"]["good"]
+    assert summary["exact"] == found["good"].exact[:, 0].mean()
+    low, high = summary["exact_interval"]
+    assert 0 <= low < summary["exact"] < high <= 1
 
 
 def test_nothing_to_measure_is_an_error(setting):
