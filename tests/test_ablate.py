@@ -391,8 +391,10 @@ def test_the_table_is_means_over_seeds_and_differences_by_seed():
     assert max(map(len, shown.getvalue().splitlines())) <= 80 and "91.0" in shown.getvalue()
 
 
-def test_a_share_has_no_interval_beyond_all_and_none():
-    record = table.summarise(
-        [result("c-rlft", seed, exact, 1.0) for seed, exact in enumerate((1.0, 0.9))], "GPT4", "GPT3"
-    )
-    assert record["rows"][0]["exact"]["expert"]["interval"] == [pytest.approx(0.3147, abs=1e-4), 1.0]
+def test_no_interval_goes_where_its_measure_cannot():
+    results = [result("c-rlft", seed, exact, 1.0) for seed, exact in enumerate((1.0, 0.9))]
+    results += [result("sft", seed, 0.01, nll) for seed, nll in enumerate((0.2, 2.0))]
+    ours, sft = table.summarise(results, "GPT4", "GPT3")["rows"]
+    assert ours["exact"]["expert"]["interval"] == [pytest.approx(0.3147, abs=1e-4), 1.0]
+    assert sft["exact"]["above_ours"]["interval"] == [-1.0, pytest.approx(-0.3047, abs=1e-4)]
+    assert sft["nll"]["expert"]["interval"][0] == 0.0 and sft["nll"]["above_ours"]["interval"][0] < -5

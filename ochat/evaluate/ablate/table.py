@@ -8,6 +8,7 @@ cell has the interval of its held-out conversations, drawn anew, and the differe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,9 +105,7 @@ def _cell(prefixes: Sequence[dict[str, Any] | None], measure: str) -> Cell | Non
     cell = student.mean_of(values)
     if len(values) == 1:
         cell["interval"] = next(prefix[f"{measure}_interval"] for prefix in prefixes if prefix is not None)
-    if measure == "exact" and cell["interval"]:
-        cell["interval"] = [min(max(end, 0.0), 1.0) for end in cell["interval"]]  # a share lies there
-    return cell
+    return _within(cell, 0.0, 1.0 if measure == "exact" else math.inf)
 
 
 def _difference(
@@ -121,7 +120,14 @@ def _difference(
         its, of_ours = (_prefix(result, "expert", names) for result in pair)
         assert its is not None and of_ours is not None, "every run is measured under the prefix it is served with"
         values.append(its[measure] - of_ours[measure])
-    return student.mean_of(values)
+    most = 1.0 if measure == "exact" else math.inf
+    return _within(student.mean_of(values), -most, most)
+
+
+def _within(cell: Cell, least: float, most: float) -> Cell:
+    """The cell, its interval cut to where its measure can lie."""
+    ends = cell["interval"]
+    return cell | {"interval": ends and [min(max(end, least), most) for end in ends]}
 
 
 def _table(record: dict[str, Any], measure: str, title: str) -> Table:
