@@ -14,8 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ochat.errors import ConfigError
+
 MAX_NAME_BYTES = 255  # of every file system in use
 THREADS = 4  # that hash files: one is slower than the disks that large models lie on
+
+
+def check_places(*paths: Path | None) -> None:
+    """Raises: ConfigError where no file could be written; None is none that is asked for."""
+    for path in filter(None, paths):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path}: cannot be written; name a file in a folder that exists")
 
 
 def write_json(path: Path, record: Mapping[str, Any], *, indent: int = 2) -> None:

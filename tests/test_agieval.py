@@ -11,7 +11,7 @@ import pytest
 from ochat import cli
 from ochat.errors import ConfigError, DataError, ServerError
 from ochat.evaluate.judges import agieval_task, proportion
-from ochat.evaluate.judges.agieval import AgievalOptions, evaluate
+from ochat.evaluate.judges.agieval import AgievalOptions, evaluate, table
 from tests.chat_stub import ChatStub, Fault
 
 AQUA = {
@@ -142,6 +142,16 @@ def test_a_model_here_answers(world, folder):
     )
     record = evaluate(asked)
     assert record["tasks"]["sat-en"]["questions"] == 4 and record["condition"] == "GPT4"
+
+
+def test_a_task_named_twice_counts_once_and_the_papers_are_so_in_any_order(folder):
+    with ChatStub(lambda body: "C") as stub:
+        asked = AgievalOptions(model="m", data=folder, tasks=("sat-en", "sat-en"), endpoint=stub.endpoint)
+        found = evaluate(asked)
+        assert len(stub.requests) == 4 and list(found["tasks"]) == ["sat-en"]
+    rows = dict.fromkeys(reversed(agieval_task.PAPER), found["tasks"]["sat-en"])
+    assert "not the paper's" in str(table(found).caption)
+    assert "not the paper's" not in str(table(found | {"tasks": rows}).caption)
 
 
 def test_a_chosen_task_that_is_not_the_papers(folder):

@@ -217,6 +217,7 @@ def test_a_later_turn_without_room_is_an_empty_cut_answer(model, files):
     [
         ({"limit": 0}, "--limit 0"),
         ({"max_new_tokens": -1}, "--max-new-tokens -1"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
         ({"temperature": -0.5}, "--temperature -0.5"),
         ({"condition": "a<|end_of_turn|>"}, "spells a special token"),
         ({"device": "cuda:9"}, "--device cuda:9"),

@@ -52,6 +52,17 @@ def test_a_request_says_what_was_asked_and_carries_the_key(stub, monkeypatch):
     }
 
 
+def test_a_key_with_a_line_end_is_sent_and_one_that_cannot_be_is_not_shown(stub, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key\n")
+    ask(server(stub))
+    assert stub.requests[0].headers["Authorization"] == "Bearer secret-key"
+    for key in ("secret\nkey", "secret\u2014key"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY: holds characters") as refused:
+            server(stub)
+        assert "secret" not in str(refused.value)
+
+
 PASSING = [
     Fault(429), Fault(500), Fault(503, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), b"", b"not JSON", b"[]",
     b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}', b"[" * 100_000, CUT,
@@ -150,6 +161,10 @@ def test_after_an_error_nothing_is_begun_and_nothing_is_lost():
     ("more", "named"),
     [
         ({"endpoint": "127.0.0.1:8000"}, "--endpoint 127.0.0.1:8000: an address"),
+        ({"endpoint": "http://[::1"}, "--endpoint http://.*: an address"),
+        ({"endpoint": "http://host:port/v1"}, "--endpoint http://host:port/v1: an address"),
+        ({"endpoint": "http:///v1"}, "--endpoint http:///v1: an address"),
+        ({"endpoint": "http://a b/v1"}, "--endpoint http://a b/v1: an address"),
         ({"concurrent": 0}, "--concurrent 0"),
         ({"retries": -1}, "--retries -1"),
         ({"requests_per_minute": float("nan")}, "--requests-per-minute nan"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -215,8 +216,25 @@ def test_answers_to_different_questions_are_refused(files):
         assert len(stub.requests) == 2 * COUNT
 
 
+def test_verdicts_beside_other_questions_are_refused(files):
+    with ChatStub(longer) as stub:
+        asked = options(files, stub, "jsonl", questions=files / "question.jsonl")
+        judge(asked)
+        (files / "question.jsonl").write_text((files / "question.jsonl").read_text().replace("right one", "another"))
+        with pytest.raises(ConfigError, match="verdicts.jsonl: begun with questions"):
+            judge(asked)
+
+
 @pytest.mark.parametrize(
-    ("more", "named"), [({"judge": ""}, "--judge NAME"), ({"endpoint": ""}, "--endpoint"), ({"limit": 0}, "--limit 0")]
+    ("more", "named"),
+    [
+        ({"judge": ""}, "--judge NAME"),
+        ({"endpoint": ""}, "--endpoint"),
+        ({"limit": 0}, "--limit 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"summary": Path("nowhere/summary.json")}, "nowhere/summary.json: cannot be written"),
+        ({"output": Path()}, ".: cannot be written"),
+    ],
 )
 def test_what_cannot_be_is_named(files, more, named):
     with ChatStub(longer) as stub, pytest.raises(ConfigError, match=named):

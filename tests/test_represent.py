@@ -193,6 +193,7 @@ def test_conversations_and_prepared_data_are_one(world, small):
         ({"output": (Path("map.pdf"),)}, ConfigError, "map.pdf: expected a name that ends in .png or .svg"),
         ({"numbers": Path("/nowhere/x.json")}, ConfigError, "/nowhere/x.json: cannot be written"),
         ({"permutations": 5}, ConfigError, "--permutations 5"),
+        ({"seed": -1}, ConfigError, "--seed -1"),
         ({"per_class": 3}, ConfigError, "--per-class 3"),
         ({"classes": ("GPT4", "GPT5")}, ConfigError, r"GPT5.*it has GPT3 \(40\), GPT4 \(20\)"),
         ({"classes": ("GPT4",)}, DataError, "two classes are needed"),
@@ -211,6 +212,12 @@ def test_too_few_answers_and_missing_packages_are_named(world, small, monkeypatc
     lines = small.chats.read_text().splitlines()
     few.write_text("\n".join([line for line in lines if "GPT3" in line] + [lines[0]]))
     with pytest.raises(DataError, match="class 'GPT4' has 1 conversations"):
+        run([small.sft], few)
+    asked = [json.loads(line) | {"system": ""} for line in lines]
+    for place, record in enumerate(asked):
+        record["items"][0]["content"] = f"prompt {place % 4}"
+    few.write_text("\n".join(map(json.dumps, asked)))
+    with pytest.raises(DataError, match="answer 4 different prompts, and 5 are needed"):
         run([small.sft], few)
     monkeypatch.setitem(command.PACKAGES, "no_such_module", "no-such-package")
     with pytest.raises(ConfigError, match=r"no-such-package: pip install 'ochat\[report\]'"):

@@ -101,9 +101,7 @@ def _check_files(options: EvalOptions) -> None:
         raise ConfigError("--prompts FILE and --answers FILE go together: give both, or neither")
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
-    for path in filter(None, (options.output, options.answers)):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path}: cannot be written; name a file in a folder that exists")
+    disk.check_places(options.output, options.answers)
 
 
 def _template(options: EvalOptions, folder: Path, tokenizer: Tokenizer) -> Template:

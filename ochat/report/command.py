@@ -64,8 +64,7 @@ def _output(options: ReportOptions) -> Path:
     output = options.output or folders[0] / NAME
     if output.suffix.lower() not in ENDINGS:
         raise ConfigError(f"--output {output}: expected a name that ends in .html")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ConfigError(f"{output}: cannot be written; name a file in a folder that exists")
+    disk.check_places(output)
     return output
 
 

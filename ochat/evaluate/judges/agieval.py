@@ -21,7 +21,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat import disk
-from ochat.errors import ConfigError
 from ochat.evaluate.judges import agieval_task, proportion
 from ochat.evaluate.judges.agieval_task import Task
 from ochat.evaluate.judges.answer import ask, check_limit, warn
@@ -52,9 +51,7 @@ def evaluate(options: AgievalOptions) -> dict[str, Any]:
     Raises: ConfigError, DataError and CheckpointError for what can be known before anything is asked; ServerError.
     """
     check_limit(options.limit)
-    for path in filter(None, (options.output, options.answers)):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path}: cannot be written; name a file in a folder that exists")
+    disk.check_places(options.output, options.answers)
     tasks = [agieval_task.read(path, options.limit) for path in agieval_task.find(options.data, options.tasks)]
     model = asked_model(options, options.max_new_tokens, warn)
     about = {"tasks": {task.name: len(task.questions) for task in tasks}, "max_new_tokens": options.max_new_tokens}
@@ -72,8 +69,8 @@ def evaluate(options: AgievalOptions) -> dict[str, Any]:
 
 def summarise(tasks: Sequence[Task], texts: Mapping[str, str]) -> dict[str, Any]:
     """`tasks` {name: {questions, correct, accuracy, interval, no_letter, strict_accuracy, strict_no_letter}} and
-    `average` over them; `texts`: the answer to each question's key. No questions in a task is no task."""
-    scored = {task.name: _score(task, texts) for task in tasks if task.questions}
+    `average` over them; `texts`: the answer to each question's key."""
+    scored = {task.name: _score(task, texts) for task in tasks}
     shares = [row["accuracy"] for row in scored.values()]
     mean, ends = proportion.average(shares, [row["interval"] for row in scored.values()])
     strict = sum(row["strict_accuracy"] for row in scored.values()) / len(scored)
@@ -83,7 +80,7 @@ def summarise(tasks: Sequence[Task], texts: Mapping[str, str]) -> dict[str, Any]
 def table(record: Mapping[str, Any]) -> Table:
     """A row for each task, and one for their average."""
     level = record["interval"]["level"]
-    whole = "" if tuple(record["tasks"]) == agieval_task.PAPER else "; not the paper's 7 tasks"
+    whole = "" if set(record["tasks"]) == set(agieval_task.PAPER) else "; not the paper's 7 tasks"
     strict = f"strict: where the answer commits itself to a letter{whole}"
     shown = Table(
         title="AGIEval, zero-shot, per cent right",

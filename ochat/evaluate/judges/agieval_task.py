@@ -50,7 +50,7 @@ def find(data: Path, names: tuple[str, ...]) -> list[Path]:
             raise ConfigError(f"--tasks {name}: not one that is scored here; known: {', '.join(PROMPTS)}")
     if data.is_file():
         return [data]
-    found = [data / f"{name}.jsonl" for name in names or PAPER]
+    found = [data / f"{name}.jsonl" for name in dict.fromkeys(names or PAPER)]
     missing = [path for path in found if not path.is_file()]
     if missing and (names or len(missing) == len(found)):
         raise ConfigError(f"{missing[0]}: no such file; give AGIEval's folder data/v1_1, or one of its files")

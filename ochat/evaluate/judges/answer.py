@@ -55,7 +55,8 @@ def answer(options: AnswerOptions) -> list[tuple[Question, Answer]]:
     """
     check_output(options.output)
     asked = read_questions(options)
-    most = options.max_new_tokens or benchmark.MAX_NEW_TOKENS[options.format]
+    given = options.max_new_tokens
+    most = benchmark.MAX_NEW_TOKENS[options.format] if given is None else given
     model = asked_model(options, most, warn)
     about = {"questions": disk.sha256(options.questions), "format": options.format, "seed": options.seed}
     about |= {"max_new_tokens": most, "temperature": options.temperature} | model.about

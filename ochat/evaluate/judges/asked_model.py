@@ -58,9 +58,14 @@ class AskedModel(Protocol):
 
 def asked_model(options: AskedOptions, most: int, warn: Callable[[str], object]) -> AskedModel:
     """The one that the options name; answers have at most `most` tokens. Raises: as its class; ConfigError."""
+    check_max_new_tokens(most)
+    return ServedModel(options, most, warn) if options.endpoint else LocalModel(options, most)
+
+
+def check_max_new_tokens(most: int) -> None:
+    """Raises: ConfigError for less than 1."""
     if most < 1:
         raise ConfigError(f"--max-new-tokens {most}: at least 1 is needed")
-    return ServedModel(options, most, warn) if options.endpoint else LocalModel(options, most)
 
 
 def seed_of(seed: int, key: str, turn: int) -> int:

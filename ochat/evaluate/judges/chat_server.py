@@ -16,6 +16,7 @@ import os
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class ChatServer:
         self.url = options.endpoint.rstrip("/") + "/chat/completions"
         self._interval_s = 60 / options.requests_per_minute if options.requests_per_minute else 0.0
         self._next_start, self._lock = 0.0, threading.Lock()
-        self._key = os.environ.get(KEY, "")
+        self._key = _key()
         self._open = urllib.request.build_opener(_NoRedirects).open
 
     def ask(self, messages: Sequence[dict[str, str]], *, max_tokens: int, temperature: float, **more: Any) -> Reply:
@@ -176,8 +177,27 @@ def _seconds(retry_after: str | None) -> float:
     return value if math.isfinite(value) and value > 0 else 0.0
 
 
+def _key() -> str:
+    """The key, without the blanks and line ends that a file of it has. Raises: ConfigError for one that no request can
+    carry, without a word of it."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{KEY}: holds characters that no key has; set it again")
+    return key
+
+
+def _is_address(endpoint: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        parts.port  # noqa: B018  raises for what is no number
+    except ValueError:
+        return False
+    is_plain = endpoint.isascii() and endpoint.isprintable() and " " not in endpoint
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and is_plain
+
+
 def _check(options: ServerOptions) -> None:
-    if not options.endpoint.startswith(("http://", "https://")):
+    if not _is_address(options.endpoint):
         raise ConfigError(f"--endpoint {options.endpoint}: an address is needed, such as http://127.0.0.1:8000/v1")
     limits = {"concurrent": 1, "retries": 0, "requests_per_minute": 0, "timeout_s": 1}
     for name, least in limits.items():

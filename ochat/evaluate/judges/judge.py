@@ -26,6 +26,7 @@ from ochat.errors import ConfigError
 from ochat.evaluate.judges import answer_files, proportion, verdict
 from ochat.evaluate.judges.answer import check_limit, warn
 from ochat.evaluate.judges.answer_log import AnswerLog
+from ochat.evaluate.judges.asked_model import check_max_new_tokens
 from ochat.evaluate.judges.chat_server import ChatServer, RefusedError, ServerOptions
 from ochat.evaluate.judges.parallel import in_parallel
 from ochat.evaluate.judges.verdict import Pair
@@ -70,6 +71,8 @@ def judge(options: JudgeOptions) -> dict[str, Any]:
     Raises: ConfigError and DataError for what can be known before anything is asked; ServerError.
     """
     check_limit(options.limit)
+    check_max_new_tokens(options.max_new_tokens)
+    disk.check_places(options.output, options.summary)
     if not options.judge:
         raise ConfigError("--judge NAME: which model of the server judges?")
     server = ChatServer(options, options.judge, warn)
@@ -77,6 +80,7 @@ def judge(options: JudgeOptions) -> dict[str, Any]:
     pairs = pairs[: options.limit]
     about = {"judge": options.judge, "prompt": verdict.PROMPT_ID, "max_new_tokens": options.max_new_tokens}
     about |= {"a": disk.sha256(options.a), "b": disk.sha256(options.b)}
+    about |= {"questions": disk.sha256(options.questions)} if options.questions else {}
     with AnswerLog(options.output, about) as log:
         _ask(server, pairs, log, options)
         lines = dict(log.found)

@@ -114,14 +114,14 @@ def _check(options: RepresentOptions) -> None:
         raise ConfigError(f"ochat represent needs {', '.join(missing)}: pip install 'ochat[report]'")
     if options.labels and len(options.labels) != len(options.models):
         raise ConfigError(f"--labels: {len(options.labels)} for {len(options.models)} models; give one for each")
+    if options.seed < 0:
+        raise ConfigError(f"--seed {options.seed}: 0 or more is needed")
     if options.permutations < LEAST_PERMUTATIONS:
         raise ConfigError(f"--permutations {options.permutations}: at least {LEAST_PERMUTATIONS} are needed")
     for path in options.output:
         if path.suffix.lower() not in ENDINGS:
             raise ConfigError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS)}")
-    for path in filter(None, (*options.output, options.numbers)):
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise ConfigError(f"{path}: cannot be written; name a file in a folder that exists")
+    disk.check_places(*options.output, options.numbers)
 
 
 def _description(options: RepresentOptions, sample: Sample, one_prefix: str) -> dict[str, Any]:

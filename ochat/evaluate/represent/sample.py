@@ -19,8 +19,9 @@ from ochat.data.template import Template
 from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.held_out import HeldOut
+from ochat.evaluate.represent.probe import FOLDS
 
-LEAST_PER_CLASS = 10  # two for each fold of the probe
+LEAST_PER_CLASS = 2 * FOLDS
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ def draw(conversations: Sequence[HeldOut], classes: Sequence[str], per_class: in
     """`per_class` of each class (none: of all classes there are), or as many as the smallest class has.
 
     Conversations without an answer to learn from are left out. Raises: ConfigError for a class that is not there;
-    DataError for fewer than two classes, or one of fewer than LEAST_PER_CLASS conversations.
+    DataError for fewer than two classes, one of fewer than LEAST_PER_CLASS conversations, or fewer prompts than FOLDS.
     """
     answered = [each for each in map(_answers_alone, conversations) if any(span.weight for span in each.spans)]
     counts = Counter(each.condition for each in answered)
@@ -65,6 +66,11 @@ def draw(conversations: Sequence[HeldOut], classes: Sequence[str], per_class: in
         chosen += [answered[place] for place in np.sort(random.permutation(places)[:size])]
     keys = [_prompt(each) for each in chosen]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    if len(numbers) < FOLDS:
+        raise DataError(
+            f"the conversations answer {len(numbers)} different prompts, and {FOLDS} are needed: the probe is tried on "
+            "prompts that it was not fitted to; give more data"
+        )
     labels = np.repeat(np.arange(len(names)), size)
     return Sample(chosen, names, labels, np.array([numbers[key] for key in keys]))
 
