@@ -72,6 +72,15 @@ def test_the_expert_is_the_heaviest_class_else_the_one_that_is_served(tmp_path, 
     assert expert(run, read(run)) == wanted
 
 
+def test_a_description_of_anybodys_serves_no_class(tmp_path):
+    run = measured(tmp_path / "run", LOSSES, (), '[weights]\nsource = "record"')
+    serves(run, "GPT4")
+    assert expert(run, read(run)) == "GPT4"
+    described = run / "serving" / "openchat.json"
+    described.write_text('{"template": {"default_condition": ["GPT4"]}}')
+    assert expert(run, read(run)) == "all"
+
+
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     run = measured(tmp_path / "run", {10: (None, 1.0), 20: (float("nan"), 1.0), 30: (3.0, 1.0)}, (10, 20, 30))
     found = read(run)

@@ -402,7 +402,9 @@ def test_an_ablation_is_shown_with_its_intervals(tmp_path):
     assert (expert["x"], expert["y"]) == ([0.5, 0.25], ["C-&lt;b&gt;", "SFT"]) and suboptimal["x"] == [0.25]
     assert expert["error_x"]["array"] == [0.25, 0.25] and expert["error_x"]["arrayminus"] == [0.125, 0.125]
     assert expert["marker"]["symbol"] != suboptimal["marker"]["symbol"]
-    for broken in ({}, {"rows": 3}, ablated() | {"rows": [{"title": "x"}]}):
+    diverged = ablated()
+    diverged["rows"][1]["nll"]["expert"]["mean"] = float("nan")
+    for broken in ({}, {"rows": 3}, ablated() | {"rows": [{"title": "x"}]}, diverged):
         (tmp_path / "table.json").write_text(json.dumps(broken))
         with pytest.raises(DataError, match="not what `ochat ablate` writes"):
             report(run, ablation=tmp_path)

@@ -6,6 +6,7 @@ charts, tables = Ablation.read(Path("runs/laboratory")).shown()
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,12 @@ def _sides(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _ends(cell: dict[str, Any]) -> tuple[float, float, float]:
-    """(mean, low, high); where there is no interval all are the mean."""
+    """(mean, low, high); where there is no interval all are the mean. Raises: ValueError for what is no number."""
     low, high = cell["interval"] or (cell["mean"], cell["mean"])
-    return float(cell["mean"]), float(low), float(high)
+    mean, low, high = float(cell["mean"]), float(low), float(high)
+    if not all(map(math.isfinite, (mean, low, high))):
+        raise ValueError("a mean or an interval that is no number")
+    return mean, low, high
 
 
 def _chart(record: dict[str, Any], measure: str) -> Chart:

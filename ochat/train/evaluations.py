@@ -151,9 +151,10 @@ def _served(run_dir: Path) -> str | None:
     """The class that an exported model answers as unless another is asked for."""
     try:
         described = json.loads((run_dir / serving.FOLDER / serving.OPENCHAT).read_text(encoding="utf-8"))
-        return described["template"]["default_condition"]
-    except (OSError, ValueError, LookupError, TypeError):
+        served = described["template"]["default_condition"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+    return served if isinstance(served, str) else None
 
 
 def _pair(evaluation: Evaluation | None, name: str) -> tuple[str, str]:
