@@ -7,6 +7,7 @@ import pytest
 from ochat.train import plan, plan_scaling, speed
 from ochat.train.cards import CARDS
 from ochat.train.forecast import forecast
+from ochat.train.memory import GIB
 from ochat.train.speed import Cut
 from tests.test_forecast import LLAMA_1B, LLAMA_8B, make_run
 
@@ -52,6 +53,19 @@ def test_replicas_are_tried_where_the_network_is_slow_and_taken_where_they_fit()
         slow, memory_gib=rows[0].cut.ranks
     )  # too small for an eighth of 8B, beside its gradients
     assert plan_scaling.scale(make_run(bins=512), small) == []
+
+
+def test_a_rate_is_compared_with_that_on_eight_or_not_at_all():
+    def shares(memory_gib: float) -> list[list[str]]:
+        rows = plan_scaling.scale(make_run(bins=512), dataclasses.replace(H200, memory_gib=memory_gib))
+        columns = {str(column.header): list(map(str, column.cells)) for column in plan_scaling.table(rows).columns}
+        return [columns["GPUs"], columns["of 8's"]]
+
+    gpus, all_fit = shares(H200.memory_gib)
+    assert gpus == ["8", "64", "512"] and all_fit[0] == "100%"
+    needed = make_run(bins=512).memory(plan_scaling.scale(make_run(bins=512), H200)[0].cut).total / GIB
+    gpus, some_fit = shares(needed - 1)
+    assert gpus == ["64", "512"] and some_fit == ["-", "-"]
 
 
 def test_more_hops_take_longer_and_hide_behind_enough_work():

@@ -23,7 +23,7 @@ GPUS_OF_NODE = 8
 COLUMNS = ("replicas", "bins", "a step", "tokens/s", "a GPU", "of 8's", "messages", "not hidden")
 LEGEND = (
     "replicas: copies of the model, each sharded over the rest; bins: of a step; of 8's: a GPU's rate beside that on "
-    "8; messages: GiB of a GPU in a step; not hidden: the share of the step that waits for them"
+    "8, where it fits there; messages: GiB of a GPU in a step; not hidden: the share of the step that waits for them"
 )
 
 
@@ -63,12 +63,13 @@ def table(rows: list[Row]) -> Table:
     shown = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("GPUs", "card", *COLUMNS):
         shown.add_column(name, justify="left" if name == "card" else "right", no_wrap=True)
-    fewest = {row.card.name: row for row in reversed(rows)}
+    rates = {row.card.name: row.rate for row in rows if row.ranks == GPUS[0]}
     for row in rows:
-        step, scaling = row.speed.step_seconds, row.rate / fewest[row.card.name].rate
+        step, name = row.speed.step_seconds, row.card.name
+        scaling = f"{row.rate / rates[name]:.0%}" if name in rates else "-"
         shown.add_row(
-            f"{row.ranks:,}", row.card.name, f"{row.replicate}", f"{row.cut.bins_per_step:,}", duration(step),
-            rounded(row.speed.tokens_per_s), rounded(row.rate), f"{scaling:.0%}", f"{row.message_bytes / GIB:,.1f}",
+            f"{row.ranks:,}", name, f"{row.replicate}", f"{row.cut.bins_per_step:,}", duration(step),
+            rounded(row.speed.tokens_per_s), rounded(row.rate), scaling, f"{row.message_bytes / GIB:,.1f}",
             f"{row.speed.communication / step:.0%}",
         )  # fmt: skip
     return shown
