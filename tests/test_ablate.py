@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from ochat import config as configuration
+from ochat.data.dataset import TokenDataset
 from ochat.data.template import load as load_template
 from ochat.data.tokenizer import load as load_tokenizer
 from ochat.errors import ConfigError
@@ -25,7 +27,9 @@ from ochat.evaluate.ablate import command, crew, student, table, variants
 from ochat.evaluate.ablate.crew import Task
 from ochat.evaluate.ablate.laboratory import Laboratory, last_step
 from ochat.evaluate.command import EvalOptions, evaluate
+from ochat.model import init_base
 from ochat.model.config import ModelConfig
+from ochat.model.init_base import InitBaseOptions
 from ochat.train import inputs
 from ochat.train.trainer import train
 from tests import tiny
@@ -213,6 +217,53 @@ def test_another_setting_under_a_folder_is_named(killed, file, more, named):
         command.main(run_command(file, killed[0], *more))
 
 
+def begin(folder):
+    """A run that has made a step."""
+    (folder / "runs" / "c-rlft-seed3").mkdir(parents=True)
+    (folder / "runs" / "c-rlft-seed3" / "metrics.jsonl").write_text('{"step": 1}\n')
+
+
+def test_another_base_under_a_folder_is_named_and_a_moved_one_is_not(file, world, tmp_path):
+    options = [f"--ablate.dir={tmp_path / 'lab'}"]
+    Laboratory(*variants.read(file, options)).open()
+    begin(tmp_path / "lab")
+    shutil.copytree(world.base, tmp_path / "moved")
+    options.append(f"--base.path={tmp_path / 'moved'}")
+    Laboratory(*variants.read(file, options)).open()
+    init_base.main(
+        InitBaseOptions(
+            tmp_path / "other", random=world.folder / "model.json", tokenizer=world.base, seed=1, dtype="float32"
+        )
+    )
+    options[-1] = f"--base.path={tmp_path / 'other'}"
+    with pytest.raises(ConfigError, match=r"the checksum of the base is '\w+', and was"):
+        Laboratory(*variants.read(file, options)).open()
+
+
+def test_what_was_wrong_before_the_first_step_can_be_put_right(file, tmp_path):
+    def opened(*more):
+        laboratory = Laboratory(*variants.read(file, [f"--ablate.dir={tmp_path}", *more]))
+        laboratory.open()
+        return len(TokenDataset(laboratory.data(laboratory.runs[0], is_held_out=True)))
+
+    with pytest.raises(ConfigError, match="no such class"):
+        opened("--ablate.expert=GPT5")
+    few, many = opened("--ablate.held_out=0.3"), opened("--ablate.held_out=0.8")
+    assert many > 1.5 * few
+
+
+@pytest.mark.parametrize("more", [["--ablate.expert=GPT5"], ["--ablate.expert=GPT3", "--ablate.suboptimal=GPT4"]])
+def test_a_table_is_of_the_classes_that_were_trained(killed, file, more):
+    with pytest.raises(ConfigError, match="ablate.expert is 'GPT.', and was 'GPT4' when"):
+        command.main(run_command(file, killed[0], "--table", *more))
+
+
+def test_a_table_of_nothing_is_said(file, tmp_path):
+    with pytest.raises(ConfigError, match="nothing: no laboratory was begun there"):
+        command.main(run_command(file, tmp_path / "nothing", "--table"))
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_other_data_under_a_folder_is_named(file, world, tmp_path):
     chats = tmp_path / "chats.jsonl"
     lines = (world.folder / "conversations.jsonl").read_text().splitlines(keepends=True)
@@ -222,6 +273,7 @@ def test_other_data_under_a_folder_is_named(file, world, tmp_path):
     Laboratory(
         *variants.read(file, [*options, "--ablate.seeds=[8]", "--ablate.jobs=3", "--run.deterministic=true"])
     ).open()
+    begin(tmp_path / "lab")
     chats.write_text("".join(lines[:-1]))
     with pytest.raises(ConfigError, match=r"the content of .*chats.jsonl is '\w+', and was"):
         Laboratory(*variants.read(file, options)).open()
@@ -291,6 +343,25 @@ def test_a_failing_run_is_named_and_the_others_go_on(tmp_path):
     assert crew.tail(tasks[1].log) == "1\n2"
     assert [line.split()[:2] for line in said.getvalue().splitlines()] == [
         ["bad", "failed"], ["good", "done"], ["two", "done"]]  # fmt: skip
+
+
+def test_an_interrupt_waits_until_all_have_saved(tmp_path):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_): time.sleep(0.5); print('saved', flush=True); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
+    )
+    tasks = [python(tmp_path, name, code) for name in ("a", "b")]
+
+    def interrupt():
+        if all(task.log.exists() and "ready" in task.log.read_text() for task in tasks):
+            raise KeyboardInterrupt
+        return 0
+
+    tasks = [dataclasses.replace(task, done=interrupt) for task in tasks]
+    with pytest.raises(KeyboardInterrupt):
+        crew.work(tasks, [{}, {}], Console(file=io.StringIO()))
+    assert [crew.tail(task.log) for task in tasks] == ["ready\nsaved"] * 2
 
 
 def test_processes_have_slots_to_themselves(tmp_path):

@@ -44,7 +44,11 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(0 if arguments else 2)
     base, options = read_arguments([a for a in arguments if a != TABLE])
     laboratory, console = Laboratory(base, options), Console(highlight=False)
-    failed = [] if TABLE in arguments else run(laboratory, console)
+    if TABLE in arguments:
+        laboratory.check()
+        failed = []
+    else:
+        failed = run(laboratory, console)
     results = laboratory.results()
     if results:
         show(laboratory, results, console)

@@ -96,8 +96,7 @@ def work(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]], console: Con
                     _say(bars.console, worker, worker.task in failed, left)
                 _show(bars, whole, workers, tasks, waiting)
         except BaseException:
-            for worker in workers:
-                _stop(worker)
+            _stop(workers)
             raise
     return failed
 
@@ -123,14 +122,14 @@ def _has_ended(worker: _Worker, failed: list[Task]) -> bool:
     return True
 
 
-def _stop(worker: _Worker, patience_s: float = 60.0) -> None:
-    assert worker.process is not None
-    worker.process.terminate()
-    try:
-        worker.process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        worker.process.kill()
-        worker.process.wait()
+def _stop(workers: Sequence[_Worker]) -> None:
+    """Asks all to save and end, and waits for them, however long a step and a checkpoint take; a second Ctrl-C does
+    not wait."""
+    processes = [worker.process for worker in workers if worker.process is not None]
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
 
 
 def _bars(console: Console) -> Progress:

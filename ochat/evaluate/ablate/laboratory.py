@@ -62,6 +62,13 @@ class Laboratory:
             self._prepare(run)
             self._check_classes(run)
 
+    def check(self) -> None:
+        """Raises: ConfigError where nothing was begun, and naming a setting that is another than when it was."""
+        path = self.folder / IDENTITY
+        if not path.is_file():
+            raise ConfigError(f"{self.folder}: no laboratory was begun there")
+        self._refuse_change(json_file.read_object(path, ConfigError, "choose another folder"), self._settings())
+
     def config_file(self, run: Run) -> Path:
         """The run's configuration, written anew: what `ochat train` gets."""
         path = self.folder / "configs" / f"{run.name}.toml"
@@ -152,33 +159,48 @@ class Laboratory:
                     raise ConfigError(f"{ABLATE}.{key} = {name!r}: {path} has no such class; it has {known}")
 
     def _check_identity(self) -> None:
-        """Raises: ConfigError naming the first thing that is not as it was; what is new is added."""
+        """Raises: ConfigError naming the first thing that is not as it was; what is new is added. While no run has made
+        a step, nothing is lost by another setting: the data is prepared anew."""
         path, now = self.folder / IDENTITY, self._identity()
         self.folder.mkdir(parents=True, exist_ok=True)
         was = json_file.read_object(path, ConfigError, "choose another folder") if path.is_file() else {}
+        try:
+            self._refuse_change(was, now)
+        except ConfigError:
+            if any(self.folder.glob("runs/*/metrics.jsonl")):
+                raise
+            shutil.rmtree(self.folder / "data", ignore_errors=True)
+            was = {}
+        if now != was:
+            disk.write_json(path, was | now)
+
+    def _refuse_change(self, was: dict[str, Any], now: dict[str, Any]) -> None:
         for name, value in was.items():
             if name in now and now[name] != value:
                 raise ConfigError(
                     f"{name} is {now[name]!r}, and was {value!r} when {self.folder} was begun: its runs would not "
                     f"compare. Put it back, or choose another {ABLATE}.dir"
                 )
-        if now != was:
-            disk.write_json(path, was | now)
 
     def _identity(self) -> dict[str, Any]:
         """Everything that a number of a run depends on, as name -> value."""
+        found = self._settings()
+        for seed in self.options.seeds:
+            texts = (*self.options.input, *variants.held_out(self.options)[0])
+            for path in (variants.of_seed(text, seed) for text in texts):
+                found.setdefault(f"the content of {path}", _content(path))
+            base = self.base.base.path
+            whose = f" of seed {seed}" if variants.SEED in base else ""
+            found.setdefault(f"the checksum of the base{whose}", _weights(Path(variants.of_seed(base, seed))))
+        return found
+
+    def _settings(self) -> dict[str, Any]:
         base = dataclasses.replace(self.base, base=configuration.BaseConfig(""))
         found: dict[str, Any] = {}
         for section, values in dataclasses.asdict(base).items():
             if section not in FREE_SECTIONS:
                 found |= {f"{section}.{key}": value for key, value in values.items()}
         found |= {f"{ABLATE}.{key}": value for key, value in vars(self.options).items() if key not in FREE}
-        for seed in self.options.seeds:
-            texts = (*self.options.input, *variants.held_out(self.options)[0])
-            for path in (variants.of_seed(text, seed) for text in texts):
-                found.setdefault(f"the content of {path}", _content(path))
-            folder = variants.of_seed(self.base.base.path, seed)
-            found.setdefault(f"the weights in {folder}", _weights(Path(folder)))
         return json.loads(json.dumps(found))  # as it is read back
 
 
