@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ENDINGS = (".png", ".svg")
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00")  # Okabe and Ito's, dark beside light
 MARKERS = ("o", "^", "x", "s", "D", "v", "P")
 COLUMN_INCHES, ROW_INCHES, DPI = 3.9, 3.5, 110
