@@ -10,7 +10,8 @@ import pytest
 
 from ochat import cli
 from ochat.errors import ConfigError, DataError, ServerError
-from ochat.evaluate.judges import agieval_task, proportion
+from ochat.evaluate import proportion
+from ochat.evaluate.judges import agieval_task
 from ochat.evaluate.judges.agieval import AgievalOptions, evaluate, table
 from tests.chat_stub import ChatStub, Fault
 

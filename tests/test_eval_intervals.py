@@ -78,3 +78,14 @@ def test_the_same_matrix_gives_the_same_record_and_one_conversation_no_interval(
     assert cells(draw(2, 1))["own"]["nll_interval"] is None
     other = matrix.summarise({"stranger": sums}, CONDITIONS)["stranger"]["prefixes"]["own"]
     assert other["nll_above_own"] is None and other["nll_above_own_interval"] is None
+
+
+def test_none_or_all_exact_leaves_room_for_the_others():
+    """Of 20 conversations none exact, the truth may be 10 %: it leaves none in one of eight draws."""
+    tokens, nll = np.full(20, 3), np.ones((20, 2))
+    some = np.array([[3, 0]] * 20)  # all under one prefix, none under the other
+    found = cells(Sums(tokens, nll, some))
+    assert (found["own"]["exact"], found["other"]["exact"]) == (1.0, 0.0)
+    assert found["own"]["exact_interval"] == pytest.approx([0.8389, 1.0], abs=1e-4)  # Wilson's, as printed by others
+    assert found["other"]["exact_interval"] == pytest.approx([0.0, 0.1611], abs=1e-4)
+    assert "exact: Wilson" in matrix.METHOD

@@ -11,7 +11,8 @@ import pytest
 
 from ochat import cli
 from ochat.errors import ConfigError, DataError, ServerError
-from ochat.evaluate.judges import proportion, verdict
+from ochat.evaluate import proportion
+from ochat.evaluate.judges import verdict
 from ochat.evaluate.judges.judge import JudgeOptions, judge
 from ochat.evaluate.judges.verdict import Pair
 from tests.chat_stub import ChatStub, Fault

@@ -7,7 +7,9 @@ with replacement, and each mean is taken again as a ratio of sums. A percentile 
 skewed, perplexity more so, and a t interval of an accuracy near 1 leaves [0, 1]. All conditions see the same draws:
 the difference between two prefixes is paired, and far surer than either mean. Of few conversations intervals are too
 narrow: at 95 %, for skewed lengths and losses, those of 10, 20, 50 and 100 held the truth in 85, 88, 92 and 93 % of
-500 draws (those of tests/test_eval_intervals.py; t intervals: 90, 90, 94 and 95 % of 400).
+500 draws (those of tests/test_eval_intervals.py; t intervals: 90, 90, 94 and 95 % of 400). Of
+exact matches, one score a conversation, none or all of which may be right, a bootstrap would be sure: theirs is
+Wilson's.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from ochat.evaluate import proportion
 from ochat.evaluate.swap import Sums
 
 LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
-METHOD = "percentile bootstrap over conversations"
+METHOD = f"percentile bootstrap over conversations (exact: {proportion.METHOD})"
 SHOWN = {
     "nll": "nll",
     "perplexity": "per-\nplexity",
@@ -83,28 +86,32 @@ def table(record: dict[str, Any], conditions: Sequence[str]) -> Table:
 
 
 def _of_class(name: str, sums: Sums, conditions: Sequence[str]) -> dict[str, Any]:
-    columns = np.column_stack([sums.tokens, sums.nll, sums.correct, sums.exact])
-    drawn = np.vstack([columns.sum(0), resampled(columns)])  # (1 + RESAMPLES, 1 + 3C), the first row of all as they are
-    nll, accuracy, exact = np.split(drawn[:, 1:], 3, axis=1)
-    nll, accuracy, exact = nll / drawn[:, :1], accuracy / drawn[:, :1], exact / len(columns)
+    columns = np.column_stack([sums.tokens, sums.nll, sums.correct])
+    drawn = np.vstack([columns.sum(0), resampled(columns)])  # (1 + RESAMPLES, 1 + 2C), the first row of all as they are
+    nll, accuracy = np.split(drawn[:, 1:] / drawn[:, :1], 2, axis=1)
+    exact = sums.exact.mean(0, keepdims=True)  # (1, C)
     measures = {"nll": nll, "perplexity": np.exp(nll), "accuracy": accuracy, "exact": exact}
     if name in conditions:
         measures["nll_above_own"] = nll - nll[:, [list(conditions).index(name)]]
     prefixes = {
-        condition: _cell({key: values[:, column] for key, values in measures.items()}, len(columns) > 1)
+        condition: _cell({key: values[:, column] for key, values in measures.items()}, len(columns))
         for column, condition in enumerate(conditions)
     }
     return {"conversations": len(columns), "tokens": int(sums.tokens.sum()), "prefixes": prefixes}
 
 
-def _cell(measures: dict[str, NDArray[np.float64]], has_spread: bool) -> dict[str, Any]:
-    """Each measure's value and interval, from (1 + RESAMPLES,) values."""
+def _cell(measures: dict[str, NDArray[np.float64]], count: int) -> dict[str, Any]:
+    """Each measure's value and interval, from (1 + RESAMPLES,) values; an exact one's from the value alone."""
     tail = 100 * (1 - LEVEL) / 2
     cell: dict[str, Any] = {}
     for key in SHOWN:
         values = measures.get(key)
         cell[key] = None if values is None else float(values[0])
-        ends = None if values is None or not has_spread else np.percentile(values[1:], [tail, 100 - tail]).tolist()
+        ends = None
+        if values is not None and count > 1:
+            is_share = key == "exact"
+            found = proportion.wilson(values[0], count) if is_share else np.percentile(values[1:], [tail, 100 - tail])
+            ends = [float(end) for end in found]
         cell[f"{key}_interval"] = ends
     return cell
 

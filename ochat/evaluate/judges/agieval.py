@@ -21,7 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat import disk
-from ochat.evaluate.judges import agieval_task, proportion
+from ochat.evaluate import proportion
+from ochat.evaluate.judges import agieval_task
 from ochat.evaluate.judges.agieval_task import Task
 from ochat.evaluate.judges.answer import ask, check_limit, warn
 from ochat.evaluate.judges.answer_log import AnswerLog

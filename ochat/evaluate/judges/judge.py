@@ -23,7 +23,8 @@ from rich.table import Table
 
 from ochat import disk
 from ochat.errors import ConfigError
-from ochat.evaluate.judges import answer_files, proportion, verdict
+from ochat.evaluate import proportion
+from ochat.evaluate.judges import answer_files, verdict
 from ochat.evaluate.judges.answer import check_limit, warn
 from ochat.evaluate.judges.answer_log import AnswerLog
 from ochat.evaluate.judges.asked_model import check_max_new_tokens

@@ -26,6 +26,7 @@ from rich.console import Console
 from ochat import disk
 from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
+from ochat.evaluate import proportion
 from ochat.evaluate.progress import bar
 from ochat.infer.command import find_device
 
@@ -147,7 +148,7 @@ def _description(options: RepresentOptions, sample: Sample, one_prefix: str) -> 
             "penalty": probe.PENALTY,
             "permutations": options.permutations,
             "chance": 1 / len(sample.classes),
-            "interval": {"level": probe.LEVEL, "method": "Wilson's, of prompts"},
+            "interval": {"level": proportion.LEVEL, "method": "Wilson's, of prompts"},
         },
     }
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ochat.evaluate import proportion
+
 FOLDS = 5
-LEVEL = 0.95
-Z = 1.959964  # of the normal distribution at LEVEL
 PENALTY = 1.0
 TOLERANCE, MAX_STEPS = 1e-3, 500  # of the largest change of a score (a logit) between two steps
 Floats = NDArray[np.float32]
@@ -132,10 +132,7 @@ def wilson(share: float, prompts: NDArray[np.int64]) -> tuple[float, float]:
     """The score interval of a share of conversations, as if answers to one prompt were one observation: n is the
     number of prompts (of uneven ones, fewer: Kish's (sum m)^2 / sum m^2). Right, or too wide, never narrow at 1."""
     sizes = np.bincount(prompts)
-    n = float(sizes.sum() ** 2 / (sizes**2).sum())
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * np.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return proportion.wilson(share, float(sizes.sum() ** 2 / (sizes**2).sum()))
 
 
 def _blocks(prompts: NDArray[np.int64], folds: NDArray[np.int64]) -> list[NDArray[np.int64]]:

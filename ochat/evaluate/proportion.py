@@ -1,4 +1,4 @@
-"""Intervals of shares: accuracies, win rates, and averages of them over tasks.
+"""Intervals of shares: accuracies, exact matches, win rates, and averages of them over tasks.
 
     wilson(0.31, 254)                    # (low, high)
     average([0.31, 0.4], [(0.26, 0.37), (0.36, 0.44)])        # value, (low, high)
@@ -16,8 +16,8 @@ LEVEL, Z = 0.95, 1.959964  # the normal distribution's 97.5 % point
 METHOD = "Wilson's score interval"
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The interval of a mean of `count` independent scores in [0, 1]."""
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The interval of a mean of `count` independent scores in [0, 1]; of an effective number of them, any float."""
     if not count:
         return 0.0, 1.0
     shrunk = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
