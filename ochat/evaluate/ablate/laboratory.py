@@ -109,7 +109,7 @@ class Laboratory:
         return found
 
     def _result(self, run: Run) -> dict[str, Any]:
-        measured = json_file.read_object(self.measured(run), ConfigError, "remove it, and the run is measured again")
+        measured = json_file.read_object(self.measured(run), ConfigError, "remove it, and the run is made again")
         last = last_step(Path(run.config.run.dir))
         return {
             "run": run.name,
