@@ -345,7 +345,8 @@ def test_a_failing_run_is_named_and_the_others_go_on(tmp_path):
         ["bad", "failed"], ["good", "done"], ["two", "done"]]  # fmt: skip
 
 
-def test_an_interrupt_waits_until_all_have_saved(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_all_have_saved(tmp_path, number):
     code = (
         "import pathlib, signal, sys, time\n"
         "def save(*_): time.sleep(0.5); print('saved', flush=True); sys.exit(143)\n"
@@ -355,13 +356,15 @@ def test_an_interrupt_waits_until_all_have_saved(tmp_path):
 
     def interrupt():
         if all(task.log.exists() and "ready" in task.log.read_text() for task in tasks):
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return 0
 
     tasks = [dataclasses.replace(task, done=interrupt) for task in tasks]
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         crew.work(tasks, [{}, {}], Console(file=io.StringIO()))
     assert [crew.tail(task.log) for task in tasks] == ["ready\nsaved"] * 2
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_processes_have_slots_to_themselves(tmp_path):

@@ -9,10 +9,12 @@ however it ends.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,11 +76,11 @@ class _Worker:
 def work(tasks: Sequence[Task], slots: Sequence[Mapping[str, str]], console: Console) -> list[Task]:
     """Does all tasks, as many at a time as there are slots; those that failed, whose logs say why. Others go on.
 
-    Ctrl-C reaches the processes too, which save and end; this waits for them.
+    Ctrl-C and SIGTERM reach the processes too, which save and end; this waits for them.
     """
     waiting, failed, free = list(tasks), [], list(slots)
     workers: list[_Worker] = []
-    with _bars(console) as bars:
+    with _bars(console) as bars, _terminable():
         whole = bars.add_task("all", total=sum(task.steps for task in tasks))
         try:
             while waiting or workers:
@@ -120,6 +122,20 @@ def _has_ended(worker: _Worker, failed: list[Task]) -> bool:
         return False
     worker.task.finish()
     return True
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: else this process would end at once, and its processes with it, unsaved."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
