@@ -80,6 +80,12 @@ def test_more_hops_take_longer_and_hide_behind_enough_work():
     assert exposed(4096, 8192) > least
 
 
+def test_no_table_is_shown_where_nothing_fits(world, capsys, monkeypatch):
+    monkeypatch.setattr(plan_scaling, "scale", lambda *_: [])
+    plan.main([str(world.config), "--train.dtype=bfloat16"])
+    assert "on more GPUs" not in capsys.readouterr().out
+
+
 def test_the_table_is_shown_where_no_machine_is_named(world, capsys):
     def said(*options: str) -> str:
         plan.main([str(world.config), "--train.dtype=bfloat16", *options])

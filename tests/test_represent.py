@@ -194,6 +194,7 @@ def test_conversations_and_prepared_data_are_one(world, small):
         ({"numbers": Path("/nowhere/x.json")}, ConfigError, "/nowhere/x.json: cannot be written"),
         ({"permutations": 5}, ConfigError, "--permutations 5"),
         ({"seed": -1}, ConfigError, "--seed -1"),
+        ({"template": "openchat_v3.2"}, ConfigError, "--template openchat_v3.2: every model here has"),
         ({"per_class": 3}, ConfigError, "--per-class 3"),
         ({"classes": ("GPT4", "GPT5")}, ConfigError, r"GPT5.*it has GPT3 \(40\), GPT4 \(20\)"),
         ({"classes": ("GPT4",)}, DataError, "two classes are needed"),

@@ -78,7 +78,8 @@ def show(run: Run, options: argparse.Namespace, console: Console) -> None:
     console.print(speed_table(forecasts), "", policy_table(forecasts), "", advice_table(forecasts), sep="\n")
     if options.gpus is None and options.nodes == 1 and not run.config.optim.in_backward:
         rows = [row for card in cards for row in plan_scaling.scale(run, card)]
-        console.print("", plan_scaling.table(rows), f"[dim]{plan_scaling.LEGEND}[/]\n", sep="\n")
+        if rows:
+            console.print("", plan_scaling.table(rows), f"[dim]{plan_scaling.LEGEND}[/]\n", sep="\n")
     for advice in dict.fromkeys(each.advice for each in forecasts):
         where = [f"{each.ranks:,} x {each.card.name}" for each in forecasts if each.advice == advice]
         console.print(f"[dim]{escape(', '.join(where))}:[/] {escape(advice)}")
