@@ -47,7 +47,7 @@ def find(
         if tokenizers.load(folder).fingerprint() != tokenizer.fingerprint():
             raise ConfigError(f"{source}: has another tokenizer than {sources[0]}: they cannot stand side by side")
     if template is not None and all(read_description(folder) for folder in folders):
-        raise ConfigError(
+        raise ConfigError(f"--template {template}: every model here has an openchat.json with its own; leave it out")
             f"--template {template}: every model here has an openchat.json that says its own; leave it out"
         )
     of_data = held_out.template_of(data, None, tokenizer) if held_out.is_prepared(data) else None
