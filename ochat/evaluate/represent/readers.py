@@ -48,8 +48,6 @@ def find(
             raise ConfigError(f"{source}: has another tokenizer than {sources[0]}: they cannot stand side by side")
     if template is not None and all(read_description(folder) for folder in folders):
         raise ConfigError(f"--template {template}: every model here has an openchat.json with its own; leave it out")
-            f"--template {template}: every model here has an openchat.json that says its own; leave it out"
-        )
     of_data = held_out.template_of(data, None, tokenizer) if held_out.is_prepared(data) else None
     spoken = [_template(folder, template, of_data) for folder in folders]
     context = min(each.context for each in spoken)
