@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ochat import cli
+from ochat.config import Config
 from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
 from ochat.errors import UsageError
@@ -184,6 +186,31 @@ def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys, arguments
     lines = "".join(capsys.readouterr()).splitlines()
     for name, command in cli.COMMANDS.items():
         assert f"  {name:<10} {command.purpose}" in lines
+
+
+@pytest.mark.parametrize("name", ["plan", "train", "ablate"])
+def test_the_keys_of_a_configuration_stand_whole_in_80_columns_with_the_words_they_take(monkeypatch, capsys, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(name, ["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and shown.startswith(f"usage: ochat {name} CONFIG.toml") and "…" not in shown
+    sections = {name: kind for name, kind in vars(Config()).items() if name != "classes"}
+    for key in [f"{name}.{key.name}" for name, kind in sections.items() for key in dataclasses.fields(kind)]:
+        assert f"\n{key} " in shown, key
+    words = " ".join(line[49:].strip() for line in shown.splitlines())
+    assert "(auto, none, elementwise, block)" in words and "(none, optimizer, all)" in words
+    assert "(auto)" not in words, "one word beside numbers is explained by its comment"
+
+
+@pytest.mark.parametrize("name", ["plan", "train", "ablate"])
+def test_without_arguments_usage_is_short(monkeypatch, capsys, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(name, [])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 2 and f"`ochat {name} --help` lists every key" in shown
+    assert "train.kernels" not in shown and len(shown.splitlines()) < 20
 
 
 @pytest.mark.parametrize(

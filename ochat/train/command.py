@@ -18,19 +18,21 @@ import inspect
 import os
 import re
 import sys
+import typing
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, Literal, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from ochat import config as configuration
 from ochat.config import Config
 from ochat.errors import ConfigError, OchatError, complain
 
 PROFILE = "--profile"
-PURPOSE = f"""Trains from the newest checkpoint, or from the base.
+PURPOSE = f"""Trains from the newest checkpoint, or from the base. On several GPUs the same arguments go to
+torchrun --nproc-per-node N -m ochat.train
 
   {PROFILE}   instead records a few steps from the base, prints where their time goes beside the least it could take,
               writes traces into RUN/profile, and ends; the run itself is left as it is"""
@@ -39,9 +41,7 @@ PURPOSE = f"""Trains from the newest checkpoint, or from the base.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, trains, and exits with the documented code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print_help("torchrun --nproc-per-node N -m ochat.train", PURPOSE)
-        sys.exit(0 if arguments else 2)
+    explain_if_asked(arguments, "ochat train", PURPOSE)
     try:
         config = read_arguments([a for a in arguments if a != PROFILE])
         if PROFILE in arguments:
@@ -89,12 +89,30 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return files[0], [a for a in arguments if a.startswith("--")]
 
 
-def print_help(command: str, purpose: str, more: Mapping[str, type] | None = None) -> None:
-    """Usage, and every configuration key with its default and what it is for; `more`: sections of the command's own."""
+def explain_if_asked(
+    arguments: Sequence[str], command: str, purpose: str, more: Mapping[str, type] | None = None
+) -> None:
+    """Where --help is among the arguments: usage and every configuration key, and exits with 0. Where there are none:
+    usage alone, and exits with 2.
+
+    `more`: sections of the command's own.
+    """
+    if arguments and not {"--help", "-h"} & set(arguments):
+        return
     console = Console(highlight=False)
     console.print(f"usage: {escape(command)} CONFIG.toml [--section.key=value ...]\n\n{purpose}\n", soft_wrap=True)
-    table = Table("key", "default", "what it is", box=None, padding=(0, 3, 0, 0))
-    for name, kind in (more or {}).items():
+    if not arguments:
+        console.print(f"`{escape(command)} --help` lists every key; configs/ has files to start from.", soft_wrap=True)
+        sys.exit(2)
+    console.print(_keys(more or {}))
+    sys.exit(0)
+
+
+def _keys(more: Mapping[str, type]) -> Table:
+    """Every key with its default, what it is for, and the words it can be."""
+    default = Column("default", max_width=20)  # of 80 columns the explanations get the most
+    table = Table(Column("key", no_wrap=True), default, "what it is", box=None, padding=(0, 2, 0, 0))
+    for name, kind in more.items():
         _add_keys(table, name, kind)
     for section in dataclasses.fields(Config):
         if section.name == "classes":
@@ -103,14 +121,23 @@ def print_help(command: str, purpose: str, more: Mapping[str, type] | None = Non
             _add_keys(table, section.name, type(getattr(Config(), section.name)))
         if section.name == "data":
             _add_keys(table, "data.mix.NAME", configuration.MixConfig)
-    console.print(table)
+    return table
 
 
 def _add_keys(table: Table, section: str, kind: type) -> None:
-    comments = _comments(kind)
+    comments, types = _comments(kind), typing.get_type_hints(kind)
     for key in dataclasses.fields(kind):
         default = key.default if key.default is not dataclasses.MISSING else {}
-        table.add_row(f"{section}.{key.name}", escape(repr(default)), escape(comments.get(key.name, "")))
+        words = _words(types[key.name])
+        choice = f" ({', '.join(words)})" if len(words) > 1 else ""
+        table.add_row(f"{section}.{key.name}", escape(repr(default)), escape(f"{comments.get(key.name, '')}{choice}"))
+
+
+def _words(kind: Any) -> list[str]:
+    """The words among the values of a type: Literal["a", "b"] | bool has two."""
+    if typing.get_origin(kind) is Literal:
+        return [word for word in typing.get_args(kind) if isinstance(word, str)]
+    return [word for part in typing.get_args(kind) for word in _words(part)]
 
 
 def _comments(kind: type) -> dict[str, str]:

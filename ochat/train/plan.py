@@ -8,7 +8,6 @@ Needs no GPU, and of the base model no more than its config.json.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,10 +42,8 @@ memory and speed on named cards.
 
 def main(arguments: Sequence[str]) -> None:
     """Parses the plan's own options and the training command line, and prints the plan. Raises: OchatError."""
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        purpose = PURPOSE.format(cards=", ".join(CARDS), how=escape(length_files.HOW_TO_MAKE))
-        command.print_help("ochat plan", purpose)
-        sys.exit(0 if arguments else 2)
+    purpose = PURPOSE.format(cards=", ".join(CARDS), how=escape(length_files.HOW_TO_MAKE))
+    command.explain_if_asked(arguments, "ochat plan", purpose)
     options, rest = parse(arguments)
     if options.lengths:
         rest += [f"--data.path={options.lengths}", "--data.mix={}"]

@@ -39,9 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises: OchatError before the first run for what is known by then.
     """
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        command.print_help("ochat ablate", PURPOSE, {ABLATE: AblateConfig})
-        sys.exit(0 if arguments else 2)
+    command.explain_if_asked(arguments, "ochat ablate", PURPOSE, {ABLATE: AblateConfig})
     base, options = read_arguments([a for a in arguments if a != TABLE])
     laboratory, console = Laboratory(base, options), Console(highlight=False)
     if TABLE in arguments:
