@@ -17,6 +17,7 @@ from ochat.data.template import load as load_template
 from ochat.data.tokenizer import load as load_tokenizer
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.evaluate.command import EvalOptions, evaluate
+from ochat.infer.command import GenerateOptions, answer
 from ochat.infer.generate import generate
 from ochat.model import hf
 from ochat.train.export import export
@@ -51,6 +52,16 @@ def test_a_run_its_checkpoint_and_its_export_are_one_model(world, chats, trained
         for cell in row["prefixes"].values():
             assert cell["nll_interval"][0] < cell["nll"] < cell["nll_interval"][1]
             assert cell["accuracy_interval"][0] <= cell["accuracy"] <= cell["accuracy_interval"][1]
+
+
+def test_a_run_its_checkpoint_and_its_export_answer_alike(trained):
+    folder, exported = trained
+    newest = sorted((folder / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))[-1]
+    answers = [
+        answer(GenerateOptions(model, ("1+1", "20+3"), condition="GPT3", max_new_tokens=8, dtype="float32"))
+        for model in (folder, newest, exported)
+    ]
+    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == 2 and any(answers[0])
 
 
 def test_a_damaged_checkpoint_is_refused(chats, trained, tmp_path):

@@ -1,9 +1,10 @@
-"""`ochat generate MODEL_DIR --condition GPT4 --prompt "..." [--prompt "..."]`: answers prompts under a class."""
+"""`ochat generate MODEL --condition GPT4 --prompt "..." [--prompt "..."]`: answers prompts under a class."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +24,9 @@ OPENCHAT = "openchat.json"
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """Answers prompts with an exported model, or any Hugging Face folder with --template."""
+    """Answers prompts with an exported model, a run, or any model folder with --template."""
 
-    model: Path  # a Hugging Face folder
+    model: Path  # an exported folder, a run (its newest checkpoint), a checkpoint, or a Hugging Face folder
     prompt: tuple[str, ...] = ()  # a user message; several are answered each on its own
     condition: str | None = None  # the class whose answer is wanted; left out: the template's default; "": none
     system: str = ""  # system text before the prompt
@@ -37,6 +38,7 @@ class GenerateOptions:
     seed: int = 0  # decides what sampling draws
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation
     device: str = "cpu"  # cpu, cuda, cuda:1, ...
+    base: str = ""  # of a checkpoint of adapters: where their base lies now; empty: where the run had it
 
 
 def main(options: GenerateOptions) -> None:
@@ -53,32 +55,40 @@ def answer(options: GenerateOptions) -> list[str]:
     """One answer per prompt; ConfigError where there is no prompt, no template or no such device."""
     if not options.prompt:
         raise ConfigError('nothing to answer; give --prompt "..."')
-    from ochat.infer.generate import generate  # torch takes seconds to import; a missing prompt should not
-    from ochat.model import hf
+    from ochat.evaluate.open_model import folder_of, open_model  # torch takes seconds to import; a missing prompt
+    from ochat.infer.generate import generate  # should not
 
     device = find_device(options.device)
-    described = read_description(options.model)
-    spoken = load_template(options.model, options.template)
+    folder = folder_of(options.model)
+    described = read_description(folder)
+    spoken = load_template(folder, options.template)
     if options.condition is not None:
         spoken = dataclasses.replace(spoken, default_condition=options.condition)
     warn_of_unknown_class(spoken.default_condition, described.get("classes"))
-    tokenizer = tokenizers.load(options.model)
+    tokenizer = tokenizers.load(folder)
     spoken.check(tokenizer)
     prompts = [
         spoken.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
         for prompt in options.prompt
     ]
-    new_ids = generate(
-        hf.load(options.model, dtype=options.dtype, device=device),
-        prompts,
-        max_new_tokens=options.max_new_tokens,
-        stop_ids=[tokenizer.special_tokens[spoken.eot]],
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        seed=options.seed,
-    )
+    with _waiting():
+        new_ids = generate(
+            open_model(options.model, dtype=options.dtype, device=device, base=options.base),
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            stop_ids=[tokenizer.special_tokens[spoken.eot]],
+            temperature=options.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k,
+            seed=options.seed,
+        )
     return [tokenizer.decode(ids) for ids in new_ids]
+
+
+def _waiting() -> AbstractContextManager[object]:
+    """A sign of life on a terminal: answers are printed whole."""
+    console = Console(stderr=True)
+    return console.status("answering") if console.is_terminal else nullcontext()
 
 
 def find_device(name: str) -> str:
