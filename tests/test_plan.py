@@ -8,6 +8,7 @@ import pytest
 
 from ochat import cli
 from ochat.data import shards
+from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.train import plan
 from tests.tiny import MODEL
@@ -42,6 +43,21 @@ def test_a_data_set_is_planned_with_every_card(world, capsys):
         assert fact in said
     assert "data.bins_per_step = 4 cannot be shared by 8 GPUs: predicted with 8" in said
     assert "Predicted, not measured" in said
+
+
+def test_classes_that_no_reward_tells_apart_are_said(world, capsys, tmp_path):
+    """Records without weights and a configuration without [classes] would train without reward, and look right."""
+    records = [json.loads(line) for line in (world.folder / "conversations.jsonl").read_text().splitlines()]
+    for item in (item for record in records for item in record["items"]):
+        del item["weight"]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare([tmp_path / "plain.jsonl"], world.base, "openchat_v3.2", tmp_path / "data", progress=False)
+    there = [world.config, f"--data.path={tmp_path / 'data'}"]
+    told = "no reward tells them apart: give each one, [classes.NAME] reward"
+    assert told in say(capsys, *there)
+    for quiet in ([world.config], [*there, "--weights.source=none"], [*there, "--data.only_class=GPT4"],
+                  [*there, "--classes.GPT4.reward=1", "--classes.GPT3.reward=0.1"]):  # fmt: skip
+        assert told not in say(capsys, *quiet)
 
 
 def test_the_tables_fit_a_terminal(world, lengths, capsys):

@@ -105,10 +105,14 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(world, alone, tmp_p
         assert final.keys() == again.keys() and all(torch.equal(final[name], again[name]) for name in final)
 
 
-def test_a_finished_run_has_nothing_left_to_do(world, alone):
+def test_a_finished_run_has_nothing_left_to_do(world, alone, capsys):
     before = (world.folder / "alone" / "metrics.jsonl").read_text()
+    capsys.readouterr()
     tiny.train(world, world.folder / "alone", "--data.epochs=2")
     assert (world.folder / "alone" / "metrics.jsonl").read_text() == before
+    said = capsys.readouterr().out
+    assert f"all {len(alone)} steps were done before: nothing is trained" in said
+    assert f"look at it: ochat report {world.folder / 'alone'}" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -125,17 +125,12 @@ def describe(config: Config, loader: Loader, model: ModelConfig) -> dict[str, st
     """The facts of a run as name -> text; the trainer prints the same before its first step."""
     data, stats = loader.dataset, loader.stats()
     flops = inputs.sequence_flops(data, model)[loader.plan(0).indices].sum()
-    classes = np.bincount(data.class_ids, minlength=len(data.class_names))
     return {
         "model": f"{model.model_type}, {model.num_parameters():,} parameters",
         "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, "
         f"longest {int(data.lengths.max()):,}",
         **inputs.describe_sets(loader),
-        "classes": ", ".join(
-            f"{name or '(none)'} {count:,} (mean weight {inputs.mean_weight(data, name):.4g})"
-            for name, count in zip(data.class_names, classes, strict=True)
-            if count
-        ),
+        "classes": _describe_classes(config, data),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
         **plan_tables.step_facts(config, stats, float(flops), inputs.choose_lr(config, loader, model).reason),
     }
@@ -155,3 +150,17 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a share above 0, up to 1")
     return share
+
+
+def _describe_classes(config: Config, data: TokenDataset) -> str:
+    """How many conversations each class has and what they weigh; and where no reward tells classes apart, that."""
+    counts = np.bincount(data.class_ids, minlength=len(data.class_names))
+    weights = {name: inputs.mean_weight(data, name) for name, n in zip(data.class_names, counts, strict=True) if n}
+    described = ", ".join(
+        f"{name or '(none)'} {counts[data.class_names.index(name)]:,} (mean weight {weight:.4g})"
+        for name, weight in weights.items()
+    )
+    is_said = config.weights.source == "none"  # that it is without reward
+    if is_said or len(weights) < 2 or not np.allclose(list(weights.values()), next(iter(weights.values()))):
+        return described
+    return f"{described}; all weigh the same, no reward tells them apart: give each one, [classes.NAME] reward = ..."

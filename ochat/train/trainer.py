@@ -118,6 +118,8 @@ class Trainer:
     def run(self) -> None:
         """All remaining steps, with evaluations and checkpoints at their times; ends with an export."""
         self.announce()
+        if self.steps_done == self.loader.num_steps:
+            self.display.note(f"all {self.steps_done:,} steps were done before: nothing is trained")
         with self.interrupt, self.saver, self.display.progress(self.steps_done, self.loader.num_steps):
             if self.steps_done == 0:
                 self.evaluate()
@@ -205,6 +207,7 @@ class Trainer:
         if self.ranks.is_first:
             export(newest, self.run_dir / "export", overwrite=True)
             self.display.note(f"exported {self.run_dir / 'export'}")
+            self.display.note(f"look at it: ochat report {self.run_dir}")
         self.ranks.exchange({})  # a collective of the cards would time out before a large model is exported
 
     def announce(self) -> None:
