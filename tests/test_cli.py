@@ -188,9 +188,10 @@ def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys, arguments
         assert f"  {name:<10} {command.purpose}" in lines
 
 
+@pytest.mark.parametrize("columns", [60, 80])
 @pytest.mark.parametrize("name", ["plan", "train", "ablate"])
-def test_the_keys_of_a_configuration_stand_whole_in_80_columns_with_the_words_they_take(monkeypatch, capsys, name):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_the_keys_of_a_configuration_stand_whole_with_the_words_they_take(monkeypatch, capsys, name, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit) as stopped:
         cli.run(name, ["--help"])
     shown = capsys.readouterr().out
@@ -198,7 +199,8 @@ def test_the_keys_of_a_configuration_stand_whole_in_80_columns_with_the_words_th
     sections = {name: kind for name, kind in vars(Config()).items() if name != "classes"}
     for key in [f"{name}.{key.name}" for name, kind in sections.items() for key in dataclasses.fields(kind)]:
         assert f"\n{key} " in shown, key
-    words = " ".join(line[49:].strip() for line in shown.splitlines())
+    start = shown.split("\nkey ")[1].index("what it is") + len("key ")
+    words = " ".join(line[start:].strip() for line in shown.splitlines())
     assert "(auto, none, elementwise, block)" in words and "(none, optimizer, all)" in words
     assert "(auto)" not in words, "one word beside numbers is explained by its comment"
 
