@@ -110,8 +110,9 @@ def explain_if_asked(
 
 def _keys(more: Mapping[str, type]) -> Table:
     """Every key with its default, what it is for, and the words it can be."""
+    key, meaning = Column("key", no_wrap=True), Column("what it is", overflow="fold")
     default = Column("default", max_width=20, overflow="fold")  # of 80 columns the explanations get the most
-    table = Table(Column("key", no_wrap=True), default, "what it is", box=None, padding=(0, 2, 0, 0))
+    table = Table(key, default, meaning, box=None, padding=(0, 2, 0, 0))
     for name, kind in more.items():
         _add_keys(table, name, kind)
     for section in dataclasses.fields(Config):
