@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from ochat.data.conversation import Conversation, Message
 from ochat.data.template import Template
 from ochat.errors import ConfigError
 from ochat.model import hub
+from ochat.waiting import waiting
 
 OPENCHAT = "openchat.json"
 
@@ -71,7 +71,7 @@ def answer(options: GenerateOptions) -> list[str]:
         spoken.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
         for prompt in options.prompt
     ]
-    with _waiting():
+    with waiting("answering"):
         new_ids = generate(
             open_model(options.model, dtype=options.dtype, device=device, base=options.base),
             prompts,
@@ -83,12 +83,6 @@ def answer(options: GenerateOptions) -> list[str]:
             seed=options.seed,
         )
     return [tokenizer.decode(ids) for ids in new_ids]
-
-
-def _waiting() -> AbstractContextManager[object]:
-    """A sign of life on a terminal: answers are printed whole."""
-    console = Console(stderr=True)
-    return console.status("answering") if console.is_terminal else nullcontext()
 
 
 def find_device(name: str) -> str:

@@ -27,6 +27,7 @@ from ochat.model.gguf import GGUFFile
 from ochat.model.safetensor_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
 from ochat.partial_folder import partial_folder
+from ochat.waiting import waiting
 
 # what a folder may hold beside weights and config.json that belongs to its tokenizer or to generation
 TOKENIZER_FILES = (
@@ -71,7 +72,7 @@ def main(options: InitBaseOptions) -> None:
         raise ConfigError(f"give exactly one of --gguf, --hf and --random, not {len(given)}")
     if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
         raise ConfigError(f"{options.out}: exists already; remove it or name another folder")
-    with partial_folder(options.out) as folder:
+    with waiting("reading, checking and writing"), partial_folder(options.out) as folder:
         gguf = None if options.gguf is None else GGUFFile(options.gguf)
         source = _source(options, gguf)
         tokens = _write_tokenizer(options, gguf, folder)

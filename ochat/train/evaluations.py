@@ -86,10 +86,11 @@ def best_checkpoint(run_dir: Path, by: str = "") -> tuple[Path, Table]:
 
 
 def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> Table:
-    """The checkpoints that are still there, with the held-out numbers of their steps; the chosen one marked with *."""
+    """Every evaluation's held-out numbers, and whether the checkpoint of its step is there; the chosen one is marked
+    with *."""
     names = [name for name in evaluations[0].losses if name != ALL] + [ALL]
     shown = Table(
-        title=escape(f"checkpoints of {run_dir}"),
+        title=escape(f"evaluations of {run_dir}"),
         title_justify="left",
         caption=escape(f"*: the lowest held-out loss of {label(by)}. loss: nats per token"),
         caption_justify="left",
@@ -98,12 +99,15 @@ def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
     for name in names:
         shown.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
         shown.add_column("\naccuracy", justify="right")
+    shown.add_column("checkpoint")
+    kept = {checkpoint.step_of(folder) for folder in checkpoint.folders(run_dir)}
     measured = {each.step: each for each in evaluations}
-    for folder in checkpoint.folders(run_dir):
-        step = checkpoint.step_of(folder)
+    for step in sorted(kept | measured.keys()):
         numbers = [_pair(measured.get(step), name) for name in names]
         star = " *" if step == chosen.step else "  "
-        shown.add_row(f"{step:,}{star}", *(text for pair in numbers for text in pair), style="bold" * (star == " *"))
+        there = "kept" if step in kept else "-"
+        style = "bold" if step == chosen.step else "" if step in kept else "dim"
+        shown.add_row(f"{step:,}{star}", *(text for pair in numbers for text in pair), there, style=style)
     return shown
 
 

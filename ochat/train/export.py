@@ -28,11 +28,12 @@ from ochat.model.config import ModelConfig
 from ochat.partial_folder import partial_folder
 from ochat.train import adapters, checkpoint, evaluations, serving
 from ochat.train.manifest import MANIFEST, Manifest
+from ochat.waiting import waiting
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Writes a checkpoint as a Hugging Face folder with tokenizer, chat template and openchat.json."""
+    """Writes a checkpoint as a Hugging Face folder with tokenizer and chat template."""
 
     source: Path  # a run folder (its newest checkpoint) or a checkpoint folder
     output: Path  # the folder to write
@@ -48,17 +49,18 @@ class ExportOptions:
 def main(options: ExportOptions) -> None:
     """The command `ochat export`."""
     source = _best(options) if options.best or options.best_by else options.source
-    if options.adapter:
-        step = export_adapter(source, options.output, overwrite=options.overwrite, condition=options.condition)
-    else:
-        step = export(
-            source,
-            options.output,
-            dtype=options.dtype,
-            overwrite=options.overwrite,
-            base=options.base,
-            condition=options.condition,
-        )
+    with waiting("exporting"):
+        if options.adapter:
+            step = export_adapter(source, options.output, overwrite=options.overwrite, condition=options.condition)
+        else:
+            step = export(
+                source,
+                options.output,
+                dtype=options.dtype,
+                overwrite=options.overwrite,
+                base=options.base,
+                condition=options.condition,
+            )
     print(f"exported step {step} to {options.output}")
 
 
