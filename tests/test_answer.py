@@ -66,6 +66,17 @@ def by_hand(model, turns, condition, temperature=0.0, seeds=(0, 0), most=6) -> l
     return [item.content for item in items[1::2]]
 
 
+def test_the_export_of_a_run_answers_by_the_name_of_the_run(model, files):
+    """Else any two runs' answers would be by one generator, "export"."""
+    for folder, name in (("first", "first"), ("second", "export")):
+        shutil.copytree(model, files / folder / "export")
+        if name == "first":
+            (files / folder / "config.toml").touch()  # that is what makes it a run's
+        answer(options(files / folder / "export", files, "alpaca_eval", output=files / "out.json", limit=1))
+        assert [each["generator"] for each in json.loads((files / "out.json").read_text())] == [name]
+        (files / "out.json").unlink()
+
+
 def test_alpaca_eval_reads_the_models_answers_in_order(model, files, capsys):
     output = files / "model_outputs.json"
     line = [str(model), str(files / "alpaca.json"), str(output), "--format", "alpaca_eval", "--condition", "GPT3"]

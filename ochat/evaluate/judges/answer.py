@@ -113,5 +113,9 @@ def warn(message: str) -> None:
 def _name(options: AnswerOptions) -> str:
     if options.name:
         return options.name
-    is_alpaca = options.format == "alpaca_eval"
-    return (Path(options.model).resolve().name or options.model) if is_alpaca else options.output.stem
+    if options.format != "alpaca_eval":
+        return options.output.stem
+    folder = Path(options.model).resolve()
+    if folder.name == "export" and (folder.parent / "config.toml").is_file():  # of a run, whose name tells more
+        folder = folder.parent
+    return folder.name or options.model
