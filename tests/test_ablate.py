@@ -196,6 +196,7 @@ def test_a_finished_laboratory_prints_its_table_again_and_trains_nothing(killed,
     for more in (["--table"], []):
         command.main(run_command(file, folder, *more))
         shown = capsys.readouterr().out
+        assert f"wrote {folder / 'table.md'}" in shown
         assert shown.split("exact match")[1] == said.split("exact match")[1] and "only SFT" in shown
         assert (folder / "table.json").read_text() == written
     assert not (folder / "runs" / "sft-seed3" / "checkpoints").exists()

@@ -95,7 +95,7 @@ def test_the_command_shows_a_table_and_writes_its_numbers(chats, trained, tmp_pa
         assert f"{cell['nll']:.3f}" in shown and f"[{low:.3f}, {high:.3f}]" in shown
     best = min(row["prefixes"], key=lambda name: row["prefixes"][name]["nll"])
     assert shown.count(f"{best} * ") == 1 == shown.count("GPT3 * ") + shown.count("GPT4 * "), shown
-    assert "[low, high]: 95%" in " ".join(shown.split())
+    assert "[low, high]: 95%" in " ".join(shown.split()) and f"wrote {output}" in shown
 
 
 def test_prompts_are_answered_under_each_class(chats, trained, tmp_path):

@@ -115,6 +115,7 @@ def test_what_cannot_be_read_is_shown_and_bounded(files, capsys):
     assert record["verdicts"] == {"all": 20, "read": 18, "first": 9, "second": 9, "cut": 1, "refused": 0}
     shown = " ".join(capsys.readouterr().out.split())
     assert "not readable in one order or both 2" in shown and "60.0 / 80.0" in shown and "18 of 20" in shown
+    assert f"the judge's words, and refusals, are in {files / 'verdicts.jsonl'}" in shown
 
 
 def test_fastchats_conversations_are_judged_as_wholes(files):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 
 from ochat import disk
 from ochat.data import tokenizer as tokenizers
@@ -51,7 +52,10 @@ def main(options: EvalOptions) -> None:
     from ochat.evaluate import matrix
 
     record = evaluate(options)
-    Console(highlight=False).print(matrix.table(record["classes"], record["conditions"]))
+    console = Console(highlight=False)
+    console.print(matrix.table(record["classes"], record["conditions"]))
+    for path in filter(None, (options.output, options.answers)):
+        console.print(escape(f"wrote {path}"), soft_wrap=True)
 
 
 def evaluate(options: EvalOptions) -> dict[str, Any]:

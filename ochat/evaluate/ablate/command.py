@@ -117,6 +117,7 @@ def show(laboratory: Laboratory, results: Sequence[dict], console: Console) -> N
     disk.write_text(laboratory.folder / "table.md", table.markdown(record))
     for shown in table.tables(record):
         console.print(shown)
+    console.print(escape(f"wrote {laboratory.folder / 'table.md'} and table.json"), soft_wrap=True)
 
 
 def _devices(base: Config) -> list[str]:

@@ -198,7 +198,8 @@ def _is_address(endpoint: str) -> bool:
 
 def _check(options: ServerOptions) -> None:
     if not _is_address(options.endpoint):
-        raise ConfigError(f"--endpoint {options.endpoint}: an address is needed, such as http://127.0.0.1:8000/v1")
+        given = options.endpoint or "URL"
+        raise ConfigError(f"--endpoint {given}: an address is needed, such as http://127.0.0.1:8000/v1")
     limits = {"concurrent": 1, "retries": 0, "requests_per_minute": 0, "timeout_s": 1}
     for name, least in limits.items():
         value = getattr(options, name)

@@ -63,7 +63,11 @@ class Showing(NamedTuple):
 
 def main(options: JudgeOptions) -> None:
     """The command `ochat judge`."""
-    Console(highlight=False).print(table(judge(options)))
+    record, console = judge(options), Console(highlight=False)
+    console.print(table(record))
+    if record["unread"]:
+        where = f"the judge's words, and refusals, are in {options.output}"
+        console.print(escape(f"not readable: no last line `Verdict: 1`, `2` or `tie`; {where}"), soft_wrap=True)
 
 
 def judge(options: JudgeOptions) -> dict[str, Any]:
