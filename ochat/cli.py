@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import os
 import signal
@@ -80,7 +81,9 @@ def main() -> None:
         print(f"ochat {__version__}")
     elif name not in COMMANDS:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"ochat: no command {escape(repr(name))}")
+        alike = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {alike[0]}?" if alike else ""
+        console.print(f"ochat: no command {escape(repr(name))}{hint}")
         _print_usage(console)
         sys.exit(2)
     else:

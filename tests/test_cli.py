@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,13 +18,9 @@ from hypothesis import strategies as st
 
 from ochat import cli
 from ochat.config import Config
-from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
 from ochat.errors import UsageError
-from ochat.evaluate import command as evaluation
-from ochat.evaluate.represent import command as representation
 from ochat.infer import command as generation
-from ochat.model import init_base
 from ochat.option_values import spread
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -177,6 +175,13 @@ def test_a_full_disk_is_a_plain_message(tmp_path):
     assert "Traceback" not in done.stderr and sorted(p.name for p in tmp_path.iterdir()) == ["base", "in.jsonl"]
 
 
+def test_a_command_that_is_none_is_told_the_nearest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ochat", "genrate", "--prompt", "Hi"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2 and "no command 'genrate'; did you mean generate?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["nonsense"]])
 def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys, arguments):
     monkeypatch.setenv("COLUMNS", "40")
@@ -215,17 +220,10 @@ def test_without_arguments_usage_is_short(monkeypatch, capsys, name):
     assert "train.kernels" not in shown and len(shown.splitlines()) < 20
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("init-base", init_base.InitBaseOptions),
-        ("prepare", prepare.PrepareOptions),
-        ("generate", generation.GenerateOptions),
-        ("eval", evaluation.EvalOptions),
-        ("represent", representation.RepresentOptions),
-    ],
-)
-def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, name, options):
+@pytest.mark.parametrize("name", [name for name, command in cli.COMMANDS.items() if command.options])
+def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, name):
+    command = cli.COMMANDS[name]
+    options = getattr(importlib.import_module(command.module), str(command.options))
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         cli.run(name, ["--help"])
@@ -234,7 +232,10 @@ def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, na
     opening = shown.splitlines()[2]
     assert opening == (options.__doc__ or "").splitlines()[0] and "asked for" not in opening
     assert "{None}" not in shown and "(default: )" not in shown
+    listed = shown.replace("│", " ")  # of the box, where there is one
     for field in options.__dataclass_fields__:
-        flag = "--" + field.replace("_", "-")
-        description = shown.split(f"│ {flag}", 1)[-1].split("│ --", 1)[0]
-        assert len([word for word in description.split("(default")[0].split() if word.islower()]) >= 2, flag
+        flags = f"--{field.replace('_', '-')}", field.upper()
+        entry = re.search(rf"^  ({'|'.join(flags)})\b.*?(?=^  \S|^ *$)", listed, re.MULTILINE | re.DOTALL)
+        assert entry is not None, flags
+        described = entry[0].split("(default")[0].split()[1:]
+        assert len([word for word in described if word.strip(";:,.").islower()]) >= 2, flags

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.markup import escape
 
@@ -25,9 +27,10 @@ ENDINGS = (".html", ".htm")
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Shows runs as one HTML file that needs no network: curves, checkpoints, speed, samples, configuration."""
+    """Shows runs as one HTML file: curves, checkpoints, speed, samples, configuration."""
 
-    run: tuple[Path, ...]  # run folders; several are laid over each other
+    # run folders; several are laid over each other
+    run: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
     output: Path | None = None  # the HTML file; left out: report.html in the run's folder; needed for several runs
     swap: tuple[Path, ...] = ()  # numbers that `ochat eval --output` wrote; RUN/swap.json is shown anyway
     ablation: Path | None = None  # a folder of `ochat ablate`, whose table is shown too

@@ -34,7 +34,8 @@ class AgievalOptions(AskedOptions):
     """Answers and scores AGIEval's multiple-choice questions."""
 
     data: Path  # AGIEval's folder data/v1_1, or one of its files
-    tasks: tuple[str, ...] = ()  # by their files' names; left out: aqua-rat logiqa-en lsat-ar -lr -rc sat-en -math
+    # by their files' names; left out: aqua-rat, logiqa-en, lsat-ar, lsat-lr, lsat-rc, sat-en and sat-math
+    tasks: tuple[str, ...] = ()
     max_new_tokens: int = 256  # the longest answer, in tokens
     limit: int | None = None  # answer the first so many questions of each task; left out: all
     output: Path | None = None  # write the numbers to this JSON file too
