@@ -52,7 +52,7 @@ def test_the_best_is_the_earliest_of_the_lowest_losses_of_the_heaviest_class(tmp
     shown = [list(column.cells) for column in table.columns]
     assert shown[0] == ["0  ", "10  ", "20 *", "30  ", "40  "], "every evaluation, also where the checkpoint is gone"
     assert shown[1] == ["5.0000", "2.0000", "1.5000", "1.5000", "1.7500"]
-    assert shown[-1] == ["-", "kept", "kept", "kept", "-"]
+    assert shown[-1] == ["-", "yes", "yes", "yes", "-"]
     assert best_checkpoint(run, "GPT3")[0].name == best_checkpoint(run, "all")[0].name == "step_30"
     with pytest.raises(ConfigError, match="no held-out loss of that name; there is .*GPT4"):
         best_checkpoint(run, "GPT5")

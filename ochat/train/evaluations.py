@@ -92,20 +92,20 @@ def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
     shown = Table(
         title=escape(f"evaluations of {run_dir}"),
         title_justify="left",
-        caption=escape(f"*: the lowest held-out loss of {label(by)}. loss: nats per token"),
+        caption=escape(f"*: the lowest held-out loss of {label(by)}. loss: nats per token. kept: as a checkpoint"),
         caption_justify="left",
     )
     shown.add_column("step", justify="right")
     for name in names:
         shown.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
         shown.add_column("\naccuracy", justify="right")
-    shown.add_column("checkpoint")
+    shown.add_column("kept")
     kept = {checkpoint.step_of(folder) for folder in checkpoint.folders(run_dir)}
     measured = {each.step: each for each in evaluations}
     for step in sorted(kept | measured.keys()):
         numbers = [_pair(measured.get(step), name) for name in names]
         star = " *" if step == chosen.step else "  "
-        there = "kept" if step in kept else "-"
+        there = "yes" if step in kept else "-"
         style = "bold" if step == chosen.step else "" if step in kept else "dim"
         shown.add_row(f"{step:,}{star}", *(text for pair in numbers for text in pair), there, style=style)
     return shown
