@@ -20,8 +20,8 @@ from ochat.data import tokenizer as tokenizers
 from ochat.data.template import Template
 from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
-from ochat.evaluate.progress import bar
 from ochat.infer.command import find_device, load_template, read_description, warn_of_unknown_class
+from ochat.progress import bar
 
 if TYPE_CHECKING:
     from ochat.evaluate.held_out import HeldOut

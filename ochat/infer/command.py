@@ -17,7 +17,7 @@ from ochat.data.conversation import Conversation, Message
 from ochat.data.template import Template
 from ochat.errors import ConfigError
 from ochat.model import hub
-from ochat.waiting import waiting
+from ochat.progress import waiting
 
 OPENCHAT = "openchat.json"
 

@@ -27,7 +27,7 @@ from ochat.model.gguf import GGUFFile
 from ochat.model.safetensor_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
 from ochat.partial_folder import partial_folder
-from ochat.waiting import waiting
+from ochat.progress import waiting
 
 # what a folder may hold beside weights and config.json that belongs to its tokenizer or to generation
 TOKENIZER_FILES = (

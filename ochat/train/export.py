@@ -26,9 +26,9 @@ from ochat.errors import CheckpointError, ConfigError
 from ochat.model import checksums, hf, peft
 from ochat.model.config import ModelConfig
 from ochat.partial_folder import partial_folder
+from ochat.progress import waiting
 from ochat.train import adapters, checkpoint, evaluations, serving
 from ochat.train.manifest import MANIFEST, Manifest
-from ochat.waiting import waiting
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ochat.evaluate.judges import questions as benchmark
 from ochat.evaluate.judges.answer_log import AnswerLog
 from ochat.evaluate.judges.asked_model import AskedModel, AskedOptions, asked_model
 from ochat.evaluate.judges.questions import Answer, Format, Question
-from ochat.evaluate.progress import bar
+from ochat.progress import bar
 
 
 @dataclass(frozen=True, kw_only=True)

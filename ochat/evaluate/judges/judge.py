@@ -31,7 +31,7 @@ from ochat.evaluate.judges.asked_model import check_max_new_tokens
 from ochat.evaluate.judges.chat_server import ChatServer, RefusedError, ServerOptions
 from ochat.evaluate.judges.parallel import in_parallel
 from ochat.evaluate.judges.verdict import Pair
-from ochat.evaluate.progress import bar
+from ochat.progress import bar
 
 MAX_REFUSED = 3  # requests in a row, at the beginning: then it is not them that are at fault
 

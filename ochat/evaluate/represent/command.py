@@ -27,8 +27,8 @@ from ochat import disk
 from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
 from ochat.evaluate import proportion
-from ochat.evaluate.progress import bar
 from ochat.infer.command import find_device
+from ochat.progress import bar
 
 if TYPE_CHECKING:
     from ochat.evaluate.represent.readers import Reader
