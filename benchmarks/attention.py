@@ -6,20 +6,17 @@ Each candidate is held to the definition in fp32 first. How a time is taken: ben
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks import attention_cases, attention_verdict, bench
+from benchmarks import attention_cases, attention_verdict, bench, command_line
 from benchmarks.attention_backends import BACKENDS, Attend, Backend
 from benchmarks.attention_cases import CHATS, PASSES, WINDOW, Case, Problem, results
 from benchmarks.cases import Model
@@ -196,19 +193,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.attention", description="times the backends of attention")
-    parser.add_argument("--out", type=Path, required=True, help="the folder of attention.csv, to which rows are added")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that everything runs")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="groups not begun by then are skipped")
-    parser.add_argument("--commit", help="the commit that is measured, where there is no git")
-    options = parser.parse_args(arguments)
-    if options.device == "cpu" and not options.quick:
-        parser.error("--device cpu takes --quick: only tiny shapes run there, and their times say nothing")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; the dry run is --device cpu --quick")
+    parser = command_line.parser("benchmarks.attention", "times the backends of attention", "attention.csv")
+    why_quick = "only tiny shapes run there, and their times say nothing"
+    options = command_line.parse(parser, arguments, why_quick)
     device, deadline = torch.device(options.device), time.monotonic() + options.seconds
-    options.out.mkdir(parents=True, exist_ok=True)
     ceilings = bench.measure_ceilings(device, quick=options.quick)
     session = Session(device, ceilings, bench.stamp(device, options.commit), deadline, options.quick)
     is_good = run(session, bench.Rows(options.out / "attention.csv", COLUMNS))

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 import os
@@ -16,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 if __name__ == "__main__" and re.search(r"--device[ =]cpu\b", " ".join(sys.argv)):
@@ -25,7 +23,7 @@ if __name__ == "__main__" and re.search(r"--device[ =]cpu\b", " ".join(sys.argv)
 import torch
 from torch import Tensor
 
-from benchmarks import bench, implementations
+from benchmarks import bench, command_line, implementations
 from benchmarks.bench import Ceilings
 from benchmarks.cases import MODELS, OPERATORS, OPTIMIZER_VARIANTS, Case, Model, Problem, cost, make_problem
 from benchmarks.cases import with_vocabulary as with_head
@@ -267,21 +265,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.ops", description="times the operators")
-    parser.add_argument("--out", type=Path, required=True, help="the folder of ops.csv, to which rows are added")
+    parser = command_line.parser("benchmarks.ops", "times the operators", "ops.csv")
     parser.add_argument("--phase", choices=PHASES, action="append", help="several may be given (default: all)")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that everything runs")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="groups not begun by then are skipped")
-    parser.add_argument("--commit", help="the commit that is measured, where there is no git")
-    options = parser.parse_args(arguments)
-    if options.device == "cpu" and not options.quick:
-        parser.error("--device cpu takes --quick: the interpreter would need days for real shapes")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; the dry run is --device cpu --quick")
-    device = torch.device(options.device)
-    options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + options.seconds
+    options = command_line.parse(parser, arguments, "the interpreter would need days for real shapes")
+    device, deadline = torch.device(options.device), time.monotonic() + options.seconds
     ceilings = bench.measure_ceilings(device, quick=options.quick)
     print(f"ceilings: {ceilings.tflop_per_s:.4g} TFLOP/s, {ceilings.gb_per_s:.4g} GB/s", flush=True)
     session = Session(device, ceilings, bench.stamp(device, options.commit), deadline, options.quick)
