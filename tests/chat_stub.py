@@ -60,6 +60,14 @@ class ChatStub:
         with self.lock:
             return self.faults.pop(0) if self.faults else None
 
+    def counted_answer(self, body: dict[str, Any]) -> Any:
+        """The answer; under way until just before it is sent, as its client may send the next request at once."""
+        self.count(1)
+        try:
+            return self.answer(body)
+        finally:
+            self.count(-1)
+
     def count(self, change: int) -> None:
         with self.lock:
             self.at_once += change
@@ -79,12 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with stub.lock:
             stub.requests.append(Request(time.monotonic(), self.path, dict(self.headers), body))
-        stub.count(1)
-        try:
-            fault = stub.next_fault()
-            self._fail(fault) if fault is not None else self._reply(stub.answer(body))
-        finally:
-            stub.count(-1)
+        fault = stub.next_fault()
+        self._fail(fault) if fault is not None else self._reply(stub.counted_answer(body))
 
     def _reply(self, answer: Any) -> None:
         text, reason = answer if isinstance(answer, tuple) else (answer, "stop")

@@ -3,6 +3,7 @@ the rate holds; no more requests than allowed are under way: pytest tests/test_c
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -134,7 +135,14 @@ def test_the_rate_holds(stub):
 
 
 def test_so_many_are_under_way_and_no_more():
-    with ChatStub(lambda body: time.sleep(0.2) or "done") as stub:
+    all_four = threading.Barrier(4, timeout=30)
+
+    def answer(_: object) -> str:
+        all_four.wait()  # none is answered before four are asked
+        time.sleep(0.1)  # a fifth would be seen in this time
+        return "done"
+
+    with ChatStub(answer) as stub:
         asked = server(stub)
         found = list(in_parallel(lambda item: ask(asked).text, range(12), 4))
         assert sorted(found) == [(item, "done") for item in range(12)] and stub.most_at_once == 4
