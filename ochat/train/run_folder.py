@@ -1,7 +1,7 @@
 """A run's folder: it is made, checked and described here, before the model is loaded.
 
-RUN/config.toml  plan.json  metrics.jsonl  eval.jsonl  samples.jsonl  bad_steps.jsonl  checkpoints/step_N/  latest
-    export/  .lock
+RUN/config.toml  config.until_step_N.toml  plan.json  metrics.jsonl  eval.jsonl  samples.jsonl  bad_steps.jsonl
+    checkpoints/step_N/  latest  export/  .lock
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ochat import config as configuration
 from ochat import disk
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
@@ -32,7 +31,7 @@ from ochat.train.bad_steps import Bins
 from ochat.train.folder_lock import FolderLock
 from ochat.train.parallel import Ranks
 
-CONFIG, PLAN = "config.toml", "plan.json"
+PLAN = "plan.json"
 PLAN_POINTS = 1000  # of the balance of an epoch's steps
 BAD_STEPS = "bad_steps.jsonl"
 PROBE_BYTES = 1 << 16
@@ -58,10 +57,8 @@ def claim(config: Config, ranks: Ranks, warn: Callable[[str], None]) -> Iterator
         yield replace(config, run=replace(config.run, dir=str(folder)))
 
 
-def describe(folder: Path, config: Config, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
-    """Writes the resolved configuration and the serving files; called once the run is known to go on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    disk.write_text(folder / CONFIG, configuration.dump(config))
+def describe(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
+    """Writes the serving files; called once the run is known to go on."""
     shutil.rmtree(folder / serving.FOLDER, ignore_errors=True)
     serving.write(folder / serving.FOLDER, template, tokenizer, classes)
 

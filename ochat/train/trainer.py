@@ -29,6 +29,7 @@ from ochat.train import (
     determinism,
     evaluate,
     inputs,
+    kept_config,
     metrics,
     optim,
     parallel,
@@ -108,7 +109,9 @@ class Trainer:
         self.saver = self._open_saver()
         self.steps_done = self._load()
         if ranks.is_first:
-            run_folder.describe(self.run_dir, config, self.template, self.tokenizer, self.data.class_names)
+            num_steps = self.loader.num_steps
+            kept_config.keep(self.run_dir, config, step=self.steps_done, num_steps=num_steps, say=self.display.note)
+            run_folder.describe(self.run_dir, self.template, self.tokenizer, self.data.class_names)
             self.adapters.describe(self.run_dir)
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
