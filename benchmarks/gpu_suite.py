@@ -92,7 +92,8 @@ def _watch(command: list[str], log: Path | None, limit: float, environment: dict
 
 def _environment(options: argparse.Namespace) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    known = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    known = inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     if options.device == "cpu":
         known |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return known

@@ -51,9 +51,10 @@ def test_devices_that_are_there(monkeypatch):
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("[1]", "expected a JSON object, not list"),
-        ('"openchat_v3.2"', "expected a JSON object, not str"),
-        ("{bad", "not JSON"),
+        ("[1]", "a JSON object is expected, not list"),
+        ('"openchat_v3.2"', "a JSON object is expected, not str"),
+        ("{bad", "not valid JSON"),
+        ("[" * 3000 + "]" * 3000, "not valid JSON"),
         ({}, "--template NAME"),
         ({"step": 3}, "model_type must name a template"),
         ({"model_type": 3}, "model_type must name a template"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+from ochat import json_file
 from ochat.data import template as templates
 from ochat.data import tokenizer as tokenizers
 from ochat.data.conversation import Conversation, Message
@@ -120,15 +120,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder. {hub.how_to_fetch(folder)}")
     path = folder / OPENCHAT
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a JSON object, not {type(content).__name__}; export the model again")
-    return content
+    return json_file.read_object(path, ConfigError, "export the model again") if path.exists() else {}
 
 
 def warn_of_unknown_class(condition: str, classes: list[str] | None) -> None:

@@ -8,7 +8,6 @@ once; any other weight is the base's own.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ochat import disk
+from ochat import disk, json_file
 from ochat.errors import CheckpointError
 from ochat.model import hf, lora
 from ochat.model.config import ModelConfig
@@ -43,7 +42,7 @@ class Settings:
         """From the folder's adapter_config.json. Raises: CheckpointError."""
         path = folder / CONFIG
         try:
-            record = json.loads(path.read_bytes())
+            record = json_file.read_object(path, CheckpointError, "take another adapter")
             tokens = (record["trainable_token_indices"] or {}).get("embed_tokens", [])
             return cls(
                 str(record["base_model_name_or_path"]), int(record["r"]), float(record["lora_alpha"]),
