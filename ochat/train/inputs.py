@@ -7,6 +7,7 @@ Shared by the trainer and by `ochat plan`, so that a plan shows exactly what a r
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from ochat.data.mixture import Mixture
 from ochat.data.template import Template
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
+from ochat.progress import waiting
 from ochat.train import schedule
 from ochat.train.schedule import LearningRate
 
@@ -55,20 +57,21 @@ def open_loader(
                 raise ConfigError(
                     f"{section} names {name!r}; the classes of {data.path} are {', '.join(data.class_names)}"
                 )
-    return Loader(
-        data,
-        token_budget=config.data.token_budget,
-        bins_per_step=config.data.bins_per_step,
-        seed=config.run.seed,
-        epochs=config.data.epochs,
-        max_steps=config.data.max_steps,
-        rank=rank,
-        world=world,
-        pad=pad,
-        pin=pad and torch.cuda.is_available(),
-        mixture=Mixture(data, config.data.mix, config.run.seed) if config.data.mix else None,
-        costs=sequence_flops(data, model).astype(np.float32),  # of many sequences, each rank holds them
-    )
+    with nullcontext() if rank else waiting("packing the conversations into steps"):
+        return Loader(
+            data,
+            token_budget=config.data.token_budget,
+            bins_per_step=config.data.bins_per_step,
+            seed=config.run.seed,
+            epochs=config.data.epochs,
+            max_steps=config.data.max_steps,
+            rank=rank,
+            world=world,
+            pad=pad,
+            pin=pad and torch.cuda.is_available(),
+            mixture=Mixture(data, config.data.mix, config.run.seed) if config.data.mix else None,
+            costs=sequence_flops(data, model).astype(np.float32),  # of many sequences, each rank holds them
+        )
 
 
 def describe_sets(loader: Loader) -> dict[str, str]:
