@@ -178,7 +178,7 @@ def suite(tmp_path_factory):
     known = os.environ | {
         "PYTHONPATH": os.pathsep.join(["kernels", *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     }
-    done = subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, env=known, capture_output=True, text=True, timeout=580)
     return out, done.stdout + done.stderr, done.returncode
 
 
