@@ -321,13 +321,16 @@ def _plain(file):
     return path
 
 
-def test_help_lists_every_key(capsys):
+def test_help_lists_every_key_that_it_takes(capsys):
     with pytest.raises(SystemExit) as stopped:
         command.main(["--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and "[ablate]" in shown
     for key in dataclasses.fields(variants.AblateConfig):
         assert f"ablate.{key.name}" in shown
+    keys = [line.split(" ")[0] for line in shown.splitlines()]
+    assert "data.token_budget" in keys and "run.deterministic" in keys
+    assert not [key for key in keys if key.startswith(("run.dir", "run.seed", "data.mix", "data.path", "data.epochs"))]
 
 
 def python(tmp_path, name, code, steps=3):

@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 from rich.console import Console
@@ -90,12 +90,17 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def explain_if_asked(
-    arguments: Sequence[str], command: str, purpose: str, more: Mapping[str, type] | None = None
+    arguments: Sequence[str],
+    command: str,
+    purpose: str,
+    *,
+    more: Mapping[str, type] | None = None,
+    without: Mapping[str, Collection[str]] | None = None,
 ) -> None:
     """Where --help is among the arguments: usage and every configuration key, and exits with 0. Where there are none:
     usage alone, and exits with 2.
 
-    `more`: sections of the command's own.
+    `more`: sections of the command's own; `without`: keys, by section, that it does not take.
     """
     if arguments and not {"--help", "-h"} & set(arguments):
         return
@@ -104,11 +109,11 @@ def explain_if_asked(
     if not arguments:
         console.print(f"`{escape(command)} --help` lists every key; configs/ has files to start from.", soft_wrap=True)
         sys.exit(2)
-    console.print(_keys(more or {}))
+    console.print(_keys(more or {}, without or {}))
     sys.exit(0)
 
 
-def _keys(more: Mapping[str, type]) -> Table:
+def _keys(more: Mapping[str, type], without: Mapping[str, Collection[str]]) -> Table:
     """Every key with its default, what it is for, and the words it can be."""
     key, meaning = Column("key", no_wrap=True), Column("what it is", overflow="fold")
     default = Column("default", max_width=20, overflow="fold")  # of 80 columns the explanations get the most
@@ -119,15 +124,15 @@ def _keys(more: Mapping[str, type]) -> Table:
         if section.name == "classes":
             _add_keys(table, "classes.NAME", configuration.ClassConfig)
         else:
-            _add_keys(table, section.name, type(getattr(Config(), section.name)))
-        if section.name == "data":
+            _add_keys(table, section.name, type(getattr(Config(), section.name)), without.get(section.name, ()))
+        if section.name == "data" and "mix" not in without.get("data", ()):
             _add_keys(table, "data.mix.NAME", configuration.MixConfig)
     return table
 
 
-def _add_keys(table: Table, section: str, kind: type) -> None:
+def _add_keys(table: Table, section: str, kind: type, without: Collection[str] = ()) -> None:
     comments, types = _comments(kind), typing.get_type_hints(kind)
-    for key in dataclasses.fields(kind):
+    for key in (key for key in dataclasses.fields(kind) if key.name not in without):
         default = key.default if key.default is not dataclasses.MISSING else {}
         words = _words(types[key.name])
         choice = f" ({', '.join(words)})" if len(words) > 1 else ""

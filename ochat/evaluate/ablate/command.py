@@ -22,7 +22,7 @@ from ochat.errors import ConfigError
 from ochat.evaluate.ablate import crew, table, variants
 from ochat.evaluate.ablate.crew import Task
 from ochat.evaluate.ablate.laboratory import Laboratory, last_step
-from ochat.evaluate.ablate.variants import AblateConfig, Run
+from ochat.evaluate.ablate.variants import SET_HERE, AblateConfig, Run
 from ochat.train import command
 from ochat.train.folder_lock import FolderLock
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
 
     Raises: OchatError before the first run for what is known by then.
     """
-    command.explain_if_asked(arguments, "ochat ablate", PURPOSE, {ABLATE: AblateConfig})
+    command.explain_if_asked(arguments, "ochat ablate", PURPOSE, more={ABLATE: AblateConfig}, without=SET_HERE)
     base, options = read_arguments([a for a in arguments if a != TABLE])
     laboratory, console = Laboratory(base, options), Console(highlight=False)
     if TABLE in arguments:
