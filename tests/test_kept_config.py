@@ -33,6 +33,10 @@ def test_a_first_start_says_nothing(tmp_path):
     assert configuration.load(tmp_path / "config.toml") == config()
 
 
+def test_the_folder_is_made(tmp_path):
+    assert keep(tmp_path / "runs" / "a", config(), 0) == [] and names(tmp_path / "runs" / "a") == ["config.toml"]
+
+
 def test_a_start_before_the_first_checkpoint_leaves_nothing_of_the_earlier(tmp_path):
     keep(tmp_path, config(), 0)
     assert keep(tmp_path, config(2e-3), 0) == [] and names(tmp_path) == ["config.toml"]

@@ -24,6 +24,7 @@ def keep(folder: Path, config: Config, *, step: int, num_steps: int, say: Callab
     Settings that earlier steps were made with stay beside it as config.until_step_N.toml, and the differences are told.
     A run that is over keeps the settings that it was made with.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     new, old = configuration.dump(config), _read(folder / CONFIG)
     found = differences(old, new) if old and step else []
     if found and step == num_steps:
