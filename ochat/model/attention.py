@@ -110,12 +110,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
         raise ConfigError(f"attention = 'varlen' computes in half precision, not {q.dtype}; set it to 'sdpa'")
     options = {}
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if varlen_groups_heads():
             options["enable_gqa"] = True
-        else:  # torch 2.11 wants as many key/value heads as query heads
+        else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     span = (-1, 0) if window is None else (window - 1, 0)
     return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=span, **options)
+
+
+def varlen_groups_heads() -> bool:
+    """Whether several query heads may read one key/value head; torch 2.11 wants as many of these, so they are copied.
+    Raises: ConfigError where torch has no varlen attention."""
+    return "enable_gqa" in inspect.signature(_varlen_function()).parameters
 
 
 def _varlen_function() -> Callable[..., Any]:

@@ -14,6 +14,7 @@ What backward keeps of a block (the operators of kernels/ochat_kernels, torch's 
                                  its logsumexp; a random state
   SwiGLU     e T 2F              its input
   qk norms   e T (N + K) D + 4 T (N + K), where the model has them
+  copies     with torch 2.11, where K < N: k and v with N heads, e T 2N D, instead of what they are copies of
   weights    e B                 on one process: the casts of fp32 masters, biases apart
 What follows attention in the last block is of R rows, and the rows that it picks are a copy of attention's output.
 With recompute = "elementwise" it is less the inputs of the products and q and k turned: e T (2H + F + (N + K) D). With
@@ -27,6 +28,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ochat.model.attention import varlen_groups_heads
 from ochat.model.config import ModelConfig
 
 GIB = 2**30
@@ -127,6 +129,9 @@ def block_saved_bytes(model: ModelConfig, at: Setting, *, is_last: bool = False)
     narrow = 1 + model.num_heads
     if model.qk_norm:
         before, narrow = before + q + kv, narrow + model.num_heads + model.num_kv_heads
+    if model.num_kv_heads < model.num_heads and not varlen_groups_heads():
+        product = (q + 2 * kv) * (model.qk_norm or not makes)  # making q and k again without norms needs it
+        before += 2 * q - product - kv * (not makes)
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
     return at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
