@@ -131,3 +131,7 @@ def _print_usage(console: Console) -> None:
     for name, command in COMMANDS.items():
         console.print(f"  [bold]{name:<10}[/] {command.purpose}")
     console.print("\n`ochat COMMAND --help` says what each takes.")
+
+
+if __name__ == "__main__":
+    main()

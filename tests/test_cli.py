@@ -20,6 +20,7 @@ from ochat import cli
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
 from ochat.errors import UsageError
+from ochat.evaluate.ablate.variants import SET_HERE
 from ochat.infer import command as generation
 from ochat.option_values import spread
 from tests.tiny_text import conversations, write_base, write_lines
@@ -201,8 +202,11 @@ def test_the_keys_of_a_configuration_stand_whole_with_the_words_they_take(monkey
         cli.run(name, ["--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and shown.startswith(f"usage: ochat {name} CONFIG.toml") and "…" not in shown
-    sections = {name: kind for name, kind in vars(Config()).items() if name != "classes"}
-    for key in [f"{name}.{key.name}" for name, kind in sections.items() for key in dataclasses.fields(kind)]:
+    sections = {section: kind for section, kind in vars(Config()).items() if section != "classes"}
+    keys = {f"{section}.{key.name}" for section, kind in sections.items() for key in dataclasses.fields(kind)}
+    if name == "ablate":
+        keys -= {f"{section}.{key}" for section, its in SET_HERE.items() for key in its}
+    for key in keys:
         assert f"\n{key} " in shown, key
     start = shown.split("\nkey ")[1].index("what it is") + len("key ")
     words = " ".join(line[start:].strip() for line in shown.splitlines())
@@ -239,3 +243,11 @@ def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, na
         assert entry is not None, flags
         described = entry[0].split("(default")[0].split()[1:]
         assert len([word for word in described if word.strip(";:,.").islower()]) >= 2, flags
+
+
+def test_the_module_of_the_commands_is_a_program_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "ochat.cli", "prepare", "--nonsense"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "nonsense" in done.stderr

@@ -151,6 +151,34 @@ def test_sentencepiece_wins_in_a_folder_with_both(tmp_path, folders):
     assert [tokenizer.token_id(t) for t in ("<extra>", "<more>", EOT)] == [420, 421, 422]
 
 
+@pytest.mark.parametrize("other", ["bpe", "words", "unigram"])
+def test_sentencepiece_wins_over_a_json_of_another_vocabulary(tmp_path, folders, other):
+    """Whose tokens would otherwise take ids of the pieces, or stand far behind them."""
+    shutil.copy(folders["llama"] / "tokenizer.model", tmp_path / "tokenizer.model")
+    alone = tokenizers.load(tmp_path, (EOT,))
+    words = {f"word{i}": i for i in range(5000)}
+    specs = {
+        "bpe": json.loads((folders["gpt2"] / "tokenizer.json").read_text()),
+        "words": {"model": {"vocab": words}, "added_tokens": [_entry("[UNK]", 2), _entry("[PAD]", 5000)]},
+        "unigram": {"model": {"vocab": [[word, -1.0] for word in words]}, "added_tokens": [_entry("[PAD]", 5000)]},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(specs[other]))
+    with pytest.warns(UserWarning, match="tokenizer.json is no conversion"):
+        tokenizer = tokenizers.load(tmp_path, (EOT,))
+    assert tokenizer.kind == "sentencepiece" and tokenizer.special_tokens == alone.special_tokens
+
+
+@pytest.mark.parametrize("is_unigram", [False, True])
+def test_a_json_of_the_pieces_own_vocabulary_adds_its_tokens(tmp_path, folders, is_unigram):
+    shutil.copy(folders["llama"] / "tokenizer.model", tmp_path / "tokenizer.model")
+    pieces = [piece.text for piece in sentencepiece_model.read((tmp_path / "tokenizer.model").read_bytes()).pieces]
+    vocab = [[piece, 0.0] for piece in pieces] if is_unigram else {piece: i for i, piece in enumerate(pieces)}
+    spec = {"model": {"vocab": vocab}, "added_tokens": [_entry("<extra>", len(pieces))]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = tokenizers.load(tmp_path, (EOT,))
+    assert [tokenizer.token_id(t) for t in ("<extra>", EOT)] == [len(pieces), len(pieces) + 1]
+
+
 def _entry(content: str, token_id: int) -> dict:
     return {"id": token_id, "content": content, "special": True}
 

@@ -2,14 +2,14 @@
 
     files = find(Path("models/base")); files.kind, files.tokens
 
-A folder's added tokens stand in tokenizer.json, tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json.
+The tokens that a folder declares beside it: declared_tokens.py.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from typing import Any
 import tokenizers
 
 from ochat import json_file
+from ochat.data import declared_tokens
 from ochat.data import sentencepiece_model as spm
+from ochat.data.declared_tokens import AddedToken, read_object
 from ochat.errors import ConfigError
 from ochat.model import hub
 
 KINDS = ("sentencepiece", "tiktoken", "json")  # in this order of preference where a folder holds several
 LLAMA3_RANKS = 128_000
-MOST_IDS = 1 << 24  # many times the largest published vocabulary
 LLAMA3_SPECIALS = {
     0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
     7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
@@ -36,15 +37,6 @@ BOUNDARY_SPLIT = {"type": "Split", "pattern": {"String": BOUNDARY}, "behavior": 
 # pieces that a SentencePiece vocabulary lists as user-defined but which are marks of a chat format, so never content
 _CHAT_MARK = re.compile(r"<\|[^\s<>|]+\|>|<(start|end)_of_(turn|image)>|\[/?[A-Z_]+\]")
 _CANNOT = "is no SentencePiece model, no tokenizer.json and no file of tiktoken ranks"
-
-
-@dataclass(frozen=True)
-class AddedToken:
-    """A token that a folder declares beside its vocabulary."""
-
-    text: str
-    id: int
-    special: bool
 
 
 @dataclass(frozen=True)
@@ -67,7 +59,9 @@ def find(path: Path) -> TokenizerFiles:
     if not path.is_dir():
         raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {hub.how_to_fetch(path)}")
     file, kind = _main_file(path)
-    return TokenizerFiles(file, kind, file.read_bytes(), _folder_tokens(path), _names(path))
+    content = file.read_bytes()
+    pieces = spm.read(content).pieces if kind == "sentencepiece" else ()
+    return TokenizerFiles(file, kind, content, declared_tokens.read(path, pieces), _names(path))
 
 
 def _main_file(folder: Path) -> tuple[Path, str]:
@@ -93,7 +87,7 @@ def _kind_of(path: Path) -> str:
     if content.startswith(b"version https://git-lfs"):
         raise ConfigError(f"{path}: a Git LFS pointer instead of the file; fetch it with `git lfs pull`")
     if re.match(rb"\s*\{", content):
-        if isinstance(_read_object(path).get("model"), dict):
+        if isinstance(read_object(path).get("model"), dict):
             return "json"
         raise ConfigError(f"{path}: JSON, but not of the `tokenizers` library: it has no `model` section")
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", content):
@@ -105,43 +99,12 @@ def _kind_of(path: Path) -> str:
     return "sentencepiece"
 
 
-def _folder_tokens(folder: Path) -> tuple[AddedToken, ...]:
-    """The added tokens of all the folder's files, each once. Raises: ConfigError where two files disagree, or for an id
-    that no vocabulary has."""
-    found: dict[str, AddedToken] = {}
-    for token in _declared(folder):
-        if not 0 <= token.id < MOST_IDS:
-            raise ConfigError(f"{folder}: token {token.text!r} has the id {token.id}; at most {MOST_IDS:,} are in use")
-        known = found.setdefault(token.text, token)
-        if known.id != token.id:
-            raise ConfigError(f"{folder}: token {token.text!r} has id {known.id} in one file and {token.id} in another")
-        found[token.text] = AddedToken(token.text, token.id, known.special or token.special)
-    return tuple(sorted(found.values(), key=lambda token: token.id))
-
-
-def _declared(folder: Path) -> Iterator[AddedToken]:
-    for entry in _read_object(folder / "tokenizer.json").get("added_tokens") or []:
-        yield AddedToken(entry["content"], int(entry["id"]), bool(entry.get("special", False)))
-    decoder = _read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    for token_id, entry in decoder.items():
-        yield AddedToken(entry["content"], int(token_id), bool(entry.get("special", False)))
-    for text, token_id in _read_object(folder / "added_tokens.json").items():
-        yield AddedToken(text, int(token_id), False)
-
-
 def _names(folder: Path) -> dict[str, str]:
     """The BOS and EOS tokens that tokenizer_config.json (or special_tokens_map.json) names."""
-    config = _read_object(folder / "special_tokens_map.json") | _read_object(folder / "tokenizer_config.json")
+    config = read_object(folder / "special_tokens_map.json") | read_object(folder / "tokenizer_config.json")
     entries = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
     texts = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str) and text}
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, {} if there is no such file. Raises: ConfigError."""
-    if not path.is_file():
-        return {}
-    return json_file.read_object(path, ConfigError, "fetch it again")
 
 
 def append_tokens(specials: dict[str, int], added_tokens: Sequence[str], next_id: int) -> dict[str, int]:
