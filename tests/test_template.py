@@ -214,6 +214,15 @@ def test_faulty_templates_are_refused(change, message):
         templates.Template.from_dict(data | change)
 
 
+@pytest.mark.parametrize("key", ["name", "context", "roles", "prefix", "eot"])
+def test_a_template_that_lacks_a_key_is_refused(key):
+    """As a manifest may, which holds a template and is no file of one."""
+    data = templates.load("openchat_v3.2").to_dict()
+    del data[key]
+    with pytest.raises(ConfigError, match=f"manifest: {key} is missing"):
+        templates.Template.from_dict(data, "manifest")
+
+
 def test_unknown_names_and_missing_tokens(tmp_path):
     with pytest.raises(ConfigError, match=r"did you mean 'openchat_3.6'\? known: .*zephyr_mistral"):
         templates.load("openchat_3_6")

@@ -216,7 +216,7 @@ _TYPES: dict[str, type] = {
     "default_condition": str,
     "condition_roles": str,
 }
-_REQUIRED = ("context", "roles", "prefix", "eot")
+_REQUIRED = ("name", "context", "roles", "prefix", "eot")
 
 
 def _check_keys(data: dict[str, Any], place: str) -> None:
