@@ -1,6 +1,6 @@
 """The tokens that a folder declares beside a tokenizer's vocabulary.
 
-    tokens = read(Path("models/base"))
+    tokens = read(Path("models/base"), pieces)
 
 They stand in tokenizer.json, tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json.
 """
