@@ -16,7 +16,7 @@ import reprlib
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +61,15 @@ def apply(tree: dict[str, Any], option: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"option {option!r}: {parent} is a value, not a section")
     tree[key] = OptionText(text)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a file's tables under its dotted name; an empty table is a value."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _split_name(name: str) -> tuple[list[str], str]:

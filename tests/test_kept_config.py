@@ -74,7 +74,7 @@ def test_settings_that_made_no_step_do_not_replace_those_that_did(tmp_path):
     assert configuration.load(tmp_path / "config.toml") == config(3e-3)
 
 
-@pytest.mark.parametrize("broken", ["", "[optim", "optim = 1\n"])
+@pytest.mark.parametrize("broken", ["", "[optim", "optim = 1\n", "x = " + "9" * 5000])
 def test_a_file_that_somebody_broke_holds_nothing_up(tmp_path, broken):
     (tmp_path / "config.toml").write_text(broken)
     keep(tmp_path, config(), 40)

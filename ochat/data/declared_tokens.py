@@ -1,6 +1,6 @@
 """The tokens that a folder declares beside a tokenizer's vocabulary.
 
-    tokens = read(Path("models/base"), pieces)
+    tokens = read(Path("models/base"), sentencepiece=content)
 
 They stand in tokenizer.json, tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json.
 """
@@ -8,7 +8,7 @@ They stand in tokenizer.json, tokenizer_config.json (`added_tokens_decoder`) or 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ class AddedToken:
     special: bool
 
 
-def read(folder: Path, pieces: Sequence[spm.Piece]) -> tuple[AddedToken, ...]:
-    """The added tokens of all the folder's files, each once; `pieces`: those of its SentencePiece model, if that is its
-    tokenizer. Raises: ConfigError where two files disagree, or for an id that no vocabulary has."""
+def read(folder: Path, sentencepiece: bytes | None) -> tuple[AddedToken, ...]:
+    """The added tokens of all the folder's files, each once; `sentencepiece`: the model that is its tokenizer, if one
+    is. Raises: ConfigError where two files disagree, or for an id that no vocabulary has."""
     found: dict[str, AddedToken] = {}
-    for token in _declared(folder, pieces):
+    for token in _declared(folder, sentencepiece):
         if not 0 <= token.id < MOST_IDS:
             raise ConfigError(f"{folder}: token {token.text!r} has the id {token.id}; at most {MOST_IDS:,} are in use")
         known = found.setdefault(token.text, token)
@@ -43,9 +43,9 @@ def read(folder: Path, pieces: Sequence[spm.Piece]) -> tuple[AddedToken, ...]:
     return tuple(sorted(found.values(), key=lambda token: token.id))
 
 
-def _declared(folder: Path, pieces: Sequence[spm.Piece]) -> Iterator[AddedToken]:
+def _declared(folder: Path, sentencepiece: bytes | None) -> Iterator[AddedToken]:
     spec = read_object(folder / "tokenizer.json")
-    if pieces and _is_of_another_vocabulary(spec, pieces):
+    if sentencepiece and _is_of_another_vocabulary(spec, sentencepiece):
         what = f"{folder}: tokenizer.json is no conversion of the SentencePiece model beside it: not used"
         warnings.warn(what, stacklevel=5)
         spec = {}
@@ -58,13 +58,14 @@ def _declared(folder: Path, pieces: Sequence[spm.Piece]) -> Iterator[AddedToken]
         yield AddedToken(text, int(token_id), False)
 
 
-def _is_of_another_vocabulary(spec: dict[str, Any], pieces: Sequence[spm.Piece]) -> bool:
+def _is_of_another_vocabulary(spec: dict[str, Any], sentencepiece: bytes) -> bool:
     """Whether less than half of the pieces have their ids in a tokenizer.json that has a vocabulary."""
     vocab = (spec.get("model") or {}).get("vocab")
     if isinstance(vocab, list):  # of a unigram model: [piece, score] by id
         vocab = {entry[0]: i for i, entry in enumerate(vocab) if _is_scored(entry)}
     if not isinstance(vocab, dict) or not vocab:
         return False
+    pieces = spm.read(sentencepiece).pieces
     agree = sum(vocab.get(piece.text) == i for i, piece in enumerate(pieces))
     return 2 * agree < len(pieces)
 

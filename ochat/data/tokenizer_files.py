@@ -60,8 +60,8 @@ def find(path: Path) -> TokenizerFiles:
         raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {hub.how_to_fetch(path)}")
     file, kind = _main_file(path)
     content = file.read_bytes()
-    pieces = spm.read(content).pieces if kind == "sentencepiece" else ()
-    return TokenizerFiles(file, kind, content, declared_tokens.read(path, pieces), _names(path))
+    tokens = declared_tokens.read(path, content if kind == "sentencepiece" else None)
+    return TokenizerFiles(file, kind, content, tokens, _names(path))
 
 
 def _main_file(folder: Path) -> tuple[Path, str]:

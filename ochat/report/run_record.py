@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ochat import typed_toml
 from ochat.errors import ConfigError
 from ochat.report.columns import Columns
 from ochat.train import evaluations, folder_lock, line_file
@@ -91,7 +92,7 @@ class RunRecord:
     @property
     def settings(self) -> dict[str, Any]:
         """Every value of the configuration by its dotted name."""
-        return dict(_flat("", self.config))
+        return dict(typed_toml.flat(self.config))
 
     def setting(self, name: str) -> Any:
         return self.settings.get(name)
@@ -147,11 +148,3 @@ def class_names(runs: Sequence[RunRecord]) -> list[str]:
     measured = [name for run in runs for each in run.evaluations for name in each.losses]
     names = list(dict.fromkeys(name for name in (*trained, *measured) if name != ALL))
     return sorted(names, key=lambda name: name != runs[0].best_by)
-
-
-def _flat(prefix: str, tree: dict[str, Any]) -> Any:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}", value

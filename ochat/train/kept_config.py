@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ochat import config as configuration
-from ochat import disk
+from ochat import disk, typed_toml
 from ochat.config import Config
+from ochat.errors import ConfigError
 
 CONFIG = "config.toml"
 OF_A_START = ("run.dir", "run.resume", "run.resume_anyway")  # they change no step
@@ -25,39 +26,36 @@ def keep(folder: Path, config: Config, *, step: int, num_steps: int, say: Callab
     A run that is over keeps the settings that it was made with.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    new, old = configuration.dump(config), _read(folder / CONFIG)
-    found = differences(old, new) if old and step else []
+    path, new = folder / CONFIG, configuration.dump(config)
+    found = differences(_values(path), _by_name(tomllib.loads(new))) if step else []
     if found and step == num_steps:
         say(f"{CONFIG} stays as the run was made; not used: {', '.join(found)}")
         return
     if found:
         earlier = folder / f"config.until_step_{step}.toml"
         if not earlier.exists():  # else nothing that was trained after it is left
-            disk.write_text(earlier, old)
+            disk.write_text(earlier, path.read_text(encoding="utf-8"))
         say(f"from step {step + 1} on with other settings than before, which {earlier.name} keeps: {', '.join(found)}")
-    disk.write_text(folder / CONFIG, new)
+    disk.write_text(path, new)
 
 
-def differences(old: str, new: str) -> list[str]:
-    """What `new` sets otherwise than `old`, as "optim.lr 2e-05 (was 1e-05)"; nothing where `old` is no TOML."""
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What `new` sets otherwise than `old`, both by dotted names, as "optim.lr 2e-05 (was 1e-05)"; nothing for an
+    empty `old`."""
+    changed = [name for name in {**new, **old} if name not in OF_A_START and old.get(name) != new.get(name)]
+    return [f"{name} {_shown(new.get(name))} (was {_shown(old.get(name))})" for name in changed if old]
+
+
+def _values(path: Path) -> dict[str, Any]:
+    """The settings of a file by dotted names; nothing where there is none, or what it holds is no TOML."""
     try:
-        before = _flat(tomllib.loads(old))
-    except tomllib.TOMLDecodeError:
-        return []
-    after = _flat(tomllib.loads(new))
-    names = [name for name in {**after, **before} if name not in OF_A_START and before.get(name) != after.get(name)]
-    return [f"{name} {_shown(after.get(name))} (was {_shown(before.get(name))})" for name in names]
+        return _by_name(typed_toml.read(path))
+    except ConfigError:
+        return {}
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+def _by_name(tree: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in typed_toml.flat(tree) if value != {}}
 
 
 def _shown(value: Any) -> str:
