@@ -136,7 +136,7 @@ class Trainer:
     def step(self, step: int, batches: list[PackedBatch]) -> None:
         """One optimizer step (`step` counts from 0) over this rank's micro-batches of it."""
         self.watchdog.at(f"step {step + 1}")
-        weight = torch.tensor(sum(b.weight_sum for b in batches), dtype=torch.float64).to(self.ranks.device)
+        weight = torch.full((), sum(b.weight_sum for b in batches), dtype=torch.float64, device=self.ranks.device)
         weight = self.ranks.sum_tensor(weight).float().clamp_min(torch.finfo(torch.float32).tiny)
         tally = Tally(self.data.class_names, self.ranks.device)
         lr = self.lr.value * self._lr_factor(step)
