@@ -14,7 +14,6 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks import peer_attention
 from ochat.config import Config
 from ochat.data.batch import IGNORE_INDEX, PackedBatch
 from ochat.model.config import ModelConfig
@@ -158,7 +158,7 @@ class Padded(Transformers):
     """Batches of four conversations in random order, each as long as its longest, through a DataLoader."""
 
     def choose_attention(self) -> str:
-        return "flash_attention_2" if self.device.type == "cuda" and find_spec("flash_attn") else "sdpa"
+        return peer_attention.choose(self.device, otherwise="sdpa")
 
     def micro_batches(self) -> Iterator[dict[str, Tensor]]:
         steps = range(self.loader.num_steps)
@@ -175,10 +175,8 @@ class Packed(Transformers):
     """Our bins, without padding, as transformers' packed sequences: positions restart where a document begins."""
 
     def choose_attention(self) -> str:
-        """FlashAttention-2 where it is installed; else what masks documents: compiled on a card, SDPA on a CPU."""
-        if self.device.type != "cuda":
-            return "sdpa"
-        return "flash_attention_2" if find_spec("flash_attn") else "flex_attention"
+        """A FlashAttention that works; else what masks documents: compiled on a card, SDPA on a CPU."""
+        return peer_attention.choose(self.device, otherwise="flex_attention")
 
     def micro_batches(self) -> Iterator[dict[str, Tensor]]:
         return iter(())

@@ -40,10 +40,12 @@ def test_a_device_that_is_not_there_is_named(world, name):
 
 def test_devices_that_are_there(monkeypatch):
     assert find_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert find_device("auto") == "cpu"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert [find_device(name) for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    assert [find_device(name) for name in ("cuda", "cuda:1", "auto")] == ["cuda", "cuda:1", "cuda"]
     with pytest.raises(ConfigError, match="--device cuda:2: .* there is cpu, cuda, cuda:0, cuda:1"):
         find_device("cuda:2")
 

@@ -155,3 +155,6 @@ def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_
     head = memory._head(LLAMA_8B, Setting(4096, 4096, "block"))
     without = memory._head(LLAMA_8B, Setting(4096, 4096, "block", offload_activations=True))
     assert head.activations - without.activations == inputs * LLAMA_8B.num_layers
+    last = LLAMA_8B.num_layers - 1
+    blocks = [memory._block(LLAMA_8B, Setting(4096, 4096, "block", offload_activations=each), last) for each in (0, 1)]
+    assert blocks[0].activations - blocks[1].activations == inputs * (last - 1)  # the next one is there

@@ -43,7 +43,7 @@ class EvalOptions:
     answers: Path | None = None  # the JSON Lines file that the answers go to; needed with --prompts
     max_new_tokens: int = 512  # the longest answer to a prompt, in tokens
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation
-    device: str = "cpu"  # cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto: a card if there is one; or cpu, cuda, cuda:1, ...
     base: str = ""  # of a checkpoint of adapters: where their base lies now; empty: where the run had it
 
 

@@ -37,7 +37,7 @@ class GenerateOptions:
     top_k: int = 0  # sample among so many likeliest tokens; 0: all
     seed: int = 0  # decides what sampling draws
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation
-    device: str = "cpu"  # cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto: a card if there is one; or cpu, cuda, cuda:1, ...
     base: str = ""  # of a checkpoint of adapters: where their base lies now; empty: where the run had it
 
 
@@ -86,12 +86,15 @@ def answer(options: GenerateOptions) -> list[str]:
 
 
 def find_device(name: str) -> str:
-    """`name` if torch has such a device here. Raises: ConfigError with what there is."""
+    """`name` if torch has such a device here; of "auto" the card, or else the CPU. Raises: ConfigError with what there
+    is."""
     import torch
 
     present = ["cpu"]
     if torch.accelerator.is_available() and (kind := torch.accelerator.current_accelerator()) is not None:
         present += [kind.type, *(f"{kind.type}:{index}" for index in range(torch.accelerator.device_count()))]
+    if name == "auto":
+        return present[1] if len(present) > 1 else "cpu"
     if name not in present:
         raise ConfigError(f"--device {name}: no such device here; there is {', '.join(present)}")
     return name

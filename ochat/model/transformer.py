@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import ConfigError, DataError
 from ochat.model import rope
 from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
+from ochat.model.host_inputs import HostInputs
 from ochat.model.remaking import Remaking
 
 HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
@@ -159,6 +159,7 @@ class Transformer(nn.Module):
         # "block": all but a block's inputs
         self.recompute = "none"
         self.offload_activations = False  # with "block": those inputs wait in (pinned) host memory
+        self.host_inputs = HostInputs()
         self.compute_dtype: torch.dtype | None = None  # None: that of the parameters
         self.inv_freq = rope.inv_freq(config.rope, config.head_dim)  # (D/2,) fp32; no buffer: to_empty() would wipe it
         self.ops = Remaking(ops)
@@ -189,8 +190,9 @@ class Transformer(nn.Module):
         cos, sin = rope.cos_sin(position_ids, self.inv_freq)
         x, residual = self.embed(input_ids, self.compute_dtype or self.embed.weight.dtype), None
         wanted = [*[None] * (len(self.blocks) - 1), rows]
-        for block, picked in zip(self.blocks, wanted, strict=True):
-            x, residual = self._run(partial(block, cos=cos, sin=sin, attend=attend, rows=picked), x, residual)
+        for i, (block, picked) in enumerate(zip(self.blocks, wanted, strict=True)):
+            x, residual = self._run(i, partial(block, cos=cos, sin=sin, attend=attend, rows=picked), x, residual)
+        self.host_inputs.settle()
         return self.head(self.norm(x, residual)[0], head)
 
     @torch.no_grad()
@@ -216,18 +218,18 @@ class Transformer(nn.Module):
             drawn = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
             parameter.copy_(drawn)
 
-    def _run(self, block: Callable[..., Any], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One block; where it is recomputed whole, `x` and `residual` are all that is kept of it.
-
-        Costs of offload_activations: 2 T H elements to the host in forward and back in backward, each a block.
-        """
+    def _run(self, index: int, block: Callable[..., Any], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One block; where it is recomputed whole, `x` and `residual` are all that is kept of it."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return block(x, residual)
         if self.recompute == "elementwise":
             with self.ops.remaking():
                 return block(x, residual)
-        with save_on_cpu(pin_memory=True) if self.offload_activations else nullcontext():
-            return checkpoint(block, x, residual, use_reentrant=False)  # type: ignore[return-value]
+        with self.host_inputs.of_block(index) if self.offload_activations else nullcontext():
+            # a block draws nothing, so there is no state of generators to keep
+            return checkpoint(  # type: ignore[return-value]
+                block, x, residual, use_reentrant=False, preserve_rng_state=False
+            )
 
     def _tie(self) -> None:
         if self.config.tie_embeddings:

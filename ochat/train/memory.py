@@ -233,9 +233,9 @@ def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
 
 
 def _kept(model: ModelConfig, at: Setting, others: int, *, has_last: bool = False) -> float:
-    """Of `others` blocks, and of the last one where asked."""
-    if at.offload_activations:
-        return 0.0
+    """Of `others` blocks, and of the last one where asked: before backward."""
+    if at.offload_activations:  # in backward the block before arrives
+        return 0.0 if has_last else min(others, 1) * kept_of_block(model, at)
     return others * kept_of_block(model, at) + (kept_of_block(model, at, is_last=True) if has_last else 0)
 
 

@@ -64,7 +64,7 @@ def _head(model: ModelConfig, at: Setting, settings: LoraConfig) -> MemoryUse:
 def _block(model: ModelConfig, at: Setting, settings: LoraConfig, layer: int) -> MemoryUse:
     """The backward of one block, after those of the blocks behind it."""
     is_last = layer == model.num_layers - 1
-    kept = 0.0 if at.offload_activations else _kept(model, at, settings, layer)
+    kept = _kept(model, at, settings, min(layer, 1) if at.offload_activations else layer)
     activations = kept + _kept_inside(model, at, settings, is_last=is_last)
     activations += at.token_budget * (8 + 4 * model.head_dim)
     weights = 3 * at.itemsize * model.matmul_params() / model.num_layers if at.ranks > 1 else 0

@@ -180,13 +180,15 @@ def _micro_batch(model: ModelConfig, card: Card, workload: Workload, cut: Cut, c
     picks = (T + 5 * rows) * (model.hidden_size + model.num_heads * model.head_dim) - 8 * behind * (T - rows)
     passes = e * (T * model.num_layers * _moved_per_token(model) + picks) / bandwidth
     casts = _cast_bytes(model, cut, count) / bandwidth
+    forward = products / times + attention * 2 / 7 + passes * 0.4
     again = 0.0
     if cut.recompute == "block":
-        again = products / times + attention * 2 / 7 + passes * 0.4 + (casts / 3 if cut.ranks == 1 else 0)
+        again = forward + (casts / 3 if cut.ranks == 1 else 0)
     if cut.recompute == "elementwise":
         again = e * T * model.num_layers * _remade_per_token(model) / bandwidth
-    if cut.offload_activations:
-        again += 4 * e * T * model.hidden_size * model.num_layers / HOST_BANDWIDTH
+    if cut.offload_activations:  # each way beside what is computed meanwhile: forward, then all of it
+        bus = 2 * e * T * model.hidden_size * model.num_layers / HOST_BANDWIDTH
+        again += max(bus - forward, 0.0) + max(bus - products - attention - passes, 0.0)
     return {"products": products, "attention": attention, "head": head, "moved": passes + casts, "again": again}
 
 

@@ -1,6 +1,6 @@
 """`ochat agieval MODEL FOLDER`: AGIEval's zero-shot multiple choice, answered and scored.
 
-ochat agieval models/mine AGIEval/data/v1_1 --condition GPT4 --device cuda --output agieval.json
+ochat agieval models/mine AGIEval/data/v1_1 --condition GPT4 --output agieval.json
 ochat agieval mine AGIEval/data/v1_1/sat-en.jsonl --endpoint http://127.0.0.1:8000/v1 --answers sat-en.answers.jsonl
 
 The accuracy is by the letter as AGIEval reads it, so that it stands beside published numbers; the one beside it counts

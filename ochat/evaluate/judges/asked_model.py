@@ -42,7 +42,7 @@ class AskedOptions(ServerOptions):
     template: str | None = None  # of a model here without openchat.json: a template's name or file
     seed: int = 0  # decides what sampling draws
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation here
-    device: str = "cpu"  # cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto: a card if there is one; or cpu, cuda, cuda:1, ...
     base: str = ""  # of a checkpoint of adapters: where their base lies now; empty: where the run had it
 
 

@@ -67,7 +67,7 @@ class RepresentOptions:
     seed: int = 0  # decides the conversations, the folds, the permutations and UMAP
     template: str | None = None  # of models without openchat.json: a template's name or file
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation
-    device: str = "cpu"  # cpu, cuda, cuda:1, ...
+    device: str = "auto"  # auto: a card if there is one; or cpu, cuda, cuda:1, ...
     base: str = ""  # of checkpoints of adapters: where their base lies now; empty: where the run had it
 
     @property
