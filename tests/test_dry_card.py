@@ -1,0 +1,75 @@
+"""The dry card: its libraries do what their sources say and nothing else, and the plan is what its allocator saw."""
+
+import csv
+import ctypes
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import train_step_forecast
+from benchmarks.dry_card import build
+from benchmarks.train_step_cases import Case
+from ochat.train.cards import CARDS
+from ochat.train.memory import GIB
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "dry_card.csv"
+needs_gcc = pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="needs gcc and nm")
+
+
+def rows():
+    with RESULTS.open() as file:
+        return list(csv.DictReader(file))
+
+
+@needs_gcc
+def test_what_is_wanted_and_not_made_does_nothing(tmp_path):
+    source = tmp_path / "source.c"
+    source.write_text("int made(void) { return 7; } int caller(void) { extern int wanted(void); return wanted(); }\n")
+    build.link(tmp_path / "lib.so", [source], {"wanted", "made", "never_called"}, [tmp_path])
+    library = ctypes.CDLL(str(tmp_path / "lib.so"))
+    assert (library.made(), library.wanted(), library.caller(), library.never_called()) == (7, 0, 0, 0)
+
+
+@needs_gcc
+def test_what_a_library_takes_from_others(tmp_path):
+    (tmp_path / "source.c").write_text("int made(void) { extern int cudaOfOthers(int); return cudaOfOthers(1); }\n")
+    command = ["gcc", "-shared", "-fPIC", "-o", tmp_path / "lib.so", tmp_path / "source.c"]
+    subprocess.run(command, check=True)
+    names = build.undefined(tmp_path / "lib.so")
+    assert "cudaOfOthers" in names and "made" not in names
+    assert [name for name in names if build.RUNTIME.fullmatch(name)] == ["cudaOfOthers"]
+
+
+def test_without_a_cuda_build_of_torch_it_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="install a CUDA build of torch"):
+        build.build(tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_card_nothing_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.dry_card.steps", "--out", tmp_path / "out.csv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        pytest.skip("there is a card")
+    assert "torch sees no card" in done.stderr and not (tmp_path / "out.csv").exists()
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['model']} {row['bins_per_step']} x {row['token_budget']}")
+def test_the_plan_is_what_torchs_allocator_saw(row):
+    """What is derived, the allowance apart, is within 2 % of the tensors' peak; with the allowance it holds all that
+    the allocator took, less CUDA's own context, which the dry card has not. Nothing waited on the host."""
+    options = tuple(row["options"].split())
+    case = Case(row["model"], int(row["token_budget"]), int(row["bins_per_step"]), options=options)
+    use = train_step_forecast.predict(case, CARDS["H200"]).use
+    allocated, reserved = float(row["allocated_gib"]), float(row["reserved_gib"])
+    assert (use.total - use.allowance) / GIB == pytest.approx(allocated, rel=0.02)
+    assert use.total / GIB > reserved - 0.02 * allocated
+    assert row["waits"] == "0" and float(row["host_most_ms"]) < float(row["predicted_step_ms"])
+
+
+def test_every_case_was_measured():
+    assert len(rows()) == 12
