@@ -12,8 +12,9 @@ import pytest
 from benchmarks import train_step_forecast
 from benchmarks.dry_card import build
 from benchmarks.train_step_cases import Case
+from ochat.train import memory
 from ochat.train.cards import CARDS
-from ochat.train.memory import GIB
+from ochat.train.memory import CONTEXT_BYTES, GIB
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "dry_card.csv"
@@ -59,15 +60,18 @@ def test_without_the_card_nothing_is_measured(tmp_path):
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['model']} {row['bins_per_step']} x {row['token_budget']}")
-def test_the_plan_is_what_torchs_allocator_saw(row):
-    """What is derived, the allowance apart, is within 2 % of the tensors' peak; with the allowance it holds all that
-    the allocator took, less CUDA's own context, which the dry card has not. Nothing waited on the host."""
+def test_the_plan_is_what_torchs_allocator_saw(row, monkeypatch):
+    """What is derived, the allowance apart, is within 1 % of the tensors' peak; with it, there is room for them and
+    CUDA's own context, which the dry card has not. What the allocator holds besides it gives back where it is short."""
+    is_copied = row["torch"].startswith("2.11")  # whose attention wants as many keys and values as queries
+    monkeypatch.setattr(memory, "varlen_groups_heads", lambda: not is_copied)
     options = tuple(row["options"].split())
     case = Case(row["model"], int(row["token_budget"]), int(row["bins_per_step"]), options=options)
     use = train_step_forecast.predict(case, CARDS["H200"]).use
     allocated, reserved = float(row["allocated_gib"]), float(row["reserved_gib"])
-    assert (use.total - use.allowance) / GIB == pytest.approx(allocated, rel=0.02)
-    assert use.total / GIB > reserved - 0.02 * allocated
+    assert (use.total - use.allowance) / GIB == pytest.approx(allocated, rel=0.01)
+    assert use.total / GIB > allocated + CONTEXT_BYTES / GIB
+    assert reserved < 1.07 * allocated
     assert row["waits"] == "0" and float(row["host_most_ms"]) < float(row["predicted_step_ms"])
 
 

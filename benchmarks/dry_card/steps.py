@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -116,6 +117,7 @@ def main() -> None:
     if options.out is None:
         parser.error("--out is needed")
     stamp = {key: value for key, value in bench.stamp(torch.device("cpu")).items() if key in COLUMNS}
+    stamp |= {"cpu": bench.cpu_name(), "python": platform.python_version()}
     rows, file = [], bench.Rows(options.out, COLUMNS)
     for index, case in enumerate(CASES):
         print(f"{index + 1}/{len(CASES)}  {case.title}", flush=True)

@@ -34,7 +34,7 @@ from ochat.model.config import ModelConfig
 GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's own, kernels, workspaces of the matrix products
 NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
-FRAGMENTATION = 0.04  # assumed: share of what comes and goes in a step that is lost between the allocator's blocks
+FRAGMENTATION = 0.04  # share of what comes and goes in a step that is lost between the allocator's blocks: mostly less
 
 
 @dataclass(frozen=True)
