@@ -59,7 +59,7 @@ def test_without_the_card_nothing_is_measured(tmp_path):
     assert "torch sees no card" in done.stderr and not (tmp_path / "out.csv").exists()
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['model']} {row['bins_per_step']} x {row['token_budget']}")
+@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['model']}-{row['recompute']}-{row['token_budget']}")
 def test_the_plan_is_what_torchs_allocator_saw(row, monkeypatch):
     """What is derived, the allowance apart, is within 1 % of the tensors' peak; with it, there is room for them and
     CUDA's own context, which the dry card has not. What the allocator holds besides it gives back where it is short."""
