@@ -23,8 +23,8 @@ from ochat.train.speed import Workload
 STEPS = 100  # that are drawn and packed
 
 
-def predict(case: Case, card: Card) -> Forecast:
-    """Ours on one such card: the case's own drawn lengths, packed as the run would pack them."""
+def predict(case: Case, card: Card, gpus: int = 1) -> Forecast:
+    """Ours on one such card, or several: the case's own drawn lengths, packed as the run would pack them."""
     cut = {"data.token_budget": case.token_budget, "data.bins_per_step": case.bins_per_step}
     options = [f"--{key}={value}" for key, value in ({"base.path": "-", "data.path": "-"} | cut).items()]
     with tempfile.NamedTemporaryFile(suffix=".toml") as empty:
@@ -35,7 +35,7 @@ def predict(case: Case, card: Card) -> Forecast:
     plan = multipack.plan(lengths, token_budget=budget, bins_per_step=bins, seed=0, epoch=0)
     workload = Workload(LengthCounts.of(lengths), case.supervised, plan.efficiency())
     run = forecast.Run(train_step_cases.model_config(case), config, workload, plan.num_steps)
-    return forecast.forecast(run, card, gpus=1, nodes=1)
+    return forecast.forecast(run, card, gpus=gpus, nodes=1)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import train_step_forecast
-from benchmarks.dry_card import build
+from benchmarks.dry_card import build, steps
 from benchmarks.train_step_cases import Case
 from ochat.train import memory
 from ochat.train.cards import CARDS
@@ -61,19 +61,23 @@ def test_without_the_card_nothing_is_measured(tmp_path):
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['model']}-{row['recompute']}-{row['token_budget']}")
 def test_the_plan_is_what_torchs_allocator_saw(row, monkeypatch):
-    """What is derived, the allowance apart, is within 1 % of the tensors' peak; with it, there is room for them and
-    CUDA's own context, which the dry card has not. What the allocator holds besides it gives back where it is short."""
+    """On one process what is derived, the allowance apart, is within 1 % of the tensors' peak; with it, there is room
+    for them and CUDA's own context, which the dry card has not. What the allocator holds besides it gives back where it
+    is short. Under FSDP each stream keeps its own, and all of it is within 3 % of the plan's."""
     is_copied = row["torch"].startswith("2.11")  # whose attention wants as many keys and values as queries
     monkeypatch.setattr(memory, "varlen_groups_heads", lambda: not is_copied)
-    options = tuple(row["options"].split())
+    options, processes = tuple(row["options"].split()), int(row["processes"])
     case = Case(row["model"], int(row["token_budget"]), int(row["bins_per_step"]), options=options)
-    use = train_step_forecast.predict(case, CARDS["H200"]).use
+    use = train_step_forecast.predict(case, CARDS["H200"], processes).use
     allocated, reserved = float(row["allocated_gib"]), float(row["reserved_gib"])
-    assert (use.total - use.allowance) / GIB == pytest.approx(allocated, rel=0.01)
-    assert use.total / GIB > allocated + CONTEXT_BYTES / GIB
-    assert reserved < 1.07 * allocated
-    assert row["waits"] == "0" and float(row["host_most_ms"]) < float(row["predicted_step_ms"])
+    if processes == 1:
+        assert (use.total - use.allowance) / GIB == pytest.approx(allocated, rel=0.01)
+        assert use.total / GIB > allocated + CONTEXT_BYTES / GIB
+        assert reserved < 1.07 * allocated
+    else:
+        assert use.total / GIB == pytest.approx(reserved, rel=0.03)
+    assert row["waits"] == "0" and float(row["host_ms"]) < float(row["predicted_step_ms"])
 
 
 def test_every_case_was_measured():
-    assert len(rows()) == 12
+    assert len(rows()) == len(steps.CASES)

@@ -111,15 +111,15 @@ def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, r
     assert sum(optim.local(p).nbytes for p in model.parameters()) == use.masters
     ids = torch.arange(8)
     attend = PackedAttention(torch.tensor([0, 8], dtype=torch.int32), 8)
-    for is_last, whole in ((False, use.gradients if reduce == "step" else 0), (True, 0)):
+    shares = 4 * config.num_parameters() / 4
+    for is_last, whole in ((False, use.gradients - shares), (True, 0)):
         parallel.begin_micro_batch(model, shard_of_four, choice, is_last=is_last)
         model(ids, ids, attend).sum().backward()
         assert unreduced_bytes(model) == whole
         norm = 2 * config.hidden_size  # the last one, in the root's group
         kept = 0 if is_last else memory._gathered(config, setting) + norm * (reshard == "block")
         assert gathered_bytes(model) == kept
-    shares = sum(optim.local(p.grad).nbytes for p in model.parameters() if p.grad is not None)
-    assert shares == 4 * config.num_parameters() / 4
+    assert sum(optim.local(p.grad).nbytes for p in model.parameters() if p.grad is not None) == shares
 
 
 def groups_of(model: Transformer) -> list:
@@ -146,7 +146,7 @@ def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_
         return memory.predict(LLAMA_8B, dataclasses.replace(setting, **changes))
 
     P, plain = LLAMA_8B.num_parameters(), use()
-    assert (plain.masters, plain.moments, plain.gradients) == (P, 2 * P, 4 * P)
+    assert (plain.masters, plain.moments, plain.gradients) == (P, 2 * P, 4 * P + P)  # whole, and shards
     assert dataclasses.replace(use(offload="optimizer"), moments=2 * P) == plain
     assert use(offload="all").masters == use(offload="all").moments == 0
     assert use(reduce="micro_batch").gradients == P and use(reduce="micro_batch", offload="all").gradients == 0

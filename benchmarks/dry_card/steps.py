@@ -2,13 +2,14 @@
 
     eval "$(python -m benchmarks.dry_card.build /tmp/dry_card)"; python -m benchmarks.dry_card.steps --out dry_card.csv
 Memory is what torch's own CUDA allocator gave out, the step's tensors in the order and sizes of a real one; weights and
-results are no values. Each case is a process of its own. Letters as in cases.py.
+results are no values. Each case has processes of its own, several under FSDP. Letters as in cases.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -28,7 +29,7 @@ from benchmarks import bench, train_step_cases, train_step_forecast
 from benchmarks.train_step_cases import CLASSES, IN_BACKWARD, PHASES, Case, World
 from benchmarks.train_step_peers import Ours, Peer
 from ochat import config as configuration
-from ochat.train import checkpoint, verify
+from ochat.train import checkpoint, parallel, verify
 from ochat.train.cards import CARDS
 from ochat.train.memory import GIB
 from ochat.train.metrics import peak_memory_gib
@@ -36,13 +37,30 @@ from ochat.train.metrics import peak_memory_gib
 STEPS = 6  # after the first, which compiles
 OFFLOADED = ("--train.recompute=block", "--train.offload_activations=true")
 CASES = [
-    *PHASES["ours"],
-    Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, "--train.recompute=elementwise")),
-    Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, "--train.recompute=block")),
-    Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, *OFFLOADED)),
-]  # fmt: skip
+    *((1, case) for case in PHASES["ours"]),
+    (1, Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, "--train.recompute=elementwise"))),
+    (1, Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, "--train.recompute=block"))),
+    (1, Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, *OFFLOADED))),
+    (2, Case("Llama-3-8B", 8192, 4)),
+    (2, Case("Llama-3-8B", 16384, 2, options=("--train.recompute=block",))),
+    (2, Case("Llama-3-8B", 8192, 2, options=("--parallel.reduce=micro_batch",))),
+    (4, Case("Llama-3-8B", 16384, 4)),
+    (4, Case("Llama-3-8B", 16384, 8, options=("--parallel.reduce=micro_batch",))),
+]  # processes, and what they do
 COLUMNS = [
-    *("date", "commit", "cpu", "python", "torch", "triton", "model", "token_budget", "bins_per_step", "options"),
+    *(
+        "date",
+        "commit",
+        "cpu",
+        "python",
+        "torch",
+        "triton",
+        "processes",
+        "model",
+        "token_budget",
+        "bins_per_step",
+        "options",
+    ),
     *("recompute", "predicted_gib", "of_it_allowance_gib", "allocated_gib", "reserved_gib"),
     *("host_ms", "host_least_ms", "host_most_ms", "predicted_step_ms", "waits"),
 ]
@@ -87,13 +105,21 @@ def _milliseconds(ours: Ours) -> float:
 
 
 def row_of(index: int) -> dict[str, Any]:
-    """A case measured in a process of its own, beside what the plan says of it."""
-    case, command = CASES[index], [sys.executable, "-m", "benchmarks.dry_card.steps", "--case", str(index)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """A case measured in processes of its own, beside what the plan says of it."""
+    processes, case = CASES[index]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "benchmarks.dry_card.steps", "--case", str(index)]
+    environment = os.environ | {"DRY_CARD_DEVICES": str(processes)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{case.title} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    expected = train_step_forecast.predict(case, CARDS["H200"])
-    row = {"model": case.model, "token_budget": case.token_budget, "bins_per_step": case.bins_per_step}
+    expected = train_step_forecast.predict(case, CARDS["H200"], processes)
+    row = {
+        "processes": processes,
+        "model": case.model,
+        "token_budget": case.token_budget,
+        "bins_per_step": case.bins_per_step,
+    }
     row |= {"options": " ".join(case.options), "predicted_step_ms": expected.speed.step_seconds * 1e3}
     row |= {"predicted_gib": expected.use.total / GIB, "of_it_allowance_gib": expected.use.allowance / GIB}
     return row | json.loads(done.stdout.splitlines()[-1])
@@ -112,15 +138,18 @@ def main() -> None:
         )
     if options.case is not None:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(measure(CASES[options.case], Path(folder))))
+            measured = json.dumps(measure(CASES[options.case][1], Path(folder)))
+        if os.environ.get("RANK", "0") == "0":
+            print(measured, flush=True)
+        parallel.stop()
         return
     if options.out is None:
         parser.error("--out is needed")
     stamp = {key: value for key, value in bench.stamp(torch.device("cpu")).items() if key in COLUMNS}
     stamp |= {"cpu": bench.cpu_name(), "python": platform.python_version()}
     rows, file = [], bench.Rows(options.out, COLUMNS)
-    for index, case in enumerate(CASES):
-        print(f"{index + 1}/{len(CASES)}  {case.title}", flush=True)
+    for index, (processes, case) in enumerate(CASES):
+        print(f"{index + 1}/{len(CASES)}  {case.title}, {processes} process{'es' * (processes > 1)}", flush=True)
         rows.append(stamp | row_of(index))
         file.add(rows[-1])
     file.close()
@@ -130,6 +159,7 @@ def main() -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """A line a case."""
     table = Table(
+        "processes",
         "model",
         "micro-batches",
         "options",
@@ -146,7 +176,16 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['predicted_step_ms']:.0f}",
         ]
         cut = f"{row['bins_per_step']} x {row['token_budget']:,}"
-        table.add_row(row["model"], cut, row["options"], row["recompute"], *sizes, *times, str(row["waits"]))
+        table.add_row(
+            str(row["processes"]),
+            row["model"],
+            cut,
+            row["options"],
+            row["recompute"],
+            *sizes,
+            *times,
+            str(row["waits"]),
+        )
     Console(width=200).print(table)
 
 

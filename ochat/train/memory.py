@@ -95,8 +95,8 @@ def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
 
     All along: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on one
     process: 4 P once there are any, 2 P of bf16 masters in one micro-batch; updated in backward, the embeddings' alone.
-    Under FSDP 4 P / s (2 P / s); but while a rank adds up micro-batches before it reduces them (reduce = "step") it
-    holds the whole model's, 4 P.
+    Under FSDP 4 P / s (2 P / s) all along; while a rank adds up micro-batches before it reduces them (reduce = "step")
+    it holds the whole model's besides, 4 P.
       head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e R H, and the larger of the
               logits of a chunk of rows and dW on its way into the gradient, e E (4 E more for sums of bf16 masters')
       block   backward of the last block, of the one before it, which is of T rows, or of the first one when the
@@ -221,15 +221,19 @@ def _gathered(model: ModelConfig, at: Setting) -> float:
 
 
 def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
-    """Bytes of gradients once the last micro-batch has made those of `done` parameters."""
+    """Bytes of gradients once the last micro-batch has made those of `done` parameters.
+
+    Under FSDP the shards' memory is the reducing stream's all along: what torch's allocator gave to one stream, no
+    other gets.
+    """
     if at.in_backward:  # tied, the head's waits for the embeddings'
         is_there = done == model.num_parameters() or (model.tie_embeddings and done > 0)
         return at.master_itemsize * model.head_params() * is_there
-    if at.micro_batches > 1 and (at.ranks == 1 or at.reduce == "step"):
-        return 4 * model.num_parameters()
-    if at.offload == "all":
-        return 0.0
-    return at.gradient_itemsize * (done if at.micro_batches == 1 else model.num_parameters()) / at.shard
+    adds_up = at.micro_batches > 1 and (at.ranks == 1 or at.reduce == "step")
+    whole = 4 * model.num_parameters() if adds_up else 0
+    if at.ranks == 1:
+        return whole or at.gradient_itemsize * done
+    return whole + at.gradient_itemsize * model.num_parameters() / at.shard * (at.offload != "all")
 
 
 def _kept(model: ModelConfig, at: Setting, others: int, *, has_last: bool = False) -> float:
