@@ -72,7 +72,11 @@ def main() -> None:
     import torch  # not before it is needed: with the card preloaded it takes seconds
 
     packages = Path(torch.__file__).parents[1] if torch.version.cuda else Path(sysconfig.get_paths()["purelib"])
-    for name, value in build(Path(sys.argv[1]).resolve(), packages).items():
+    try:
+        variables = build(Path(sys.argv[1]).resolve(), packages)
+    except FileNotFoundError as problem:
+        sys.exit(str(problem))
+    for name, value in variables.items():
         inherited = os.environ.get(name, "") if name == "LD_LIBRARY_PATH" else ""
         print(f"export {name}={value}{':' + inherited if inherited else ''}")
 
