@@ -15,7 +15,7 @@ help:  ## this list
 demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, training on 2 processes, export, answers (about 8 minutes)
 	$(BIN)/python -m demo.run
 
-test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU needed, under 10 minutes)
+test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU needed; 11 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev $(MODEL) $(TOKENIZERS)  ## the slow tests
