@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ochat_kernels
@@ -95,6 +96,12 @@ class World:
     data: Path
     model: ModelConfig
     options: tuple[str, ...] = ()
+
+
+def options(case: Case, settings: dict[str, Any]) -> list[str]:
+    """--section.key=value of a run of the case: `settings`, how it is cut, and what the case sets itself."""
+    cut = {"data.token_budget": case.token_budget, "data.bins_per_step": case.bins_per_step}
+    return [*(f"--{key}={value}" for key, value in (settings | cut).items()), *case.options]
 
 
 def make_world(case: Case, folder: Path, device: torch.device, num_steps: int) -> World:

@@ -25,10 +25,9 @@ STEPS = 100  # that are drawn and packed
 
 def predict(case: Case, card: Card, gpus: int = 1) -> Forecast:
     """Ours on one such card, or several: the case's own drawn lengths, packed as the run would pack them."""
-    cut = {"data.token_budget": case.token_budget, "data.bins_per_step": case.bins_per_step}
-    options = [f"--{key}={value}" for key, value in ({"base.path": "-", "data.path": "-"} | cut).items()]
+    options = train_step_cases.options(case, {"base.path": "-", "data.path": "-"})
     with tempfile.NamedTemporaryFile(suffix=".toml") as empty:
-        config = configuration.load(empty.name, [*options, *case.options])
+        config = configuration.load(empty.name, options)
     tokens = STEPS * case.bins_per_step * case.token_budget
     lengths = train_step_cases.draw_lengths(case, np.random.default_rng(0), tokens)
     budget, bins = case.token_budget, case.bins_per_step

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import bench
+from benchmarks import bench, train_step_cases
 from benchmarks.train_step_cases import Case, World
 from benchmarks.train_step_worker import Worker, WorkerFailed
 from ochat.model.config import ModelConfig
@@ -103,14 +103,13 @@ def start(who: Start, session: Session) -> Worker:
     config = who.folder / "run.toml"
     config.touch()
     settings = {
-        "base.path": who.world.base, "data.path": who.world.data, "data.token_budget": who.case.token_budget,
-        "data.bins_per_step": who.case.bins_per_step, "data.max_steps": session.num_steps, "optim.lr": session.lr,
-        "train.dtype": session.dtype, "train.device": session.device.type, "train.peak_tflops": 1.0,
-        "run.dir": who.folder / "run",
+        "base.path": who.world.base, "data.path": who.world.data, "run.dir": who.folder / "run",
+        "data.max_steps": session.num_steps, "optim.lr": session.lr, "train.dtype": session.dtype,
+        "train.device": session.device.type, "train.peak_tflops": 1.0,
     }  # fmt: skip
-    options = [f"--{key}={value}" for key, value in settings.items()]
+    options = [*train_step_cases.options(who.case, settings), *who.world.options]
     spec = {
-        "implementation": who.name, "config": str(config), "options": [*options, *who.world.options, *who.case.options],
+        "implementation": who.name, "config": str(config), "options": options,
         "device": session.device.type, "threads": session.threads, "num_steps": session.num_steps,
         "peer": asdict(who.case.peer),
     }  # fmt: skip

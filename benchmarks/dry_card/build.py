@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -71,9 +70,8 @@ def main() -> None:
         sys.exit("which folder? python -m benchmarks.dry_card.build FOLDER")
     import torch  # not before it is needed: with the card preloaded it takes seconds
 
-    packages = Path(torch.__file__).parents[1] if torch.version.cuda else Path(sysconfig.get_paths()["purelib"])
     try:
-        variables = build(Path(sys.argv[1]).resolve(), packages)
+        variables = build(Path(sys.argv[1]).resolve(), packages=Path(torch.__file__).parents[1])
     except FileNotFoundError as problem:
         sys.exit(str(problem))
     for name, value in variables.items():

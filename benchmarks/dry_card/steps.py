@@ -74,10 +74,9 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     train_step_cases.write_tokenizer(world.base)
     train_step_cases.write_data(world, case, STEPS + 1)
     (folder / "run.toml").touch()
-    cut = {"data.token_budget": case.token_budget, "data.bins_per_step": case.bins_per_step, "optim.lr": 1e-5}
-    paths = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run"}
-    options = [f"--{key}={value}" for key, value in (paths | cut).items()]
-    config = configuration.load(folder / "run.toml", [*options, *case.options, *world.options])
+    settings = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run", "optim.lr": 1e-5}
+    options = [*train_step_cases.options(case, settings), *world.options]
+    config = configuration.load(folder / "run.toml", options)
     with (
         mock.patch.object(verify, "headers"),
         mock.patch.object(verify, "base"),
