@@ -35,11 +35,11 @@ SHAPES = {  # recipe -> hidden, FFN, heads, key/value heads, head dim, vocabular
     "llama2_13b": (5120, 13824, 40, 40, 128, 32000, 40, False),
     "llama3_70b": (8192, 28672, 64, 8, 128, 128256, 80, False),
 }
-BF16 = ("--optim.master=bfloat16", "--optim.state=bfloat16")
+BF16 = ("--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16")
 SETTINGS: tuple[tuple[str, ...], ...] = (  # in the order in which one would want them
     (),
     ("--parallel.reduce=micro_batch",),
-    ("--optim.state=bfloat16",),
+    ("--optim.moment_dtype=bfloat16",),
     BF16,
     ("--parallel.offload=optimizer",),
     ("--lora.rank=16",),

@@ -37,7 +37,7 @@ SMALL_MODELS = {
 }
 SHORTEST = 64  # of the drawn conversations; a turn of each side is as long
 OURS, PEERS = ("ours",), ("ours", "padded", "packed", "liger", "trl")
-BF16 = ("--optim.master=bfloat16", "--optim.state=bfloat16")
+BF16 = ("--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16")
 IN_BACKWARD = (*BF16, "--optim.in_backward=true", "--optim.clip=0.0")  # no gradients are held
 CLASSES = ("--classes.GPT4.weight=1.0", "--classes.GPT3.weight=0.1")  # the drawn conversations name no weights
 

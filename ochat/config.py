@@ -31,7 +31,7 @@ class RunConfig:
     seed: int = 0  # decides the order of the data and every random draw
     deterministic: bool = False  # bitwise the same on the same machine and number of processes; slower on CUDA
     resume: str = "auto"  # "auto": the newest whole checkpoint in run.dir, if any; "never"; or a checkpoint's path
-    resume_anyway: bool = False  # go on although template, data set or order of the data are not the checkpoint's
+    resume_mismatched: bool = False  # go on although template, data set or order of the data are not the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """One of several data sets, and what an epoch takes of it: at most one of epochs, tokens and rate."""
+    """One of several data sets, and what an epoch takes of it: at most one of epochs, tokens and ratio."""
 
     path: str = ""  # a folder written by `ochat prepare`
     epochs: float | None = None  # passes over it, 0.5 is another half each time; nothing given: 1
     tokens: int | None = None  # so many tokens of it
-    rate: float | None = None  # in proportion to the other rates, until the first set with a rate is used up
+    ratio: float | None = None  # in proportion to the other ratios, until the first set with one is used up
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,10 @@ class OptimConfig:
     eps: float = 1e-5  # of AdamW
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     clip: float = 1.0  # largest gradient norm; 0: no clipping
-    master: Literal["float32", "bfloat16"] = "float32"  # of the weights that are updated; bfloat16: stochastic rounding
-    state: Literal["float32", "bfloat16"] = "float32"  # of AdamW's two moments; bfloat16: stochastic rounding
+    master_dtype: Literal["float32", "bfloat16"] = (
+        "float32"  # of the weights that are updated; bfloat16: stochastic rounding
+    )
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of AdamW's two moments; bfloat16: stochastic rounding
     in_backward: bool = False  # update each weight as soon as its gradient is there: no gradients are held; one process
     warmup_ratio: float = 0.05  # share of the steps in which the rate rises
     min_lr_ratio: float = 0.1  # share of the peak at which the cosine ends
@@ -113,14 +115,16 @@ Recompute = Literal["auto", "none", "elementwise", "block"]
 class TrainConfig:
     """How a step is computed, and how often it is reported."""
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; weights: optim.master
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and products; weights: optim.master_dtype
     kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: triton on CUDA, plain PyTorch elsewhere
     attention: Literal["auto", "varlen", "sdpa"] = "auto"  # auto: varlen on CUDA in bfloat16, else SDPA by document
     recompute: Recompute = "auto"  # in backward: elementwise, but no product; a whole block; auto: the least that fits
     offload_activations: bool = False  # inputs of blocks wait in host memory, and all else is recomputed
     compile: bool = False  # torch.compile, block by block
     log_every: int = 1  # steps between two reads of the metrics from the device
-    max_bad_steps: int = 0  # steps of NaN or infinite loss or gradient that a run skips, restarts included; more end it
+    max_nonfinite_steps: int = (
+        0  # steps of NaN or infinite loss or gradient that a run skips, restarts included; more end it
+    )
     eval_every: int = 0  # steps between held-out evaluations; 0: at the end of every epoch
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a card
     peak_tflops: float = 0.0  # the peak that mfu is taken of; 0: the card's data sheet, or a product timed at start
@@ -252,7 +256,7 @@ _POSITIVE = (
     "parallel.timeout_s"
 )
 _NOT_NEGATIVE = (
-    "data.max_steps optim.weight_decay optim.clip train.eval_every train.peak_tflops train.max_bad_steps "
+    "data.max_steps optim.weight_decay optim.clip train.eval_every train.peak_tflops train.max_nonfinite_steps "
     "parallel.shard "
     "checkpoint.every checkpoint.keep checkpoint.keep_every samples.max_new_tokens run.seed lora.rank"
 )
@@ -302,20 +306,27 @@ def _check_memory(config: Config) -> None:
 def _check_optim(config: Config) -> None:
     """Choices of precision and of the time of the update that would not do what they say."""
     optim, parallel = config.optim, config.parallel
-    if optim.master == "bfloat16":
+    if optim.master_dtype == "bfloat16":
         fine = config.train.dtype == "bfloat16"
-        expect(fine, "optim.master", optim.master, '"float32" beside train.dtype = "float32"')
+        expect(fine, "optim.master_dtype", optim.master_dtype, '"float32" beside train.dtype = "float32"')
         fine = config.lora.rank == 0
-        expect(fine, "optim.master", optim.master, '"float32" beside lora.rank: frozen weights have no masters')
+        expect(
+            fine, "optim.master_dtype", optim.master_dtype, '"float32" beside lora.rank: frozen weights have no masters'
+        )
         fine = parallel.reduce == "step"  # a shard's gradient is bfloat16
-        expect(fine, "optim.master", optim.master, '"float32" beside parallel.reduce = "micro_batch", which adds up')
-    for key in ("master", "state"):
+        expect(
+            fine,
+            "optim.master_dtype",
+            optim.master_dtype,
+            '"float32" beside parallel.reduce = "micro_batch", which adds up',
+        )
+    for key in ("master_dtype", "moment_dtype"):
         value = getattr(optim, key)
         fine = value == "float32" or parallel.offload != "all"
         expect(fine, f"optim.{key}", value, '"float32" beside parallel.offload = "all", which updates on the host')
     if optim.in_backward:
         expect(optim.clip == 0, "optim.clip", optim.clip, "0 beside optim.in_backward: the norm is known too late")
-        for name, most in (("data.bins_per_step", 1), ("train.max_bad_steps", 0), ("lora.rank", 0)):
+        for name, most in (("data.bins_per_step", 1), ("train.max_nonfinite_steps", 0), ("lora.rank", 0)):
             section, key = name.split(".")
             value = getattr(getattr(config, section), key)
             expect(value == most, name, value, f"{most} beside optim.in_backward")
@@ -333,7 +344,7 @@ def _check_mix(data: DataConfig) -> None:
     for name, share in data.mix.items():
         where = f"data.mix.{name}"
         expect(bool(share.path), f"{where}.path", "", "the folder of a data set")
-        given = {key: getattr(share, key) for key in ("epochs", "tokens", "rate") if getattr(share, key) is not None}
-        expect(len(given) <= 1, where, given, "at most one of epochs, tokens and rate")
+        given = {key: getattr(share, key) for key in ("epochs", "tokens", "ratio") if getattr(share, key) is not None}
+        expect(len(given) <= 1, where, given, "at most one of epochs, tokens and ratio")
         for key, value in given.items():
             expect(math.isfinite(value) and value > 0, f"{where}.{key}", value, "a number above 0")

@@ -87,7 +87,7 @@ def curve(lines):
 
 def test_bad_steps_change_no_bit_are_named_and_the_run_goes_on(poisoned, nan_for_z, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    lines = tiny.train(poisoned, run_dir, "--train.max_bad_steps=2", *SAVE_ALL)
+    lines = tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=2", *SAVE_ALL)
     assert skipped(lines) == BAD and [line["step"] for line in lines] == list(range(1, 10))
     for line in lines:
         is_bad = line["step"] in BAD
@@ -109,13 +109,13 @@ def test_bad_steps_change_no_bit_are_named_and_the_run_goes_on(poisoned, nan_for
 
 
 def test_neither_reading_metrics_seldom_nor_a_restart_changes_a_skipping_run(poisoned, nan_for_z, tmp_path):
-    whole = tiny.train(poisoned, tmp_path / "whole", "--train.max_bad_steps=2", *SAVE_ALL)
-    seldom = tiny.train(poisoned, tmp_path / "seldom", "--train.max_bad_steps=2", "--train.log_every=4")
+    whole = tiny.train(poisoned, tmp_path / "whole", "--train.max_nonfinite_steps=2", *SAVE_ALL)
+    seldom = tiny.train(poisoned, tmp_path / "seldom", "--train.max_nonfinite_steps=2", "--train.log_every=4")
     assert curve(seldom) == curve(whole)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     for folder in checkpoint.folders(tmp_path / "resumed")[3:]:
         shutil.rmtree(folder)
-    resumed = tiny.train(poisoned, tmp_path / "resumed", "--train.max_bad_steps=2")
+    resumed = tiny.train(poisoned, tmp_path / "resumed", "--train.max_nonfinite_steps=2")
     assert curve(resumed) == curve(whole)
     ends = [state(tmp_path / name / "checkpoints" / "step_9") for name in ("whole", "seldom", "resumed")]
     for end in ends[1:]:
@@ -126,7 +126,7 @@ def test_the_first_bad_step_ends_a_run_unless_it_is_told_otherwise(poisoned, nan
     what = (
         r"step 1: loss nan, gradient norm nan; computed on bin 0: .*conversations\.jsonl:54, .*bin 3: .* goes on from "
     )
-    with pytest.raises(NonFiniteError, match=what + "the base, .*--train.max_bad_steps=10"):
+    with pytest.raises(NonFiniteError, match=what + "the base, .*--train.max_nonfinite_steps=10"):
         tiny.train(poisoned, tmp_path / "run", *SAVE_ALL)
     assert [record["step"] for record in tiny.metrics(tmp_path / "run", LIST)] == [1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not checkpoint.folders(tmp_path / "run")
@@ -137,30 +137,30 @@ def test_a_restart_does_not_renew_the_budget(poisoned, nan_for_z, tmp_path):
     run_dir = tmp_path / "run"
     for more in ([], [], ["--train.log_every=3"]):
         with pytest.raises(
-            NonFiniteError, match=r"step 5: .*bad step 2 and .*bad_steps is 1\. .*/checkpoints/step_4\."
+            NonFiniteError, match=r"step 5: .*bad step 2 and .*nonfinite_steps is 1\. .*/checkpoints/step_4\."
         ):
-            tiny.train(poisoned, run_dir, "--train.max_bad_steps=1", *SAVE_ALL, *more)
+            tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=1", *SAVE_ALL, *more)
         assert [r["step"] for r in tiny.metrics(run_dir, LIST)] == BAD
         assert [line["step"] for line in tiny.metrics(run_dir)] == [1, 2, 3, 4]
     newest = checkpoint.folders(run_dir)[-1]
     assert newest.name == "step_4" and Manifest.read(newest).skipped == 1
     with pytest.raises(NonFiniteError, match="step 5: .*bad step 2 "):
-        tiny.train(poisoned, tmp_path / "branch", "--train.max_bad_steps=1", f"--run.resume={newest}")
-    lines = tiny.train(poisoned, run_dir, "--train.max_bad_steps=2")
+        tiny.train(poisoned, tmp_path / "branch", "--train.max_nonfinite_steps=1", f"--run.resume={newest}")
+    lines = tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=2")
     assert skipped(lines) == BAD and len(lines) == 9
 
 
 def test_two_processes_skip_the_same_steps(tmp_path):
     """A weight of 3e38 makes the loss of one process infinite: both leave the step out."""
     world = marked(tmp_path / "world", weigh_too_much)
-    alone = tiny.train(world, tmp_path / "alone", "--train.max_bad_steps=2")
+    alone = tiny.train(world, tmp_path / "alone", "--train.max_nonfinite_steps=2")
     assert skipped(alone) == BAD
-    tiny.torchrun(world, tmp_path / "two", 2, "--train.max_bad_steps=2")
+    tiny.torchrun(world, tmp_path / "two", 2, "--train.max_nonfinite_steps=2")
     two = tiny.metrics(tmp_path / "two")
     assert skipped(two) == BAD
     for ours, theirs in zip(two, alone, strict=True):
         assert ours["step"] in BAD or ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    failed = tiny.torchrun(world, tmp_path / "stops", 2, "--train.max_bad_steps=1", check=False)
+    failed = tiny.torchrun(world, tmp_path / "stops", 2, "--train.max_nonfinite_steps=1", check=False)
     assert failed.returncode and "NonFiniteError: step 5: loss inf" in failed.stderr
     assert "conversations.jsonl:26" in failed.stderr and "trainer.py" not in failed.stderr
 

@@ -17,11 +17,11 @@ OPTIONS = ("--train.device=cuda", "--train.dtype=bfloat16", "--data.max_steps=4"
 OFFLOADED = ("--train.recompute=block", "--train.offload_activations=true")
 CHOICES = {
     "plain": (),
-    "bad steps allowed": ("--train.max_bad_steps=3",),
+    "bad steps allowed": ("--train.max_nonfinite_steps=3",),
     "elementwise": ("--train.recompute=elementwise",),
     "block": ("--train.recompute=block",),
     "offloaded": OFFLOADED,
-    "narrow": ("--optim.master=bfloat16", "--optim.state=bfloat16"),
+    "narrow": ("--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16"),
     "in backward": ("--optim.in_backward=true", "--optim.clip=0", "--data.bins_per_step=1"),
     "adapters": ("--lora.rank=4",),
 }

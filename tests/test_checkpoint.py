@@ -161,7 +161,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(world, run)
 def test_the_newest_k_and_every_nth_stay_and_a_damaged_later_one_takes_no_place(world, run):
     keep_only(run, 5, 15)
     flip(step(run, 15) / WEIGHTS)
-    options = ["--data.epochs=2", "--data.max_steps=14", "--run.resume_anyway=true"]
+    options = ["--data.epochs=2", "--data.max_steps=14", "--run.resume_mismatched=true"]
     tiny.train(world, run, *options, "--checkpoint.every=2", "--checkpoint.keep=1", "--checkpoint.keep_every=6")
     assert [folder.name for folder in checkpoint.folders(run)] == ["step_6", "step_12", "step_14", "step_15"]
     assert (run / "latest").read_text() == "checkpoints/step_14\n"
@@ -169,9 +169,9 @@ def test_the_newest_k_and_every_nth_stay_and_a_damaged_later_one_takes_no_place(
 
 def test_another_runs_checkpoint_is_taken_only_when_told(world, run):
     keep_only(run, 5)
-    with pytest.raises(CheckpointError, match="run.seed is 0 there and 3 here.*--run.resume_anyway=true"):
+    with pytest.raises(CheckpointError, match="run.seed is 0 there and 3 here.*--run.resume_mismatched=true"):
         tiny.train(world, run, *OPTIONS, "--run.seed=3")
-    lines = tiny.train(world, run, *OPTIONS, "--run.seed=3", "--run.resume_anyway=true", "--data.max_steps=7")
+    lines = tiny.train(world, run, *OPTIONS, "--run.seed=3", "--run.resume_mismatched=true", "--data.max_steps=7")
     assert [line["step"] for line in lines] == list(range(1, 8))
     assert Manifest.read(step(run, 7)).identity["run.seed"] == 3
 
@@ -179,7 +179,7 @@ def test_another_runs_checkpoint_is_taken_only_when_told(world, run):
 def test_a_model_of_other_shapes_is_refused_even_when_told(run, tmp_path):
     other = tiny.make(tmp_path / "other", model={"intermediate_size": 64})
     with pytest.raises(CheckpointError, match=r"mlp.down.weight is float32 \[32, 48\] there and float32 \[32, 64\]"):
-        tiny.train(other, run, *OPTIONS, "--run.resume_anyway=true")
+        tiny.train(other, run, *OPTIONS, "--run.resume_mismatched=true")
 
 
 def test_no_pickle_is_written_and_none_can_be_read(world, alone):

@@ -128,7 +128,7 @@ def test_a_configured_shard_is_kept_where_it_fits_the_gpus():
 def test_precision_and_time_of_the_update_reach_memory_and_speed():
     """8B in full on one card of 80 GB: 2 bytes of weights and 4 of moments a parameter, and no gradients."""
     wide = make_run(recompute="block", bins=1, budget=32768)
-    optim = OptimConfig(clip=0.0, master="bfloat16", state="bfloat16", in_backward=True)
+    optim = OptimConfig(clip=0.0, master_dtype="bfloat16", moment_dtype="bfloat16", in_backward=True)
     narrow = dataclasses.replace(wide, config=dataclasses.replace(wide.config, optim=optim))
     assert (narrow.bins_for(8192, 1), wide.bins_for(8192, 1)) == (1, 4)
     found, other = (forecast.forecast(run, CARDS["H100"], gpus=1, nodes=1) for run in (narrow, wide))
@@ -136,4 +136,4 @@ def test_precision_and_time_of_the_update_reach_memory_and_speed():
     assert (found.use.masters, found.use.moments) == (2 * P, 4 * P)
     assert found.fits and found.largest_budget > 16384 and found.best and found.best.bins_per_step == 1
     assert not other.fits and other.speed.optimizer == pytest.approx(2 * found.speed.optimizer)
-    assert 'optim.master and optim.state = "bfloat16" instead of the host' in other.advice
+    assert 'optim.master_dtype and optim.moment_dtype = "bfloat16" instead of the host' in other.advice

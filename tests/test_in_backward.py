@@ -27,7 +27,7 @@ ONE_BIN = ("--optim.clip=0", "--data.bins_per_step=1", "--data.max_steps=6", "--
 IN_BACKWARD = (*ONE_BIN, "--optim.in_backward=true")
 KINDS = {
     "fp32": OptimConfig(clip=0.0),
-    "bf16": OptimConfig(clip=0.0, master="bfloat16", state="bfloat16"),
+    "bf16": OptimConfig(clip=0.0, master_dtype="bfloat16", moment_dtype="bfloat16"),
 }
 
 
@@ -35,7 +35,7 @@ def learn(config, *, tied=False, recompute="none", host_moments=False, kernels="
     """Three steps; the weights and moments after them, the norms, and the most gradients that were there at once."""
     model = Transformer(ModelConfig("llama", 260, 32, 48, 2, 4, 2, 8, tie_embeddings=tied), REFERENCE)
     model.initialize(0)
-    model.to(getattr(torch, config.master))
+    model.to(getattr(torch, config.master_dtype))
     model.compute_dtype, model.recompute = torch.bfloat16, recompute
     adamw = ochat_kernels.load(kernels).adamw
     optimizer = optim.build(model, config, adamw, host_moments=host_moments, seed=5)
@@ -72,7 +72,7 @@ def test_it_is_the_ordinary_step_bit_for_bit_with_one_gradient_at_a_time(kind, m
 
 
 def test_the_kernel_does_it_too():
-    config = OptimConfig(clip=0.0, master="bfloat16", state="bfloat16", in_backward=True)
+    config = OptimConfig(clip=0.0, master_dtype="bfloat16", moment_dtype="bfloat16", in_backward=True)
     (ours, _, _), (definition, _, _) = (learn(config, kernels=name) for name in ("triton", "reference"))
     for a, b in zip(ours, definition, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-6, atol=1e-4)
@@ -86,7 +86,9 @@ def curve(lines):
     return [(line["loss"], line["lr"]) for line in lines]
 
 
-@pytest.mark.parametrize("more", [(), ("--train.dtype=bfloat16", "--optim.master=bfloat16", "--optim.state=bfloat16")])
+@pytest.mark.parametrize(
+    "more", [(), ("--train.dtype=bfloat16", "--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16")]
+)
 def test_a_run_is_that_of_ordinary_updates_and_goes_on_after_a_stop(world, tmp_path, more):
     plain, ours = (tiny.train(world, tmp_path / n, *o, *more) for n, o in (("plain", ONE_BIN), ("ours", IN_BACKWARD)))
     resume = f"--run.resume={tmp_path / 'ours' / 'checkpoints' / 'step_3'}"
@@ -131,7 +133,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing_of_its_weight():
     [
         (["--optim.clip=1"], "optim.clip = 1.0: expected 0 beside optim.in_backward"),
         (["--data.bins_per_step=2"], "data.bins_per_step = 2: expected 1 beside optim.in_backward"),
-        (["--train.max_bad_steps=1"], "train.max_bad_steps = 1: expected 0 beside optim.in_backward"),
+        (["--train.max_nonfinite_steps=1"], "train.max_nonfinite_steps = 1: expected 0 beside optim.in_backward"),
         (["--lora.rank=4"], "lora.rank = 4: expected 0 beside optim.in_backward"),
     ],
 )

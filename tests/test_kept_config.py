@@ -46,7 +46,7 @@ def test_a_start_before_the_first_checkpoint_leaves_nothing_of_the_earlier(tmp_p
 def test_the_same_settings_are_not_told(tmp_path):
     keep(tmp_path, config(), 0)
     again = config()
-    again = replace(again, run=replace(again.run, resume="auto", resume_anyway=True, dir="elsewhere"))
+    again = replace(again, run=replace(again.run, resume="auto", resume_mismatched=True, dir="elsewhere"))
     assert keep(tmp_path, again, 40) == [] and names(tmp_path) == ["config.toml"]
 
 

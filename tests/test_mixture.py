@@ -53,7 +53,7 @@ def test_whole_passes_take_everything_as_often(lengths, passes, epoch):
 @given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.01, 100)), min_size=1, max_size=5))
 def test_rates_are_kept_until_the_first_set_is_used_up(sets):
     totals = {str(i): total for i, (total, _) in enumerate(sets)}
-    budgets = token_budgets(totals, {str(i): MixConfig("x", rate=rate) for i, (_, rate) in enumerate(sets)})
+    budgets = token_budgets(totals, {str(i): MixConfig("x", ratio=rate) for i, (_, rate) in enumerate(sets)})
     per_rate = [budgets[str(i)] / rate for i, (_, rate) in enumerate(sets)]
     assert per_rate == pytest.approx([per_rate[0]] * len(sets))
     assert max(budgets[name] / totals[name] for name in totals) == pytest.approx(1)
@@ -144,7 +144,7 @@ def test_what_is_taken_of_a_set_depends_on_no_other(folders):
         {},
         {"chat": {"epochs": 0.5}, "code": {"epochs": 2.0}},
         {"chat": {"tokens": 900}},
-        {"chat": {"rate": 3}, "code": {"rate": 1}},
+        {"chat": {"ratio": 3}, "code": {"ratio": 1}},
     ],
 )
 def test_the_loader_trains_on_the_mixture(folders, options):
@@ -212,11 +212,11 @@ def test_a_plan_has_a_row_for_each_set(world):
         (["--data.mix.a.path=x"], "data.path = .*no path beside"),
         (["--data.path=", "--data.mix.a.epochs=1"], "data.mix.a.path"),
         (
-            ["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epochs=1", "--data.mix.a.rate=1"],
+            ["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epochs=1", "--data.mix.a.ratio=1"],
             "data.mix.a = .*at most one",
         ),
         (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.tokens=0"], "data.mix.a.tokens = 0"),
-        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.rate=inf"], "data.mix.a.rate = inf"),
+        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.ratio=inf"], "data.mix.a.ratio = inf"),
         (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epoch=1"], "did you mean 'epochs'"),
     ],
 )

@@ -25,9 +25,9 @@ from tests import tiny
 BF16 = torch.bfloat16
 REFERENCE = ochat_kernels.load("reference")
 MODEL = ModelConfig("llama", 260, 32, 48, 2, 4, 2, 8, initializer_range=0.1)
-NARROW = OptimConfig(master="bfloat16", state="bfloat16")
+NARROW = OptimConfig(master_dtype="bfloat16", moment_dtype="bfloat16")
 GOOD = torch.tensor(1.0)
-BOTH = ("--train.dtype=bfloat16", "--optim.master=bfloat16", "--optim.state=bfloat16")
+BOTH = ("--train.dtype=bfloat16", "--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16")
 
 
 def small_model(dtype, seed=0):
@@ -54,7 +54,7 @@ def everything(model, optimizer):
 
 def final_loss(config, steps=50, lr=1e-4):
     """After learning one batch by heart, in steps that are smaller than half the distance of two bf16 numbers."""
-    model = small_model(getattr(torch, config.master))
+    model = small_model(getattr(torch, config.master_dtype))
     optimizer = build(model, config)
     ids = torch.randint(260, (4, 24), generator=torch.Generator().manual_seed(1)).tolist()
     input_ids, position_ids, attend = pack_ids(model, ids)
@@ -70,7 +70,7 @@ def test_bf16_learns_what_fp32_learns_and_only_with_stochastic_rounding(monkeypa
     start, exact = final_loss(OptimConfig(), steps=1), final_loss(OptimConfig())
     gained = start - exact
     assert gained > 0.5
-    assert abs(final_loss(OptimConfig(state="bfloat16")) - exact) < 0.02 * gained
+    assert abs(final_loss(OptimConfig(moment_dtype="bfloat16")) - exact) < 0.02 * gained
     assert abs(final_loss(NARROW) - exact) < 0.02 * gained
     monkeypatch.setattr(reference_adamw, "stochastic_round", lambda x, bits: x.to(BF16))
     assert final_loss(NARROW) - exact > 0.5 * gained  # the trap: to nearest, most updates are lost
@@ -197,8 +197,8 @@ def test_a_run_is_saved_in_its_dtypes_resumed_bitwise_and_exported(world, narrow
 def test_moments_may_change_their_dtype_and_weights_may_not(world, narrow, tmp_path):
     folder, _ = narrow
     more = ["--data.max_steps=6", f"--run.resume={folder / 'checkpoints' / 'step_3'}", "--train.dtype=bfloat16"]
-    assert len(tiny.train(world, tmp_path / "wide", *more, "--optim.master=bfloat16")) == 3
-    with pytest.raises(CheckpointError, match="is bfloat16 .* there and float32 .* in this model.* optim.master"):
+    assert len(tiny.train(world, tmp_path / "wide", *more, "--optim.master_dtype=bfloat16")) == 3
+    with pytest.raises(CheckpointError, match="is bfloat16 .* there and float32 .* in this model.* optim.master_dtype"):
         tiny.train(world, tmp_path / "other", *more)
 
 
@@ -217,12 +217,12 @@ def test_two_processes_learn_the_same(world, narrow, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optim.master=bfloat16"], 'optim.master = .bfloat16.: expected "float32" beside train.dtype'),
-        ([*BOTH, "--lora.rank=4"], "optim.master = .bfloat16.: expected .* lora.rank"),
-        ([*BOTH, "--parallel.reduce=micro_batch"], "optim.master = .bfloat16.: expected .* parallel.reduce"),
+        (["--optim.master_dtype=bfloat16"], 'optim.master_dtype = .bfloat16.: expected "float32" beside train.dtype'),
+        ([*BOTH, "--lora.rank=4"], "optim.master_dtype = .bfloat16.: expected .* lora.rank"),
+        ([*BOTH, "--parallel.reduce=micro_batch"], "optim.master_dtype = .bfloat16.: expected .* parallel.reduce"),
         (
-            ["--optim.state=bfloat16", "--parallel.offload=all"],
-            "optim.state = .bfloat16.: expected .* parallel.offload",
+            ["--optim.moment_dtype=bfloat16", "--parallel.offload=all"],
+            "optim.moment_dtype = .bfloat16.: expected .* parallel.offload",
         ),
     ],
 )

@@ -25,7 +25,7 @@ class Mixture:
     """Calling it with an epoch gives int64 places in `data`, set by set.
 
     `shares` says what an epoch takes of each of the data's sets: passes (`epochs`, 1 if nothing is said), `tokens`, or
-    a `rate`: the sets that have one share their tokens in these proportions, as many as use up the first of them.
+    a `ratio`: the sets that have one share their tokens in these proportions, as many as use up the first of them.
     Raises ConfigError for a set of which the selection leaves nothing. Costs: O(conversations) an epoch, nothing kept.
     """
 
@@ -53,12 +53,12 @@ class Mixture:
 
 def token_budgets(totals: Mapping[str, int], shares: Mapping[str, MixConfig]) -> dict[str, float]:
     """Tokens that an epoch takes of each set, which holds `totals` tokens."""
-    rates = {name: share.rate for name, share in shares.items() if share.rate is not None}
+    rates = {name: share.ratio for name, share in shares.items() if share.ratio is not None}
     used_up = min((totals[name] / rate for name, rate in rates.items()), default=0.0)
     budgets = {}
     for name, share in shares.items():
-        if share.rate is not None:
-            budgets[name] = share.rate * used_up
+        if share.ratio is not None:
+            budgets[name] = share.ratio * used_up
         elif share.tokens is not None:
             budgets[name] = float(share.tokens)
         else:

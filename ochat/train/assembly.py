@@ -48,7 +48,7 @@ def build_model(
     """The model with its adapters, wrapped and in memory, its values not yet there."""
     dtype = getattr(torch, config.train.dtype)
     with torch.device("meta"):
-        model = Transformer(model_config, ops).to(getattr(torch, config.optim.master))
+        model = Transformer(model_config, ops).to(getattr(torch, config.optim.master_dtype))
     model.compute_dtype = dtype
     adapters.attach(model)
     parallel.wrap(model, ranks, config.train, config.parallel, dtype)

@@ -1,7 +1,7 @@
 """Steps whose loss or gradient is NaN or infinite. They change nothing (optim.update sees to that, on the device); here
 they are counted, written down with the conversations they were computed on, and end the run when there are too many.
 
-    bad = BadSteps(config.train.max_bad_steps, ...);  bad.add({"step": 7, "loss": nan, "grad_norm": nan})
+    bad = BadSteps(config.train.max_nonfinite_steps, ...);  bad.add({"step": 7, "loss": nan, "grad_norm": nan})
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class BadSteps:
                 f"{mend}. Without it such steps can be skipped"
             )
         return (
-            f"The step was not applied; it is bad step {self.count} and train.max_bad_steps is {self.budget}. {mend}. "
-            f"Or skip such steps with --train.max_bad_steps={max(10, 2 * self.budget)}"
+            f"The step was not applied; it is bad step {self.count} and train.max_nonfinite_steps is {self.budget}. "
+            f"{mend}. "
+            f"Or skip such steps with --train.max_nonfinite_steps={max(10, 2 * self.budget)}"
         )
 
 

@@ -103,7 +103,7 @@ def check_identity(manifest: Manifest, now: dict[str, Any]) -> None:
     if differ:
         raise CheckpointError(
             f"{manifest.folder}: belongs to another run: {'; '.join(differ)}. Continue with the configuration it was "
-            "made with, start anew in another --run.dir, or go on all the same with --run.resume_anyway=true"
+            "made with, start anew in another --run.dir, or go on all the same with --run.resume_mismatched=true"
         )
 
 
@@ -204,7 +204,7 @@ def _check_shapes(manifest: Manifest, model: nn.Module) -> None:
         if saved != wanted:
             raise CheckpointError(
                 f"{manifest.folder}: {name} is {saved} there and {wanted} in this model; a checkpoint only fits the "
-                "model and the optim.master it was made of"
+                "model and the optim.master_dtype it was made of"
             )
 
 

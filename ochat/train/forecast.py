@@ -86,7 +86,8 @@ class Run:
         named = {"reshard": parallel.reshard, "reduce": parallel.reduce, "offload": parallel.offload}
         return named | {
             "reduce_itemsize": 2 if bf16 else 4, "offload_activations": self.config.train.offload_activations,
-            "master_itemsize": itemsize(self.config.optim.master), "state_itemsize": itemsize(self.config.optim.state),
+            "master_itemsize": itemsize(self.config.optim.master_dtype),
+            "state_itemsize": itemsize(self.config.optim.moment_dtype),
         }  # fmt: skip
 
     def bins_for(self, token_budget: int, ranks: int) -> int:
@@ -238,8 +239,11 @@ def _remedy(run: Run, card: Card, cut: Cut, largest: int) -> str:
 def _on_the_card(run: Run, card: Card, cut: Cut) -> str:
     """What would fit with the moments on the card and not, as in `run`, on the host; empty where nothing would."""
     parallel = dataclasses.replace(run.config.parallel, offload="none", reduce="step")
-    optim = dataclasses.replace(run.config.optim, master="bfloat16", state="bfloat16")
-    what, one_bin = 'optim.master and optim.state = "bfloat16"', dataclasses.replace(run.config.data, bins_per_step=1)
+    optim = dataclasses.replace(run.config.optim, master_dtype="bfloat16", moment_dtype="bfloat16")
+    what, one_bin = (
+        'optim.master_dtype and optim.moment_dtype = "bfloat16"',
+        dataclasses.replace(run.config.data, bins_per_step=1),
+    )
     alone = dataclasses.replace(optim, in_backward=True, clip=0.0)
     choices: dict[str, dict[str, Any]] = {what: {"optim": optim}}
     if cut.ranks == 1:

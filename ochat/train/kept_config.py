@@ -16,7 +16,7 @@ from ochat.config import Config
 from ochat.errors import ConfigError
 
 CONFIG = "config.toml"
-OF_A_START = ("run.dir", "run.resume", "run.resume_anyway")  # they change no step
+OF_A_START = ("run.dir", "run.resume", "run.resume_mismatched")  # they change no step
 
 
 def keep(folder: Path, config: Config, *, step: int, num_steps: int, say: Callable[[str], None]) -> None:

@@ -53,7 +53,7 @@ class Setting:
     reduce: str = "step"
     reduce_itemsize: int = 4
     offload_activations: bool = False
-    master_itemsize: int = 4  # 2: optim.master = "bfloat16"
+    master_itemsize: int = 4  # 2: optim.master_dtype = "bfloat16"
     state_itemsize: int = 4  # of each moment, likewise
     in_backward: bool = False  # as optim.in_backward
 

@@ -132,7 +132,7 @@ def build(
     for parameter in parameters:
         if micro_batches > 1 and not isinstance(parameter, DTensor):  # a wrapper adds up in its own reduce_dtype
             parameter.grad_dtype = torch.float32
-    state = getattr(torch, config.state)
+    state = getattr(torch, config.moment_dtype)
     optimizer = FusedAdamW(groups, adamw, config.betas, config.eps, host_moments, state, seed)
     if config.in_backward:
         optimizer.step_in_backward()
@@ -150,7 +150,7 @@ def check(config: OptimConfig, num_processes: int) -> None:
 
 def needs_kernel(config: OptimConfig) -> bool:
     """Whether torch's AdamW will not do: it rounds to nearest, and updates all parameters at once."""
-    return config.in_backward or config.state != "float32" or config.master != "float32"
+    return config.in_backward or config.moment_dtype != "float32" or config.master_dtype != "float32"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -61,7 +61,7 @@ class Cut:
     reduce_itemsize: int = 4
     offload: str = "none"
     offload_activations: bool = False
-    master_itemsize: int = 4  # 2: optim.master = "bfloat16"
+    master_itemsize: int = 4  # 2: optim.master_dtype = "bfloat16"
     state_itemsize: int = 4  # of each moment, likewise
 
     @property

@@ -235,7 +235,7 @@ class Trainer:
 
     def _load(self) -> int:
         found = checkpoint.find(self.run_dir, self.config.run.resume, self.ranks, self.display.warn)
-        if found is not None and not self.config.run.resume_anyway:
+        if found is not None and not self.config.run.resume_mismatched:
             checkpoint.check_identity(found, self.identity)
         if found is None or self.adapters.are_on:
             verify.base(Path(self.config.base.path), self.ranks, self.display.note)
@@ -267,7 +267,7 @@ class Trainer:
             return self.saver.newest
 
         return BadSteps(
-            self.config.train.max_bad_steps,
+            self.config.train.max_nonfinite_steps,
             self.lines[run_folder.BAD_STEPS] if self.ranks.is_first else None,
             bins_of=lambda step: run_folder.bins_of(self.loader, step - 1),
             newest=newest,

@@ -27,7 +27,7 @@ OURS = "c-rlft"  # with which the others are compared
 SEED = "{seed}"
 # what the laboratory itself sets in each run
 SET_HERE = {
-    "run": ("dir", "seed", "resume", "resume_anyway"),
+    "run": ("dir", "seed", "resume", "resume_mismatched"),
     "data": ("path", "mix", "eval_path", "epochs", "only_class", "subsample"),
 }
 
