@@ -1,20 +1,20 @@
-"""What `ochat ablate` measured, as charts and tables: a row a variant, expert answers under either class's prefix.
+"""Show what `ochat ablate` measured: charts and tables of expert answers under each class's prefix, a row a variant.
 
-charts, tables = Ablation.read(Path("runs/laboratory")).shown()
+charts, tables = ablation.shown(ablation.read(Path("runs/ablation")))
 """
 
 from __future__ import annotations
 
 import html
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
+
 from ochat import json_file
 from ochat.errors import DataError
-from ochat.report.charts import Chart
-from ochat.report.curves import SYMBOLS, Trace
+from ochat.report.charts import Chart, figure, scatter
 from ochat.report.tables import Table
 
 TABLE = "table.json"
@@ -23,103 +23,74 @@ MEASURES = {
     "exact": ("Exact match of expert answers", "share of prompts", ".1%"),
     "nll": ("nll of expert answers", "nats a token", ".3f"),
 }
-SHARES = [-0.03, 1.03]  # an axis with room for the marks at its ends
 LESS_OURS = "above_ours"  # the difference to C-RLFT
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """The table.json of a laboratory."""
-
-    path: Path
-    record: dict[str, Any]
-
-    @classmethod
-    def read(cls, folder: Path) -> Ablation:
-        """Raises: DataError where there is no such table, or it is damaged."""
-        path = folder / TABLE
-        try:
-            return cls(path, json_file.read_object(path, DataError, ADVICE))
-        except FileNotFoundError:
-            raise DataError(f"{folder}: no {TABLE} is there; {ADVICE}") from None
-
-    def shown(self) -> tuple[list[Chart], list[Table]]:
-        """Of each measure a chart, with a mark and an interval for each variant and prefix, and a table.
-
-        Raises: DataError for another kind of table.
-        """
-        try:
-            charts = [_chart(self.record, measure) for measure in MEASURES]
-            return charts, [_table(self.record, measure) for measure in MEASURES]
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{self.path}: not what `ochat ablate` writes ({error!r}); {ADVICE}") from None
+def read(folder: Path) -> dict[str, Any]:
+    """The table.json of an ablation. Raises: DataError where it is missing or damaged."""
+    try:
+        return json_file.read_object(folder / TABLE, DataError, ADVICE) | {"path": folder / TABLE}
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {TABLE} is there; {ADVICE}") from None
 
 
-def _sides(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """The columns: whose prefix, and the difference to C-RLFT."""
-    names = [(side, f"under the prefix of {record[side]}") for side in ("expert", "suboptimal")]
-    return [*names, (LESS_OURS, "less C-RLFT")]
+def shown(record: dict[str, Any]) -> tuple[list[Chart], list[Table]]:
+    """A chart and a table of each measure. Raises: DataError for another kind of table."""
+    try:
+        return [_chart(record, each) for each in MEASURES], [_table(record, each) for each in MEASURES]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{record['path']}: not what `ochat ablate` writes ({error!r}); {ADVICE}") from None
+
+
+def _sides(record: dict[str, Any]) -> dict[str, str]:
+    """The columns of a table: whose prefix, and the difference to C-RLFT."""
+    return {side: f"under the prefix of {record[side]}" for side in ("expert", "suboptimal")} | {
+        LESS_OURS: "less C-RLFT"
+    }
 
 
 def _ends(cell: dict[str, Any]) -> tuple[float, float, float]:
-    """(mean, low, high); where there is no interval all are the mean. Raises: ValueError for what is no number."""
-    low, high = cell["interval"] or (cell["mean"], cell["mean"])
-    mean, low, high = float(cell["mean"]), float(low), float(high)
-    if not all(map(math.isfinite, (mean, low, high))):
-        raise ValueError("a mean or an interval that is no number")
-    return mean, low, high
+    """(mean, low, high); without an interval all are the mean. Raises: ValueError for a value that is not finite."""
+    mean, (low, high) = cell["mean"], cell["interval"] or (cell["mean"], cell["mean"])
+    ends = float(mean), float(low), float(high)
+    if not all(map(math.isfinite, ends)):
+        raise ValueError("a mean or an interval is not finite")
+    return ends
 
 
 def _chart(record: dict[str, Any], measure: str) -> Chart:
     title, unit, form = MEASURES[measure]
-    rows, sides = record["rows"], _sides(record)[:2]
-    traces = [_trace(rows, measure, side, label, slot) for slot, (side, label) in enumerate(sides)]
-    axis = {"tickformat": ".0%", "range": SHARES} if form.endswith("%") else {"rangemode": "normal"}
-    layout = {
-        "xaxis": axis | {"title": {"text": unit}},
-        "yaxis": {"autorange": "reversed"},
-        "hovermode": "closest",
-        "showlegend": True,
-    }
-    return Chart(title, unit, traces, layout)
+    traces = [_trace(record["rows"], measure, side, label, slot)
+              for slot, (side, label) in enumerate(_sides(record).items()) if side != LESS_OURS]  # fmt: skip
+    axis = {"tickformat": ".0%", "range": [-0.03, 1.03]} if form.endswith("%") else {}
+    return Chart(title, unit, figure(traces, axis, {"autorange": "reversed", "nticks": 0}, hovermode="closest",
+                                     showlegend=True))  # fmt: skip
 
 
-def _trace(rows: list[dict[str, Any]], measure: str, side: str, label: str, slot: int) -> Trace:
+def _trace(rows: list[dict[str, Any]], measure: str, side: str, label: str, slot: int) -> go.Scatter:
     cells = [(html.escape(row["title"], quote=False), _ends(row[measure][side])) for row in rows if row[measure][side]]
-    means, lows, highs = ([ends[i] for _, ends in cells] for i in range(3))
     bars = {
-        "type": "data",
-        "symmetric": False,
-        "array": [high - mean for mean, high in zip(means, highs, strict=True)],
-        "arrayminus": [mean - low for mean, low in zip(means, lows, strict=True)],
-    }
-    return {
-        "type": "scatter",
-        "x": means,
-        "y": [variant for variant, _ in cells],
-        "error_x": bars,
-        "name": html.escape(label, quote=False),
-        "mode": "markers",
-        "marker": {"symbol": SYMBOLS[slot], "size": 10},
-        "meta": {"slot": slot},
-    }
+        "type": "data", "symmetric": False,
+        "array": [high - mean for _, (mean, _, high) in cells],
+        "arrayminus": [mean - low for _, (mean, low, _) in cells],
+    }  # fmt: skip
+    means, variants = [ends[0] for _, ends in cells], [variant for variant, _ in cells]
+    return scatter(label, means, variants, slot, error_x=bars, mode="markers", marker={"size": 10})
 
 
 def _table(record: dict[str, Any], measure: str) -> Table:
     title, unit, form = MEASURES[measure]
     sides = _sides(record)
     rows = [
-        [str(row["title"]), f"{len(row['seeds'])}", *(_shown(row[measure][side], form, side) for side, _ in sides)]
+        [str(row["title"]), f"{len(row['seeds'])}", *(_cell(row[measure][side], form, side) for side in sides)]
         for row in record["rows"]
     ]
-    headings = ["variant", "seeds", *(label for _, label in sides)]
     note = f"{unit}, mean over seeds [interval]. A variant without a condition has one prefix, which names no class."
-    return Table(f"Ablation: {title}", headings, rows, note=note.capitalize())
+    return Table(f"Ablation: {title}", ["variant", "seeds", *sides.values()], rows, note=note.capitalize())
 
 
-def _shown(cell: dict[str, Any] | None, form: str, side: str) -> str:
+def _cell(cell: dict[str, Any] | None, form: str, side: str) -> str:
     if cell is None:
         return "-"
-    sign = "+" if side == LESS_OURS else ""
-    mean, low, high = (format(end, sign + form) for end in _ends(cell))
+    mean, low, high = (format(end, "+" * (side == LESS_OURS) + form) for end in _ends(cell))
     return f"{mean} [{low}, {high}]" if cell["interval"] else mean

@@ -1,36 +1,40 @@
-"""The charts of a page, as Plotly reads them: of one run its classes, of several runs each curve beside the others'.
+"""Draw the charts of a report as plotly figures. One run: a chart shows its classes. Several: each chart compares them.
 
-for group in charts.groups(runs): group.title, group.charts[0].traces
+    for group in charts.groups(runs): group.title, group.charts[0].figure
+
+Colours have a contrast of at least 3.8 to both a white and a dark page; the page's style sheet colours text and grid.
 """
 
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from ochat.report.curves import Trace, traces
-from ochat.report.run_record import RunRecord, class_names
+from ochat.report.curves import Points, moving_mean, thin
+from ochat.report.run_record import RunRecord, class_label, class_names
 from ochat.train import evaluations
 from ochat.train.evaluations import ALL
 
-POINTS = 1600  # of a curve; several runs share them, so that a page stays below some 3 MB beside Plotly's 5
-LEAST_POINTS = 200
-MOST_EPOCHS = 20  # whose ends are drawn; of more they would hide the curves
-LEGEND_LINE = 4  # names that fit one
-LOG_FROM = 50.0  # largest over smallest, from which an axis is logarithmic
+MAX_POINTS, MIN_POINTS = 1600, 200  # of a curve; several runs share the maximum, so that a page stays below 8 MB
+MAX_EPOCHS = 20  # more epoch ends than this would hide the curves
+MEAN_FROM = 60  # points from which a noisy curve is drawn with its moving mean
+MARKERS = 9  # drawn on a curve of many points
+LOG_RATIO = 50.0  # largest over smallest value from which an axis is logarithmic
+COLORS = ("#2f81c7", "#d0612a", "#1a9068", "#b560a0", "#94790f", "#7474d8", "#d64560", "#76828c")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star-triangle-down", "hexagon2")
 DRAWN = (
-    "Weighted as it is trained. Faint: each step, of very many the lowest and the highest of each stretch. Bold: their "
-    "mean over a fortieth of the run. Dotted uprights: ends of epochs. Drag to zoom, click twice to go back."
+    "Weighted as in training. Faint: each step (of long runs the lowest and highest of each stretch). Bold: mean over "
+    "a fortieth of the run. Dotted verticals: ends of epochs. Drag to zoom, double-click to reset."
 )
-NUMBER, SHARE, EXPONENT = "", ".3~p", ".1e"  # how an axis writes its ticks
+NUMBER, SHARE, EXPONENT = "", ".3~p", ".1e"  # tick formats
 
-Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # (n,) steps and values
 Read = Callable[[RunRecord], Points]
 
 
@@ -40,13 +44,12 @@ class Chart:
 
     title: str
     unit: str
-    traces: list[Trace]
-    layout: dict[str, Any]
+    figure: go.Figure
 
     @property
     def is_crowded(self) -> bool:
-        """Its legend takes several lines."""
-        return sum(trace.get("showlegend", True) for trace in self.traces) > LEGEND_LINE
+        """Whether the legend takes several lines."""
+        return sum(trace.showlegend is not False for trace in self.figure.data) > 4
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn in one pair of axes for one run, and in a pair each where several are compared."""
+    """What one chart shows of a run; for several runs each curve gets a chart of its own."""
 
     title: str
     unit: str
@@ -74,14 +77,51 @@ class Panel:
 
 def groups(runs: Sequence[RunRecord]) -> list[Group]:
     """Every chart that has something to show."""
+    names = class_names(runs)
+    training = [
+        Panel(title, unit, {ALL: column(key)} | {class_label(name): column("classes", name, key) for name in names},
+              ticks, key == "loss", shows_epochs=True)
+        for key, title, unit, ticks in (("loss", "Loss", "nats a token", NUMBER),
+                                        ("accuracy", "Accuracy", "share of tokens", SHARE))
+    ]  # fmt: skip
+    measured = [
+        Panel(f"Held-out {title}", unit, {class_label(name): held_out(name, what) for name in (ALL, *names)}, ticks)
+        for title, unit, what, ticks in (
+            ("loss", "nats a token", "losses", NUMBER), ("accuracy", "share of tokens", "accuracies", SHARE))
+    ]  # fmt: skip
     found = [
-        Group("Training", DRAWN, _training(runs)),
-        Group("Held out", "Measured at every evaluation, on conversations that are not trained on.", _held_out(runs)),
+        Group("Training", DRAWN, [*_charts(runs, training)]),
+        Group("Held out", "Measured at every evaluation, on held-out conversations.", [*_charts(runs, measured)]),
         Group("Optimizer", "", [*_charts(runs, OPTIMIZER)]),
-        Group("Speed and memory", "Time spent in evaluations and checkpoints is left out.", [*_charts(runs, SPEED)]),
+        Group("Speed and memory", "Without the time spent in evaluations and checkpoints.", [*_charts(runs, SPEED)]),
         Group("Packing", "", [*_charts(runs, PACKING)]),
     ]
+    if len(runs) == 1 and runs[0].best and found[1].charts:
+        _mark_best(found[1].charts[0].figure, runs[0])
     return [group for group in found if group.charts]
+
+
+def scatter(label: str, x: Any, y: Any, slot: int, **more: Any) -> go.Scatter:
+    """A trace with the colour, dash and symbol of its slot. Plotly reads tags in names, so the label is escaped."""
+    color = COLORS[slot % len(COLORS)]
+    marker = {"symbol": SYMBOLS[slot % len(SYMBOLS)], "size": 7, "color": color} | more.pop("marker", {})
+    line = {"dash": DASHES[slot % len(DASHES)], "width": 2, "color": color} | more.pop("line", {})
+    more = {"mode": "lines+markers"} | more
+    return go.Scatter(
+        x=x, y=y, name=html.escape(label, quote=False), legendgroup=str(slot), marker=marker, line=line, **more
+    )
+
+
+def figure(traces: Sequence[go.Scatter], xaxis: dict[str, Any], yaxis: dict[str, Any], **layout: Any) -> go.Figure:
+    """The traces in the report's layout."""
+    axis = {"automargin": True, "ticklabelstandoff": 4}
+    common = {
+        "template": None, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "autosize": True,
+        "font": {"size": 12, "family": "inherit"}, "margin": {"l": 12, "r": 12, "t": 8, "b": 12},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, "hovermode": "x unified",
+    }  # fmt: skip
+    axes = {"xaxis": axis | xaxis, "yaxis": axis | {"nticks": 6} | yaxis}
+    return go.Figure(list(traces), common | axes | layout)
 
 
 def column(*name: str) -> Read:
@@ -101,7 +141,7 @@ def held_out(name: str, what: str) -> Read:
 
 
 def balance(run: RunRecord) -> Points:
-    """The worst step of each few steps of the first epoch, as planned."""
+    """The planned imbalance of the first epoch: the worst step of every few."""
     planned = run.plan.get("imbalance")
     try:
         each, worst = int(planned["steps_each"]), np.array(planned["worst"], float).reshape(-1)  # type: ignore
@@ -114,25 +154,11 @@ OPTIMIZER = (
     Panel("Learning rate", "", {"lr": column("lr")}, EXPONENT, is_noisy=False),
     Panel("Gradient norm", "before clipping", {"gradient norm": column("grad_norm")}, may_be_log=True),
 )
+RATES = {"real": "tokens_per_s", "supervised": "supervised_tokens_per_s", "padded": "padded_tokens_per_s"}
 SPEED = (
-    Panel(
-        "Tokens a second",
-        "all processes together",
-        {
-            "real": column("tokens_per_s"),
-            "supervised": column("supervised_tokens_per_s"),
-            "padded": column("padded_tokens_per_s"),
-        },
-        is_from_zero=True,
-    ),
+    Panel("Tokens a second", "all processes", {name: column(key) for name, key in RATES.items()}, is_from_zero=True),
     Panel("MFU", "share of the peak", {"MFU": column("mfu")}, SHARE, is_from_zero=True),
-    Panel(
-        "Peak memory",
-        "GiB, of the first process",
-        {"memory": column("peak_mem_gib")},
-        is_from_zero=True,
-        is_noisy=False,
-    ),
+    Panel("Peak memory", "GiB, first process", {"memory": column("peak_mem_gib")}, is_from_zero=True, is_noisy=False),
 )
 PACKING = (
     Panel("Fill", "real tokens over room in the bins", {"fill": lambda run: (run.steps, run.fill)}, SHARE),
@@ -140,102 +166,60 @@ PACKING = (
 )
 
 
-def _training(runs: Sequence[RunRecord]) -> list[Chart]:
-    panels, names = [], class_names(runs)
-    for key, title, unit, ticks in (
-        ("loss", "Loss", "nats a token", NUMBER),
-        ("accuracy", "Accuracy", "share of tokens", SHARE),
-    ):
-        curves = {ALL: column(key)} | {_label(name): column("classes", name, key) for name in names}
-        panels.append(Panel(title, unit, curves, ticks, key == "loss", shows_epochs=True))
-    return [*_charts(runs, panels)]
-
-
-def _held_out(runs: Sequence[RunRecord]) -> list[Chart]:
-    names = [ALL, *class_names(runs)]
-    panels = [
-        Panel("Held-out loss", "nats a token", {_label(name): held_out(name, "losses") for name in names}),
-        Panel(
-            "Held-out accuracy",
-            "share of tokens",
-            {_label(name): held_out(name, "accuracies") for name in names},
-            SHARE,
-        ),
-    ]
-    charts = [*_charts(runs, panels)]
-    if len(runs) == 1 and charts and runs[0].best:
-        charts[0].traces.append(_star(runs[0]))
-    return charts
-
-
 def _charts(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Iterator[Chart]:
-    most = max(POINTS // len(runs) // 2 * 2, LEAST_POINTS)
+    most = max(MAX_POINTS // len(runs) // 2 * 2, MIN_POINTS)
     for panel in panels:
         if len(runs) == 1:
-            curves = {label: read(runs[0]) for label, read in panel.curves.items()}
-            drawn = [_chart(panel, panel.title, curves, runs, most)]
+            drawn = {panel.title: {label: read(runs[0]) for label, read in panel.curves.items()}}
         else:
-            drawn = []
-            for label, read in panel.curves.items():
-                title = f"{panel.title}: {label}" if len(panel.curves) > 1 else panel.title
-                drawn.append(_chart(panel, title, {run.name: read(run) for run in runs}, runs, most))
-        yield from (chart for chart in drawn if chart.traces)
+            single = len(panel.curves) == 1
+            drawn = {panel.title if single else f"{panel.title}: {label}": {run.name: read(run) for run in runs}
+                     for label, read in panel.curves.items()}  # fmt: skip
+        for title, curves in drawn.items():
+            if any(np.isfinite(y).any() for _, y in curves.values()):
+                yield Chart(title, panel.unit, _draw(panel, curves, runs, most))
 
 
-def _chart(panel: Panel, title: str, curves: dict[str, Points], runs: Sequence[RunRecord], most: int) -> Chart:
-    drawn = []
+def _draw(panel: Panel, curves: dict[str, Points], runs: Sequence[RunRecord], most: int) -> go.Figure:
+    """Curves in a panel's axes; of many noisy points faint, with their moving mean."""
+    traces = []
     for slot, (label, (x, y)) in enumerate(curves.items()):
-        if np.isfinite(y).any():
-            drawn += traces(label, x, y, slot=slot, most=most, is_noisy=panel.is_noisy)
-    layout: dict[str, Any] = {"yaxis": _axis(panel, [y for _, y in curves.values()]), "showlegend": len(curves) > 1}
-    if panel.shows_epochs and len(runs) == 1:
-        layout["shapes"] = [_upright(step) for step in epoch_ends(runs[0])]
-    return Chart(title, panel.unit, drawn, layout)
+        if not np.isfinite(y).any():
+            continue
+        is_long, xs_ys = len(x) >= MEAN_FROM, thin(x, y, most)
+        marker = {"maxdisplayed": MARKERS} if is_long else {}
+        if is_long and panel.is_noisy:
+            faint = {"mode": "lines", "line": {"width": 1, "dash": "solid"}, "opacity": 0.3, "showlegend": False}
+            traces.append(scatter(label, *xs_ys, slot, **faint))
+            xs_ys = thin(x, moving_mean(y, max(len(y) // 40, 5) | 1), most)
+            traces.append(scatter(label, *xs_ys, slot, marker=marker, hoverinfo="skip"))
+        else:
+            traces.append(scatter(label, *xs_ys, slot, marker=marker))
+    xaxis = {"title": {"text": "step", "standoff": 4}, "rangemode": "tozero"}
+    found = figure(traces, xaxis, _yaxis(panel, [y for _, y in curves.values()]), showlegend=len(curves) > 1)
+    for step in epoch_ends(runs[0]) if panel.shows_epochs and len(runs) == 1 else ():
+        found.add_vline(step, line={"dash": "dot", "width": 1, "color": COLORS[-1]})
+    return found
 
 
-def _axis(panel: Panel, columns: Sequence[NDArray[np.float64]]) -> dict[str, Any]:
-    """Ticks, and a logarithmic axis where linear would flatten all but the largest values."""
-    axis: dict[str, Any] = {"tickformat": panel.ticks} if panel.ticks else {}
-    axis |= {"rangemode": "tozero"} if panel.is_from_zero else {}
-    values = np.concatenate([np.zeros(0), *(y[np.isfinite(y)] for y in columns)])
-    is_wide = len(values) > 0 and values.min() > 0 and values.max() > LOG_FROM * values.min()
-    return axis | ({"type": "log", "dtick": 1, "tickformat": "~g"} if panel.may_be_log and is_wide else {})
+def _yaxis(panel: Panel, columns: Sequence[NDArray[np.float64]]) -> dict[str, Any]:
+    """Ticks; logarithmic where a linear axis would flatten all but the largest values."""
+    values = np.concatenate([y[np.isfinite(y)] for y in columns])
+    if panel.may_be_log and values.min() > 0 and values.max() > LOG_RATIO * values.min():
+        return {"type": "log", "dtick": 1, "tickformat": "~g", "hoverformat": ".5g"}
+    start = "tozero" if panel.is_from_zero else "normal"
+    return {"tickformat": panel.ticks, "hoverformat": ".5g", "rangemode": start}
 
 
 def epoch_ends(run: RunRecord) -> list[float]:
-    """The last step of each epoch but the last; none of a run of very many."""
-    epochs, steps = run.metrics["epoch"], run.steps
-    ends = steps[:-1][np.diff(epochs) > 0].tolist() if len(steps) else []
-    return ends if len(ends) <= MOST_EPOCHS else []
+    """The last step of each epoch but the last; empty for a run of very many."""
+    ends = run.steps[:-1][np.diff(run.metrics["epoch"]) > 0].tolist() if len(run.steps) else []
+    return ends if len(ends) <= MAX_EPOCHS else []
 
 
-def _upright(step: float) -> dict[str, Any]:
-    return {
-        "type": "line",
-        "x0": step,
-        "x1": step,
-        "yref": "paper",
-        "y0": 0,
-        "y1": 1,
-        "line": {"dash": "dot", "width": 1},
-    }
-
-
-def _star(run: RunRecord) -> Trace:
-    """The best evaluation, on the curve that it was chosen by."""
+def _mark_best(found: go.Figure, run: RunRecord) -> None:
+    """Add a star at the best evaluation, on the curve of the class that it was chosen by."""
     assert run.best is not None
-    loss = run.best.losses[run.best_by]
-    assert loss is not None and math.isfinite(loss)
-    return {
-        "type": "scatter",
-        "x": [run.best.step],
-        "y": [loss],
-        "name": html.escape(f"best of {evaluations.label(run.best_by)}: step {run.best.step}", quote=False),
-        "mode": "markers",
-        "marker": {"symbol": "star-open", "size": 16, "line": {"width": 2}},
-        "meta": {"slot": -1},
-    }
-
-
-def _label(name: str) -> str:
-    return name or "(no class)"
+    label = f"best of {evaluations.label(run.best_by)}: step {run.best.step}"
+    marker = {"symbol": "star", "size": 15, "color": "#d29922", "line": {"width": 1, "color": COLORS[-1]}}
+    found.add_trace(scatter(label, [run.best.step], [run.best.losses[run.best_by]], 7, mode="markers", marker=marker))

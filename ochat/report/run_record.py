@@ -1,13 +1,18 @@
-"""What a run folder tells, as far as it is there: each file may be missing, half-written, or anybody's.
+"""Read a run folder for its report: every file may be missing, half-written or damaged.
 
 run = RunRecord(Path("runs/a"), "a");  run.refresh();  run.state;  run.metrics["loss"]
+follow([run], lambda is_live: write(...))       # again after every change, until no run is live
 """
 
 from __future__ import annotations
 
 import json
+import math
+import time
 import tomllib
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +21,76 @@ from numpy.typing import NDArray
 
 from ochat import typed_toml
 from ochat.errors import ConfigError
-from ochat.report.columns import Columns
 from ochat.train import evaluations, folder_lock, line_file
 from ochat.train.evaluations import ALL, Evaluation
 from ochat.train.line_file import number
 
 FILES = ("config.toml", "plan.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "bad_steps.jsonl", "swap.json")
 MAX_BYTES = 1 << 24  # of the files that are read whole
+REFRESH_S = 5.0  # between two looks at the folders, and between two reloads of the page
+
+Name = str | tuple[str, ...]
+
+
+class Metrics:
+    """Columns of metrics.jsonl by name; a class's by ("classes", class, key). Costs 8 bytes a number."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._reset()
+
+    def _reset(self) -> None:
+        self.num_lines, self.num_unreadable = 0, 0
+        self._columns: dict[Name, array[float]] = {}
+        self._inode, self._end = 0, 0
+
+    def refresh(self) -> None:
+        """Read the whole lines that are new, or all of a file that was replaced or cut (a resumed run). Raises:
+        OSError."""
+        if not self.path.exists():
+            return self._reset()
+        with self.path.open("rb") as file:
+            state = self.path.stat()
+            if state.st_ino != self._inode or state.st_size < self._end:
+                self._reset()
+            self._inode = state.st_ino
+            file.seek(self._end)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    break
+                self._end += len(text)
+                if line := line_file.parse(text):
+                    self._add(line)
+                else:
+                    self.num_unreadable += bool(text.strip())
+
+    def __getitem__(self, name: Name) -> NDArray[np.float64]:
+        """(n,); all NaN for a name that no line has."""
+        return self._padded(np.array(self._columns.get(name, ())))
+
+    def classes(self) -> list[str]:
+        """In the order in which they first occur."""
+        return list(dict.fromkeys(name[1] for name in self._columns if isinstance(name, tuple)))
+
+    def _padded(self, column: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.pad(column, (0, self.num_lines - len(column)), constant_values=np.nan)
+
+    def _add(self, line: dict[str, Any]) -> None:
+        for name, value in _numbers(line):
+            column = self._columns.setdefault(name, array("d"))
+            column.extend([math.nan] * (self.num_lines - len(column)))
+            column.append(value)
+        self.num_lines += 1
+
+
+def _numbers(line: dict[str, Any]) -> Iterator[tuple[Name, float]]:
+    classes = line.get("classes")
+    rows = classes.items() if isinstance(classes, dict) else ()
+    values: list[tuple[Name, Any]] = list(line.items())
+    values += [
+        (("classes", name, key), value) for name, row in rows if isinstance(row, dict) for key, value in row.items()
+    ]
+    yield from ((name, found) for name, value in values if (found := number(value)) is not None)
 
 
 class RunRecord:
@@ -33,16 +101,18 @@ class RunRecord:
         if not any((folder / file).is_file() for file in ("config.toml", "metrics.jsonl")):
             raise ConfigError(f"{folder}: no run is there; name a run folder, with config.toml and metrics.jsonl")
         self.folder, self.name = folder, name
-        self.metrics = Columns(folder / "metrics.jsonl")
+        self.metrics = Metrics(folder / "metrics.jsonl")
         self.notes: list[str] = []  # what could not be read
 
     def refresh(self) -> None:
-        """Reads what came since the last time. Raises: OSError."""
+        """Read what is new since the last time. Raises: OSError."""
         self.notes = []
         self.is_live = folder_lock.is_held(self.folder)
         self.metrics.refresh()
         self.config_text = self._text("config.toml")
-        self.config, self.plan, self.swap = self._config(), self._object("plan.json"), self._object("swap.json")
+        config = self._parsed("config.toml", tomllib.loads)
+        self.settings: dict[str, Any] = dict(typed_toml.flat(config))  # by dotted name
+        self.plan, self.swap = (self._parsed(name, json.loads) for name in ("plan.json", "swap.json"))
         self.evaluations: list[Evaluation] = evaluations.read(self.folder)
         self.best_by = evaluations.expert(self.folder, self.evaluations)
         self.best = evaluations.best(self.evaluations, self.best_by)
@@ -53,7 +123,7 @@ class RunRecord:
 
     @property
     def steps(self) -> NDArray[np.float64]:
-        """(n,): the number of each line's step."""
+        """(n,): the step of each line."""
         return self.metrics["step"]
 
     @property
@@ -62,8 +132,8 @@ class RunRecord:
 
     @property
     def num_planned(self) -> int | None:
-        """Steps of the whole run, if it is written anywhere."""
-        planned = number(self.plan.get("num_steps")) or number(self.setting("data.max_steps"))
+        """Steps of the whole run, if plan.json or config.toml says."""
+        planned = number(self.plan.get("num_steps")) or number(self.settings.get("data.max_steps"))
         return int(planned) if planned else None
 
     @property
@@ -75,30 +145,22 @@ class RunRecord:
         return "ended" if ended else "stopped"
 
     def epochs_at(self, step: int) -> float | None:
-        """Passes over the data that were done after `step` steps; None where the plan does not say."""
+        """Passes over the data after `step` steps; None where the plan does not say."""
         planned = self.plan.get("steps_per_epoch")
-        counts = [number(each) for each in planned] if isinstance(planned, list) else []
-        if not counts or any(each is None or each <= 0 for each in counts):
+        counts = [number(each) or 0.0 for each in planned] if isinstance(planned, list) else []
+        if not counts or min(counts) <= 0:
             return None
-        ends = np.cumsum([0.0, *counts])  # type: ignore[list-item]
+        ends = np.cumsum([0.0, *counts])
         return float(np.interp(step, ends, np.arange(len(ends))))
 
     @property
     def fill(self) -> NDArray[np.float64]:
-        """(n,): tokens of a step over what its bins hold; NaN where the configuration does not say."""
-        room = (number(self.setting(f"data.{key}")) or np.nan for key in ("token_budget", "bins_per_step"))
+        """(n,): tokens of a step over the room in its bins; NaN where the configuration does not say."""
+        room = (number(self.settings.get(f"data.{key}")) or np.nan for key in ("token_budget", "bins_per_step"))
         return self.metrics["tokens"] / np.prod(list(room))
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Every value of the configuration by its dotted name."""
-        return dict(typed_toml.flat(self.config))
-
-    def setting(self, name: str) -> Any:
-        return self.settings.get(name)
-
     def stamp(self) -> tuple[object, ...]:
-        """What differs once there is something new to read."""
+        """Changes once there is something new to read."""
         states = [(self.folder / file).stat() for file in FILES if (self.folder / file).exists()]
         kept = sorted(path.name for path in (self.folder / "checkpoints").glob("step_*"))
         return folder_lock.is_held(self.folder), kept, [(s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
@@ -110,17 +172,11 @@ class RunRecord:
         with path.open("rb") as file:
             return file.read(MAX_BYTES).decode("utf-8", "replace")
 
-    def _config(self) -> dict[str, Any]:
-        try:
-            return tomllib.loads(self.config_text)
-        except (ValueError, RecursionError) as error:
-            self.notes.append(f"config.toml could not be read: {error}")
-            return {}
-
-    def _object(self, name: str) -> dict[str, Any]:
+    def _parsed(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        """The object that a file holds; an empty one, and a note, where it is damaged."""
         text = self._text(name)
         try:
-            value = json.loads(text) if text else {}
+            value = parse(text) if text else {}
         except (ValueError, RecursionError) as error:
             value = error
         if not isinstance(value, dict):
@@ -130,7 +186,7 @@ class RunRecord:
 
 
 def named(folders: Sequence[Path]) -> list[RunRecord]:
-    """The runs, each under the shortest end of its path that no other has. Raises: ConfigError."""
+    """The runs, each named by the shortest end of its path that no other has. Raises: ConfigError."""
     resolved = [folder.resolve() for folder in folders]
     for folder in folders:
         if resolved.count(folder.resolve()) > 1:
@@ -142,9 +198,35 @@ def named(folders: Sequence[Path]) -> list[RunRecord]:
 
 
 def class_names(runs: Sequence[RunRecord]) -> list[str]:
-    """Every class, trained or measured, in one order for all charts and tables: the first run's expert, then as they
-    came."""
+    """Every class, trained or measured, in one order for all charts and tables: the first run's expert first."""
     trained = [name for run in runs for name in run.metrics.classes()]
     measured = [name for run in runs for each in run.evaluations for name in each.losses]
     names = list(dict.fromkeys(name for name in (*trained, *measured) if name != ALL))
     return sorted(names, key=lambda name: name != runs[0].best_by)
+
+
+def class_label(name: str) -> str:
+    """A class in words: records without one have the empty name."""
+    return name or "(no class)"
+
+
+def follow(runs: Sequence[RunRecord], write: Callable[[bool], None], *, every_s: float = REFRESH_S) -> None:
+    """Call `write(is_live)` now and after every change; at the end, or on Ctrl-C, a last time with False."""
+    seen: object = None
+    with suppress(KeyboardInterrupt):
+        while True:
+            stamps = [run.stamp() for run in runs]
+            if stamps != seen:
+                seen = stamps
+                refresh(runs)
+                if not any(run.is_live for run in runs):
+                    break
+                write(True)
+            time.sleep(every_s)
+    write(False)
+
+
+def refresh(runs: Sequence[RunRecord]) -> None:
+    """Read what is new in every run."""
+    for run in runs:
+        run.refresh()

@@ -1,6 +1,6 @@
-"""The tables of a page: plain rows of text, which the page escapes.
+"""Make the tables of a report: rows of plain text, which the page escapes.
 
-tables.evaluations(run);  tables.differences(runs);  tables.swap(record)
+tables.summary(runs);  tables.evaluations(run);  tables.differences(runs);  tables.swap(record, "runs/a");  samples(run)
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from ochat.errors import DataError
-from ochat.report.run_record import RunRecord, class_names
+from ochat.report.run_record import Name, RunRecord, class_label, class_names
 from ochat.train.evaluations import ALL, Evaluation, label
 from ochat.train.line_file import number
 
-MOST_ROWS = 200  # of evaluations and of bad steps
-MOST_PLACES = 12  # of the conversations of a bad step
+MAX_ROWS = 200  # of evaluations and of skipped steps
+MAX_PLACES = 12  # of the conversations of a skipped step
+MAX_PROMPTS, MAX_ANSWERS, MAX_CHARACTERS = 20, 8, 2000  # of samples
 MEASURED = {
     "tokens/s, median": ("tokens_per_s", np.median, ",.0f"),
     "supervised tokens/s, median": ("supervised_tokens_per_s", np.median, ",.0f"),
@@ -26,7 +27,6 @@ MEASURED = {
     "peak memory, GiB": ("peak_mem_gib", np.max, ".2f"),
     "tokens trained on": ("tokens", np.sum, ",.0f"),
 }
-PER_RUN = ("run.dir",)  # settings that always differ
 SWAP_MEASURES = {"nll": "nll", "perplexity": "perplexity", "accuracy": "accuracy", "exact": "exact match"}
 
 
@@ -38,12 +38,22 @@ class Table:
     headings: list[str]
     rows: list[list[str]]
     num_texts: int = 1
-    marked: set[int] = field(default_factory=set)  # rows that stand out
+    marked: set[int] = field(default_factory=set)  # highlighted rows
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Answers to one prompt: a row for each step that is shown, a column for each class."""
+
+    prompt: str
+    conditions: list[str]
+    rows: list[tuple[int, list[str]]]
+    num_steps: int  # at which it was answered
+
+
 def summary(runs: Sequence[RunRecord]) -> Table:
-    """What a run is and how it went: a fact a row, a run a column."""
+    """What each run is and how it went: a fact a row, a run a column."""
     facts = [_facts(run) for run in runs]
     names = dict.fromkeys(name for each in facts for name in each)
     rows = [[name, *(each.get(name, "-") for each in facts)] for name in names]
@@ -51,29 +61,31 @@ def summary(runs: Sequence[RunRecord]) -> Table:
 
 
 def evaluations(run: RunRecord) -> Table | None:
-    """Every evaluation with its held-out numbers, whether its checkpoint is there, and the best one marked."""
+    """Every evaluation with its held-out numbers and its checkpoint, if that is there; the best one marked."""
     if not run.evaluations:
         return None
     measured = {name for each in run.evaluations for name in each.losses}
     names = [name for name in (*class_names([run]), ALL) if name in measured]
-    shown = _some(run.evaluations, run.best)
-    rows = [_evaluation(run, each, names) for each in shown]
-    headings = ["step", "epochs"]
-    headings += [text for name in names for text in (f"{name or '(no class)'} loss", "accuracy")]
+    shown, num_all = run.evaluations, len(run.evaluations)
+    if num_all > MAX_ROWS:
+        kept = set(np.linspace(0, num_all - 1, MAX_ROWS - 1).astype(int).tolist())
+        shown = [each for place, each in enumerate(shown) if place in kept or each is run.best]
     note = f"★ the best: the lowest held-out loss of {label(run.best_by)}"
     note += f", {run.best.losses[run.best_by]:.4f}" if run.best else ""
     note += ". `ochat export RUN OUT --best` exports it while its checkpoint is there."
-    if len(shown) < len(run.evaluations):
-        note += f" {len(shown)} of {len(run.evaluations):,} evaluations are shown; eval.jsonl has all."
+    note += f" {len(shown)} of {num_all:,} evaluations are shown; eval.jsonl has all." * (len(shown) < num_all)
+    headings = ["", "step", "epochs"]
+    headings += [text for name in names for text in (f"{class_label(name)} loss", "accuracy")]
+    rows = [_evaluation(run, each, names) for each in shown]
     marked = {row for row, each in enumerate(shown) if each is run.best}
-    return Table(f"Checkpoints of {run.name}", ["", *headings, "checkpoint"], rows, 1, marked, note)
+    return Table(f"Checkpoints of {run.name}", [*headings, "checkpoint"], rows, 1, marked, note)
 
 
 def differences(runs: Sequence[RunRecord]) -> Table | None:
-    """The settings that are not the same in all runs."""
+    """The settings that differ between runs."""
     if len(runs) < 2:
         return None
-    names = sorted({name for run in runs for name in run.settings} - set(PER_RUN))
+    names = sorted({name for run in runs for name in run.settings} - {"run.dir"})
     written = {name: [_setting(run, name) for run in runs] for name in names}
     rows = [[name, *values] for name, values in written.items() if len(set(values)) > 1]
     note = "" if rows else "None: the runs have the same settings."
@@ -82,16 +94,16 @@ def differences(runs: Sequence[RunRecord]) -> Table | None:
 
 
 def bad_steps(run: RunRecord) -> Table | None:
-    """The steps that were not applied, and what they were computed on."""
+    """The steps that were skipped for a non-finite loss or gradient, and what they were computed on."""
     if not run.bad_steps:
         return None
     rows = [
-        [f"{int(line['step']):,}", _text(line, "loss"), _text(line, "grad_norm"), _places(line)]
+        [f"{int(line['step']):,}", *(str(line.get(key, "-"))[:40] for key in ("loss", "grad_norm")), _places(line)]
         for line in run.bad_steps
     ]
-    note = f"The first {MOST_ROWS} of {len(rows):,}; bad_steps.jsonl has all." if len(rows) > MOST_ROWS else ""
+    note = f"The first {MAX_ROWS} of {len(rows):,}; bad_steps.jsonl has all." if len(rows) > MAX_ROWS else ""
     headings = ["step", "loss", "gradient norm", "computed on"]
-    return Table(f"Bad steps of {run.name}: not applied", headings, rows[:MOST_ROWS], 4, note=note)
+    return Table(f"Skipped steps of {run.name}: not finite", headings, rows[:MAX_ROWS], 4, note=note)
 
 
 def swap(record: dict[str, Any], where: str) -> Table:
@@ -105,16 +117,29 @@ def swap(record: dict[str, Any], where: str) -> Table:
             best = min(row["prefixes"], key=lambda prefix: row["prefixes"][prefix]["nll"])
             for prefix, cell in row["prefixes"].items():
                 marked |= {len(rows)} if prefix == best else set()
-                star = " ★" if prefix == best else ""
-                whose = [name or "(no class)", (prefix or "(no class)") + star]
+                whose = [class_label(name), class_label(prefix) + " ★" * (prefix == best)]
                 rows.append(whose + [_measured(cell, key) for key in measures])
         headings = ["answers of", "under the prefix of", *measures.values()]
-        note = (
-            f"Nats a token, with intervals. ★ the likeliest prefix. Model: {record['model']}. Data: {record['data']}."
-        )
+        note = f"Nats a token [interval]. ★ the likeliest prefix. Model: {record['model']}. Data: {record['data']}."
         return Table(f"Held-out answers under each prefix, {where}", headings, rows, 2, marked, note)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{where}: not what `ochat eval --output FILE` writes ({error!r}); name such a file") from None
+
+
+def samples(run: RunRecord) -> list[Sample]:
+    """The first prompts of samples.jsonl, each answered at the first step, the last and some between."""
+    asked: dict[str, dict[int, dict[str, str]]] = {}
+    for line in run.samples:
+        prompt, condition, answer = (str(line.get(key, "")) for key in ("prompt", "condition", "answer"))
+        asked.setdefault(prompt, {}).setdefault(int(line["step"]), {})[condition] = answer
+    found = []
+    for prompt, steps in list(asked.items())[:MAX_PROMPTS]:
+        conditions = list(dict.fromkeys(condition for answers in steps.values() for condition in answers))
+        places = np.unique(np.linspace(0, len(steps) - 1, MAX_ANSWERS).round().astype(int))
+        shown = [sorted(steps)[place] for place in places]
+        rows = [(step, [_shorten(steps[step].get(condition, "")) for condition in conditions]) for step in shown]
+        found.append(Sample(_shorten(prompt), list(map(class_label, conditions)), rows, len(steps)))
+    return found
 
 
 def _facts(run: RunRecord) -> dict[str, str]:
@@ -125,63 +150,41 @@ def _facts(run: RunRecord) -> dict[str, str]:
     for name in ("model", "data", "classes", "computation", "processes", "packing"):
         if isinstance(announced, dict) and isinstance(announced.get(name), str):
             facts[name] = announced[name]
-    classes = ", ".join(
-        f"{name or '(no class)'} {_last(run, ('classes', name, 'loss'))}" for name in class_names([run])
-    )
-    facts["final loss"] = _last(run, "loss") + (f" ({classes})" if classes else "")
+    last = [f"{class_label(name)} {_over(run, ('classes', name, 'loss'), _last, '.4f')}" for name in class_names([run])]
+    facts["final loss"] = _over(run, "loss", _last, ".4f") + (f" ({', '.join(last)})" if last else "")
     if run.best:
-        facts["held-out best"] = (
-            f"{run.best.losses[run.best_by]:.4f} of {label(run.best_by)}, at step {run.best.step:,}; its "
-            f"checkpoint is {'there' if run.best.checkpoint else 'not there'}"
-        )
+        there = "there" if run.best.checkpoint else "not there"
+        loss = f"{run.best.losses[run.best_by]:.4f} of {label(run.best_by)}"
+        facts["held-out best"] = f"{loss}, at step {run.best.step:,}; its checkpoint is {there}"
     for name, (key, reduce, form) in MEASURED.items():
         facts[name] = _over(run, key, reduce, form)
-    return facts | {"time in steps": _duration(run), "bad steps": f"{len(run.bad_steps):,}"}
+    seconds = int(np.nansum(run.metrics["step_s"]))
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    facts["time in steps"] = f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds % 60:02} s"
+    return facts | {"skipped steps": f"{len(run.bad_steps):,}"}
 
 
-def _last(run: RunRecord, key: Any) -> str:
-    values = run.metrics[key]
-    found = values[np.isfinite(values)]
-    return f"{found[-1]:.4f}" if len(found) else "-"
+def _last(values: Any) -> float:
+    return values[-1]
 
 
-def _over(run: RunRecord, key: str, reduce: Any, form: str) -> str:
+def _over(run: RunRecord, key: Name, reduce: Any, form: str) -> str:
     values = run.metrics[key]
     found = values[np.isfinite(values)]
     return format(float(reduce(found)), form) if len(found) else "-"
 
 
-def _duration(run: RunRecord) -> str:
-    values = run.metrics["step_s"]
-    seconds = int(values[np.isfinite(values)].sum())
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds % 60:02} s"
-
-
-def _some(found: list[Evaluation], best: Evaluation | None) -> list[Evaluation]:
-    """At most MOST_ROWS, evenly chosen, the first, the last and the best among them."""
-    if len(found) <= MOST_ROWS:
-        return found
-    kept = set(np.linspace(0, len(found) - 1, MOST_ROWS - 1).astype(int).tolist())
-    return [each for place, each in enumerate(found) if place in kept or each is best]
-
-
 def _evaluation(run: RunRecord, each: Evaluation, names: Sequence[str]) -> list[str]:
-    numbers = [
-        text
-        for name in names
-        for text in (_number(each.losses.get(name), ".4f"), _number(each.accuracies.get(name), ".1%"))
-    ]
-    places = [f"{each.step:,}", _number(run.epochs_at(each.step), ".4g")]
-    return ["★ best" * (each is run.best), *places, *numbers, each.checkpoint.name if each.checkpoint else "-"]
+    cells = ["★ best" * (each is run.best), f"{each.step:,}", _number(run.epochs_at(each.step), ".4g")]
+    for name in names:
+        cells += [_number(each.losses.get(name), ".4f"), _number(each.accuracies.get(name), ".1%")]
+    return [*cells, each.checkpoint.name if each.checkpoint else "-"]
 
 
 def _measured(cell: dict[str, Any], key: str) -> str:
     value, ends = number(cell.get(key)), cell.get(f"{key}_interval")
     form = ".1%" if key in ("accuracy", "exact") else ".3f"
-    if value is None:
-        return "-"
-    return format(value, form) + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
+    return _number(value, form) + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends and value is not None else "")
 
 
 def _number(value: float | None, form: str) -> str:
@@ -193,14 +196,13 @@ def _setting(run: RunRecord, name: str) -> str:
     return json.dumps(settings[name], ensure_ascii=False, default=str) if name in settings else "-"
 
 
-def _text(line: dict[str, Any], key: str) -> str:
-    return str(line.get(key, "-"))[:40]
-
-
 def _places(line: dict[str, Any]) -> str:
     """file:line of the first conversations of each bin."""
     bins = line.get("bins")
-    lists = [each for each in bins if isinstance(each, list)] if isinstance(bins, list) else []
-    places = [str(place) for each in lists for place in each]
-    more = f" and {len(places) - MOST_PLACES:,} more" if len(places) > MOST_PLACES else ""
-    return ", ".join(places[:MOST_PLACES])[:2000] + more
+    places = [str(p) for each in bins if isinstance(each, list) for p in each] if isinstance(bins, list) else []
+    more = f" and {len(places) - MAX_PLACES:,} more" if len(places) > MAX_PLACES else ""
+    return ", ".join(places[:MAX_PLACES])[:MAX_CHARACTERS] + more
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + " ..."
