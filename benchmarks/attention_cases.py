@@ -61,7 +61,7 @@ def cost(case: Case, which: str) -> Cost:
     """The work of one pass, causal: a query sees itself and what is before it in its document and its window.
 
     FLOPs: 2 D a product, query head and seen pair; forward has 2 products, backward 5 (q k^T once more), as
-    FlashAttention's own figures and ochat/train/cards.py count; MFU counts 4, so 6/7 of forward+backward. Bytes: q, k,
+    FlashAttention's own figures and ochat/plan/gpus.py count; MFU counts 4, so 6/7 of forward+backward. Bytes: q, k,
     v read and out written, 2 (N + K) D a token; backward reads them all again with out's gradient, writes three.
     """
     m, is_whole = case.model, which == "forward+backward"

@@ -44,7 +44,7 @@ def steps(options: argparse.Namespace) -> Iterator[Step]:
     """In the order of what one would miss most."""
     log = options.out / "tests.txt"
     tests = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
-    on_card = ["tests/kernels", "tests/test_attention.py", "tests/test_card.py"]
+    on_card = ["tests/kernels", "tests/model/test_attention.py", "tests/laws/test_cuda.py"]
     yield Step("tests on the card", [*tests, "-m", "gpu", *on_card], log, TEST_SHARE)
     yield Step("attention", _command(options, "attention"), None, 1.0, ATTENTION_SECONDS)
     laws = [*tests, "-m", "not gpu", "tests/kernels", "--ignore=tests/kernels/test_compiled.py"]

@@ -24,10 +24,11 @@ import numba
 import numpy as np
 
 from benchmarks import bench
-from ochat.data import batch, shards, template
+from ochat.data import batch, shards
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.data.weights import ROLES
+from ochat.text import template
 
 BUDGET = 40_960
 STEP_S = 0.02

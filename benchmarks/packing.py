@@ -29,8 +29,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.packing_public import pack_public
-from ochat.data.multipack import plan
 from ochat.model.config import ModelConfig
+from ochat.packing.multipack import plan
 
 MODELS = {
     "8b": ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128),
@@ -174,7 +174,7 @@ def start_up() -> dict:
     code = (
         "import time, numpy as np\n"
         "lengths = np.random.default_rng(1).integers(8, 2000, 1_000_000).astype(np.int32)\n"
-        "cpu, wall = time.process_time(), time.perf_counter()\nfrom ochat.data.multipack import plan\n"
+        "cpu, wall = time.process_time(), time.perf_counter()\nfrom ochat.packing.multipack import plan\n"
         "packed = plan(lengths, token_budget=32768, bins_per_step=1024, seed=0, epoch=0)\n"
         "print(time.process_time() - cpu, time.perf_counter() - wall, packed.num_steps)"
     )

@@ -24,10 +24,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import bench
-from ochat.data import importers, records, template, tokenizer
-from ochat.data.template import Template
-from ochat.data.tokenizer import JsonTokenizer, SentencePieceTokenizer, TiktokenTokenizer, Tokenizer
+from ochat.data import records
 from ochat.errors import DataError
+from ochat.text import record_formats, template, tokenizer
+from ochat.text.template import Template
+from ochat.text.tokenizer import (
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
 
 COLUMNS = [
     *("date", "commit", "machine", "cores", "load", "python", "library", "input", "mb", "tokenizer", "template"),
@@ -103,7 +109,7 @@ def texts_of(path: Path, form: Template, tokens: Tokenizer) -> list[str]:
     texts: list[str] = []
     for record in records.read(path):
         try:
-            conversation = importers.convert(record.value())
+            conversation = record_formats.convert(record.value())
         except DataError:
             continue
         for message in conversation.items:

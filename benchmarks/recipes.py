@@ -16,12 +16,12 @@ import numpy as np
 from benchmarks.train_step_cases import Case, draw_lengths
 from ochat import config as configuration
 from ochat.model.config import ModelConfig
-from ochat.train import forecast
-from ochat.train.cards import CARDS, Card
-from ochat.train.forecast import Forecast, Run
-from ochat.train.lengths import LengthCounts
-from ochat.train.memory import GIB
-from ochat.train.speed import Workload
+from ochat.plan import forecast
+from ochat.plan.forecast import Forecast, Run
+from ochat.plan.gpus import CARDS, Card
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.memory import GIB
+from ochat.plan.roofline import Workload
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BEGIN, END = "<!-- by benchmarks.recipes -->\n", "<!-- end -->\n"

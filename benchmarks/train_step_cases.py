@@ -24,10 +24,10 @@ from tokenizers import pre_tokenizers
 from benchmarks import loader
 from benchmarks.cases import MODELS, Model
 from benchmarks.train_step_peers import Peer
-from ochat.data import tokenizer as ochat_tokenizers
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
+from ochat.text import tokenizer as ochat_tokenizers
 
 LAYERS = {"Llama-3-8B": 32, "Llama-2-7B": 32, "Llama-3.2-1B": 16, "Llama-3.2-3B": 28, "tiny": 2, "small": 4}
 TIED = ("Llama-3.2-1B", "Llama-3.2-3B")

@@ -12,13 +12,13 @@ import numpy as np
 from benchmarks import train_step_cases
 from benchmarks.train_step_cases import PHASES, Case
 from ochat import config as configuration
-from ochat.data import multipack
-from ochat.train import forecast
-from ochat.train.cards import CARDS, Card
-from ochat.train.forecast import Forecast
-from ochat.train.lengths import LengthCounts
-from ochat.train.memory import GIB
-from ochat.train.speed import Workload
+from ochat.packing import multipack
+from ochat.plan import forecast
+from ochat.plan.forecast import Forecast
+from ochat.plan.gpus import CARDS, Card
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.memory import GIB
+from ochat.plan.roofline import Workload
 
 STEPS = 100  # that are drawn and packed
 

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader
 from benchmarks import peer_attention
 from ochat.config import Config
 from ochat.data.batch import IGNORE_INDEX, PackedBatch
+from ochat.distributed import processes
 from ochat.model.config import ModelConfig
-from ochat.train import inputs, parallel, schedule
+from ochat.train import inputs, schedule
 from ochat.train.trainer import Trainer
 
 BATCH = 4  # conversations of a padded batch
@@ -53,7 +54,7 @@ class Ours:
     """The product's own Trainer, step by step."""
 
     def __init__(self, config: Config, device: torch.device, peer: Peer) -> None:
-        self.trainer = trainer = Trainer(config, parallel.start(config.train, config.parallel))
+        self.trainer = trainer = Trainer(config, processes.start(config.train, config.parallel))
         self.loader = trainer.loader
         self.steps = self.loader.iterate()
         self.note = f"kernels {trainer.kernels}, attention {trainer.backend}, recompute {trainer.model.recompute}"

@@ -25,7 +25,7 @@ from benchmarks import bench
 from benchmarks.train_step_peers import Counts, Ours, Packed, Padded, Peer, Transformers
 from benchmarks.train_step_unweighted import Liger, Trl
 from ochat import config as configuration
-from ochat.train import parallel
+from ochat.distributed import processes as processes_module
 from ochat.train.metrics import peak_memory_gib
 
 ROOT = Path(__file__).parent.parent
@@ -101,7 +101,9 @@ def environment(spec: dict[str, Any], rank: int, processes: int, port: int) -> d
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     known = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": spec["threads"]} | ranks
-    allocator = {parallel.ALLOCATOR[0]: "expandable_segments:True"}  # what ours sets for itself, its peers have too
+    allocator = {
+        processes_module.ALLOCATOR[0]: "expandable_segments:True"
+    }  # what ours sets for itself, its peers have too
     return allocator | os.environ | {name: str(value) for name, value in known.items()}
 
 

@@ -150,7 +150,7 @@ def packing_fill() -> float:
     """Share of the bins' room that holds tokens, of the steps' plan."""
     from ochat import config
     from ochat.data.dataset import TokenDataset
-    from ochat.data.multipack import plan
+    from ochat.packing.multipack import plan
 
     settings = config.load(WORK / "run" / "config.toml")
     data, lengths = settings.data, TokenDataset(settings.data.path).lengths

@@ -41,13 +41,11 @@ COMMANDS = {
     "prepare": Command(
         "ochat.data.prepare", "PrepareOptions", "turn conversations into a data set of token ids and weights"
     ),
-    "plan": Command("ochat.train.plan", None, "show what a run will do: steps, packing, learning rate"),
-    "train": Command("ochat.train.command", None, "train on one process (many: torchrun -m ochat.train)"),
-    "export": Command("ochat.train.export", "ExportOptions", "write a checkpoint as a Hugging Face folder", True),
-    "generate": Command("ochat.infer.command", "GenerateOptions", "answer prompts under a condition", True),
-    "eval": Command(
-        "ochat.evaluate.command", "EvalOptions", "measure held-out answers under every class's prefix", True
-    ),
+    "plan": Command("ochat.commands.plan", None, "show what a run will do: steps, packing, learning rate"),
+    "train": Command("ochat.commands.train", None, "train on one process (many: torchrun -m ochat.train)"),
+    "export": Command("ochat.export.hf_folder", "ExportOptions", "write a checkpoint as a Hugging Face folder", True),
+    "generate": Command("ochat.commands.generate", "GenerateOptions", "answer prompts under a condition", True),
+    "eval": Command("ochat.commands.eval", "EvalOptions", "measure held-out answers under every class's prefix", True),
     "answer": Command(
         "ochat.evaluate.judges.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench", True
     ),
@@ -57,14 +55,14 @@ COMMANDS = {
     "judge": Command(
         "ochat.evaluate.judges.judge", "JudgeOptions", "win rates of two models' answers, judged by a third", True
     ),
-    "report": Command("ochat.report.command", "ReportOptions", "show runs as one HTML file", True),
+    "report": Command("ochat.commands.report", "ReportOptions", "show runs as one HTML file", True),
     "represent": Command(
-        "ochat.evaluate.represent.command",
+        "ochat.commands.represent",
         "RepresentOptions",
         "map conversations of each class as models see them",
         True,
     ),
-    "ablate": Command("ochat.evaluate.ablate.command", None, "train the paper's variants and compare them"),
+    "ablate": Command("ochat.commands.ablate", None, "train the paper's variants and compare them"),
 }
 
 

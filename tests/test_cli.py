@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ochat import cli
+from ochat.commands import generate as generation
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
 from ochat.errors import UsageError
 from ochat.evaluate.ablate.variants import SET_HERE
-from ochat.infer import command as generation
 from ochat.option_values import spread
 from tests.tiny_text import conversations, write_base, write_lines
 

@@ -15,7 +15,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from ochat.data.tokenizer import LLAMA3_PATTERN
+from ochat.text.tokenizer import LLAMA3_PATTERN
 
 # where `make test` unpacks the packages that carry them; installed, mistral_common would change what transformers does
 _REAL = {

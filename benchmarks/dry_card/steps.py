@@ -29,9 +29,11 @@ from benchmarks import bench, train_step_cases, train_step_forecast
 from benchmarks.train_step_cases import CLASSES, IN_BACKWARD, PHASES, Case, World
 from benchmarks.train_step_peers import Ours, Peer
 from ochat import config as configuration
-from ochat.train import checkpoint, parallel, verify
-from ochat.train.cards import CARDS
-from ochat.train.memory import GIB
+from ochat.checkpoint import load as checkpoint
+from ochat.distributed import processes as processes_module
+from ochat.plan.gpus import CARDS
+from ochat.plan.memory import GIB
+from ochat.train import verify
 from ochat.train.metrics import peak_memory_gib
 
 STEPS = 6  # after the first, which compiles
@@ -140,7 +142,7 @@ def main() -> None:
             measured = json.dumps(measure(CASES[options.case][1], Path(folder)))
         if os.environ.get("RANK", "0") == "0":
             print(measured, flush=True)
-        parallel.stop()
+        processes_module.stop()
         return
     if options.out is None:
         parser.error("--out is needed")

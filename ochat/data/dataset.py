@@ -26,9 +26,9 @@ from ochat.data import fill, mapped, shards
 from ochat.data.batch import Example as Example
 from ochat.data.batch import PackedBatch, allocate, documents
 from ochat.data.mapped import Shard
-from ochat.data.template import Span, Template
 from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import ConfigError, DataError
+from ochat.text.template import Span, Template
 
 FILLED = ("input_ids", "labels", "loss_weights", "position_ids", "rows", "row_classes")  # in fill_batch's order
 

@@ -15,15 +15,20 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ochat.data import importers
-from ochat.data.conversation import Conversation, default_weight
 from ochat.data.held_out import is_held_out
 from ochat.data.records import Record
 from ochat.data.shards import Columns
-from ochat.data.template import Part, Span, Template, join
-from ochat.data.tokenizer import Tokenizer
 from ochat.data.weights import ROLES
 from ochat.errors import DataError
+from ochat.text import record_formats
+from ochat.text.conversation import Conversation, default_weight
+from ochat.text.template import (
+    Part,
+    Span,
+    Template,
+    join,
+)
+from ochat.text.tokenizer import Tokenizer
 
 OverLong = Literal["truncate", "drop", "error"]
 REJECT_CHARACTERS = 2000
@@ -94,7 +99,7 @@ class Encoder:
     def _lay_out(self, record: Record) -> _LaidOut | Reject:
         """The record as a conversation and its parts, of which only the texts are left to tokenise."""
         try:
-            conversation = importers.convert(record.value(), self.format, self.default_condition)
+            conversation = record_formats.convert(record.value(), self.format, self.default_condition)
             _check_numbers(conversation)
             self._check_condition(conversation.condition)
             return _LaidOut(conversation, self.template.parts(conversation, self.tokenizer))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 
-from ochat.data.conversation import Conversation
+from ochat.text.conversation import Conversation
 
 
 def is_held_out(conversation: Conversation, share: float) -> bool:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.data import multipack
 from ochat.data.batch import PackedBatch, most_documents
 from ochat.data.dataset import TokenDataset
 from ochat.data.mixture import Mixture
-from ochat.data.multipack import PackPlan
-from ochat.data.plans import Plans
 from ochat.errors import ConfigError, DataError
+from ochat.packing import multipack
+from ochat.packing.multipack import PackPlan
+from ochat.packing.plans import Plans
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ochat.data import check, input_files, merge, records, template, tokenizer
+from ochat.data import (
+    check,
+    input_files,
+    merge,
+    records,
+)
 from ochat.data.encode import Encoder, OverLong
 from ochat.data.prepare_report import Bar, Counts, PrepareReport, add_counts, print_report
 from ochat.data.records import Record, RecordFile
@@ -27,6 +32,7 @@ from ochat.data.shards import ShardWriter, publish
 from ochat.data.weights import ROLES
 from ochat.data.workers import Batch, encode_all
 from ochat.errors import ConfigError, DataError
+from ochat.text import template, tokenizer
 
 BATCH_RECORDS, BATCH_BYTES = 512, 1 << 20
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work

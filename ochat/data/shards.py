@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from ochat import disk, json_file
 from ochat.data import manifest_schema
 from ochat.errors import ConfigError, DataError
-from ochat.partial_folder import partial_folder
+from ochat.files import atomic, bounded_json
+from ochat.files.staging import partial_folder
 
 FORMAT, VERSION, MERGED_VERSION = "ochat-tokens", 1, 2
 MANIFEST = "manifest.json"
@@ -135,7 +135,7 @@ class ShardWriter:
         except SafetensorError as error:  # a full disk
             raise OSError(f"{self.output}: cannot be written: {error}") from None
         path.chmod(self.folder.stat().st_mode & 0o666)  # the library keeps files to their owner
-        disk.sync(path)
+        atomic.sync(path)
         sizes = {"sequences": len(joined["class_ids"]), "tokens": len(joined["input_ids"])}
         self.shards.append(_described(path) | sizes)
 
@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         there = "a file, not a folder" if folder.exists() else "no such folder"
         what = f"no {MANIFEST} in it" if folder.is_dir() else there
         raise DataError(f"{folder.absolute()}: not a prepared data set ({what}): write one with ochat prepare")
-    manifest = json_file.read_object(path, DataError, "copy it again, or prepare the data again")
+    manifest = bounded_json.read_object(path, DataError, "copy it again, or prepare the data again")
     if manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a data set (format is not {FORMAT!r})")
     if manifest.get("version") != (MERGED_VERSION if "parts" in manifest else VERSION):
@@ -165,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write it with its own digest, and wait until it is on the disk."""
     described = manifest | {"digest": digest(manifest)}
-    disk.write_json(path, described)
+    atomic.write_json(path, described)
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -192,7 +192,7 @@ def check_size(folder: Path, shard: dict[str, Any]) -> Path:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "sha256": disk.sha256(path), "bytes": path.stat().st_size}
+    return {"file": path.name, "sha256": atomic.sha256(path), "bytes": path.stat().st_size}
 
 
 def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -219,6 +219,6 @@ def publish(writers: Sequence[ShardWriter]) -> None:
             os.rename(output, aside)
     for writer in reversed(writers):
         os.rename(writer.folder, writer.output)
-        disk.sync(writer.output.parent)
+        atomic.sync(writer.output.parent)
     for aside in old.values():
         shutil.rmtree(aside, ignore_errors=True)

@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.data import importers, input_files, records, shards
+from ochat.data import input_files, records, shards
 from ochat.data.batch import Example
-from ochat.data.conversation import Conversation
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import num_supervised, own_weight
 from ochat.data.records import Record
-from ochat.data.template import Span, Template
-from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError, DataError
+from ochat.text import record_formats
+from ochat.text.conversation import Conversation
+from ochat.text.template import Span, Template
+from ochat.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ def _of_files(path: Path, template: Template, tokenizer: Tokenizer) -> Iterator[
     for record in read_records(path):
         value = record.value()
         try:
-            yield HeldOut.of(importers.convert(value), template, tokenizer)
+            yield HeldOut.of(record_formats.convert(value), template, tokenizer)
         except DataError as error:
             raise DataError(f"{record.place}: {error}") from None
 

@@ -7,7 +7,7 @@ with replacement, and each mean is taken again as a ratio of sums. A percentile 
 skewed, perplexity more so, and a t interval of an accuracy near 1 leaves [0, 1]. All conditions see the same draws:
 the difference between two prefixes is paired, and far surer than either mean. Of few conversations intervals are too
 narrow: at 95 %, for skewed lengths and losses, those of 10, 20, 50 and 100 held the truth in 85, 88, 92 and 93 % of
-500 draws (those of tests/test_eval_intervals.py; t intervals: 90, 90, 94 and 95 % of 400). Of
+500 draws (those of tests/evaluate/test_eval_intervals.py; t intervals: 90, 90, 94 and 95 % of 400). Of
 exact matches, one score a conversation, none or all of which may be right, a bootstrap would be sure: theirs is
 Wilson's.
 """

@@ -12,14 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ochat.data import importers
-from ochat.data.conversation import Conversation, Message, refuse_misspelt, text_field
-from ochat.data.template import Template
-from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.held_out import read_records
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer
+from ochat.text import record_formats
+from ochat.text.conversation import (
+    Conversation,
+    Message,
+    refuse_misspelt,
+    text_field,
+)
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 
 PROMPTS_PER_BATCH = 16  # each holds a cache of keys and values as long as the batch's longest
 
@@ -83,7 +88,7 @@ def _unanswered(value: dict[str, Any]) -> Conversation:
         refuse_misspelt(value, ("prompt", "system"), "record")
         text, system = text_field(value, "prompt", "prompt"), text_field(value, "system", "system")
         return Conversation((Message("user", text),), system=system)
-    conversation = importers.convert(value)
+    conversation = record_formats.convert(value)
     items = tuple(replace(item, weight=None) for item in conversation.items)
     items = items[:-1] if items[-1].role == "assistant" else items
     if not items:

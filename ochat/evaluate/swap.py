@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from ochat.data.batch import PackedBatch, pack
-from ochat.data.template import Template
-from ochat.data.tokenizer import Tokenizer
 from ochat.errors import DataError
 from ochat.evaluate.held_out import HeldOut
 from ochat.model.attention import PackedAttention, default_backend
 from ochat.model.transformer import Transformer
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 from ochat.train.loss import head_loss
 
 TOKENS_PER_PASS = 4096  # enough to fill matrix products; the head's logits exist a chunk of rows at a time anyway

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ochat import json_file
 from ochat.errors import ConfigError
-from ochat.model import families, hub
+from ochat.files import bounded_json, hub
+from ochat.model import families
 from ochat.model import rope as rope_settings
 from ochat.model.families import FAMILIES, Family
 from ochat.model.fields import MOST, Fields, shown
@@ -53,7 +53,7 @@ class ModelConfig:
         """Read `directory/config.json`. Raises: ConfigError where it is missing, no JSON, or not implemented."""
         path = Path(directory) / "config.json"
         try:
-            record = json_file.read_object(path, ConfigError, "fetch it again")
+            record = bounded_json.read_object(path, ConfigError, "fetch it again")
         except FileNotFoundError:
             raise ConfigError(f"{path.absolute()} does not exist. {hub.how_to_fetch(directory)}") from None
         return cls.from_hf(record, str(path))

@@ -16,9 +16,8 @@ import ochat_kernels
 import torch
 from torch import Tensor
 
-from ochat import disk
 from ochat.errors import CheckpointError
-from ochat.model import checksums
+from ochat.files import atomic, checksums
 from ochat.model.config import ModelConfig
 from ochat.model.safetensor_files import TensorFiles, check_finite, torch_dtype, write_shards
 from ochat.model.transformer import Transformer
@@ -139,7 +138,7 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     plan = _plan_shards(config, target.itemsize, max_shard_bytes)
     write_shards(directory, _fill_shards(config, plan, named_tensors, target), len(plan))
-    disk.write_json(
+    atomic.write_json(
         directory / "config.json", dataclasses.replace(config, dtype=str(target).removeprefix("torch.")).to_hf()
     )
 

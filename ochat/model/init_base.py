@@ -18,16 +18,16 @@ import ochat_kernels
 import torch
 from rich.console import Console
 
-from ochat import disk, json_file
-from ochat.data import tokenizer as tokenizers
 from ochat.errors import ConfigError
-from ochat.model import checksums, hf
+from ochat.files import atomic, bounded_json, checksums
+from ochat.files.staging import partial_folder
+from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.gguf import GGUFFile
 from ochat.model.safetensor_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
-from ochat.partial_folder import partial_folder
 from ochat.progress import waiting
+from ochat.text import tokenizer as tokenizers
 
 # what a folder may hold beside weights and config.json that belongs to its tokenizer or to generation
 TOKENIZER_FILES = (
@@ -183,8 +183,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def _rebuild_tokenizer(file: GGUFFile, folder: Path) -> None:
     special = {f"{role}_token": file.special_token(role) for role in ("bos", "eos")}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    disk.write_json(folder / "tokenizer.json", file.tokenizer_json())
-    disk.write_json(folder / "tokenizer_config.json", settings)
+    atomic.write_json(folder / "tokenizer.json", file.tokenizer_json())
+    atomic.write_json(folder / "tokenizer_config.json", settings)
 
 
 def _declare(folder: Path, ids: dict[str, int]) -> None:
@@ -195,20 +195,22 @@ def _declare(folder: Path, ids: dict[str, int]) -> None:
     settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
     entries = {str(index): {"content": token, **flags} for token, index in ids.items()}
     settings["added_tokens_decoder"] = settings.get("added_tokens_decoder", {}) | entries
-    disk.write_json(folder / "tokenizer_config.json", settings)
+    atomic.write_json(folder / "tokenizer_config.json", settings)
     if (folder / "tokenizer.json").exists():
         record = _read_json(folder / "tokenizer.json")
         kept = [entry for entry in record.get("added_tokens") or [] if entry["content"] not in ids]
         added = [{"id": index, "content": token, **flags} for token, index in ids.items()]
         record["added_tokens"] = sorted(kept + added, key=lambda entry: entry["id"])
-        disk.write_json(folder / "tokenizer.json", record)
+        atomic.write_json(folder / "tokenizer.json", record)
 
 
 def _write_generation_config(folder: Path, config: ModelConfig) -> None:
     """The source's own, else the ids that start and stop."""
     path, record = folder / "generation_config.json", config.to_hf()
     if not path.exists():
-        disk.write_json(path, {key: record[key] for key in ("bos_token_id", "eos_token_id") if record[key] is not None})
+        atomic.write_json(
+            path, {key: record[key] for key in ("bos_token_id", "eos_token_id") if record[key] is not None}
+        )
 
 
 def _report(options: InitBaseOptions, config: ModelConfig, vocabulary: Vocabulary | None) -> None:
@@ -225,6 +227,6 @@ def _report(options: InitBaseOptions, config: ModelConfig, vocabulary: Vocabular
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json_file.read_object(path, ConfigError, "fetch it again")
+        return bounded_json.read_object(path, ConfigError, "fetch it again")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -166,3 +167,13 @@ def num_parameters(config: ModelConfig, settings: LoraConfig) -> int:
         tensors[f"{name}.weight"][0].shape[1] + p.rows for name, parts in found.items() for p in parts if p.is_adapted
     ]
     return settings.rank * sum(sizes)
+
+
+def digest(base: Path, model: ModelConfig) -> str:
+    """Of a base's tensors: name, dtype, shape, first and last row of each. Costs: a page or two of each is read."""
+    files, found = hf.open_tensors(base, model), hashlib.sha256()
+    for part in (part for parts in hf.parameter_parts(model).values() for part in parts):
+        found.update(f"{part.name} {files.dtype(part.name)} {part.shape}".encode())
+        for row in (0, part.shape[0] - 1):
+            found.update(files.read_rows(part.name, row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]

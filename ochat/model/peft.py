@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ochat import disk, json_file
 from ochat.errors import CheckpointError
+from ochat.files import atomic, bounded_json
 from ochat.model import hf, lora
 from ochat.model.config import ModelConfig
 from ochat.model.safetensor_files import TensorFiles, write_file
@@ -42,7 +42,7 @@ class Settings:
         """From the folder's adapter_config.json. Raises: CheckpointError."""
         path = folder / CONFIG
         try:
-            record = json_file.read_object(path, CheckpointError, "take another adapter")
+            record = bounded_json.read_object(path, CheckpointError, "take another adapter")
             tokens = (record["trainable_token_indices"] or {}).get("embed_tokens", [])
             return cls(
                 str(record["base_model_name_or_path"]), int(record["r"]), float(record["lora_alpha"]),
@@ -53,7 +53,7 @@ class Settings:
 
     def write(self, folder: Path, config: ModelConfig) -> None:
         """adapter_config.json into `folder`. Raises: OSError."""
-        disk.write_json(folder / CONFIG, self._record(config))
+        atomic.write_json(folder / CONFIG, self._record(config))
 
     def _record(self, config: ModelConfig) -> dict[str, Any]:
         modules = ["embed_tokens"] if config.tie_embeddings else ["embed_tokens", "lm_head"]

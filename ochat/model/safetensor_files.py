@@ -18,9 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ochat import disk, json_file
 from ochat.errors import CheckpointError, ConfigError
-from ochat.model import hub
+from ochat.files import atomic, bounded_json, hub
 from ochat.model.fields import shown
 
 MAX_HEADER_BYTES = 1 << 25  # a model of a hundred thousand tensors has half of it
@@ -95,7 +94,7 @@ def write_shards(directory: Path, shards: Iterable[dict[str, Tensor]], num_shard
         total_size += sum(tensor.nbytes for tensor in shard.values())
     if num_shards > 1:
         index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
-        disk.write_json(directory / INDEX, index)
+        atomic.write_json(directory / INDEX, index)
 
 
 def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -106,7 +105,7 @@ def write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     except SafetensorError as error:  # a full disk
         raise OSError(f"{path}: cannot be written: {error}") from None
     temporary.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files to their owner
-    disk.replace(temporary, path)
+    atomic.replace(temporary, path)
 
 
 def _index(directory: Path) -> dict[str, str] | None:
@@ -135,11 +134,11 @@ def _no_safetensors(directory: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    weight_map = json_file.read_object(path, CheckpointError, "fetch it again").get("weight_map")
+    weight_map = bounded_json.read_object(path, CheckpointError, "fetch it again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is empty or no table; fetch it again")
     for tensor, name in weight_map.items():
-        if not disk.is_name(name) or not name.endswith(".safetensors"):
+        if not atomic.is_name(name) or not name.endswith(".safetensors"):
             at = f"{path}: weight_map[{shown(tensor)}]"
             raise CheckpointError(f"{at} is {shown(name)}; expected the name of a file beside it")
     return weight_map

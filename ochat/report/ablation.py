@@ -12,8 +12,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ochat import json_file
 from ochat.errors import DataError
+from ochat.files import bounded_json
 from ochat.report.charts import Chart, figure, scatter
 from ochat.report.tables import Table
 
@@ -29,7 +29,7 @@ LESS_OURS = "above_ours"  # the difference to C-RLFT
 def read(folder: Path) -> dict[str, Any]:
     """The table.json of an ablation. Raises: DataError where it is missing or damaged."""
     try:
-        return json_file.read_object(folder / TABLE, DataError, ADVICE) | {"path": folder / TABLE}
+        return bounded_json.read_object(folder / TABLE, DataError, ADVICE) | {"path": folder / TABLE}
     except FileNotFoundError:
         raise DataError(f"{folder}: no {TABLE} is there; {ADVICE}") from None
 

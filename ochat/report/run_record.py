@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat import typed_toml
+from ochat.checkpoint import best
+from ochat.checkpoint.best import ALL, Evaluation
 from ochat.errors import ConfigError
-from ochat.train import evaluations, folder_lock, line_file
-from ochat.train.evaluations import ALL, Evaluation
-from ochat.train.line_file import number
+from ochat.files import jsonl
+from ochat.files.jsonl import number
+from ochat.run import lock
 
 FILES = ("config.toml", "plan.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "bad_steps.jsonl", "swap.json")
 MAX_BYTES = 1 << 24  # of the files that are read whole
@@ -59,7 +61,7 @@ class Metrics:
                 if not text.endswith(b"\n"):
                     break
                 self._end += len(text)
-                if line := line_file.parse(text):
+                if line := jsonl.parse(text):
                     self._add(line)
                 else:
                     self.num_unreadable += bool(text.strip())
@@ -107,17 +109,17 @@ class RunRecord:
     def refresh(self) -> None:
         """Read what is new since the last time. Raises: OSError."""
         self.notes = []
-        self.is_live = folder_lock.is_held(self.folder)
+        self.is_live = lock.is_held(self.folder)
         self.metrics.refresh()
         self.config_text = self._text("config.toml")
         config = self._parsed("config.toml", tomllib.loads)
         self.settings: dict[str, Any] = dict(typed_toml.flat(config))  # by dotted name
         self.plan, self.swap = (self._parsed(name, json.loads) for name in ("plan.json", "swap.json"))
-        self.evaluations: list[Evaluation] = evaluations.read(self.folder)
-        self.best_by = evaluations.expert(self.folder, self.evaluations)
-        self.best = evaluations.best(self.evaluations, self.best_by)
-        self.samples = line_file.read(self.folder / "samples.jsonl")
-        self.bad_steps = line_file.read(self.folder / "bad_steps.jsonl")
+        self.evaluations: list[Evaluation] = best.read(self.folder)
+        self.best_by = best.expert(self.folder, self.evaluations)
+        self.best = best.best(self.evaluations, self.best_by)
+        self.samples = jsonl.read(self.folder / "samples.jsonl")
+        self.bad_steps = jsonl.read(self.folder / "bad_steps.jsonl")
         if self.metrics.num_unreadable:
             self.notes.append(f"{self.metrics.num_unreadable:,} lines of metrics.jsonl could not be read")
 
@@ -163,7 +165,7 @@ class RunRecord:
         """Changes once there is something new to read."""
         states = [(self.folder / file).stat() for file in FILES if (self.folder / file).exists()]
         kept = sorted(path.name for path in (self.folder / "checkpoints").glob("step_*"))
-        return folder_lock.is_held(self.folder), kept, [(s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
+        return lock.is_held(self.folder), kept, [(s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
 
     def _text(self, name: str) -> str:
         path = self.folder / name

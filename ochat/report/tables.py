@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ochat.checkpoint.best import ALL, Evaluation, label
 from ochat.errors import DataError
+from ochat.files.jsonl import number
 from ochat.report.run_record import Name, RunRecord, class_label, class_names
-from ochat.train.evaluations import ALL, Evaluation, label
-from ochat.train.line_file import number
 
 MAX_ROWS = 200  # of evaluations and of skipped steps
 MAX_PLACES = 12  # of the conversations of a skipped step

@@ -9,8 +9,6 @@ adapter_config.json in PEFT's format that names base, rank and targets.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ochat.checkpoint.manifest import BASE
 from ochat.config import Config
-from ochat.data.template import Template
-from ochat.data.tokenizer import Tokenizer
-from ochat.errors import CheckpointError, ConfigError
+from ochat.distributed import local_shards
+from ochat.export import serving
 from ochat.model import hf, lora, peft
 from ochat.model.config import ModelConfig
+from ochat.model.lora import digest
 from ochat.model.safetensor_files import TensorFiles
 from ochat.model.transformer import Transformer
-from ochat.train import checkpoint, optim, parallel, serving
-from ochat.train.manifest import Manifest
-
-BASE = "base"  # a key of a run's identity
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,13 +58,13 @@ class Adapters:
         if not self.are_on:
             return
         files = hf.open_tensors(self.config.base.path, self.model)
-        for name, parameter in optim.trained(model).items():
+        for name, parameter in local_shards.trained(model).items():
             if ".lora." in name:
                 value = lora.first_value(name, tuple(parameter.shape), self.config.run.seed)
             else:
                 value = self._rows(files, name.replace("tokens.", ""))
-            first, end = parallel.rows(parameter)
-            optim.local(parameter).copy_(value[first:end])
+            first, end = local_shards.rows(parameter)
+            local_shards.local(parameter).copy_(value[first:end])
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that goes on from it, beside what every one must."""
@@ -88,7 +85,7 @@ class Adapters:
         """What is trained, as name -> text."""
         if not self.are_on:
             return {}
-        count = sum(parameter.numel() for parameter in optim.trained(model).values())
+        count = sum(parameter.numel() for parameter in local_shards.trained(model).values())
         rows = f", and the rows of {len(self.ids)} tokens in embedding and head" if self.ids else ""
         settings = self.config.lora
         return {"lora": f"{count:,} trained: rank {settings.rank} on {', '.join(settings.targets)}{rows}"}
@@ -102,38 +99,3 @@ class Adapters:
     def _rows(self, files: TensorFiles, name: str) -> Tensor:
         """The tokens' rows of our parameter `name`, (n, H)."""
         return torch.cat([piece for i in self.ids for _, piece in hf.read_rows(files, self.model, name, i, i + 1)])
-
-
-def digest(base: Path, model: ModelConfig) -> str:
-    """Of a base's tensors: name, dtype, shape, first and last row of each. Costs: a page or two of each is read."""
-    files, found = hf.open_tensors(base, model), hashlib.sha256()
-    for part in (part for parts in hf.parameter_parts(model).values() for part in parts):
-        found.update(f"{part.name} {files.dtype(part.name)} {part.shape}".encode())
-        for row in (0, part.shape[0] - 1):
-            found.update(files.read_rows(part.name, row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def are_in(manifest: Manifest) -> bool:
-    """Whether a checkpoint holds adapters instead of a whole model."""
-    return BASE in manifest.identity
-
-
-def merged(manifest: Manifest, model: ModelConfig, base: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter of a checkpoint's adapters merged into their base, read where the run had
-    it or at `base`.
-
-    Raises: CheckpointError where another base lies there; ConfigError where none does.
-    """
-    settings = peft.Settings.read(manifest.folder)
-    folder = Path(base or settings.base)
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: the base of {manifest.folder} is not there; say with --base where it is")
-    found = digest(folder, model)
-    if found != manifest.identity[BASE]:
-        raise CheckpointError(
-            f"{folder}: not the base of {manifest.folder} (its weights' digest is {found}, not "
-            f"{manifest.identity[BASE]}); name the right folder with --base"
-        )
-    adapter = dict(checkpoint.iterate_parameters(manifest))
-    yield from peft.merged(hf.read_tensors(folder, model), model, settings, adapter)

@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ochat.train import plan_tables
+from ochat.plan import tables
 
 SAMPLE_CHARACTERS = 240
 
@@ -42,7 +42,7 @@ class Display:
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """Facts as two aligned columns."""
-        self.console.print(plan_tables.facts(title, rows))
+        self.console.print(tables.facts(title, rows))
 
     def note(self, text: str) -> None:
         """One plain line."""

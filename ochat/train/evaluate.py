@@ -10,15 +10,15 @@ from ochat_kernels import LossOutput
 
 from ochat.config import SamplesConfig
 from ochat.data.batch import PackedBatch
-from ochat.data.conversation import Conversation, Message
 from ochat.data.loader import Loader
-from ochat.data.template import Template
-from ochat.data.tokenizer import Tokenizer
+from ochat.distributed.processes import Ranks
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer
+from ochat.text.conversation import Conversation, Message
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 from ochat.train import metrics
 from ochat.train.metrics import Tally
-from ochat.train.parallel import Ranks
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from ochat.config import Config
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.data.mixture import Mixture
-from ochat.data.template import Template
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
 from ochat.progress import waiting
+from ochat.text.template import Template
 from ochat.train import schedule
 from ochat.train.schedule import LearningRate
 

@@ -20,11 +20,11 @@ import torch
 from ochat_kernels import LossOutput
 from torch import Tensor
 
-from ochat import disk
 from ochat.data.batch import PackedBatch
-from ochat.train import cards
-from ochat.train.bad_steps import BadSteps
-from ochat.train.line_file import LineFile
+from ochat.files import atomic
+from ochat.files.jsonl import LineFile
+from ochat.plan import gpus
+from ochat.run.nonfinite import BadSteps
 
 _SUMS = ("loss", "weight", "correct", "tokens", "supervised", "padded", "square_lengths")
 _CLASS_SUMS = ("loss", "weight", "correct", "tokens")
@@ -178,7 +178,7 @@ def cut(path: Path, last_step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step]
     if kept != lines:
-        disk.write_text(path, b"".join(kept).decode())
+        atomic.write_text(path, b"".join(kept).decode())
 
 
 def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtype) -> tuple[float, str]:
@@ -186,7 +186,7 @@ def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtyp
     if configured_tflops:
         return configured_tflops * 1e12, "configured"
     if device.type == "cuda":
-        card = cards.named(torch.cuda.get_device_name(device))
+        card = gpus.named(torch.cuda.get_device_name(device))
         if card is not None:
             return card.peak_tflops * 1e12, f"data sheet of {card.name.split('-')[0]}, dense bf16"
     return _measured_flops(device, dtype), "a matrix product timed at start"

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+from ochat.checkpoint.manifest import MOMENTS
 from ochat.config import OptimConfig
+from ochat.distributed.local_shards import first_element, local, trained
 from ochat.errors import ConfigError
-from ochat.train import parallel
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**26  # elements whose moments are on the card at a time: 512 MiB
 CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
 
@@ -153,11 +153,6 @@ def needs_kernel(config: OptimConfig) -> bool:
     return config.in_backward or config.moment_dtype != "float32" or config.master_dtype != "float32"
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are not frozen, by name: those that an optimizer updates and a checkpoint holds."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def begin(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float) -> None:
     """Before the backward of a step that is to be taken at rate `lr`."""
     for group in optimizer.param_groups:
@@ -221,16 +216,6 @@ def _update_in_pieces(adamw: Callable[..., None], ids: list[int], offsets: list[
                 moment.copy_(new, non_blocking=True)
     if lists[0] and lists[0][0].is_cuda:
         torch.cuda.current_stream().synchronize()  # who saves the moments reads them on the host
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a sharded tensor that this rank holds; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def first_element(parameter: Tensor) -> int:
-    """Where in the whole parameter the part begins that this rank holds."""
-    return parallel.rows(parameter)[0] * (parameter.numel() // max(parameter.shape[0], 1))
 
 
 def _in_fp32(gradient: Tensor) -> Tensor:

@@ -22,10 +22,11 @@ from torch.profiler import profile as profiler
 from ochat.config import Config
 from ochat.data.batch import PackedBatch
 from ochat.model import lora
-from ochat.train import cards, speed, trace
-from ochat.train.cards import Card
-from ochat.train.lengths import LengthCounts
-from ochat.train.speed import Cut, Workload
+from ochat.plan import gpus, roofline
+from ochat.plan.gpus import Card
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.roofline import Cut, Workload
+from ochat.train import trace
 from ochat.train.trace import Breakdown, Wait
 from ochat.train.trainer import Trainer, train
 
@@ -68,13 +69,13 @@ def floors(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, floa
     tokens, computed = sum(b.num_tokens for b in all_batches), sum(b.input_ids.shape[0] for b in all_batches)
     supervised = sum(b.num_supervised for b in all_batches)
     workload = Workload(LengthCounts.of(lengths), supervised / tokens, tokens / computed)
-    known = cards.named(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    known = gpus.named(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
     cut = Cut(
         computed // len(all_batches), len(all_batches) // len(batches) * ranks.world, config.train.recompute,
         ranks.world, ranks.shard[1], itemsize=4 if config.train.dtype == "float32" else 2,
         adapters=lora.num_parameters(model, config.lora),
     )  # fmt: skip
-    least = speed.predict(model, known or _products_only(trainer.peak), workload, cut)
+    least = roofline.predict(model, known or _products_only(trainer.peak), workload, cut)
     again = config.train.recompute == "block"
     found = {
         trace.PRODUCTS: least.products * (1 + again / cut.products_of_weight),

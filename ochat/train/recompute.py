@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from ochat.config import Config
+from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
-from ochat.train.forecast import Run, with_policy
-from ochat.train.lengths import LengthCounts
-from ochat.train.memory import CONTEXT_BYTES, GIB
-from ochat.train.parallel import Ranks
-from ochat.train.speed import Workload
+from ochat.plan.forecast import Run, with_policy
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.memory import CONTEXT_BYTES, GIB
+from ochat.plan.roofline import Workload
 
 
 def settle(config: Config, model: ModelConfig, ranks: Ranks, kernels: str) -> tuple[Config, str]:

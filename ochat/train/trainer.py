@@ -17,40 +17,41 @@ import ochat_kernels
 import torch
 from ochat_kernels import LossOutput
 
+from ochat.checkpoint import load as checkpoint
+from ochat.checkpoint.save import Saver
 from ochat.config import Config
-from ochat.data import tokenizer as tokenizers
 from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
+from ochat.distributed import processes
+from ochat.distributed.processes import Ranks
+from ochat.distributed.signals import Interrupt
+from ochat.distributed.watchdog import Watchdog
+from ochat.export.hf_folder import export
+from ochat.files.jsonl import LineFile
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
+from ochat.plan import run_facts
+from ochat.run import config_history, layout, run_folder
+from ochat.run.nonfinite import BadSteps
+from ochat.text import tokenizer as tokenizers
 from ochat.train import (
-    assembly,
-    checkpoint,
+    build,
     determinism,
     evaluate,
+    identity,
     inputs,
-    kept_config,
     metrics,
     optim,
-    parallel,
-    plan,
     recompute,
-    run_folder,
     schedule,
+    sharding,
     verify,
 )
 from ochat.train.adapters import Adapters
-from ochat.train.bad_steps import BadSteps
 from ochat.train.display import Display
-from ochat.train.export import export
-from ochat.train.interrupt import Interrupt
-from ochat.train.line_file import LineFile
 from ochat.train.loss import head_loss
 from ochat.train.metrics import Journal, Tally
-from ochat.train.parallel import Ranks
-from ochat.train.saver import Saver
 from ochat.train.trackers import Trackers
-from ochat.train.watchdog import Watchdog
 
 
 def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
@@ -62,7 +63,7 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
     this one ends as RanksError says.
     """
     determinism.apply(config)
-    ranks = parallel.start(config.train, config.parallel)
+    ranks = processes.start(config.train, config.parallel)
     try:
         with (
             Watchdog(ranks, config.parallel.timeout_s) as watchdog,
@@ -71,7 +72,7 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
             watchdog.keep_in(Path(resolved.run.dir))
             (run or Trainer.run)(Trainer(resolved, ranks, watchdog))
     finally:
-        parallel.stop()
+        processes.stop()
 
 
 class Trainer:
@@ -92,26 +93,26 @@ class Trainer:
         )
         self.eval_loader = self._open_eval_loader()
         self.tokenizer = tokenizers.load(config.base.path)
-        run_folder.check_data(self.data, self.eval_loader, self.tokenizer, self.model_config, config)
+        identity.check_data(self.data, self.eval_loader, self.tokenizer, self.model_config, config)
         self.template = inputs.served_template(self.data)
         self.adapters = Adapters.of(config, self.model_config, self.template, self.tokenizer)
-        self.identity = run_folder.identity(config, self.model_config, self.loader) | self.adapters.identity()
-        self.kernels = assembly.kernels_name(config, ranks.device)
+        self.identity = identity.identity(config, self.model_config, self.loader) | self.adapters.identity()
+        self.kernels = build.kernels_name(config, ranks.device)
         self.config, self.recompute = recompute.settle(config, self.model_config, ranks, self.kernels)
         self.ops = ochat_kernels.load(self.kernels)
-        self.backend = assembly.attention_name(config, ranks.device)
+        self.backend = build.attention_name(config, ranks.device)
         verify.headers(config, self.model_config, self.run_dir)
-        self.model = assembly.build_model(self.config, self.model_config, self.ops, ranks, self.adapters)
+        self.model = build.build_model(self.config, self.model_config, self.ops, ranks, self.adapters)
         self.model.register_forward_pre_hook(lambda *_: self.watchdog.progress())
-        self.optimizer = assembly.build_optimizer(config, self.model, self.ops, ranks, self.kernels)
-        self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in run_folder.LINES}
+        self.optimizer = build.build_optimizer(config, self.model, self.ops, ranks, self.kernels)
+        self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in layout.LINES}
         self.bad_steps = self._open_bad_steps()
         self.saver = self._open_saver()
         self.steps_done = self._load()
         if ranks.is_first:
             num_steps = self.loader.num_steps
-            kept_config.keep(self.run_dir, config, step=self.steps_done, num_steps=num_steps, say=self.display.note)
-            run_folder.describe(self.run_dir, self.template, self.tokenizer, self.data.class_names)
+            config_history.keep(self.run_dir, config, step=self.steps_done, num_steps=num_steps, say=self.display.note)
+            identity.describe(self.run_dir, self.template, self.tokenizer, self.data.class_names)
             self.adapters.describe(self.run_dir)
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
@@ -144,7 +145,7 @@ class Trainer:
         for i, batch in enumerate(batches):
             batch = batch.to(self.ranks.device)
             is_last = i == len(batches) - 1
-            parallel.begin_micro_batch(self.model, self.ranks, self.config.parallel, is_last=is_last)
+            sharding.begin_micro_batch(self.model, self.ranks, self.config.parallel, is_last=is_last)
             out = self.forward(batch)
             (out.loss_sum / weight).backward()
             tally.add(batch, out)
@@ -218,7 +219,7 @@ class Trainer:
         learning rate and its reason."""
         if not self.ranks.is_first:
             return
-        facts = plan.describe(self.config, self.loader, self.model_config)
+        facts = run_facts.describe(self.config, self.loader, self.model_config)
         facts |= self.adapters.facts(self.model) | {
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
             "computation": f"{self.config.train.dtype}, kernels {self.kernels}, attention {self.backend}",
@@ -227,7 +228,7 @@ class Trainer:
             "mfu is of": f"{self.peak / 1e12:.4g} TFLOP/s a process, {self.peak_source}",
         }
         self.display.table(f"run {self.run_dir}", facts)
-        run_folder.write_plan(self.run_dir, self.loader, facts)
+        identity.write_plan(self.run_dir, self.loader, facts)
 
     def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
         if self.ranks.is_first and lines:
@@ -268,8 +269,8 @@ class Trainer:
 
         return BadSteps(
             self.config.train.max_nonfinite_steps,
-            self.lines[run_folder.BAD_STEPS] if self.ranks.is_first else None,
-            bins_of=lambda step: run_folder.bins_of(self.loader, step - 1),
+            self.lines[layout.BAD_STEPS] if self.ranks.is_first else None,
+            bins_of=lambda step: identity.bins_of(self.loader, step - 1),
             newest=newest,
             warn=self.display.warn,
             in_backward=self.config.optim.in_backward,

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ochat import disk
 from ochat.config import Config
 from ochat.data import check
+from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError, DataError, OchatError
-from ochat.model import checksums, hf
+from ochat.files import atomic, checksums
+from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.train import checkpoint
-from ochat.train.parallel import Ranks
+from ochat.run import layout
 
 Say = Callable[[str], None]
 PATIENCE_S = 2.0  # of those who wait without a word
@@ -30,7 +30,7 @@ def headers(config: Config, model: ModelConfig, run_dir: Path) -> None:
 
     Raises: as hf.check_weights. Costs: reads the files' headers.
     """
-    if not checkpoint.folders(run_dir):
+    if not layout.folders(run_dir):
         hf.check_weights(config.base.path, model)
 
 
@@ -80,7 +80,7 @@ def _compare(
         files = list_files()
         mine = sorted(files, key=lambda path: (-path.stat().st_size, path))[ranks.rank :: ranks.world]
         with _told(say, sum(path.stat().st_size for path in files)):
-            path = disk.first_changed({path: files[path] for path in mine})
+            path = atomic.first_changed({path: files[path] for path in mine})
         problem = message(path) if path else ""
     except (OchatError, OSError) as error:
         problem = str(error)

@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ochat import cli
+from ochat.commands import report as report_module
+from ochat.commands.report import ReportOptions
 from ochat.errors import ConfigError, DataError
-from ochat.report import command, curves, run_record
-from ochat.report.command import ReportOptions
+from ochat.report import curves, run_record
 from ochat.report.run_record import Metrics
 from tests import tiny
 
@@ -109,7 +110,7 @@ def write_lines(path: Path, lines: list[dict]) -> None:
 
 def report(*runs: Path, **more: object) -> Page:
     output = runs[0].parent / "page.html"
-    command.main(ReportOptions(runs, output, **more))  # type: ignore[arg-type]
+    report_module.main(ReportOptions(runs, output, **more))  # type: ignore[arg-type]
     return Page(output)
 
 
@@ -424,7 +425,7 @@ def test_an_ablation_is_shown_with_its_intervals(tmp_path):
 
 
 HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom ochat.train.folder_lock import FolderLock\n"
+    "import sys\nfrom pathlib import Path\nfrom ochat.run.lock import FolderLock\n"
     "with FolderLock(Path(sys.argv[1]), print):\n    print(flush=True)\n    sys.stdin.read()\n"
 )
 
@@ -451,9 +452,9 @@ def test_watching_follows_the_run_and_ends_with_it(tmp_path):
 
 def test_a_run_that_is_not_live_is_written_once_and_ctrl_c_leaves_a_page_that_stands_still(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run")
-    command.main(ReportOptions((run,), watch=True))
+    report_module.main(ReportOptions((run,), watch=True))
     assert "location.reload" not in (run / "report.html").read_text()
-    monkeypatch.setattr(run_record.folder_lock, "is_held", lambda _: True)
+    monkeypatch.setattr(run_record.lock, "is_held", lambda _: True)
     pages = []
 
     def stop(_: float) -> None:
@@ -461,7 +462,7 @@ def test_a_run_that_is_not_live_is_written_once_and_ctrl_c_leaves_a_page_that_st
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_record.time, "sleep", stop)
-    command.main(ReportOptions((run,), watch=True))
+    report_module.main(ReportOptions((run,), watch=True))
     assert "location.reload" in pages[0]
     assert "location.reload" not in (run / "report.html").read_text()
 
@@ -477,12 +478,12 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, capsys):
         (ReportOptions((tmp_path / "empty",)), "no run is there"),
     ):
         with pytest.raises(ConfigError, match=named):
-            command.main(options)
+            report_module.main(options)
     cli.run("report", [str(run)])
     assert "report.html" in capsys.readouterr().out and (run / "report.html").is_file()
     monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(ConfigError, match=r"ochat-crlft\[report\]"):
-        command.main(ReportOptions((run,)))
+        report_module.main(ReportOptions((run,)))
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")

@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from ochat import config as configuration
-from ochat import disk, json_file
 from ochat.config import ABLATE, Config
 from ochat.data import input_files, prepare, shards
-from ochat.data import template as templates
 from ochat.data.dataset import TokenDataset
-from ochat.data.template import ConditionsMode
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.variants import AblateConfig, Run
-from ochat.model import checksums
+from ochat.files import atomic, bounded_json, checksums
+from ochat.text import template as templates
+from ochat.text.template import ConditionsMode
 
 IDENTITY = "laboratory.json"
 MEASURED = "measured.json"
@@ -67,13 +66,13 @@ class Laboratory:
         path = self.folder / IDENTITY
         if not path.is_file():
             raise ConfigError(f"{self.folder}: no laboratory was begun there")
-        self._refuse_change(json_file.read_object(path, ConfigError, "choose another folder"), self._settings())
+        self._refuse_change(bounded_json.read_object(path, ConfigError, "choose another folder"), self._settings())
 
     def config_file(self, run: Run) -> Path:
         """The run's configuration, written anew: what `ochat train` gets."""
         path = self.folder / "configs" / f"{run.name}.toml"
         path.parent.mkdir(exist_ok=True)
-        disk.write_text(path, configuration.dump(run.config))
+        atomic.write_text(path, configuration.dump(run.config))
         return path
 
     def log_file(self, run: Run) -> Path:
@@ -105,11 +104,11 @@ class Laboratory:
         """A record of each measured run, in order; results.jsonl holds the same, a line each."""
         found = [self._result(run) for run in self.runs if self.measured(run).is_file()]
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in found)
-        disk.write_text(self.folder / "results.jsonl", "".join(lines))
+        atomic.write_text(self.folder / "results.jsonl", "".join(lines))
         return found
 
     def _result(self, run: Run) -> dict[str, Any]:
-        measured = json_file.read_object(self.measured(run), ConfigError, "remove it, and the run is made again")
+        measured = bounded_json.read_object(self.measured(run), ConfigError, "remove it, and the run is made again")
         last = last_step(Path(run.config.run.dir))
         return {
             "run": run.name,
@@ -163,7 +162,7 @@ class Laboratory:
         a step, nothing is lost by another setting: the data is prepared anew."""
         path, now = self.folder / IDENTITY, self._identity()
         self.folder.mkdir(parents=True, exist_ok=True)
-        was = json_file.read_object(path, ConfigError, "choose another folder") if path.is_file() else {}
+        was = bounded_json.read_object(path, ConfigError, "choose another folder") if path.is_file() else {}
         try:
             self._refuse_change(was, now)
         except ConfigError:
@@ -172,7 +171,7 @@ class Laboratory:
             shutil.rmtree(self.folder / "data", ignore_errors=True)
             was = {}
         if now != was:
-            disk.write_json(path, was | now)
+            atomic.write_json(path, was | now)
 
     def _refuse_change(self, was: dict[str, Any], now: dict[str, Any]) -> None:
         for name, value in was.items():
@@ -206,7 +205,7 @@ class Laboratory:
 
 def _content(path: str) -> str:
     """A checksum of the files that an input names. Costs: reads them, about 1 s a GB."""
-    return _digest({str(file): disk.sha256(file) for file in input_files.find([path]).paths})
+    return _digest({str(file): atomic.sha256(file) for file in input_files.find([path]).paths})
 
 
 def _weights(folder: Path) -> str:

@@ -20,13 +20,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ochat import disk
 from ochat.evaluate import proportion
 from ochat.evaluate.judges import agieval_task
 from ochat.evaluate.judges.agieval_task import Task
 from ochat.evaluate.judges.answer import ask, check_limit, warn
 from ochat.evaluate.judges.answer_log import AnswerLog
 from ochat.evaluate.judges.asked_model import AskedOptions, asked_model
+from ochat.files import atomic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def evaluate(options: AgievalOptions) -> dict[str, Any]:
     Raises: ConfigError, DataError and CheckpointError for what can be known before anything is asked; ServerError.
     """
     check_limit(options.limit)
-    disk.check_places(options.output, options.answers)
+    atomic.check_places(options.output, options.answers)
     tasks = [agieval_task.read(path, options.limit) for path in agieval_task.find(options.data, options.tasks)]
     model = asked_model(options, options.max_new_tokens, warn)
     about = {"tasks": {task.name: len(task.questions) for task in tasks}, "max_new_tokens": options.max_new_tokens}
@@ -65,7 +65,7 @@ def evaluate(options: AgievalOptions) -> dict[str, Any]:
     record |= {"interval": {"level": proportion.LEVEL, "method": proportion.METHOD}}
     record |= summarise(tasks, texts)
     if options.output:
-        disk.write_json(options.output, record)
+        atomic.write_json(options.output, record)
     return record
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ochat.data import records
-from ochat.data.conversation import text_field
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.judges.questions import Question
+from ochat.text.conversation import text_field
 
 PAPER = ("aqua-rat", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc", "sat-en", "sat-math")  # OpenChat's table
 ENGLISH = (*PAPER, "sat-en-without-passage", "gaokao-english")

@@ -16,12 +16,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ochat import disk
 from ochat.errors import ConfigError
 from ochat.evaluate.judges import questions as benchmark
 from ochat.evaluate.judges.answer_log import AnswerLog
 from ochat.evaluate.judges.asked_model import AskedModel, AskedOptions, asked_model
 from ochat.evaluate.judges.questions import Answer, Format, Question
+from ochat.files import atomic
 from ochat.progress import bar
 
 
@@ -58,7 +58,7 @@ def answer(options: AnswerOptions) -> list[tuple[Question, Answer]]:
     given = options.max_new_tokens
     most = benchmark.MAX_NEW_TOKENS[options.format] if given is None else given
     model = asked_model(options, most, warn)
-    about = {"questions": disk.sha256(options.questions), "format": options.format, "seed": options.seed}
+    about = {"questions": atomic.sha256(options.questions), "format": options.format, "seed": options.seed}
     about |= {"max_new_tokens": most, "temperature": options.temperature} | model.about
     options.output.parent.mkdir(parents=True, exist_ok=True)
     partial = options.output.with_name(f"{options.output.name}.partial.jsonl")

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ochat.data import records
-from ochat.data.conversation import text_field
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.judges import questions as benchmark
 from ochat.evaluate.judges.questions import Question
 from ochat.evaluate.judges.verdict import Pair
+from ochat.text.conversation import text_field
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ochat import disk
-from ochat.data import template as templates
-from ochat.data import tokenizer as tokenizers
-from ochat.data.conversation import Conversation, Message
-from ochat.data.template import Template
-from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
 from ochat.evaluate.judges.chat_server import ChatServer, ServerOptions
 from ochat.evaluate.judges.parallel import in_parallel
 from ochat.evaluate.judges.questions import Answer, Question
-from ochat.infer.command import find_device, load_template, read_description, warn_of_unknown_class
+from ochat.files import atomic
+from ochat.model.device import find_device
+from ochat.text import template as templates
+from ochat.text import tokenizer as tokenizers
+from ochat.text.conversation import Conversation, Message
+from ochat.text.openchat_json import load_template, read_description, warn_of_unknown_class
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ochat.model.transformer import Transformer
@@ -105,7 +106,7 @@ class LocalModel:
 
     def __init__(self, options: AskedOptions, most: int) -> None:
         """Raises: ConfigError and CheckpointError, for what can be known before the weights are read."""
-        from ochat.evaluate.open_model import folder_of  # torch takes seconds to import; --help should not
+        from ochat.export.open_model import folder_of  # torch takes seconds to import; --help should not
 
         self.options, self.most = options, most
         self.device = find_device(options.device)
@@ -186,7 +187,7 @@ class LocalModel:
         return texts
 
     def _loaded(self) -> Transformer:
-        from ochat.evaluate.open_model import open_model
+        from ochat.export.open_model import open_model
 
         if self._model is None:
             options = self.options
@@ -198,6 +199,6 @@ def fingerprint(folder: Path) -> str:
     """Of a model's folder: what its small files hold (settings, checksums of the weights), and the weights' sizes."""
     parts = []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        content = str(path.stat().st_size) if path.suffix in WEIGHTS else disk.sha256(path)
+        content = str(path.stat().st_size) if path.suffix in WEIGHTS else atomic.sha256(path)
         parts.append(f"{path.name}={content}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

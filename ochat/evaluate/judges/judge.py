@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ochat import disk
 from ochat.errors import ConfigError
 from ochat.evaluate import proportion
 from ochat.evaluate.judges import answer_files, verdict
@@ -31,6 +30,7 @@ from ochat.evaluate.judges.asked_model import check_max_new_tokens
 from ochat.evaluate.judges.chat_server import ChatServer, RefusedError, ServerOptions
 from ochat.evaluate.judges.parallel import in_parallel
 from ochat.evaluate.judges.verdict import Pair
+from ochat.files import atomic
 from ochat.progress import bar
 
 MAX_REFUSED = 3  # requests in a row, at the beginning: then it is not them that are at fault
@@ -77,21 +77,21 @@ def judge(options: JudgeOptions) -> dict[str, Any]:
     """
     check_limit(options.limit)
     check_max_new_tokens(options.max_new_tokens)
-    disk.check_places(options.output, options.summary)
+    atomic.check_places(options.output, options.summary)
     if not options.judge:
         raise ConfigError("--judge NAME: which model of the server judges?")
     server = ChatServer(options, options.judge, warn)
     pairs, name_a, name_b = answer_files.read_pairs(options.a, options.b, options.questions)
     pairs = pairs[: options.limit]
     about = {"judge": options.judge, "prompt": verdict.PROMPT_ID, "max_new_tokens": options.max_new_tokens}
-    about |= {"a": disk.sha256(options.a), "b": disk.sha256(options.b)}
-    about |= {"questions": disk.sha256(options.questions)} if options.questions else {}
+    about |= {"a": atomic.sha256(options.a), "b": atomic.sha256(options.b)}
+    about |= {"questions": atomic.sha256(options.questions)} if options.questions else {}
     with AnswerLog(options.output, about) as log:
         _ask(server, pairs, log, options)
         lines = dict(log.found)
     record = {"a": name_a, "b": name_b, "judge": options.judge} | summarise(pairs, lines)
     if options.summary:
-        disk.write_json(options.summary, record)
+        atomic.write_json(options.summary, record)
     return record
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ochat import disk
 from ochat.data import records
-from ochat.data.conversation import text_field
 from ochat.data.records import Record
 from ochat.errors import DataError
+from ochat.files import atomic
+from ochat.text.conversation import text_field
 
 Format = Literal["alpaca_eval", "mt_bench", "vicuna_bench"]
 # FastChat's own, by category; 0.7 for any other
@@ -86,10 +86,10 @@ def write(path: Path, form: Format, answered: Sequence[tuple[Question, Answer]],
     path.parent.mkdir(parents=True, exist_ok=True)
     if form == "alpaca_eval":
         outputs = [_model_output(question, answer, name) for question, answer in answered]
-        disk.write_text(path, json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
+        atomic.write_text(path, json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
     else:
         lines = (json.dumps(_model_answer(*each, name), ensure_ascii=False) + "\n" for each in answered)
-        disk.write_text(path, "".join(lines))
+        atomic.write_text(path, "".join(lines))
 
 
 def _of_alpaca(record: Record, value: dict[str, Any]) -> Question:

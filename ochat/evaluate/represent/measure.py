@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.data.tokenizer import Tokenizer
 from ochat.evaluate.represent import plane, states
 from ochat.evaluate.represent.plane import Distance
 from ochat.evaluate.represent.probe import probe
 from ochat.evaluate.represent.readers import Reader
 from ochat.evaluate.represent.sample import Sample
 from ochat.model.transformer import Transformer
+from ochat.text.tokenizer import Tokenizer
 
 # under which prefixes a conversation is read, and which of its tokens the mean is over
 VIEWS = ("own_all", "own_answers", "one_all", "one_answers", "words")

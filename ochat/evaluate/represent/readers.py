@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ochat.data import tokenizer as tokenizers
-from ochat.data.template import Template
-from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError
 from ochat.evaluate import held_out
-from ochat.evaluate.open_model import folder_of
-from ochat.infer.command import load_template, read_description
+from ochat.export.open_model import folder_of
+from ochat.text import tokenizer as tokenizers
+from ochat.text.openchat_json import load_template, read_description
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from ochat.data.batch import Example
 from ochat.data.encode import own_weight
-from ochat.data.template import Template
-from ochat.data.tokenizer import Tokenizer
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.held_out import HeldOut
 from ochat.evaluate.represent.probe import FOLDS
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 
 LEAST_PER_CLASS = 2 * FOLDS
 

@@ -1,0 +1,170 @@
+"""Every evaluation of a run beside the checkpoint of its step, and which of them is the best.
+
+    found = read(Path("runs/a"));  best(found, by=expert(Path("runs/a"), found)).step
+
+Best is the lowest held-out loss of one class, as a rule the expert one: what the exported model is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from ochat import config as configuration
+from ochat.config import Config
+from ochat.data.weights import class_weight
+from ochat.errors import CheckpointError, ConfigError, OchatError
+from ochat.export import serving
+from ochat.files import jsonl
+from ochat.files.jsonl import number
+from ochat.run import layout
+from ochat.run.layout import MANIFEST
+
+FILE = "eval.jsonl"
+ALL = "all"  # the weighted mean over all classes, where a class is named
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out means after `step` steps: nats per token and the share of tokens that are right."""
+
+    step: int
+    losses: dict[str, float | None]  # by class, and ALL
+    accuracies: dict[str, float | None]
+    checkpoint: Path | None  # of that step, where it is still there
+
+
+def read(run_dir: Path) -> list[Evaluation]:
+    """Of eval.jsonl, in order of steps. What is torn or has no number is left out. Raises: OSError."""
+    kept = {layout.step_of(folder): folder for folder in layout.folders(run_dir)}
+    return [_evaluation(line, kept) for line in sorted(jsonl.read(run_dir / FILE), key=lambda line: line["step"])]
+
+
+def expert(run_dir: Path, evaluations: Sequence[Evaluation]) -> str:
+    """The measured class with the highest weight in the run's [classes]; where they are equal, or the records have
+    their own weights, the one that the run serves; else ALL."""
+    measured = {name for each in evaluations for name, loss in each.losses.items() if loss is not None} - {ALL}
+    served = _served(run_dir)
+    weights = {name: weight for name, weight in _weights(run_dir).items() if name in measured}
+    if weights:
+        return max(weights, key=lambda name: (weights[name], name == served))
+    return served if served in measured else ALL
+
+
+def best(evaluations: Sequence[Evaluation], by: str) -> Evaluation | None:
+    """The one with the lowest held-out loss of the class `by`, the earlier of two alike; None where none has one."""
+    measured = [(loss, each.step, each) for each in evaluations if (loss := each.losses.get(by)) is not None]
+    return min(measured, key=lambda found: found[:2])[2] if measured else None
+
+
+def best_checkpoint(run_dir: Path, by: str = "") -> tuple[Path, Table]:
+    """The checkpoint of the best evaluation, and the table of those that can be chosen from.
+
+    `by`: a class, or ALL; empty: the expert's. Raises: CheckpointError where nothing was measured, or the best one's
+    checkpoint is gone; ConfigError for a class that was not measured.
+    """
+    if not run_dir.is_dir() or (run_dir / MANIFEST).is_file():
+        raise ConfigError(f"{run_dir}: --best chooses among the checkpoints of a run; give the run's folder")
+    evaluations = read(run_dir)
+    if not evaluations:
+        raise CheckpointError(
+            f"{run_dir}: has no held-out numbers to choose by; train with data.eval_path (`ochat prepare --held-out "
+            "0.02` makes such a set), or export one checkpoint by its path"
+        )
+    by = by or expert(run_dir, evaluations)
+    chosen = best(evaluations, by)
+    if chosen is None:
+        known = ", ".join(dict.fromkeys(name for each in evaluations for name in each.losses))
+        raise ConfigError(f"--best-by {by}: no held-out loss of that name; there is {known}")
+    if chosen.checkpoint is None:
+        raise CheckpointError(_gone(run_dir, evaluations, chosen, by))
+    return chosen.checkpoint, table(run_dir, evaluations, chosen, by)
+
+
+def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> Table:
+    """Every evaluation's held-out numbers, and whether the checkpoint of its step is there; the chosen one is marked
+    with *."""
+    names = [name for name in evaluations[0].losses if name != ALL] + [ALL]
+    shown = Table(
+        title=escape(f"evaluations of {run_dir}"),
+        title_justify="left",
+        caption=escape(f"*: the lowest held-out loss of {label(by)}. loss: nats per token. kept: as a checkpoint"),
+        caption_justify="left",
+    )
+    shown.add_column("step", justify="right")
+    for name in names:
+        shown.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
+        shown.add_column("\naccuracy", justify="right")
+    shown.add_column("kept")
+    kept = {layout.step_of(folder) for folder in layout.folders(run_dir)}
+    measured = {each.step: each for each in evaluations}
+    for step in sorted(kept | measured.keys()):
+        numbers = [_pair(measured.get(step), name) for name in names]
+        star = " *" if step == chosen.step else "  "
+        there = "yes" if step in kept else "-"
+        style = "bold" if step == chosen.step else "" if step in kept else "dim"
+        shown.add_row(f"{step:,}{star}", *(text for pair in numbers for text in pair), there, style=style)
+    return shown
+
+
+def label(by: str) -> str:
+    """What a best one was chosen by, in words."""
+    return "all classes, weighted" if by == ALL else by or "(no class)"
+
+
+def _evaluation(line: dict[str, Any], kept: dict[int, Path]) -> Evaluation:
+    classes = line.get("classes")
+    rows = classes if isinstance(classes, dict) else {}
+    rows = {ALL: line} | {name: row for name, row in rows.items() if isinstance(row, dict)}
+    step = int(line["step"])
+    losses = {name: number(row.get("loss")) for name, row in rows.items()}
+    return Evaluation(step, losses, {name: number(row.get("accuracy")) for name, row in rows.items()}, kept.get(step))
+
+
+def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> str:
+    """Why there is nothing to export, and what to do now and the next time."""
+    what = f"{run_dir}: the lowest held-out loss of {label(by)}, {chosen.losses[by]:.4f}, is that of step {chosen.step}"
+    if chosen.step == 0:
+        why = "the base itself before its first step: training has only raised it. Lower optim.lr, or look at the data"
+    else:
+        why = (
+            "whose checkpoint is not there. For the next run set checkpoint.keep_best = true (or checkpoint.keep = 0, "
+            "which keeps all), and the same interval for checkpoint.every and train.eval_every"
+        )
+    there = best([each for each in evaluations if each.checkpoint], by)
+    now = f". The best that is there is step {there.step}: ochat export {there.checkpoint} OUT" if there else ""
+    return f"{what}, {why}{now}"
+
+
+def _weights(run_dir: Path) -> dict[str, float]:
+    """What the classes weigh by the run's configuration; nothing where it does not say."""
+    try:
+        config: Config = configuration.load(run_dir / "config.toml")
+        if config.weights.source not in ("auto", "classes"):
+            return {}
+        return {name: class_weight(entry, name, config.weights.beta) for name, entry in config.classes.items()}
+    except OchatError:
+        return {}
+
+
+def _served(run_dir: Path) -> str | None:
+    """The class that an exported model answers as unless another is asked for."""
+    try:
+        described = json.loads((run_dir / serving.FOLDER / serving.OPENCHAT).read_text(encoding="utf-8"))
+        served = described["template"]["default_condition"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return served if isinstance(served, str) else None
+
+
+def _pair(evaluation: Evaluation | None, name: str) -> tuple[str, str]:
+    if evaluation is None:
+        return "-", "-"
+    loss, accuracy = evaluation.losses.get(name), evaluation.accuracies.get(name)
+    return "-" if loss is None else f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.1%}"

@@ -1,0 +1,139 @@
+"""`manifest.json` of a checkpoint: what it holds, where each slice lies, and the checksum of every file.
+
+manifest = Manifest.read(Path("runs/a/checkpoints/step_20"));  manifest.check_sizes();  manifest.check_file(name)
+
+parameters  name -> {shape, dtype}                         as the model has them whole
+shards      per shard: name -> [first row, end]            a shard holds rows of each parameter
+files       name -> {bytes, sha256}                        weights-..., optimizer-..., config, tokenizer
+step, skipped, identity, processes; sha256 of all the rest so that a damaged manifest is told from a good one
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ochat.errors import CheckpointError
+from ochat.files import atomic, bounded_json
+from ochat.run.layout import MANIFEST
+
+FORMAT = 2
+KINDS = ("weights", "optimizer")  # a shard's two files: only the first is read for an export
+
+Rows = tuple[int, int]  # first and end of a range of rows
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of one complete checkpoint folder."""
+
+    folder: Path
+    step: int
+    identity: dict[str, Any]
+    processes: int  # that were training
+    parameters: dict[str, dict[str, Any]]
+    shards: list[dict[str, Rows]]
+    files: dict[str, dict[str, Any]]
+    skipped: int = 0  # of the steps, those that were bad and not applied
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Raises: CheckpointError for a manifest that is missing, damaged, of another format, or that does not place
+        every row of every parameter exactly once."""
+        path = folder / MANIFEST
+        try:
+            record = bounded_json.read_object(path, CheckpointError, "take another checkpoint")
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: no {MANIFEST} there, so no complete checkpoint of this format") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
+        if record.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format {record.get('format')!r:.40}; this ochat reads format {FORMAT}")
+        if record.pop("sha256", None) != _digest(record):
+            raise CheckpointError(f"{path}: damaged (its checksum differs); take another checkpoint")
+        try:
+            record.setdefault("skipped", 0)  # before steps could be skipped
+            manifest = cls(folder, **{name: record[name] for name in cls.__annotations__ if name != "folder"})
+            manifest._check()
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a checkpoint's manifest ({error!r}); take another one") from None
+        return manifest
+
+    def write(self) -> None:
+        """Writes `manifest.json` into the folder and waits until it is on the disk."""
+        record = {"format": FORMAT} | asdict(self)
+        del record["folder"]
+        record["sha256"] = _digest(record)
+        atomic.write_json(self.folder / MANIFEST, record, indent=1)
+
+    def check_sizes(self) -> None:
+        """Raises: CheckpointError naming the first file that is missing or has another size. Reads no content."""
+        for name, described in self.files.items():
+            path = self.folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size is None:
+                raise CheckpointError(f"{path}: missing; copy the whole checkpoint, or take another one")
+            if size != described["bytes"]:
+                raise CheckpointError(
+                    f"{path}: {size} bytes instead of {described['bytes']}; copy it again, or take another checkpoint"
+                )
+
+    def check_file(self, name: str) -> None:
+        """Raises: CheckpointError where a file's content is not what was written. Costs: reads the file, about 1 s a
+        GB."""
+        path = self.folder / name
+        try:
+            found = describe_file(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
+        if found != self.files[name]:
+            raise CheckpointError(f"{path}: damaged (its checksum differs); copy it again, or take another checkpoint")
+
+    def shard_file(self, kind: str, shard: int) -> str:
+        """The name of a shard's file of one kind."""
+        return shard_file(kind, shard, len(self.shards))
+
+    def _check(self) -> None:
+        """What follows relies on: names of files beside the manifest, and shards that tile each parameter."""
+        if not isinstance(self.step, int) or not isinstance(self.identity, dict) or not self.shards:
+            raise ValueError("step, identity and shards are expected")
+        if not isinstance(self.skipped, int) or not 0 <= self.skipped <= self.step:
+            raise ValueError(f"{self.skipped!r} of {self.step} steps cannot have been skipped")
+        for name, described in self.files.items():
+            if not atomic.is_name(name) or not isinstance(described["bytes"], int):
+                raise ValueError(f"{name!r} is no file of a checkpoint")
+        for kind in KINDS:
+            for shard in range(len(self.shards)):
+                self.files[self.shard_file(kind, shard)]
+        for name, described in self.parameters.items():
+            end = 0
+            for start, stop in sorted(shard[name] for shard in self.shards if name in shard):
+                if start != end or stop <= start:
+                    raise ValueError(f"the rows of {name} do not follow each other")
+                end = stop
+            if end != described["shape"][0]:
+                raise ValueError(f"{name} ends at row {end} of {described['shape'][0]}")
+
+
+def shard_file(kind: str, shard: int, num_shards: int) -> str:
+    """weights-00001-of-00002.safetensors for shard 0 of 2."""
+    return f"{kind}-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's size and checksum."""
+    return {"bytes": path.stat().st_size, "sha256": atomic.sha256(path)}
+
+
+def _digest(record: dict[str, Any]) -> str:
+    content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+BASE = "base"  # a key of a run's identity

@@ -1,0 +1,1 @@
+"""One module a command: parses its options, runs it, prints its results."""

@@ -1,0 +1,134 @@
+"""Starts and stops the processes of a run, and exchanges small records between them.
+
+Each process that torchrun starts is one rank. A single process is rank 0 of 1 and has no process group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout  # the groups of a mesh do not inherit it
+
+from ochat.config import ParallelConfig, TrainConfig
+from ochat.distributed.rendezvous import meet
+from ochat.errors import ConfigError, OchatError
+
+DISK_TIMEOUT = timedelta(hours=2)  # the slowest rank's write of its part of a checkpoint; of the dead we hear sooner
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either before it first allocates
+
+
+MARGIN_S = 60.0  # by which torch's own time-outs come after the watchdog's, which says more
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh | None  # (replicate, shard); None: one process, no wrapper
+    store: Any = None  # a torch.distributed Store (whose stubs lack clone) of this start's processes
+    disk_group: Any = None  # a process group of all ranks over the host's network, with time for writes to a disk
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum_tensor(self, values: Tensor) -> Tensor:
+        """The tensor summed over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    @property
+    def shard(self) -> tuple[int, int, bool]:
+        """(which shard of the model this rank holds, of how many, whether it is in the first of the replicas)."""
+        if self.mesh is None:
+            return 0, 1, True
+        return self.mesh.get_local_rank("shard"), self.mesh["shard"].size(), self.mesh.get_local_rank("replicate") == 0
+
+    @property
+    def layout(self) -> str:
+        """How the model lies on the ranks, in words."""
+        if self.mesh is None:
+            return "the whole model on one"
+        replicas, shards = self.mesh["replicate"].size(), self.mesh["shard"].size()
+        copies = f"{replicas} copies, each" if replicas > 1 else "one copy,"
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        hint = " (parallel.replicate = nodes would gather weights within a node)" if nodes > 1 == replicas else ""
+        return f"{copies} sharded over {shards} processes, on {nodes} node{'s' * (nodes > 1)}{hint}"
+
+    def exchange(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's JSON object, in the order of the ranks. Safe beside the main thread's collectives, in one thread
+        at a time; torch's own exchange of objects would send pickles."""
+        if self.world == 1:
+            return [record]
+        content = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
+        sizes = list(torch.empty(self.world, 1, dtype=torch.int64))
+        dist.all_gather(sizes, torch.tensor([len(content)]), group=self.disk_group)
+        padded = torch.zeros(int(max(sizes)), dtype=torch.uint8)
+        padded[: len(content)] = content
+        received = list(torch.empty(self.world, len(padded), dtype=torch.uint8))
+        dist.all_gather(received, padded, group=self.disk_group)
+        return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
+
+    def raise_together(self, problem: str, kind: type[OchatError]) -> None:
+        """Raises `kind` on every rank where one has a problem (empty: none): the first one's. Every rank calls it."""
+        for answer in self.exchange({"problem": problem}):
+            if answer["problem"]:
+                raise kind(answer["problem"])
+
+
+def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
+    """Joins the process group that torchrun describes and picks the device.
+
+    Raises: ConfigError if the counts do not fit; RanksError if not all processes start.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _device(train.device)
+    shard = parallel.shard or world // parallel.replicate
+    if shard * parallel.replicate != world:
+        raise ConfigError(
+            f"parallel.shard = {parallel.shard} x parallel.replicate = {parallel.replicate} do not make the {world} "
+            "processes that were started"
+        )
+    if world == 1:
+        return Ranks(rank, world, device, None)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # would be a pickle; the watchdog writes JSON
+    store, timeout = meet(), timedelta(seconds=parallel.timeout_s + MARGIN_S)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    mesh = init_device_mesh(device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
+    return Ranks(rank, world, device, mesh, store, dist.new_group(backend="gloo", timeout=DISK_TIMEOUT))
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("train.device = 'cuda', but torch sees no CUDA device; use --train.device=cpu")
+    if not any(name in os.environ for name in ALLOCATOR):
+        # segments that grow lose less between their blocks: a step of 1B at 4 x 16,384 has 43 GiB instead of 47
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

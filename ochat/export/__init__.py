@@ -1,0 +1,1 @@
+"""Writes a trained model as a Hugging Face folder."""

@@ -1,0 +1,65 @@
+"""What a server needs beside the weights: tokenizer, chat template, generation settings, openchat.json.
+
+They are written once, when a run starts, so that a tokenizer that cannot be exported stops it there; every checkpoint
+carries a copy and so stands on its own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ochat.errors import CheckpointError
+from ochat.files import atomic, bounded_json
+from ochat.text import chat_template, tokenizer_export
+from ochat.text import template as templates
+from ochat.text import tokenizer as tokenizers
+from ochat.text.openchat_json import load_template, warn_of_unknown_class
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
+
+OPENCHAT = "openchat.json"
+FOLDER = "serving"  # of a run
+
+
+def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
+    """Writes the files into an empty or missing `folder`, after checking that they give training's ids.
+
+    Raises: ConfigError for a tokenizer that has no exact export, CheckpointError where the ids would differ.
+    """
+    rendered = chat_template.render(template, tokenizer)
+    tokenizer_export.export(tokenizer, folder, chat_template=rendered, eos_token=template.eot)
+    chat_template.verify(folder, template, tokenizer)
+    settings = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.special_tokens[template.eot],
+        "do_sample": False,
+    }
+    atomic.write_json(folder / "generation_config.json", settings)
+    # model_type is the name that OpenChat's server looks up; the rest is what `ochat generate` goes by
+    described = {"model_type": template.name, "template": template.to_dict(), "classes": list(classes)}
+    atomic.write_json(folder / OPENCHAT, described)
+
+
+def speak_as(folder: Path, condition: str) -> None:
+    """Makes another class the one that is taken where none is named: by the chat template, and by `ochat generate`.
+
+    Raises: ConfigError where no prefix can carry it, CheckpointError where the ids would differ from training's.
+    """
+    described = bounded_json.read_object(folder / OPENCHAT, CheckpointError, "export the run again")
+    tokenizer = tokenizers.load(folder)
+    template = templates.speaking_as(load_template(folder, None), condition, tokenizer)
+    warn_of_unknown_class(condition, described.get("classes"))
+    config = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
+    rendered = chat_template.render(template, tokenizer)
+    atomic.write_json(folder / "tokenizer_config.json", config | {"chat_template": rendered})
+    chat_template.verify(folder, template, tokenizer)
+    atomic.write_json(folder / OPENCHAT, described | {"template": template.to_dict()})
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies the files of `write` from a folder of theirs, or from a checkpoint, leaving out what else it holds."""
+    for file in sorted(source.iterdir()):
+        is_ours = not file.name.startswith(("weights-", "optimizer-", "config.", "manifest.", "."))
+        if file.is_file() and is_ours:
+            shutil.copyfile(file, target / file.name)

@@ -1,0 +1,1 @@
+"""Reads and writes files safely: atomic writes, checksums, bounded JSON, JSON lines."""

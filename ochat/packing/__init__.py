@@ -1,0 +1,1 @@
+"""Packs sequences into bins of tokens: a pure computation without torch and without I/O."""

@@ -1,0 +1,125 @@
+"""Packing: which sequences share a bin, and which bins a step. A pure function of (lengths, seed, epoch).
+
+    plan = multipack.plan(lengths, token_budget=32768, bins_per_step=8, seed=0, epoch=0)
+    plan.bin(0), plan.num_steps, plan.efficiency()
+
+The epoch is shuffled once and packed in windows of a few hundred bins or one step (windows.py): few steps, because bins
+are full; equal work, because sequences are exchanged between bins until their costs are alike (swaps.py); a fair
+sample, because a window is one and deals its bins to its steps evenly. Memory: 4 bytes a sequence beside the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ochat.errors import ConfigError, DataError
+from ochat.packing.stream import Rules
+from ochat.packing.windows import pack_stream
+
+NO_BINS = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))  # counts, tokens, costs of an empty set
+
+
+@dataclass(frozen=True, eq=False)
+class PackPlan:
+    """An epoch: bin b of step s holds `indices[bin_offsets[i] : bin_offsets[i + 1]]`, i = s * bins_per_step + b."""
+
+    indices: NDArray[np.int64]  # (S,) every sequence once
+    bin_offsets: NDArray[np.int64]  # (num_steps * bins_per_step + 1,)
+    num_steps: int
+    token_budget: int
+    bins_per_step: int
+    bin_tokens: NDArray[np.int64]  # (num_steps * bins_per_step,)
+    bin_costs: NDArray[np.float64]  # (num_steps * bins_per_step,) sums of costs; of lengths where none were given
+
+    def bin(self, index: int) -> NDArray[np.int64]:
+        """Sequences of the epoch's bin `index`."""
+        return self.indices[self.bin_offsets[index] : self.bin_offsets[index + 1]]
+
+    def efficiency(self) -> float:
+        """Tokens used over num_steps * bins_per_step * token_budget; 1 for an epoch without steps."""
+        room = self.num_steps * self.bins_per_step * self.token_budget
+        return float(self.bin_tokens.sum()) / room if room else 1.0
+
+    def cost_imbalance(self) -> NDArray[np.float64]:
+        """Largest over mean cost among the bins of each step but the last (num_steps - 1,): what a rank waits; >= 1."""
+        costs = self.bin_costs.reshape(self.num_steps, self.bins_per_step)[:-1]
+        mean = costs.mean(axis=1)
+        return np.where(mean > 0, costs.max(axis=1) / np.where(mean > 0, mean, 1), 1.0)  # no work at all is even
+
+
+def plan(
+    lengths: ArrayLike,
+    *,
+    token_budget: int,
+    bins_per_step: int,
+    seed: int,
+    epoch: int,
+    costs: ArrayLike | None = None,
+    max_sequences: int | None = None,
+) -> PackPlan:
+    """Pack `lengths` (S,) into bins of at most `token_budget` tokens and `max_sequences` documents.
+
+    `costs` (S,): the work of each sequence; where the budget allows, the bins of a step are evened in it. Nothing
+    is dropped: a last step may have empty bins. About 0.5 us a sequence, at most some 3 us. Raises DataError for a
+    length that no bin holds, ConfigError for settings.
+    """
+    _check_settings(token_budget, bins_per_step, seed, epoch, max_sequences)
+    sizes = _check_lengths(lengths, token_budget)
+    work = _check_costs(costs, len(sizes))
+    rules = Rules(token_budget, bins_per_step, max_sequences or max(len(sizes), 1))
+    rng = np.random.default_rng([seed, epoch])
+    order = np.arange(len(sizes), dtype=np.int32 if len(sizes) < 1 << 31 else np.int64)
+    rng.shuffle(order)
+
+    windows = list(pack_stream(order, sizes, work, rules, rng))
+    counts, bin_tokens, bin_costs = (np.concatenate(part) for part in zip(NO_BINS, *windows, strict=True))
+    return PackPlan(
+        indices=order.astype(np.int64),
+        bin_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
+        num_steps=len(counts) // bins_per_step,
+        token_budget=token_budget,
+        bins_per_step=bins_per_step,
+        bin_tokens=bin_tokens,
+        bin_costs=bin_costs,
+    )
+
+
+def _check_settings(budget: int, bins_per_step: int, seed: int, epoch: int, max_sequences: int | None) -> None:
+    for name, value, least in (
+        ("token_budget", budget, 1),
+        ("bins_per_step", bins_per_step, 1),
+        ("seed", seed, 0),
+        ("epoch", epoch, 0),
+        ("max_sequences", 1 if max_sequences is None else max_sequences, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{name} is {value}: at least {least} is needed")
+
+
+def _check_lengths(lengths: ArrayLike, budget: int) -> NDArray:
+    sizes = np.asarray(lengths)
+    if sizes.ndim != 1 or (len(sizes) and not np.issubdtype(sizes.dtype, np.integer)):
+        raise DataError(f"lengths must be one list of whole numbers, not {sizes.dtype} of shape {sizes.shape}")
+    if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= budget:
+        wrong = np.flatnonzero((sizes < 1) | (sizes > budget))
+        first = int(wrong[0])
+        raise DataError(
+            f"sequence {first} has {sizes[first]} tokens, outside 1 ... {budget} (token_budget); {len(wrong)} such: "
+            "raise the budget, or truncate or drop the sequence"
+        )
+    return sizes
+
+
+def _check_costs(costs: ArrayLike | None, num_sequences: int) -> NDArray | None:
+    if costs is None:
+        return None
+    work = np.asarray(costs)
+    if work.shape != (num_sequences,):
+        raise DataError(f"costs have the shape {work.shape}, lengths ({num_sequences},): one per sequence is needed")
+    if num_sequences and not 0 <= work.min() <= work.max() < np.inf:  # false for NaN too
+        first = np.flatnonzero(~np.isfinite(work) | (work < 0))[0]
+        raise DataError(f"sequence {first} costs {work[first]}: a finite number from 0 up is needed")
+    return work

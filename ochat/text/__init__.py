@@ -1,0 +1,1 @@
+"""Conversations as text: record formats, templates, tokenizers, chat templates."""

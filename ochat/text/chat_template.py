@@ -1,0 +1,269 @@
+"""The chat template (Jinja) of an exported model: a server that renders and tokenises a whole chat gets training's ids.
+
+    text = render(template, tokenizer); verify(out_dir, template, tokenizer)
+
+Training tokenises each segment alone, a server the rendered string as a whole. Where a prefix and its content could
+grow together, the template writes what keeps them apart: a blank (which is SentencePiece's dummy prefix), or a boundary
+that the exported tokenizer drops.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import tokenizers
+
+from ochat.errors import CheckpointError
+from ochat.text import sentencepiece_model as spm
+from ochat.text.conversation import Conversation, Message
+from ochat.text.template import Template
+from ochat.text.tokenizer import SentencePieceTokenizer, Tokenizer
+from ochat.text.tokenizer_files import BOUNDARY
+
+_SOURCE = """\
+{%- set chosen = condition if condition is defined and condition is not none else @default@ -%}
+{%- for message in messages -%}
+  {%- if message['content'] is not string -%}
+    {{- raise_exception('The content of a message must be text.') -}}
+  {%- endif -%}
+  {%- for mark in @marks@ -%}
+    {%- if mark in message['content'] -%}
+      {{- raise_exception('A message contains ' ~ mark ~ ', which this model reserves; remove it.') -}}
+    {%- endif -%}
+  {%- endfor -%}
+{%- endfor -%}
+{{- @bos@ -}}
+{%- for message in messages -%}
+  {%- set content = message['content'] -%}
+  {%- if message['role'] == 'system' and loop.first -%}
+    {%- if content -%}{{- @system@ ~ @join_system@ ~ content ~ @eot@ -}}{%- endif -%}
+  {%- elif message['role'] == 'user' -%}
+    {{- @user@ -}}{%- if content -%}{{- @join_user@ ~ content -}}{%- endif -%}{{- @eot@ -}}
+  {%- elif message['role'] == 'assistant' -%}
+    {{- @assistant@ -}}{%- if content -%}{{- @join_assistant@ ~ content -}}{%- endif -%}{{- @eot@ -}}
+  {%- else -%}
+    {{- raise_exception('Roles are user and assistant, and system in front; this one is ' ~ message['role']) -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- @assistant@ -}}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """What stands between a prefix and content that is not empty."""
+
+    boundary: str  # always, before blanks (where content starts with one), never
+    lead: str  # behind the boundary
+
+    def expression(self) -> str:
+        """The joint as a Jinja expression over `content`."""
+        lead, mark = _quoted(self.lead), _quoted(BOUNDARY + self.lead)
+        if self.boundary == "before blanks":
+            return f"({mark} if content[:1] | trim == '' else {lead})"
+        return mark if self.boundary == "always" else lead
+
+
+def render(template: Template, tokenizer: Tokenizer) -> str:
+    """The Jinja source of the chat template.
+
+    Its variables: `messages` (system in front is allowed), `add_generation_prompt`, `condition` (undefined: the
+    template's default; "": none). Rendering refuses a message that holds a special token: served, it would be live.
+    Raises: ConfigError if the tokenizer lacks a special token of the template.
+    """
+    template.check(tokenizer)
+    joints = {role: _joint(template, role, tokenizer) for role in ("user", "assistant", "system")}
+    uses_boundary = any(joint.boundary != "never" for joint in joints.values())
+    values = {
+        "default": _quoted(template.default_condition),
+        "marks": json.dumps(_marks(tokenizer, uses_boundary), ensure_ascii=False),
+        "bos": _quoted(template.bos_token(tokenizer) or ""),
+        "eot": _quoted(template.eot),
+        "user": _prefix_expression(template, "user"),
+        "assistant": _prefix_expression(template, "assistant"),
+        "system": _quoted(template.system_prefix()),
+        "join_user": joints["user"].expression(),
+        "join_assistant": joints["assistant"].expression(),
+        "join_system": joints["system"].expression(),
+    }
+    return re.sub(r"@(\w+)@", lambda match: values[match[1]], _SOURCE)
+
+
+def _prefix_expression(template: Template, role: str) -> str:
+    before, after = template.prefix.split("{role}")
+    carries = template.condition_roles == "both" or (template.condition_roles == "assistant" and role == "assistant")
+    name = template.roles[role]
+    named = f"(chosen ~ {_quoted(' ' + name)}) | trim" if carries else _quoted(name.strip())
+    return f"{_quoted(before)} ~ ({named}) ~ {_quoted(after)}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _marks(tokenizer: Tokenizer, uses_boundary: bool) -> list[str]:
+    """Strings that no message may hold. Many tokens that differ in a number (reserved_special_token_7) count as one."""
+    stems: dict[str, list[str]] = {}
+    for token in tokenizer.special_tokens:
+        stems.setdefault(re.split(r"\d", token)[0], []).append(token)
+    families = ([stem] if len(tokens) > 8 and len(stem) > 4 else tokens for stem, tokens in stems.items())
+    return [*sorted(mark for marks in families for mark in marks), *([BOUNDARY] if uses_boundary else [])]
+
+
+def _joint(template: Template, role: str, tokenizer: Tokenizer) -> Joint:
+    prefix = template.system_prefix() if role == "system" else template.role_prefix(role, "")
+    tail = tokenizer.split_at_specials(prefix)[-1]
+    if not tail:
+        return Joint("never", "")  # a special token, or nothing, stands before the content
+    if _has_dummy_prefix(tokenizer):
+        return Joint("always" if _grows_across_blanks(tokenizer) else "never", " ")
+    return Joint("before blanks" if tail.endswith("\n") and _splits_after(tail, tokenizer) else "always", "")
+
+
+def _has_dummy_prefix(tokenizer: Tokenizer) -> bool:
+    """Whether every segment gets a "▁" in front, so that a literal blank says the same."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return spm.read(tokenizer.content).add_dummy_prefix
+    if tokenizer.kind != "json":
+        return False
+    normalizer = json.loads(tokenizer.content)["normalizer"] or {}
+    return any(step["type"] == "Prepend" for step in normalizer.get("normalizers", [normalizer]) if step)
+
+
+def _grows_across_blanks(tokenizer: Tokenizer) -> bool:
+    """Whether some vocabulary entry holds "▁" behind another character, so that it could span prefix and content."""
+    return any(re.search("[^▁]▁", piece) for piece in _pieces(tokenizer))
+
+
+def _pieces(tokenizer: Tokenizer) -> Iterable[str]:
+    """The vocabulary as text; nothing for tiktoken ranks, whose pre-tokenizer decides where a token may end."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        return [p.text for p in spm.read(tokenizer.content).pieces if p.type in (spm.NORMAL, spm.USER_DEFINED)]
+    if tokenizer.kind != "json":
+        return []
+    vocab = json.loads(tokenizer.content)["model"]["vocab"]
+    return vocab if isinstance(vocab, dict) else [piece for piece, _ in vocab]
+
+
+# one of each kind of character that pre-tokenizers tell apart
+_LETTERS = ("a", "Z", "é", "ß", "漢", "ん", "ب", "א", "\u0301", "\u093f", "0", "٣", "²", "½")
+_SIGNS = ("'s", "'", '"', "-", "--", ":", ")", "#", "/", "`", "_", "€", "+", "😀")
+_INVISIBLE = ("\u200d", "\u200b", "\ufeff", "\ufffd", "\ue000", "\x00", "\x1b", "\x7f")
+
+
+def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
+    """Whether content that starts with no blank keeps its ids directly behind `tail`, which ends in a newline."""
+    if any(re.search(r"\n[^\s▁]", piece) for piece in _pieces(tokenizer)):
+        return False
+    head = tokenizer.encode(tail)
+    contents = [start + rest for start in (*_LETTERS, *_SIGNS, *_INVISIBLE) for rest in ("", "b", " b", "7", "\n")]
+    return all(tokenizer.encode(tail + content) == head + tokenizer.encode(content) for content in contents)
+
+
+def verify(
+    out_dir: str | Path,
+    template: Template,
+    tokenizer: Tokenizer,
+    conversations: Iterable[Conversation] | None = None,
+) -> None:
+    """Render conversations with the exported chat template, tokenise with the exported tokenizer, compare ids.
+
+    `conversations`: None for a built-in set of awkward ones. Raises: CheckpointError at the first difference.
+    """
+    folder = Path(out_dir)
+    exported = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    source = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    chat = _environment().from_string(source)
+    _compare_texts(exported, tokenizer, folder)
+    for conversation in probes() if conversations is None else conversations:
+        for open_end in (False, True):
+            _compare(chat, exported, template, tokenizer, conversation, open_end, folder)
+
+
+def _compare_texts(exported: tokenizers.Tokenizer, tokenizer: Tokenizer, folder: Path) -> None:
+    exported.encode_special_tokens = True
+    for text in (*_AWKWARD, *list(tokenizer.special_tokens)[:8]):
+        served, trained = exported.encode(text, add_special_tokens=False).ids, tokenizer.encode(text)
+        if served != trained:
+            raise CheckpointError(f"{folder}: tokenizer.json gives {served} for {text!r}, training {trained}")
+    exported.encode_special_tokens = False
+
+
+def _compare(
+    chat: jinja2.Template,
+    exported: tokenizers.Tokenizer,
+    template: Template,
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    open_end: bool,
+    folder: Path,
+) -> None:
+    text = chat.render(**chat_variables(conversation), add_generation_prompt=open_end)
+    served = exported.encode(text, add_special_tokens=False).ids
+    trained, _ = template.encode(conversation, tokenizer)
+    if open_end:
+        trained += tokenizer.encode_with_specials(template.role_prefix("assistant", conversation.condition))
+    if served != trained:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(served, trained, strict=False)) if a != b), min(len(served), len(trained))
+        )
+        raise CheckpointError(
+            f"{folder}: the exported tokenizer and chat template give other ids than training from token {at} on "
+            f"({served[at : at + 4]} instead of {trained[at : at + 4]}) for {text!r}"
+        )
+
+
+def chat_variables(conversation: Conversation) -> dict[str, Any]:
+    """What a server passes to the chat template for this conversation: `messages` and `condition`."""
+    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    turns = [{"role": m.role, "content": m.content} for m in conversation.items]
+    return {"messages": [*system, *turns], "condition": conversation.condition}
+
+
+def _environment() -> jinja2.Environment:
+    """Jinja as transformers sets it up for chat templates."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    return environment
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+_BLANKS = (
+    "",
+    " ",
+    "  two blanks",
+    "\n",
+    "\n\nlines",
+    " \n x",
+    "\t",
+    "\u00a0x",
+    "\u2028x",
+    "\x1cx",
+    "\r\nx",
+    "trailing \n\n",
+)
+_TEXTS = ("Hello", "User: hi", "12345", "a\x00b", "😀 漢字", "\u0301accent", "\u200dz", "▁", "▁ x")
+_AWKWARD = (*_BLANKS, *_TEXTS, ":)", ")", "'s", "-- -", "<", "|>", "//")
+
+
+def probes() -> list[Conversation]:
+    """Conversations whose contents start and end in awkward ways, over several turns, systems and conditions."""
+    conditions = ("", "GPT4", "Math Correct", " blanks ", "é:")
+    count = len(_AWKWARD)
+    conversations = []
+    for i in range(count):
+        texts = [_AWKWARD[(i * 5 + k) % count] for k in range(4)]
+        items = tuple(Message(("user", "assistant")[k % 2], text) for k, text in enumerate(texts))
+        system = "" if i % 3 == 0 else _AWKWARD[(i * 7 + 4) % count]
+        conversations.append(Conversation(items, conditions[i % len(conditions)], system))
+    return [*conversations, replace(conversations[1], items=conversations[1].items[:1])]

@@ -1,0 +1,53 @@
+"""Reads the template and classes that an exported folder declares in openchat.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from ochat.errors import ConfigError
+from ochat.files import bounded_json, hub
+from ochat.text import template as templates
+from ochat.text.template import Template
+
+OPENCHAT = "openchat.json"
+
+
+def load_template(folder: Path, name: str | None) -> Template:
+    """The named template, or the one that openchat.json in the folder describes. Raises: ConfigError."""
+    if name is not None:
+        return templates.load(name)
+    path, content = folder / OPENCHAT, read_description(folder)
+    if not content:
+        raise ConfigError(f"{folder}: has no {OPENCHAT} that names its template; give --template NAME")
+    model_type, described = content.get("model_type"), content.get("template")
+    if not isinstance(model_type, str) or not isinstance(described, dict | None):
+        raise ConfigError(f"{path}: model_type must name a template, and template describe it; give --template NAME")
+    if described is not None:
+        return Template.from_dict({"name": model_type} | described, f"{path}: template")
+    try:
+        return templates.load(model_type)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: model_type: {error}; or give --template NAME") from None
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The content of openchat.json in an exported folder; {} where there is none. Raises: ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder. {hub.how_to_fetch(folder)}")
+    path = folder / OPENCHAT
+    return bounded_json.read_object(path, ConfigError, "export the model again") if path.exists() else {}
+
+
+def warn_of_unknown_class(condition: str, classes: list[str] | None) -> None:
+    """Say on stderr that a model was not trained on a class, if its `classes` are known."""
+    if classes and condition and condition not in classes:
+        known = ", ".join(repr(name) if name else "none" for name in classes)
+        Console(stderr=True, highlight=False).print(
+            f"[bold yellow]warning[/]: the model was not trained on the class {escape(repr(condition))}; "
+            f"it knows {escape(known)}",
+            soft_wrap=True,
+        )

@@ -1,0 +1,254 @@
+"""Templates: how a conversation becomes token ids, each with a role, so that each can have its weight.
+
+    template = load("openchat_3.5"); input_ids, loss_weights = template.encode(conversation, tokenizer)
+
+A template is a TOML file (built-in ones: templates/*.toml; openchat_v3.2.toml explains the keys). Every segment - the
+system text, a prefix, a message - is tokenised alone and the ids are joined: existing checkpoints were trained on that.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ochat import typed_toml
+from ochat.errors import ConfigError
+from ochat.text.conversation import Conversation, Message, default_weight
+from ochat.text.tokenizer import Tokenizer
+
+ALIASES = {"openchat_3.5": "openchat_v3.2_mistral"}
+CONDITION_ROLES = ("both", "assistant", "none")
+ConditionsMode = Literal["both", "assistant", "ignore"]
+
+
+class Span(NamedTuple):
+    """A stretch of tokens: exclusive end, role (bos, system, prefix, user, assistant), the message's own weight."""
+
+    end: int
+    role: str
+    weight: float | None  # None: the record gives none
+
+
+class Part(NamedTuple):
+    """A stretch before its text is tokenised: the ids of `text`, encoded alone, then `ids`."""
+
+    role: str
+    weight: float | None
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns are written. `prefix` holds `{role}`, which stands for "CONDITION ROLE" without surrounding blanks."""
+
+    name: str
+    context: int  # tokens a conversation may have
+    roles: dict[str, str]  # user, assistant: the text in `{role}`; system too, "" or absent: its text stands bare
+    prefix: str
+    eot: str  # the special token after content
+    special_tokens: tuple[str, ...] = ()  # those that stand in `prefix`
+    bos: str = "auto"  # auto: the tokenizer's, if it has one; "": none; else the token
+    default_condition: str = ""  # at inference, where none is given
+    condition_roles: str = "both"  # which prefixes carry the condition: both, assistant, none
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], place: str = "template") -> Template:
+        """A template from its TOML data (or from `to_dict`). Raises: ConfigError naming the key."""
+        _check_keys(data, place)
+        values: dict[str, Any] = data | {"special_tokens": tuple(data.get("special_tokens", ()))}
+        template = cls(**values)
+        _check_values(template, place)
+        return template
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads back as an equal template."""
+        return asdict(self) | {"special_tokens": list(self.special_tokens)}
+
+    def role_prefix(self, role: str, condition: str) -> str:
+        """The text before a message of this role, for example "GPT4 User:"."""
+        carries = self.condition_roles == "both" or (self.condition_roles == "assistant" and role == "assistant")
+        named = f"{condition} {self.roles[role]}" if carries and role != "system" else self.roles[role]
+        return self.prefix.replace("{role}", named.strip())
+
+    def system_prefix(self) -> str:
+        """The text before the system text; "" where it is bare."""
+        return self.role_prefix("system", "") if self.roles.get("system") else ""
+
+    def bos_token(self, tokenizer: Tokenizer) -> str | None:
+        """The token that opens every conversation, if any."""
+        return tokenizer.bos if self.bos == "auto" else self.bos or None
+
+    def check(self, tokenizer: Tokenizer) -> None:
+        """Raises: ConfigError if the tokenizer lacks one of the template's special tokens."""
+        bos = () if self.bos in ("auto", "") else (self.bos,)
+        for token in (self.eot, *self.special_tokens, *bos):
+            if token not in tokenizer.special_tokens:
+                raise ConfigError(
+                    f"template {self.name}: the tokenizer has no special token {token!r}; "
+                    f"make a base that has it: ochat init-base --hf BASE OUT --add-token {token!r}"
+                )
+
+    def encode(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
+        """Ids and as many loss weights, unshifted, neither truncated nor trimmed.
+
+        BOS, prefixes and system text weigh 0; a message's content and its end of turn weigh what the message does.
+        Raises: ConfigError if the tokenizer lacks a special token of the template.
+        """
+        input_ids, spans = self.encode_spans(conversation, tokenizer)
+        weights: list[float] = []
+        for span in spans:
+            weight = default_weight(span.role) if span.weight is None else span.weight
+            weights += [weight] * (span.end - len(weights))
+        return input_ids, weights
+
+    def encode_spans(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
+        """Ids and the spans that cover them in order. A message's content and its end of turn are one span."""
+        parts = self.parts(conversation, tokenizer)
+        return join(parts, {part.text: tokenizer.encode(part.text) for part in parts})
+
+    def parts(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Part]:
+        """The conversation as parts in order, of which only the texts are left to tokenise."""
+        self.check(tokenizer)
+        parts = self._opening(conversation, tokenizer)
+        eot = (tokenizer.special_tokens[self.eot],)
+        for message in conversation.items:
+            prefix = self.role_prefix(message.role, conversation.condition)
+            parts.append(Part("prefix", None, "", tokenizer.prefix_ids(prefix)))
+            parts.append(Part(message.role, message.weight, message.content, eot))
+        return parts
+
+    def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+        """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
+
+        The default condition stands in where the conversation has none; `replace(template, default_condition="")` asks
+        for none.
+        """
+        self.check(tokenizer)
+        conversation = replace(conversation, condition=conversation.condition or self.default_condition)
+        items = conversation.items
+        if not items or items[-1].role != "assistant":
+            items = (*items, Message("assistant", ""))
+        ids, _ = self.encode_spans(replace(conversation, items=items[:-1]), tokenizer)
+        ids += tokenizer.encode_with_specials(self.role_prefix("assistant", conversation.condition))
+        return ids + tokenizer.encode(items[-1].content)
+
+    def _opening(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Part]:
+        bos, eot = self.bos_token(tokenizer), tokenizer.special_tokens[self.eot]
+        parts = [] if bos is None else [Part("bos", None, "", (tokenizer.special_tokens[bos],))]
+        if conversation.system:
+            parts.append(Part("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
+            parts.append(Part("system", None, conversation.system, (eot,)))
+        return parts
+
+
+def join(parts: Sequence[Part], encoded: Mapping[str, Sequence[int]]) -> tuple[list[int], list[Span]]:
+    """Ids and spans of `parts`; `encoded`: the ids of each text. A part without tokens leaves no span."""
+    ids: list[int] = []
+    spans: list[Span] = []
+    for role, weight, text, tail in parts:
+        begin = len(ids)
+        if text:
+            ids += encoded[text]
+        ids += tail
+        if len(ids) > begin:
+            spans.append(Span(len(ids), role, weight))
+    return ids, spans
+
+
+def load(name_or_path: str | Path) -> Template:
+    """A built-in template by name, or a user's by the path of its .toml. Raises: ConfigError with the known names."""
+    text = str(name_or_path)
+    name = ALIASES.get(text, text)
+    if name in names():
+        data = tomllib.loads(_folder().joinpath(f"{name}.toml").read_text("utf-8"))
+        return Template.from_dict({"name": name} | data, f"template {name}")
+    path = Path(text)
+    if path.is_file():
+        return Template.from_dict({"name": path.stem} | typed_toml.read(path), str(path))
+    known = sorted([*names(), *ALIASES])
+    close = difflib.get_close_matches(text, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(f"template {text!r}: no such name or .toml file; {hint}known: {', '.join(known)}")
+
+
+def names() -> list[str]:
+    """The built-in templates."""
+    return sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.name.endswith(".toml"))
+
+
+def with_conditions(template: Template, mode: ConditionsMode) -> Template:
+    """The template with the condition in both prefixes, the assistant's alone, or ignored (no default either)."""
+    if mode not in ("both", "assistant", "ignore"):
+        raise ConfigError(f"conditions: {mode!r} is not one of both, assistant, ignore")
+    if mode == "ignore":
+        return replace(template, condition_roles="none", default_condition="")
+    return template if template.condition_roles == "none" else replace(template, condition_roles=mode)
+
+
+def speaking_as(template: Template, condition: str, tokenizer: Tokenizer) -> Template:
+    """The template with this condition where none is given; "": none. Raises: ConfigError where no prefix carries
+    it."""
+    if condition and template.condition_roles == "none":
+        raise ConfigError(f"--condition: the template {template.name} has none in its prefixes; leave it out")
+    if len(tokenizer.split_at_specials(condition)) > 1:
+        raise ConfigError(f"--condition: the class {condition!r} spells a special token; no prefix can carry it")
+    return replace(template, default_condition=condition)
+
+
+def _folder() -> Any:
+    return resources.files("ochat.text") / "templates"
+
+
+_TYPES: dict[str, type] = {
+    "name": str,
+    "context": int,
+    "roles": dict,
+    "prefix": str,
+    "eot": str,
+    "special_tokens": list,
+    "bos": str,
+    "default_condition": str,
+    "condition_roles": str,
+}
+_REQUIRED = ("name", "context", "roles", "prefix", "eot")
+
+
+def _check_keys(data: dict[str, Any], place: str) -> None:
+    for key, value in data.items():
+        if key not in _TYPES:
+            close = difflib.get_close_matches(key, _TYPES, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_TYPES)}"
+            raise ConfigError(f"{place}: unknown key {key!r}; {hint}")
+        if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
+            raise ConfigError(f"{place}: {key} has the wrong type, {type(value).__name__}")
+    for key in _REQUIRED:
+        if key not in data:
+            raise ConfigError(f"{place}: {key} is missing")
+
+
+def _check_values(template: Template, place: str) -> None:
+    roles = template.roles
+    if not {"user", "assistant"} <= set(roles) <= {"user", "assistant", "system"}:
+        raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {sorted(roles)}")
+    if not all(isinstance(text, str) for text in (*roles.values(), *template.special_tokens)):
+        raise ConfigError(f"{place}: roles and special_tokens hold text only")
+    if not (roles["user"].strip() and roles["assistant"].strip()):
+        raise ConfigError(f"{place}: roles.user and roles.assistant must not be blank")
+    if template.context < 1:
+        raise ConfigError(f"{place}: context must be at least 1, not {template.context}")
+    if template.prefix.count("{role}") != 1:
+        raise ConfigError(f"{place}: prefix must hold {{role}} exactly once; it is {template.prefix!r}")
+    if not template.eot:
+        raise ConfigError(f"{place}: eot must name the special token that ends a turn")
+    if template.condition_roles not in CONDITION_ROLES:
+        known = ", ".join(CONDITION_ROLES)
+        raise ConfigError(f"{place}: condition_roles {template.condition_roles!r} is not one of {known}")
+    for token in template.special_tokens:
+        if token not in template.prefix:
+            raise ConfigError(f"{place}: special token {token!r} does not stand in prefix {template.prefix!r}")

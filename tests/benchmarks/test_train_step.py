@@ -1,0 +1,255 @@
+"""The whole step's benchmark: all train the same thing, rates by hand, what a failure leaves, what fits a card."""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import plots, train_step, train_step_cases, train_step_forecast, train_step_rounds, train_step_scaling
+from benchmarks.train_step_cases import PEERS, PHASES, Case, World
+from benchmarks.train_step_peers import Ours, Packed, Padded, Peer, pad, padded_batches
+from benchmarks.train_step_rounds import Session, Start, Taken
+from benchmarks.train_step_worker import Worker, WorkerFailed
+from ochat import config as configuration
+from ochat.data.batch import IGNORE_INDEX
+from ochat.model import hf
+from ochat.plan import memory
+from ochat.plan.gpus import CARDS
+
+CPU = torch.device("cpu")
+CASE = Case("tiny", 512, 2, longest=256)
+STEPS = 3
+
+
+def session(folder, **changes):
+    made = Session(CPU, folder, 2, 1, 1, math.inf, "float32", 1e-2, 1e9, {})
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return train_step_cases.make_world(CASE, tmp_path_factory.mktemp("world"), CPU, STEPS)
+
+
+def config(world, run_dir):
+    (run_dir / "run.toml").touch()
+    settings = {
+        "base.path": world.base, "data.path": world.data, "data.token_budget": 512, "data.bins_per_step": 2,
+        "data.max_steps": STEPS, "optim.lr": 1e-2, "train.dtype": "float32", "train.device": "cpu",
+        "run.dir": run_dir / "run",
+    }  # fmt: skip
+    return configuration.load(
+        run_dir / "run.toml", [f"--{key}={value}" for key, value in settings.items()] + [*world.options]
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(world, tmp_path_factory):
+    """Name -> (losses, counts, parameters by their Hugging Face names) after the same steps."""
+    results = {}
+    for kind in (Ours, Padded, Packed):
+        runner = kind(config(world, tmp_path_factory.mktemp(kind.__name__)), CPU, Peer())
+        counts = [runner.step() for _ in range(STEPS)]
+        model = runner.trainer.model if kind is Ours else runner.model
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        if kind is not Ours:
+            joined = {}
+            for name, parts in hf.parameter_parts(world.model).items():
+                joined[name] = torch.cat([parameters[part.name] for part in parts])
+            parameters = joined
+        results[kind.__name__] = runner.losses(), counts, parameters
+    return results
+
+
+@pytest.mark.parametrize("peer", ["Padded", "Packed"])
+def test_everyone_trains_the_same_thing(trained, peer):
+    """Losses, and every parameter's whole update, to the rounding of fp32: AdamW's first steps divide by the gradient,
+    so a parameter whose gradient is nearly nothing may differ by a part of the update."""
+    losses, counts, parameters = trained[peer]
+    expected_losses, expected_counts, expected = trained["Ours"]
+    assert losses == pytest.approx(expected_losses, rel=2e-5)
+    for got, wanted in zip(counts, expected_counts, strict=True):
+        assert (got.tokens, got.supervised, got.square_lengths) == (
+            wanted.tokens,
+            wanted.supervised,
+            wanted.square_lengths,
+        )
+    assert parameters.keys() == expected.keys()
+    for name, parameter in parameters.items():
+        assert (parameter - expected[name]).abs().mean() < 1e-5, name  # of updates of about 1e-2 a step
+
+
+def test_only_the_padded_peer_pads(trained):
+    real = [count.tokens for count in trained["Ours"][1]]
+    for name in ("Ours", "Packed"):
+        assert [count.padded for count in trained[name][1]] == real
+    assert sum(count.padded for count in trained["Padded"][1]) > 1.1 * sum(real)
+
+
+def test_padded_batches_hold_each_conversation_of_the_step_once(world, tmp_path):
+    runner = Packed(config(world, tmp_path), CPU, Peer())
+    packed = runner.loader.step(1)
+    batches = padded_batches(packed, 1)
+    assert sorted(i for batch in batches for i in batch) == sorted(i for batch in packed for i in batch.sequences)
+    assert batches == padded_batches(packed, 1) != padded_batches(packed, 2)
+    tensors = [pad([runner.data[i] for i in batch]) for batch in batches]
+    for name, filler in (("labels", IGNORE_INDEX), ("loss_weights", 0.0)):
+        kept = torch.cat([x[name][x[name] != filler] for x in tensors]).sort().values
+        whole = torch.cat([getattr(batch, name)[getattr(batch, name) != filler] for batch in packed]).sort().values
+        assert torch.equal(kept, whole)
+    assert sum(int(x["attention_mask"].sum()) for x in tensors) == sum(batch.num_tokens for batch in packed)
+
+
+def test_rates_by_hand(tmp_path, world):
+    """Rounds of two steps in 1, 2 and 4 s with 100 real tokens of 160: medians, spread, MFU by the model's FLOPs."""
+    answers = [
+        {
+            "seconds": s,
+            "cpu_seconds": 2 * s,
+            "tokens": 100,
+            "supervised": 40,
+            "padded": 160,
+            "square_lengths": 900,
+            "peak_gib": g,
+        }
+        for s, g in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))
+    ]
+    rates = train_step_rounds.rates(answers, session(tmp_path, steps=2), world.model)
+    assert (rates["step_s"], rates["tokens_per_s"], rates["supervised_tokens_per_s"]) == (1.0, 50.0, 20.0)
+    assert (rates["padded_tokens_per_s"], rates["peak_gib"], rates["cpu_s"]) == (80.0, 3.0, 2.0)
+    assert rates["tokens_per_s_p20"] == pytest.approx(35.0) and rates["tokens_per_s_p80"] == pytest.approx(80.0)
+    assert rates["mfu"] == pytest.approx(world.model.flops_per_step(100, 900, 40) / 2.0 / 1e9)
+
+
+def taken(losses):
+    answer = {
+        "tokens": 10,
+        "supervised": 5,
+        "padded": 10,
+        "square_lengths": 20,
+        "seconds": 1.0,
+        "cpu_seconds": 1.0,
+        "peak_gib": 1.0,
+    }
+    answers = [answer | {"losses": [loss]} for loss in losses]
+    return Taken("", [answers[0] | {"seconds": 100.0}, *answers[1:]])  # the first round compiles and warms up
+
+
+@pytest.mark.parametrize(
+    ("name", "losses", "status"),
+    [
+        ("padded", [2.0, 1.0], "ok"),
+        ("padded", [2.0, 1.0002], "disagrees"),
+        ("padded", [2.0, math.nan], "disagrees"),
+        ("liger", [2.0, 1.5], "unweighted"),
+    ],
+)
+def test_who_trains_something_else_is_marked(tmp_path, world, name, losses, status):
+    who = Start(name, CASE, world, tmp_path)
+    row = train_step.describe(who, taken(losses), taken([2.0, 1.0]), session(tmp_path))
+    assert row["status"] == status and row["compared_steps"] == 2 and row["ours_is_faster"] == 1.0
+    assert row["step_s"] == 1.0 and row["rounds"] == 1
+    assert set(row) <= set(train_step.COLUMNS)
+
+
+def test_a_failure_is_a_row_and_ours_a_fault(tmp_path, world, monkeypatch):
+    """Who gave no timed round has a reason; without ours, or with a peer that disagrees, the run is no success."""
+    results = {"ours": taken([2.0, 1.0]), "padded": Taken("", [], "ModuleNotFoundError: no peer")}
+    monkeypatch.setattr(train_step, "take_turns", lambda starts, session: [results[who.name] for who in starts])
+    case = dataclasses.replace(CASE, implementations=("ours", "padded"))
+
+    def outcome():
+        rows = Collected()
+        return train_step.run([case], session(tmp_path), world, rows), {row["implementation"]: row for row in rows.rows}
+
+    is_good, rows = outcome()
+    assert is_good and rows["padded"]["status"] == "failed" and rows["padded"]["note"] == "ModuleNotFoundError: no peer"
+    results["padded"] = taken([2.0, 3.0])
+    assert not outcome()[0]
+    results["ours"] = Taken("", [], "out of memory")
+    assert not outcome()[0]
+
+
+class Collected:
+    def __init__(self):
+        self.rows = []
+
+    def add(self, row):
+        self.rows.append(row)
+
+
+def test_without_time_the_rows_say_so(tmp_path, world):
+    rows = Collected()
+    late = session(tmp_path, deadline=time.monotonic() - 1.0)
+    assert train_step.run([dataclasses.replace(CASE, implementations=PEERS)], late, world, rows)
+    assert [row["status"] for row in rows.rows] == ["skipped"] * len(PEERS)
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path):
+    (tmp_path / "run.toml").touch()
+    spec = {"implementation": "ours", "config": str(tmp_path / "run.toml"), "device": "cpu", "threads": 1, "peer": {}}
+    worker = Worker(spec | {"options": ["--train.nonsense=1"], "num_steps": 1}, tmp_path / "log.txt")
+    try:
+        with pytest.raises(WorkerFailed, match="the time was out"):
+            worker.ready(0.0)
+        with pytest.raises(WorkerFailed, match="ConfigError.*nonsense"):
+            worker.ready(60.0)
+    finally:
+        worker.close()
+
+
+def test_the_cases_fit_the_card_and_cover_what_was_asked():
+    """Every model and every length of a bin; 8B, whole, leads; what the plan says of ours fits an H200."""
+    ours, peers = PHASES["ours"], PHASES["peers"]
+    assert (ours[0].model, ours[0].token_budget) == ("Llama-3-8B", 16384)
+    assert {case.model for case in ours} == {"Llama-3-8B", "Llama-2-7B", "Llama-3.2-3B", "Llama-3.2-1B"}
+    assert {case.token_budget for case in ours} == {8192, 16384, 32768}
+    assert all(case.implementations[0] == "ours" for case in ours + peers)
+    for case in ours + peers:
+        expected = train_step_forecast.predict(case, CARDS["H200"])
+        assert expected.fits, f"{case.title}: {expected.use.total / memory.GIB:.0f} GiB"
+        assert 0.3 < expected.speed.mfu < 0.75
+
+
+def test_drawn_conversations(tmp_path, world):
+    from ochat.data.dataset import TokenDataset
+
+    data = TokenDataset(world.data)
+    assert data.lengths.sum() >= STEPS * 1024 and data.lengths.max() == 256 and data.lengths.min() >= 64
+    assert len(set(data.lengths.tolist())) > 10
+    for share in (0.1, 0.9):
+        case = dataclasses.replace(CASE, lengths="equal", supervised=share)
+        made = TokenDataset(train_step_cases.make_world(case, tmp_path / str(share), CPU, 1).data)
+        assert set(made.lengths.tolist()) == {256}
+        assert made.supervised.sum() / made.lengths.sum() == pytest.approx(share, abs=0.05)
+
+
+def test_scaling_changes_one_thing_at_a_time_and_is_drawn(tmp_path):
+    """Each axis varies its own size alone, from the same middle; a picture from rows alone, where matplotlib is."""
+    for points in train_step_scaling.axes(quick=False):
+        cases = [dataclasses.replace(p.case, token_budget=1, longest=1, supervised=0, bins_per_step=1) for p in points]
+        changed = {"T": "token_budget", "length": "longest", "supervised": "supervised"}.get(points[0].axis)
+        assert len(points) > 2 and len(set(cases)) == 1
+        for field in ("token_budget", "longest", "supervised", "bins_per_step"):
+            values = {getattr(p.case, field) for p in points}
+            assert len(values) == (len(points) if field == changed else 1)
+        assert [p.processes for p in points] == ([p.value for p in points] if changed is None else [1] * len(points))
+    pytest.importorskip("matplotlib")
+    row = dict.fromkeys(train_step_scaling.COLUMNS, "1")
+    rows = [row | {"axis": axis, "value": value} for axis in plots.AXES for value in ("1", "2")]
+    assert [path.read_bytes()[:4] for path in plots.draw(rows, tmp_path)] == [b"\x89PNG"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [([], "no CUDA device"), (["--device", "cpu"], "takes --quick"), (["--base", "x"], "come together")],
+)
+def test_refuses_what_would_never_end(options, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_step.main(["--out", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
+    assert list(Path(tmp_path).iterdir()) == []

@@ -1,0 +1,156 @@
+"""Picking a checkpoint: the best held-out loss of the expert class, among those that are there, or plain words why
+not: pytest tests/checkpoint/test_best.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ochat import cli
+from ochat.checkpoint import best as best_module
+from ochat.checkpoint.best import (
+    best,
+    best_checkpoint,
+    expert,
+    read,
+)
+from ochat.errors import CheckpointError, ConfigError
+from ochat.export.hf_folder import ExportOptions, main
+from ochat.run import layout
+from tests import tiny
+
+WEIGHED = '[base]\npath = "b"\n[data]\npath = "d"\n[classes.GPT4]\nreward = 1.0\n[classes.GPT3]\nreward = 0.1\n'
+
+
+def measured(run: Path, losses: dict[int, tuple[float | None, float]], kept: tuple[int, ...], config: str = "") -> Path:
+    """A run folder with held-out losses of (GPT4, GPT3) by step, and empty checkpoint folders."""
+    lines = [
+        {
+            "step": step,
+            "loss": three,
+            "accuracy": 0.5,
+            "classes": {"GPT4": {"loss": four, "accuracy": 0.5}, "GPT3": {"loss": three, "accuracy": 0.25}},
+        }
+        for step, (four, three) in losses.items()
+    ]
+    run.mkdir(exist_ok=True)
+    (run / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "config.toml").write_text(config or WEIGHED)
+    for step in kept:
+        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    return run
+
+
+def serves(run: Path, name: str) -> None:
+    (run / "serving").mkdir()
+    (run / "serving" / "openchat.json").write_text(json.dumps({"template": {"default_condition": name}}))
+
+
+LOSSES = {0: (5.0, 4.0), 10: (2.0, 1.0), 20: (1.5, 1.2), 30: (1.5, 0.9), 40: (1.75, 1.1)}
+
+
+def test_the_best_is_the_earliest_of_the_lowest_losses_of_the_heaviest_class(tmp_path):
+    run = measured(tmp_path / "run", LOSSES, (10, 20, 30))
+    chosen, table = best_checkpoint(run)
+    assert chosen.name == "step_20"
+    shown = [list(column.cells) for column in table.columns]
+    assert shown[0] == ["0  ", "10  ", "20 *", "30  ", "40  "], "every evaluation, also where the checkpoint is gone"
+    assert shown[1] == ["5.0000", "2.0000", "1.5000", "1.5000", "1.7500"]
+    assert shown[-1] == ["-", "yes", "yes", "yes", "-"]
+    assert best_checkpoint(run, "GPT3")[0].name == best_checkpoint(run, "all")[0].name == "step_30"
+    with pytest.raises(ConfigError, match="no held-out loss of that name; there is .*GPT4"):
+        best_checkpoint(run, "GPT5")
+
+
+@pytest.mark.parametrize(
+    ("change", "served", "wanted"),
+    [
+        (("reward = 0.1", "reward = 1.5"), "GPT4", "GPT3"),  # the table decides
+        (("reward = 0.1", "reward = 1.0"), "GPT3", "GPT3"),  # the same weight: what the run serves
+        (("[classes.GPT4]", '[weights]\nsource = "none"\n[classes.GPT4]'), "GPT3", "GPT3"),  # the table is not used
+        (("reward = 0.1", "reward = nonsense"), "GPT3", "GPT3"),
+        (("reward = 0.1", "reward = nonsense"), "GPT5", "all"),  # served, and never measured
+        (("reward = 0.1", "reward = nonsense"), "", "all"),
+    ],
+)
+def test_the_expert_is_the_heaviest_class_else_the_one_that_is_served(tmp_path, change, served, wanted):
+    run = measured(tmp_path / "run", LOSSES, (), WEIGHED.replace(*change))
+    if served:
+        serves(run, served)
+    assert expert(run, read(run)) == wanted
+
+
+def test_a_description_of_anybodys_serves_no_class(tmp_path):
+    run = measured(tmp_path / "run", LOSSES, (), '[weights]\nsource = "record"')
+    serves(run, "GPT4")
+    assert expert(run, read(run)) == "GPT4"
+    described = run / "serving" / "openchat.json"
+    described.write_text('{"template": {"default_condition": ["GPT4"]}}')
+    assert expert(run, read(run)) == "all"
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    run = measured(tmp_path / "run", {10: (None, 1.0), 20: (float("nan"), 1.0), 30: (3.0, 1.0)}, (10, 20, 30))
+    found = read(run)
+    assert [each.losses["GPT4"] for each in found] == [None, None, 3.0]
+    assert best(found, "GPT4").step == 30 and best(found[:2], "GPT4") is None  # type: ignore[union-attr]
+    with (run / "eval.jsonl").open("a") as file:
+        file.write('{"step": 40, "loss": 0.1, "cla')
+    assert len(read(run)) == 3
+
+
+def test_what_cannot_be_chosen_is_said(tmp_path):
+    run = measured(tmp_path / "gone", LOSSES, (10, 40))
+    told = (
+        r"1\.5000, is that of step 20, .*checkpoint\.keep_best = true .*The best that is there is step 40: ochat export"
+    )
+    with pytest.raises(CheckpointError, match=told):
+        best_checkpoint(run)
+    run = measured(tmp_path / "worse", {0: (1.0, 1.0), 10: (2.0, 1.0)}, (10,))
+    with pytest.raises(CheckpointError, match="the base itself before its first step"):
+        best_checkpoint(run)
+    (run / "eval.jsonl").unlink()
+    with pytest.raises(CheckpointError, match=r"no held-out numbers to choose by; train with data\.eval_path"):
+        best_checkpoint(run)
+    with pytest.raises(ConfigError, match="give the run's folder"):
+        best_checkpoint(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="add --best"):
+        main(ExportOptions(run, tmp_path / "out", best_by="GPT4"))
+
+
+def test_a_run_keeps_its_best_checkpoint_beside_the_newest_and_exports_it(world, tmp_path, monkeypatch, capsys):
+    """The losses are made up: lowest at the second of five saves."""
+    made_up = iter([9.0, 3.0, 1.0, 2.0, 1.5, 4.0])
+
+    def held_out(*_):
+        loss = next(made_up)
+        row = {"loss": loss, "accuracy": 0.5, "tokens": 1}
+        return {"loss": loss, "accuracy": 0.5, "supervised_tokens": 1, "classes": {"GPT4": row, "GPT3": row}}
+
+    monkeypatch.setattr("ochat.train.evaluate.held_out", held_out)
+    options = ["--data.max_steps=5", "--checkpoint.every=1", "--train.eval_every=1", "--checkpoint.keep=1"]
+    options += [f"--data.eval_path={world.data}", "--checkpoint.keep_best=true"]
+    tiny.train(world, tmp_path / "run", *options)
+    assert [path.name for path in layout.folders(tmp_path / "run")] == ["step_2", "step_5"]
+    capsys.readouterr()
+    cli.run("export", [str(tmp_path / "run"), str(tmp_path / "out"), "--best"])
+    printed = capsys.readouterr().out
+    assert "2 * " in printed and "1.0000" in printed and "4.0000" in printed and "exported step 2 to" in printed
+    assert json.loads((tmp_path / "out" / "openchat.json").read_text())["step"] == 2
+    with pytest.raises(ConfigError, match="give the run's folder"):
+        main(ExportOptions(tmp_path / "run" / "checkpoints" / "step_5", tmp_path / "other", best=True))
+
+
+def test_keeping_the_best_needs_held_out_data(world, tmp_path):
+    with pytest.raises(ConfigError, match="keep_best = True: expected false without data.eval_path"):
+        tiny.train(world, tmp_path / "run", "--checkpoint.keep_best=true")
+
+
+def test_with_the_defaults_every_epoch_is_measured_and_saved(world, tmp_path):
+    tiny.train(world, tmp_path / "run", "--data.epochs=3", f"--data.eval_path={world.data}", "--checkpoint.keep=0")
+    ends = [line["step"] for line in tiny.metrics(tmp_path / "run", "eval.jsonl")]
+    kept = [layout.step_of(folder) for folder in layout.folders(tmp_path / "run")]
+    assert len(kept) == 3 and ends == [0, *kept]
+    assert all(each.checkpoint for each in best_module.read(tmp_path / "run")[1:])

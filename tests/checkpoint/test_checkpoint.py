@@ -1,0 +1,413 @@
+"""A checkpoint is whole or refused by the file's name, is written beside the training, and is read in slices: only the
+rows that a rank holds, whatever the number of processes that wrote them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import ochat_kernels
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ochat.checkpoint import load as checkpoint
+from ochat.checkpoint import manifest
+from ochat.checkpoint.host_file import HostFile
+from ochat.checkpoint.manifest import Manifest
+from ochat.checkpoint.save import Saver
+from ochat.config import OptimConfig, ParallelConfig, TrainConfig
+from ochat.distributed import local_shards
+from ochat.distributed.processes import Ranks
+from ochat.errors import CheckpointError
+from ochat.export import hf_folder
+from ochat.model import hf, safetensor_files
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer
+from ochat.run import layout
+from ochat.train import optim, sharding
+from tests import tiny
+
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+WEIGHTS, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in manifest.KINDS)
+OPTIONS = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=0"]
+
+
+def curve(lines):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+@pytest.fixture
+def run(world, alone, tmp_path):
+    """A copy of the finished run; its checkpoints are of steps 5, 10, 15 and the last."""
+    shutil.copytree(world.folder / "alone", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def step(run, number):
+    return run / "checkpoints" / f"step_{number}"
+
+
+def keep_only(run, *numbers):
+    for folder in layout.folders(run):
+        if int(folder.name[5:]) not in numbers:
+            shutil.rmtree(folder)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "bytes instead of": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "damaged": flip,
+    "missing": os.unlink,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, "tokenizer.json"])
+def test_a_damaged_file_is_named(run, name, damage):
+    checkpoint.verify(step(run, 10), ALONE)
+    DAMAGES[damage](step(run, 10) / name)
+    with pytest.raises(CheckpointError, match=f"step_10/{name}: .*{damage}"):
+        checkpoint.verify(step(run, 10), ALONE)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values())
+def test_a_damaged_manifest_is_named(run, damage):
+    damage(step(run, 10) / "manifest.json")
+    with pytest.raises(CheckpointError, match="step_10.*manifest.json"):
+        checkpoint.verify(step(run, 10), ALONE)
+
+
+def test_a_manifest_is_what_was_written(run):
+    path = step(run, 10) / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 10', '"step": 11'))
+    with pytest.raises(CheckpointError, match="manifest.json: damaged .its checksum differs"):
+        checkpoint.verify(step(run, 10), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "says"),
+    [
+        ("files", lambda files: files | {"../../x": {"bytes": 1, "sha256": ""}}, "'../../x' is no file"),
+        ("files", lambda files: files | {"/etc/passwd": {"bytes": 1, "sha256": ""}}, "'/etc/passwd' is no file"),
+        ("files", lambda files: {name: files[name] for name in files if name != OPTIMIZER}, OPTIMIZER),
+        ("shards", lambda shards: [shards[0] | {"embed.weight": [0, 200]}], "embed.weight ends at row 200 of 260"),
+        ("shards", lambda shards: [shards[0] | {"embed.weight": [-1, 260]}], "rows of embed.weight do not follow"),
+        ("shards", lambda shards: [shards[0] | {"embed.weight": [0, 0]}], "rows of embed.weight do not follow"),
+        ("shards", lambda _: [], "shards are expected"),
+        (
+            "parameters",
+            lambda parameters: parameters | {"x": {"shape": [3], "dtype": "float32"}},
+            "x ends at row 0 of 3",
+        ),
+        ("parameters", lambda parameters: parameters | {"x": {"shape": [], "dtype": "float32"}}, "IndexError"),
+        ("parameters", lambda parameters: parameters | {"x": json.loads("[" * 99 + "]" * 99)}, "nested more than"),
+    ],
+)
+def test_a_manifest_that_lies_under_a_right_checksum_is_refused(run, key, change, says):
+    path = step(run, 10) / "manifest.json"
+    record = json.loads(path.read_text())
+    record[key] = change(record[key])
+    del record["sha256"]
+    path.write_text(json.dumps(record | {"sha256": manifest._digest(record)}))
+    with pytest.raises(CheckpointError, match=f"manifest.json: .*{says}"):
+        Manifest.read(path.parent)
+
+
+def test_an_explicit_checkpoint_that_is_damaged_is_refused_and_so_is_its_export(world, run, tmp_path):
+    flip(step(run, 10) / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: damaged"):
+        tiny.train(world, tmp_path / "other", *OPTIONS, f"--run.resume={step(run, 10)}")
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: damaged"):
+        hf_folder.export(step(run, 10), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "other" / "metrics.jsonl").exists()
+
+
+def test_auto_goes_on_from_the_newest_whole_one_and_says_what_it_skipped(world, alone, run, capsys):
+    keep_only(run, 5, 10, 15)
+    flip(step(run, 15) / OPTIMIZER)
+    (step(run, 10) / WEIGHTS).unlink()
+    (run / "checkpoints" / ".step_20.tmp").mkdir()
+    lines = tiny.train(world, run, *OPTIONS)
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(f"skipping step_15: .*{OPTIMIZER}: damaged", said)
+    assert re.search(f"skipping step_10: .*{WEIGHTS}: missing", said) and re.search("resuming from .*step_5", said)
+    assert curve(lines) == curve(alone)
+    for number in (10, 15):  # written anew
+        checkpoint.verify(step(run, number), ALONE)
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(world, run):
+    keep_only(run, 10, 15)
+    before = (run / "metrics.jsonl").read_text()
+    for number in (10, 15):
+        flip(step(run, number) / WEIGHTS)
+    with pytest.raises(CheckpointError, match="none of step_15, step_10 can be loaded"):
+        tiny.train(world, run, *OPTIONS)
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_the_newest_k_and_every_nth_stay_and_a_damaged_later_one_takes_no_place(world, run):
+    keep_only(run, 5, 15)
+    flip(step(run, 15) / WEIGHTS)
+    options = ["--data.epochs=2", "--data.max_steps=14", "--run.resume_mismatched=true"]
+    tiny.train(world, run, *options, "--checkpoint.every=2", "--checkpoint.keep=1", "--checkpoint.keep_every=6")
+    assert [folder.name for folder in layout.folders(run)] == ["step_6", "step_12", "step_14", "step_15"]
+    assert (run / "latest").read_text() == "checkpoints/step_14\n"
+
+
+def test_another_runs_checkpoint_is_taken_only_when_told(world, run):
+    keep_only(run, 5)
+    with pytest.raises(CheckpointError, match="run.seed is 0 there and 3 here.*--run.resume_mismatched=true"):
+        tiny.train(world, run, *OPTIONS, "--run.seed=3")
+    lines = tiny.train(world, run, *OPTIONS, "--run.seed=3", "--run.resume_mismatched=true", "--data.max_steps=7")
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    assert Manifest.read(step(run, 7)).identity["run.seed"] == 3
+
+
+def test_a_model_of_other_shapes_is_refused_even_when_told(run, tmp_path):
+    other = tiny.make(tmp_path / "other", model={"intermediate_size": 64})
+    with pytest.raises(CheckpointError, match=r"mlp.down.weight is float32 \[32, 48\] there and float32 \[32, 64\]"):
+        tiny.train(other, run, *OPTIONS, "--run.resume_mismatched=true")
+
+
+def test_no_pickle_is_written_and_none_can_be_read(world, alone):
+    files = [path for path in (world.folder / "alone").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        start = path.read_bytes()[:2]
+        assert start != b"PK" and start[:1] != b"\x80", path  # a zip of torch.save, a bare pickle
+    for path in (tiny.ROOT / "ochat").rglob("*.py"):
+        calls = r"torch\.(load|save)\(|import pickle|pickle\.|(gather|broadcast|scatter)_object"
+        assert not re.search(calls, path.read_text()), path
+
+
+def test_a_host_file_is_the_safetensors_file_of_its_tensors(tmp_path):
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(1, 1)}
+    file = HostFile(tensors)
+    for _ in range(2):  # the same buffer again
+        tensors = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
+        file.fill(tensors)
+        written = file.write(tmp_path / "x.safetensors")
+        read = load_file(tmp_path / "x.safetensors")
+        assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+        content = (tmp_path / "x.safetensors").read_bytes()
+        assert written == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 20])  # 20 divides nothing, and leaves ranks without rows of some
+def test_a_rank_reads_its_own_share_of_the_base_and_of_a_checkpoint(world, alone, world_size, monkeypatch):
+    """Every rank in turn, on a process group of one real member: each reads its rows alone, about 1/world of the bytes,
+    together they read each byte once, and what they hold is their rows of the whole."""
+    found, shares = Manifest.read(step(world.folder / "alone", 5)), []
+    weights, optimizer = (load_file(found.folder / name) for name in (WEIGHTS, OPTIMIZER))
+    base = dict(hf.load(world.base, dtype="float32").named_parameters())
+
+    def count(tensor):
+        shares[-1] += tensor.nbytes
+        return tensor
+
+    for module in (safetensor_files, checkpoint):
+        monkeypatch.setattr(module, "safe_open", lambda *args, **more: Counted(safe_open(*args, **more), count))
+    for rank in range(world_size):
+
+        def part(whole, rank=rank):
+            return (*whole.chunk(world_size), *[whole[:0]] * world_size)[rank]
+
+        with sharded(world, rank, world_size) as model:
+            shares.append(0)
+            checkpoint.load_base(world.base, model)
+            for name, parameter in model.named_parameters():
+                assert torch.equal(local_shards.local(parameter), part(base[name])), name
+            adamw = optim.build(model, OptimConfig())
+            assert checkpoint.load(found, model, adamw) == 5
+            for name, parameter in model.named_parameters():
+                assert torch.equal(local_shards.local(parameter), part(weights[name])), name
+                for moment in manifest.MOMENTS:
+                    held = local_shards.local(adamw.state[parameter][moment])
+                    assert torch.equal(held, part(optimizer[f"{moment}.{name}"])), name
+    total = 4 * 4 * sum(parameter.numel() for parameter in base.values())  # base, masters, two moments in fp32
+    assert sum(shares) == total
+    assert max(shares) == sum(16 * -(-len(p) // world_size) * p[0].numel() for p in base.values())
+    assert max(shares) <= 1.05 * total / world_size or world_size > 3
+
+
+class Counted:
+    """An open safetensors file, or a tensor in it, that counts every tensor it gives out."""
+
+    def __init__(self, inner, count):
+        self.inner, self.count = inner, count
+
+    def get_tensor(self, name):
+        return self.count(self.inner.get_tensor(name))
+
+    def get_slice(self, name):
+        return Counted(self.inner.get_slice(name), self.count)
+
+    def __getitem__(self, rows):
+        return self.count(self.inner[rows])
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+@contextlib.contextmanager
+def sharded(world, rank, world_size):
+    """The model of the world as one rank of several holds it, unfilled."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.load(world.base), ochat_kernels.load("reference"))
+    if world_size == 1:
+        yield model.to_empty(device="cpu")
+        return
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("replicate", "shard"))
+    ranks = Ranks(rank, world_size, torch.device("cpu"), mesh)
+    sharding.wrap(model, ranks, TrainConfig(recompute="none"), ParallelConfig(), torch.float32)
+    try:
+        yield model.to_empty(device="cpu")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def slow_writes(monkeypatch, seconds):
+    plain = HostFile.write
+
+    def write(self, path):
+        time.sleep(seconds)
+        return plain(self, path)
+
+    monkeypatch.setattr(HostFile, "write", write)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_was_asked_at(
+    world, alone, tmp_path, monkeypatch, capsys
+):
+    """Each save takes far longer than the steps until the next one, so that each next one has to wait."""
+    slow_writes(monkeypatch, 0.5)
+    seconds, plain = [], Saver.save
+
+    def save(self, number):
+        begin = time.monotonic()
+        plain(self, number)
+        seconds.append(time.monotonic() - begin)
+
+    monkeypatch.setattr(Saver, "save", save)
+    lines = tiny.train(world, tmp_path / "run", *OPTIONS)
+    assert curve(lines) == curve(alone)
+    assert seconds[0] < 0.5 < max(seconds)  # two files of half a second each: the first save waits for neither
+    for number in (5, 10, 15, len(alone)):
+        assert (step(tmp_path / "run", number) / WEIGHTS).read_bytes() == (
+            step(world.folder / "alone", number) / WEIGHTS
+        ).read_bytes()
+
+
+def test_a_save_that_has_to_wait_for_the_one_before_says_so(world, tmp_path, monkeypatch, capsys):
+    slow_writes(monkeypatch, 0.3)
+    tiny.train(world, tmp_path / "run", "--data.max_steps=4", "--checkpoint.every=2")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint of step 4 waits until the one before is written" in said
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """limit(first, end): from the save of step `first` to that of `end`, no file of this process grows beyond 200 kB.
+    A write then fails half-way, as on a full disk; it needs no rights."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    plain = Saver.save
+
+    def start(first, end):
+        def save(self, number):
+            self.wait()
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (200_000 if first <= number < end else unlimited[0], unlimited[1])
+            )
+            plain(self, number)
+
+        monkeypatch.setattr(Saver, "save", save)
+
+    yield start
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+
+
+def check_saves_that_fail(run_dir, lines, alone, said):
+    assert curve(lines) == curve(alone)
+    assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "goes on from" in said
+    assert [folder.name for folder in layout.folders(run_dir)] == ["step_5", "step_15", f"step_{len(alone)}"]
+    assert not list((run_dir / "checkpoints").glob(".*")) and (run_dir / "latest").read_text().endswith(
+        f"step_{len(alone)}\n"
+    )
+    for folder in layout.folders(run_dir):
+        checkpoint.verify(folder, ALONE)
+
+
+def test_a_save_that_fails_is_told_loudly_and_tried_again_at_the_next(world, alone, tmp_path, limit, capsys):
+    limit(10, 15)
+    lines = tiny.train(world, tmp_path / "run", *OPTIONS)
+    check_saves_that_fail(tmp_path / "run", lines, alone, " ".join(capsys.readouterr().out.split()))
+
+
+def test_a_last_save_that_fails_is_an_error_and_the_same_command_mends_it(world, alone, tmp_path, limit, monkeypatch):
+    limit(10, 10**9)
+    with pytest.raises(CheckpointError, match="the last checkpoint, of step .*goes on from .*step_5"):
+        tiny.train(world, tmp_path / "run", *OPTIONS)
+    assert [folder.name for folder in layout.folders(tmp_path / "run")] == ["step_5"]
+    limit(0, 0)
+    assert curve(tiny.train(world, tmp_path / "run", *OPTIONS)) == curve(alone)
+
+
+def test_a_shard_that_another_machine_wrote_to_a_disk_of_its_own_fails_the_save(world, tmp_path, monkeypatch):
+    plain = HostFile.write
+
+    def write(self, path):
+        written = plain(self, path)
+        path.unlink()
+        return written
+
+    monkeypatch.setattr(HostFile, "write", write)
+    with pytest.raises(CheckpointError, match="weights-.* is not there; all processes need the same run folder"):
+        tiny.train(world, tmp_path / "run", "--data.max_steps=2")
+    assert not layout.folders(tmp_path / "run")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_manifest_does_anything_but_load_or_raise(world, alone, data):
+    """Bytes changed anywhere, and values changed under a right checksum, as somebody hostile would."""
+    source = step(world.folder / "alone", 5)
+    record = json.loads((source / "manifest.json").read_text())
+    folder = Path(world.folder / "hostile")
+    folder.mkdir(exist_ok=True)
+    key = data.draw(st.sampled_from([*record, "blob"]))
+    if key == "blob":
+        content = data.draw(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+    else:
+        record[key] = data.draw(HOSTILE)
+        del record["sha256"]
+        content = json.dumps(record | {"sha256": manifest._digest(record)}).encode()
+    (folder / "manifest.json").write_bytes(content)
+    try:
+        Manifest.read(folder).check_sizes()
+    except CheckpointError:
+        return
+    assert record.keys() - {key} and key in ("step", "identity", "processes", "sha256")
+
+
+NAME = st.sampled_from(["embed.weight", "norm.weight", "../../etc/passwd", "", "/", WEIGHTS, "x"])
+LEAF = st.none() | st.integers(-(2**70), 2**70) | st.text(max_size=5) | st.booleans() | st.floats() | NAME
+HOSTILE = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAME, inner, max_size=3))

@@ -1,0 +1,193 @@
+"""What really happens to a run: killed at any moment, its disk full, its processes of another number.
+
+`pytest -m slow tests/checkpoint/test_checkpoint_faults.py` kills twenty times instead of five.
+"""
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from ochat.checkpoint import load as checkpoint
+from ochat.checkpoint.save import Saver
+from ochat.distributed.processes import Ranks
+from ochat.run import layout
+from tests import tiny
+
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+
+
+def curve(lines):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def descendants(pid):
+    """A process and all that it started, also those in sessions of their own, as torchrun's workers are."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(below for child in found for below in descendants(int(child)))]
+
+
+def kill(process):
+    """SIGKILL for the whole job at once: nobody gets to clean up."""
+    job = descendants(process.pid) if process.poll() is None else []
+    tell(job, signal.SIGSTOP)
+    tell(job, signal.SIGKILL)
+    process.wait()
+
+
+def tell(job, number):
+    for pid in job:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def stop_while_saving(process, run_dir):
+    """Halts all processes of the job at a moment when a checkpoint is half written."""
+    job = descendants(process.pid)
+    while process.poll() is None:
+        if any((run_dir / "checkpoints").glob(".step_*.tmp/*")):
+            tell(job, signal.SIGSTOP)
+            if any((run_dir / "checkpoints").glob(".step_*.tmp/*")):
+                return
+            tell(job, signal.SIGCONT)  # it was done before it could be halted
+
+
+def newest(run_dir):
+    there = layout.folders(run_dir)
+    return int(there[-1].name[5:]) if there else 0
+
+
+def run_until_killed(command, run_dir, draw, *, saving):
+    """Starts the job and kills it: while a checkpoint is half written, or a random time after it got one further.
+    Returns where it stood and whether a half-written folder was left."""
+    start, log = newest(run_dir), run_dir.with_suffix(".log")
+    with log.open("a") as output:
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
+    wait_for(process, lambda: newest(run_dir) > start, log)
+    time.sleep(draw.uniform(0, 0.1))
+    if saving:
+        stop_while_saving(process, run_dir)
+    kill(process)
+    return newest(run_dir), bool(list((run_dir / "checkpoints").glob(".step_*.tmp")))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_never_was(world, tmp_path, kills):
+    """SIGKILL for two processes under torchrun, at random moments and in the middle of saving; the same command each
+    time. Loss and gradient norm of every line are bitwise those of a run on two processes that never stopped."""
+    options = ["--data.epochs=60", "--checkpoint.every=2", "--train.eval_every=100000"]
+    whole = ["--checkpoint.every=100000"]
+    tiny.torchrun(world, tmp_path / "whole", 2, *options, *whole)
+    expected, draw = tiny.metrics(tmp_path / "whole"), random.Random(kills)
+    run_dir = tmp_path / "run"
+    command = tiny.torchrun_command(world, run_dir, 2, *options)
+    stood = [run_until_killed(command, run_dir, draw, saving=number % 2 == 0) for number in range(kills)]
+    assert all(step < len(expected) for step, _ in stood), stood
+    assert sorted({step for step, _ in stood}) == [step for step, _ in stood]  # each went further than the one before
+    assert all(half for _, half in stood[::2]), "a kill that was meant for a save met none"
+    tiny.torchrun(world, run_dir, 2, *options)
+    assert curve(tiny.metrics(run_dir)) == curve(expected)
+    assert not list((run_dir / "checkpoints").glob(".*"))
+    print(f"{kills} kills at steps {[step for step, _ in stood]}, {sum(half for _, half in stood)} while saving")
+
+
+def rank_of(pid):
+    settings = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next((int(value[5:]) for value in settings if value.startswith(b"RANK=")), None)
+
+
+def test_one_process_that_cannot_write_costs_all_a_checkpoint_and_none_the_run(world, tmp_path):
+    """The second process's files may not grow for a while, the first one's may: they agree, go on, and save again."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    options = ["--data.epochs=40", "--checkpoint.every=20", "--train.eval_every=100000"]
+    with log.open("w") as output:
+        command = tiny.torchrun_command(world, run_dir, 2, *options)
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
+    try:
+        wait_for(process, lambda: newest(run_dir), log)
+        (second,) = (pid for pid in descendants(process.pid) if rank_of(pid) == 1)
+        resource.prlimit(second, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        wait_for(process, lambda: "could NOT be saved: process 1: OSError: [Errno 27]" in log.read_text(), log)
+        resource.prlimit(second, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert process.wait(120) == 0, log.read_text()
+    finally:
+        kill(process)
+    steps = [line["step"] for line in tiny.metrics(run_dir)]
+    assert steps == list(range(1, 361)) and newest(run_dir) == 360
+    assert all(checkpoint.verify(folder, ALONE) for folder in layout.folders(run_dir))
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def wait_for(process, condition, log, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def test_two_processes_then_one_then_four_go_on_as_if_nothing_had_changed(world, alone, tmp_path):
+    """The same order of the data, the same schedule, and losses within 1e-6 of the run that stayed on one process."""
+    options, previous = ["--data.epochs=2", "--checkpoint.keep=0"], None
+    for processes, every, replicate in ((2, 5, 1), (1, 10, 1), (4, 1000, 2)):
+        run_dir = tmp_path / str(processes)
+        more = [f"--run.resume={previous}"] if previous else []
+        more += [f"--checkpoint.every={every}", f"--parallel.replicate={replicate}"]
+        if processes == 1:
+            tiny.train(world, run_dir, *options, *more)
+        else:
+            tiny.torchrun(world, run_dir, processes, *options, *more)
+        lines = tiny.metrics(run_dir)
+        for ours, theirs in zip(lines, alone[-len(lines) :], strict=True):
+            assert ours["step"] == theirs["step"] and ours["lr"] == theirs["lr"]
+            assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        previous = run_dir / "checkpoints" / f"step_{every}"
+    assert len(lines) == len(alone) - 10
+    manifest = checkpoint.verify(layout.folders(run_dir)[-1], ALONE)
+    assert manifest.processes == 4 and len(manifest.shards) == 2  # one of the two replicas wrote
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that holds 1200 kB: a disk of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk takes root; tests/checkpoint/test_checkpoint.py fails writes without")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_no_line(world, alone, small_disk, monkeypatch, capsys):
+    """The whole run folder lies on the disk that is full from step 10's save to step 15's: the log has to wait too."""
+    run_dir, ballast, plain = small_disk / "run", small_disk / "ballast", Saver.save
+
+    def save(self, step):
+        self.wait()
+        if step == 10:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+        if step == 15:
+            with pytest.raises(OSError, match="No space"):
+                (small_disk / "more").write_bytes(bytes(8192))
+            ballast.unlink()
+        plain(self, step)
+
+    monkeypatch.setattr(Saver, "save", save)
+    lines = tiny.train(world, run_dir, "--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=1")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "No space left" in said
+    assert "metrics.jsonl cannot be written (No space left on device)" in said
+    assert curve(lines) == curve(alone)
+    for folder in layout.folders(run_dir):
+        checkpoint.verify(folder, ALONE)
+    assert newest(run_dir) == len(alone) and not list((run_dir / "checkpoints").glob(".*"))

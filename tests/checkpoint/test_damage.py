@@ -1,0 +1,232 @@
+"""A file of a data set or of a base that is cut, changed or gone stops a run before its first step, by name.
+
+pytest tests/checkpoint/test_damage.py
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from ochat.data import merge, prepare, shards
+from ochat.errors import CheckpointError, ConfigError, DataError
+from ochat.export.hf_folder import export
+from ochat.files import checksums
+from ochat.model import hf, init_base
+from ochat.model.config import ModelConfig
+from ochat.model.init_base import InitBaseOptions
+from ochat.model.safetensor_files import TensorFiles
+from tests import tiny
+
+
+def flip(path, at=0.5):
+    """One bit of the byte at that share of the file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def grow(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def remove(path):
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def shard_set(world, tmp_path_factory):
+    """A data set of several shards, and rejects."""
+    folder = tmp_path_factory.mktemp("sets")
+    (folder / "in.jsonl").write_text((world.folder / "conversations.jsonl").read_text() + "{bad\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 400)
+        patch.setattr(prepare, "BATCH_RECORDS", 4)
+        options = {"progress": False, "on_bad": "skip"}
+        prepare.prepare([folder / "in.jsonl"], world.base, "openchat_v3.2", folder / "data", **options)
+    assert len(list((folder / "data").glob("shard-*"))) > 2
+    return folder / "data"
+
+
+@pytest.fixture
+def data(shard_set, tmp_path):
+    return shutil.copytree(shard_set, tmp_path / "data")
+
+
+@pytest.fixture
+def base(world, tmp_path):
+    return shutil.copytree(world.base, tmp_path / "base")
+
+
+@pytest.mark.parametrize("damage", [flip, cut, grow, remove])
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001.safetensors", "rejects.jsonl"])
+def test_a_damaged_data_set_is_refused_by_name(world, data, tmp_path, damage, name):
+    damage(data / name)
+    with pytest.raises(DataError, match=name):
+        tiny.train(world, tmp_path / "run", f"--data.path={data}")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_no_file_is_left_out(world, data, tmp_path):
+    for i, path in enumerate(sorted(data.iterdir())):
+        content = path.read_bytes()
+        flip(path)
+        with pytest.raises(DataError, match=path.name):
+            tiny.train(world, tmp_path / f"run{i}", f"--data.path={data}")
+        path.write_bytes(content)
+    assert i > 3
+
+
+@pytest.mark.parametrize("where", ["eval", "mixture", "merged"])
+def test_so_is_every_other_set_that_a_run_reads(world, data, tmp_path, where):
+    flip(data / "shard-00001.safetensors")
+    options = [f"--data.eval_path={data}"]
+    if where == "mixture":
+        options = ["--data.path=", f'--data.mix.a.path="{world.data}"', f'--data.mix.b.path="{data}"']
+    elif where == "merged":
+        merge.merge([world.data, data], tmp_path / "all")
+        options = [f"--data.path={tmp_path / 'all'}"]
+    with pytest.raises(DataError, match="shard-00001.safetensors: its content has changed"):
+        tiny.train(world, tmp_path / "run", *options)
+
+
+def test_without_verification_sizes_and_layout_still_count(world, data, tmp_path):
+    """One token is another one then: that is what the option gives up."""
+    options = [f"--data.path={data}", "--data.verify=false", "--data.max_steps=1", "--samples.max_new_tokens=1"]
+    flip(data / "shard-00001.safetensors", at=0.999)
+    assert len(tiny.train(world, tmp_path / "run", *options)) == 1
+    cut(data / "shard-00001.safetensors")
+    with pytest.raises(DataError, match="shard-00001.safetensors.*bytes instead of"):
+        tiny.train(world, tmp_path / "run2", *options)
+
+
+def test_two_processes_share_the_reading_and_both_stop(world, data, tmp_path):
+    """Each reads half of the files; whichever is damaged, neither goes on."""
+    by_size = sorted(data.glob("shard-*"), key=lambda path: (-path.stat().st_size, path))
+    flip(by_size[1])  # the second rank's
+    done = tiny.torchrun(world, tmp_path / "run", 2, f"--data.path={data}", check=False)
+    assert done.returncode != 0 and f"{by_size[1].name}: its content has changed" in done.stdout + done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("damage", [flip, cut, grow, remove])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "config.json"])
+def test_a_damaged_base_is_refused_by_name(world, base, tmp_path, damage, name):
+    """Of a config or a tokenizer that is no longer one, its reader may be the one to say so."""
+    damage(base / name)
+    with pytest.raises((CheckpointError, ConfigError), match=name):
+        tiny.train(world, tmp_path / "run", f"--base.path={base}")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_init_base_writes_is_what_sha256sum_checks(base):
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "--strict", checksums.SUMS], cwd=base)
+    assert done.returncode == 0
+    assert {path.name for path in checksums.expected(base)} == {p.name for p in base.iterdir()} - {checksums.SUMS}
+
+
+def test_what_sha256sum_writes_is_read(base):
+    """Also with the mark of binary mode and with paths that begin with a dot."""
+    for options, pattern in (("", "*.safetensors"), ("-b", "*.safetensors"), ("", "./*.safetensors")):
+        subprocess.run(f"sha256sum {options} {pattern} > {checksums.SUMS}", shell=True, cwd=base, check=True)
+        checksums.compare(checksums.expected(base))
+    flip(base / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
+        checksums.compare(checksums.expected(base))
+
+
+@pytest.mark.parametrize("line", ["", "abc  model.safetensors", "{sum}  ../model.safetensors", "{sum}  /etc/passwd"])
+def test_sums_that_are_none_are_refused(base, line):
+    (base / checksums.SUMS).write_text(line.format(sum="0" * 64) + "\n")
+    with pytest.raises(CheckpointError, match=checksums.SUMS):
+        checksums.expected(base)
+
+
+def split(base):
+    """The base in several files and without sums, as a large model comes."""
+    model = hf.load(base, dtype="float32")
+    for path in [*base.glob("model*.safetensors"), base / checksums.SUMS]:
+        path.unlink()
+    hf.save(base, model.config, model.named_parameters(), "float32", max_shard_bytes=30_000)
+    return sorted(base.glob("model-*.safetensors"))
+
+
+def test_the_hubs_records_of_a_download_are_its_sums(world, base, tmp_path):
+    """Both ways in which its tools leave files: links to blobs named by their sums, and metadata beside copies."""
+    files = split(base)
+    linked = shutil.copytree(base, tmp_path / "linked")
+    (tmp_path / "blobs").mkdir()
+    (base / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    for path in files:
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        shutil.move(linked / path.name, tmp_path / "blobs" / sha256)
+        (linked / path.name).symlink_to(f"../blobs/{sha256}")
+        record = base / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+        record.write_text(f"{'a' * 40}\n{sha256}\n1700000000.0\n")
+    for folder in (base, linked):
+        assert len(checksums.expected(folder)) == len(files)
+        hf.load(folder)
+        flip(folder / files[1].name, at=0.9)
+        with pytest.raises(CheckpointError, match=f"{files[1].name}: damaged"):
+            tiny.train(world, tmp_path / "run", f"--base.path={folder}")
+        with pytest.raises(CheckpointError, match=f"{files[1].name}: damaged"):
+            init_base.main(InitBaseOptions(tmp_path / "new", hf=folder))
+
+
+@pytest.mark.parametrize("damage", [cut, grow, remove])
+def test_a_shard_without_sums_is_still_whole_or_refused(world, base, tmp_path, damage):
+    files = split(base)
+    damage(files[1])
+    with pytest.raises(CheckpointError, match=files[1].name):
+        tiny.train(world, tmp_path / "run", f"--base.path={base}")
+
+
+def test_a_run_says_that_nothing_could_be_compared_and_how_to_change_that(world, base, tmp_path, capsys):
+    split(base)
+    options = [f"--base.path={base}", "--data.max_steps=1", "--samples.max_new_tokens=1"]
+    tiny.train(world, tmp_path / "run", *options)
+    assert "no checksums" in capsys.readouterr().out
+    subprocess.run(f"sha256sum *.safetensors > {checksums.SUMS}", shell=True, cwd=base, check=True)
+    tiny.train(world, tmp_path / "run2", *options)
+    assert "no checksums" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite_is_named_with_file_and_tensor(world, base, tmp_path, value):
+    files = split(base)
+    name = "model.layers.1.mlp.down_proj.weight"
+    place = TensorFiles.open(base).files[name]
+    content, rows = bytearray((base / place).read_bytes()), TensorFiles.open(base).read(name).numpy().tobytes()
+    at = content.index(rows) + 4 * 100
+    content[at : at + 4] = np.float32(value).tobytes()
+    (base / place).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{place}: {name} holds a value that is NaN or infinite"):
+        tiny.train(world, tmp_path / "run", f"--base.path={base}")
+    assert len(files) > 2 and not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_tensor_in_two_files_is_refused(base):
+    """The index names one of them; which is the model's nobody knows."""
+    files = split(base)
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    moved = next(name for name, file in index["weight_map"].items() if file == files[1].name)
+    shutil.copyfile(files[1], files[0])
+    with pytest.raises(CheckpointError, match="index.json says that .* holds"):
+        hf.check_weights(base, ModelConfig.load(base))
+    assert moved
+
+
+def test_an_exported_model_is_a_base_with_sums(alone, world, tmp_path):
+    export(world.folder / "alone", tmp_path / "out")
+    assert torch.isfinite(hf.load(tmp_path / "out").embed.weight).all()
+    flip(tmp_path / "out" / "model.safetensors", at=0.9)
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
+        hf.load(tmp_path / "out")

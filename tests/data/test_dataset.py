@@ -1,0 +1,206 @@
+"""Laws of the prepared data set: weights by the configuration, selection, damage: pytest tests/data/test_dataset.py"""
+
+import math
+
+import numpy as np
+import pytest
+
+from ochat.config import ClassConfig, WeightsConfig
+from ochat.data import shards
+from ochat.data.check import check
+from ochat.data.dataset import TokenDataset
+from ochat.data.prepare import prepare
+from ochat.data.weights import ASSISTANT, ROLES
+from ochat.errors import ConfigError, DataError
+from ochat.text import template
+from tests.tiny_text import conversations, write_base, write_lines
+
+TEMPLATE = "openchat_v3.2"
+TABLE = {"GPT4": ClassConfig(reward=1.0), "GPT3": ClassConfig(weight=0.25)}
+
+
+def build(folder, records, **options):
+    base = write_base(folder / "base")
+    prepare([write_lines(folder / "in.jsonl", records)], base, TEMPLATE, folder / "data", progress=False, **options)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """300 conversations of two classes in several shards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 8_000)
+        patch.setattr("ochat.data.prepare.BATCH_RECORDS", 50)
+        return build(tmp_path_factory.mktemp("mixed"), conversations(seed=5, count=300))
+
+
+def test_shards_are_several(mixed):
+    assert len(TokenDataset(mixed).manifest["shards"]) > 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"classes": TABLE}, {"only_class": "GPT3"}, {"subsample": {"GPT4": 0.5}}, {"weights": WeightsConfig("none")}],
+    ids=["plain", "table", "one class", "subsample", "no weights"],
+)
+def test_columns_say_what_examples_say(mixed, options):
+    data = TokenDataset(mixed, **options)
+    assert len(data) == len(data.lengths) == len(data.supervised) == len(data.class_ids) == len(data.indices)
+    for i, example in enumerate(data):
+        assert example.input_ids.dtype == np.int64 and example.loss_weights.dtype == np.float32
+        assert len(example.input_ids) == len(example.loss_weights) == data.lengths[i]
+        assert np.count_nonzero(example.loss_weights[1:]) == data.supervised[i] > 0
+        assert data.class_names[data.class_ids[i]] == example.condition
+        assert data.place(i).endswith(f"in.jsonl:{data.indices[i] + 1}")
+    assert data[-1].input_ids.tolist() == data[len(data) - 1].input_ids.tolist()
+    with pytest.raises(IndexError):
+        data[len(data)]
+
+
+def test_classes_change_weights_and_nothing_else(mixed):
+    """Every supervised token takes its class's weight, whatever its own was; an own 0 stays 0."""
+    plain, weighed = TokenDataset(mixed), TokenDataset(mixed, classes=TABLE)
+    for own, by_class in zip(plain, weighed, strict=True):
+        assert own.input_ids.tolist() == by_class.input_ids.tolist()
+        weight = {"GPT4": 1.0, "GPT3": 0.25}[own.condition]
+        assert by_class.loss_weights.tolist() == [weight if w != 0 else 0.0 for w in own.loss_weights.tolist()]
+    assert plain.fingerprint == weighed.fingerprint
+
+
+def test_a_message_mean_gives_every_message_its_weight_once(tmp_path):
+    items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 9}]
+    items += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b" * 4, "weight": 0.5}]
+    data = TokenDataset(build(tmp_path, [{"items": items}]), weights=WeightsConfig(per_message_mean=True))
+    weights = data[0].loss_weights.tolist()
+    assert [w for w in weights if w] == pytest.approx([0.1] * 10 + [0.1] * 5)  # content and end of turn
+
+
+def test_rewards_are_each_conversations_own(tmp_path):
+    items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = build(tmp_path, [{"items": items, "reward": 0.4}, {"items": items, "reward": 1.0}])
+    data = TokenDataset(path, weights=WeightsConfig("reward", beta=0.5))
+    assert [max(e.loss_weights) for e in data] == pytest.approx([math.exp(-1.2), 1.0])
+
+
+@pytest.mark.parametrize("extra, message", [({}, "no reward"), ({"reward": 1e4}, "infinite")])
+def test_a_reward_that_gives_no_weight_is_named(tmp_path, extra, message):
+    items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path = build(tmp_path, [{"items": items, "reward": 0.4}, {"items": items} | extra])
+    with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
+        TokenDataset(path, weights=WeightsConfig("reward"))
+
+
+def test_selection_keeps_order_and_is_nested(mixed):
+    whole = TokenDataset(mixed)
+    only = TokenDataset(mixed, only_class="GPT3", classes={"GPT3": ClassConfig(weight=1.0)})
+    assert only.indices.tolist() == np.flatnonzero(whole.class_ids == whole.class_names.index("GPT3")).tolist()
+    picks = [set(TokenDataset(mixed, subsample={"GPT3": share}, seed=3).indices) for share in (0.2, 0.6, 1.0)]
+    assert picks[0] < picks[1] < picks[2] == set(range(300))
+    num_gpt3 = len(only)
+    assert len(picks[1]) == 300 - num_gpt3 + round(0.6 * num_gpt3)
+    again = set(TokenDataset(mixed, subsample={"GPT3": 0.2}, seed=3).indices)
+    other = set(TokenDataset(mixed, subsample={"GPT3": 0.2}, seed=4).indices)
+    assert again == picks[0] != other
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"only_class": "GPT5"}, r"no class 'GPT5' \(its classes: .*'GPT4'"),
+        ({"subsample": {"gpt4": 0.5}}, "no class 'gpt4'"),
+        ({"subsample": {"GPT4": 1.5}}, "share from 0 to 1"),
+        ({"only_class": "GPT4", "subsample": {"GPT4": 0.0}}, "leave no conversation"),
+        ({"classes": {"GPT4": ClassConfig(weight=1.0)}}, "class 'GPT3'"),
+    ],
+)
+def test_impossible_selections_are_named(mixed, options, message):
+    with pytest.raises(ConfigError, match=message):
+        TokenDataset(mixed, **options)
+
+
+def test_template_and_fingerprint(mixed):
+    data = TokenDataset(mixed)
+    assert data.template == template.load(TEMPLATE)
+    prints = {TokenDataset(mixed, **o).fingerprint for o in ({}, {"only_class": "GPT4"}, {"subsample": {"GPT4": 0.5}})}
+    assert data.fingerprint in prints and len(prints) == 3
+
+
+def copied(source, target):
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def test_damage_is_refused_with_the_files_name(mixed, tmp_path):
+    shard = "shard-00001.safetensors"
+
+    path = copied(mixed, tmp_path / "a")
+    data = bytearray((path / shard).read_bytes())
+    data[-3] ^= 1
+    (path / shard).write_bytes(data)
+    with pytest.raises(DataError, match=f"{shard}.*has changed"):
+        check(path)
+    (path / shard).write_bytes(data[:-1])
+    with pytest.raises(DataError, match=rf"{shard}: \d+ bytes instead of"):
+        TokenDataset(path)
+    (path / shard).write_bytes(b"\xff" * len(data))
+    with pytest.raises(DataError, match=f"{shard}: damaged"):
+        TokenDataset(path)
+    (path / shard).unlink()
+    with pytest.raises(DataError, match=f"{shard}: missing"):
+        TokenDataset(path)
+
+
+def test_a_whole_set_verifies(mixed):
+    assert check(mixed).num_files > 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"version": 99}, "version 99"), ({"format": "x"}, "not the manifest"), ({"roles": ["user"]}, "roles")],
+)
+def test_another_format_is_refused(mixed, tmp_path, change, message):
+    path = copied(mixed, tmp_path / "a")
+    shards.write_manifest(path / "manifest.json", shards.read_manifest(path) | change)
+    with pytest.raises(DataError, match=message):
+        TokenDataset(path)
+
+
+@pytest.mark.parametrize("content, message", [(None, "no manifest.json"), ("{", "damaged")])
+def test_a_folder_that_is_no_data_set_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        TokenDataset(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        TokenDataset(tmp_path / "nowhere")
+
+
+def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
+    writer = shards.ShardWriter(tmp_path / "a", 1 << 16)
+    assert writer.id_dtype is np.uint16 and shards.ShardWriter(tmp_path / "b", (1 << 16) + 1).id_dtype is np.uint32
+
+
+def test_token_ids_stay_in_the_file(mixed):
+    data = TokenDataset(mixed)
+    assert all(not shard["input_ids"].flags.owndata for shard in data._shards)
+
+
+def test_a_first_token_is_nobodys_label(mixed, tmp_path):
+    """No template writes a supervised first token, but a shard may hold one: it counts nowhere."""
+    columns = shards.Columns()
+    for ends in ([3], [2, 6], [1, 2]):
+        columns.input_ids.append(np.arange(ends[-1], dtype=np.uint32))
+        columns.span_ends.append(ends)
+        columns.span_roles.append([ASSISTANT] * len(ends))
+        columns.span_weights.append([math.nan, 0.5][: len(ends)])
+        columns.conditions.append("GPT4")
+        columns.rewards.append(math.nan)
+        columns.lines.append(1)
+        columns.files.append("a")
+    with shards.ShardWriter(tmp_path / "data", 300) as writer:
+        writer.add(columns)
+        writer.finish({key: TokenDataset(mixed).manifest[key] for key in ("template", "tokenizer", "context")}, ROLES)
+    data = TokenDataset(tmp_path / "data")
+    assert data.supervised.tolist() == [2, 5, 1] == [np.count_nonzero(e.loss_weights[1:]) for e in data]

@@ -1,0 +1,179 @@
+"""Laws of the held-out split: a prompt has one side, whatever else changes: pytest tests/data/test_held_out.py"""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ochat.data import merge, prepare
+from ochat.data.dataset import TokenDataset
+from ochat.data.held_out import is_held_out, position
+from ochat.errors import ConfigError, DataError
+from ochat.text.conversation import Conversation, Message
+from tests import tiny
+from tests.tiny_text import write_base, write_lines
+
+TEMPLATE = "openchat_v3.2"
+texts = st.text(max_size=10)
+answers = st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), texts), max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    system=texts,
+    prompt=texts,
+    rests=st.tuples(answers, answers),
+    share=st.floats(0, 1),
+    classes=st.tuples(texts, texts),
+)
+def test_a_prompt_has_one_side(system, prompt, rests, share, classes):
+    """Answers, later turns, class, weights and surrounding blanks do not matter."""
+    first, second = (
+        Conversation((Message("user", blank + prompt, weight), *rest), condition, system + blank, reward=weight)
+        for rest, condition, blank, weight in zip(rests, classes, ("", " \n"), (None, 0.5), strict=True)
+    )
+    assert is_held_out(first, share) == is_held_out(second, share)
+
+
+def test_system_and_prompt_are_both_the_prompt():
+    said = [("a", "bc"), ("ab", "c"), ("", "abc"), ("abc", ""), ("b", "bc"), ("1 a", "bc")]
+    found = {position(Conversation((Message("user", user),), system=system)) for system, user in said}
+    assert len(found) == len(said)
+
+
+def test_who_speaks_first_without_a_user():
+    alone = [position(Conversation((Message("assistant", text), Message("assistant", "same")))) for text in "abc"]
+    assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.5])
+def test_the_share_is_the_binomials(share):
+    """20,000 prompts: within five standard deviations; and a smaller share is part of a larger one."""
+    chats = [Conversation((Message("user", f"What is {i} + 1?"),)) for i in range(20_000)]
+    held = sum(is_held_out(chat, share) for chat in chats)
+    assert abs(held - 20_000 * share) < 5 * math.sqrt(20_000 * share * (1 - share))
+    assert all(is_held_out(chat, 1.5 * share) for chat in chats if is_held_out(chat, share))
+    assert not any(is_held_out(chat, 0.0) for chat in chats)
+
+
+def test_the_side_is_the_same_everywhere():
+    """A fixed number, so no release, machine or process moves a prompt to the other side."""
+    chat = Conversation((Message("user", "Hello"),), system="Be brief.")
+    assert position(chat) == GOLDEN
+    assert is_held_out(chat, GOLDEN + 1e-9) and not is_held_out(chat, GOLDEN)
+    code = "from ochat.data.held_out import *; from ochat.text.conversation import *\n"
+    code += "print(position(Conversation((Message('user', 'Hello'),), system='Be brief.')))"
+    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert float(subprocess.check_output([sys.executable, "-c", code], env=env)) == GOLDEN
+
+
+GOLDEN = 0.8600217475585472
+
+
+def pairs(count):
+    """Every prompt answered by both classes, some with a second turn."""
+    for i in range(count):
+        for condition in ("GPT4", "GPT3"):
+            items = [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"{condition} says {i}"}]
+            more = [{"role": "user", "content": condition}, {"role": "assistant", "content": "more"}]
+            yield {"items": items + more * (i % 3 == 0), "condition": condition}
+
+
+def prompts(folder, records):
+    """Prompts of a data set, by the lines that its examples came from."""
+    data = TokenDataset(folder)
+    return [records[int(data.place(i).rpartition(":")[2]) - 1]["items"][0]["content"] for i in range(len(data))]
+
+
+def test_prepare_splits_without_losing_or_leaking(tmp_path):
+    base, records = write_base(tmp_path / "base"), list(pairs(300))
+    source = write_lines(tmp_path / "in.jsonl", records)
+    report = prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.2, progress=False)
+    train, held = prompts(tmp_path / "out", records), prompts(tmp_path / "out-held-out", records)
+    assert not set(train) & set(held) and sorted(train + held) == sorted(r["items"][0]["content"] for r in records)
+    assert all(held.count(prompt) == 2 for prompt in held) and 30 <= len(set(held)) <= 90
+    assert (report.kept, report.held_out.kept) == (len(train), len(held))
+
+    shuffled = random.Random(1).sample(records, len(records))
+    source = write_lines(tmp_path / "in2.jsonl", shuffled)
+    parts = [tmp_path / f"part{i}" for i in (1, 2, 3)]
+    for i, part in enumerate(parts, start=1):
+        prepare.prepare([source], base, TEMPLATE, part, held_out=0.2, shard=f"{i}/3", workers=0, progress=False)
+    merge.merge([part.with_name(part.name + "-held-out") for part in parts], tmp_path / "held")
+    assert sorted(prompts(tmp_path / "held", shuffled)) == sorted(held), "in another order, on three machines"
+
+
+def test_a_split_that_leaves_nothing_is_an_error(tmp_path):
+    base, source = write_base(tmp_path / "base"), write_lines(tmp_path / "in.jsonl", list(pairs(3)))
+    with pytest.raises(DataError, match=r"--held-out 1e-06 holds out none of 6 conversations"):
+        prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=1e-6, progress=False)
+    with pytest.raises(DataError, match="no conversation is left to train on"):
+        prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=1 - 1e-6, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in.jsonl"]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 5, math.nan])
+def test_an_impossible_share_is_named(tmp_path, share):
+    with pytest.raises(ConfigError, match=f"--held-out {share}"):
+        prepare.prepare(["in.jsonl"], "base", TEMPLATE, tmp_path / "out", held_out=share)
+
+
+@pytest.mark.parametrize("way", ["out", "out-held-out"])
+def test_a_set_in_the_way_of_either_side_is_kept(tmp_path, way):
+    base, source = write_base(tmp_path / "base"), write_lines(tmp_path / "in.jsonl", list(pairs(30)))
+    prepare.prepare([source], base, TEMPLATE, tmp_path / way, progress=False)
+    with pytest.raises(ConfigError, match=f"{way}: a data set is there already"):
+        prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.3, progress=False)
+    prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.3, overwrite=True, progress=False)
+    manifest = json.loads((tmp_path / "out-held-out" / "manifest.json").read_text())
+    assert manifest["held_out"] == {"share": 0.3, "side": "held-out"} and manifest["counts"]["kept"] < 60
+
+
+KILLED = """
+import os, signal, sys
+from ochat.data import prepare
+
+renames, rename = 0, os.rename
+
+def dying(source, target):
+    global renames
+    renames += 1
+    if renames == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+
+os.rename = dying
+_, _, source, base, output, share = sys.argv
+prepare.prepare([source], base, "openchat_v3.2", output, held_out=float(share), overwrite=True, progress=False)
+"""
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_kill_between_the_two_sets_leaves_no_mixture(tmp_path, is_there):
+    """Before each rename: where the training set is, both are, and of one split; else both can be made again."""
+    base, source = write_base(tmp_path / "base"), write_lines(tmp_path / "in.jsonl", list(pairs(100)))
+    for moment in range(1, 6):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        if is_there:
+            prepare.prepare([source], base, TEMPLATE, folder / "out", held_out=0.5, progress=False)
+        command = [sys.executable, "-c", KILLED, moment, source, base, folder / "out", 0.2]
+        done = subprocess.run(list(map(str, command)), env=tiny.environment(), cwd=tiny.ROOT)
+        last = 4 if is_there else 2
+        assert done.returncode == (-signal.SIGKILL if moment <= last else 0)
+        sides = [folder / "out" / "manifest.json", folder / "out-held-out" / "manifest.json"]
+        if sides[0].exists():
+            shares = [json.loads(side.read_text())["held_out"]["share"] for side in sides]
+            assert shares == [0.2, 0.2] if moment > last else [0.5, 0.5]
+        else:
+            prepare.prepare([source], base, TEMPLATE, folder / "out", held_out=0.2, overwrite=True, progress=False)
+        if moment > last:
+            break

@@ -1,0 +1,226 @@
+"""Laws of a mixture: what an epoch takes of each set, over any number of epochs: pytest tests/data/test_mixture.py"""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ochat import config as configuration
+from ochat.config import ClassConfig, MixConfig
+from ochat.data.dataset import TokenDataset
+from ochat.data.loader import Loader
+from ochat.data.mixture import Mixture, stretch, token_budgets
+from ochat.data.prepare import prepare
+from ochat.errors import ConfigError
+from ochat.model.config import ModelConfig
+from ochat.plan import run_facts
+from ochat.train import inputs
+from tests import tiny
+from tests.tiny_text import conversations, write_base, write_lines
+
+LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array)
+
+
+def epochs_of(lengths, budget, count, seed=(0, 1)):
+    return [stretch(lengths, round(k * budget), round((k + 1) * budget), seed) for k in range(count)]
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.floats(0.05, 3.5), st.integers(1, 6))
+def test_no_conversation_comes_again_before_all_came_as_often(lengths, passes, num_epochs):
+    counts = np.zeros(len(lengths), int)
+    for taken in epochs_of(lengths, passes * lengths.sum(), num_epochs):
+        np.add.at(counts, taken, 1)
+        assert np.ptp(counts) <= 1
+    assert abs((counts * lengths).sum() - num_epochs * passes * lengths.sum()) < lengths.max()
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.floats(0.05, 3.5), st.integers(0, 6))
+def test_every_epoch_takes_its_tokens(lengths, passes, epoch):
+    budget = passes * lengths.sum()
+    taken = epochs_of(lengths, budget, epoch + 1)[epoch]
+    assert abs(lengths[taken].sum() - budget) < lengths.max() + 1
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 3), st.integers(0, 3))
+def test_whole_passes_take_everything_as_often(lengths, passes, epoch):
+    taken = epochs_of(lengths, passes * lengths.sum(), epoch + 1)[epoch]
+    assert np.bincount(taken, minlength=len(lengths)).tolist() == [passes] * len(lengths)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.01, 100)), min_size=1, max_size=5))
+def test_rates_are_kept_until_the_first_set_is_used_up(sets):
+    totals = {str(i): total for i, (total, _) in enumerate(sets)}
+    budgets = token_budgets(totals, {str(i): MixConfig("x", ratio=rate) for i, (_, rate) in enumerate(sets)})
+    per_rate = [budgets[str(i)] / rate for i, (_, rate) in enumerate(sets)]
+    assert per_rate == pytest.approx([per_rate[0]] * len(sets))
+    assert max(budgets[name] / totals[name] for name in totals) == pytest.approx(1)
+
+
+def test_a_half_is_another_half_in_the_next_epoch_and_with_another_seed():
+    lengths = np.full(100, 7)
+    first, second = epochs_of(lengths, 350, 2)
+    assert sorted([*first, *second]) == list(range(100)) and len(first) == 50
+    assert sorted(first) != sorted(epochs_of(lengths, 350, 1, seed=(1, 1))[0])
+    third, fourth = epochs_of(lengths, 350, 4)[2:]
+    assert sorted([*third, *fourth]) == list(range(100)) and sorted(third) not in (sorted(first), sorted(second))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two sets over one base; the second has a class of its own, which the first's numbering does not know."""
+    folder = tmp_path_factory.mktemp("mixture")
+    base = write_base(folder / "base")
+    for name, seed, count, names in (("chat", 1, 90, ("GPT4", "GPT3")), ("code", 2, 60, ("coder", "GPT4"))):
+        records = conversations(seed, count)
+        for record in records:
+            record["condition"] = names[record["condition"] == "GPT3"]
+        prepare([write_lines(folder / f"{name}.jsonl", records)], base, "openchat_v3.2", folder / name, progress=False)
+    return {name: folder / name for name in ("chat", "code")}
+
+
+def mix(folders, options):
+    return {name: MixConfig(str(path), **options.get(name, {})) for name, path in folders.items()}
+
+
+def test_several_sets_are_one_after_the_other_with_classes_united_by_name(folders):
+    data, apart = TokenDataset(folders), [TokenDataset(path) for path in folders.values()]
+    assert data.class_names[:2] == apart[0].class_names and set(data.class_names) == {"GPT4", "GPT3", "coder"}
+    assert [(part.start, part.stop) for part in data.sets.values()] == [(0, 90), (90, 150)]
+    for ours, theirs in zip(data, [example for each in apart for example in each], strict=True):
+        assert ours.input_ids.tolist() == theirs.input_ids.tolist() and ours.condition == theirs.condition
+        assert ours.loss_weights.tolist() == theirs.loss_weights.tolist()
+    assert data.place(90).endswith("code.jsonl:1") and data.place(89).endswith("chat.jsonl:90")
+    batch = data.batch([0, 120])
+    expected = [data.class_names.index(data[i].condition) for i in (0, 120) for _ in range(data.supervised[i])]
+    assert batch.row_classes.tolist() == expected
+    assert len({data.fingerprint, *(each.fingerprint for each in apart)}) == 3
+
+
+def test_weights_and_selection_hold_across_sets(folders):
+    table = {name: ClassConfig(weight=weight) for name, weight in (("GPT4", 1.0), ("GPT3", 0.1), ("coder", 0.5))}
+    data = TokenDataset(folders, classes=table, only_class="GPT4", subsample={"GPT4": 0.5}, seed=3)
+    whole = TokenDataset(folders)
+    assert {example.condition for example in data} == {"GPT4"}
+    assert {float(w) for example in data for w in example.loss_weights} == {0.0, 1.0}
+    for name, part in data.sets.items():
+        inside = whole.sets[name]
+        assert (
+            (inside.start <= data.indices[part]) & (data.indices[part] < inside.stop)
+        ).all() and part.stop > part.start
+    assert (
+        sum(part.stop - part.start for part in data.sets.values())
+        == len(data)
+        == round(0.5 * (whole.class_ids == whole.class_names.index("GPT4")).sum())
+    )
+    mixture = Mixture(data, mix(folders, {"chat": {"epochs": 2}}))
+    assert np.bincount(mixture(0)).tolist() == [2] * data.sets["chat"].stop + [1] * (len(data) - data.sets["chat"].stop)
+
+
+def test_a_set_that_the_selection_empties_is_named(folders):
+    data = TokenDataset(folders, only_class="GPT3")
+    with pytest.raises(ConfigError, match="data.mix.code: only_class and subsample leave no conversation of it"):
+        Mixture(data, mix(folders, {}))
+
+
+def test_a_budget_below_every_conversation_is_named(folders):
+    mixture = Mixture(TokenDataset(folders), mix(folders, {"chat": {"epochs": 1e-9}, "code": {"epochs": 1e-9}}))
+    with pytest.raises(ConfigError, match="epoch 2 takes no conversation"):
+        mixture(1)
+
+
+def test_what_is_taken_of_a_set_depends_on_no_other(folders):
+    shares = mix(folders, {"chat": {"epochs": 0.4}, "code": {"epochs": 0.7}})
+    alone = TokenDataset({"chat": folders["chat"]})
+    ours = Mixture(TokenDataset(folders), shares, seed=5)(1)
+    assert ours[ours < 90].tolist() == Mixture(alone, {"chat": shares["chat"]}, seed=5)(1).tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"chat": {"epochs": 0.5}, "code": {"epochs": 2.0}},
+        {"chat": {"tokens": 900}},
+        {"chat": {"ratio": 3}, "code": {"ratio": 1}},
+    ],
+)
+def test_the_loader_trains_on_the_mixture(folders, options):
+    data = TokenDataset(folders)
+    mixture = Mixture(data, mix(folders, options), seed=1)
+    loader = Loader(
+        data, token_budget=512, bins_per_step=2, seed=1, epochs=3, mixture=mixture, costs=data.lengths * 2.0
+    )
+    seen = {epoch: [] for epoch in range(3)}
+    for step, batches in loader.iterate():
+        seen[loader.position(step)[0]] += [i for batch in batches for i in batch.sequences]
+    assert all(sorted(seen[epoch]) == sorted(mixture(epoch).tolist()) for epoch in range(3))
+    assert loader.stats().num_tokens == data.lengths[seen[0]].sum()
+    assert loader.stats().num_supervised == data.supervised[seen[0]].sum()
+    assert (sorted(seen[0]) == sorted(seen[1])) == (options == {})
+
+
+@pytest.fixture(scope="module")
+def others(world, tmp_path_factory):
+    """The world's conversations prepared with another tokenizer, and with another template."""
+    folder, source = tmp_path_factory.mktemp("others"), world.folder / "conversations.jsonl"
+    prepare([source], write_base(folder / "base"), "openchat_v3.2", folder / "tokenizer", progress=False)
+    prepare([source], world.base, "openchat_v3.2", folder / "template", conditions="ignore", progress=False)
+    return folder
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "template"])
+def test_sets_prepared_otherwise_are_refused_by_name(world, others, what):
+    with pytest.raises(
+        ConfigError, match=rf"data\.mix\.odd \(.*{what}\): prepared with another {what}.*data\.mix\.mine"
+    ):
+        TokenDataset({"mine": world.data, "odd": others / what})
+
+
+def mixed_options(world, *more):
+    return ["--data.path=", f"--data.mix.one.path={world.data}", f"--data.mix.two.path={world.data}", *more]
+
+
+def test_a_run_trains_on_a_mixture_and_goes_on_where_it_stopped(world, tmp_path):
+    options = mixed_options(world, "--data.mix.two.epochs=0.5", "--data.epochs=2", "--checkpoint.every=3")
+    whole = tiny.train(world, tmp_path / "whole", *options, "--checkpoint.keep=0")
+    saved = tmp_path / "whole" / "checkpoints" / "step_3"
+    again = tiny.train(world, tmp_path / "again", *options, f"--run.resume={saved}")
+    assert [line["loss"] for line in again] == [line["loss"] for line in whole[3:]] and again
+    config = configuration.load(tmp_path / "whole" / "config.toml")
+    assert config.data.mix["two"] == MixConfig(str(world.data), epochs=0.5) and not config.data.path
+
+
+def test_a_plan_has_a_row_for_each_set(world):
+    options = mixed_options(world, "--data.mix.one.tokens=300", "--data.mix.two.epochs=2")
+    config = configuration.load(world.config, options)
+    data = inputs.open_data(config)
+    loader = inputs.open_loader(config, data, ModelConfig.load(world.base))
+    rows = inputs.describe_sets(loader)
+    total = data.lengths[data.sets["two"]].sum()
+    assert rows["set two"] == f"60 conversations, {total:,} tokens; an epoch takes 120, {2 * total:,} tokens: 2 passes"
+    assert rows["set one"].startswith(f"60 conversations, {total:,} tokens; an epoch takes ")
+    facts = run_facts.describe(config, loader, ModelConfig.load(world.base))
+    assert rows.items() <= facts.items() and f"{loader.stats().num_tokens:,} tokens" in facts["data"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data.mix.a.path=x"], "data.path = .*no path beside"),
+        (["--data.path=", "--data.mix.a.epochs=1"], "data.mix.a.path"),
+        (
+            ["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epochs=1", "--data.mix.a.ratio=1"],
+            "data.mix.a = .*at most one",
+        ),
+        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.tokens=0"], "data.mix.a.tokens = 0"),
+        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.ratio=inf"], "data.mix.a.ratio = inf"),
+        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epoch=1"], "did you mean 'epochs'"),
+    ],
+)
+def test_what_a_mixture_cannot_mean_is_refused(world, options, message):
+    with pytest.raises(ConfigError, match=message):
+        configuration.load(world.config, options)

@@ -1,0 +1,344 @@
+"""Laws of `ochat prepare`: the template's own ids come out, nothing goes missing: pytest tests/data/test_prepare.py"""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ochat.data import shards
+from ochat.data.dataset import TokenDataset
+from ochat.data.encode import Encoder, num_supervised
+from ochat.data.prepare import prepare
+from ochat.data.prepare_report import print_report
+from ochat.data.records import Record
+from ochat.data.workers import encode_all
+from ochat.errors import ConfigError, DataError
+from ochat.text import template, tokenizer
+from ochat.text.conversation import Conversation
+from ochat.text.template import Span
+from tests.tiny_text import conversations, write_base, write_lines
+
+TEMPLATE = "openchat_v3.2"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def make(base, tmp_path):
+    """make(records, **options) -> report of preparing them into tmp_path/out."""
+
+    def prepare_records(records, name="in.jsonl", **options):
+        path = write_lines(tmp_path / name, records)
+        return prepare([path], base, TEMPLATE, tmp_path / "out", progress=False, **options)
+
+    return prepare_records
+
+
+def trimmed(ids, weights):
+    end = max((i + 1 for i, weight in enumerate(weights) if weight != 0), default=0)
+    return ids[:end], weights[:end]
+
+
+def chat(answer="yes", **extra):
+    return {
+        "items": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}],
+        "condition": "GPT4",
+    } | extra
+
+
+@pytest.mark.parametrize("conditions", ["both", "assistant", "ignore"])
+@pytest.mark.parametrize("context", [None, 60])
+def test_examples_are_the_templates_own_cut_and_trimmed(make, base, tmp_path, conditions, context):
+    records = conversations(seed=1, count=200)
+    report = make(records, conditions=conditions, context=context)
+    form, tokens = template.with_conditions(template.load(TEMPLATE), conditions), tokenizer.load(base)
+    expected, num_cut = [], 0
+    for record in records:
+        ids, weights = trimmed(*form.encode(Conversation.from_dict(record), tokens))
+        num_cut += len(ids) > (context or form.context)
+        ids, weights = trimmed(ids[: context or form.context], weights[: context or form.context])
+        if ids:
+            expected.append((ids, weights, record["condition"]))
+    data = TokenDataset(tmp_path / "out")
+    assert [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in data] == expected
+    assert report.kept == len(expected) and report.tokens == sum(len(ids) for ids, _, _ in expected)
+    assert (
+        report.truncated + report.dropped["no answer"] == num_cut and report.kept + report.dropped["no answer"] == 200
+    )
+    assert report.supervised == sum(sum(w != 0 for w in weights[1:]) for _, weights, _ in expected)
+    assert (num_cut > 20) == (context == 60)
+
+
+def test_workers_and_shards_change_nothing(make, tmp_path, monkeypatch):
+    """Two processes and many small shards give the examples of one process and one shard."""
+    records = conversations(seed=2, count=1500)
+    make(records, workers=0)
+    alone = [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in TokenDataset(tmp_path / "out")]
+    places = TokenDataset(tmp_path / "out").place(777)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 10_000)
+    make(records, workers=2, overwrite=True)
+    data = TokenDataset(tmp_path / "out")
+    assert len(data.manifest["shards"]) == 3
+    assert [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in data] == alone
+    assert data.place(777) == places == f"{tmp_path / 'in.jsonl'}:778"
+
+
+def test_equal_input_gives_equal_files(make, tmp_path):
+    contents = []
+    for _ in range(2):
+        make(conversations(seed=3, count=50), overwrite=True)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
+    assert contents[0] == contents[1]
+
+
+def test_several_files_and_a_default_class(base, tmp_path):
+    first = write_lines(tmp_path / "a.jsonl", [chat("a"), {"instruction": "b?", "output": "b"}])
+    second = tmp_path / "b.json"
+    second.write_text(
+        json.dumps([{"conversations": [{"from": "human", "value": "c?"}, {"from": "gpt", "value": "c"}]}])
+    )
+    report = prepare([first, second], base, TEMPLATE, tmp_path / "out", default_condition="GPT3", progress=False)
+    data = TokenDataset(tmp_path / "out")
+    assert [e.condition for e in data] == ["GPT4", "GPT3", "GPT3"] and data.class_names == ("GPT4", "GPT3")
+    assert [data.place(i) for i in range(3)] == [f"{first}:1", f"{first}:2", f"{second}:1"]
+    assert report.classes["GPT3"]["kept"] == 2 and report.classes["GPT4"]["kept"] == 1
+
+
+BAD = {
+    "not JSON": ("{oops, this is no JSON at all", "not JSON"),
+    "no object": ("[1]", "JSON object"),
+    "field missing": ('{"items": [{"role": "user"}]}', r"items\[0\]\.content: missing"),
+    "mistyped field": ('{"items": [{"role": "user", "content": 3}]}', r"items\[0\]\.content: expected text"),
+    "unknown role": ('{"items": [{"role": "judge", "content": "x"}]}', r"items\[0\]\.role: .*judge"),
+    "NaN weight": ('{"items": [{"role": "assistant", "content": "x", "weight": NaN}]}', r"items\[0\]\.weight: .*nan"),
+    "huge weight": (
+        '{"items": [{"role": "assistant", "content": "x", "weight": 1e300}]}',
+        r"items\[0\]\.weight: .*too large",
+    ),
+    "nothing supervised": (json.dumps({"items": [{"role": "user", "content": "x"}]}), "no message to learn from"),
+    "lone surrogate": ('{"items": [{"role": "assistant", "content": "\\ud800"}]}', r"items\[0\]\.content: .*surrogate"),
+}
+
+
+@pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in BAD), ("NaN weight", 1)])
+def test_a_bad_record_stops_with_its_place_or_goes_to_the_rejects(base, tmp_path, kind, workers):
+    line, reason = BAD[kind]
+    path = write_lines(tmp_path / "in.jsonl", [chat("a"), chat("b")])
+    path.write_text(path.read_text() + line + "\n" + json.dumps(chat("c")) + "\n")
+    options = {"workers": workers, "progress": False}
+    with pytest.raises(DataError, match=rf"in\.jsonl:3: .*{reason}"):
+        prepare([path], base, TEMPLATE, tmp_path / "out", **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"], "a failed prepare leaves nothing"
+
+    report = prepare([path], base, TEMPLATE, tmp_path / "out", on_bad="skip", **options)
+    assert (report.kept, report.rejected) == (3, 1)
+    (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert (reject["file"], reject["line"], reject["text"]) == (str(path), 3, line)
+    assert "in.jsonl" not in reject["reason"]
+
+
+@pytest.mark.parametrize("on_bad", ["error", "skip"])
+@pytest.mark.parametrize("content", ["", "\n", "[]"])
+def test_empty_input_is_an_error(base, tmp_path, content, on_bad):
+    path = tmp_path / "in.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"in\.jsonl.*(empty|no conversation is left)"):
+        prepare([path], base, TEMPLATE, tmp_path / "out", on_bad=on_bad, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_over_long_conversations_are_cut_dropped_or_refused(make, tmp_path):
+    records = [chat("short"), chat("long " * 20), chat("late", system="s" * 80)]
+    report = make(records, context=70)
+    assert (report.kept, report.truncated, report.dropped) == (2, 1, {"too long": 0, "no answer": 1})
+    assert TokenDataset(tmp_path / "out").lengths.tolist()[1] == 70
+    report = make(records, context=70, over_long="drop", overwrite=True)
+    assert (report.kept, report.truncated, report.dropped) == (1, 0, {"too long": 2, "no answer": 0})
+    with pytest.raises(DataError, match=r"in\.jsonl:2: \d+ tokens, the context is 70"):
+        make(records, context=70, over_long="error", on_bad="skip", overwrite=True)
+    assert len(TokenDataset(tmp_path / "out")) == 1, "what was there before the failure still is"
+
+
+def test_a_trailing_question_does_not_make_a_conversation_too_long(make, tmp_path):
+    record = chat("yes")
+    record["items"].append({"role": "user", "content": "x" * 100})
+    assert make([record], context=60, over_long="error").kept == 1
+
+
+def test_an_output_in_the_way_is_kept(make, tmp_path):
+    make([chat()])
+    with pytest.raises(ConfigError, match="--overwrite"):
+        make([chat()])
+    (tmp_path / "out" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="no data set"):
+        make([chat()], overwrite=True)
+
+
+def test_a_tokenizer_without_the_templates_token_is_named(base, tmp_path):
+    with pytest.raises(ConfigError, match=r"<\|eot_id\|>.*init-base"):
+        prepare([write_lines(tmp_path / "a.jsonl", [chat()])], base, "openchat_3.6", tmp_path / "out")
+
+
+@pytest.mark.parametrize("options, message", [({"context": 1}, "--context"), ({"workers": -1}, "--workers")])
+def test_impossible_options_are_named(make, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make([chat()], **options)
+
+
+def test_the_table_shows_every_class(make):
+    report = make([chat(), chat(condition="GPT3"), chat(condition="")])
+    console = Console(file=io.StringIO(), width=80)
+    print_report(report, console)
+    text = console.file.getvalue()
+    assert all(name in text for name in ("GPT4", "GPT3", "(none)", "all", "supervised")) and "…" not in text
+
+
+ENDLESS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background hands down an ignored one
+import sys
+from pathlib import Path
+from ochat.data import prepare as module
+from ochat.data.records import Record
+record = Record("f", 1, 1, b'{"items": [{"role": "assistant", "content": "x"}]}')
+def batches(files, shard):
+    while True:
+        yield [record] * 100, 0
+module._batches = batches
+if __name__ == "__main__":
+    module.prepare([sys.argv[1]], sys.argv[2], "openchat_v3.2", sys.argv[3], progress=False,
+    workers=int(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "terminate", "kill"])
+def test_an_interrupted_prepare_leaves_nothing_that_loads(base, tmp_path, how, workers):
+    script, out = tmp_path / "endless.py", tmp_path / "data" / "out"
+    script.write_text(ENDLESS)
+    source = write_lines(tmp_path / "in.jsonl", [chat()])
+    root = str(Path(__file__).resolve().parents[2])
+    process = subprocess.Popen(
+        [sys.executable, script, source, base, out, str(workers)],
+        env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "data").is_dir() or not any((tmp_path / "data").iterdir()):
+        assert process.poll() is None and time.monotonic() < deadline, "it never started to write"
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, how)
+    process.wait(30)
+    assert not out.exists()
+    if how == signal.SIGTERM:
+        assert process.returncode in (128 + how, 1), "1: a worker went first"
+    for left in (tmp_path / "data").iterdir():
+        assert how == signal.SIGKILL, "the others clean up"
+        with pytest.raises(DataError, match="not a prepared data set"):
+            TokenDataset(left)
+    prepare([source], base, TEMPLATE, out, progress=False)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["out"], "the next prepare sweeps"
+
+
+def test_the_folder_of_a_living_process_stays(base, tmp_path):
+    """Somebody else's is left alone, and so are names that only look alike."""
+    source = write_lines(tmp_path / "in.jsonl", [chat()])
+    kept = [f".out.partial-{os.getppid()}", ".out.partial-x", f".other.partial-{2**22 + 1}"]
+    for name in [*kept, f".out.partial-{2**22 + 1}"]:  # beyond the largest number a process can have
+        (tmp_path / name).mkdir()
+    prepare([source], base, TEMPLATE, tmp_path / "out", progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "in.jsonl", "out"])
+
+
+@pytest.mark.parametrize("place", ["in.jsonl/below", "in.jsonl/a/b", "", "x" * 300])
+def test_an_output_that_cannot_be_is_named(base, tmp_path, place, monkeypatch):
+    source = write_lines(tmp_path / "in.jsonl", [chat()])
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises((ConfigError, OSError), match=place[:250] or "names no new folder"):
+        prepare([source], base, TEMPLATE, f"{tmp_path}/{place}" if place else "", progress=False)
+    assert not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize("missing", ["meta-llama/Llama-2-7b-hf", "/no/such/folder"])
+def test_a_base_that_is_no_folder_says_how_to_get_one(tmp_path, missing):
+    fetched = missing if missing[0] != "/" else "ORG/NAME"
+    with pytest.raises(ConfigError, match=f"{missing}.*safetensors.*hf download {fetched} --local-dir DIR"):
+        prepare([write_lines(tmp_path / "a.jsonl", [chat()])], missing, TEMPLATE, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("workers", "text", "counts"), [(0, "word " * 400, (200, 3000)), (1, "yes", (2_000, 20_000))], ids=["alone", "pool"]
+)
+def test_memory_is_a_few_batches(base, tmp_path, workers, text, counts):
+    """Ten times the input takes no more memory, in the process that does everything and in the one that writes."""
+    peaks = []
+    for count in counts:
+        source = write_lines(tmp_path / f"{count}.jsonl", [chat(text)] * count)
+        arguments = (str(source), str(base), str(tmp_path / f"out{count}"), str(workers))
+        peaks.append(float(subprocess.check_output([sys.executable, "-c", PEAK_MIB, *arguments], env=ENVIRONMENT)))
+    assert peaks[1] - peaks[0] < 15, f"{peaks} MiB for {counts} records"
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+PEAK_MIB = """
+import resource, sys
+from ochat.data import prepare, shards
+shards.SHARD_TOKENS = 1 << 18
+source, base, output, workers = sys.argv[1:]
+prepare.prepare([source], base, "openchat_v3.2", output, workers=int(workers), progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+class Killer:
+    """An encoder that takes its process down, as the kernel does with one that wants too much memory."""
+
+    def __call__(self, batch):
+        os._exit(9)
+
+
+def test_a_worker_that_dies_names_where_it_was():
+    batch = [Record("in.jsonl", line, line, b"{}") for line in (7, 8, 9)]
+    with pytest.raises(DataError, match=r"in\.jsonl:7: a worker died on this record or one of the 2 behind it"):
+        list(encode_all([(batch, 0)], Killer(), 1))
+
+
+class Squeamish(tokenizer.JsonTokenizer):
+    """Cannot encode one text, as tiktoken a million blanks."""
+
+    def _encode(self, text):
+        if text == "oops":
+            raise DataError("cannot be encoded")
+        return super()._encode(text)
+
+    def _encode_batch(self, texts):
+        return [self._encode(text) for text in texts]
+
+
+def test_a_text_that_cannot_be_encoded_rejects_its_record_alone(base):
+    tokens = tokenizer.load(base)
+    squeamish = Squeamish(tokens.content, tokens.special_tokens, tokens.bos, tokens.eos)
+    batch = [Record("f", line, line, json.dumps(chat(text)).encode()) for line, text in enumerate(["a", "oops", "b"])]
+    encoded, expected = (
+        Encoder(model, template.load(TEMPLATE), "auto", "", 100, "truncate")(records)
+        for model, records in ((squeamish, batch), (tokens, [batch[0], batch[2]]))
+    )
+    assert [(reject.line, reject.reason) for reject in encoded.rejects] == [(1, "cannot be encoded")]
+    assert encoded.sides[0].columns.input_ids[1].tolist() == expected.sides[0].columns.input_ids[1].tolist()
+    assert encoded.sides[0].columns.lines == expected.sides[0].columns.lines == [0, 2]
+
+
+def test_a_first_token_is_nobodys_label():
+    assert num_supervised([Span(3, "assistant", None), Span(5, "user", None), Span(6, "user", 0.5)]) == 3
+    assert num_supervised([Span(1, "assistant", 1.0)]) == 0

@@ -1,0 +1,99 @@
+"""What a span trains with, by its own weight, role, class and reward: pytest tests/data/test_weights.py"""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ochat.config import ClassConfig, WeightsConfig
+from ochat.data.weights import ASSISTANT, ROLES, WeightRule
+from ochat.errors import ConfigError
+
+NAMES = ("GPT4", "GPT3")
+TABLE = {"GPT4": ClassConfig(reward=1.0), "GPT3": ClassConfig(reward=0.1)}
+OWN = st.sampled_from([math.nan, 0.0, 1.0, 0.3, -0.25])
+SPANS = st.lists(
+    st.tuples(OWN, st.integers(0, len(ROLES) - 1), st.integers(0, 1), st.floats(-1, 2, width=32), st.integers(1, 50)),
+    max_size=20,
+)
+
+
+def apply(rule, spans):
+    own, roles, class_ids, rewards, tokens = zip(*spans, strict=True) if spans else ([],) * 5
+    return rule(
+        np.array(own, np.float32), np.array(roles, np.uint8), np.array(class_ids, np.uint16),
+        np.array(rewards, np.float32), np.array(tokens, np.int64),
+    ).tolist()  # fmt: skip
+
+
+def by_hand(span, source):
+    own, role, class_id, reward, _ = span
+    own = (1.0 if role == ASSISTANT else 0.0) if math.isnan(own) else own
+    if source == "record" or own == 0:
+        return own
+    if source == "none":
+        return 1.0
+    value = (1.0, 0.1)[class_id] if source == "classes" else math.exp((reward - 1) / WeightsConfig().beta)
+    return math.copysign(value, own)
+
+
+@pytest.mark.parametrize("source", ["record", "classes", "reward", "none"])
+@given(spans=SPANS)
+def test_weights_equal_the_rules_by_hand(source, spans):
+    rule = WeightRule(WeightsConfig(source=source), TABLE, NAMES)
+    assert apply(rule, spans) == pytest.approx([by_hand(span, source) for span in spans], rel=1e-6)
+
+
+@given(spans=SPANS)
+def test_a_message_mean_shares_the_weight_among_its_tokens(spans):
+    shared = apply(WeightRule(WeightsConfig(source="record", per_message_mean=True), {}, NAMES), spans)
+    assert shared == pytest.approx([by_hand(span, "record") / span[-1] for span in spans], rel=1e-6)
+
+
+def test_auto_is_the_table_if_there_is_one():
+    assert WeightRule(WeightsConfig(), {}, NAMES).source == "record"
+    assert WeightRule(WeightsConfig(), TABLE, NAMES).source == "classes"
+
+
+def test_the_default_beta_is_the_papers():
+    """Rewards 1 and 0.1 weigh 1 and 0.1."""
+    answers = [(math.nan, ASSISTANT, 0, math.nan, 5), (math.nan, ASSISTANT, 1, math.nan, 5)]
+    assert apply(WeightRule(WeightsConfig(), TABLE, NAMES), answers) == pytest.approx([1.0, 0.1])
+
+
+def test_a_class_may_have_its_own_beta_or_a_plain_weight():
+    table = {"GPT4": ClassConfig(weight=2.0), "GPT3": ClassConfig(reward=0.5, beta=0.25)}
+    answers = [(1.0, ASSISTANT, 0, math.nan, 5), (0.7, ASSISTANT, 1, math.nan, 5)]
+    assert apply(WeightRule(WeightsConfig(), table, NAMES), answers) == pytest.approx([2.0, math.exp(-2)])
+
+
+def test_a_class_without_entry_is_named_unless_none_of_it_is_used():
+    table = {"GPT4": ClassConfig(weight=1.0)}
+    with pytest.raises(ConfigError, match="class 'GPT3'.*'GPT4'"):
+        WeightRule(WeightsConfig(), table, NAMES)
+    WeightRule(WeightsConfig(), table, NAMES, present=["GPT4"])
+    with pytest.raises(ConfigError, match="no \\[classes.NAME\\]"):
+        WeightRule(WeightsConfig(source="classes"), {}, NAMES)
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        (ClassConfig(), "neither"),
+        (ClassConfig(reward=1.0, weight=1.0), "both"),
+        (ClassConfig(weight=math.nan), "finite"),
+        (ClassConfig(reward=1e9), "finite"),
+        (ClassConfig(reward=1.0, beta=0.0), "beta"),
+    ],
+)
+def test_an_impossible_class_is_refused(entry, message):
+    with pytest.raises(ConfigError, match=message):
+        WeightRule(WeightsConfig(), {"GPT4": entry}, ["GPT4"])
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan])
+def test_beta_must_be_positive(beta):
+    with pytest.raises(ConfigError, match="beta"):
+        WeightRule(WeightsConfig(beta=beta), {}, NAMES)

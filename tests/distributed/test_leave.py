@@ -1,0 +1,58 @@
+"""How a process of several ends: pytest tests/distributed/test_leave.py"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiny import ROOT, environment
+
+SCRIPT = """
+import atexit, sys
+from ochat.errors import ConfigError
+from ochat.train import command, trainer
+
+class Kept:
+    def __del__(self):
+        print("taken down", flush=True)
+
+def train(config):
+    kept.append(Kept())
+    print("trained")  # not flushed: the output is a pipe
+    if len(sys.argv) > 1:
+        raise {"fail": ConfigError("wrong"), "disk": OSError(13, "wrong", "/some/where")}[sys.argv[1]]
+
+kept = []
+atexit.register(lambda: print("goodbye"))
+command.read_arguments = lambda arguments: None
+trainer.train = train
+command.main(["run.toml"])
+"""
+
+
+def run(world: int, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess:
+    environ = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    environ["WORLD_SIZE"] = str(world)
+    command = [sys.executable, "-c", SCRIPT, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environ, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("arguments", "exit_code"), [((), 0), (("fail",), 1), (("disk",), 1)])
+def test_one_of_several_says_all_it_has_to_say_and_is_not_taken_down(arguments, exit_code):
+    done = run(2, *arguments)
+    assert (done.returncode, done.stdout.split("\n")) == (exit_code, ["trained", "goodbye", ""])
+    assert ("wrong" in done.stderr) == bool(exit_code) and "Traceback" not in done.stderr
+
+
+def test_a_process_alone_ends_as_any_other():
+    assert run(1).stdout.split("\n") == ["trained", "goodbye", "taken down", ""]
+    assert run(1, "fail").returncode == 1
+
+
+def test_nobody_has_to_listen():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(2, stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,198 @@
+"""Processes that die or hang under torchrun: the others end soon, say who and where, and a restart loses nothing."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests import tiny
+from tests.checkpoint.test_checkpoint_faults import curve, descendants, kill, newest, rank_of, tell, wait_for
+
+LONG = ["--data.epochs=2000", "--train.eval_every=100000", "--checkpoint.every=100000"]  # the test ends it, or fails
+pytestmark = pytest.mark.usefixtures("alone")  # after it Numba has compiled what a short time-out has no room for
+QUICK = ["--parallel.timeout_s=5"]
+
+# ochat.train with one fault: `python faulty.py CONFIG ...`; {fault} is code that sees trainer, saver, errors and time
+FAULTY = """
+import os, time
+from ochat import errors
+from ochat.train import command, saver, trainer
+
+plain_step, plain_write = trainer.Trainer.step, saver.Saver._write_shard
+
+def step(self, step, batches):
+    if step == 4 and self.ranks.rank == 1:
+        {in_step}
+    plain_step(self, step, batches)
+
+def write_shard(self, folder):
+    if self.ranks.rank == 1:
+        {in_save}
+    return plain_write(self, folder)
+
+trainer.Trainer.step, saver.Saver._write_shard = step, write_shard
+command.main()
+"""
+
+
+@contextlib.contextmanager
+def job(world, run_dir, processes, *more, launcher=(), in_step="pass", in_save="pass"):
+    """A run under torchrun with an optional fault of rank 1: (process, its log); killed at the end in any case."""
+    program, log = run_dir.with_suffix(".py"), run_dir.with_suffix(".log")
+    program.write_text(FAULTY.format(in_step=in_step, in_save=in_save))
+    command = tiny.torchrun_command(world, run_dir, processes, *LONG, *more)
+    words = command.index("-m", command.index("torch.distributed.run"))
+    command[words : words + 2] = [*launcher, str(program)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
+    try:
+        yield process, log
+    finally:
+        kill(process)
+
+
+def workers(process):
+    """rank -> pid of the processes that train."""
+    return {rank: pid for pid in descendants(process.pid) if (rank := rank_of(pid)) is not None}
+
+
+def steps(run_dir, count):
+    path = run_dir / "metrics.jsonl"
+    return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+def said(log):
+    """What the log says, without torchrun's own words and line breaks."""
+    return " ".join(log.read_text().split())
+
+
+def exit_codes(log):
+    """rank -> exit code, of torchrun's summary."""
+    found = re.findall(r"rank +: (\d+) .*?exitcode +: (-?\d+)", log.read_text(), re.DOTALL)
+    return {int(rank): int(code) for rank, code in found}
+
+
+def test_a_killed_process_ends_the_others_within_30_s_by_name_and_step(world, tmp_path):
+    """With the time-outs that users have. SIGTERM, which torchrun sends the others at once, does not make them save."""
+    run_dir = tmp_path / "run"
+    with job(world, run_dir, 3, "--data.bins_per_step=6") as (process, log):
+        wait_for(process, steps(run_dir, 5), log)
+        time.sleep(1.5)  # a process says every second where it is
+        ranks = workers(process)
+        os.kill(ranks[1], signal.SIGKILL)
+        killed = time.monotonic()
+        assert process.wait(60) != 0
+        assert time.monotonic() - killed < 30
+    text = said(log)
+    where = rf"rank 1 \(\S+, pid {ranks[1]}\) has not been heard of for 15 s, last in step (\d+)"
+    (alarm, *again) = re.findall(where, text)
+    assert again == [alarm]  # each of the two others says so; the step is as of the last second
+    for rank in (0, 2):
+        (step,) = re.findall(rf"Rank {rank} was in step (\d+)", text)
+        assert int(step) > 5 and int(alarm) <= int(step)
+    assert exit_codes(log) == {0: 3, 1: -signal.SIGKILL, 2: 3}
+    assert not list((run_dir / "checkpoints").glob("*"))
+
+
+def test_a_hung_process_ends_the_run_by_a_time_out_with_the_flight_recorder_kept(world, tmp_path):
+    """Rank 1 lives and never comes to step 5; the others wait in a collective."""
+    run_dir = tmp_path / "run"
+    with job(world, run_dir, 2, *QUICK, in_step="time.sleep(1e6)") as (process, log):
+        assert process.wait(60) != 0
+    text = said(log)
+    who = r"no progress for \d s \(parallel.timeout_s = 5\): .*in step 5: rank 0 \(.*in step 4: rank 1 \("
+    assert re.search(who, text) or re.search(r"in step 4: rank 1 \(.*in step 5: rank 0 \(", text)
+    assert re.search(
+        r"Rank 0 was in step 5, waiting in gloo:\w+ number \d+; collectives and stack in \S+rank_0.json", text
+    )
+    assert "Rank 1 was in step 4, in no collective" in text
+    assert set(exit_codes(log).values()) == {3}
+    records = [json.loads((run_dir / "flight_recorder" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+    entries = records[0]["collectives"]["host"]["entries"]
+    assert [entry["retired"] for entry in entries].count(False) >= 1 and entries[-1]["profiling_name"]
+    assert "time.sleep(1e6)" in "".join(records[1]["stack"]) and "all_reduce" in "".join(records[0]["stack"])
+
+
+def test_a_disk_that_hangs_does_not_keep_a_process_whose_time_is_up(world, tmp_path):
+    stuck = "from ochat.train import watchdog as w; w.KEEP_S = 1; w.disk.write_json = lambda *_: time.sleep(1e6)"
+    with job(world, tmp_path / "run", 2, *QUICK, in_step=f"{stuck}; time.sleep(1e6)") as (process, log):
+        assert process.wait(60) != 0
+    assert re.search(r"Rank 1 was in step 4; \S+rank_1.json is not written after 1 s", said(log))
+    assert set(exit_codes(log).values()) == {3}
+
+
+def test_a_halted_process_is_named_by_the_others(world, tmp_path):
+    run_dir = tmp_path / "run"
+    with job(world, run_dir, 2, *QUICK) as (process, log):
+        wait_for(process, steps(run_dir, 3), log)
+        halted = workers(process)[1]
+        os.kill(halted, signal.SIGSTOP)
+        wait_for(process, lambda: "Rank 0 was in step" in said(log), log, seconds=15)
+        tell([halted], signal.SIGKILL)  # torchrun would wait 30 s for it
+        assert process.wait(60) != 0
+    assert f"pid {halted}) has not been heard of for 5 s" in said(log)
+    assert (run_dir / "flight_recorder" / "rank_0.json").is_file()
+
+
+def test_a_process_that_dies_while_it_saves_does_not_hold_the_others_for_as_long_as_a_disk_may_take(world, tmp_path):
+    run_dir = tmp_path / "run"
+    options = ["--checkpoint.every=6", *QUICK]
+    with job(world, run_dir, 2, *options, in_save="time.sleep(1e6)") as (process, log):
+        wait_for(process, steps(run_dir, 8), log)  # the save hangs, the steps go on, up to the next save
+        os.kill(workers(process)[1], signal.SIGKILL)
+        assert process.wait(30) != 0
+    assert re.search(r"rank 1 \(\S+, pid \d+\) has not been heard of for 5 s, last in \w+ ", said(log))
+    assert exit_codes(log)[0] == 3 and newest(run_dir) == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "shown"),
+    [
+        ({"in_step": "raise errors.DataError('conversation 7 is torn')"}, "rank 1: DataError: conversation 7 is torn"),
+        ({"in_save": "None + 1"}, "TypeError: unsupported operand"),
+    ],
+)
+def test_an_error_of_one_process_ends_all_and_only_it_shows_how(world, tmp_path, fault, shown):
+    """Also a fault of ours while saving: it is no full disk, and has its traceback."""
+    with job(world, tmp_path / "run", 2, "--checkpoint.every=6", *QUICK, **fault) as (process, log):
+        assert process.wait(60) != 0
+    text = said(log)
+    assert shown in text and ("in write_shard" in text) == ("in_save" in fault)
+    name = shown.removeprefix("rank 1: ").split(":")[0]
+    assert re.search(rf"RanksError: rank 1 \(\S+, pid \d+\) ended in [\w ]+ \d+ with {name}: ", text)
+    assert exit_codes(log)[0] == 3 and "could NOT be saved" not in text
+
+
+def test_torchrun_restarts_a_run_that_lost_a_process_and_the_curve_is_that_of_one_that_did_not(world, tmp_path):
+    options = ["--data.epochs=6", "--checkpoint.every=10", *QUICK]
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    tiny.torchrun(world, whole, 2, *LONG, *options, "--checkpoint.every=1000")
+    with job(world, run_dir, 2, *options, launcher=["--max-restarts=1"]) as (process, log):
+        wait_for(process, lambda: newest(run_dir) >= 10, log)
+        os.kill(workers(process)[1], signal.SIGKILL)
+        assert process.wait(120) == 0, log.read_text()
+    assert "resuming from" in said(log) and "has not been heard of" in said(log)
+    assert curve(tiny.metrics(run_dir)) == curve(tiny.metrics(whole))
+
+
+def test_processes_whose_torchrun_was_killed_save_and_stop(world, tmp_path):
+    run_dir = tmp_path / "run"
+    with job(world, run_dir, 2) as (process, log):
+        wait_for(process, steps(run_dir, 3), log)
+        orphans = workers(process).values()
+        os.kill(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        try:
+            while any(os.path.exists(f"/proc/{pid}") for pid in orphans):
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+        finally:
+            tell(orphans, signal.SIGKILL)
+    assert re.search(r"rank \d, in step \d+: the (torchrun that started this process|run's store) is gone", said(log))
+    assert "start the same command again" in said(log)
+    assert newest(run_dir) == len(tiny.metrics(run_dir))

@@ -1,0 +1,178 @@
+"""The probe is logistic regression on prompts it never saw, its p-values keep what they promise, distances on made-up
+states are those known by hand: pytest tests/evaluate/test_represent_probe.py"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ochat.evaluate import proportion
+from ochat.evaluate.represent import plane
+from ochat.evaluate.represent import probe as probes
+
+stats = pytest.importorskip("scipy.stats", reason="the extra `report` is not installed")
+linear_model = pytest.importorskip("sklearn.linear_model")
+multiclass = pytest.importorskip("sklearn.multiclass")
+
+
+def made_up(seed, n=60, hidden=8, classes=2, apart=0.0, per_prompt=1):
+    """States, labels and prompts: Gaussian, class means `apart` deviations from each other on the first axes."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    prompts = np.arange(n) // per_prompt
+    states = random.normal(size=(n, hidden)) + 5
+    states[np.arange(n), labels] += apart
+    return states.astype(np.float32), labels, prompts
+
+
+@pytest.mark.parametrize(("n", "hidden", "classes"), [(80, 12, 2), (40, 200, 2), (90, 10, 3)])
+def test_all_fits_at_once_are_scikit_learns_one_by_one(n, hidden, classes):
+    states, labels, _ = made_up(1, n, hidden, classes, apart=1.5)
+    random = np.random.default_rng(0)
+    many = np.stack([labels, *(random.permutation(labels) for _ in range(3))])
+    folds = random.permutation(np.arange(n) % probes.FOLDS)
+    found = probes.out_of_fold(states, many, folds)
+    for fold in range(probes.FOLDS):
+        train, test = probes.standardised(states[folds != fold], states[folds == fold])
+        for row, told in zip(many, found, strict=True):
+            model = linear_model.LogisticRegression(
+                C=1 / probes.PENALTY, fit_intercept=False, tol=1e-8, max_iter=10_000
+            )
+            model = multiclass.OneVsRestClassifier(model) if classes > 2 else model
+            model.fit(train.astype(np.float64), row[folds != fold])
+            scores = np.sort(np.abs(model.decision_function(test).reshape(len(test), -1)), axis=1)
+            is_clear = (scores[:, 0] if classes == 2 else np.abs(np.diff(_top_two(model, test))[:, 0])) > 0.02
+            assert is_clear.sum() > len(test) / 2
+            assert (model.predict(test) == told[folds == fold])[is_clear].all()
+
+
+def _top_two(model, test):
+    return np.sort(model.decision_function(test), axis=1)[:, -2:]
+
+
+def test_states_are_standardised_by_the_training_folds():
+    states, _, _ = made_up(0, 40, 16)
+    states[:, 3] = 7  # says nothing, and has no deviation
+    train, test = probes.standardised(states[:30], states[30:])
+    assert train.dtype == np.float32 and train.shape == (30, 17) and (train[:, -1] == 1).all()
+    assert np.abs(train[:, :-1].mean(0)).max() < 1e-6 and (train[:, 3] == 0).all() and (test[:, 3] == 0).all()
+    assert np.delete(train[:, :-1], 3, axis=1).std(0) * np.sqrt(16) == pytest.approx(1, abs=1e-5)
+    wanted = (states[30:, 0] - states[:30, 0].mean()) / states[:30, 0].std() / 4
+    assert test[:, 0] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_weights_are_the_minimum():
+    """At it the gradient of sum log(1 + e^s) - t s + PENALTY |w|^2 / 2 is zero."""
+    states, labels, _ = made_up(2, 100, 30, apart=2)
+    x, _ = probes.standardised(states, states)
+    targets = np.stack([labels, labels[::-1]], axis=1).astype(np.float32)
+    weights = probes.fit(x, targets).astype(np.float64)
+    gradient = x.T @ (1 / (1 + np.exp(-(x @ weights))) - targets) + probes.PENALTY * weights
+    assert np.abs(gradient).max() < 2e-3 * np.abs(x.T @ targets).max()
+
+
+def test_no_fold_splits_a_prompt_and_classes_are_spread_alike():
+    random = np.random.default_rng(0)
+    for seed in range(5):
+        prompts = random.integers(0, 60, size=200)
+        labels = random.integers(0, 2, size=200)
+        folds = probes.folds_of(labels, prompts, seed)
+        assert set(folds) == set(range(probes.FOLDS))
+        for prompt in set(prompts):
+            assert len(set(folds[prompts == prompt])) == 1
+        shares = [labels[folds == fold].mean() for fold in range(probes.FOLDS)]
+        assert max(shares) - min(shares) < 0.1
+
+
+def test_states_that_tell_the_prompt_do_not_tell_the_class():
+    """Each prompt has its own place and one class: without grouping, a neighbour on the other side would give it away;
+    the rule may not be better than chance, and a test that took each answer for an independent one would say it is."""
+    random = np.random.default_rng(3)
+    prompts = np.repeat(np.arange(20), 6)
+    labels = np.repeat(random.permutation(np.arange(20) % 2), 6)
+    states = (random.normal(size=(20, 50))[prompts] + 0.1 * random.normal(size=(120, 50))).astype(np.float32)
+    found = probes.probe(states, labels, prompts, num_permutations=99, seed=0)
+    assert found.accuracy < 0.8 and found.p_value > 0.02
+    split = np.random.default_rng(0).permutation(np.arange(120) % probes.FOLDS)
+    assert (probes.out_of_fold(states, labels[None], split)[0] == labels).mean() == 1  # what grouping keeps from us
+
+
+@pytest.mark.parametrize("per_prompt", [1, 2, 3])
+def test_p_values_of_random_labels_are_uniform(per_prompt):
+    """Where states say nothing about the class, but answers to one prompt are alike and share their class (3), or are
+    one of each class (2): at most a share p of p-values is up to p, and they are not all large."""
+    values = []
+    for seed in range(60):
+        states, labels, prompts = made_up(seed, 48, 6, per_prompt=per_prompt)
+        random = np.random.default_rng(seed)
+        states += 3 * random.normal(size=(48, 6)).astype(np.float32)[prompts]
+        if per_prompt == 3:
+            labels = random.permutation(np.arange(16) % 2)[prompts]
+        values.append(probes.probe(states, labels, prompts, num_permutations=39, seed=seed).p_value)
+    assert min(values) >= 1 / 40
+    assert stats.kstest(values, "uniform", alternative="greater").pvalue > 0.01  # not too many small ones
+    assert np.mean(np.array(values) <= 0.5) > 0.25
+
+
+def test_separated_classes_have_the_smallest_p_value_there_is():
+    found = probes.probe(*made_up(0, apart=8), num_permutations=99, seed=0)
+    assert (found.accuracy, found.p_value) == (1.0, 1 / 100)
+    assert found.interval[1] == 1 and found.interval[0] == pytest.approx(1 / (1 + proportion.Z**2 / 60))
+    assert 0.35 < found.permuted < 0.6
+    three = probes.probe(*made_up(0, n=90, classes=3, apart=8), num_permutations=99, seed=0)
+    assert three.accuracy == 1.0 and 0.2 < three.permuted < 0.45
+
+
+def test_what_no_permutation_can_change_has_a_p_value_of_one():
+    """Both answers to a prompt look the same: whatever is told of them, one is right."""
+    states, labels, prompts = made_up(0, per_prompt=2)
+    found = probes.probe(states[prompts], labels, prompts, num_permutations=19, seed=0)
+    assert (found.accuracy, found.permuted, found.p_value) == (0.5, 0.5, 1.0)
+
+
+def test_permuted_labels_keep_prompts_and_folds_together():
+    random = np.random.default_rng(0)
+    prompts = np.sort(random.integers(0, 40, size=120))
+    labels = random.integers(0, 3, size=120)
+    folds = probes.folds_of(labels, prompts, 0)
+    drawn = probes.permutations(labels, prompts, folds, 200, seed=1)
+    assert drawn.shape == (200, 120) and not (drawn == labels).all(1).any()
+    sizes = np.bincount(prompts)
+
+    def lists(of):  # what each fold's prompts of each size have: which classes how often
+        return sorted(
+            (folds[prompts == p][0], sizes[p], tuple(np.bincount(of[prompts == p], minlength=3))) for p in set(prompts)
+        )
+
+    assert all(lists(row) == lists(labels) for row in drawn)
+    assert (drawn == probes.permutations(labels, prompts, folds, 200, seed=1)).all()
+
+
+def test_the_interval_is_wilsons_of_prompts():
+    alone, pairs = np.arange(50), np.arange(100) // 2
+    wanted = stats.binomtest(40, 50).proportion_ci(0.95, method="wilson")
+    assert probes.wilson(0.8, alone) == pytest.approx(tuple(wanted), abs=1e-6)
+    assert probes.wilson(0.8, pairs) == pytest.approx(tuple(wanted), abs=1e-6)
+    low, high = probes.wilson(0.8, np.append(alone, np.full(50, 7)))  # half of all answers are to one prompt
+    assert low < wanted.low and high > wanted.high
+
+
+def test_silhouettes_known_by_hand():
+    labels = np.array([0, 0, 1, 1])
+    square = np.array([[0, 0], [0, 1], [3, 0], [3, 1]], np.float32)
+    b = (3 + np.sqrt(10)) / 2  # to the two points of the other class; 1 to the own
+    assert plane.silhouette(square, labels, "euclidean") == pytest.approx((b - 1) / b, rel=1e-6)
+    lines = np.array([[1, 0], [5, 0], [0, 2], [0, 9]], np.float32)  # same directions: distance 0 within, 1 between
+    assert plane.silhouette(lines, labels, "cosine") == pytest.approx(1)
+    mixed = np.random.default_rng(0).normal(size=(400, 20)).astype(np.float32)
+    assert abs(plane.silhouette(mixed, np.arange(400) % 2, "euclidean")) < 0.01
+
+
+def test_maps_keep_two_heaps_apart_and_are_the_same_by_seed():
+    pytest.importorskip("umap")
+    states, labels, _ = made_up(0, 60, 30, apart=12)
+    points, explained = plane.pca(states)
+    assert plane.silhouette(points, labels, "euclidean") > 0.7 and explained[0] > 0.5 > explained[1]
+    found = plane.umap(states, "euclidean", seed=1)
+    assert found.shape == (60, 2) and plane.silhouette(found, labels, "euclidean") > 0.7
+    assert (found == plane.umap(states, "euclidean", seed=1)).all()

@@ -1,0 +1,216 @@
+"""A step is the same step everywhere: gradients and losses in fp32 on 1, 2, 4 and 8 processes, cut into any
+micro-batches, sharded in any way; and two runs of one kind are bitwise one run. pytest tests/laws/test_exactness.py
+
+On data with fractional and negative weights, of which much is not supervised: there are bins and processes without a
+supervised token in a step, and each epoch's last step lacks bins.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ochat import config as configuration
+from ochat.data.prepare import prepare
+from ochat.distributed.processes import Ranks
+from ochat.errors import ConfigError
+from ochat.train import determinism
+from tests import tiny
+from tests.laws import exactness_worker
+
+STEPS, BINS = 20, 4
+TOLERANCE = 1e-6  # relative, in norm: sums of fp32 in another order differ by some 1e-7
+ALONE = Ranks(0, 1, torch.device("cpu"), None)
+WEIGHTS = ["--classes.right.weight=0.73", "--classes.wrong.weight=-0.21", "--classes.silent.weight=0"]
+BITWISE = "--run.deterministic=true"
+CASES = {  # processes -> name -> (micro-batches that a process makes of its part of a step; 0: its bins, options)
+    2: {
+        "again": (0, [BITWISE]),
+        "bins": (0, [BITWISE]),
+        "one": (1, ["--parallel.reshard=block", "--parallel.offload=all", "--train.recompute=elementwise"]),
+        "three": (3, ["--parallel.reshard=block", "--train.recompute=block", "--train.offload_activations=true"]),
+    },
+    4: {
+        "bins": (0, ["--parallel.reduce=micro_batch", "--parallel.offload=optimizer"]),
+        "three": (3, ["--parallel.reshard=block", "--parallel.reduce=micro_batch", "--parallel.replicate=2"]),
+        "rounded": (2, ["--parallel.reduce=micro_batch", "--parallel.reduce_dtype=bfloat16", "--parallel.replicate=2"]),
+    },
+    8: {"bins": (0, ["--data.bins_per_step=8", "--data.token_budget=96"])},
+}
+EXACT = [(processes, name) for processes in (2, 4) for name in CASES[processes] if name != "rounded"]
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """A world of whose answers many have no weight."""
+    world = tiny.make(tmp_path_factory.mktemp("sparse"), num_conversations=1)
+    draw, path = random.Random(3), world.folder / "conversations.jsonl"
+    path.write_text("".join(json.dumps(conversation(draw)) + "\n" for _ in range(68)))
+    shutil.rmtree(world.data)
+    prepare([path], world.base, "openchat_v3.2", world.data, progress=False)
+    return world
+
+
+def conversation(draw):
+    items = []
+    for _ in range(draw.choice((1, 1, 2))):
+        items.append({"role": "user", "content": f"{draw.randrange(50)}+{draw.randrange(50)}"})
+        items.append({"role": "assistant", "content": str(draw.randrange(100))})
+    return {"items": items, "condition": draw.choices(("right", "wrong", "silent"), (3, 1, 3))[0]}
+
+
+def options(world, name, *more):
+    common = ["--data.epochs=2", f"--data.max_steps={STEPS}", "--checkpoint.every=1000", "--optim.lr=1e-3"]
+    return [f"--run.dir={world.folder / name}", *WEIGHTS, *common, *more]
+
+
+def run_alone(world, name, split=0, *more):
+    exactness_worker.run(configuration.load(world.config, options(world, name, *more)), ALONE, split)
+    return world.folder / name
+
+
+@pytest.fixture(scope="module")
+def reference(sparse):
+    """The run folder of one process."""
+    return run_alone(sparse, "alone", 0, BITWISE)
+
+
+@pytest.fixture(scope="module")
+def launched(sparse):
+    """launched(processes): every case of so many, in one group of processes; the folder of a case by its name."""
+    done = {}
+
+    def launch(processes):
+        folder = sparse.folder / str(processes)
+        if processes not in done:
+            cases = [
+                {"config": str(sparse.config), "split": split, "options": options(sparse, f"{processes}/{name}", *more)}
+                for name, (split, more) in CASES[processes].items()
+            ]
+            folder.mkdir()
+            (folder / "cases.json").write_text(json.dumps(cases))
+            program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            command = [*program, "-m", "tests.laws.exactness_worker", str(folder / "cases.json")]
+            done[processes] = subprocess.run(
+                command, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True
+            )
+        assert done[processes].returncode == 0, done[processes].stderr
+        return folder
+
+    return launch
+
+
+def notes(folder):
+    return json.loads((folder / "notes.json").read_text())
+
+
+def curve(folder):
+    return torch.tensor([line["loss"] for line in tiny.metrics(folder)], dtype=torch.float64)
+
+
+def gradients(folder):
+    """Those of the first step, of all parameters in one vector."""
+    found = load_file(folder / "gradients.safetensors")
+    return torch.cat([found[name].flatten().double() for name in sorted(found)])
+
+
+def distance(ours, theirs):
+    assert ours.shape == theirs.shape and theirs.norm() > 0
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def test_the_data_has_what_the_laws_are_about(reference, launched):
+    assert len(curve(reference)) == STEPS
+    assert notes(reference)["bins"][-1] < BINS and (curve(reference) < 0).any()  # a partial step; negative weights
+    assert notes(launched(2) / "bins")["idle"] and notes(launched(4) / "bins")["idle"]
+
+
+@pytest.mark.parametrize("split", [1, 9])
+def test_micro_batches_of_one_process_add_up_to_the_same_step(sparse, reference, split):
+    folder = run_alone(sparse, f"split {split}", split)
+    assert distance(gradients(folder), gradients(reference)) < TOLERANCE
+    assert distance(curve(folder), curve(reference)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("processes", "name"), EXACT)
+def test_a_step_is_the_same_on_any_processes_and_micro_batches(reference, launched, processes, name):
+    folder = launched(processes) / name
+    assert distance(gradients(folder), gradients(reference)) < TOLERANCE
+    assert distance(curve(folder), curve(reference)) < TOLERANCE
+
+
+def test_eight_processes_take_the_steps_of_one(sparse, launched):
+    """Of eight bins a step: a bin to each."""
+    folder, alone = launched(8) / "bins", run_alone(sparse, "eight bins", 0, *CASES[8]["bins"][1])
+    assert distance(gradients(folder), gradients(alone)) < TOLERANCE
+    assert distance(curve(folder), curve(alone)) < TOLERANCE
+
+
+def test_gradients_that_are_summed_in_bfloat16_are_rounded_and_no_more(reference, launched):
+    folder = launched(4) / "rounded"
+    assert TOLERANCE < distance(gradients(folder), gradients(reference)) < 2**-7  # half a bit of each summand
+
+
+def test_the_head_is_gathered_once_a_step_and_what_need_not_be_gathered_is_not(launched):
+    """Three micro-batches: a block before each forward and each backward, the embedding before each forward."""
+    counts = notes(launched(2) / "three")["gathers"]
+    assert counts == {"embed": 3, "blocks.0": 6, "blocks.1": 6, "head": 1, "": 1}
+    assert set(notes(launched(2) / "bins")["gathers"].values()) == {1}  # a CPU keeps what it has gathered
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_two_deterministic_runs_are_bitwise_equal(sparse, reference, launched, processes):
+    first, second = (
+        (reference, run_alone(sparse, "alone again", 0, BITWISE))
+        if processes == 1
+        else (launched(2) / "bins", launched(2) / "again")
+    )
+    for ours, theirs in zip(tiny.metrics(first), tiny.metrics(second), strict=True):
+        assert all(ours[key] == theirs[key] for key in ("loss", "grad_norm", "accuracy", "classes"))
+    weights = [load_file(folder / "export" / "model.safetensors") for folder in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """The process and its environment as they were."""
+    for name in determinism.ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    yield monkeypatch
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_a_deterministic_run_sets_what_cuda_needs_or_says_what_is_in_the_way(sparse, clean):
+    config = configuration.load(sparse.config, [BITWISE])
+    determinism.apply(config)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_NVLS_ENABLE"] == "0"
+    clean.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG=:0:0; unset it, or set :4096:8 or :16:8"):
+        determinism.apply(config)
+    determinism.apply(configuration.load(sparse.config))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_moments_in_host_memory_are_saved_and_taken_up_again(sparse):
+    more = ["--parallel.offload=optimizer", "--checkpoint.every=8", "--checkpoint.keep=0"]
+    whole = run_alone(sparse, "whole", 0, *more)
+    shutil.copytree(whole, sparse.folder / "resumed")
+    for step in (16, STEPS):
+        shutil.rmtree(sparse.folder / "resumed" / "checkpoints" / f"step_{step}")
+    resumed = run_alone(sparse, "resumed", 0, *more)
+    assert torch.equal(curve(resumed), curve(whole)) and len(curve(whole)) == STEPS
+
+
+def test_all_on_the_host_is_refused_on_one_process(sparse):
+    with pytest.raises(ConfigError, match="parallel.offload = 'all' needs more than one process; .* 'optimizer'"):
+        run_alone(sparse, "refused", 0, "--parallel.offload=true")

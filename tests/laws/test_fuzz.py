@@ -1,0 +1,367 @@
+"""Whatever a file holds, it is read or refused by one of the documented errors: nothing else comes out, within seconds.
+
+    pytest tests/laws/test_fuzz.py              fixed inputs, the same in every run
+    pytest tests/laws/test_fuzz.py -m slow -s   many more, with their number by kind
+
+Inputs are good files of each kind, damaged: bytes flipped, cut, doubled and inserted, and JSON whose values are swapped
+for hostile ones; digests are made right again, as whoever means harm would. Random text alone rarely comes so far.
+"""
+
+import copy
+import functools
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from ochat import config as configuration
+from ochat.checkpoint import manifest
+from ochat.data import records, shards
+from ochat.data.check import expected
+from ochat.data.dataset import TokenDataset
+from ochat.data.prepare import prepare
+from ochat.errors import OchatError
+from ochat.files.checksums import SUMS
+from ochat.files.checksums import expected as sums
+from ochat.model import hf
+from ochat.model.config import ModelConfig
+from ochat.model.safetensor_files import INDEX, TensorFiles
+from ochat.plan import lengths
+from ochat.run import layout
+from ochat.text import tokenizer
+from ochat.text.conversation import Conversation
+from tests import tiny
+from tests.tiny_text import conversations
+
+SECONDS = 5  # of the processor, for one input: a machine that has other work too says nothing about it
+COUNTS: Counter[str] = Counter()
+
+HOSTILE = (
+    [None, True, -1, 0, 1, 3, 2**31, 2**63, 10**30, 10**400, -0.5, 1e308, float("nan"), float("inf"), "", "x", "\0"]
+    + [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "\ud800",
+        "x" * 5000,
+        "<|end_of_turn|>",
+        [],
+        {},
+        [[]],
+        [None],
+        {"": 0},
+        [[[[]]]],
+    ]
+    + ["0" * 64, "model.safetensors", "shard-00000.safetensors", [0, 0], {"a": {"a": {"a": None}}}]
+)
+hostile = st.sampled_from(HOSTILE).map(copy.deepcopy) | st.integers() | st.text(max_size=5)
+
+
+# damage
+
+
+@st.composite
+def bytes_of(draw, content: bytes) -> bytes:
+    """The content after one to four edits."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        # near the beginning as often as anywhere: there the headers are
+        at = draw(st.integers(0, max(len(data) - 1, 0)) | st.integers(0, min(200, max(len(data) - 1, 0))))
+        what = draw(st.sampled_from(["flip", "set", "cut", "insert", "delete", "double"]))
+        if what == "flip" and data:
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif what == "set" and data:
+            data[at] = draw(st.sampled_from(b'\0\xff[]{}",:-9e'))
+        elif what == "cut":
+            del data[at:]
+        elif what == "insert":
+            data[at:at] = draw(st.binary(max_size=8) | st.sampled_from([b"[" * 3000, b"9" * 5000, b"\xed\xa0\x80"]))
+        elif what == "delete":
+            del data[at : at + draw(st.integers(1, 40))]
+        else:
+            data[at:at] = data[at : at + draw(st.integers(1, 400))]
+    return bytes(data)
+
+
+@st.composite
+def values_of(draw, record):
+    """The record after one to three of its values, at any depth, became hostile ones, went or were joined by others."""
+    record = json.loads(json.dumps(record))
+    for _ in range(draw(st.integers(1, 3))):
+        at, depth = record, draw(st.integers(0, 4))
+        while True:
+            if not isinstance(at, dict | list) or not at:
+                break
+            key = draw(st.sampled_from(sorted(at) if isinstance(at, dict) else range(len(at))))
+            if depth == 0 or not isinstance(at[key], dict | list) or not at[key]:
+                what = draw(st.sampled_from(["swap", "swap", "swap", "drop", "join"]))
+                if what == "swap":
+                    at[key] = draw(hostile)
+                elif what == "drop":
+                    del at[key]
+                elif isinstance(at, dict):
+                    at[draw(st.text(max_size=5))] = draw(hostile)
+                else:
+                    at.append(draw(hostile))
+                break
+            at, depth = at[key], depth - 1
+    return record
+
+
+def damaged_json(record):
+    """The record as the bytes of a file: its values swapped, or its text damaged."""
+    return values_of(record).map(lambda r: json.dumps(r).encode()) | bytes_of(json.dumps(record).encode())
+
+
+def attempt(kind: str, read) -> None:
+    """Reads; anything but success and a documented error, and any slowness, is a failure."""
+    started = time.process_time()
+    try:
+        read()
+        COUNTS[f"{kind}: read"] += 1
+    except OchatError as error:
+        COUNTS[f"{kind}: refused"] += 1
+        assert str(error).strip() and len(str(error)) < 20_000
+    assert time.process_time() - started < SECONDS
+
+
+# the kinds
+
+
+@pytest.fixture(scope="module")
+def place(world, tmp_path_factory):
+    """A folder to write into, and good files of every kind."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    shutil.copytree(world.data, folder / "data")
+    shutil.copytree(world.base, folder / "base")
+    (folder / "base" / SUMS).unlink()
+    options = ["--data.max_steps=1", "--samples.max_new_tokens=1"]
+    tiny.train(world, folder / "run", *options)
+    shutil.copytree(next((folder / "run" / "checkpoints").glob("step_*")), folder / "checkpoint")
+    shutil.copytree(world.base, folder / "sharded")
+    model = hf.load(world.base, dtype="float32")
+    for path in [*(folder / "sharded").glob("model*"), folder / "sharded" / SUMS]:
+        path.unlink()
+    hf.save(folder / "sharded", model.config, model.named_parameters(), "float32", max_shard_bytes=30_000)
+    small = {"a": __import__("torch").ones(2, 3), "b": __import__("torch").zeros(4)}
+    (folder / "small").mkdir()
+    save_file(small, folder / "small" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def conversation_lines(place: Path):
+    good = [json.dumps(record) for record in conversations(seed=1, count=4)]
+    lines = "\n".join(good).encode()
+    return (
+        bytes_of(lines)
+        | bytes_of(f"[{','.join(good)}]".encode())
+        | st.lists(st.sampled_from(good).map(json.loads).flatmap(values_of), min_size=1, max_size=3).map(
+            lambda items: "\n".join(map(json.dumps, items)).encode()
+        )
+    )
+
+
+def read_lines(place: Path, content: bytes) -> None:
+    path = place / "in.jsonl"
+    path.write_bytes(content)
+    for record in records.read(path):
+        try:
+            Conversation.from_dict(record.value())
+        except OchatError:
+            continue
+    shutil.rmtree(place / "out", ignore_errors=True)
+    prepare([path], place / "base", "openchat_v3.2", place / "out", on_bad="skip", workers=0, progress=False)
+
+
+def data_manifests(place: Path):
+    return values_of(json.loads((place / "data" / shards.MANIFEST).read_text()))
+
+
+def read_data_manifest(place: Path, record) -> None:
+    path = place / "data" / shards.MANIFEST
+    path.write_text(json.dumps(record | {"digest": shards.digest(record)}) if isinstance(record, dict) else "[]")
+    expected(place / "data")
+    TokenDataset(place / "data")
+
+
+def data_shards(place: Path):
+    return bytes_of((place / "data" / "shard-00000.safetensors").read_bytes())
+
+
+def read_data_shard(place: Path, content: bytes) -> None:
+    """Of the right size and sum by the manifest, so that only what is in it can be wrong."""
+    folder = place / "shards"
+    folder.mkdir(exist_ok=True)
+    (folder / "shard-00000.safetensors").write_bytes(content)
+    record = json.loads((place / "good.json").read_text())
+    record["shards"][0]["bytes"] = len(content)
+    shards.write_manifest(folder / shards.MANIFEST, record)
+    data = TokenDataset(folder)
+    data.batch(range(min(3, len(data))))
+
+
+def checkpoint_manifests(place: Path):
+    return values_of(json.loads((place / "checkpoint" / layout.MANIFEST).read_text()))
+
+
+def read_checkpoint_manifest(place: Path, record) -> None:
+    path = place / "checkpoint" / layout.MANIFEST
+    record.pop("sha256", None)
+    path.write_text(json.dumps(record | {"sha256": manifest._digest(record)}))
+    found = manifest.Manifest.read(place / "checkpoint")
+    found.check_sizes()
+    for name in found.files:
+        found.check_file(name)
+
+
+def headers(place: Path):
+    content = (place / "small" / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    record = json.loads(content[8 : 8 + size])
+
+    def join(text: bytes) -> bytes:
+        return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+    return bytes_of(content) | damaged_json(record).map(join)
+
+
+def read_header(place: Path, content: bytes) -> None:
+    """As a whole model's file: opened, described, and every value read."""
+    (place / "small" / "model.safetensors").write_bytes(content)
+    files = TensorFiles.open(place / "small")
+    for name in files.files:
+        files.shape(name), files.dtype(name), files.read(name)
+
+
+def indices(place: Path):
+    return damaged_json(json.loads((place / "sharded" / INDEX).read_text()))
+
+
+def read_index(place: Path, content: bytes) -> None:
+    (place / "sharded" / INDEX).write_bytes(content)
+    hf.check_weights(place / "sharded", ModelConfig.load(place / "sharded"))
+
+
+def model_configs(place: Path):
+    good = json.loads((place / "base" / "config.json").read_text())
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 64}
+    qwen = good | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True}
+    qwen |= {"sliding_window": 8, "max_window_layers": 1, "layer_types": ["full_attention", "sliding_attention"]}
+    for key in ("attention_bias", "mlp_bias"):
+        qwen.pop(key)
+    return st.one_of(map(damaged_json, (good, good | {"rope_scaling": scaling}, qwen)))
+
+
+def read_model_config(place: Path, content: bytes) -> None:
+    (place / "sharded" / "config.json").write_bytes(content)
+    config = ModelConfig.load(place / "sharded")
+    config.num_parameters(), config.to_hf()
+
+
+def runs(place: Path):
+    text = configuration.dump(configuration.load(place / "run" / "config.toml"))
+    return bytes_of(text.encode()) | st.lists(st.sampled_from(text.splitlines())).map(lambda x: "\n".join(x).encode())
+
+
+def read_run(place: Path, content: bytes) -> None:
+    (place / "run.toml").write_bytes(content)
+    configuration.dump(configuration.load(place / "run.toml"))
+
+
+def tokenizers(place: Path):
+    record = json.loads((place / "base" / "tokenizer.json").read_text())
+    record["model"]["vocab"] = dict(list(record["model"]["vocab"].items()))
+    return damaged_json(record)
+
+
+def read_tokenizer(place: Path, content: bytes) -> None:
+    folder = place / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(content)
+    tokenizer.load(folder, ("<|end_of_turn|>",)).encode("a b")
+
+
+def sum_files(place: Path):
+    return bytes_of(b"".join(b"0" * 64 + b"  " + name + b"\n" for name in (b"model.safetensors", b"config.json")))
+
+
+def read_sums(place: Path, content: bytes) -> None:
+    (place / "base" / SUMS).write_bytes(content)
+    try:
+        sums(place / "base")
+    finally:
+        (place / "base" / SUMS).unlink()
+
+
+def number_files(place: Path):
+    import io
+
+    import numpy as np
+
+    plain, packed = io.BytesIO(), io.BytesIO()
+    np.save(plain, np.arange(1, 50, dtype=np.int32))
+    np.savez(packed, np.arange(1, 50, dtype=np.int32))
+    return bytes_of(plain.getvalue()) | bytes_of(packed.getvalue())
+
+
+def read_numbers(place: Path, content: bytes) -> None:
+    (place / "x.npy").write_bytes(content)
+    lengths.read(place / "x.npy")
+
+
+KINDS = {
+    "conversations": (conversation_lines, read_lines),
+    "data manifests": (data_manifests, read_data_manifest),
+    "data shards": (data_shards, read_data_shard),
+    "checkpoint manifests": (checkpoint_manifests, read_checkpoint_manifest),
+    "safetensors": (headers, read_header),
+    "shard indices": (indices, read_index),
+    "config.json": (model_configs, read_model_config),
+    "run configurations": (runs, read_run),
+    "tokenizer.json": (tokenizers, read_tokenizer),
+    "SHA256SUMS": (sum_files, read_sums),
+    "lengths": (number_files, read_numbers),
+}
+
+
+@pytest.fixture(scope="module")
+def strategies(place):
+    shutil.copyfile(place / "data" / shards.MANIFEST, place / "good.json")
+    return {kind: inputs(place) for kind, (inputs, _) in KINDS.items()}
+
+
+def fuzz(place, strategies, kind: str, count: int) -> None:
+    read = functools.partial(KINDS[kind][1], place)
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategies[kind])
+    def one(content):
+        attempt(kind, functools.partial(read, content))
+
+    one()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damage_is_read_or_refused(place, strategies, kind):
+    fuzz(place, strategies, kind, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_much_damage_is_read_or_refused(place, strategies, kind):
+    COUNTS.clear()
+    fuzz(place, strategies, kind, 5_000)
+    print(dict(COUNTS))

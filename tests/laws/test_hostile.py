@@ -1,0 +1,483 @@
+"""Input written to harm: refused in one line, in bounded memory and time, and nothing in it is ever run.
+
+pytest tests/laws/test_hostile.py          (with -m slow: a line of 1 GB, and bombs of 4 GB)
+"""
+
+import gzip
+import json
+import lzma
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zstandard
+from safetensors.torch import save_file
+
+from ochat import cli
+from ochat import config as configuration
+from ochat.data import json_values, records, shards
+from ochat.data.dataset import TokenDataset
+from ochat.data.prepare import prepare
+from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
+from ochat.files import bounded_json, checksums
+from ochat.model.config import ModelConfig
+from ochat.model.init_base import InitBaseOptions
+from ochat.model.init_base import main as init_base
+from ochat.model.safetensor_files import INDEX, TensorFiles
+from ochat.plan import lengths
+from ochat.text import tokenizer
+from ochat.text.conversation import Conversation
+from tests import text_kit, tiny
+from tests.tiny_text import write_base
+
+LLAMA = tiny.MODEL
+F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+
+
+# safetensors
+
+
+def write_header(path, header, size=None):
+    """A file with this header (JSON, or bytes as they are) and 16 bytes of values."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + bytes(16))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"a": F32 | {"shape": [-4]}},
+        {"a": F32 | {"shape": [8]}},
+        {"a": F32 | {"shape": [2**62, 2**62]}},
+        {"a": F32 | {"shape": [2**62, 2**62, 0]}},
+        {"a": F32 | {"shape": [4.0]}},
+        {"a": F32 | {"data_offsets": [-1, 16]}},
+        {"a": F32 | {"data_offsets": [16, 0]}},
+        {"a": F32 | {"shape": [16], "data_offsets": [0, 64]}},
+        {"a": F32 | {"shape": [2], "data_offsets": [0, 8]}},
+        {"a": F32 | {"shape": [2], "data_offsets": [8, 16]}},
+        {"a": F32, "b": F32},
+        {"a": F32 | {"dtype": "F31"}},
+        {"a": {"dtype": "F32"}},
+        {"__metadata__": {"a": {}}, "a": F32},
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "a": ' + json.dumps(F32).encode() + b"}",
+        b'{"a": {"dtype": "F32", "dtype": "BF16", "shape": [8], "data_offsets": [0, 16]}}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\xff\xfe{}",
+        b"",
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path, header):
+    """Sizes, offsets, types and names, the library's checks and ours together."""
+    write_header(tmp_path / "model.safetensors", header)
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+        TensorFiles.open(tmp_path)
+
+
+@pytest.mark.parametrize("size", [2**64 - 1, 2**63, 2**40, 10**8 + 1])
+def test_the_length_of_a_header_is_not_believed(tmp_path, size):
+    write_header(tmp_path / "model.safetensors", {"a": F32}, size)
+    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+        TensorFiles.open(tmp_path)
+
+
+def test_a_header_of_many_megabytes_is_no_models(tmp_path):
+    write_header(tmp_path / "model.safetensors", json.dumps({"a": F32}).encode() + b" " * (1 << 26))
+    with pytest.raises(CheckpointError, match="a header of 67,"):
+        TensorFiles.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "../x.safetensors", "a\0.safetensors", "..", {}])
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match="weight_map\\['a'\\]"):
+        TensorFiles.open(tmp_path)
+
+
+def test_a_device_or_a_pipe_is_no_file_of_weights(tmp_path):
+    """Reading either would never end; a link out of the folder to a file is how the hub's cache looks, and is fine."""
+    save_file({"a": __import__("torch").zeros(4)}, tmp_path / "blob")
+    (tmp_path / "base").mkdir()
+    link = tmp_path / "base" / "x.safetensors"
+    (tmp_path / "base" / INDEX).write_text(json.dumps({"weight_map": {"a": link.name}}))
+    os.mkfifo(tmp_path / "pipe")
+    for target in ("/dev/zero", tmp_path / "pipe", tmp_path):
+        link.symlink_to(target)
+        with pytest.raises(CheckpointError, match="x.safetensors is missing"):
+            TensorFiles.open(tmp_path / "base")
+        link.unlink()
+    link.symlink_to("../blob")
+    assert list(TensorFiles.open(tmp_path / "base").files) == ["a"]
+
+
+# config.json, and JSON files in general
+
+
+@pytest.mark.parametrize("value", [10**12, 10**400, -1, 0, 1.5, 1e400, "64", True, [], {}, [10**12]])
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads"])
+def test_a_config_of_absurd_sizes_is_refused_at_once(tmp_path, key, value):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {key: value}))
+    with pytest.raises(ConfigError, match=f"config.json: {key}"):
+        ModelConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", sorted(LLAMA))
+def test_no_key_of_a_config_can_be_of_another_kind(tmp_path, key):
+    for value in ([[]], {"a": {}}, [None], "\u0000", -(10**30), float("nan"), [10**30], 10**400, False):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | {key: value}))
+        with pytest.raises(ConfigError, match="config.json: "):
+            ModelConfig.load(tmp_path)
+
+
+def test_more_layers_than_any_model_has_take_no_memory(tmp_path):
+    """A family that lists a window for each layer would build a list of a thousand million."""
+    record = LLAMA | {"model_type": "mistral", "num_hidden_layers": 10**9, "sliding_window": 8}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="num_hidden_layers is 1000000000; no model has more than 4,096"):
+        ModelConfig.load(tmp_path)
+
+
+def test_a_random_model_larger_than_the_machine_is_not_begun(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"hidden_size": 1 << 18, "intermediate_size": 1 << 21}))
+    with pytest.raises(ConfigError, match="GB in float32"):
+        init_base(InitBaseOptions(tmp_path / "out", random=tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[" * 10**6, b'{"a":' * 10**6, b'{"a": ' + b"9" * 5000 + b"}", b"\xff{}", b'{"a": "\\ud800"}', b"1", b"", b"{},"]
+    + [b'{"a":' * 100 + b"1" + b"}" * 100, b"\xef\xbb\xbf{}", "{}".encode("utf-16")],
+    ids=range(11),
+)
+def test_a_file_that_is_no_plain_json_object_is_refused(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DataError, match="x.json"):
+        bounded_json.read_object(tmp_path / "x.json", DataError, "fetch it again")
+
+
+def test_a_file_of_json_is_read_up_to_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(bounded_json, "MAX_BYTES", 1000)
+    (tmp_path / "config.json").write_bytes(json.dumps(LLAMA).encode() + b" " * 1000)
+    with pytest.raises(ConfigError, match="config.json: more than"):
+        ModelConfig.load(tmp_path)
+
+
+# a configuration in TOML
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a = " + "[" * 10_000, "a." * 5_000 + "b = 1", "a = " + "9" * 5_000, "[data]\n[data]", "[run]\nseed = 1\nseed = 2"]
+    + [
+        "[data]\ntoken_budget = " + "9" * 400,
+        "[optim]\nlr = 1" + "0" * 400,
+        "[optim]\nlr = nan",
+        "\0",
+        "[data]\nmix = 3",
+    ]
+    + ["[run]\ndir = {}", "[[run]]", "a = 9999-99-99", "[optim]\nbetas = [1]", "# \ud800"],
+    ids=range(15),
+)
+def test_a_hostile_configuration_is_refused(tmp_path, text):
+    (tmp_path / "run.toml").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ConfigError):
+        configuration.load(tmp_path / "run.toml", ["--base.path=b", "--data.path=d"])
+
+
+# the manifest of a data set; whoever writes one can write its digest too
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shards": [{"file": "../outside.safetensors"}]},
+        {"shards": [{"file": "/etc/passwd", "part": 0}]},
+        {"shards": [{"bytes": -1}]},
+        {"shards": [{"tokens": 10**30}]},
+        {"shards": [{"bytes": 1e3}]},
+        {"shards": [None]},
+        {"shards": {"0": {}}},
+        {"others": [{"file": "../../etc/passwd", "bytes": 1, "sha256": "0" * 64}]},
+        {"classes": ["GPT4", "GPT4"]},
+        {"classes": list(map(str, range(70_000)))},
+        {"classes": [["GPT4"]]},
+        {"parts": []},
+        {"parts": [{}], "version": 2},
+        {"tokenizer": "x"},
+        {"template": []},
+        {"template": {"prefix": 3}},
+        {"counts": {"kept": -1}},
+        {"shard": {"number": "1"}},
+        {"version": [1]},
+    ],
+)
+def test_a_manifest_that_lies_is_refused(world, tmp_path, change):
+    manifest = shards.read_manifest(world.data)
+    for shard in manifest["shards"]:
+        os.link(world.data / shard["file"], tmp_path / shard["file"])
+    if isinstance(change.get("shards"), list) and change["shards"][0]:
+        change = change | {"shards": [manifest["shards"][0] | change["shards"][0]]}
+    shards.write_manifest(tmp_path / shards.MANIFEST, manifest | change)
+    with pytest.raises((DataError, ConfigError), match="manifest.json"):
+        TokenDataset(tmp_path)
+
+
+# conversations
+
+
+def prepared(base, source, output, **options):
+    """What `ochat prepare` says to this input."""
+    with pytest.raises(DataError) as error:
+        prepare([source], base, "openchat_v3.2", output, progress=False, **options)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 10**6,
+        b'{"items":' * 10**5,
+        b'{"items": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"items": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}",
+        b'{"items": [{"role": "user", "content": "\xff"}]}',
+        b'{"items": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"items": [{"role": "user", "content": "x", "weight": ' + b"9" * 5000 + b"}]}",
+        b'{"items": [{"role": "user", "content": "x", "weight": 1e999}]}',
+        b'{"items": [], "' + b"k" * 10**6 + b'": 1}',
+        b'{"items": [{"role": "assistant", "content": "x"}], "condition": "a<|end_of_turn|>GPT4"}',
+        b"\0" * 100,
+    ],
+    ids=range(11),
+)
+def test_a_hostile_line_is_a_bad_line(base, tmp_path, line):
+    source = tmp_path / "in.jsonl"
+    good = b'{"items": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}'
+    source.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
+    message = prepared(base, source, tmp_path / "out")
+    assert message.startswith(f"{source}:2: ") and len(message) < 3000
+    prepare([source], base, "openchat_v3.2", tmp_path / "out", on_bad="skip", progress=False)
+    assert len(TokenDataset(tmp_path / "out")) == 2
+
+
+def test_no_depth_is_just_deep_enough_to_be_read_and_not_shown():
+    """Where reading just works, printing in a message, further down in Python's stack, might not."""
+    for depth in [*range(100, 900, 50), *range(900, 1000), *range(1000, 12_000, 500)]:
+        nested = b"[" * depth + b"]" * depth
+        for line in (b'{"items": [{"role": "user", "content": %s}]}', b'{"items": [], "reward": %s}', b'{"items": %s}'):
+            with pytest.raises(DataError):
+                Conversation.from_dict(records.Record("x", 1, 1, line % nested).value())
+
+
+def test_what_a_record_may_take_is_bounded(base, tmp_path, monkeypatch):
+    """In lines, arrays and blanks, plain or compressed; the bound is made small to be met."""
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(json_values, "MAX_RECORD_BYTES", 1 << 20)
+    for content, says in (
+        (b'{"items": "' + b"x" * (3 << 20), "more than 1 MiB"),
+        (b'[{"items": "' + b"x" * (3 << 20), "more than 1 MiB"),
+        (b"[[" + b"[]," * (1 << 20), "more than 1 MiB"),
+        (b" " * (3 << 20), "1 MiB of blanks"),
+    ):
+        for pack in (bytes, gzip.compress, lzma.compress, zstandard.compress):
+            (tmp_path / "in.jsonl").write_bytes(pack(content))
+            assert says in prepared(base, tmp_path / "in.jsonl", tmp_path / "out")
+
+
+def test_a_parquet_row_is_bounded_too(base, tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr("ochat.data.parquet.MAX_RECORD_BYTES", 1 << 20)
+    rows = ["x", "y" * (2 << 20), "z"]
+    column = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": row}] for row in rows]
+    pyarrow.parquet.write_table(pyarrow.table({"items": column}), tmp_path / "in.parquet")
+    assert "in.parquet:2: a row of more than 1 MiB" in prepared(base, tmp_path / "in.parquet", tmp_path / "out")
+    found = [record.error for record in records.read(tmp_path / "in.parquet")]
+    assert [bool(error) for error in found] == [False, True, False]
+
+
+def test_a_damaged_parquet_page_names_its_row_group(base, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    column = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}"}] for i in range(1000)]
+    path = tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"items": column}), path, row_group_size=500, compression="snappy")
+    start = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(1).dictionary_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 40] = bytes(40)
+    path.write_bytes(content)
+    assert "in.parquet:" in (said := prepared(base, path, tmp_path / "out")) and "row group 1" in said
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "qwen"])
+def test_special_tokens_in_content_are_text(tmp_path, kind):
+    """Alone, doubled, in words and split by other tokens; of all the tokenizer has, added ones too."""
+    tokens = tokenizer.load(text_kit.small_folder(kind, tmp_path), ("<|end_of_turn|>",))
+    live = set(tokens.special_tokens.values())
+    unknown = tokens.special_tokens.get("<unk>")
+    for token in tokens.special_tokens:
+        for text in (token, token * 2, f"a{token}b", f" {token} ", token[:3] + token + token[3:]):
+            ids = tokens.encode(text)
+            assert not (live - {unknown}) & set(ids), (token, text)
+            assert tokens.encode_batch([text]) == [ids]
+
+
+# numbers, tokenizers, templates: nothing is run
+
+
+class Bomb:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_in_a_numpy_file_is_not_loaded(tmp_path):
+    array = np.array([Bomb(tmp_path / "ran")], dtype=object)
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    np.savez(tmp_path / "b.npy", array, allow_pickle=True)
+    (tmp_path / "c.npy").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    (tmp_path / "d.npy").write_bytes(b"PK\x03\x04 no archive")
+    (tmp_path / "e.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', 'fortran_order': False, 'shape': (-1,)}")
+    for name in ("a.npy", "b.npy", "b.npy.npz", "c.npy", "d.npy", "e.npy"):
+        with pytest.raises(DataError, match=name):
+            lengths.read(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_bases_own_chat_template_is_never_run(world, tmp_path):
+    """Neither in preparing, training and exporting, nor in what an export carries."""
+    evil = "{{ cycler.__init__.__globals__.os.system('touch %s') }}EVIL" % (tmp_path / "ran")
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in world.base.iterdir():
+        if path.name != checksums.SUMS:
+            (base / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": evil}))
+    (base / "chat_template.jinja").write_text(evil)
+    options = [f"--base.path={base}", "--data.max_steps=1", "--samples.max_new_tokens=1"]
+    tiny.train(world, tmp_path / "run", *options, '--samples.prompts=["1+1"]')
+    out = tmp_path / "run" / "export"
+    assert not any("EVIL" in path.read_text() for path in [*out.glob("*.json"), *out.glob("*.jinja")])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": {}},
+        {"model": {"type": "BPE"}},
+        {"model": {"type": "Nonsense", "vocab": {}}},
+        {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": [{}]},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": {"a": 1}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": [{"content": "<x>", "id": 10**15}]},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "post_processor": {"single": 3}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"pretokenizers": [3]}},
+    ],
+)
+def test_a_tokenizer_of_another_schema_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        tokenizer.load(tmp_path, ("<|end_of_turn|>",))
+
+
+# the real thing
+
+MEASURE = """
+import sys
+from ochat.data import records
+
+def peak_mib():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) >> 10
+
+list(records.read(sys.argv[1]))
+before = peak_mib()
+errors = [record.error for record in records.read(sys.argv[2]) if record.error]
+print(errors[-1:], peak_mib() - before)
+"""
+
+
+def measured(tmp_path, path):
+    """(the last error, MiB that reading it took)"""
+    (tmp_path / "small.jsonl").write_text("{}\n")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "small.jsonl", path],
+        capture_output=True,
+        text=True,
+        env=tiny.environment(),
+        cwd=tiny.ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30)),
+    )
+    assert done.returncode == 0, done.stderr
+    error, mib = done.stdout.rsplit(" ", 1)
+    return error, int(mib)
+
+
+def write_stream(path, piece, count, start=b"", pack=""):
+    with path.open("wb") as file:
+        stream = {
+            "": lambda: file,
+            "gz": lambda: gzip.GzipFile(fileobj=file, mode="w"),
+            "xz": lambda: lzma.LZMAFile(file, "w"),  # noqa: SIM115
+            "zst": lambda: zstandard.ZstdCompressor().stream_writer(file, closefd=False),
+        }[pack]()
+        stream.write(start)
+        for _ in range(count):
+            stream.write(piece)
+        if stream is not file:
+            stream.close()
+    return path
+
+
+@pytest.mark.parametrize("pack", ["zst", "gz", "xz"])
+def test_a_small_bomb_of_each_kind_takes_little_memory(tmp_path, pack):
+    path = write_stream(tmp_path / "x.jsonl", bytes(1 << 20), 384, b'{"a": "', pack)
+    assert path.stat().st_size < 1 << 20
+    error, mib = measured(tmp_path, path)
+    assert "a line of more than 32 MiB" in error and mib < 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [b'{"items": "', b'[{"items": "', b'{"items": [', b"[["])
+def test_a_gigabyte_on_one_line_is_refused_in_bounded_memory(tmp_path, start):
+    piece = b"[]," * (1 << 18) if start.endswith(b"[") else b"x" * (3 << 18)
+    error, mib = measured(tmp_path, write_stream(tmp_path / "x.jsonl", piece, 1366, start))
+    print(start, error, mib, "MiB")
+    assert "more than 32 MiB" in error and mib < 1500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pack", ["zst", "gz", "xz"])
+@pytest.mark.parametrize("piece", [bytes(1 << 20), b" " * (1 << 20)], ids=["zeros", "blanks"])
+def test_a_bomb_of_four_gigabytes_takes_bounded_memory(tmp_path, pack, piece):
+    error, mib = measured(tmp_path, write_stream(tmp_path / "x.jsonl", piece, 4096, b'{"a":1}\n', pack))
+    print(pack, error, mib, "MiB")
+    assert mib < 300
+
+
+def test_the_command_says_it_in_one_line(tmp_path, capsys):
+    """No traceback for any of it: the errors are of the classes whose message is printed alone."""
+    assert issubclass(DataError, OchatError) and issubclass(CheckpointError, OchatError)
+    (tmp_path / "run.toml").write_text("a = " + "[" * 10_000)
+    with pytest.raises(SystemExit, match="1"):
+        cli.run("plan", [str(tmp_path / "run.toml")])
+    shown = capsys.readouterr()
+    assert "not readable as TOML" in shown.err + shown.out and "Traceback" not in shown.err

@@ -1,0 +1,196 @@
+"""A base folder has the source's weights bit for bit and a row for every id; added rows are the mean."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import ochat_kernels
+import pytest
+import sentencepiece
+import torch
+
+from ochat.cli import run as cli
+from ochat.errors import ConfigError
+from ochat.model import hf, init_base
+from ochat.model.config import ModelConfig
+from ochat.model.gguf import byte_level_bpe
+from ochat.model.init_base import InitBaseOptions
+from ochat.model.transformer import Transformer
+from ochat.text import tokenizer as tokenizers
+
+EOT = "<|end_of_turn|>"
+TOKENS = ["<s>", "</s>", *(chr(ord("a") + i) for i in range(26)), *"0123456789", "Ġ", "th", "the", "<|spare|>"]
+TYPES = [3, 3, *[1] * (len(TOKENS) - 3), 3]
+CONFIG = ModelConfig("llama", len(TOKENS), 32, 48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+
+
+def write_json_tokenizer(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(byte_level_bpe(TOKENS, TYPES, [["t", "h"], ["th", "e"]])))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+
+
+def write_sentencepiece(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
+        sentence_iterator=iter(["the cat sat on the mat and looked at the moon"] * 20),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def write_model(folder: Path, config: ModelConfig, dtype: str = "float32") -> Path:
+    model = Transformer(config, ochat_kernels.load("reference"))
+    model.initialize(0)
+    hf.save(folder, config, model.named_parameters(), dtype)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    config = ModelConfig.load(folder)
+    files = hf.read_tensors(folder, config)
+    return {name: hf.read_parameter(files, config, name) for name in hf.parameter_parts(config)}
+
+
+def mean(rows: torch.Tensor) -> torch.Tensor:
+    return rows.double().mean(0).to(rows.dtype)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_added_tokens_get_the_next_ids_and_the_mean_row(tmp_path, tied, dtype):
+    config = replace(CONFIG, tie_embeddings=tied)
+    write_json_tokenizer(write_model(tmp_path / "source", config, dtype))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT, "<|second|>")))
+
+    before, after, size = weights(tmp_path / "source"), weights(tmp_path / "out"), config.vocab_size
+    tokenizer = tokenizers.load(tmp_path / "out")
+    assert [tokenizer.special_tokens[token] for token in (EOT, "<|second|>")] == [size, size + 1]
+    assert ModelConfig.load(tmp_path / "out").vocab_size == tokenizer.vocab_size == size + 2
+    for name, weight in before.items():
+        if name in ("embed.weight", "head.weight"):
+            assert after[name].shape == (size + 2, 32) and after[name].dtype == getattr(torch, dtype)
+            # one rounding of an fp32 mean against one of an fp64 mean
+            torch.testing.assert_close(after[name][size:], mean(weight).expand(2, -1), rtol=0.008, atol=1e-6)
+        assert torch.equal(after[name][: len(weight)], weight), name
+    ids = [[0, 5, 9, 30], [7]]
+    old, new = (hf.load(tmp_path / name, dtype="float32").logits(ids) for name in ("source", "out"))
+    for a, b in zip(old, new, strict=True):
+        torch.testing.assert_close(b[:, :size], a, rtol=1e-5, atol=1e-6)
+
+
+def test_a_token_that_is_there_keeps_id_and_row(tmp_path):
+    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=("<|spare|>",)))
+    before, after = weights(tmp_path / "source"), weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    tokenizer = tokenizers.load(tmp_path / "out")
+    assert tokenizer.special_tokens["<|spare|>"] == len(TOKENS) - 1 and tokenizer.vocab_size == len(TOKENS)
+
+
+def test_spare_rows_are_used_before_new_ones(tmp_path):
+    """Padded rows stand for no id: they are no part of the mean, and the added id takes the first of them."""
+    padded, known = replace(CONFIG, vocab_size=len(TOKENS) + 5), len(TOKENS)
+    write_json_tokenizer(write_model(tmp_path / "source", padded))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    before, after = (weights(tmp_path / name)["embed.weight"] for name in ("source", "out"))
+    torch.testing.assert_close(after[known], mean(before[:known]), rtol=1e-5, atol=1e-7)
+    others = [row for row in range(padded.vocab_size) if row != known]
+    assert torch.equal(after[others], before[others]) and len(after) == padded.vocab_size
+
+
+def test_sentencepiece_folder(tmp_path):
+    write_sentencepiece(tmp_path / "source")
+    pieces = tokenizers.load(tmp_path / "source").vocab_size
+    write_model(tmp_path / "source", replace(CONFIG, vocab_size=pieces))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    tokenizer = tokenizers.load(tmp_path / "out")
+    assert tokenizer.kind == "sentencepiece" and tokenizer.special_tokens[EOT] == pieces
+    assert ModelConfig.load(tmp_path / "out").vocab_size == pieces + 1
+
+
+def test_random_is_a_function_of_its_seed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    write_json_tokenizer(tmp_path / "tokenizer")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        cli("init-base", ["--random", str(tmp_path / "config.json"), "--tokenizer", str(tmp_path / "tokenizer"),
+                          "--add-token", EOT, "--seed", str(seed), str(tmp_path / name)])  # fmt: skip
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["embed.weight"], c["embed.weight"])
+    assert tokenizers.load(tmp_path / "a").special_tokens[EOT] == len(TOKENS)
+
+
+def test_random_without_a_tokenizer(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    init_base.main(InitBaseOptions(tmp_path / "out", random=tmp_path / "config.json", dtype="bfloat16"))
+    assert hf.load(tmp_path / "out").config == CONFIG
+    assert weights(tmp_path / "out")["embed.weight"].dtype == torch.bfloat16
+    assert "no tokenizer" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        init_base.main(InitBaseOptions(tmp_path / "other", random=tmp_path / "config.json", add_token=(EOT,)))
+
+
+def test_gguf_folder(tmp_path):
+    pytest.importorskip("gguf", reason="PyPI `gguf` (extra `data`) is not installed")
+    from tests.model import test_gguf
+
+    state = test_gguf.random_state(test_gguf.CONFIG)
+    file = test_gguf.write(tmp_path / "m.gguf", state=state)
+    init_base.main(InitBaseOptions(tmp_path / "out", gguf=file, add_token=(EOT,), dtype="float32"))
+    config = ModelConfig.load(tmp_path / "out")
+    files, size = hf.read_tensors(tmp_path / "out", config), test_gguf.CONFIG.vocab_size
+    assert config.vocab_size == size + 1
+    for name, weight in state.items():
+        assert torch.equal(files.read(name)[: len(weight)], torch.from_numpy(weight)), name
+    tokenizer = tokenizers.load(tmp_path / "out")
+    assert (tokenizer.special_tokens[EOT], tokenizer.bos_id, tokenizer.eos_id) == (size, 1, 2)
+
+
+def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(init_base, "_write_generation_config", stop)
+    with pytest.raises(KeyboardInterrupt):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
+    (tmp_path / "out").mkdir()
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    with pytest.raises(ConfigError, match="exists already"):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source"))
+
+
+def test_wrong_options_are_explained(tmp_path):
+    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
+    with pytest.raises(ConfigError, match="exactly one of --gguf, --hf and --random, not 0"):
+        init_base.main(InitBaseOptions(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="not 2"):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", random=tmp_path / "x.json"))
+    with pytest.raises(ConfigError, match="exists already"):
+        init_base.main(InitBaseOptions(tmp_path / "source", hf=tmp_path / "source"))
+    with pytest.raises(ConfigError, match="x.json: no such file"):
+        init_base.main(InitBaseOptions(tmp_path / "out", random=tmp_path / "x.json"))
+    with pytest.raises(ConfigError, match="someone/llama"):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=Path("someone/llama"), add_token=(EOT,)))
+    (tmp_path / "source" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="source.*no tokenizer.model"):
+        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    assert not (tmp_path / "out").exists()

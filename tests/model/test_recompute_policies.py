@@ -1,0 +1,176 @@
+"""Every train.recompute computes the same; elementwise repeats no product; auto takes the least that fits.
+
+    pytest tests/model/test_recompute_policies.py
+What each keeps is known to the byte in tests/plan/test_memory.py.
+"""
+
+import dataclasses
+from collections import Counter
+from functools import partial
+from itertools import product
+from types import SimpleNamespace
+
+import ochat_kernels
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ochat.config import BaseConfig, Config, DataConfig, LoraConfig, ParallelConfig, TrainConfig
+from ochat.distributed.processes import Ranks
+from ochat.errors import ConfigError
+from ochat.model import lora
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import RECOMPUTE, Transformer, pack_ids
+from ochat.plan.forecast import Run
+from ochat.plan.memory import GIB
+from ochat.train import recompute, sharding
+
+CONFIG = ModelConfig("qwen3", 67, 24, 40, 3, 4, 2, 8, qk_norm=True, windows=(None, 6, 6), tie_embeddings=True)
+PLAIN = dataclasses.replace(CONFIG, model_type="llama", qk_norm=False, qkv_bias=True, mlp_bias=True, windows=())
+IDS = [[i % 67 for i in range(start, start + length)] for start, length in ((3, 9), (5, 1), (7, 30), (9, 9))]
+ROWS = torch.tensor([1, 2, 11, 30, 48])
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128)
+CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def build(config=CONFIG, kernels="reference", dtype=torch.float32, adapters=False) -> Transformer:
+    model = Transformer(config, ochat_kernels.load(kernels))
+    model.initialize(seed=1)
+    if adapters:
+        lora.attach(model, LoraConfig(rank=4, targets=("q_proj", "o_proj", "down_proj")), ())
+        for name, parameter in model.named_parameters():
+            if ".lora." in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    model.compute_dtype = dtype
+    return model
+
+
+def gradients(model: Transformer) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(*pack_ids(model, IDS), rows=ROWS).float().square().mean().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+INTERPRETED = [("triton", CONFIG, torch.bfloat16, False), ("triton", PLAIN, torch.float32, True)]  # seconds each
+PLAINLY = product(["reference"], [CONFIG, PLAIN], [torch.float32, torch.bfloat16], [False, True])
+
+
+@pytest.mark.parametrize(("kernels", "config", "dtype", "adapters"), [*PLAINLY, *INTERPRETED])
+def test_gradients_are_bitwise_those_of_keeping_everything(kernels, config, dtype, adapters):
+    model, found = build(config, kernels, dtype, adapters), {}
+    for model.recompute in RECOMPUTE:
+        found[model.recompute] = gradients(model)
+    assert len(found["none"]) == sum(parameter.requires_grad for parameter in model.parameters())
+    for policy in RECOMPUTE[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[policy], found["none"], strict=True)), policy
+
+
+def test_a_graph_that_is_kept_can_be_used_again():
+    model, found = build(), []
+    model.recompute = "elementwise"
+    loss = model(*pack_ids(model, IDS)).square().mean()
+    for keeps in (True, False):
+        model.zero_grad()
+        loss.backward(retain_graph=keeps)
+        found.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_elementwise_repeats_no_product_and_block_repeats_those_of_forward():
+    model, flops = build(), {}
+    for model.recompute in RECOMPUTE:
+        with FlopCounterMode(display=False) as counter:
+            gradients(model)
+        flops[model.recompute] = counter.get_total_flops()
+    assert flops["elementwise"] == flops["none"]
+    assert 1.15 * flops["none"] < flops["block"] < 4 / 3 * flops["none"]
+
+
+@pytest.mark.parametrize(("policy", "times"), [("none", 1), ("elementwise", 2), ("block", 2)])
+def test_an_operator_runs_once_more_however_many_documents_ask_for_its_result(policy, times, monkeypatch):
+    model, calls = build(PLAIN), Counter()
+
+    def counting(name, *arguments):
+        calls[name] += 1
+        return getattr(ochat_kernels.load("reference"), name)(*arguments)
+
+    names = ("rms_norm", "add_rms_norm", "rope", "swiglu")
+    monkeypatch.setattr(model.ops, "ops", SimpleNamespace(**{name: partial(counting, name) for name in names}))
+    model.recompute = policy
+    gradients(model)
+    blocks = PLAIN.num_layers
+    assert calls["rope"] == calls["swiglu"] == times * blocks
+    assert calls["rms_norm"] + calls["add_rms_norm"] == times * 2 * blocks + 1  # and the model's last
+
+
+@pytest.fixture
+def compiled():
+    """compiled(policy): the model as a run wraps it."""
+
+    def wrap(policy) -> Transformer:
+        torch._dynamo.reset()
+        model = build(PLAIN)
+        train = TrainConfig(recompute=policy, compile=True)
+        sharding.wrap(model, Ranks(0, 1, CPU, None), train, ParallelConfig(), torch.float32)
+        return model
+
+    yield wrap
+    wrap("none")  # the compiler's setting is the process's
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_under_every_policy_and_keep_less(compiled):
+    wanted, kept = gradients(build(PLAIN)), {}
+    for policy in RECOMPUTE:
+        model, held = compiled(policy), {}
+
+        def pack(tensor, held=held):
+            held[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(*pack_ids(model, IDS), rows=ROWS).float().square().mean()
+        loss.backward()
+        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        kept[policy] = sum(storage.nbytes() for key, storage in held.items() if key not in own)
+        for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+    assert kept["block"] < kept["elementwise"] < 0.85 * kept["none"], kept
+
+
+def settle(room_gib: float, monkeypatch, device=CARD, **train) -> tuple[str, str]:
+    config = Config(
+        base=BaseConfig("base"), data=DataConfig("data", token_budget=8192, bins_per_step=8), train=TrainConfig(**train)
+    )
+    monkeypatch.setattr(recompute, "_room", lambda _: room_gib * GIB)
+    eight = SimpleNamespace(device=device, world=8, exchange=lambda record: [record, {"room": record["room"] + GIB}])
+    found, why = recompute.settle(config, LLAMA_8B, eight, "triton")  # type: ignore[arg-type]
+    settled = dataclasses.replace(config.train, recompute=found.train.recompute)
+    assert found == dataclasses.replace(config, train=settled)  # nothing else is decided here
+    return found.train.recompute, why
+
+
+def test_auto_takes_the_least_that_every_card_has_room_for(monkeypatch):
+    """8B on 8 cards, as tests/plan/test_forecast.py knows its memory."""
+    taken = [settle(room, monkeypatch)[0] for room in range(40, 200)]
+    assert taken == sorted(taken, key=["block", "elementwise", "none"].index) and set(taken) == set(RECOMPUTE)
+    for policy in RECOMPUTE[:2]:
+        room = 40 + taken.index(policy)  # the least in GiB that it is taken in
+        needs = float(settle(room, monkeypatch)[1].split(f"{policy} needs ")[1].split()[0])
+        assert room - 1 < needs <= room
+    assert settle(10, monkeypatch)[0] == "block"  # nothing fits: what needs the least
+
+
+def test_auto_keeps_everything_on_a_cpu_and_leaves_what_is_asked_for(monkeypatch):
+    assert settle(10, monkeypatch, device=CPU)[0] == "none"
+    assert settle(1000, monkeypatch, device=CPU, offload_activations=True)[0] == "block"
+    for asked in RECOMPUTE:
+        assert settle(10, monkeypatch, recompute=asked) == (asked, asked)
+
+
+def test_a_compiler_is_not_told_to_make_the_result_of_a_kernel_again(monkeypatch):
+    assert {settle(room, monkeypatch, compile=True)[0] for room in range(40, 200, 4)} == {"none", "block"}
+    with pytest.raises(ConfigError, match="train.kernels = 'reference'"):
+        settle(100, monkeypatch, recompute="elementwise", compile=True)
+    run = Run(LLAMA_8B, Config(train=TrainConfig(compile=True, kernels="reference")), None, 0)  # type: ignore[arg-type]
+    assert run.policies == RECOMPUTE

@@ -1,0 +1,230 @@
+"""Laws of the packer, over random lengths and the odd ones: pytest tests/packing/test_multipack.py"""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ochat.errors import ConfigError, DataError
+from ochat.packing.multipack import plan
+
+BUDGET = 64
+LENGTHS = st.lists(st.integers(1, BUDGET), max_size=300)
+
+
+def make(lengths, bins_per_step=4, seed=0, epoch=0, budget=BUDGET, **options):
+    return plan(lengths, token_budget=budget, bins_per_step=bins_per_step, seed=seed, epoch=epoch, **options)
+
+
+def chat_lengths(count, longest=8192, seed=0):
+    return np.clip(np.random.default_rng(seed).lognormal(6, 1, count), 8, longest).astype(np.int64)
+
+
+def check_laws(packed, lengths, max_sequences=None):
+    """Every sequence once, no bin over budget or count, whole steps, sums that are the bins' own."""
+    assert sorted(packed.indices.tolist()) == list(range(len(lengths)))
+    assert packed.indices.dtype == packed.bin_offsets.dtype == np.int64
+    assert len(packed.bin_offsets) == packed.num_steps * packed.bins_per_step + 1
+    assert packed.bin_offsets[0] == 0 and packed.bin_offsets[-1] == len(lengths)
+    assert (np.diff(packed.bin_offsets) >= 0).all()
+    for b in range(packed.num_steps * packed.bins_per_step):
+        tokens = sum(lengths[i] for i in packed.bin(b))
+        assert tokens <= packed.token_budget
+        assert packed.bin_tokens[b] == tokens
+        assert max_sequences is None or len(packed.bin(b)) <= max_sequences
+
+
+@settings(max_examples=150, deadline=None)
+@given(LENGTHS, st.integers(1, 9), st.integers(0, 5), st.integers(0, 3), st.none() | st.integers(1, 5), st.booleans())
+def test_every_sequence_once_and_no_bin_over_budget(lengths, bins_per_step, seed, epoch, max_sequences, with_costs):
+    costs = [length**2 + 1.0 for length in lengths] if with_costs else None
+    packed = make(lengths, bins_per_step, seed, epoch, max_sequences=max_sequences, costs=costs)
+    check_laws(packed, lengths, max_sequences)
+    steps = packed.bin_tokens.reshape(packed.num_steps, bins_per_step).sum(axis=1)
+    assert (steps > 0).all(), "no step is empty"
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.integers(1, 9))
+def test_the_same_input_gives_the_same_plan(lengths, bins_per_step):
+    first, second = make(lengths, bins_per_step), make(list(lengths), bins_per_step)
+    assert first.indices.tolist() == second.indices.tolist()
+    assert first.bin_offsets.tolist() == second.bin_offsets.tolist()
+
+
+def test_another_epoch_and_another_seed_give_another_order():
+    lengths = chat_lengths(500, BUDGET)
+    orders = {tuple(make(lengths, seed=s, epoch=e).indices) for s, e in [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize(
+    "lengths, steps",
+    [
+        ([], 0),
+        ([1], 1),
+        ([BUDGET], 1),
+        ([BUDGET] * 4, 1),
+        ([BUDGET] * 9, 3),
+        ([16] * 16, 1),
+        ([16] * 17, 2),
+        ([1, 2], 1),
+    ],
+    ids=[
+        "empty",
+        "one",
+        "one full",
+        "one full step",
+        "partial last step",
+        "all equal",
+        "one too many",
+        "fewer than bins",
+    ],
+)
+def test_small_and_extreme_sets(lengths, steps):
+    packed = make(lengths)
+    check_laws(packed, lengths)
+    assert packed.num_steps == steps
+    room = steps * 4 * BUDGET
+    assert packed.efficiency() == (sum(lengths) / room if room else 1.0)
+    assert len(packed.cost_imbalance()) == max(steps - 1, 0)
+
+
+def test_empty_bins_come_last():
+    filled = make([BUDGET] * 9).bin_tokens > 0
+    assert filled.tolist() == [True] * 9 + [False] * 3
+
+
+@pytest.mark.parametrize(
+    "bins, budget, longest",
+    [(8, 32768, 8192), (1, 32768, 8192), (64, 16384, 4096), (1, 16384, 2048), (512, 4096, 1024)],
+)
+def test_steps_are_as_few_as_hold_the_tokens(bins, budget, longest):
+    lengths = chat_lengths(30_000, longest)
+    packed = make(lengths, bins, budget=budget)
+    assert packed.num_steps == math.ceil(lengths.sum() / (bins * budget))
+    assert packed.efficiency() == lengths.sum() / (packed.num_steps * bins * budget)
+
+
+@pytest.mark.parametrize("bins, budget, longest, share", [(3, 8192, 8192, 0.005), (8, 64, 64, 0.01)])
+def test_lengths_near_the_budget_cost_few_steps(bins, budget, longest, share):
+    """Here no packer reaches the floor for sure; half of the lengths are above half of the budget in the second set."""
+    rng = np.random.default_rng(0)
+    lengths = chat_lengths(30_000, longest) if longest > 64 else rng.integers(1, longest + 1, 30_000)
+    packed = make(lengths, bins, budget=budget)
+    check_laws(packed, lengths)
+    assert packed.num_steps <= math.ceil(math.ceil(lengths.sum() / (bins * budget)) * (1 + share))
+
+
+def test_a_sequence_that_fits_no_other_bin_gets_its_own():
+    """Lengths above half of the budget share no bin. The longest are not taken first: halves of the epoch are alike."""
+    lengths = np.random.default_rng(0).integers(BUDGET // 2 + 1, BUDGET + 1, 2000)
+    packed = make(lengths, 1)
+    assert packed.num_steps == 2000
+    halves = lengths[packed.indices].reshape(2, 1000).mean(axis=1)
+    assert abs(halves[0] - halves[1]) < 4 * lengths.std() * math.sqrt(2 / 1000)
+
+
+def spread_over_random(packed, values):
+    """Variance over steps of the mean of `values`, over that of as many sequences drawn at random."""
+    ends = packed.bin_offsets[:: packed.bins_per_step]
+    counts = np.diff(ends)[:-1]
+    means = np.add.reduceat(np.asarray(values, float)[packed.indices], ends[:-1])[:-1] / counts
+    return means.var() / (np.var(values) * (1 / counts).mean())
+
+
+@pytest.mark.parametrize("bins, budget", [(1, 32768), (8, 32768), (64, 32768), (8, 8192)])
+def test_steps_are_a_fair_sample(bins, budget):
+    """Mean length and class share of the steps spread at most twice as much as those of random steps."""
+    rng = np.random.default_rng(1)
+    lengths = chat_lengths(60_000)
+    classes = rng.random(60_000) < np.clip(lengths / 2000, 0.1, 0.9)  # experts write more
+    packed = make(lengths, bins, budget=budget, costs=model_costs(lengths, **MODEL_8B))
+    assert spread_over_random(packed, lengths) <= 2
+    assert spread_over_random(packed, classes) <= 2
+
+
+def test_bins_come_in_no_order_of_length():
+    """Lengths up to the budget, which are packed tightly, longest bins first: the plan must not keep that."""
+    lengths = np.random.default_rng(0).integers(1, BUDGET + 1, 4000)
+    packed = make(lengths, 1)
+    longest = np.maximum.reduceat(lengths[packed.indices], packed.bin_offsets[:-1])
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.2
+
+
+# shares of one token's FLOPs in the blocks' weights: attention of a document of one token, and the head
+MODEL_8B = {"attention": 1.88e-5, "head": 0.0753}
+MODEL_1B = {"attention": 3.37e-5, "head": 0.27}
+
+
+def model_costs(lengths, attention, head):
+    supervised = np.random.default_rng(2).uniform(0.3, 0.9, len(lengths)) * lengths
+    return lengths + attention * lengths.astype(float) ** 2 + head * supervised
+
+
+@pytest.mark.parametrize("model, mean, worst", [(MODEL_8B, 1.005, 1.02), (MODEL_1B, 1.01, 1.03)], ids=["8B", "1B"])
+@pytest.mark.parametrize("bins", [8, 64, 256])
+def test_the_bins_of_a_step_cost_the_same(bins, model, mean, worst):
+    lengths = chat_lengths(bins * 800 + 20_000)
+    packed = make(lengths, bins, budget=32768, costs=model_costs(lengths, **model))
+    imbalance = packed.cost_imbalance()
+    assert packed.num_steps == math.ceil(lengths.sum() / (bins * 32768))
+    assert len(imbalance) >= 1 and (imbalance >= 1).all()
+    assert imbalance.mean() <= mean and imbalance.max() <= worst
+
+
+def test_costs_that_lengths_do_not_explain_are_evened_too():
+    lengths = chat_lengths(20_000)
+    costs = lengths + 1e-3 * lengths.astype(float) ** 2  # more than three quarters of a long sequence's work
+    with_costs, without = make(lengths, 8, budget=32768, costs=costs), make(lengths, 8, budget=32768)
+    sums = np.add.reduceat(costs[without.indices], without.bin_offsets[:-1]).reshape(-1, 8)[:-1]
+    assert with_costs.num_steps == without.num_steps
+    assert with_costs.cost_imbalance().mean() - 1 < 0.8 * ((sums.max(axis=1) / sums.mean(axis=1)).mean() - 1)
+
+
+def test_types_of_lengths_and_costs_change_nothing():
+    lengths = chat_lengths(5000)
+    plans = [
+        make(lengths.astype(kind), 8, budget=32768, costs=lengths.astype(other))
+        for kind, other in [(np.int64, np.float64), (np.int32, np.float32), (np.uint16, np.int64)]
+    ]
+    for other in plans[1:]:
+        assert (other.indices == plans[0].indices).all()
+        assert (other.bin_tokens == plans[0].bin_tokens).all()
+
+
+@pytest.mark.parametrize("wrong", [0, -3, BUDGET + 1])
+def test_a_length_that_no_bin_holds_is_named(wrong):
+    with pytest.raises(DataError, match=rf"sequence 2 has {wrong} tokens"):
+        make([1, BUDGET, wrong, 5])
+
+
+@pytest.mark.parametrize("lengths", [[1.5, 2.0], [[1, 2], [3, 4]]])
+def test_lengths_must_be_one_list_of_whole_numbers(lengths):
+    with pytest.raises(DataError, match="whole numbers"):
+        make(lengths)
+
+
+@pytest.mark.parametrize(
+    "costs, message", [([1.0], "shape"), ([1.0, math.nan], "sequence 1"), ([-1.0, 1.0], "sequence 0")]
+)
+def test_impossible_costs_are_named(costs, message):
+    with pytest.raises(DataError, match=message):
+        make([1, 2], costs=costs)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"budget": 0}, {"bins_per_step": 0}, {"seed": -1}, {"epoch": -1}, {"max_sequences": 0}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_impossible_settings_are_named(setting):
+    name = {"budget": "token_budget"}.get(next(iter(setting)), next(iter(setting)))
+    with pytest.raises(ConfigError, match=name):
+        make([1, 2], **setting)
+
+
+def test_costs_of_nothing_are_even():
+    assert (make([BUDGET] * 12, costs=[0.0] * 12).cost_imbalance() == 1).all()

@@ -1,0 +1,163 @@
+"""The memory that a plan predicts is what the model's own code keeps: pytest tests/plan/test_memory.py"""
+
+import dataclasses
+
+import ochat_kernels
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from ochat.checkpoint import manifest
+from ochat.config import OptimConfig, ParallelConfig, TrainConfig
+from ochat.distributed import local_shards
+from ochat.distributed.processes import Ranks
+from ochat.model.attention import PackedAttention
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import RECOMPUTE, Transformer
+from ochat.plan import memory
+from ochat.plan.memory import Setting
+from ochat.train import optim, sharding
+from tests.fake_step import FakeStep
+
+# Real widths, few blocks.
+LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 6, 32, 8, 128)
+LLAMA_1B = ModelConfig("llama", 128256, 2048, 8192, 5, 32, 8, 64, tie_embeddings=True)
+QWEN3 = ModelConfig("qwen3", 151936, 1024, 3072, 6, 16, 8, 128, tie_embeddings=True, qk_norm=True)
+SMALL_VOCABULARY = ModelConfig("qwen2", 1000, 1024, 3072, 4, 16, 8, 64, qkv_bias=True)
+MODELS = {"8B": LLAMA_8B, "1B": LLAMA_1B, "qwen3": QWEN3, "small vocabulary": SMALL_VOCABULARY}
+CU_SEQLENS = 4 * 3  # the batch's own
+UNTIED = ModelConfig("llama", 512, 64, 96, 2, 4, 2, 16)
+REFERENCE = ochat_kernels.load("reference")
+GRADIENT_TOLERANCE = 0.02  # of the peak: the order in which backward frees a block's tensors is followed roughly
+
+
+@pytest.fixture
+def derived_only(monkeypatch):
+    """Without the allowance, and without logits: fake operators make none."""
+    for name in ("CONTEXT_BYTES", "NCCL_BYTES", "FRAGMENTATION"):
+        monkeypatch.setattr(memory, name, 0.0)
+    monkeypatch.setattr(memory, "chunk_bytes", lambda *_: 0)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_backward_keeps_is_known_to_the_byte(name, recompute):
+    for tokens, share in ((1024, 1), (8192, 1), (8192, 0.3)):
+        at = Setting(tokens, round(share * tokens), recompute)
+        counted = FakeStep(MODELS[name], tokens, recompute, supervised=at.supervised).saved_bytes()
+        assert counted == memory.saved_bytes(MODELS[name], at) + CU_SEQLENS
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
+    for tokens, micro_batches, share in ((1024, 1, 1), (32768, 1, 1), (32768, 2, 1), (32768, 2, 0.3)):
+        rows = round(share * tokens)
+        use = memory.predict(MODELS[name], Setting(tokens, rows, recompute, micro_batches=micro_batches))
+        peak = FakeStep(MODELS[name], tokens, recompute, supervised=rows).peak_bytes(micro_batches)
+        assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["8B", "1B"])
+def test_bf16_masters_have_no_casts_and_updates_in_backward_hold_no_gradients(name, derived_only):
+    for tokens, micro_batches, in_backward in ((1024, 1, False), (1024, 2, False), (1024, 1, True), (16384, 1, True)):
+        setting = Setting(tokens, tokens, "block", micro_batches=micro_batches, master_itemsize=2, state_itemsize=2)
+        use = memory.predict(MODELS[name], dataclasses.replace(setting, in_backward=in_backward))
+        peak = FakeStep(MODELS[name], tokens, "block", masters=torch.bfloat16).peak_bytes(micro_batches, in_backward)
+        assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
+        assert use.moments == 4 * MODELS[name].num_parameters()
+    use = memory.predict(MODELS[name], dataclasses.replace(setting, master_itemsize=4, in_backward=True))
+    peak = FakeStep(MODELS[name], tokens, "block").peak_bytes(1, in_backward=True)
+    assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_masters_gradients_and_moments_are_those_of_a_built_trainer(tied, derived_only):
+    config = dataclasses.replace(UNTIED, tie_embeddings=tied)
+    model = Transformer(config, REFERENCE)
+    optimizer = optim.build(model, OptimConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    use = memory.predict(config, Setting(64, 64, micro_batches=2))
+    assert use.masters == sum(p.nbytes for p in model.parameters())
+    assert use.gradients == gradients
+    assert use.moments == sum(state[moment].nbytes for state in optimizer.state.values() for moment in manifest.MOMENTS)
+
+
+@pytest.fixture
+def shard_of_four():
+    """This process as the first of four that exist in name only."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
+    yield Ranks(0, 4, torch.device("cpu"), mesh)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduce", ["step", "micro_batch"])
+@pytest.mark.parametrize("reshard", ["block", "step"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, reduce, reshard, tied):
+    """Shares of the masters always; gradients whole until they are reduced; weights gathered for as long as asked."""
+    config = dataclasses.replace(UNTIED, tie_embeddings=tied)
+    model, choice = Transformer(config, REFERENCE), ParallelConfig(reduce=reduce, reshard=reshard)
+    model.initialize(0)
+    model.compute_dtype = torch.bfloat16
+    sharding.wrap(model, shard_of_four, TrainConfig(recompute="none"), choice, torch.bfloat16)
+    setting = Setting(8, 8, ranks=4, shard=4, micro_batches=2, reduce=reduce, reshard=reshard)
+    use = memory.predict(config, setting)
+    assert sum(local_shards.local(p).nbytes for p in model.parameters()) == use.masters
+    ids = torch.arange(8)
+    attend = PackedAttention(torch.tensor([0, 8], dtype=torch.int32), 8)
+    shares = 4 * config.num_parameters() / 4
+    for is_last, whole in ((False, use.gradients - shares), (True, 0)):
+        sharding.begin_micro_batch(model, shard_of_four, choice, is_last=is_last)
+        model(ids, ids, attend).sum().backward()
+        assert unreduced_bytes(model) == whole
+        norm = 2 * config.hidden_size  # the last one, in the root's group
+        kept = 0 if is_last else memory._gathered(config, setting) + norm * (reshard == "block")
+        assert gathered_bytes(model) == kept
+    assert sum(local_shards.local(p.grad).nbytes for p in model.parameters() if p.grad is not None) == shares
+
+
+def groups_of(model: Transformer) -> list:
+    """FSDP's own: it has no public way to ask what it holds."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+
+
+def gathered_bytes(model: Transformer) -> int:
+    """Weights of the groups that are gathered now."""
+    groups = [group for group in groups_of(model) if group.is_unsharded]
+    return sum(parameter.unsharded_param.nbytes for group in groups for parameter in group.fsdp_params)
+
+
+def unreduced_bytes(model: Transformer) -> int:
+    """Gradients of whole parameters that FSDP adds up on this rank."""
+    sums = [parameter.unsharded_accumulated_grad for group in groups_of(model) for parameter in group.fsdp_params]
+    return sum(total.nbytes for total in sums if total is not None)
+
+
+def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_only):
+    def use(**changes):
+        setting = Setting(4096, 4096, "block", ranks=4, shard=4, micro_batches=2)
+        return memory.predict(LLAMA_8B, dataclasses.replace(setting, **changes))
+
+    P, plain = LLAMA_8B.num_parameters(), use()
+    assert (plain.masters, plain.moments, plain.gradients) == (P, 2 * P, 4 * P + P)  # whole, and shards
+    assert dataclasses.replace(use(offload="optimizer"), moments=2 * P) == plain
+    assert use(offload="all").masters == use(offload="all").moments == 0
+    assert use(reduce="micro_batch").gradients == P and use(reduce="micro_batch", offload="all").gradients == 0
+    assert use(reshard="step").weights == 2 * P
+    inputs = 2 * 2 * 4096 * LLAMA_8B.hidden_size  # of a block, in bf16
+    head = memory._head(LLAMA_8B, Setting(4096, 4096, "block"))
+    without = memory._head(LLAMA_8B, Setting(4096, 4096, "block", offload_activations=True))
+    assert head.activations - without.activations == inputs * LLAMA_8B.num_layers
+    last = LLAMA_8B.num_layers - 1
+    blocks = [memory._block(LLAMA_8B, Setting(4096, 4096, "block", offload_activations=each), last) for each in (0, 1)]
+    assert blocks[0].activations - blocks[1].activations == inputs * (last - 1)  # the next one is there

@@ -1,0 +1,150 @@
+"""`ochat plan` as a user meets it: pytest tests/plan/test_plan.py"""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from ochat import cli
+from ochat.commands import plan
+from ochat.data import shards
+from ochat.data.prepare import prepare
+from ochat.errors import CheckpointError, ConfigError, DataError
+from tests.tiny import MODEL
+
+
+def say(capsys, *arguments: object) -> str:
+    """What the command prints, without its line breaks."""
+    plan.main([str(argument) for argument in arguments])
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.fixture
+def bare(world, tmp_path):
+    """A base of which only the config.json is there."""
+    (tmp_path / "bare").mkdir()
+    shutil.copy(world.base / "config.json", tmp_path / "bare")
+    return tmp_path / "bare"
+
+
+@pytest.fixture
+def lengths(tmp_path):
+    """A file of 5,000 lengths, 100 of them longer than the tiny configuration's bins of 96 tokens."""
+    drawn = np.random.default_rng(0).integers(5, 60, 5000).astype(np.int32)
+    drawn[:100] = 120
+    np.save(tmp_path / "lengths.npy", drawn)
+    return tmp_path / "lengths.npy"
+
+
+def test_a_data_set_is_planned_with_every_card(world, capsys):
+    said = say(capsys, world.config, "--train.dtype=bfloat16")
+    for fact in ("60 conversations", "supervised", "fill", "lr 0.003", "A100-80", "H100", "H200", "recompute none"):
+        assert fact in said
+    assert "data.bins_per_step = 4 cannot be shared by 8 GPUs: predicted with 8" in said
+    assert "Predicted, not measured" in said
+
+
+def test_classes_that_no_reward_tells_apart_are_said(world, capsys, tmp_path):
+    """Records without weights and a configuration without [classes] would train without reward, and look right."""
+    records = [json.loads(line) for line in (world.folder / "conversations.jsonl").read_text().splitlines()]
+    for item in (item for record in records for item in record["items"]):
+        del item["weight"]
+    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    prepare([tmp_path / "plain.jsonl"], world.base, "openchat_v3.2", tmp_path / "data", progress=False)
+    there = [world.config, f"--data.path={tmp_path / 'data'}"]
+    told = "no reward tells them apart: give each one, [classes.NAME] reward"
+    assert told in say(capsys, *there)
+    for quiet in ([world.config], [*there, "--weights.source=none"], [*there, "--data.only_class=GPT4"],
+                  [*there, "--classes.GPT4.reward=1", "--classes.GPT3.reward=0.1"]):  # fmt: skip
+        assert told not in say(capsys, *quiet)
+
+
+def test_the_tables_fit_a_terminal(world, lengths, capsys):
+    plan.main([str(world.config), "--train.dtype=bfloat16", "--lengths", str(lengths), "--nodes=512"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if len(line) > 80 or "…" in line] == []
+
+
+def test_one_card_and_its_nodes_can_be_asked_for(world, capsys):
+    said = say(capsys, world.config, "--train.dtype=bfloat16", "--card=H100", "--gpus", "4", "--nodes=2")
+    assert "8 H100" in said and "H200" not in said
+
+
+def test_float32_is_not_predicted_with_the_rates_of_bfloat16(world, capsys):
+    said = say(capsys, world.config)
+    assert "float32" in said and "tokens/s" not in said
+
+
+def test_lengths_alone_are_enough(world, bare, lengths, capsys):
+    said = say(
+        capsys, world.config, f"--base.path={bare}", "--lengths", lengths, "--supervised=0.25", "--data.epochs=3"
+    )
+    assert "5,000 sequences" in said and "25% of the tokens: assumed" in said and "no weights" in said
+    assert "100 sequences (2.00%) are longer than data.token_budget = 96: planned as cut there" in said
+    assert "in 3 epochs" in said
+
+
+def test_lengths_are_planned_as_a_data_set_of_such_lengths_is(world, tmp_path, capsys):
+    from ochat.data.dataset import TokenDataset
+
+    data = TokenDataset(world.data)
+    np.save(tmp_path / "same.npy", data.lengths.astype(np.int64))
+    share = data.supervised.sum() / data.lengths.sum()
+    from_data = say(capsys, world.config)
+    from_lengths = say(capsys, world.config, "--lengths", tmp_path / "same.npy", f"--supervised={share}")
+    for begin, end in (("tokens a sequence", "plan of"), ("steps", " supervised on average"), ("fill", ";")):
+        part = [said[said.index(begin) : said.index(end, said.index(begin))] for said in (from_data, from_lengths)]
+        assert part[0] == part[1]
+
+
+def test_a_sequence_beyond_the_models_context_is_told(world, lengths, tmp_path, capsys):
+    (tmp_path / "short").mkdir()
+    record = MODEL | {"max_position_embeddings": 64}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(record))
+    said = say(capsys, world.config, f"--base.path={tmp_path / 'short'}", "--lengths", lengths)
+    assert "100 sequences (2.00%) are longer than the base model's context of 64 tokens" in said
+
+
+def test_what_prepare_cut_is_told_again(world, capsys, tmp_path):
+    data = tmp_path / "cut"
+    shutil.copytree(world.data, data)
+    manifest = shards.read_manifest(data)
+    manifest["counts"]["truncated"] = 7
+    shards.write_manifest(data / shards.MANIFEST, manifest)
+    assert "7 conversations were longer than the context" in say(capsys, world.config, f"--data.path={data}")
+    mix = [f'--data.mix.{name}.path="{path}"' for name, path in (("whole", world.data), ("cut", data))]
+    assert f"7 conversations of {data} were longer" in say(capsys, world.config, "--data.path=", *mix)
+
+
+def test_a_config_alone_is_a_base_to_look_at_but_broken_weights_are_not(world, bare, capsys):
+    assert "no weights: enough for a plan" in say(capsys, world.config, f"--base.path={bare}")
+    (bare / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError):
+        say(capsys, world.config, f"--base.path={bare}")
+
+
+def test_conversations_longer_than_a_bin_stop_the_plan_after_the_lengths(world, capsys):
+    with pytest.raises(DataError, match="longer than data.token_budget = 32"):
+        plan.main([str(world.config), "--data.token_budget=32"])
+    assert "tokens a sequence" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["--card=B200", "--gpus=0", "--nodes=x", "--supervised=2"])
+def test_a_wrong_option_ends_with_what_was_expected(world, capsys, wrong):
+    with pytest.raises(SystemExit) as stopped:
+        cli.run("plan", [str(world.config), wrong])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and wrong.split("=")[0] in said and "expected" in said or "choose from" in said
+
+
+def test_an_unknown_option_is_a_config_error(world):
+    with pytest.raises(ConfigError, match="--nodez"):
+        plan.main([str(world.config), "--nodez=2"])
+
+
+def test_help_explains_the_options_and_every_key(capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    said = capsys.readouterr().out
+    assert "--lengths FILE.npy" in said and plan.length_files.HOW_TO_MAKE in said and "data.token_budget" in said

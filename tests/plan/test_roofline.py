@@ -1,0 +1,165 @@
+"""Laws of the predicted speed: pytest tests/plan/test_roofline.py"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from ochat.model.config import ModelConfig
+from ochat.plan import roofline
+from ochat.plan.gpus import (
+    ATTENTION_LENGTHS,
+    CARDS,
+    FLASH_3_HOPPER,
+    attention_rate,
+)
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.roofline import Cut, Workload
+
+MODELS = {
+    "8B": ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128),
+    "Llama-2-7B": ModelConfig("llama", 32000, 4096, 11008, 32, 32, 32, 128),
+    "3B": ModelConfig("llama", 128256, 3072, 8192, 28, 24, 8, 128, tie_embeddings=True),
+    "1B": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, tie_embeddings=True),
+    "135M": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True),
+}
+H200 = dataclasses.replace(CARDS["H200"], attention_tflops=FLASH_3_HOPPER)  # as the ceilings assume
+
+
+def predict(name="8B", length=4096, card=H200, share=1.0, imbalance=1.0, **changes):
+    workload = Workload(LengthCounts.of(np.full(8, length)), share, 1.0, imbalance)
+    return roofline.predict(MODELS[name], card, workload, dataclasses.replace(Cut(16384, 8), **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "recompute", "ceiling"),
+    [
+        ("8B", 4096, "none", 14_600),
+        ("8B", 8192, "none", 13_500),
+        ("8B", 4096, "block", 11_200),
+        ("Llama-2-7B", 4096, "none", 16_200),
+        ("3B", 4096, "none", 31_000),
+        ("1B", 4096, "none", 82_000),
+    ],
+)
+def test_one_h200_is_predicted_within_ten_percent_of_its_ceiling(name, length, recompute, ceiling):
+    predicted = predict(name, length, recompute=recompute)
+    assert predicted.tokens_per_s == pytest.approx(ceiling, rel=0.1)
+    assert 0.4 < predicted.mfu < 0.8
+
+
+def test_an_a100_is_predicted_above_what_was_published_and_not_far_above():
+    predicted = predict("Llama-2-7B", card=CARDS["A100-80"]).tokens_per_s
+    assert 4_641 < predicted < 1.25 * 4_641  # tokens/s of a GPU, 7B, bf16 without recompute
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_prediction_exceeds_what_products_reach(name, card):
+    for ranks in (1, 8, 64):
+        cut = {"ranks": ranks, "shard": ranks, "bins_per_step": 2 * ranks, "token_budget": 65536}
+        predicted = predict(name, card=card, **cut)
+        assert predicted.mfu < card.matmul_tflops / card.peak_tflops
+        assert predicted.tokens_per_step == 2 * ranks * 65536
+
+
+def test_more_work_takes_longer():
+    base = predict().step_seconds
+    assert predict(share=0.3).step_seconds < base
+    assert predict(length=8192).step_seconds > base
+    assert predict(imbalance=1.2).step_seconds == pytest.approx(base * 1.2, rel=0.02)
+    assert predict(recompute="block").step_seconds > 1.2 * base
+    assert base < predict(recompute="elementwise").step_seconds < 1.05 * base
+    assert predict(bins_per_step=16).step_seconds > 1.9 * base
+
+
+def test_rows_that_are_not_supervised_are_spared_the_last_blocks_products():
+    model, (all_rows, half) = MODELS["8B"], (predict(share=share) for share in (1.0, 0.5))
+    weights = 4096 * (4096 + 3 * 14336)
+    assert all_rows.products == pytest.approx(8 * 6 * model.matmul_params() * 16384 / H200.matmul_tflops / 1e12)
+    assert all_rows.products - half.products == pytest.approx(8 * 6 * weights * 8192 / H200.matmul_tflops / 1e12)
+    assert half.attention == all_rows.attention and half.flops_per_step < all_rows.flops_per_step
+
+
+def test_eight_gpus_are_at_most_eight_times_one_and_nodes_cost_more():
+    one = predict(bins_per_step=1).tokens_per_s
+    in_a_node = predict(bins_per_step=16, ranks=16, shard=16, gpus_per_node=16).tokens_per_s
+    between = predict(bins_per_step=16, ranks=16, shard=16, gpus_per_node=1).tokens_per_s
+    assert between < in_a_node <= 1.05 * 16 * one  # masters and casts are shared, so a little more is possible
+
+
+def test_micro_batches_of_few_tokens_wait_for_the_host():
+    assert predict("135M", token_budget=256).launches > 0
+    assert predict("135M", token_budget=65536).launches == 0
+
+
+def test_parts_are_all_of_a_step_and_none_is_negative():
+    predicted = predict(ranks=8, shard=4, bins_per_step=16, recompute="block", imbalance=1.1, token_budget=256)
+    parts = [getattr(predicted, name) for name in roofline.PARTS]
+    assert min(parts) >= 0 and sum(parts) == predicted.step_seconds
+    assert set(roofline.PARTS) == {f.name for f in dataclasses.fields(predicted)} - {
+        "tokens_per_step", "flops_per_step", "peak_flops",
+    }  # fmt: skip
+
+
+def test_attention_of_short_documents_is_slower_and_known_rates_are_kept():
+    for card in CARDS.values():
+        rates = attention_rate(card, np.array([0, 1, 64, 512, *ATTENTION_LENGTHS, 10**6]))
+        assert (np.diff(rates) >= 0).all() and rates[0] > 0
+        np.testing.assert_allclose(rates[4:8], card.attention_tflops)
+
+
+def test_model_flops_are_those_of_the_model():
+    lengths = np.array([5, 70, 900])
+    workload = Workload(LengthCounts.of(lengths), 0.5)
+    tokens = int(lengths.sum())
+    exact = MODELS["8B"].flops_per_step(tokens, int((lengths**2).sum()), tokens // 2)
+    predicted = roofline.predict(MODELS["8B"], H200, workload, Cut(tokens, 1))
+    assert predicted.flops_per_step == pytest.approx(exact, rel=1e-2)
+
+
+def test_choices_of_sharding_cost_what_they_move():
+    """Between two nodes, four micro-batches of so few tokens that little hides."""
+
+    def parts(**changes):
+        return predict(**{"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256} | changes)
+
+    plain = parts().communication
+    assert parts(reshard="step").communication < 0.5 * plain
+    each, halved = (parts(reduce="micro_batch", reduce_itemsize=size).communication for size in (4, 2))
+    assert 1.5 * plain < each and halved < each
+    bus = 16 * MODELS["8B"].num_parameters() / 16 / roofline.HOST_BANDWIDTH
+    assert parts(offload="optimizer").optimizer - parts().optimizer == pytest.approx(bus)
+
+
+def test_inputs_of_blocks_cross_the_bus_beside_what_is_computed(monkeypatch):
+    """Four micro-batches; what is left to see is what takes longer than its direction's computation."""
+
+    def again(**changes):
+        return predict(**{"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256} | changes).again
+
+    block = again(recompute="block")
+    inputs = 2 * 2 * 256 * 4096 * 32  # bytes: two of each block, in bf16
+    slow, slower, fast = 1e9, 0.5e9, 1e15
+    taken = {}
+    for rate in (slow, slower, fast):
+        monkeypatch.setattr(roofline, "HOST_BANDWIDTH", rate)
+        taken[rate] = again(recompute="block", offload_activations=True) - block
+    assert taken[fast] == 0
+    assert taken[slower] - taken[slow] == pytest.approx(4 * 2 * inputs * (1 / slower - 1 / slow))
+    assert 0 < taken[slow] < 4 * 2 * inputs / slow
+
+
+def test_narrow_masters_and_moments_cost_what_they_move():
+    def parts(**changes):
+        return predict(**{"bins_per_step": 1} | changes)
+
+    P, copy = MODELS["8B"].num_parameters(), H200.copy_bandwidth
+    narrow = {"master_itemsize": 2, "state_itemsize": 2}
+    assert parts().optimizer == pytest.approx(32 * P / copy)
+    assert parts(state_itemsize=2).optimizer == pytest.approx(24 * P / copy)
+    assert parts(**narrow).optimizer == pytest.approx(16 * P / copy)
+    assert parts(**narrow, bins_per_step=2).optimizer == pytest.approx(20 * P / copy)  # sums of gradients are fp32
+    assert parts().moved - parts(**narrow).moved == pytest.approx(12 * P / copy)  # casts there and back
+    bus = parts(**narrow, offload="optimizer").optimizer - parts(**narrow).optimizer
+    assert bus == pytest.approx(8 * P / roofline.HOST_BANDWIDTH)

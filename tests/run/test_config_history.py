@@ -1,0 +1,95 @@
+"""The settings that steps were made with are never lost: pytest tests/run/test_config_history.py"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from ochat import config as configuration
+from ochat.config import Config
+from ochat.run import config_history
+from tests import tiny
+
+
+def config(lr: float = 1e-3, **classes: float) -> Config:
+    tree = {"base": {"path": "b"}, "data": {"path": "d"}, "optim": {"lr": lr}}
+    return configuration.from_tree(tree | {"classes": {name: {"reward": value} for name, value in classes.items()}})
+
+
+def keep(folder, settings: Config, step: int, num_steps: int = 60) -> list[str]:
+    """What is said."""
+    said: list[str] = []
+    config_history.keep(folder, settings, step=step, num_steps=num_steps, say=said.append)
+    return said
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_first_start_says_nothing(tmp_path):
+    assert keep(tmp_path, config(), 0) == [] and names(tmp_path) == ["config.toml"]
+    assert configuration.load(tmp_path / "config.toml") == config()
+
+
+def test_the_folder_is_made(tmp_path):
+    assert keep(tmp_path / "runs" / "a", config(), 0) == [] and names(tmp_path / "runs" / "a") == ["config.toml"]
+
+
+def test_a_start_before_the_first_checkpoint_leaves_nothing_of_the_earlier(tmp_path):
+    keep(tmp_path, config(), 0)
+    assert keep(tmp_path, config(2e-3), 0) == [] and names(tmp_path) == ["config.toml"]
+    assert configuration.load(tmp_path / "config.toml") == config(2e-3)
+
+
+def test_the_same_settings_are_not_told(tmp_path):
+    keep(tmp_path, config(), 0)
+    again = config()
+    again = replace(again, run=replace(again.run, resume="auto", resume_mismatched=True, dir="elsewhere"))
+    assert keep(tmp_path, again, 40) == [] and names(tmp_path) == ["config.toml"]
+
+
+def test_other_settings_are_told_and_the_earlier_stay(tmp_path):
+    keep(tmp_path, config(GPT4=1.0, GPT3=0.1), 0)
+    earlier = (tmp_path / "config.toml").read_text()
+    (said,) = keep(tmp_path, config(2e-3, GPT4=1.0, Human=0.5), 40)
+    assert said.startswith("from step 41 on with other settings than before, which config.until_step_40.toml keeps: ")
+    told = said.split("keeps: ")[1].split(", ")
+    assert told == [
+        "classes.Human.reward 0.5 (was not set)",
+        "optim.lr 0.002 (was 0.001)",
+        "classes.GPT3.reward not set (was 0.1)",
+    ]
+    assert (tmp_path / "config.until_step_40.toml").read_text() == earlier
+    assert configuration.load(tmp_path / "config.toml") == config(2e-3, GPT4=1.0, Human=0.5)
+
+
+def test_settings_that_made_no_step_do_not_replace_those_that_did(tmp_path):
+    """Twice from step 40 with other settings: what the second start trained was cut off by the third."""
+    keep(tmp_path, config(1e-3), 0)
+    keep(tmp_path, config(2e-3), 40)
+    keep(tmp_path, config(3e-3), 40)
+    assert configuration.load(tmp_path / "config.until_step_40.toml") == config(1e-3)
+    assert configuration.load(tmp_path / "config.toml") == config(3e-3)
+
+
+@pytest.mark.parametrize("broken", ["", "[optim", "optim = 1\n", "x = " + "9" * 5000])
+def test_a_file_that_somebody_broke_holds_nothing_up(tmp_path, broken):
+    (tmp_path / "config.toml").write_text(broken)
+    keep(tmp_path, config(), 40)
+    assert configuration.load(tmp_path / "config.toml") == config()
+
+
+def test_a_run_that_is_over_keeps_what_it_was_made_with(tmp_path, capsys):
+    world = tiny.make(tmp_path / "world")
+    run = tmp_path / "run"
+    tiny.train(world, run, "--data.max_steps=3")
+    before = (run / "config.toml").read_text()
+    tiny.train(world, run, "--data.max_steps=3", "--optim.lr=0.5")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "config.toml stays as the run was made; not used: optim.lr 0.5 (was 0.003)" in told
+    assert (run / "config.toml").read_text() == before
+    tiny.train(world, run, "--data.max_steps=5", "--optim.lr=0.005")
+    assert (run / "config.until_step_3.toml").read_text() == before
+    assert configuration.load(run / "config.toml").optim.lr == 0.005

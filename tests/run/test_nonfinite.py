@@ -1,0 +1,175 @@
+"""A step whose loss or gradient is NaN or infinite changes nothing, is named, and ends the run beyond a budget that a
+restart does not renew.
+
+One token's embedding is NaN, so exactly the steps on conversations with that token are bad; on two processes it is a
+weight so large that the loss overflows.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ochat.checkpoint import load as checkpoint
+from ochat.checkpoint.manifest import Manifest
+from ochat.data.prepare import prepare
+from ochat.errors import NonFiniteError
+from ochat.files.jsonl import LineFile
+from ochat.run import layout
+from ochat.run.nonfinite import BadSteps
+from ochat.text import tokenizer as tokenizers
+from tests import tiny
+
+MARKED = {53: 1, 25: 5}  # conversation, counted from 0, with a token that no other has -> the step that it falls into
+BAD = list(MARKED.values())
+LIST = "bad_steps.jsonl"
+SAVE_ALL = ["--checkpoint.every=1", "--checkpoint.keep=0"]
+
+
+def marked(folder, change):
+    """A world in which `change` was made to the records of the marked conversations."""
+    world = tiny.make(folder)
+    path = folder / "conversations.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for number in MARKED:
+        change(records[number])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shutil.rmtree(world.data)
+    prepare([path], world.base, "openchat_v3.2", world.data, progress=False)
+    return world
+
+
+def ask_about_z(record):
+    question = record["items"][0]
+    question["content"] = question["content"].replace("+", "z")  # as long as before: the order of the data stays
+
+
+def weigh_too_much(record):
+    record["items"][1]["weight"] = 3e38
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    return marked(tmp_path_factory.mktemp("poisoned"), ask_about_z)
+
+
+@pytest.fixture
+def nan_for_z(poisoned, monkeypatch):
+    """What a broken base would give: one row of the embedding is NaN from the start."""
+    (z,) = tokenizers.load(poisoned.base).encode("z")
+    plain = checkpoint.load_base
+
+    def load_base(folder, model):
+        plain(folder, model)
+        with torch.no_grad():
+            model.embed.weight[z] = torch.nan
+
+    monkeypatch.setattr(checkpoint, "load_base", load_base)
+
+
+def state(folder):
+    """Every tensor of a checkpoint but the NaN row, which no comparison equals."""
+    found = {}
+    for kind in ("weights", "optimizer"):
+        found |= load_file(folder / f"{kind}-00001-of-00001.safetensors")
+    return {name: t.nan_to_num(12345.0) for name, t in found.items()}
+
+
+def skipped(lines):
+    return [line["step"] for line in lines if line.get("skipped")]
+
+
+def curve(lines):
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def test_bad_steps_change_no_bit_are_named_and_the_run_goes_on(poisoned, nan_for_z, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    lines = tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=2", *SAVE_ALL)
+    assert skipped(lines) == BAD and [line["step"] for line in lines] == list(range(1, 10))
+    for line in lines:
+        is_bad = line["step"] in BAD
+        assert (line["loss"] is None) == (line["grad_norm"] is None) == is_bad and line["lr"] > 0
+    assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
+    for step in range(2, 10):
+        before, after = (state(run_dir / "checkpoints" / f"step_{n}") for n in (step - 1, step))
+        same = [torch.equal(before[name], after[name]) for name in before]
+        assert all(same) if step in BAD else not any(same)
+    first = state(run_dir / "checkpoints" / "step_1")
+    assert not any(t.any() for name, t in first.items() if name.startswith("exp_avg"))
+    records = tiny.metrics(run_dir, LIST)
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in records] == [(step, "nan", "nan") for step in BAD]
+    for number, record in zip(MARKED, records, strict=True):
+        places = [place for places in record["bins"] for place in places]
+        assert len(record["bins"]) == 4 and sum(p.endswith(f"conversations.jsonl:{number + 1}") for p in places) == 1
+    said = capsys.readouterr().out
+    assert said.count("WARNING step ") == 2 and "conversations.jsonl:54" in said and "bad step 2 of at most 2" in said
+
+
+def test_neither_reading_metrics_seldom_nor_a_restart_changes_a_skipping_run(poisoned, nan_for_z, tmp_path):
+    whole = tiny.train(poisoned, tmp_path / "whole", "--train.max_nonfinite_steps=2", *SAVE_ALL)
+    seldom = tiny.train(poisoned, tmp_path / "seldom", "--train.max_nonfinite_steps=2", "--train.log_every=4")
+    assert curve(seldom) == curve(whole)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for folder in layout.folders(tmp_path / "resumed")[3:]:
+        shutil.rmtree(folder)
+    resumed = tiny.train(poisoned, tmp_path / "resumed", "--train.max_nonfinite_steps=2")
+    assert curve(resumed) == curve(whole)
+    ends = [state(tmp_path / name / "checkpoints" / "step_9") for name in ("whole", "seldom", "resumed")]
+    for end in ends[1:]:
+        assert end.keys() == ends[0].keys() and all(torch.equal(end[name], ends[0][name]) for name in end)
+
+
+def test_the_first_bad_step_ends_a_run_unless_it_is_told_otherwise(poisoned, nan_for_z, tmp_path):
+    what = (
+        r"step 1: loss nan, gradient norm nan; computed on bin 0: .*conversations\.jsonl:54, .*bin 3: .* goes on from "
+    )
+    with pytest.raises(NonFiniteError, match=what + "the base, .*--train.max_nonfinite_steps=10"):
+        tiny.train(poisoned, tmp_path / "run", *SAVE_ALL)
+    assert [record["step"] for record in tiny.metrics(tmp_path / "run", LIST)] == [1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not layout.folders(tmp_path / "run")
+
+
+def test_a_restart_does_not_renew_the_budget(poisoned, nan_for_z, tmp_path):
+    """Also where the steps before were logged and checkpointed elsewhere, and where metrics are read seldom."""
+    run_dir = tmp_path / "run"
+    for more in ([], [], ["--train.log_every=3"]):
+        with pytest.raises(
+            NonFiniteError, match=r"step 5: .*bad step 2 and .*nonfinite_steps is 1\. .*/checkpoints/step_4\."
+        ):
+            tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=1", *SAVE_ALL, *more)
+        assert [r["step"] for r in tiny.metrics(run_dir, LIST)] == BAD
+        assert [line["step"] for line in tiny.metrics(run_dir)] == [1, 2, 3, 4]
+    newest = layout.folders(run_dir)[-1]
+    assert newest.name == "step_4" and Manifest.read(newest).skipped == 1
+    with pytest.raises(NonFiniteError, match="step 5: .*bad step 2 "):
+        tiny.train(poisoned, tmp_path / "branch", "--train.max_nonfinite_steps=1", f"--run.resume={newest}")
+    lines = tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=2")
+    assert skipped(lines) == BAD and len(lines) == 9
+
+
+def test_two_processes_skip_the_same_steps(tmp_path):
+    """A weight of 3e38 makes the loss of one process infinite: both leave the step out."""
+    world = marked(tmp_path / "world", weigh_too_much)
+    alone = tiny.train(world, tmp_path / "alone", "--train.max_nonfinite_steps=2")
+    assert skipped(alone) == BAD
+    tiny.torchrun(world, tmp_path / "two", 2, "--train.max_nonfinite_steps=2")
+    two = tiny.metrics(tmp_path / "two")
+    assert skipped(two) == BAD
+    for ours, theirs in zip(two, alone, strict=True):
+        assert ours["step"] in BAD or ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    failed = tiny.torchrun(world, tmp_path / "stops", 2, "--train.max_nonfinite_steps=1", check=False)
+    assert failed.returncode and "NonFiniteError: step 5: loss inf" in failed.stderr
+    assert "conversations.jsonl:26" in failed.stderr and "trainer.py" not in failed.stderr
+
+
+def test_a_full_disk_does_not_hide_what_is_wrong():
+    warned = []
+    file = LineFile(Path("/dev/full"), warned.append)
+    bad = BadSteps(0, file, bins_of=lambda step: [["a.jsonl:3"]], newest=lambda: None, warn=pytest.fail)
+    with pytest.raises(NonFiniteError, match="step 7: loss nan, .*bin 0: a.jsonl:3"):
+        bad.add(7, float("nan"), 1.0)
+    assert len(warned) == 1 and "cannot be written" in warned[0]

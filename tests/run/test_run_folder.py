@@ -1,0 +1,200 @@
+"""One run at a time on a run folder, and plain words, before the model is loaded, for a folder that cannot be one."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from ochat import config as configuration
+from ochat.errors import ConfigError, OchatError
+from ochat.export import hf_folder
+from ochat.run import layout
+from ochat.run.lock import FolderLock, is_seen
+from ochat.train import build
+from ochat.train.trainer import Trainer, train
+from tests import tiny
+from tests.checkpoint.test_checkpoint_faults import kill, wait_for
+
+LONG = ["--data.epochs=200", "--train.eval_every=100000"]
+
+
+@pytest.fixture
+def running(world, tmp_path):
+    """(process, run folder) of a run that will not end by itself, after its first checkpoint."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *LONG, "--checkpoint.every=5")]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
+    try:
+        wait_for(process, lambda: layout.folders(run_dir), log)
+        yield process, run_dir
+    finally:
+        kill(process)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Nothing of a run may be built."""
+    monkeypatch.setattr(Trainer, "__init__", lambda *_: pytest.fail("the run went on"))
+
+
+def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_kill_leaves_no_lock(running, world):
+    process, run_dir = running
+    os.kill(process.pid, signal.SIGSTOP)  # a run that is busy elsewhere, or suspended, still holds its folder
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    who = rf"another run works there: process {process.pid} on {socket.gethostname()}, since 20\d\d-"
+    with pytest.raises(ConfigError, match=who):
+        tiny.train(world, run_dir)
+    refused = tiny.torchrun(world, run_dir, 2, check=False)
+    assert refused.returncode and refused.stderr.count("another run works there") == 1
+    assert "trainer.py" not in refused.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert hf_folder.export(run_dir, run_dir.parent / "out") % 5 == 0  # of a run that goes on
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = layout.step_of(layout.folders(run_dir)[-1])
+    lines = tiny.train(world, run_dir, *LONG, f"--data.max_steps={done + 1}")
+    assert lines[-1]["step"] == done + 1
+
+
+def test_a_process_that_was_forked_off_does_not_hold_the_folder(tmp_path):
+    program = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from ochat.run.lock import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1]), print).__enter__()\n"
+        "child = os.fork()\n"
+        "print(child, flush=True) if child else time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        parent.wait()
+        try:
+            os.kill(child, 0)
+            with FolderLock(tmp_path, pytest.fail):
+                assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    said = []
+    with FolderLock(tmp_path, said.append) as lock:
+        assert is_seen(tmp_path, lock.token, seconds=0)
+    assert len(said) == 1 and "cannot be locked (No locks available): nothing keeps a second run off" in said[0]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts disks below tmp_path; they are gone after the test."""
+    made = []
+
+    def mount(options):
+        folder = tmp_path / f"disk{len(made)}"
+        folder.mkdir()
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
+        ).returncode:
+            pytest.skip("mounting a disk takes root")
+        made.append(folder)
+        return folder
+
+    yield mount
+    for folder in made:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_built(world, tmp_path, no_model, disk):
+    (tmp_path / "file").write_text("")
+    full, readonly = disk("size=16k"), disk("ro")
+    reasons = {
+        tmp_path / "file": "is a file; name a folder",
+        tmp_path / "file" / "below": r"cannot be written \(Not a directory\)",
+        readonly: r"cannot be written \(Read-only file system\)",
+        readonly / "new": r"cannot be written \(Read-only file system\)",
+        full: r"cannot be written \(No space left on device\)",
+        tmp_path / "a\\u0000b": r"cannot be written \(embedded null byte\)",
+    }
+    for folder, reason in reasons.items():
+        with pytest.raises(ConfigError, match=f"^run.dir = .* {reason}"):
+            tiny.train(world, json.dumps(str(folder)).replace("\\\\", "\\"))
+    assert not list(full.glob(".probe"))
+
+
+def test_a_folder_without_permission_is_refused(world, tmp_path, no_model):
+    if not os.geteuid():
+        pytest.skip("root may write anywhere")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\)"):
+        tiny.train(world, tmp_path / "closed" / "run")
+
+
+def test_a_relative_folder_is_resolved_once(world, tmp_path, monkeypatch):
+    """A process that changes its working directory on the way still writes to the one folder; missing parents are
+    made."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    plain = Trainer.step
+
+    def step(self, *arguments):
+        os.chdir(tmp_path / "elsewhere")
+        plain(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    train(configuration.load(world.config, ["--run.dir=runs/a/b", "--data.max_steps=2"]))
+    run_dir = tmp_path / "runs" / "a" / "b"
+    assert len(tiny.metrics(run_dir)) == 2 and (run_dir / "export" / "config.json").exists()
+    assert configuration.load(run_dir / "config.toml").run.dir == str(run_dir)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def torchrun_shell(world, script, *options):
+    """Two processes, each the shell command `script`, in which "$@" is a process of the training."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+    command = [*program, "sh", "-c", script, "sh", sys.executable, "-m", "ochat.train", str(world.config), *options]
+    return subprocess.run(command, env=tiny.environment(), cwd=world.folder, capture_output=True, text=True)
+
+
+def test_processes_in_other_working_directories_share_the_first_ones_folder(world, tmp_path):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    script = f'cd {tmp_path}/$RANK; exec "$@"'
+    done = torchrun_shell(world, script, "--run.dir=runs/a", "--data.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert len(tiny.metrics(tmp_path / "0" / "runs" / "a")) == 2 and not list((tmp_path / "1").iterdir())
+
+
+def test_processes_that_see_other_folders_are_told(world, tmp_path):
+    """The second process has another disk mounted at the place of the run folder, as another machine would."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
+        pytest.skip("a mount of one's own takes root")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    other = f'exec unshare --mount sh -c \'mount -t tmpfs tmpfs {run_dir}; exec "$@"\' sh "$@"'
+    done = torchrun_shell(world, f'[ $RANK = 0 ] || {other}; exec "$@"', f"--run.dir={run_dir}")
+    assert done.returncode and done.stderr.count("is not the folder that it is on") == 1, done.stderr
+    assert "trainer.py" not in done.stderr and not (run_dir / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["base.path", "data.path", "data.eval_path"])
+def test_a_folder_to_read_that_is_none_is_named_whole(world, tmp_path, monkeypatch, name):
+    (tmp_path / "file").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "build_model", lambda *_: pytest.fail("the model was built"))
+    reason = "does not exist. A base model is a local" if name == "base.path" else r"not a prepared data set \("
+    for given in ("missing", "file", "empty"):
+        with pytest.raises(OchatError, match=f"{re.escape(str(tmp_path / given))}.*{reason}"):
+            tiny.train(world, tmp_path / "run", f"--{name}={given}")

@@ -1,0 +1,231 @@
+"""Templates: golden ids over the real Mistral and Llama-3 tokenizers, and the rules that hold for every template.
+
+The golden ids were worked out segment by segment with sentencepiece and tiktoken alone, from the rules.
+"""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ochat.errors import ConfigError
+from ochat.text import template as templates
+from ochat.text import tokenizer as tokenizers
+from ochat.text.conversation import Conversation, Message
+from tests import text_kit
+
+EOT = "<|end_of_turn|>"
+MARKS = (EOT, "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "</s>")
+MARKS += ("<start_of_turn>", "<end_of_turn>")
+
+# template, family, added tokens, condition, system, (role, content, weight)..., ids, weight of each span (its count)
+GOLDEN = [
+    (
+        ("openchat_v3.2", "mistral", (EOT,), "GPT4", ""),
+        [("user", "Hello, world!", None), ("assistant", ":) Hi <|end_of_turn|></s>", None)],
+        [1, 420, 6316, 28781, 1247, 28747, 22557, 28725, 1526, 28808, 32000, 420, 6316, 28781, 21631, 28747]
+        + [15108, 15359, 523, 28766, 416, 28730, 1009, 28730, 499, 28766, 3176, 28713, 28767, 32000],
+        [(0.0, 16), (1.0, 14)],
+    ),
+    (
+        ("openchat_v3.2", "mistral", (EOT,), "", "Be brief."),
+        [("user", "  two\n", 0.5), ("assistant", "", 1.0), ("user", "2+2?", 0.0), ("assistant", "4", -0.25)],
+        [1, 1739, 6817, 28723, 32000, 1247, 28747, 259, 989, 13, 32000, 21631, 28747, 32000]
+        + [1247, 28747, 28705, 28750, 28806, 28750, 28804, 32000, 21631, 28747, 28705, 28781, 32000],
+        [(0.0, 7), (0.5, 4), (0.0, 2), (1.0, 1), (0.0, 10), (-0.25, 3)],
+    ),
+    (
+        ("openchat_3.5", "mistral", (EOT,), "Math Correct", ""),
+        [("user", "3*4", None), ("assistant", "12", 0.1)],
+        [1, 6960, 3198, 3123, 1247, 28747, 28705, 28770, 28736, 28781, 32000]
+        + [6960, 3198, 3123, 21631, 28747, 28705, 28740, 28750, 32000],
+        [(0.0, 16), (0.1, 4)],
+    ),
+    (
+        ("zephyr_mistral", "mistral", (), "GPT4", "Sys"),
+        [("user", " hi", None), ("assistant", "ok </s>", None)],
+        [1, 523, 28766, 6574, 28766, 28767, 13, 318, 846, 2, 523, 28766, 1838, 28766, 28767, 13, 28705, 12014, 2]
+        + [523, 28766, 489, 11143, 28766, 28767, 13, 3614, 1867, 28713, 28767, 2],
+        [(0.0, 26), (1.0, 5)],
+    ),
+    (
+        ("chatml_8192", "mistral", ("<|im_start|>", "<|im_end|>"), "", "Sys"),
+        [("user", "hi", None), ("assistant", "ok", None)],
+        [1, 32000, 1587, 13, 318, 846, 32001, 32000, 2188, 13, 12014, 32001, 32000, 13892, 13, 3614, 32001],
+        [(0.0, 15), (1.0, 2)],
+    ),
+    (
+        ("openchat_3.6", "llama3", (), "GPT4 Correct", ""),
+        [("user", "Hello, world!", None), ("assistant", "\nHi <|eot_id|>", None)],
+        [128000, 128006, 38, 2898, 19, 41070, 2724, 128007, 271, 9906, 11, 1917, 0, 128009]
+        + [128006, 38, 2898, 19, 41070, 22103, 128007, 271, 198, 13347, 83739, 68, 354, 851, 91, 29, 128009],
+        [(0.0, 22), (1.0, 9)],
+    ),
+    (
+        ("openchat_3.6", "llama3", (), "", "Be brief."),
+        [("user", " 12345", None), ("assistant", "", 0.5), ("user", "café 😀", None), ("assistant", "漢字", None)],
+        [128000, 128006, 2374, 128007, 271, 3513, 10015, 13, 128009, 128006, 1502, 128007, 271, 220, 4513, 1774, 128009]
+        + [128006, 72803, 128007, 271, 128009, 128006, 1502, 128007, 271, 936, 59958, 91416, 128009]
+        + [128006, 72803, 128007, 271, 115953, 19113, 128009],
+        [(0.0, 21), (0.5, 1), (0.0, 12), (1.0, 3)],
+    ),
+    (
+        ("llama3_instruct", "llama3", (), "GPT4", "S"),
+        [("user", "hi", None), ("assistant", "ok\n\n", None)],
+        [128000, 128006, 9125, 128007, 271, 50, 128009, 128006, 882, 128007, 271, 6151, 128009]
+        + [128006, 78191, 128007, 271, 564, 271, 128009],
+        [(0.0, 17), (1.0, 3)],
+    ),
+    (
+        ("openchat_v3.2", "llama3", (EOT,), "GPT4", ""),
+        [("user", ":)", None), ("assistant", " ok", None)],
+        [128000, 38, 2898, 19, 2724, 25, 29589, 128256, 38, 2898, 19, 22103, 25, 5509, 128256],
+        [(0.0, 13), (1.0, 2)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("setting", "said", "ids", "weights"), GOLDEN)
+def test_golden(setting, said, ids, weights):
+    name, family, added, condition, system = setting
+    tokenizer = tokenizers.load(text_kit.real_tokenizer(family), added)
+    conversation = Conversation(tuple(Message(*turn) for turn in said), condition, system)
+    assert templates.load(name).encode(conversation, tokenizer) == (
+        ids,
+        [w for w, count in weights for _ in range(count)],
+    )
+
+
+def test_golden_prompt():
+    """The prompt whose ids the makers of OpenChat 3.5 published."""
+    tokenizer = tokenizers.load(text_kit.real_tokenizer("mistral"), (EOT,))
+    said = (Message("user", "Hello"), Message("assistant", "Hi"), Message("user", "How are you today?"))
+    user, assistant = [420, 6316, 28781, 3198, 3123, 1247, 28747], [420, 6316, 28781, 3198, 3123, 21631, 28747]
+    expected = [1, *user, 22557, 32000, *assistant, 15359, 32000, *user, 1602, 460, 368, 3154, 28804, 32000, *assistant]
+    assert templates.load("openchat_3.5").encode_prompt(Conversation(said), tokenizer) == expected
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    return {k: tokenizers.load(text_kit.small_folder(k, folder / k), MARKS) for k in ("llama", "gemma", "gpt2", "qwen")}
+
+
+kinds = st.sampled_from(["llama", "gemma", "gpt2", "qwen"])
+names = st.sampled_from(templates.names())
+texts = st.text(max_size=12) | st.sampled_from(text_kit.NASTY)
+messages = st.builds(Message, st.sampled_from(["user", "assistant"]), texts, st.none() | st.floats(-2, 2))
+conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=4).map(tuple), texts, texts)
+
+
+@settings(max_examples=150, deadline=None)
+@given(kinds, names, conversations)
+def test_segments_stand_alone(small, kind, name, conversation):
+    """Ids are the segments' ids in a row, content holds no special id, and weights follow the messages."""
+    tokenizer, template = small[kind], templates.load(name)
+    eot, live = tokenizer.special_tokens[template.eot], tokenizer.encode_with_specials
+    ids, weights = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]), []
+    if conversation.system:
+        ids += live(template.system_prefix()) + tokenizer.encode(conversation.system) + [eot]
+    weights += [0.0] * len(ids)
+    for message in conversation.items:
+        prefix = live(template.role_prefix(message.role, conversation.condition))
+        content = tokenizer.encode(message.content)
+        assert not set(content) & set(tokenizer.special_tokens.values())
+        own = {"user": 0.0, "assistant": 1.0}[message.role] if message.weight is None else message.weight
+        ids += prefix + content + [eot]
+        weights += [0.0] * len(prefix) + [own] * (len(content) + 1)
+    assert template.encode(conversation, tokenizer) == (ids, weights)
+
+
+@settings(max_examples=50, deadline=None)
+@given(kinds, names, conversations)
+def test_spans_cover_every_token(small, kind, name, conversation):
+    ids, spans = templates.load(name).encode_spans(conversation, small[kind])
+    ends = [span.end for span in spans]
+    assert ends == sorted(set(ends)) and ends[-1] == len(ids)
+    said = [(span.role, span.weight) for span in spans if span.role in ("user", "assistant")]
+    assert said == [(m.role, m.weight) for m in conversation.items]
+    assert all(span.weight is None for span in spans if span.role in ("bos", "system", "prefix"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(kinds, names, conversations)
+def test_prompt_is_a_beginning_of_training(small, kind, name, conversation):
+    """A prompt is what training saw before the rest of an answer: a training sequence begins with it."""
+    template, tokenizer = templates.load(name), small[kind]
+    prompt = template.encode_prompt(conversation, tokenizer)
+    shown = replace(conversation, condition=conversation.condition or template.default_condition)
+    if shown.items[-1].role != "assistant":
+        shown = replace(shown, items=(*shown.items, Message("assistant", "")))
+    trained, _ = template.encode(shown, tokenizer)
+    assert trained[:-1] == prompt and trained[-1] == tokenizer.special_tokens[template.eot]
+
+
+def test_conditions_modes(small):
+    template = templates.load("openchat_3.5")
+    shown = {m: templates.with_conditions(template, m) for m in ("both", "assistant", "ignore")}
+    prefixes = {m: [t.role_prefix(role, "A B") for role in ("user", "assistant")] for m, t in shown.items()}
+    assert prefixes == {
+        "both": ["A B User:", "A B Assistant:"],
+        "assistant": ["User:", "A B Assistant:"],
+        "ignore": ["User:", "Assistant:"],
+    }
+    assert shown["ignore"].default_condition == "" and shown["assistant"].default_condition == "GPT4 Correct"
+    plain = templates.load("zephyr_mistral")
+    assert templates.with_conditions(plain, "both").role_prefix("user", "A") == "<|user|>\n"
+
+
+@pytest.mark.parametrize("name", templates.names())
+def test_data_round_trip(name):
+    template = templates.load(name)
+    assert templates.Template.from_dict(template.to_dict()) == template
+
+
+def test_a_user_defined_template(tmp_path, small):
+    path = tmp_path / "mine.toml"
+    data = 'context = 10\nprefix = "<|im_start|>{role}: "\neot = "<|im_end|>"\nspecial_tokens = ["<|im_start|>"]\n'
+    path.write_text(data + 'bos = ""\n[roles]\nuser = "Q"\nassistant = "A"\n')
+    tokenizer = small["gpt2"]
+    ids, _ = templates.load(path).encode(Conversation((Message("user", "x"),), "c"), tokenizer)
+    start, end = tokenizer.special_tokens["<|im_start|>"], tokenizer.special_tokens["<|im_end|>"]
+    assert ids == [start, *tokenizer.encode("c Q: "), *tokenizer.encode("x"), end]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"contxt": 3}, "unknown key 'contxt'; did you mean 'context'"),
+        ({"context": "3"}, "context has the wrong type"),
+        ({"context": 0}, "context must be at least 1"),
+        ({"prefix": "User:"}, "prefix must hold"),
+        ({"eot": ""}, "eot must name"),
+        ({"roles": {"user": "U"}}, "roles needs user and assistant"),
+        ({"roles": {"user": "U", "assistant": " "}}, "must not be blank"),
+        ({"roles": {"user": "U", "assistant": 3}}, "hold text only"),
+        ({"condition_roles": "user"}, "condition_roles 'user'"),
+        ({"special_tokens": ["<|x|>"]}, "does not stand in prefix"),
+    ],
+)
+def test_faulty_templates_are_refused(change, message):
+    data = templates.load("openchat_v3.2").to_dict()
+    with pytest.raises(ConfigError, match=message):
+        templates.Template.from_dict(data | change)
+
+
+@pytest.mark.parametrize("key", ["name", "context", "roles", "prefix", "eot"])
+def test_a_template_that_lacks_a_key_is_refused(key):
+    """As a manifest may, which holds a template and is no file of one."""
+    data = templates.load("openchat_v3.2").to_dict()
+    del data[key]
+    with pytest.raises(ConfigError, match=f"manifest: {key} is missing"):
+        templates.Template.from_dict(data, "manifest")
+
+
+def test_unknown_names_and_missing_tokens(tmp_path):
+    with pytest.raises(ConfigError, match=r"did you mean 'openchat_3.6'\? known: .*zephyr_mistral"):
+        templates.load("openchat_3_6")
+    tokenizer = tokenizers.load(text_kit.small_folder("llama", tmp_path))
+    with pytest.raises(ConfigError, match=r"<\|end_of_turn\|>.*init-base .*--add-token"):
+        templates.load("openchat_v3.2").encode(Conversation((Message("user", "x"),)), tokenizer)

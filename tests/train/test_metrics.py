@@ -1,0 +1,116 @@
+"""What a step measured, against sums by hand; lines that a killed run wrote past its checkpoint are cut."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ochat_kernels import LossOutput
+
+from ochat.data.batch import Example, pack
+from ochat.errors import NonFiniteError
+from ochat.files.jsonl import LineFile
+from ochat.run.nonfinite import BadSteps
+from ochat.train import metrics
+from ochat.train.metrics import Journal, Tally
+
+WEIGHTS = ([0, 1.0, -0.5, 0.25], [0, 0, 2.0])
+CPU = torch.device("cpu")
+
+
+def batch_and_output():
+    """Two conversations of classes 1 and 0; labels 1 .. 3 of the first and 2 of the second are supervised."""
+    examples = [Example(np.arange(len(w)), np.array(w, np.float32), "") for w in WEIGHTS]
+    batch = pack(examples, [0, 1], [1, 0], pad_to=20)
+    nll = torch.linspace(1, 2, 20)[batch.rows]
+    correct = batch.rows % 2 == 0
+    loss_sum = (batch.loss_weights[batch.rows] * nll).sum()
+    return batch, LossOutput(loss_sum, batch.loss_weights.abs().sum(), nll, correct)
+
+
+def test_means_are_weighted_by_absolute_weights_per_class_and_in_all():
+    batch, out = batch_and_output()
+    tally = Tally(["a", "b"], CPU)
+    tally.add(batch, out)
+    tally.add(batch, out)
+    means = metrics.summarise(tally.flat().tolist(), ["a", "b"])
+    nll, right = out.nll.double(), out.correct.double()  # of rows 0, 1, 2 and 5
+    first, second = [(0, 1.0), (1, -0.5), (2, 0.25)], [(3, 2.0)]  # (place, weight)
+    total = sum(abs(w) for _, w in first + second)
+    assert means["loss"] == pytest.approx(sum(w * nll[r].item() for r, w in first + second) / total)
+    assert means["accuracy"] == pytest.approx(sum(abs(w) * right[r].item() for r, w in first + second) / total)
+    assert means["tokens"] == 2 * 7 and means["padded_tokens"] == 2 * 20 and means["supervised_tokens"] == 2 * 4
+    assert means["square_lengths"] == 2 * (16 + 9)
+    expected = sum(abs(w) * nll[r].item() for r, w in first) / 1.75
+    assert means["classes"]["b"] == {
+        "loss": pytest.approx(expected),
+        "accuracy": pytest.approx(1.25 / 1.75),
+        "tokens": 2 * 3,
+    }
+    assert means["classes"]["a"]["loss"] == pytest.approx(nll[3].item())
+
+
+def test_a_class_without_tokens_has_no_mean():
+    means = metrics.summarise(Tally(["a"], CPU).flat().tolist(), ["a"])
+    assert means["classes"]["a"] == {"loss": None, "accuracy": None, "tokens": 0} and means["loss"] == 0.0
+
+
+def journal(path, **change):
+    bad_steps = BadSteps(0, None, bins_of=list, newest=lambda: None, warn=pytest.fail)
+    settings = {"flops": lambda *_: 10.0, "peak_flops": 1e3, "device": CPU, "write": True, "bad_steps": bad_steps}
+    return Journal(LineFile(path, pytest.fail), ["a", "b"], **settings | change)
+
+
+def test_mfu_and_rates_are_of_the_time_since_the_last_flush(tmp_path, monkeypatch):
+    now = iter([100.0, 104.0, 104.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    batch, out = batch_and_output()
+    tally = Tally(["a", "b"], CPU)
+    tally.add(batch, out)
+    book = journal(tmp_path / "m.jsonl", flops=lambda tokens, squares, supervised: tokens + squares + supervised)
+    for step in (1, 2):
+        book.add(step, 0, 1e-3, tally.flat(), torch.tensor(1.0))
+    line = book.flush()[0]  # two steps in 4 seconds
+    assert line["step_s"] == 2.0 and line["tokens_per_s"] == 3.5 and line["supervised_tokens_per_s"] == 2.0
+    assert line["padded_tokens_per_s"] == 10.0 and line["mfu"] == pytest.approx((7 + 25 + 4) / 2 / 1e3)
+    assert [json.loads(row)["step"] for row in (tmp_path / "m.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_ends_the_run_after_the_good_steps_are_written(tmp_path, bad):
+    book, sums = journal(tmp_path / "m.jsonl"), Tally(["a", "b"], CPU).flat()
+    for step, norm in ((1, 1.0), (2, bad), (3, 1.0)):
+        book.add(step, 0, 1e-3, sums, torch.tensor(norm))
+    with pytest.raises(NonFiniteError, match=f"step 2: loss 0.0, gradient norm {bad}. "):
+        book.flush()
+    assert [json.loads(row)["step"] for row in (tmp_path / "m.jsonl").read_text().splitlines()] == [1]
+
+
+def test_lines_past_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    metrics.cut(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    metrics.cut(path, -1)
+    assert path.read_text() == ""
+    metrics.cut(tmp_path / "missing.jsonl", 1)
+
+
+def test_an_answer_of_any_characters_is_one_line_and_a_character_may_be_torn(tmp_path):
+    """Of what a model says, U+2028, U+2029 and U+0085 end lines of a text, but not of a file of JSON lines."""
+    path, warned = tmp_path / "samples.jsonl", []
+    lines = [{"step": step, "answer": "a\u2028b\u2029c\x85d\x1ce\r\u00fc"} for step in (1, 2)]
+    LineFile(path, warned.append).append(lines)
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"step": 2, "answer": "\u00fc'.encode()[:-1])
+    metrics.cut(path, 2)
+    assert path.read_bytes() == whole
+    metrics.cut(path, 1)
+    assert json.loads(path.read_bytes()) == lines[0] and not warned
+
+
+def test_a_known_card_has_its_data_sheets_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert metrics.peak_flops(torch.device("cuda"), 0.0, torch.bfloat16)[0] == 989e12
+    assert metrics.peak_flops(CPU, 2.5, torch.bfloat16) == (2.5e12, "configured")
+    assert metrics.peak_flops(CPU, 0.0, torch.float32)[0] > 1e8

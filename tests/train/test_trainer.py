@@ -1,0 +1,299 @@
+"""Laws of a run: the same curve on any number of processes, bitwise the same after a stop, and plain words when it
+cannot go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ochat import config as configuration
+from ochat.data.prepare import prepare
+from ochat.errors import CheckpointError, ConfigError
+from ochat.train.build import attention_name, kernels_name
+from ochat.train.schedule import factor
+from tests import tiny
+
+LINE = [
+    "step",
+    "epoch",
+    "loss",
+    "accuracy",
+    "lr",
+    "grad_norm",
+    "tokens_per_s",
+    "supervised_tokens_per_s",
+    "padded_tokens_per_s",
+    "mfu",
+    "peak_mem_gib",
+    "step_s",
+    "tokens",
+    "supervised_tokens",
+    "classes",
+]
+
+
+def curve(lines):
+    return [(line["step"], line["loss"], line["grad_norm"], line["classes"]) for line in lines]
+
+
+def test_the_loss_falls_and_every_step_has_its_line(world, alone):
+    assert [line["step"] for line in alone] == list(range(1, len(alone) + 1))
+    assert alone[-1]["loss"] < 0.75 * alone[0]["loss"]
+    for step, line in enumerate(alone):
+        assert list(line) == LINE
+        assert line["lr"] == 3e-3 * factor(step, len(alone), warmup_ratio=0.05, min_lr_ratio=0.1)
+        assert line["padded_tokens_per_s"] >= line["tokens_per_s"] > line["supervised_tokens_per_s"] > 0
+        assert 0 < line["mfu"] < 1 and line["classes"].keys() == {"GPT4", "GPT3"}
+    config = (world.folder / "alone" / "config.toml").read_text()
+    assert "token_budget = 96" in config and "clip = 1.0" in config  # resolved, defaults included
+
+
+def test_each_epoch_ends_with_an_evaluation_and_samples(world, alone):
+    lines = tiny.metrics(world.folder / "alone", "eval.jsonl")
+    assert [line["step"] for line in lines] == [0, len(alone) // 2, len(alone)]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    supervised = sum(line["supervised_tokens"] for line in alone) // 2
+    assert all(
+        line["supervised_tokens"] == supervised for line in lines
+    )  # nothing lost by packing, training or evaluating
+    samples = tiny.metrics(world.folder / "alone", "samples.jsonl")
+    assert [(s["step"], s["condition"]) for s in samples] == [
+        (line["step"], c) for line in lines for c in ("GPT4", "GPT3")
+    ]
+
+
+@pytest.mark.parametrize(("processes", "replicate"), [(2, 1), (4, 1), (4, 2)])
+def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processes, replicate, tmp_path):
+    options = ["--data.epochs=2", f"--parallel.replicate={replicate}", f"--data.eval_path={world.data}"]
+    samples = ['--samples.prompts=["1+1"]', "--samples.max_new_tokens=3"]
+    tiny.torchrun(world, tmp_path / "run", processes, *options, *samples)
+    lines = tiny.metrics(tmp_path / "run")
+    assert len(lines) == len(alone)
+    for ours, theirs in zip(lines, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ours["supervised_tokens"] == theirs["supervised_tokens"] and ours["tokens"] == theirs["tokens"]
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
+    held_out = [tiny.metrics(folder, "eval.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
+    for ours, theirs in zip(*held_out, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
+    answers = [tiny.metrics(folder, "samples.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
+    assert answers[0] == answers[1]
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(world, alone, tmp_path):
+    shutil.copytree(world.folder / "alone", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if path.name != "step_5":
+            shutil.rmtree(path)
+    options = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=2", f"--data.eval_path={world.data}"]
+    lines = tiny.train(world, tmp_path / "run", *options)
+    assert curve(lines) == curve(alone)
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == sorted([f"step_{len(alone)}", f"step_{(len(alone) - 1) // 5 * 5}"])
+    for kind in ("weights", "optimizer"):
+        name = f"checkpoints/step_{len(alone)}/{kind}-00001-of-00001.safetensors"
+        final, again = load_file(world.folder / "alone" / name), load_file(tmp_path / "run" / name)
+        assert final.keys() == again.keys() and all(torch.equal(final[name], again[name]) for name in final)
+
+
+def test_a_finished_run_has_nothing_left_to_do(world, alone, capsys):
+    before = (world.folder / "alone" / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    tiny.train(world, world.folder / "alone", "--data.epochs=2")
+    assert (world.folder / "alone" / "metrics.jsonl").read_text() == before
+    said = capsys.readouterr().out
+    assert f"all {len(alone)} steps were done before: nothing is trained" in said
+    assert f"look at it: ochat report {world.folder / 'alone'}" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(world, tmp_path, number):
+    run_dir, options = tmp_path / "run", ["--data.epochs=12", "--checkpoint.every=1000"]
+    command = [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)]
+    process = subprocess.Popen(
+        command, cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert "start the same command again" in output
+    saved = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    assert saved == [f"step_{len(tiny.metrics(run_dir))}"]
+    lines = tiny.train(world, run_dir, *options)
+    assert curve(lines) == curve(tiny.train(world, tmp_path / "whole", *options))
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path):
+    """Whatever is logged when: the ranks agree over the host's network."""
+    options = ["--data.epochs=200", "--checkpoint.every=100000", "--train.log_every=100000"]
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        tiny.torchrun_command(world, run_dir, 2, *options, "--train.eval_every=100000"),
+        cwd=tiny.ROOT,
+        env=tiny.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = iter(process.stdout.readline, "")
+    assert any("mfu is of" in line for line in lines)  # the last line before the first step
+    time.sleep(1)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGUSR1)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert saved.name == f"step_{len(tiny.metrics(run_dir))}"
+
+
+@pytest.mark.parametrize("recompute", ["elementwise", "block"])
+def test_recomputing_changes_nothing(world, alone, tmp_path, recompute):
+    lines = tiny.train(world, tmp_path / "run", "--data.epochs=2", f"--train.recompute={recompute}")
+    assert curve(lines) == curve(alone)
+
+
+COMPILED = pytest.param(1, ["--train.compile=true"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("processes", "more"), [(1, ["--train.recompute=block"]), (2, []), COMPILED])
+def test_the_triton_kernels_train_the_same(world, tmp_path, processes, more):
+    options = ["--data.epochs=2", "--data.max_steps=3"]
+    expected = tiny.train(world, tmp_path / "plain", *options)
+    tiny.torchrun(world, tmp_path / "run", processes, *options, "--train.kernels=triton", *more)
+    lines = tiny.metrics(tmp_path / "run")
+    for name in ("loss", "grad_norm", "accuracy"):
+        assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-5)
+
+
+def test_kernels_that_the_device_cannot_run_are_refused(world, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ConfigError, match="train.kernels = 'triton', but the run is on a CPU"):
+        tiny.train(world, tmp_path / "run", "--train.kernels=triton")
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "means"),
+    [
+        ("auto", "cuda", "triton"),
+        ("auto", "cpu", "reference"),
+        ("reference", "cuda", "reference"),
+    ],
+)
+def test_one_value_of_the_configuration_decides_the_kernels(world, asked, device, means):
+    config = configuration.load(world.config, [f"--train.kernels={asked}"])
+    assert kernels_name(config, torch.device(device)) == means
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "means"),
+    [("bfloat16", "cuda", "varlen"), ("float32", "cuda", "sdpa"), ("bfloat16", "cpu", "sdpa")],
+)
+def test_auto_takes_the_attention_that_computes_in_the_runs_dtype(world, dtype, device, means):
+    config = configuration.load(world.config, [f"--train.dtype={dtype}"])
+    assert attention_name(config, torch.device(device)) == means
+
+
+def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):
+    from ochat.train import inputs
+
+    plain = inputs.open_loader
+    monkeypatch.setattr(inputs, "open_loader", lambda *args, **more: plain(*args, **(more | {"pad": True})))
+    lines = tiny.train(world, tmp_path / "run", "--data.epochs=2")
+    for ours, theirs in zip(lines, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["padded_tokens_per_s"] > ours["tokens_per_s"]
+
+
+def test_weights_from_classes_change_the_loss_by_their_ratio_only(world, tmp_path):
+    record = tiny.train(world, tmp_path / "record", "--data.max_steps=3")
+    table = ["--classes.GPT4.weight=20", "--classes.GPT3.weight=2"]  # the record's 1 and 0.1, times 20
+    classes = tiny.train(world, tmp_path / "classes", "--data.max_steps=3", *table)
+    rewards = tiny.train(
+        world, tmp_path / "rewards", "--data.max_steps=3", "--classes.GPT4.reward=1", "--classes.GPT3.reward=0.1"
+    )
+    for a, b, c in zip(record, classes, rewards, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and c["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    plain = tiny.train(world, tmp_path / "none", "--data.max_steps=3", "--weights.source=none")
+    assert plain[0]["loss"] != pytest.approx(record[0]["loss"], rel=1e-5)
+
+
+def test_only_one_class_trains_on_that_class_alone(world, tmp_path):
+    lines = tiny.train(world, tmp_path / "run", "--data.max_steps=2", "--data.only_class=GPT4")
+    assert all(line["classes"]["GPT4"]["tokens"] == line["supervised_tokens"] for line in lines)
+
+
+def test_a_checkpoint_of_other_data_is_refused_by_name(world, alone, tmp_path):
+    other = tiny.make(tmp_path / "other", num_conversations=40, seed=5)
+    with pytest.raises(CheckpointError, match="data set"):
+        tiny.train(other, world.folder / "alone", "--data.epochs=2")
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--data.token_budget=192", "data.token_budget"),
+        ("--data.bins_per_step=2", "bins_per_step"),
+        ("--run.seed=1", "seed"),
+    ],
+)
+def test_going_on_with_another_order_of_the_data_is_refused(world, alone, option, name):
+    before = (world.folder / "alone" / "config.toml").read_text()
+    with pytest.raises(CheckpointError, match=name):
+        tiny.train(world, world.folder / "alone", "--data.epochs=2", option)
+    assert (world.folder / "alone" / "config.toml").read_text() == before
+
+
+def test_going_on_from_an_earlier_checkpoint_needs_a_folder_of_its_own(world, alone, tmp_path):
+    early = world.folder / "alone" / "checkpoints" / "step_5"
+    options = ["--data.epochs=2", f"--run.resume={early}"]
+    with pytest.raises(CheckpointError, match="holds the later step_"):
+        tiny.train(world, world.folder / "alone", *options)
+    lines = tiny.train(world, tmp_path / "branch", *options, "--data.max_steps=7")
+    assert [line["step"] for line in lines] == [6, 7] and lines[0]["loss"] == alone[5]["loss"]
+    assert json.loads((tmp_path / "branch" / "export" / "openchat.json").read_text())["step"] == 7
+
+
+def test_what_does_not_belong_together_is_refused_before_the_first_step(world, tmp_path):
+    zero = ["--classes.GPT4.weight=0", "--classes.GPT3.weight=0"]
+    with pytest.raises(ConfigError, match="no token has a weight other than 0"):
+        tiny.train(world, tmp_path / "zero", *zero)
+    for typo in ("--classes.GPT5.weight=1", '--samples.conditions=["GPT5"]'):
+        table = ["--classes.GPT4.weight=1", "--classes.GPT3.weight=0.1"]
+        with pytest.raises(ConfigError, match="names 'GPT5'; the classes of .* are GPT4, GPT3"):
+            tiny.train(world, tmp_path / "typo", *table, typo)
+    other = tmp_path / "other_data"
+    prepare(
+        [world.folder / "conversations.jsonl"], world.base, "openchat_v3.2", other, conditions="ignore", progress=False
+    )
+    with pytest.raises(ConfigError, match="another template"):
+        tiny.train(world, tmp_path / "template", f"--data.eval_path={other}")
+    small = tmp_path / "small"
+    shutil.copytree(world.base, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 258}))
+    with pytest.raises(ConfigError, match="its embedding 258 rows.*--add-token"):
+        tiny.train(world, tmp_path / "vocabulary", f"--base.path={small}")
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
+def test_another_run_is_never_overwritten(world, alone):
+    with pytest.raises(ConfigError, match="choose another --run.dir"):
+        tiny.train(world, world.folder / "alone", "--run.resume=never")
+
+
+def test_numbers_that_do_not_fit_the_processes_are_refused(world, tmp_path):
+    done = tiny.torchrun(world, tmp_path / "run", 2, "--data.bins_per_step=3", check=False)
+    assert done.returncode and "ConfigError: data.bins_per_step is 3, which 2 processes cannot share" in done.stderr
+    assert "trainer.py" not in done.stderr  # a message, not our traceback
