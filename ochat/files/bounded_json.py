@@ -1,6 +1,6 @@
 """A JSON object in a file that nobody vouches for: read within bounds, or refused in one line.
 
-record = json_file.read_object(Path("base/config.json"), ConfigError, "fetch it again")
+record = bounded_json.read_object(Path("base/config.json"), ConfigError, "fetch it again")
 """
 
 from __future__ import annotations

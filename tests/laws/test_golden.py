@@ -14,9 +14,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from benchmarks import golden_probe
-from ochat.data import template as templates
-from ochat.data import tokenizer as text_tokenizers
-from ochat.data.conversation import Conversation
+from ochat.text import template as templates
+from ochat.text import tokenizer as text_tokenizers
+from ochat.text.conversation import Conversation
 
 FILE = Path(__file__).with_name("golden_integers.json")
 CACHE = Path(__file__).parents[2] / ".cache" / "tokenizers"
