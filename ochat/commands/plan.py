@@ -28,7 +28,7 @@ from ochat.plan.lengths import LengthCounts
 from ochat.plan.roofline import Workload
 from ochat.plan.run_facts import describe
 from ochat.text import tokenizer as tokenizers
-from ochat.train import identity, inputs
+from ochat.train import identity, inputs, schedule
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
 PURPOSE = """Shows what the same command line would train, without a GPU: steps, packing, learning rate; and predicts
@@ -74,13 +74,20 @@ def show(config: Config, options: argparse.Namespace, console: Console) -> None:
         notes += plan_lengths.notes(config, model, counts)
         stats = plan_lengths.pack(config, model, lengths, counts, options.supervised, console)
         counts = counts.cut(config.data.token_budget)
-        facts = plan_lengths.describe(config, model, stats, counts, options)
+        lr = schedule.choose_lr(
+            config.optim.lr,
+            supervised_tokens_per_step=stats.supervised_per_step,
+            model_type=model.model_type,
+            vocab_size=model.vocab_size,
+        )
+        facts = plan_lengths.describe(config, model, stats, counts, options, lr.reason)
     else:
         data = inputs.open_data(config)
         counts = LengthCounts.of(data.lengths)
         console.print(counts.text(), end="\n\n")
         loader = open_checked(config, data, model)
-        stats, facts = loader.stats(), describe(config, loader, model)
+        lr, stats = inputs.choose_lr(config, loader, model), loader.stats()
+        facts = describe(loader, model, config.data, weights_source=config.weights.source, lr_reason=lr.reason)
         notes += data_notes(data, model, counts)
         counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or more
     share = stats.num_supervised / max(counts.num_tokens, 1)

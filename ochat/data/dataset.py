@@ -149,6 +149,12 @@ class TokenDataset:
         first = kept[0] | {"selection": self._selection} | ({"others": kept[1:]} if kept[1:] else {})
         return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
 
+    def mean_weight(self, name: str, sample: int = 200) -> float:
+        """Mean |weight| of the supervised tokens in the first `sample` conversations of a class."""
+        members = np.flatnonzero(self.class_ids == self.class_names.index(name))[:sample]
+        weights = np.abs(np.concatenate([self[int(i)].loss_weights for i in members]))
+        return float(weights.sum() / max(1, np.count_nonzero(weights)))
+
     def place(self, index: int) -> str:
         """ "file:line" of the record that an example came from."""
         shard, at = self._locate(index)

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ochat.errors import ConfigError
 from ochat.files import bounded_json, hub
 from ochat.model import families
@@ -151,6 +154,14 @@ class ModelConfig:
         """
         attention = 6 * self.num_layers * self.num_heads * self.head_dim * sum_len_sq
         return float(6 * self.matmul_params() * num_tokens + 6 * self.head_params() * num_supervised + attention)
+
+    def flops_per_sequence(self, lengths: NDArray, num_supervised: NDArray) -> NDArray[np.float64]:
+        """(S,): flops_per_step of each sequence alone, by its length and its supervised tokens."""
+        flops = self.flops_per_step(0, 1, 0) * lengths.astype(np.float64)  # in place: a data set has many sequences
+        flops += self.flops_per_step(1, 0, 0)
+        flops *= lengths
+        flops += self.flops_per_step(0, 0, 1) * num_supervised
+        return flops
 
 
 def _check_heads(config: ModelConfig, fields: Fields) -> None:

@@ -18,7 +18,6 @@ from ochat.model.config import ModelConfig
 from ochat.packing import multipack
 from ochat.plan import tables
 from ochat.plan.lengths import LengthCounts
-from ochat.train import schedule
 
 
 def pack(
@@ -51,21 +50,20 @@ def pack(
 
 
 def describe(
-    config: Config, model: ModelConfig, stats: LoaderStats, counts: LengthCounts, options: argparse.Namespace
+    config: Config,
+    model: ModelConfig,
+    stats: LoaderStats,
+    counts: LengthCounts,
+    options: argparse.Namespace,
+    lr_reason: str,
 ) -> dict[str, str]:
     """The facts of a run on such lengths, as name -> text."""
     costs = _cost_of_length(model, counts.longest, options.supervised).astype(np.float64)
-    rate = schedule.choose_lr(
-        config.optim.lr,
-        supervised_tokens_per_step=stats.supervised_per_step,
-        model_type=model.model_type,
-        vocab_size=model.vocab_size,
-    )
     return {
         "model": f"{model.model_type}, {model.num_parameters():,} parameters",
         "data": f"{stats.num_sequences:,} sequences of {options.lengths}, {stats.num_tokens:,} tokens",
         "supervised": f"{options.supervised:.0%} of the tokens: assumed (--supervised)",
-        **tables.step_facts(config, stats, float(counts.counts @ costs), rate.reason),
+        **tables.step_facts(config.data, stats, float(counts.counts @ costs), lr_reason),
     }
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.config import Config
+from ochat.config import DataConfig
 from ochat.data.loader import LoaderStats
 from ochat.plan import plan_scaling
 from ochat.plan.forecast import (
@@ -54,11 +54,11 @@ def facts(title: str, values: dict[str, str]) -> Table:
     return table
 
 
-def step_facts(config: Config, stats: LoaderStats, flops: float, lr_reason: str) -> dict[str, str]:
+def step_facts(data: DataConfig, stats: LoaderStats, flops: float, lr_reason: str) -> dict[str, str]:
     """The facts that follow from the packing; `flops`: of an epoch."""
     return {
         "steps": f"{stats.num_steps:,} of {_epochs(stats.steps_per_epoch)}",
-        "step": f"{config.data.bins_per_step} bins of {config.data.token_budget:,} tokens: "
+        "step": f"{data.bins_per_step} bins of {data.token_budget:,} tokens: "
         f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
         "packing": f"fill {stats.fill:.2%}{LOW_FILL * (stats.fill < 0.5)}; work of a step's bins, max over mean: "
         f"{stats.imbalance_mean:.3f} on average, {stats.imbalance_worst:.3f} at worst",

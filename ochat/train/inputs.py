@@ -11,7 +11,6 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from ochat.config import Config
 from ochat.data.dataset import TokenDataset
@@ -70,23 +69,10 @@ def open_loader(
             pad=pad,
             pin=pad and torch.cuda.is_available(),
             mixture=Mixture(data, config.data.mix, config.run.seed) if config.data.mix else None,
-            costs=sequence_flops(data, model).astype(np.float32),  # of many sequences, each rank holds them
+            costs=model.flops_per_sequence(data.lengths, data.supervised).astype(
+                np.float32
+            ),  # of many sequences, each rank holds them
         )
-
-
-def describe_sets(loader: Loader) -> dict[str, str]:
-    """What the first epoch takes of each set of a mixture, as name -> text; nothing for a single data set."""
-    if loader.mixture is None:
-        return {}
-    taken, facts = loader.mixture(0), {}
-    for name, part in loader.dataset.sets.items():
-        lengths = loader.dataset.lengths[taken[(part.start <= taken) & (taken < part.stop)]]
-        total = loader.mixture.totals[name]
-        facts[f"set {name}"] = (
-            f"{part.stop - part.start:,} conversations, {total:,} tokens; an epoch takes {len(lengths):,}, "
-            f"{lengths.sum():,} tokens: {loader.mixture.budgets[name] / total:.3g} passes"
-        )
-    return facts
 
 
 def open_eval_loader(config: Config, data: TokenDataset, *, rank: int = 0, world: int = 1, pad: bool = False) -> Loader:
@@ -104,7 +90,7 @@ def served_template(data: TokenDataset) -> Template:
     trained = [data.class_names[i] for i in np.unique(data.class_ids)]
     if data.template.default_condition in trained:
         return data.template
-    weights = {name: mean_weight(data, name) for name in trained}
+    weights = {name: data.mean_weight(name) for name in trained}
     return dataclasses.replace(data.template, default_condition=max(weights, key=lambda name: weights[name]))
 
 
@@ -117,21 +103,3 @@ def choose_lr(config: Config, loader: Loader, model: ModelConfig) -> LearningRat
         vocab_size=model.vocab_size,
         lora=config.lora.rank > 0,
     )
-
-
-def mean_weight(data: TokenDataset, name: str, sample: int = 200) -> float:
-    """Mean |weight| of the supervised tokens in the first `sample` conversations of a class."""
-    members = np.flatnonzero(data.class_ids == data.class_names.index(name))[:sample]
-    weights = np.abs(np.concatenate([data[int(i)].loss_weights for i in members]))
-    return float(weights.sum() / max(1, np.count_nonzero(weights)))
-
-
-def sequence_flops(data: TokenDataset, model: ModelConfig) -> NDArray[np.float64]:
-    """(S,): training FLOPs of each sequence, its head counted for supervised tokens only."""
-    linear, head = model.flops_per_step(1, 0, 0), model.flops_per_step(0, 0, 1)
-    square = model.flops_per_step(0, 1, 0)
-    flops = square * data.lengths.astype(np.float64)  # in place: a large data set has many sequences
-    flops += linear
-    flops *= data.lengths
-    flops += head * data.supervised
-    return flops

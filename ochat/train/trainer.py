@@ -219,7 +219,13 @@ class Trainer:
         learning rate and its reason."""
         if not self.ranks.is_first:
             return
-        facts = run_facts.describe(self.config, self.loader, self.model_config)
+        facts = run_facts.describe(
+            self.loader,
+            self.model_config,
+            self.config.data,
+            weights_source=self.config.weights.source,
+            lr_reason=self.lr.reason,
+        )
         facts |= self.adapters.facts(self.model) | {
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
             "computation": f"{self.config.train.dtype}, kernels {self.kernels}, attention {self.backend}",

@@ -199,11 +199,13 @@ def test_a_plan_has_a_row_for_each_set(world):
     config = configuration.load(world.config, options)
     data = inputs.open_data(config)
     loader = inputs.open_loader(config, data, ModelConfig.load(world.base))
-    rows = inputs.describe_sets(loader)
+    rows = run_facts.describe_sets(loader)
     total = data.lengths[data.sets["two"]].sum()
     assert rows["set two"] == f"60 conversations, {total:,} tokens; an epoch takes 120, {2 * total:,} tokens: 2 passes"
     assert rows["set one"].startswith(f"60 conversations, {total:,} tokens; an epoch takes ")
-    facts = run_facts.describe(config, loader, ModelConfig.load(world.base))
+    facts = run_facts.describe(
+        loader, ModelConfig.load(world.base), config.data, weights_source="auto", lr_reason="set"
+    )
     assert rows.items() <= facts.items() and f"{loader.stats().num_tokens:,} tokens" in facts["data"]
 
 
