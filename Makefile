@@ -6,7 +6,7 @@ TOKENIZERS := .cache/tokenizers/.ready
 TRITON36 := .cache/triton36/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow kernels-check lint format constraints clean
+.PHONY: help demo test test-slow kernels-check lint docs format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,12 +30,15 @@ lint: .venv/dev  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: .venv/dev  ## the documentation site in site/; fails on a broken link or an unknown name
+	PYTHONPATH=.:kernels $(BIN)/zensical build --strict --clean
+
 format: .venv/dev  ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, caches and the demo's files
-	rm -rf .venv .cache demo/work .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .cache site demo/work .pytest_cache .ruff_cache .hypothesis
 
 .venv/base: constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ochat needs Python 3.11 or newer; run make PYTHON=python3.11 ...")'
