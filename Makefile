@@ -31,7 +31,8 @@ lint: .venv/dev  ## ruff and pyright
 	$(BIN)/pyright
 
 docs: .venv/dev  ## the documentation site in site/; fails on a broken link or an unknown name
-	PYTHONPATH=.:kernels $(BIN)/zensical build --strict --clean
+	rm -rf .cache/[0-9]*  # Zensical's cached pages, which hide errors; its --clean would remove our .cache as well
+	PYTHONPATH=.:kernels $(BIN)/zensical build --strict
 
 format: .venv/dev  ## rewrite the code in the house's format
 	$(BIN)/ruff check --fix .
