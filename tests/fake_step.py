@@ -86,7 +86,7 @@ class FakeStep:
         ids, cu_seqlens = torch.zeros(self.tokens, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
 
         rows = ids[: self.supervised]  # a view: nothing to count
-        batch: Any = SimpleNamespace(labels=ids, loss_weights=torch.zeros(self.tokens), rows=rows)
+        batch: Any = SimpleNamespace(supervised_labels=ids[rows], supervised_weights=torch.zeros(self.tokens)[rows])
         head = head_loss(self.ops, batch, self.model.head.tokens)
         attend = PackedAttention(cu_seqlens, self.tokens // 2, "varlen", [self.tokens // 2] * 2)
         return self.model(ids, ids, attend, head=head, rows=rows).loss_sum

@@ -40,14 +40,24 @@ class PackedBatch:
     loss_weights: torch.Tensor  # (T,) float32, the label's weight; 0 where there is none
     position_ids: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (S+1,) int32
-    rows: torch.Tensor  # (R,) int64, ascending: label != IGNORE_INDEX and weight != 0
-    row_classes: torch.Tensor  # (R,) int64, class of the conversation that a row belongs to
+    supervised_rows: torch.Tensor  # (R,) int64, ascending: label != IGNORE_INDEX and weight != 0
+    supervised_classes: torch.Tensor  # (R,) int64, class of the conversation that a row belongs to
     max_seqlen: int  # at least the longest document
     num_tokens: int  # without padding
     num_supervised: int  # R
     weight_sum: float  # sum of |weight| over the rows, in float64
     lengths: tuple[int, ...]  # (S,) of the documents, padding and empty ones included
     sequences: tuple[int, ...]  # data set indices of the first documents; what follows them is padding
+
+    @cached_property
+    def supervised_labels(self) -> torch.Tensor:
+        """(R,) int64: the labels that the loss is taken of."""
+        return self.labels[self.supervised_rows]
+
+    @cached_property
+    def supervised_weights(self) -> torch.Tensor:
+        """(R,) float32: the weights of these labels."""
+        return self.loss_weights[self.supervised_rows]
 
     @cached_property
     def sum_len_sq(self) -> int:
@@ -97,8 +107,8 @@ def pack(
         loss_weights=torch.from_numpy(weights),
         position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        rows=torch.from_numpy(rows),
-        row_classes=torch.from_numpy(row_class[rows]),
+        supervised_rows=torch.from_numpy(rows),
+        supervised_classes=torch.from_numpy(row_class[rows]),
         max_seqlen=max_seqlen,
         num_tokens=int(cu_seqlens[len(examples)]),
         num_supervised=len(rows),
@@ -109,11 +119,11 @@ def pack(
 
 
 def allocate(num_tokens: int, num_documents: int, pin: bool) -> dict[str, torch.Tensor]:
-    """Unfilled tensors of a PackedBatch; `rows` and `row_classes` have room for all tokens.
+    """Unfilled tensors of a PackedBatch; `supervised_rows` and `supervised_classes` have room for all tokens.
 
     `pin`: in page-locked memory, which torch hands out again only when copies from it are done.
     """
-    int64 = ("input_ids", "labels", "position_ids", "rows", "row_classes")
+    int64 = ("input_ids", "labels", "position_ids", "supervised_rows", "supervised_classes")
     tensors = {name: torch.empty(num_tokens, dtype=torch.int64, pin_memory=pin) for name in int64}
     tensors["loss_weights"] = torch.empty(num_tokens, dtype=torch.float32, pin_memory=pin)
     tensors["cu_seqlens"] = torch.empty(num_documents + 1, dtype=torch.int32, pin_memory=pin)

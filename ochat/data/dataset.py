@@ -1,7 +1,7 @@
 """Prepared data: shards of token ids and spans, mapped into memory, that turn into examples with weights at load.
 
     dataset = TokenDataset("data/train", classes=config.classes, weights=config.weights)
-    dataset[0].input_ids, dataset.lengths, dataset.place(0), dataset.batch([0, 5])
+    dataset[0].input_ids, dataset.lengths, dataset.source_location(0), dataset.batch([0, 5])
     TokenDataset({"chat": "data/chat", "code": "data/code"}).sets["code"]     # several, one after the other
 
 `ochat prepare` writes the folder; shards.py describes it, mapped.py maps it. Token ids, spans, lines and rewards stay
@@ -30,7 +30,14 @@ from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import ConfigError, DataError
 from ochat.text.template import Span, Template
 
-FILLED = ("input_ids", "labels", "loss_weights", "position_ids", "rows", "row_classes")  # in fill_batch's order
+FILLED = (
+    "input_ids",
+    "labels",
+    "loss_weights",
+    "position_ids",
+    "supervised_rows",
+    "supervised_classes",
+)  # in fill_batch's order
 
 
 class TokenDataset:
@@ -127,7 +134,7 @@ class TokenDataset:
         num_rows, weight_sum = fill.fill_batch(
             self._table, in_shards, wholes, cu_seqlens, self._compiled, *(tensors[name].numpy() for name in FILLED)
         )
-        tensors |= {name: tensors[name][:num_rows] for name in ("rows", "row_classes")}
+        tensors |= {name: tensors[name][:num_rows] for name in ("supervised_rows", "supervised_classes")}
         return PackedBatch(
             **tensors,
             max_seqlen=max_seqlen,
@@ -155,7 +162,7 @@ class TokenDataset:
         weights = np.abs(np.concatenate([self[int(i)].loss_weights for i in members]))
         return float(weights.sum() / max(1, np.count_nonzero(weights)))
 
-    def place(self, index: int) -> str:
+    def source_location(self, index: int) -> str:
         """ "file:line" of the record that an example came from."""
         shard, at = self._locate(index)
         return f"{shard.files[shard['files'][at]]}:{shard['lines'][at]}"
@@ -229,8 +236,8 @@ class TokenDataset:
             first = int(wrong[0])
             what = "no reward" if np.isnan(rewards[first]) else f"the reward {rewards[first]}, whose weight is infinite"
             raise DataError(
-                f'{self.place(first)}: the record has {what}, and weights.source = "reward" needs one in every record '
-                f"({len(wrong)} such)"
+                f'{self.source_location(first)}: the record has {what}, and weights.source = "reward" needs one in '
+                f"every record ({len(wrong)} such)"
             )
 
 

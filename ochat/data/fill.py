@@ -101,8 +101,8 @@ def count_supervised(span_offsets, span_ends, span_roles, span_weights, class_id
 
 
 @njit(cache=True, nogil=True)
-def fill_batch(table, shards, wholes, cu_seqlens, rule, ids, labels, weights, positions, rows, row_classes):
-    """Fill the buffers (T,) of a batch; rows and row_classes hold (num_rows,) afterwards.
+def fill_batch(table, shards, wholes, cu_seqlens, rule, ids, labels, weights, positions, rows, supervised_classes):
+    """Fill the buffers (T,) of a batch; rows and supervised_classes hold (num_rows,) afterwards.
 
     table (P, 11) int64: a row per shard, as `IDS` ... name its columns; shards (S,): each document's row in it;
     wholes (S,): its place in the data set; cu_seqlens (D + 1,): what follows the S documents is padding.
@@ -139,7 +139,7 @@ def fill_batch(table, shards, wholes, cu_seqlens, rule, ids, labels, weights, po
                 for t in range(start + max(begin, 1) - 1, start + end - 1):
                     weights[t] = weight
                     rows[num_rows] = t
-                    row_classes[num_rows] = class_id
+                    supervised_classes[num_rows] = class_id
                     num_rows += 1
                     weight_sum += abs(np.float64(weight))
             begin = end

@@ -215,7 +215,7 @@ def _check_lengths(dataset: TokenDataset, token_budget: int) -> None:
     if dataset.lengths[longest] > token_budget:
         over = int((dataset.lengths > token_budget).sum())
         raise DataError(
-            f"{dataset.place(longest)}: a conversation of {dataset.lengths[longest]} tokens is longer than "
+            f"{dataset.source_location(longest)}: a conversation of {dataset.lengths[longest]} tokens is longer than "
             f"data.token_budget = {token_budget} ({over} such in {dataset.path}): raise the budget, or prepare with a "
             "smaller --context"
         )

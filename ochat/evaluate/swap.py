@@ -66,7 +66,7 @@ def swap_matrix(
     for column in range(len(conditions)):
         for places in passes(len(each[column].input_ids) for each in examples):
             batch = pack([examples[i][column] for i in places], places, range(len(places)))  # a class for each
-            at = np.array(places)[batch.row_classes.numpy()]
+            at = np.array(places)[batch.supervised_classes.numpy()]
             row_nll, is_correct = rows(model, batch)
             for sums, values in ((tokens, np.ones(len(at), np.int64)), (nll, row_nll), (correct, is_correct)):
                 np.add.at(sums[:, column], at, values)
@@ -83,7 +83,7 @@ def rows(model: Transformer, batch: PackedBatch) -> tuple[NDArray[np.float64], N
     backend = default_backend(weight.device, model.compute_dtype or weight.dtype)
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths)
     head = head_loss(ochat_kernels.load("reference"), batch)
-    out = model(batch.input_ids, batch.position_ids, attend, head, batch.rows)
+    out = model(batch.input_ids, batch.position_ids, attend, head, batch.supervised_rows)
     return out.nll.double().cpu().numpy(), out.correct.long().cpu().numpy()
 
 

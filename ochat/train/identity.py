@@ -90,7 +90,7 @@ def bins_of(loader: Loader, step: int) -> Bins:
     """Where the conversations of each bin of a step (counted from 0) stand in the input."""
     epoch, step_in_epoch = loader.position(step)
     plan, first = loader.plan(epoch), step_in_epoch * loader.bins_per_step
-    return [[loader.dataset.place(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
+    return [[loader.dataset.source_location(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
 
 
 def _digest(content: bytes) -> str:

@@ -20,13 +20,13 @@ from ochat.model.lora import TokenRows
 def head_loss(
     ops: ModuleType, batch: PackedBatch, tokens: TokenRows | None = None
 ) -> Callable[[Tensor, Tensor], LossOutput]:
-    """A head for `Transformer.forward(..., rows=batch.rows)`: (hidden (R, H) of the batch's live rows, head weight
+    """A head for `Transformer.forward(..., rows=batch.supervised_rows)`: (hidden (R, H) of these rows, head weight
     (V, H)) -> LossOutput, nll and correct (R,).
 
     `tokens`: rows of the head that are trained while all others are frozen."""
 
     def head(hidden: Tensor, weight: Tensor) -> LossOutput:
-        labels, weights = batch.labels[batch.rows], batch.loss_weights[batch.rows]
+        labels, weights = batch.supervised_labels, batch.supervised_weights
         rows = torch.arange(len(labels), device=labels.device)  # all of them are live
         out = ops.linear_cross_entropy(hidden, weight, labels, weights, rows=rows)
         if tokens is None or not torch.is_grad_enabled():

@@ -158,7 +158,7 @@ class Trainer:
         """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows."""
         attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, self.backend, batch.lengths)
         head = head_loss(self.ops, batch, self.model.head.tokens)
-        return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.rows)
+        return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
 
     def after(self, step: int) -> None:
         """What is due after a step: the log lines, an evaluation, a checkpoint, the end after a signal."""

@@ -37,7 +37,7 @@ def test_a_batch_says_what_its_documents_say(documents, spare):
                 expected_rows.append(begin + t)
                 expected_classes.append(class_id)
         begin += len(document)
-    assert batch.rows.tolist() == expected_rows and batch.row_classes.tolist() == expected_classes
+    assert batch.supervised_rows.tolist() == expected_rows and batch.supervised_classes.tolist() == expected_classes
     assert batch.num_tokens == total and batch.num_supervised == len(expected_rows)
     assert batch.weight_sum == np.abs(batch.loss_weights.numpy(), dtype=np.float64).sum()
     assert batch.sequences == tuple(range(10, 10 + len(documents)))
@@ -77,13 +77,15 @@ def test_the_fullest_bin_counts_its_padding(num_real, tokens, most):
 
 def test_an_empty_bin_is_padding_alone():
     batch = pack([], [], [])
-    assert batch.lengths == (1,) and batch.num_tokens == 0 and batch.weight_sum == 0.0 and len(batch.rows) == 0
+    assert (
+        batch.lengths == (1,) and batch.num_tokens == 0 and batch.weight_sum == 0.0 and len(batch.supervised_rows) == 0
+    )
     assert pack([], [], [], pad_to=300).lengths == (256, 44)
 
 
 def test_dtypes_are_the_contract():
     batch = pack([example([(5, 0.0), (6, 1.0)])], [0], [3])
-    int64 = (batch.input_ids, batch.labels, batch.position_ids, batch.rows, batch.row_classes)
+    int64 = (batch.input_ids, batch.labels, batch.position_ids, batch.supervised_rows, batch.supervised_classes)
     assert all(tensor.dtype == torch.int64 for tensor in int64)
     assert batch.loss_weights.dtype == torch.float32 and batch.cu_seqlens.dtype == torch.int32
 
@@ -91,7 +93,7 @@ def test_dtypes_are_the_contract():
 def test_to_moves_tensors_and_keeps_the_rest():
     batch = pack([example([(5, 0.0), (6, 1.0)])], [7], [0])
     moved = batch.to("meta")
-    assert moved.input_ids.is_meta and moved.rows.is_meta and not batch.rows.is_meta
+    assert moved.input_ids.is_meta and moved.supervised_rows.is_meta and not batch.supervised_rows.is_meta
     assert (moved.lengths, moved.sequences, moved.weight_sum) == (batch.lengths, batch.sequences, batch.weight_sum)
 
 

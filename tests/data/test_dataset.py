@@ -51,7 +51,7 @@ def test_columns_say_what_examples_say(mixed, options):
         assert len(example.input_ids) == len(example.loss_weights) == data.lengths[i]
         assert np.count_nonzero(example.loss_weights[1:]) == data.supervised[i] > 0
         assert data.class_names[data.class_ids[i]] == example.condition
-        assert data.place(i).endswith(f"in.jsonl:{data.indices[i] + 1}")
+        assert data.source_location(i).endswith(f"in.jsonl:{data.indices[i] + 1}")
     assert data[-1].input_ids.tolist() == data[len(data) - 1].input_ids.tolist()
     with pytest.raises(IndexError):
         data[len(data)]

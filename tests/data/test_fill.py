@@ -16,7 +16,7 @@ from ochat.data.weights import ROLES
 from ochat.errors import DataError
 from ochat.text import template
 
-TENSORS = ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "rows", "row_classes")
+TENSORS = ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "supervised_rows", "supervised_classes")
 RULES = {
     "record": {},
     "classes": {"classes": {"a": ClassConfig(weight=0.3), "b": ClassConfig(weight=-2.0), "c": ClassConfig(weight=0)}},

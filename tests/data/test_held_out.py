@@ -90,7 +90,9 @@ def pairs(count):
 def prompts(folder, records):
     """Prompts of a data set, by the lines that its examples came from."""
     data = TokenDataset(folder)
-    return [records[int(data.place(i).rpartition(":")[2]) - 1]["items"][0]["content"] for i in range(len(data))]
+    return [
+        records[int(data.source_location(i).rpartition(":")[2]) - 1]["items"][0]["content"] for i in range(len(data))
+    ]
 
 
 def test_prepare_splits_without_losing_or_leaking(tmp_path):

@@ -62,7 +62,7 @@ def test_parquet_prepares_to_what_json_lines_do(tmp_path):
         prepare.prepare([source], base, "openchat_v3.2", tmp_path / "out", progress=False, overwrite=True)
         data = TokenDataset(tmp_path / "out")
         texts.append([(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in data])
-        tables.append([data.place(i).rpartition(":")[2] for i in range(len(data))])
+        tables.append([data.source_location(i).rpartition(":")[2] for i in range(len(data))])
     assert texts[0] == texts[1] and tables[0] == tables[1]
 
 

@@ -28,7 +28,15 @@ def load(data, **options):
 
 
 def equal(first, second):
-    tensors = ("input_ids", "labels", "loss_weights", "position_ids", "cu_seqlens", "rows", "row_classes")
+    tensors = (
+        "input_ids",
+        "labels",
+        "loss_weights",
+        "position_ids",
+        "cu_seqlens",
+        "supervised_rows",
+        "supervised_classes",
+    )
     same = all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
     return same and first.sequences == second.sequences and first.weight_sum == second.weight_sum
 
@@ -57,8 +65,8 @@ def test_a_batch_holds_its_examples(data):
     assert batch.loss_weights.tolist() == weights
     begin = 0
     for index in batch.sequences:
-        rows = (batch.rows >= begin) & (batch.rows < begin + data.lengths[index])
-        assert set(batch.row_classes[rows].tolist()) == {int(data.class_ids[index])}
+        rows = (batch.supervised_rows >= begin) & (batch.supervised_rows < begin + data.lengths[index])
+        assert set(batch.supervised_classes[rows].tolist()) == {int(data.class_ids[index])}
         begin += data.lengths[index]
 
 

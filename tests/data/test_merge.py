@@ -34,7 +34,9 @@ def make(base, tmp_path):
 
 
 def examples(data):
-    return [(tuple(e.input_ids), tuple(e.loss_weights), e.condition, data.place(i)) for i, e in enumerate(data)]
+    return [
+        (tuple(e.input_ids), tuple(e.loss_weights), e.condition, data.source_location(i)) for i, e in enumerate(data)
+    ]
 
 
 def chat(text, condition):
@@ -71,7 +73,7 @@ def test_classes_and_files_are_united_by_name(make, tmp_path):
     data = TokenDataset(tmp_path / "all")
     assert [e.condition for e in data] == ["GPT4", "GPT3", "Math", "GPT3", "GPT4"]
     assert data.class_names == ("GPT4", "GPT3", "Math") and data.class_ids.tolist() == [0, 1, 2, 1, 0]
-    assert [data.place(i).rpartition("/")[2] for i in range(5)] == [
+    assert [data.source_location(i).rpartition("/")[2] for i in range(5)] == [
         "a.jsonl:1", "a.jsonl:2", "b.jsonl:1", "b.jsonl:2", "b.jsonl:3",
     ]  # fmt: skip
 
@@ -81,7 +83,7 @@ def test_a_merged_set_merges_again(make, tmp_path):
     merge.merge(sets[:2], tmp_path / "ab")
     merge.merge([tmp_path / "ab", sets[2]], tmp_path / "abc")
     data = TokenDataset(tmp_path / "abc")
-    assert [e.condition for e in data] == ["x", "y", "x"] and data.place(2).endswith("c.jsonl:1")
+    assert [e.condition for e in data] == ["x", "y", "x"] and data.source_location(2).endswith("c.jsonl:1")
     assert [e.input_ids.tolist() for e in data] == [TokenDataset(path)[0].input_ids.tolist() for path in sets]
 
 

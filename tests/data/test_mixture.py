@@ -93,10 +93,10 @@ def test_several_sets_are_one_after_the_other_with_classes_united_by_name(folder
     for ours, theirs in zip(data, [example for each in apart for example in each], strict=True):
         assert ours.input_ids.tolist() == theirs.input_ids.tolist() and ours.condition == theirs.condition
         assert ours.loss_weights.tolist() == theirs.loss_weights.tolist()
-    assert data.place(90).endswith("code.jsonl:1") and data.place(89).endswith("chat.jsonl:90")
+    assert data.source_location(90).endswith("code.jsonl:1") and data.source_location(89).endswith("chat.jsonl:90")
     batch = data.batch([0, 120])
     expected = [data.class_names.index(data[i].condition) for i in (0, 120) for _ in range(data.supervised[i])]
-    assert batch.row_classes.tolist() == expected
+    assert batch.supervised_classes.tolist() == expected
     assert len({data.fingerprint, *(each.fingerprint for each in apart)}) == 3
 
 

@@ -84,13 +84,13 @@ def test_workers_and_shards_change_nothing(make, tmp_path, monkeypatch):
     records = conversations(seed=2, count=1500)
     make(records, workers=0)
     alone = [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in TokenDataset(tmp_path / "out")]
-    places = TokenDataset(tmp_path / "out").place(777)
+    places = TokenDataset(tmp_path / "out").source_location(777)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 10_000)
     make(records, workers=2, overwrite=True)
     data = TokenDataset(tmp_path / "out")
     assert len(data.manifest["shards"]) == 3
     assert [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in data] == alone
-    assert data.place(777) == places == f"{tmp_path / 'in.jsonl'}:778"
+    assert data.source_location(777) == places == f"{tmp_path / 'in.jsonl'}:778"
 
 
 def test_equal_input_gives_equal_files(make, tmp_path):
@@ -110,7 +110,7 @@ def test_several_files_and_a_default_class(base, tmp_path):
     report = prepare([first, second], base, TEMPLATE, tmp_path / "out", default_condition="GPT3", progress=False)
     data = TokenDataset(tmp_path / "out")
     assert [e.condition for e in data] == ["GPT4", "GPT3", "GPT3"] and data.class_names == ("GPT4", "GPT3")
-    assert [data.place(i) for i in range(3)] == [f"{first}:1", f"{first}:2", f"{second}:1"]
+    assert [data.source_location(i) for i in range(3)] == [f"{first}:1", f"{first}:2", f"{second}:1"]
     assert report.classes["GPT3"]["kept"] == 2 and report.classes["GPT4"]["kept"] == 1
 
 

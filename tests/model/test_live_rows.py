@@ -38,9 +38,9 @@ def make_batch(share: float):
 def loss_and_gradients(model: Transformer, batch, *, picks: bool):
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, "sdpa", batch.lengths)
     head, all_rows = head_loss(ochat_kernels.load("reference"), batch), slice(None)
-    picked = all_rows if picks else batch.rows
+    picked = all_rows if picks else batch.supervised_rows
     out = model(
-        batch.input_ids, batch.position_ids, attend, rows=batch.rows if picks else None,
+        batch.input_ids, batch.position_ids, attend, rows=batch.supervised_rows if picks else None,
         head=lambda hidden, weight: head(hidden[picked], weight),
     )  # fmt: skip
     model.zero_grad()

@@ -51,14 +51,15 @@ def batch(tokens: int, vocab: int):
     ids = torch.randint(0, vocab, (tokens,), generator=draw)
     ids[4], ids[7] = IDS
     rows = (labels != -100).nonzero().squeeze(1)
-    return SimpleNamespace(input_ids=ids, labels=labels, loss_weights=weights, rows=rows)
+    live = {"supervised_rows": rows, "supervised_labels": labels[rows], "supervised_weights": weights[rows]}
+    return SimpleNamespace(input_ids=ids, labels=labels, loss_weights=weights, **live)
 
 
 def run(model: Transformer, given) -> torch.Tensor:
     positions = torch.arange(len(given.input_ids))
     attend = PackedAttention(torch.tensor([0, len(positions)], dtype=torch.int32), len(positions))
     head = head_loss(REFERENCE, given, model.head.tokens)
-    out = model(given.input_ids, positions, attend, head=head, rows=given.rows)
+    out = model(given.input_ids, positions, attend, head=head, rows=given.supervised_rows)
     return out.loss_sum
 
 

@@ -42,7 +42,7 @@ def conversations(lengths, seed=0):
 def packed_gradients(model, examples, pad_to, step_weight):
     batch = pack(examples, range(len(examples)), [0] * len(examples), pad_to=pad_to)
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, "sdpa", batch.lengths)
-    out = model(batch.input_ids, batch.position_ids, attend, head=head_loss(OPS, batch), rows=batch.rows)
+    out = model(batch.input_ids, batch.position_ids, attend, head=head_loss(OPS, batch), rows=batch.supervised_rows)
     loss = out.loss_sum / step_weight
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
@@ -88,4 +88,6 @@ def test_the_step_weight_is_the_batches_own_sum_of_absolute_weights():
     expected = sum(abs(float(w)) for e in examples for w in e.loss_weights[1:])
     assert batch.weight_sum == pytest.approx(expected, rel=1e-7)
     hidden, weight = torch.randn(13, 8), torch.randn(67, 8)
-    assert head_loss(OPS, batch)(hidden[batch.rows], weight).weight_sum.item() == pytest.approx(expected, rel=1e-6)
+    assert head_loss(OPS, batch)(hidden[batch.supervised_rows], weight).weight_sum.item() == pytest.approx(
+        expected, rel=1e-6
+    )

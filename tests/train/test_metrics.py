@@ -22,9 +22,9 @@ def batch_and_output():
     """Two conversations of classes 1 and 0; labels 1 .. 3 of the first and 2 of the second are supervised."""
     examples = [Example(np.arange(len(w)), np.array(w, np.float32), "") for w in WEIGHTS]
     batch = pack(examples, [0, 1], [1, 0], pad_to=20)
-    nll = torch.linspace(1, 2, 20)[batch.rows]
-    correct = batch.rows % 2 == 0
-    loss_sum = (batch.loss_weights[batch.rows] * nll).sum()
+    nll = torch.linspace(1, 2, 20)[batch.supervised_rows]
+    correct = batch.supervised_rows % 2 == 0
+    loss_sum = (batch.loss_weights[batch.supervised_rows] * nll).sum()
     return batch, LossOutput(loss_sum, batch.loss_weights.abs().sum(), nll, correct)
 
 
