@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import os
 import re
@@ -15,6 +14,7 @@ import pytest
 import tyro
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from ochat import cli
 from ochat.commands import generate as generation
@@ -202,8 +202,8 @@ def test_the_keys_of_a_configuration_stand_whole_with_the_words_they_take(monkey
         cli.run(name, ["--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0 and shown.startswith(f"usage: ochat {name} CONFIG.toml") and "…" not in shown
-    sections = {section: kind for section, kind in vars(Config()).items() if section != "classes"}
-    keys = {f"{section}.{key.name}" for section, kind in sections.items() for key in dataclasses.fields(kind)}
+    sections = {field.name: field.type for field in structs.fields(Config) if field.name != "classes"}
+    keys = {f"{name}.{key}" for name, section in sections.items() for key in section.__struct_fields__}
     if name == "ablate":
         keys -= {f"{section}.{key}" for section, its in SET_HERE.items() for key in its}
     for key in keys:

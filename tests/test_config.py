@@ -1,13 +1,13 @@
-"""The configuration: what is written is read back, and everything unknown, mistyped or meaningless is refused by
-name."""
+"""Configuration: what is written is read back; everything unknown, mistyped or meaningless is refused by name."""
 
-import dataclasses
-
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ochat import config as configuration
+from ochat import overrides
+from ochat.config import BaseConfig, ClassConfig, Config, DataConfig, MixConfig, RunConfig, SamplesConfig
 from ochat.errors import ConfigError
 
 MINIMAL = '[base]\npath = "base"\n[data]\npath = "data"\n'
@@ -24,70 +24,115 @@ def toml(tmp_path):
 
 
 def test_options_win_over_the_file(toml):
-    path = toml('token_budget = 7\n[optim]\nlr = "auto"\n')
-    config = configuration.load(path, ["--optim.lr=2e-5", "--run.dir=runs/a b", "--optim.betas=[0.8, 0.9]"])
-    assert config.data.token_budget == 7
-    assert config.optim.lr == 2e-5
-    assert config.run.dir == "runs/a b"
+    path = toml('token_budget = 7\n[optim]\nlr = "auto"\n[classes.GPT4]\nreward = 1\n')
+    options = ["--optim.lr=2e-5", "--run.dir=runs/a b", "--optim.betas=[0.8, 0.9]", "--classes.GPT3.weight=0.1"]
+    config = configuration.load(path, options)
+    assert (config.data.token_budget, config.optim.lr, config.run.dir) == (7, 2e-5, "runs/a b")
     assert config.optim.betas == (0.8, 0.9)
-
-
-def test_an_option_is_text_where_text_is_wanted(toml):
-    config = configuration.load(toml(), ["--run.dir=2024", "--base.path=true", '--data.path="a b"', "--run.seed=7"])
-    assert (config.run.dir, config.base.path, config.data.path, config.run.seed) == ("2024", "true", "a b", 7)
-
-
-def test_a_class_with_dots_or_blanks_is_quoted(toml):
-    options = ['--classes."gpt-3.5 turbo".weight=0.1', "--classes.GPT4 Correct.weight=1"]
-    assert configuration.load(toml(), options).classes.keys() == {"gpt-3.5 turbo", "GPT4 Correct"}
-
-
-def test_classes_come_from_tables_and_options(toml):
-    path = toml("[classes.GPT4]\nreward = 1\n")
-    config = configuration.load(path, ["--classes.GPT3.weight=0.1"])
-    assert config.classes["GPT4"].reward == 1.0
-    assert config.classes["GPT3"].weight == 0.1
+    assert config.classes == {"GPT4": ClassConfig(reward=1.0), "GPT3": ClassConfig(weight=0.1)}
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("option", "section", "key", "value"),
     [
-        ("--optim.learning_rate=1", "optim.learning_rate"),
-        ("--train.log_evry=1", "did you mean 'log_every'"),
-        ("--optimizer.lr=1", "did you mean 'optim'"),
-        ("--data.token_budget=8k", "data.token_budget = '8k': expected a whole number"),
-        ("--data.token_budget=0", "data.token_budget = 0"),
-        ("--data.token_budget=true", "expected a whole number"),
-        ("--train.dtype=float16", "expected one of 'bfloat16', 'float32'"),
-        ("--optim.lr=fast", "optim.lr = 'fast'"),
-        ("--optim.lr=-1.0", "optim.lr = -1.0"),
-        ("--optim.lr=nan", "optim.lr"),
-        ("--optim.betas=[0.9]", "an array of 2"),
-        ("--optim.betas=[0.9, 1.0]", "optim.betas[1] = 1.0"),
-        ("--optim.warmup_ratio=5", "a share"),
-        ("--data.subsample.GPT3=2", "data.subsample.GPT3"),
-        ("--parallel.reduce_dtype=bfloat16", "parallel.reduce_dtype = 'bfloat16': expected \"float32\" beside"),
-        ("--parallel.offload=moments", "parallel.offload = 'moments'"),
-        ("--classes.GPT4.reward=1 ", None),
-        ("--classes.GPT4={}", "either reward or weight"),
-        ("--base.path=", "base.path"),
+        ("--run.dir=2024", "run", "dir", "2024"),
+        ("--base.path=true", "base", "path", "true"),
+        ('--data.path="a b"', "data", "path", "a b"),
+        ("--data.path=1979-05-27", "data", "path", "1979-05-27"),
+        ("--run.seed=7", "run", "seed", 7),
+        ("--optim.lr=1", "optim", "lr", 1.0),
+        ("--optim.lr=auto", "optim", "lr", "auto"),
+        ("--train.compile=true", "train", "compile", True),
+        ("--train.dtype=float32", "train", "dtype", "float32"),
+        ("--parallel.offload=true", "parallel", "offload", "all"),
+        ("--parallel.offload=false", "parallel", "offload", "none"),
+        ("--parallel.offload=optimizer", "parallel", "offload", "optimizer"),
+        ('--samples.prompts=["a, b", "2"]', "samples", "prompts", ("a, b", "2")),
+        ("--data.subsample.GPT3=0.5", "data", "subsample", {"GPT3": 0.5}),
+    ],
+)
+def test_a_value_is_toml_or_else_text(toml, option, section, key, value):
+    config = configuration.load(toml(), [option])
+    assert getattr(getattr(config, section), key) == value
+    assert configuration.from_tree(overrides.tomllib.loads(configuration.dump(config))) == config
+
+
+def test_new_tables_are_made_by_options_and_names_with_dots_are_quoted(toml):
+    options = ['--classes."gpt-3.5 turbo".weight=0.1', "--classes.GPT4 Correct.weight=1", "--data.path="]
+    config = configuration.load(toml(), [*options, "--data.mix.A.path=a", "--data.mix.A.ratio=2"])
+    assert config.classes.keys() == {"gpt-3.5 turbo", "GPT4 Correct"}
+    assert config.data.mix == {"A": MixConfig("a", ratio=2.0)}
+
+
+def test_a_command_line_is_split_into_own_arguments_and_options():
+    line = ["--profile", "--optim.lr", "2e-5", "a.b.toml", "--run.dir=x", "--optim.clip", "-1", "--gpus", "8"]
+    own, options = overrides.split(line)
+    assert own == ["--profile", "a.b.toml", "--gpus", "8"]
+    assert options == ["--optim.lr=2e-5", "--run.dir=x", "--optim.clip=-1"]
+
+
+@pytest.mark.parametrize("line", [["--optim.lr"], ["--optim.lr", "--run.dir=x"]])
+def test_an_option_without_its_value_is_refused(line):
+    with pytest.raises(ConfigError, match=r"--optim\.lr = '': expected a value"):
+        overrides.split(line)
+
+
+@pytest.mark.parametrize(
+    ("option", "needle"),
+    [
+        ("--optim.learning_rate=1", "unknown key 'optim.learning_rate'; known: lr, "),
+        ("--train.log_evry=1", "unknown key 'train.log_evry'; did you mean 'log_every'?"),
+        ("--optimizer.lr=1", "unknown section 'optimizer'; did you mean 'optim'?"),
+        ("--classes.GPT4.rewards=1", "unknown key 'classes.GPT4.rewards'; did you mean 'reward'?"),
+        ("--data.token_budget=8k", "data.token_budget = '8k': expected a whole number above 0"),
+        ("--data.token_budget=0", "data.token_budget = 0: expected a whole number above 0"),
+        ("--data.token_budget=true", "data.token_budget = True: expected a whole number"),
+        ("--data.token_budget=8192.5", "data.token_budget = 8192.5: expected a whole number"),
+        (f"--data.token_budget={2**63}", "data.token_budget = "),
+        ("--run.seed=-1", "run.seed = -1: expected a whole number from 0"),
+        ("--data.verify=1", "data.verify = 1: expected true or false"),
+        ("--train.dtype=float16", "train.dtype = 'float16': expected one of 'bfloat16', 'float32'"),
+        ("--train.dtype=1", "train.dtype = 1: expected one of 'bfloat16', 'float32'"),
+        ("--optim.lr=fast", "optim.lr = 'fast': expected a number above 0 or 'auto'"),
+        ("--optim.lr=-1.0", "optim.lr = -1.0: expected a number above 0"),
+        ("--optim.lr=nan", "optim.lr = nan: expected"),
+        ("--optim.eps=inf", "optim.eps = inf: expected"),
+        ("--optim.betas=[0.9]", "optim.betas = [0.9]: expected an array of 2"),
+        ("--optim.betas=[0.9, 1.0]", "optim.betas[1] = 1.0: expected a number from 0 below 1"),
+        ("--optim.warmup_ratio=5", "optim.warmup_ratio = 5: expected a number from 0 up to 1"),
+        ("--samples.prompts=Hi", "samples.prompts = 'Hi': expected an array, such as"),
+        ("--lora.targets=[]", "lora.targets = []: expected an array of at least one"),
+        ('--lora.targets=["q_proj", "x"]', "lora.targets[1] = 'x': expected one of 'down_proj', "),
+        ("--data.subsample.GPT3=2", "data.subsample.GPT3 = 2: expected a number above 0 up to 1"),
+        ("--classes.GPT4=1", "classes.GPT4 = 1: expected a table"),
+        ("--classes.GPT4={}", "classes.GPT4 = {}: expected either reward or weight"),
+        ("--parallel.reduce_dtype=bfloat16", "parallel.reduce_dtype = 'bfloat16': expected \"float32\" with"),
+        ("--parallel.offload=moments", "parallel.offload = 'moments': expected one of 'all', 'none', "),
+        ("--checkpoint.keep_best=true", "checkpoint.keep_best = True: expected false without data.eval_path"),
+        ("--base.path=", "base.path = '': expected a path, for example --base.path=PATH"),
+        ("--run.resume_anyway=true", "run.resume_anyway was renamed run.resume_mismatched"),
+        ("--optim.master=bfloat16", "optim.master was renamed optim.master_dtype"),
+        ("--data.mix.A.rate=2", "data.mix.A.rate was renamed data.mix.A.ratio"),
+        ("--run.dir.x=1", "run.dir = {'x': 1}: expected a string"),
         ("optim.lr=1", "expected --section.key=value"),
         ("--verbose", "expected --section.key=value"),
     ],
 )
-def test_refusals_name_the_key(toml, option, message):
-    if message is None:
-        configuration.load(toml(), [option])
-        return
+def test_refusals_name_key_value_and_expectation(toml, option, needle):
     with pytest.raises(ConfigError) as error:
         configuration.load(toml(), [option])
-    assert message in str(error.value)
+    assert needle in str(error.value)
+
+
+def test_an_option_below_a_value_is_refused(toml):
+    with pytest.raises(ConfigError, match="path is a value, not a section"):
+        configuration.load(toml(), ["--base.path.x=1"])
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])
-def test_inputs_of_blocks_wait_on_the_host_only_where_nothing_else_is_kept(toml, recompute):
+def test_inputs_of_blocks_are_offloaded_only_where_nothing_else_is_kept(toml, recompute):
     options = ["--train.offload_activations=true", f"--train.recompute={recompute}"]
-    with pytest.raises(ConfigError, match="train.offload_activations = True: expected false beside"):
+    with pytest.raises(ConfigError, match="train.offload_activations = True: expected false with"):
         configuration.load(toml(), options)
     assert configuration.load(toml(), options[:1]).train.recompute == "auto"
 
@@ -100,30 +145,33 @@ def test_missing_and_broken_files_are_named(tmp_path):
         configuration.load(tmp_path / "bad.toml")
 
 
-@pytest.mark.parametrize(("old", "name"), [("true", "all"), ("false", "none"), ("optimizer", "optimizer")])
-def test_offload_has_names_and_still_reads_true_and_false(toml, old, name):
-    config = configuration.load(toml(), [f"--parallel.offload={old}"])
-    assert config.parallel.offload == name and f'offload = "{name}"' in configuration.dump(config)
+def test_a_recorded_configuration_of_an_earlier_version_is_read(toml):
+    old = '[data.mix.A]\npath = "a"\nrate = 2.0\n[optim]\nmaster = "float32"\nstate = "bfloat16"\n[run]\n'
+    path = toml(f"{old}resume_anyway = true\n[train]\nmax_bad_steps = 3\n")
+    path.write_text(path.read_text().replace('path = "data"', 'path = ""'))
+    config = configuration.load_recorded(path)
+    assert (config.optim.moment_dtype, config.run.resume_mismatched) == ("bfloat16", True)
+    assert (config.train.max_nonfinite_steps, config.data.mix["A"].ratio) == (3, 2.0)
 
 
 @given(st.text(), st.text(min_size=1), st.floats(0.001, 1), st.booleans())
 def test_dump_is_read_back_equal(tmp_path_factory, prompt, name, share, flag):
     prompt, name = (text.encode("utf-8", "replace").decode() for text in (prompt, name))
-    original = configuration.Config(
-        base=configuration.BaseConfig("b"),
-        data=configuration.DataConfig("d", subsample={name: share}),
-        classes={name: configuration.ClassConfig(reward=share)},
-        samples=configuration.SamplesConfig(prompts=(prompt,)),
-        run=configuration.RunConfig(deterministic=flag),
+    original = Config(
+        base=BaseConfig("b"),
+        data=DataConfig("d", subsample={name: share}),
+        classes={name: ClassConfig(reward=share)},
+        samples=SamplesConfig(prompts=(prompt,)),
+        run=RunConfig(deterministic=flag),
     )
     path = tmp_path_factory.mktemp("dump") / "config.toml"
     path.write_text(configuration.dump(original), encoding="utf-8", newline="")
     assert configuration.load(path) == original
 
 
-def test_every_section_is_a_frozen_dataclass():
-    for section in dataclasses.fields(configuration.Config):
-        value = getattr(configuration.Config(), section.name)
-        if section.name != "classes":
-            with pytest.raises(dataclasses.FrozenInstanceError):
-                setattr(value, dataclasses.fields(value)[0].name, None)
+@pytest.mark.parametrize("section", [field.type for field in msgspec.structs.fields(Config) if field.name != "classes"])
+def test_a_section_is_frozen_and_explains_every_key(section):
+    explained = configuration.explanations(section)
+    assert list(explained) == list(section.__struct_fields__) and all(len(text) > 5 for text in explained.values())
+    with pytest.raises(AttributeError):
+        setattr(section(), section.__struct_fields__[0], None)

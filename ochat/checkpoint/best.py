@@ -145,7 +145,7 @@ def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
 def _weights(run_dir: Path) -> dict[str, float]:
     """What the classes weigh by the run's configuration; nothing where it does not say."""
     try:
-        config: Config = configuration.load(run_dir / "config.toml")
+        config: Config = configuration.load_recorded(run_dir / "config.toml")
         if config.weights.source not in ("auto", "classes"):
             return {}
         return {name: class_weight(entry, name, config.weights.beta) for name, entry in config.classes.items()}

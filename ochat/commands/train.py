@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import dataclasses
-import inspect
 import os
-import re
 import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
+import msgspec
+from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -120,7 +119,7 @@ def _keys(more: Mapping[str, type], without: Mapping[str, Collection[str]]) -> T
     table = Table(key, default, meaning, box=None, padding=(0, 2, 0, 0))
     for name, kind in more.items():
         _add_keys(table, name, kind)
-    for section in dataclasses.fields(Config):
+    for section in structs.fields(Config):
         if section.name == "classes":
             _add_keys(table, "classes.NAME", configuration.ClassConfig)
         else:
@@ -131,10 +130,10 @@ def _keys(more: Mapping[str, type], without: Mapping[str, Collection[str]]) -> T
 
 
 def _add_keys(table: Table, section: str, kind: type, without: Collection[str] = ()) -> None:
-    comments, types = _comments(kind), typing.get_type_hints(kind)
-    for key in (key for key in dataclasses.fields(kind) if key.name not in without):
-        default = key.default if key.default is not dataclasses.MISSING else {}
-        words = _words(types[key.name])
+    comments = configuration.explanations(kind)
+    for key in (key for key in structs.fields(kind) if key.name not in without):
+        default = {} if key.default is msgspec.NODEFAULT else key.default
+        words = _words(key.type)
         choice = f" ({', '.join(words)})" if len(words) > 1 else ""
         table.add_row(f"{section}.{key.name}", escape(repr(default)), escape(f"{comments.get(key.name, '')}{choice}"))
 
@@ -144,9 +143,3 @@ def _words(kind: Any) -> list[str]:
     if typing.get_origin(kind) is Literal:
         return [word for word in typing.get_args(kind) if isinstance(word, str)]
     return [word for part in typing.get_args(kind) for word in _words(part)]
-
-
-def _comments(kind: type) -> dict[str, str]:
-    """field -> the comment behind it in the source: the configuration explains itself in one place."""
-    found = (re.match(r"    (\w+): .*?  # (.*)", line) for line in inspect.getsource(kind).splitlines())
-    return {match[1]: match[2] for match in found if match}

@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import structs
+
 from ochat.config import Config
 from ochat.model import lora
 from ochat.model.config import ModelConfig
@@ -207,8 +209,8 @@ def _why(run: Run, card: Card, cut: Cut, best: Cut) -> str:
 
 def _with_policy(run: Run, card: Card, cut: Cut, policy: Any) -> tuple[Cut, float] | None:
     """What is recommended under another train.recompute, and its tokens a second; None if that does not fit."""
-    train = dataclasses.replace(run.config.train, recompute=policy, offload_activations=False)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
+    train = structs.replace(run.config.train, recompute=policy, offload_activations=False)
+    run = dataclasses.replace(run, config=structs.replace(run.config, train=train))
     cut = run.cut(cut.ranks, cut.gpus_per_node)
     best = recommend(run, card, cut, largest_budget(run, card, cut))
     return best and (best, roofline.predict(run.model, card, run.workload, best).tokens_per_s)
@@ -221,13 +223,13 @@ def _remedy(run: Run, card: Card, cut: Cut, largest: int) -> str:
         return "a step of so few tokens leaves no budget that holds the longest sequence; raise data.bins_per_step"
     settings, tried = [], run
     for section, key, value in SAVINGS[: 1 if run.config.lora.rank else None]:
-        changed = dataclasses.replace(getattr(tried.config, section), **{key: value})
+        changed = structs.replace(getattr(tried.config, section), **{key: value})
         if changed == getattr(tried.config, section) or (key == "reduce" and cut.ranks == 1):
             continue
         if key == "recompute" and tried.config.train.recompute == "auto":
             continue  # has tried it
         settings.append(f'{section}.{key} = "{value}"')
-        tried = dataclasses.replace(tried, config=dataclasses.replace(tried.config, **{section: changed}))
+        tried = dataclasses.replace(tried, config=structs.replace(tried.config, **{section: changed}))
         if (budget := largest_budget(tried, card, tried.cut(cut.ranks, cut.gpus_per_node))) >= longest:
             there = f"set {' and '.join(settings)}: then up to {budget:,} tokens fit"
             return there + (_on_the_card(tried, card, cut) if key == "offload" else "")
@@ -241,20 +243,20 @@ def _remedy(run: Run, card: Card, cut: Cut, largest: int) -> str:
 
 def _on_the_card(run: Run, card: Card, cut: Cut) -> str:
     """What would fit with the moments on the card and not, as in `run`, on the host; empty where nothing would."""
-    parallel = dataclasses.replace(run.config.parallel, offload="none", reduce="step")
-    optim = dataclasses.replace(run.config.optim, master_dtype="bfloat16", moment_dtype="bfloat16")
+    parallel = structs.replace(run.config.parallel, offload="none", reduce="step")
+    optim = structs.replace(run.config.optim, master_dtype="bfloat16", moment_dtype="bfloat16")
     what, one_bin = (
         'optim.master_dtype and optim.moment_dtype = "bfloat16"',
-        dataclasses.replace(run.config.data, bins_per_step=1),
+        structs.replace(run.config.data, bins_per_step=1),
     )
-    alone = dataclasses.replace(optim, in_backward=True, clip=0.0)
+    alone = structs.replace(optim, in_backward=True, clip=0.0)
     choices: dict[str, dict[str, Any]] = {what: {"optim": optim}}
     if cut.ranks == 1:
         choices[f"{what}, optim.in_backward = true, optim.clip = 0 and data.bins_per_step = 1"] = {
             "optim": alone, "data": one_bin
         }  # fmt: skip
     for text, sections in choices.items():
-        tried = dataclasses.replace(run, config=dataclasses.replace(run.config, parallel=parallel, **sections))
+        tried = dataclasses.replace(run, config=structs.replace(run.config, parallel=parallel, **sections))
         budget = largest_budget(tried, card, tried.cut(cut.ranks, cut.gpus_per_node))
         if budget >= run.workload.lengths.longest:
             return f"; with {text} instead of the host, up to {budget:,}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from msgspec import structs
 from rich.table import Table
 
 from ochat.plan import roofline
@@ -82,8 +83,8 @@ def _replicas(run: Run, ranks: int) -> list[int]:
 
 
 def _row(run: Run, card: Card, ranks: int, replicate: int) -> Row:
-    parallel = dataclasses.replace(run.config.parallel, shard=ranks // replicate, replicate=replicate)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, parallel=parallel))
+    parallel = structs.replace(run.config.parallel, shard=ranks // replicate, replicate=replicate)
+    run = dataclasses.replace(run, config=structs.replace(run.config, parallel=parallel))
     cut = run.settled(run.cut(ranks, GPUS_OF_NODE), card.memory_gib * GIB)
     predicted = roofline.predict(run.model, card, run.workload, cut)
     return Row(ranks, card, cut, predicted, replicate, roofline.message_bytes(run.model, cut))

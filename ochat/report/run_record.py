@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat import typed_toml
+from ochat import config as configuration
 from ochat.checkpoint import best
 from ochat.checkpoint.best import ALL, Evaluation
 from ochat.errors import ConfigError
@@ -113,7 +113,9 @@ class RunRecord:
         self.metrics.refresh()
         self.config_text = self._text("config.toml")
         config = self._parsed("config.toml", tomllib.loads)
-        self.settings: dict[str, Any] = dict(typed_toml.flat(config))  # by dotted name
+        self.settings: dict[str, Any] = dict(
+            configuration.flatten(configuration.with_new_names(config))
+        )  # by dotted name
         self.plan, self.swap = (self._parsed(name, json.loads) for name in ("plan.json", "swap.json"))
         self.evaluations: list[Evaluation] = best.read(self.folder)
         self.best_by = best.expert(self.folder, self.evaluations)

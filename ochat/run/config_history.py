@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ochat import config as configuration
-from ochat import typed_toml
+from ochat import overrides
 from ochat.config import Config
 from ochat.errors import ConfigError
 from ochat.files import atomic
@@ -50,13 +50,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def _values(path: Path) -> dict[str, Any]:
     """The settings of a file by dotted names; nothing where there is none, or what it holds is no TOML."""
     try:
-        return _by_name(typed_toml.read(path))
+        return _by_name(configuration.with_new_names(overrides.read_toml(path)))
     except ConfigError:
         return {}
 
 
 def _by_name(tree: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in typed_toml.flat(tree) if value != {}}
+    return {name: value for name, value in configuration.flatten(tree) if value != {}}
 
 
 def _shown(value: Any) -> str:

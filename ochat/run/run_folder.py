@@ -10,8 +10,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec import structs
 
 from ochat.config import Config
 from ochat.distributed.processes import Ranks
@@ -40,7 +41,7 @@ def claim(config: Config, ranks: Ranks, warn: Callable[[str], None]) -> Iterator
         seen = lock_module.is_seen(folder, first["token"]) if not ranks.is_first else True
         there = ranks.exchange({"seen": seen, "host": socket.gethostname()})
         _agree(ranks, next((_unseen(folder, r["host"], there[0]["host"]) for r in there if not r["seen"]), ""))
-        yield replace(config, run=replace(config.run, dir=str(folder)))
+        yield structs.replace(config, run=structs.replace(config.run, dir=str(folder)))
 
 
 def _take(config: Config, warn: Callable[[str], None], held: ExitStack) -> dict[str, str]:

@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ochat import typed_toml
+from ochat import overrides
 from ochat.errors import ConfigError
 from ochat.text.conversation import Conversation, Message, default_weight
 from ochat.text.tokenizer import Tokenizer
@@ -170,7 +170,7 @@ def load(name_or_path: str | Path) -> Template:
         return Template.from_dict({"name": name} | data, f"template {name}")
     path = Path(text)
     if path.is_file():
-        return Template.from_dict({"name": path.stem} | typed_toml.read(path), str(path))
+        return Template.from_dict({"name": path.stem} | overrides.read_toml(path), str(path))
     known = sorted([*names(), *ALIASES])
     close = difflib.get_close_matches(text, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

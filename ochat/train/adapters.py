@@ -9,11 +9,12 @@ adapter_config.json in PEFT's format that names base, rank and targets.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from ochat.checkpoint.manifest import BASE
@@ -70,7 +71,10 @@ class Adapters:
         """What a checkpoint must share with the run that goes on from it, beside what every one must."""
         if not self.are_on:
             return {}
-        settings = asdict(self.config.lora) | {"targets": sorted(self.config.lora.targets), "tokens": list(self.ids)}
+        settings = structs.asdict(self.config.lora) | {
+            "targets": sorted(self.config.lora.targets),
+            "tokens": list(self.ids),
+        }
         return {BASE: digest(Path(self.config.base.path), self.model), "lora": settings}
 
     def describe(self, run_dir: Path) -> None:

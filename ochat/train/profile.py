@@ -7,12 +7,12 @@ ui.perfetto.dev.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from msgspec import structs
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -39,9 +39,9 @@ FLOORS_OF_PRODUCTS = "floor: FLOPs over the peak that mfu is taken of; other par
 
 def profile(config: Config) -> None:
     """Records steps of the run that `config` describes and prints their table. Raises: as train."""
-    run = dataclasses.replace(config.run, dir=str(Path(config.run.dir) / FOLDER), resume="never")
-    data = dataclasses.replace(config.data, epochs=max(config.data.epochs, STEPS), max_steps=STEPS, eval_path="")
-    train(dataclasses.replace(config, run=run, data=data), run=record)
+    run = structs.replace(config.run, dir=str(Path(config.run.dir) / FOLDER), resume="never")
+    data = structs.replace(config.data, epochs=max(config.data.epochs, STEPS), max_steps=STEPS, eval_path="")
+    train(structs.replace(config, run=run, data=data), run=record)
 
 
 def record(trainer: Trainer) -> None:

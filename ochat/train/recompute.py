@@ -7,11 +7,11 @@ The first of forecast.POLICIES whose memory, as `ochat plan` predicts it, every 
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec import structs
 
 from ochat.config import Config
 from ochat.distributed.processes import Ranks
@@ -38,14 +38,14 @@ def settle(config: Config, model: ModelConfig, ranks: Ranks, kernels: str) -> tu
         return config, asked
     is_free = ranks.device.type != "cuda" and not config.train.offload_activations
     policy, why = ("none", "on a CPU memory is seldom short") if is_free else _least(config, model, ranks, kernels)
-    train = dataclasses.replace(config.train, recompute=policy)
-    return dataclasses.replace(config, train=train), f"{policy}, chosen: {why}"
+    train = structs.replace(config.train, recompute=policy)
+    return structs.replace(config, train=train), f"{policy}, chosen: {why}"
 
 
 def _least(config: Config, model: ModelConfig, ranks: Ranks, kernels: Any) -> tuple[str, str]:
     """The policy, and what it and those before it are predicted to need where every token is supervised."""
     budget = config.data.token_budget
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, kernels=kernels))
+    config = structs.replace(config, train=structs.replace(config.train, kernels=kernels))
     run = Run(model, config, Workload(LengthCounts.of(np.array([budget])), supervised_share=1.0), num_steps=0)
     room = min(record["room"] for record in ranks.exchange({"room": _room(ranks.device)}))
     cut = run.cut(ranks.world, ranks.world)

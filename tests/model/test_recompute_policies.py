@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import ochat_kernels
 import pytest
 import torch
+from msgspec import structs
 from torch.utils.flop_counter import FlopCounterMode
 
 from ochat.config import BaseConfig, Config, DataConfig, LoraConfig, ParallelConfig, TrainConfig
@@ -145,8 +146,8 @@ def settle(room_gib: float, monkeypatch, device=CARD, **train) -> tuple[str, str
     monkeypatch.setattr(recompute, "_room", lambda _: room_gib * GIB)
     eight = SimpleNamespace(device=device, world=8, exchange=lambda record: [record, {"room": record["room"] + GIB}])
     found, why = recompute.settle(config, LLAMA_8B, eight, "triton")  # type: ignore[arg-type]
-    settled = dataclasses.replace(config.train, recompute=found.train.recompute)
-    assert found == dataclasses.replace(config, train=settled)  # nothing else is decided here
+    settled = structs.replace(config.train, recompute=found.train.recompute)
+    assert found == structs.replace(config, train=settled)  # nothing else is decided here
     return found.train.recompute, why
 
 

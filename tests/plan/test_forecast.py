@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from ochat.config import BaseConfig, Config, DataConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.model.config import ModelConfig
@@ -129,7 +130,7 @@ def test_precision_and_time_of_the_update_reach_memory_and_speed():
     """8B in full on one card of 80 GB: 2 bytes of weights and 4 of moments a parameter, and no gradients."""
     wide = make_run(recompute="block", bins=1, budget=32768)
     optim = OptimConfig(clip=0.0, master_dtype="bfloat16", moment_dtype="bfloat16", in_backward=True)
-    narrow = dataclasses.replace(wide, config=dataclasses.replace(wide.config, optim=optim))
+    narrow = dataclasses.replace(wide, config=structs.replace(wide.config, optim=optim))
     assert (narrow.bins_for(8192, 1), wide.bins_for(8192, 1)) == (1, 4)
     found, other = (forecast.forecast(run, CARDS["H100"], gpus=1, nodes=1) for run in (narrow, wide))
     P = LLAMA_8B.num_parameters()

@@ -3,12 +3,11 @@
 pytest tests/train/test_in_backward.py
 """
 
-import dataclasses
-
 import ochat_kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from msgspec import structs
 from safetensors.torch import load_file
 
 from ochat import config as configuration
@@ -68,7 +67,7 @@ def learn(config, *, tied=False, recompute="none", host_moments=False, kernels="
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_ordinary_step_bit_for_bit_with_one_gradient_at_a_time(kind, more):
     plain, norms, most = learn(KINDS[kind], **more)
-    ours, its_norms, its_most = learn(dataclasses.replace(KINDS[kind], in_backward=True), **more)
+    ours, its_norms, its_most = learn(structs.replace(KINDS[kind], in_backward=True), **more)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     torch.testing.assert_close(its_norms, norms, rtol=1e-6, atol=0)
     assert its_most == 0 and most > 10  # none is left when the next one comes
@@ -134,10 +133,10 @@ def test_a_gradient_that_is_not_finite_updates_nothing_of_its_weight():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optim.clip=1"], "optim.clip = 1.0: expected 0 beside optim.in_backward"),
-        (["--data.bins_per_step=2"], "data.bins_per_step = 2: expected 1 beside optim.in_backward"),
-        (["--train.max_nonfinite_steps=1"], "train.max_nonfinite_steps = 1: expected 0 beside optim.in_backward"),
-        (["--lora.rank=4"], "lora.rank = 4: expected 0 beside optim.in_backward"),
+        (["--optim.clip=1"], "optim.clip = 1.0: expected 0 with optim.in_backward"),
+        (["--data.bins_per_step=2"], "data.bins_per_step = 2: expected 1 with optim.in_backward"),
+        (["--train.max_nonfinite_steps=1"], "train.max_nonfinite_steps = 1: expected 0 with optim.in_backward"),
+        (["--lora.rank=4"], "lora.rank = 4: expected 0 with optim.in_backward"),
     ],
 )
 def test_what_it_cannot_do_is_refused_by_name(world, options, message):

@@ -219,7 +219,7 @@ def test_two_processes_learn_the_same(world, narrow, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--optim.master_dtype=bfloat16"], 'optim.master_dtype = .bfloat16.: expected "float32" beside train.dtype'),
+        (["--optim.master_dtype=bfloat16"], 'optim.master_dtype = .bfloat16.: expected "float32" with train.dtype'),
         ([*BOTH, "--lora.rank=4"], "optim.master_dtype = .bfloat16.: expected .* lora.rank"),
         ([*BOTH, "--parallel.reduce=micro_batch"], "optim.master_dtype = .bfloat16.: expected .* parallel.reduce"),
         (

@@ -8,7 +8,6 @@ A run is done when runs/RUN/measured.json stands: it is written last, and whole.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ochat import config as configuration
 from ochat.config import ABLATE, Config
@@ -194,12 +195,14 @@ class Laboratory:
         return found
 
     def _settings(self) -> dict[str, Any]:
-        base = dataclasses.replace(self.base, base=configuration.BaseConfig(""))
+        base = msgspec.structs.replace(self.base, base=configuration.BaseConfig(""))
         found: dict[str, Any] = {}
-        for section, values in dataclasses.asdict(base).items():
+        for section, values in msgspec.to_builtins(base).items():
             if section not in FREE_SECTIONS:
                 found |= {f"{section}.{key}": value for key, value in values.items()}
-        found |= {f"{ABLATE}.{key}": value for key, value in vars(self.options).items() if key not in FREE}
+        found |= {
+            f"{ABLATE}.{key}": value for key, value in msgspec.structs.asdict(self.options).items() if key not in FREE
+        }
         return json.loads(json.dumps(found))  # as it is read back
 
 

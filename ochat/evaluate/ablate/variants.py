@@ -9,18 +9,19 @@ is passed over more often, so every variant makes as many steps, each full.
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec.structs import replace
+
 from ochat import config as configuration
-from ochat import typed_toml
-from ochat.config import ABLATE, Config, MixConfig
+from ochat import overrides
+from ochat.config import ABLATE, AtLeastOne, Config, Count, MixConfig, Section
 from ochat.errors import ConfigError
-from ochat.typed_toml import expect
+from ochat.overrides import expect
 
 VariantName = Literal["c-rlft", "no-reward", "no-condition", "sft", "only-expert", "only-suboptimal"]
 OURS = "c-rlft"  # with which the others are compared
@@ -49,24 +50,42 @@ class Variant:
         return "condition" if self.has_condition else "plain"
 
 
-@dataclass(frozen=True)
-class AblateConfig:
-    """The laboratory: data, classes, and which runs are made. In input, held_out and base.path {seed} stands for the
-    run's seed, for data or a base drawn anew with each."""
+class AblateConfig(Section):
+    """The laboratory: data, classes, and which runs are made. In input, held_out and base.path, {seed} is replaced by
+    the run's seed, for data or a base drawn anew with each."""
 
-    dir: str = ""  # its folder: data, runs, results.jsonl, table.json, table.md
-    input: tuple[str, ...] = ()  # files or folders of conversations, as `ochat prepare` reads them
-    template: str = ""  # a template's name or file
-    held_out: tuple[str, ...] | float = ()  # files of held-out conversations, or the share of the prompts held out
-    expert: str = "GPT4"  # the class whose answers are wanted
-    suboptimal: str = "GPT3"  # the other class
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # of the order of the data; each variant is trained once with each
-    variants: tuple[VariantName, ...] = typing.get_args(VariantName)  # rows of the table
-    subsample: tuple[float, ...] = ()  # shares of either class, such as [0.6, 0.8], each a C-RLFT run more
-    jobs: int = 1  # processes at a time; on CUDA each has one device
-    context: int | None = None  # tokens that a conversation may have; left out: the template's
-    limit: int | None = None  # held-out conversations of each class that are measured; left out: all
-    keep_checkpoints: bool = False  # keep them once a run is measured; its export stays in any case
+    dir: str = ""
+    """its folder: data, runs, results.jsonl, table.json, table.md"""
+    input: tuple[str, ...] = ()
+    """files or folders of conversations, as `ochat prepare` reads them"""
+    template: str = ""
+    """a template's name or file"""
+    held_out: tuple[str, ...] | float = ()
+    """files of held-out conversations, or the share of the prompts held out"""
+    expert: str = "GPT4"
+    """the class whose answers are wanted"""
+    suboptimal: str = "GPT3"
+    """the other class"""
+    seeds: tuple[Count, ...] = (0, 1, 2, 3, 4)
+    """of the order of the data; each variant is trained once with each"""
+    variants: tuple[VariantName, ...] = typing.get_args(VariantName)
+    """rows of the table"""
+    subsample: tuple[float, ...] = ()
+    """shares of either class, such as [0.6, 0.8]; each adds a C-RLFT run"""
+    jobs: AtLeastOne = 1
+    """processes at a time; on CUDA each has one device"""
+    context: int | None = None
+    """tokens that a conversation may have; without it: the template's"""
+    limit: AtLeastOne | None = None
+    """held-out conversations of each class that are measured; without it: all"""
+    keep_checkpoints: bool = False
+    """keep them once a run is measured; its export is kept in any case"""
+
+
+class AblationFile(Config):
+    """A training configuration with one section more."""
+
+    ablate: AblateConfig = AblateConfig()
 
 
 @dataclass(frozen=True)
@@ -83,19 +102,19 @@ class Run:
         return run_name(self.variant, self.seed)
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
+def read(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
     """The training configuration that all runs share, and the laboratory's. Raises: ConfigError naming the key."""
-    tree = configuration.read(path, overrides)
+    tree = configuration.read(path, options, AblationFile)
     if ABLATE not in tree:
         raise ConfigError(f"{path}: has no section [{ABLATE}]: `ochat ablate --help` says what it holds")
-    options = typed_toml.build(AblateConfig, tree.pop(ABLATE), ABLATE)
+    settings = overrides.build(AblateConfig, tree.pop(ABLATE), ABLATE)
     for section, keys in SET_HERE.items():
         for key in keys:
             if key in tree.get(section, {}):
                 raise ConfigError(f"{section}.{key}: the laboratory sets it for each of its runs; leave it out")
     base = configuration.from_tree(_with_data(tree))
-    _check(base, options)
-    return base, options
+    _check(base, settings)
+    return base, settings
 
 
 def variants(options: AblateConfig) -> list[Variant]:
@@ -150,20 +169,18 @@ def _config(base: Config, options: AblateConfig, variant: Variant, seed: int) ->
     data = base.data
     tokens = data.max_steps * data.bins_per_step * data.token_budget
     path = str(data_folder(options, base, seed, variant.data))
-    return dataclasses.replace(
+    return replace(
         base,
-        run=dataclasses.replace(
-            base.run, dir=str(Path(options.dir) / "runs" / f"{variant.name}-seed{seed}"), seed=seed
-        ),
-        base=dataclasses.replace(base.base, path=of_seed(base.base.path, seed)),
-        data=dataclasses.replace(
+        run=replace(base.run, dir=str(Path(options.dir) / "runs" / f"{variant.name}-seed{seed}"), seed=seed),
+        base=replace(base.base, path=of_seed(base.base.path, seed)),
+        data=replace(
             data,
             path="",
             mix={"all": MixConfig(path, tokens=tokens)},
             only_class=variant.only,
             subsample=dict(variant.subsample),
         ),
-        weights=base.weights if variant.has_reward else dataclasses.replace(base.weights, source="none"),
+        weights=base.weights if variant.has_reward else replace(base.weights, source="none"),
     )
 
 
@@ -187,11 +204,8 @@ def _check(base: Config, options: AblateConfig) -> None:
     for key in ("seeds", "variants"):
         value = getattr(options, key)
         expect(0 < len(value) == len(set(value)), f"{ABLATE}.{key}", value, "at least one, each once")
-    expect(all(seed >= 0 for seed in options.seeds), f"{ABLATE}.seeds", options.seeds, "numbers from 0 up")
     for share in options.subsample:
         expect(0 < share < 1, f"{ABLATE}.subsample", share, "shares between 0 and 1")
-    expect(options.jobs > 0, f"{ABLATE}.jobs", options.jobs, "at least 1")
-    expect(options.limit is None or options.limit > 0, f"{ABLATE}.limit", options.limit, "at least 1")
     why = 'a number: "auto" goes by the supervised tokens of a step, which differ between variants'
     expect(isinstance(base.optim.lr, float), "optim.lr", base.optim.lr, why)
     expect(base.data.max_steps > 0, "data.max_steps", base.data.max_steps, "the steps that every run makes")
