@@ -46,7 +46,7 @@ MODELS = {
     ]
 }
 OPERATORS = ["linear_cross_entropy", "rms_norm", "add_rms_norm", "rope", "swiglu", "adamw"]
-OPTIMIZER_VARIANTS = ["bf16", "masters", "fp32"]
+OPTIMIZER_VARIANTS = ["bf16", "fp32"]
 ELEMENT_BYTES = 2  # activations are bf16
 
 
@@ -106,7 +106,7 @@ def cost(case: Case, which: str) -> Cost:
     if case.operator == "linear_cross_entropy":
         once = ELEMENT_BYTES * (case.live_rows * m.H + m.V * m.H)  # read; as much again is written for the gradients
         return Cost((6 if both else 2) * case.live_rows * m.H * m.V, once * (2 if both else 1))
-    element = {"bf16": 14, "masters": 28, "fp32": 28}[case.variant]
+    element = {"bf16": 14, "fp32": 28}[case.variant]
     return Cost(0, element * num_parameters(case))
 
 
@@ -190,17 +190,14 @@ def _head(case: Case, draw: _Draw) -> Problem:
 
 
 def _adamw(case: Case, draw: _Draw) -> Problem:
-    narrow = torch.float32 if case.variant == "fp32" else torch.bfloat16
-    state = torch.bfloat16 if case.variant == "bf16" else torch.float32
+    dtype = torch.float32 if case.variant == "fp32" else torch.bfloat16
     shapes = case.model.layer_shapes() * case.model.L
     arguments: dict[str, Any] = {
-        "params": [draw(*shape, dtype=narrow, scale=0.02) for shape in shapes],
-        "grads": [draw(*shape, dtype=narrow, scale=1e-3) for shape in shapes],
-        "exp_avgs": [draw(*shape, dtype=state, scale=1e-3) for shape in shapes],
-        "exp_avg_sqs": [draw(*shape, dtype=state, scale=1e-3).square_() for shape in shapes],
+        "params": [draw(*shape, dtype=dtype, scale=0.02) for shape in shapes],
+        "grads": [draw(*shape, dtype=dtype, scale=1e-3) for shape in shapes],
+        "exp_avgs": [draw(*shape, dtype=dtype, scale=1e-3) for shape in shapes],
+        "exp_avg_sqs": [draw(*shape, dtype=dtype, scale=1e-3).square_() for shape in shapes],
     }
-    if case.variant == "masters":
-        arguments["masters"] = [param.float() for param in arguments["params"]]
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 100}
     return Problem(arguments | settings, [], [])
 

@@ -76,8 +76,6 @@ def _torch_adamw() -> Function:
     made: list[torch.optim.Optimizer] = []
 
     def step(a: Arguments) -> None:
-        if "masters" in a:
-            raise NotImplementedError("torch.optim.AdamW has no fp32 masters of bf16 parameters")
         if not made or made[0].param_groups[0]["params"][0] is not a["params"][0]:
             made[:] = [_optimizer(a)]
         made[0].step()

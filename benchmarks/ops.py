@@ -223,7 +223,7 @@ def _results(function: implementations.Function, problem: Problem) -> list[Tenso
     """Outputs and gradients of one call; of an operator that works in place, what it left."""
     outputs = outputs_of(function(problem.arguments))
     if not problem.wanted:
-        in_place = ("params", "exp_avgs", "exp_avg_sqs", "masters")
+        in_place = ("params", "exp_avgs", "exp_avg_sqs")
         return [x for name in in_place for x in problem.arguments.get(name, [])]
     leaves = [problem.arguments[name] for name in problem.wanted]
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, problem.upstream))

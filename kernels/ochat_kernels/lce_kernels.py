@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ochat_kernels.launch import launch
-from ochat_kernels.reference_loss import IGNORE_INDEX, Options
+from ochat_kernels.reference_loss import IGNORE_INDEX
 from ochat_kernels.rounding import narrow
 
 NUM_WARPS = 8
@@ -47,11 +47,7 @@ def _write_gradient(
     stride_zn,
     V,
     cap,
-    z_loss,
-    smoothing,
     HAS_CAP: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Replaces the row's logits by (softmax - target) * w, and its unused columns, up to the stride, by 0."""
@@ -61,13 +57,7 @@ def _write_gradient(
         z = tl.load(z_ptr + v, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         z = _capped(z, cap, HAS_CAP)
         d = tl.exp(z - lse)
-        if HAS_Z_LOSS:
-            d *= 1.0 + 2.0 * z_loss * lse
-        if HAS_SMOOTHING:
-            d -= smoothing / V
-            d -= tl.where(v == label, 1.0 - smoothing, 0.0)
-        else:
-            d -= tl.where(v == label, 1.0, 0.0)
+        d -= tl.where(v == label, 1.0, 0.0)
         if HAS_CAP:
             d *= 1.0 - (z / cap) * (z / cap)
         d = tl.where((v < V) & is_live, d * w, 0.0)
@@ -79,18 +69,13 @@ def lce_stats_kernel(
     logits_ptr,
     labels_ptr,
     weights_ptr,
-    loss_ptr,
     nll_ptr,
     correct_ptr,
     lse_ptr,
     stride_zn,
     V,
     cap,
-    z_loss,
-    smoothing,
     HAS_CAP: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -105,15 +90,12 @@ def lce_stats_kernel(
 
     largest = tl.full([BLOCK_V], _LOWEST, tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
-    sum_z = tl.zeros([BLOCK_V], tl.float32)
     ahead = tl.zeros([BLOCK_V], tl.int32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
         # the mask ends at the stride, which 16 divides, so that loads stay wide whatever V is
         z = tl.load(z_ptr + v, mask=v < stride_zn, other=0.0).to(tl.float32)
         z = _capped(z, cap, HAS_CAP)
-        if HAS_SMOOTHING:
-            sum_z += tl.where(v < V, z, 0.0)
         z = tl.where(v < V, z, float("-inf"))
         step = tl.exp(-tl.abs(z - largest))  # of the two scales one is always 1
         total = tl.where(z > largest, total * step + 1.0, total + step)
@@ -123,33 +105,11 @@ def lce_stats_kernel(
 
     row_largest = tl.max(largest, 0)
     lse = row_largest + tl.log(tl.sum(total * tl.exp(largest - row_largest), 0))
-    nll = lse - label_logit
-    loss = nll
-    if HAS_SMOOTHING:
-        loss += smoothing * (label_logit - tl.sum(sum_z, 0) / V)
-    if HAS_Z_LOSS:
-        loss += z_loss * lse * lse
-    tl.store(nll_ptr + n, tl.where(is_live, nll, 0.0))
-    tl.store(loss_ptr + n, tl.where(is_live, loss, 0.0))
+    tl.store(nll_ptr + n, tl.where(is_live, lse - label_logit, 0.0))
     tl.store(correct_ptr + n, (is_live & (tl.max(ahead, 0) == 0)).to(tl.int8))
     tl.store(lse_ptr + n, lse)
     if GRADIENT:
-        _write_gradient(
-            z_ptr,
-            label,
-            w,
-            is_live,
-            lse,
-            stride_zn,
-            V,
-            cap,
-            z_loss,
-            smoothing,
-            HAS_CAP,
-            HAS_Z_LOSS,
-            HAS_SMOOTHING,
-            BLOCK_V,
-        )
+        _write_gradient(z_ptr, label, w, is_live, lse, stride_zn, V, cap, HAS_CAP, BLOCK_V)
 
 
 @triton.jit
@@ -161,11 +121,7 @@ def lce_grad_kernel(
     stride_zn,
     V,
     cap,
-    z_loss,
-    smoothing,
     HAS_CAP: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
@@ -173,22 +129,8 @@ def lce_grad_kernel(
     w = tl.load(weights_ptr + n)
     is_live = (label != _IGNORE) & (w != 0.0)
     lse = tl.load(lse_ptr + n)
-    _write_gradient(
-        logits_ptr + n * stride_zn,
-        label,
-        w,
-        is_live,
-        lse,
-        stride_zn,
-        V,
-        cap,
-        z_loss,
-        smoothing,
-        HAS_CAP,
-        HAS_Z_LOSS,
-        HAS_SMOOTHING,
-        BLOCK_V,
-    )
+    z_ptr = logits_ptr + n * stride_zn
+    _write_gradient(z_ptr, label, w, is_live, lse, stride_zn, V, cap, HAS_CAP, BLOCK_V)
 
 
 @triton.jit
@@ -204,32 +146,37 @@ class RowStatistics:
     """What is known of each live row, (R,) each, filled chunk by chunk."""
 
     def __init__(self, num_rows: int, device: torch.device):
-        self.loss, self.nll, self.lse = (torch.empty(num_rows, device=device) for _ in range(3))  # fp32
+        self.nll, self.lse = (torch.empty(num_rows, device=device) for _ in range(2))  # fp32
         self.correct = torch.empty(num_rows, dtype=torch.int8, device=device)
 
     def slice(self, start: int, end: int) -> dict[str, Tensor]:
-        fields = {"loss": self.loss, "nll": self.nll, "correct": self.correct, "lse": self.lse}
+        fields = {"nll": self.nll, "correct": self.correct, "lse": self.lse}
         return {f"{name}_ptr": values[start:end] for name, values in fields.items()}
 
 
 def lce_stats(
-    logits: Tensor, labels: Tensor, weights: Tensor, stats: dict[str, Tensor], options: Options, gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    stats: dict[str, Tensor],
+    logit_softcap: float | None,
+    gradient: bool,
 ) -> None:
     """Launches the statistics of logits (n, V) into a slice of RowStatistics; with `gradient` the logits become it.
 
     The stride of the logits' rows may pass V; the columns between belong to the kernel.
     """
     arguments = (
-        {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights} | stats | _settings(logits, options)
+        {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights} | stats | _settings(logits, logit_softcap)
     )
     arguments |= {"GRADIENT": gradient}
     launch(lce_stats_kernel, (logits.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
-def lce_grad(logits: Tensor, labels: Tensor, weights: Tensor, lse: Tensor, options: Options) -> None:
+def lce_grad(logits: Tensor, labels: Tensor, weights: Tensor, lse: Tensor, logit_softcap: float | None) -> None:
     """Launches the gradient alone, over the logits, for weights that were only known after the statistics."""
     arguments = {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights, "lse_ptr": lse}
-    arguments |= _settings(logits, options)
+    arguments |= _settings(logits, logit_softcap)
     launch(lce_grad_kernel, (logits.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
@@ -246,16 +193,11 @@ def block_size(dtype: torch.dtype) -> int:
     return 32 * NUM_WARPS * THREAD_BYTES // dtype.itemsize
 
 
-def _settings(logits: Tensor, options: Options) -> dict[str, object]:
-    cap = options.logit_softcap
+def _settings(logits: Tensor, cap: float | None) -> dict[str, object]:
     return {
         "stride_zn": logits.stride(0),
         "V": logits.shape[1],
         "cap": 1.0 if cap is None else float(cap),
-        "z_loss": float(options.z_loss),
-        "smoothing": float(options.label_smoothing),
         "HAS_CAP": cap is not None,
-        "HAS_Z_LOSS": options.z_loss != 0,
-        "HAS_SMOOTHING": options.label_smoothing != 0,
         "BLOCK_V": block_size(logits.dtype),
     }

@@ -17,11 +17,10 @@ from ochat_kernels import lce_kernels
 from ochat_kernels.launch import check_floats
 from ochat_kernels.reference_loss import (
     LossOutput,
-    Options,
     WeightTransform,
     check_arguments,
     check_labels,
-    check_options,
+    check_softcap,
     live_rows,
     weight_sum,
 )
@@ -50,8 +49,6 @@ def lce_fwd(
     rows: Tensor | None,
     chunk_rows: int,
     logit_softcap: float | None,
-    z_loss: float,
-    label_smoothing: float,
     weight_transform: str,
     want_hidden: bool,
     want_weight: bool,
@@ -62,7 +59,6 @@ def lce_fwd(
     """
     check_labels(labels, weight.shape[0])  # here, where nothing is traced
     transform = _transforms[weight_transform] if weight_transform else None
-    options = Options(logit_softcap, z_loss, label_smoothing, transform)
     rows = live_rows(labels, loss_weights) if rows is None else rows
     R, V = rows.shape[0], weight.shape[0]
     chunk_rows = min(chunk_rows or chunk_size(R, V, hidden.element_size()), max(R, 1))
@@ -78,13 +74,13 @@ def lce_fwd(
         torch.mm(x, weight.t(), out=z)
         part = stats.slice(start, end)
         chunk_y, chunk_w = y[start:end], w[start:end]
-        lce_kernels.lce_stats(z, chunk_y, chunk_w, part, options, gradients.wanted and transform is None)
+        lce_kernels.lce_stats(z, chunk_y, chunk_w, part, logit_softcap, gradients.wanted and transform is None)
         if transform is not None:
             chunk_w.copy_(torch.where(chunk_w != 0, transform(part["nll_ptr"], chunk_w), 0))
             if gradients.wanted:
-                lce_kernels.lce_grad(z, chunk_y, chunk_w, part["lse_ptr"], options)
+                lce_kernels.lce_grad(z, chunk_y, chunk_w, part["lse_ptr"], logit_softcap)
         gradients.add(rows[start:end], x, z)
-    loss_sum = (stats.loss * w).sum()
+    loss_sum = (stats.nll * w).sum()
     nll = torch.zeros_like(labels, dtype=torch.float32).index_copy_(0, rows, stats.nll)
     correct = torch.zeros_like(labels, dtype=torch.bool).index_copy_(0, rows, stats.correct.view(torch.bool))
     return loss_sum, nll, correct, gradients.hidden, gradients.weight
@@ -127,7 +123,7 @@ _scale = torch.library.custom_op("ochat_kernels::scale", lce_kernels.lce_scale, 
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, z_loss, smoothing, transform, want_h, want_w):
+def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, transform, want_h, want_w):
     loss_sum = hidden.new_empty((), dtype=torch.float32)
     nll = torch.empty_like(labels, dtype=torch.float32)
     correct = torch.empty_like(labels, dtype=torch.bool)
@@ -154,7 +150,7 @@ def _differentiate(ctx, grad_loss, *_):
     grad_hidden, grad_weight = ctx.saved_tensors
     scaled_hidden = _scale(grad_hidden, grad_loss, ctx.dtypes[0]) if ctx.want_hidden else None
     scaled_weight = _scale(grad_weight, grad_loss, ctx.dtypes[1]) if ctx.want_weight else None
-    return scaled_hidden, scaled_weight, *[None] * 10
+    return scaled_hidden, scaled_weight, *[None] * 8
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -177,8 +173,6 @@ def linear_cross_entropy(
     rows: Tensor | None = None,
     chunk_rows: int | None = None,
     logit_softcap: float | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     weight_transform: WeightTransform | None = None,
 ) -> LossOutput:
     """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
@@ -188,7 +182,7 @@ def linear_cross_entropy(
     Args: hidden (T, H) fp32, bf16 or fp16; weight (V, H) of its dtype; labels (T,) int64, -100 where there is none;
     loss_weights (T,) float of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
     0); chunk_rows: rows of logits held at a time, chosen from V by default (see chunk_size).
-    Options, each as in the definition (reference_loss.py): logit_softcap, z_loss, label_smoothing, weight_transform.
+    logit_softcap and weight_transform: as in the definition (reference_loss.py).
     Returns: LossOutput; gradients flow from loss_sum to hidden and weight.
     Raises: ValueError for shapes, dtypes, devices and options that do not fit; a label outside the vocabulary makes the
     loss NaN on a card (in the interpreter, a ValueError).
@@ -197,12 +191,11 @@ def linear_cross_entropy(
     No sync with `rows` given, else one.
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
-    check_options(Options(logit_softcap, z_loss, label_smoothing, weight_transform))
+    check_softcap(logit_softcap)
     check_floats("hidden", hidden)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     transform = "" if weight_transform is None else _name(weight_transform)
     loss_sum, nll, correct, _, _ = _forward(
-        hidden, weight, labels, loss_weights, rows, chunk_rows or 0, logit_softcap, z_loss, label_smoothing, transform,
-        *wanted,
-    )  # fmt: skip
+        hidden, weight, labels, loss_weights, rows, chunk_rows or 0, logit_softcap, transform, *wanted
+    )
     return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)

@@ -29,23 +29,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(new_residual, weight, eps), new_residual
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates the pairs (i, i + D/2) of each head by its token's angle: q (T, N, D), k (T, K, D), cos and sin (T,
-    D/2) fp32. `inplace`: into q's and k's memory, which are returned; ValueError for one that requires a gradient."""
-    if not inplace:
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
-    check_rope_inplace(q, k)
-    return q.copy_(_rotate(q, cos, sin)), k.copy_(_rotate(k, cos, sin))
-
-
-def check_rope_inplace(q: Tensor, k: Tensor) -> None:
-    """ValueError unless both can be overwritten: autograd records no function that writes into two views, and q and k
-    are views as a rule (of one packed product, or reshaped into heads)."""
-    for name, x in (("q", q), ("k", k)):
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient: inplace=True expects torch.no_grad(); pass inplace=False")
-        if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
-            raise ValueError(f"{name} has strides {x.stride()}, it repeats memory: inplace=True expects none to be 0")
+    D/2) fp32."""
+    return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

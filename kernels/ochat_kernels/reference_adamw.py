@@ -38,7 +38,6 @@ def adamw(
     eps: float,
     weight_decay: float,
     step: int,
-    masters: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     skipped: Tensor | None = None,
     seed: int = 0,
@@ -51,35 +50,31 @@ def adamw(
     n = step - skipped; p = p (1 - lr weight_decay) - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
 
     Args: params, fp32 or bf16 of any shape, contiguous; grads of their shapes, fp32 or bf16; exp_avgs and exp_avg_sqs
-    likewise, the two of a parameter of one dtype; step counts from 1. masters: fp32 parameters of which params, then
-    bf16, are made the copies rounded to nearest even. grad_scale () fp32: multiplies every gradient; NaN or infinite:
-    this step is skipped, all stays as it is, bit for bit. skipped () fp32: how many of the steps before were. seed: for
-    stochastic rounding of bf16 moments, and of bf16 params without masters; the bits of an element also follow from its
-    tensor's id (ids: 0, 1, ... where left out) and its place there, counted from the tensor's offset (offsets: 0 where
-    left out): where in a whole one a shard or a piece begins. The update uses the moments before they are rounded.
+    likewise, the two of a parameter of one dtype; step counts from 1. grad_scale () fp32: multiplies every gradient; if
+    it is NaN or infinite, the step is skipped and nothing changes, bit for bit. skipped () fp32: how many of the steps
+    before were skipped. seed: for stochastic rounding of bf16 params and moments; the bits of an element also follow
+    from its tensor's id (ids, default 0, 1, ...) and its position, counted from the tensor's offset (offsets, default
+    0), which says where in the whole tensor a shard or a piece begins. The update uses the moments before rounding.
     Raises: ValueError for lists, shapes, dtypes, devices, layouts and numbers that do not fit.
     Costs: 14 FLOPs an element; several passes over memory; no sync.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
     """
-    check_adamw(params, grads, exp_avgs, exp_avg_sqs, masters, grad_scale, skipped, (*DTYPES, torch.float64))
+    check_adamw(params, grads, exp_avgs, exp_avg_sqs, grad_scale, skipped, (*DTYPES, torch.float64))
     check_numbers(lr, betas, eps, weight_decay, step, seed)
     ids, offsets = places(len(params), ids, offsets)
     step_size, root_correction = corrections(lr, betas, step if skipped is None else step - skipped.double())
     is_kept = None if grad_scale is None else grad_scale.isfinite()
     for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        source = param if masters is None else masters[i]
-        wide = statistics_dtype(source)
+        wide = statistics_dtype(param)
         g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale.to(wide)
         m = exp_avg.to(wide) * betas[0] + g * (1 - betas[0])
         v = exp_avg_sq.to(wide) * betas[1] + g * g * (1 - betas[1])
         update = m / (v.sqrt() * root_correction + eps)
-        p = source.to(wide) * (1 - lr * weight_decay) - update * step_size
+        p = param.to(wide) * (1 - lr * weight_decay) - update * step_size
         key = tensor_key(seed, step, ids[i])
         _store(exp_avg, m, key, offsets[i], EXP_AVG, is_kept)
         _store(exp_avg_sq, v, key, offsets[i], EXP_AVG_SQ, is_kept)
-        _store(source, p, key, offsets[i], PARAM, is_kept)
-        if masters is not None:
-            _put(param, p.to(param.dtype), is_kept)
+        _store(param, p, key, offsets[i], PARAM, is_kept)
 
 
 def corrections(lr: float, betas: tuple[float, float], count: Any) -> tuple[Any, Any]:
@@ -132,14 +127,13 @@ def check_adamw(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor] | None,
     grad_scale: Tensor | None,
     skipped: Tensor | None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
     """ValueError unless the lists fit one another and are of `dtypes`."""
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, tensors in (lists | ({} if masters is None else {"masters": masters})).items():
+    for name, tensors in lists.items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one for each of params")
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
@@ -147,11 +141,6 @@ def check_adamw(
     for i, (first, second) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
         if first.dtype != second.dtype:
             raise ValueError(f"exp_avg_sqs[{i}] is {second.dtype}: expected that of exp_avgs[{i}], {first.dtype}")
-    for i, master in enumerate(masters or ()):
-        if (params[i].dtype, master.dtype) not in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
-            raise ValueError(
-                f"masters[{i}] is {master.dtype} and params[{i}] {params[i].dtype}: expected float32 and bfloat16"
-            )
     for name, number in {"grad_scale": grad_scale, "skipped": skipped}.items():
         if number is not None and (number.shape != () or number.dtype != torch.float32):
             raise ValueError(f"{name} is {number.dtype} {tuple(number.shape)}: expected float32 ()")
@@ -192,8 +181,4 @@ def _store(target: Tensor, value: Tensor, key: int, first: int, stream: int, is_
     if target.dtype == torch.bfloat16:
         offsets = torch.arange(first, first + value.numel(), device=value.device).view(value.shape)
         value = stochastic_round(value, random_bits(key, offsets, stream))
-    _put(target, value, is_kept)
-
-
-def _put(target: Tensor, value: Tensor, is_kept: Tensor | None) -> None:
     target.copy_(value if is_kept is None else torch.where(is_kept, value, target))

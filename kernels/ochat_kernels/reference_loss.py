@@ -23,19 +23,10 @@ WeightTransform = Callable[[Tensor, Tensor], Tensor]
 class LossOutput(NamedTuple):
     """What `linear_cross_entropy` returns."""
 
-    loss_sum: Tensor  # () fp32, sum of w * loss, with gradient to hidden and weight
+    loss_sum: Tensor  # () fp32, sum of w * nll, with gradient to hidden and weight
     weight_sum: Tensor  # () fp32, sum of |w| where label != IGNORE_INDEX
-    nll: Tensor  # (T,) fp32, detached, without z-loss and smoothing; 0 in rows that are not live
+    nll: Tensor  # (T,) fp32, detached; 0 in rows that are not live
     correct: Tensor  # (T,) bool: the largest logit (the first of equals) is the label's; False in rows not live
-
-
-class Options(NamedTuple):
-    """What changes the loss of a row, with its gradient; see `linear_cross_entropy`."""
-
-    logit_softcap: float | None
-    z_loss: float
-    label_smoothing: float
-    weight_transform: WeightTransform | None
 
 
 def linear_cross_entropy(
@@ -47,8 +38,6 @@ def linear_cross_entropy(
     rows: Tensor | None = None,
     chunk_rows: int | None = None,
     logit_softcap: float | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     weight_transform: WeightTransform | None = None,
 ) -> LossOutput:
     """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
@@ -58,22 +47,20 @@ def linear_cross_entropy(
     Args: hidden (T, H); weight (V, H) of hidden's dtype; labels (T,) int64, IGNORE_INDEX where there is none;
     loss_weights (T,) fp32 of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
     0), found here when not given, which on CUDA synchronises once; chunk_rows: rows of logits held at a time.
-    Options: logit_softcap c: z becomes c * tanh(z / c); z_loss a: each row adds w * a * logsumexp(z)^2;
-    label_smoothing e: the target is 1 - e on the label and e / V on every token; weight_transform: called as f(nll, w)
-    on detached (n,) fp32 values of some live rows at a time, its result takes the place of w in the loss (not in
-    weight_sum), without a gradient of its own.
+    logit_softcap c: z becomes c * tanh(z / c). weight_transform f: called as f(nll, w) on detached (n,) fp32 values of
+    some live rows at a time; its result replaces w in the loss (not in weight_sum), without a gradient of its own.
     Raises: ValueError for shapes, dtypes and options that do not fit, and for a label outside the vocabulary.
     Costs: forward makes loss and gradients in one pass, 6 R H V FLOPs, one chunk of logits + dW in fp32 + dhidden.
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
-    options = Options(logit_softcap, z_loss, label_smoothing, weight_transform)
-    check_options(options)
+    check_softcap(logit_softcap)
     check_labels(labels, weight.shape[0])
     if rows is None:
         rows = live_rows(labels, loss_weights)
     if chunk_rows is None:
         chunk_rows = min(max(LOGITS_PER_CHUNK // weight.shape[0], 1024 if hidden.is_cuda else 256), 8192)
-    loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, chunk_rows, options)  # type: ignore[misc]
+    options = logit_softcap, weight_transform
+    loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, chunk_rows, *options)  # type: ignore[misc]
     return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)
 
 
@@ -81,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in forward, so that no logits are kept or made again; backward only scales."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_weights, rows, chunk_rows, options):
+    def forward(ctx, hidden, weight, labels, loss_weights, rows, chunk_rows, cap, transform):
         wide = statistics_dtype(hidden)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
@@ -92,12 +79,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows.shape[0], chunk_rows):
             chunk = rows[start : start + chunk_rows]
             x, y, w = hidden[chunk], labels[chunk], loss_weights[chunk].to(wide)
-            logits = soft_cap(F.linear(x, weight).to(wide), options.logit_softcap)  # (chunk, V)
-            row_loss, nll[chunk], correct[chunk], w, lse = _statistics(logits, y, w, options)
-            loss_sum += (row_loss * w).sum()
+            logits = soft_cap(F.linear(x, weight).to(wide), cap)  # (chunk, V)
+            nll[chunk], correct[chunk], w, lse = _statistics(logits, y, w, transform)
+            loss_sum += (nll[chunk] * w).sum()
             if not (want_hidden or want_weight):
                 continue
-            dlogits = _gradient(logits, y, w, lse, options).to(hidden.dtype)
+            dlogits = _gradient(logits, y, w, lse, cap).to(hidden.dtype)
             if grad_rows is not None:
                 grad_rows[start : start + chunk_rows] = dlogits @ weight
             if grad_weight is not None:
@@ -117,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.dtypes[1])
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
@@ -126,35 +113,23 @@ def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
 
 
 def _statistics(
-    logits: Tensor, y: Tensor, w: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss before the weight, nll, correct, the weight to use, logsumexp) of a chunk's rows; 0 and False where a row
-    is not live."""
+    logits: Tensor, y: Tensor, w: Tensor, transform: WeightTransform | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(nll, correct, the weight to use, logsumexp) of a chunk's rows; 0 and False where a row is not live."""
     live = (y != IGNORE_INDEX) & (w != 0)
     lse = logits.logsumexp(-1)
     label_logit = logits.gather(1, y.clamp_min(0)[:, None]).squeeze(1)
     nll = torch.where(live, lse - label_logit, 0)
-    if options.weight_transform is not None:
-        w = options.weight_transform(nll, w).to(w.dtype)
-    loss = nll
-    if options.label_smoothing:
-        loss = loss + options.label_smoothing * (label_logit - logits.mean(-1))
-    if options.z_loss:
-        loss = loss + options.z_loss * lse.square()
-    correct = live & (logits.argmax(-1) == y)
-    return torch.where(live, loss, 0), nll, correct, torch.where(live, w, 0), lse
+    if transform is not None:
+        w = transform(nll, w).to(w.dtype)
+    return nll, live & (logits.argmax(-1) == y), torch.where(live, w, 0), lse
 
 
-def _gradient(logits: Tensor, y: Tensor, w: Tensor, lse: Tensor, options: Options) -> Tensor:
-    """Of w * loss to the logits before the cap, (n, V); overwrites `logits`."""
-    cap, smoothing = options.logit_softcap, options.label_smoothing
+def _gradient(logits: Tensor, y: Tensor, w: Tensor, lse: Tensor, cap: float | None) -> Tensor:
+    """Of w * nll to the logits before the cap, (n, V); overwrites `logits`."""
     slope = None if cap is None else 1 - (logits / cap).square()
     gradient = logits.sub_(lse[:, None]).exp_()  # softmax
-    if options.z_loss:
-        gradient *= (1 + 2 * options.z_loss * lse)[:, None]
-    if smoothing:
-        gradient -= smoothing / gradient.shape[1]
-    gradient[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1 - smoothing
+    gradient[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1
     if slope is not None:
         gradient *= slope
     return gradient.mul_(w[:, None]).masked_fill_((w == 0)[:, None], 0)
@@ -197,14 +172,10 @@ def check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows) -> N
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: expected one device")
 
 
-def check_options(options: Options) -> None:
-    """ValueError for an option of `linear_cross_entropy` that means nothing."""
-    if options.logit_softcap is not None and not options.logit_softcap > 0:
-        raise ValueError(f"logit_softcap is {options.logit_softcap}: expected a number above 0, or None")
-    if not options.z_loss >= 0:
-        raise ValueError(f"z_loss is {options.z_loss}: expected 0 or more")
-    if not 0 <= options.label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {options.label_smoothing}: expected at least 0 and below 1")
+def check_softcap(cap: float | None) -> None:
+    """ValueError for a cap of the logits that is not above 0."""
+    if cap is not None and not cap > 0:
+        raise ValueError(f"logit_softcap is {cap}: expected a number above 0, or None")
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:

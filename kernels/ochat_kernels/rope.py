@@ -1,6 +1,6 @@
 """Rotary position embedding of packed q and k: pairs (i, i + D/2) of each head turned by their token's angle.
 
-    q, k = rope(q, k, cos, sin)   # q (T, N, D), k (T, K, D), cos and sin (T, D/2); inplace=True overwrites q and k
+    q, k = rope(q, k, cos, sin)   # q (T, N, D), k (T, K, D), cos and sin (T, D/2)
 One launch turns both; a program takes a few tokens, reads their angles once and walks over the heads, in fp32.
 The gradient is the rotation by the opposite angle.
 """
@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ochat_kernels.launch import check_floats, launch, rows_of
-from ochat_kernels.reference import check_rope_inplace
 from ochat_kernels.rounding import narrow
 
 NUM_WARPS = 4
@@ -56,28 +55,18 @@ def rope_kernel(
 
 
 def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches the forward: q (T, N, D) and k (T, K, D), turned, each in memory of its own."""
-    return _launch_apart(q, k, cos, sin, inverse=False)
+    """Launches the forward: q (T, N, D) and k (T, K, D), turned."""
+    return _launch(q, k, cos, sin, inverse=False)
 
 
 def rope_bwd(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of q (T, N, D) and k (T, K, D) from those of what rope_fwd returned."""
-    return _launch_apart(grad_q, grad_k, cos, sin, inverse=True)
+    return _launch(grad_q, grad_k, cos, sin, inverse=True)
 
 
-def rope_inplace(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Launches the forward onto q (T, N, D) and k (T, K, D) themselves; their last dimension is dense."""
-    _launch((q, k), (q, k), cos, sin, inverse=False)
-
-
-def _launch_apart(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    turned = q.new_empty(q.shape), k.new_empty(k.shape)
-    _launch((rows_of(q), rows_of(k)), turned, cos, sin, inverse)
-    return turned
-
-
-def _launch(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    (q, k), (yq, yk), (T, N, D) = x, y, x[0].shape
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    yq, yk, (T, N, D) = q.new_empty(q.shape), k.new_empty(k.shape), q.shape
+    q, k = rows_of(q), rows_of(k)
     arguments = {"q_ptr": q, "k_ptr": k, "yq_ptr": yq, "yk_ptr": yk}
     arguments |= {"cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
     arguments |= {"stride_qt": q.stride(0), "stride_qh": q.stride(1), "stride_kt": k.stride(0)}
@@ -86,6 +75,7 @@ def _launch(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor], cos: Tensor, sin
     arguments |= {"N": N, "K": k.shape[1], "HALF": D // 2, "INVERSE": inverse}
     blocks = _blocks(k.shape[1], D // 2, q.element_size())
     launch(rope_kernel, (triton.cdiv(T, blocks["BLOCK_T"]),), arguments | blocks, num_warps=NUM_WARPS)
+    return yq, yk
 
 
 def _blocks(num_kv_heads: int, half: int, element_size: int) -> dict[str, int]:
@@ -98,7 +88,6 @@ def _blocks(num_kv_heads: int, half: int, element_size: int) -> dict[str, int]:
 
 _forward = torch.library.custom_op("ochat_kernels::rope", rope_fwd, mutates_args=())
 _backward = torch.library.custom_op("ochat_kernels::rope_bwd", rope_bwd, mutates_args=())
-_inplace = torch.library.custom_op("ochat_kernels::rope_inplace", rope_inplace, mutates_args=("q", "k"))
 
 
 @_forward.register_fake
@@ -109,11 +98,6 @@ def _(q, k, cos, sin):
 @_backward.register_fake
 def _(grad_q, grad_k, cos, sin):
     return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
-
-
-@_inplace.register_fake
-def _(q, k, cos, sin):
-    return None
 
 
 def _save(ctx, inputs, output):
@@ -127,28 +111,19 @@ def _differentiate(ctx, grad_q, grad_k):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False) -> tuple[Tensor, Tensor]:
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k with the pairs (i, i + D/2) of each head turned by their token's angle.
 
     Args: q (T, N, D) and k (T, K, D) fp32, bf16 or fp16, D even, of any strides (views of a packed product as they are;
-    copied if the last dimension is not dense); cos and sin (T, D/2) fp32. `inplace`: q and k are overwritten and
-    returned; they may not share memory.
+    copied if the last dimension is not dense); cos and sin (T, D/2) fp32.
     Returns: (T, N, D) and (T, K, D) of their dtype.
-    Raises: ValueError for another dtype, shape or device; for cos or sin that require a gradient, which they don't get;
-    and with `inplace` for q or k that require one (see reference.py), that repeat memory or are not dense.
+    Raises: ValueError for another dtype, shape or device, and for cos or sin that require a gradient.
     Costs: 3 T (N + K) D FLOPs; forward and backward each move 2 T (N + K) D elements and T D fp32; saves cos and sin
     alone; no sync.
     Source: Su et al. 2021, arXiv:2104.09864; the pairs are those of GPT-NeoX and Llama checkpoints.
     """
     _check(q, k, cos, sin)
-    if not inplace:
-        return _forward(q, k, cos, sin)
-    check_rope_inplace(q, k)
-    for name, x in (("q", q), ("k", k)):
-        if x.stride(-1) != 1:
-            raise ValueError(f"{name} has strides {x.stride()}: inplace=True expects 1 in the last dimension")
-    _inplace(q, k, cos, sin)
-    return q, k
+    return _forward(q, k, cos, sin)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -26,23 +26,22 @@ MANY = 2**17  # draws; a correlation of 5 / sqrt(MANY) = 0.014 shows
 
 
 class Lists(NamedTuple):
-    """What one call takes; `masters` None where there are none."""
+    """What one call takes."""
 
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
-    masters: list[Tensor] | None = None
 
     def to(self, dtype: torch.dtype) -> "Lists":
-        return Lists(*(None if tensors is None else [x.to(dtype, copy=True) for x in tensors] for tensors in self))
+        return Lists(*([x.to(dtype, copy=True) for x in tensors] for tensors in self))
 
     @property
     def written(self) -> list[Tensor]:
-        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs, *(self.masters or ())]
+        return [*self.params, *self.exp_avgs, *self.exp_avg_sqs]
 
 
-def lists(sizes, dtypes, device, *, masters: bool = False, seed: int = 0) -> Lists:
+def lists(sizes, dtypes, device, *, seed: int = 0) -> Lists:
     """Random values; the moments are those of a run that has begun."""
     param, grad, state = dtypes
     draws = [
@@ -54,14 +53,13 @@ def lists(sizes, dtypes, device, *, masters: bool = False, seed: int = 0) -> Lis
         [x.to(grad) for x in grads],
         [x.to(state) for x in exp_avgs],
         [x.square().to(state) for x in roots],
-        [x.clone() for x in params] if masters else None,
     )
 
 
 def run(function, values: Lists, **options) -> Lists:
     """The lists after one step by `function`; those given stay as they are."""
     values = copy.deepcopy(values)
-    function(*values[:4], masters=values.masters, **(ANY | options))
+    function(*values, **(ANY | options))
     return values
 
 
@@ -104,7 +102,7 @@ def test_fp32_is_torchs_adamw(function, weight_decay, device):
             grad.copy_(random(*grad.shape, dtype=FP32, device=device, seed=10 * step + i))
             param.grad = grad.clone()
         optimizer.step()
-        function(*ours[:4], step=step, **options)
+        function(*ours, step=step, **options)
     states = [optimizer.state[p] for p in theirs]
     for i, state in enumerate(states):
         torch.testing.assert_close(ours.params[i], theirs[i].detach(), rtol=0, atol=1e-6)
@@ -122,14 +120,6 @@ def test_corrections_and_epsilon(step, eps, lr, device):
     assert_step(lists(SIZES, (FP32, FP32, FP32), device), step=step, eps=eps, lr=lr)
 
 
-@pytest.mark.parametrize(("grad", "state"), list(product((FP32, BF16), repeat=2)))
-def test_masters(grad, state, device):
-    values = lists(SIZES, (BF16, grad, state), device, masters=True)
-    assert_step(values)
-    for param, master in zip(*run(adamw.adamw, values)[::4], strict=True):
-        torch.testing.assert_close(param, master.to(BF16), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("dtypes", [(FP32, BF16, FP32), (BF16, BF16, BF16)])
 def test_grad_scale(dtypes, device):
     values = lists(SIZES, dtypes, device)
@@ -143,8 +133,8 @@ def test_grad_scale(dtypes, device):
 @pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
 def test_a_scale_that_is_not_finite_leaves_every_bit_as_it_is(function, scale, device):
-    for dtypes, masters in (((FP32, FP32, FP32), False), ((BF16, BF16, BF16), False), ((BF16, BF16, FP32), True)):
-        values = lists(SIZES, dtypes, device, masters=masters)
+    for dtypes in ((FP32, FP32, FP32), (BF16, BF16, BF16)):
+        values = lists(SIZES, dtypes, device)
         values.grads[3][7] = float("nan")
         got = run(function, values, grad_scale=torch.tensor(scale, device=device))
         for after, before in zip(got.written, values.written, strict=True):
@@ -162,11 +152,11 @@ def test_a_skipped_step_does_not_count_in_the_corrections(function, device):
     skipped, taken = torch.zeros((), device=device), 0
     for step, scale in enumerate((float("nan"), 1.0, 1.0, float("inf"), float("nan"), 0.5), start=1):
         scale = torch.tensor(scale, device=device)
-        function(*ours[:4], **(ANY | {"step": step}), grad_scale=scale, skipped=skipped)
+        function(*ours, **(ANY | {"step": step}), grad_scale=scale, skipped=skipped)
         skipped += ~scale.isfinite()
         if scale.isfinite():
             taken += 1
-            function(*plain[:4], **(ANY | {"step": taken}), grad_scale=scale)
+            function(*plain, **(ANY | {"step": taken}), grad_scale=scale)
             for param, grad in zip(theirs, ours.grads, strict=True):
                 param.grad = grad * scale
             optimizer.step()
@@ -200,7 +190,7 @@ def test_views_of_one_buffer_and_nothing_beside_them(sizes, gaps, dtypes, seed, 
             tensor = part[which][0]
             values[which].append(buffers[tensor.dtype][which, start:end].copy_(tensor))
     expected = run(reference.adamw, values, seed=seed, step=step)
-    adamw.adamw(*values[:4], **(ANY | {"seed": seed, "step": step}))
+    adamw.adamw(*values, **(ANY | {"seed": seed, "step": step}))
     for got, want in zip(values.written, expected.written, strict=True):
         # a neighbour in bf16 where the fp32 values differ in their last bit
         torch.testing.assert_close(got, want, rtol=2**-7 if got.dtype == BF16 else 1e-5, atol=1e-6)
@@ -210,7 +200,7 @@ def test_views_of_one_buffer_and_nothing_beside_them(sizes, gaps, dtypes, seed, 
 def test_tensors_of_any_shape_and_none(device):
     adamw.adamw([], [], [], [], **ANY)
     values = lists([2 * 3 * 4, 1], (FP32, FP32, FP32), device)
-    shaped = Lists(*([x.view(s) for x, s in zip(tensors, [(2, 3, 4), ()], strict=True)] for tensors in values[:4]))
+    shaped = Lists(*([x.view(s) for x, s in zip(tensors, [(2, 3, 4), ()], strict=True)] for tensors in values))
     got, expected = run(adamw.adamw, shaped), run(adamw.adamw, values)
     for one, other in zip(got.written, expected.written, strict=True):
         torch.testing.assert_close(one.flatten(), other, rtol=0, atol=0)
@@ -245,7 +235,7 @@ def test_a_stored_value_is_a_neighbour_and_the_mean_is_kept(device):
 
 def test_bits_follow_from_seed_step_and_place(device):
     values = lists([512], (BF16, FP32, BF16), device)
-    twice = Lists(*([tensors[0], tensors[0].clone()] for tensors in values[:4]))
+    twice = Lists(*([tensors[0], tensors[0].clone()] for tensors in values))
     first, again = run(adamw.adamw, twice, seed=1), run(adamw.adamw, twice, seed=1)
     assert all(torch.equal(x, y) for x, y in zip(first.written, again.written, strict=True))
     other = run(adamw.adamw, twice, seed=2)
@@ -263,7 +253,7 @@ def test_parts_of_a_tensor_are_rounded_as_within_the_whole(function, first, devi
     values = lists([3000, 64], (BF16, FP32, BF16), device)
     whole = run(function, values, seed=5, ids=[4, 7], offsets=[first, 0])
     cuts = [(0, 0, 1000), (0, 1000, 2001), (0, 2001, 3000), (1, 0, 64)]
-    parts = Lists(*([tensors[i][a:b] for i, a, b in cuts[::-1]] for tensors in values[:4]))
+    parts = Lists(*([tensors[i][a:b] for i, a, b in cuts[::-1]] for tensors in values))
     places = {"ids": [7, 4, 4, 4], "offsets": [0, *(first + a for _, a, _ in cuts[2::-1])]}
     got = run(function, parts, seed=5, **places)
     for pieces, expected in ((got.params, whole.params), (got.exp_avgs, whole.exp_avgs), (got[3], whole[3])):
@@ -279,7 +269,7 @@ def test_small_updates_move_bf16_parameters(device):
     )
     for step in range(1, steps + 1):
         for function, values in ((reference.adamw, fp32), (adamw.adamw, bf16)):
-            function(*values[:4], lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step=step, seed=3)
+            function(*values, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step=step, seed=3)
     exact, stochastic = (values.params[0].double().mean().item() for values in (fp32, bf16))
     assert torch.tensor(1 - lr).to(BF16) == 1  # rounded to nearest, no step would move anything
     assert abs(exact - (1 - steps * lr)) < 2e-3
@@ -368,7 +358,7 @@ def test_one_launch_for_each_combination_of_dtypes():
         numbers = {"lr": 1e-3, "beta_1": 0.9, "beta_2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
         tensors = [[torch.empty(n, dtype=d, device="meta")] * count for d in (*dtypes, dtypes[-1])]
         with record() as launches:
-            adamw.adamw_step(*tensors, [], None, None, **(numbers | options), ids=[0] * count, offsets=[0] * count)
+            adamw.adamw_step(*tensors, None, None, **(numbers | options), ids=[0] * count, offsets=[0] * count)
         return launches
 
     for dtypes in COMBINATIONS:
@@ -380,7 +370,7 @@ def test_one_launch_for_each_combination_of_dtypes():
     plain, shifted = torch.zeros(64), torch.zeros(65)[1:]
     with record() as launches:
         adamw.adamw_step(
-            *[[plain, shifted, plain]] * 4, [], None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0, [0, 1, 2], [0, 0, 0]
+            *[[plain, shifted, plain]] * 4, None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0, [0, 1, 2], [0, 0, 0]
         )
     assert [(x.arguments["ALIGNED"], len(x.arguments["programs_ptr"])) for x in launches] == [(True, 2), (False, 1)]
 
@@ -397,7 +387,7 @@ def test_parameters_that_require_gradients(device):
     values = lists([16], (FP32, FP32, FP32), device)
     values.params[0].requires_grad_()
     version = values.params[0]._version
-    adamw.adamw(*values[:4], **ANY)
+    adamw.adamw(*values, **ANY)
     assert values.params[0].is_leaf and values.params[0]._version > version
 
 
@@ -410,11 +400,9 @@ def test_under_compile(dtypes, device):
 
 
 def test_what_the_operator_registers(device):
-    for masters in (False, True):
-        values = lists([48, 5], (BF16, BF16, BF16), device, masters=masters)
-        one = torch.ones((), device=device)
-        arguments = (*values[:4], values.masters or [], one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7, [4, 5], [0, 9])
-        torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
+    values, one = lists([48, 5], (BF16, BF16, BF16), device), torch.ones((), device=device)
+    arguments = (*values, one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7, [4, 5], [0, 9])
+    torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
 
 
 @pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
@@ -427,7 +415,6 @@ def test_what_the_operator_registers(device):
         ({"exp_avgs": lambda x: [x[0].to("meta")]}, r"exp_avgs\[0\] is \(4, 6\) on meta"),
         ({"exp_avg_sqs": lambda x: [x[0].bfloat16()]}, r"expected that of exp_avgs\[0\], torch.float32"),
         ({"params": lambda x: [x[0].T.contiguous().T]}, r"params\[0\] has strides \(1, 4\): expected a contiguous"),
-        ({"masters": lambda x: [torch.zeros(4, 6)]}, r"expected float32 and bfloat16"),
         ({"grad_scale": lambda x: torch.ones(1)}, r"grad_scale is torch.float32 \(1,\): expected float32 \(\)"),
         ({"grad_scale": lambda x: torch.ones((), device="meta")}, "grad_scale is on meta"),
         ({"skipped": lambda x: torch.ones((), dtype=torch.int64)}, r"skipped is torch.int64 \(\): expected float32"),

@@ -81,10 +81,7 @@ def test_an_offset_beyond_32_bits(shape, far):
     x = torch.empty(2 * distance + 64, dtype=torch.bfloat16, device=CPU_OR_CUDA).as_strided(shape, strides)
     x.copy_(random(*shape, dtype=torch.bfloat16, device=CPU_OR_CUDA))
     cos, sin = angles(shape[0], 32, CPU_OR_CUDA)
-    expected = reference.rope(x, x, cos, sin)
-    torch.testing.assert_close(rope.rope(x, x, cos, sin), expected)
-    rope.rope(x, x[:, :0], cos, sin, inplace=True)
-    torch.testing.assert_close(x, expected[0])
+    torch.testing.assert_close(rope.rope(x, x, cos, sin), reference.rope(x, x, cos, sin))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -122,59 +119,6 @@ def test_every_call_gives_the_same_bits(device):
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("ops", [rope, reference])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("N", "K", "D"), [(9, 3, 64), (3, 2, 10)])
-def test_in_place_touches_q_and_k_alone(ops, dtype, N, K, D, device):
-    T = 3
-    wide = random(T + 1, N + 2 * K + 2, D + 2, dtype=dtype, device=device)
-    before = wide.clone()
-    q, k = wide[:T, :N, :D], wide[:T, N + 1 : N + 1 + K, :D]  # with a head between, v behind, and a token after
-    cos, sin = angles(T, D, device)
-    expected = ops.rope(q, k, cos, sin)
-    assert torch.equal(wide, before)  # without inplace the inputs stay as they are
-    version = wide._version
-    got = ops.rope(q, k, cos, sin, inplace=True)
-    assert got[0] is q and got[1] is k and wide._version > version
-    before[:T, :N, :D], before[:T, N + 1 : N + 1 + K, :D] = expected
-    assert torch.equal(wide, before)
-
-
-@pytest.mark.parametrize("ops", [rope, reference])
-def test_in_place_on_nothing(ops, device):
-    q, k, _ = packed(0, 3, 2, 8, torch.float32, device).split((3, 2, 2), dim=1)
-    ops.rope(q, k, *angles(0, 8, device), inplace=True)
-
-
-@pytest.mark.parametrize("ops", [rope, reference])
-def test_in_place_without_autograd(ops, device):
-    q, k, _ = packed(2, 3, 2, 8, torch.float32, device).requires_grad_().split((3, 2, 2), dim=1)
-    cos, sin = angles(2, 8, device)
-    for name, pair in (("q", (q, k.detach())), ("k", (q.detach(), k))):
-        with pytest.raises(ValueError, match=rf"{name} requires a gradient: .*torch.no_grad\(\); pass inplace=False"):
-            ops.rope(*pair, cos, sin, inplace=True)
-    with torch.no_grad():
-        expected = ops.rope(q, k, cos, sin)
-        got = ops.rope(q, k, cos, sin, inplace=True)
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("ops", [rope, reference])
-def test_in_place_refuses_repeated_memory(ops, device):
-    q, k = torch.ones(1, 2, 8, device=device).expand(3, 2, 8), torch.ones(3, 1, 8, device=device)
-    cos, sin = angles(3, 8, device)
-    with pytest.raises(ValueError, match=r"q has strides \(0, 8, 1\).*expects none to be 0"):
-        ops.rope(q, k, cos, sin, inplace=True)
-    with pytest.raises(ValueError, match="k has strides"):
-        ops.rope(k, q, cos, sin, inplace=True)
-
-
-def test_in_place_refuses_what_is_not_dense(device):
-    q, k = torch.ones(3, 2, 16, device=device)[..., ::2], torch.ones(3, 1, 8, device=device)
-    with pytest.raises(ValueError, match=r"q has strides \(32, 16, 2\): inplace=True expects 1"):
-        rope.rope(q, k, *angles(3, 8, device), inplace=True)
-
-
 def test_under_checkpoint_and_compile(device):
     qkv = packed(3, 3, 2, 10, torch.float32, device).requires_grad_()
     cos, sin = angles(3, 10, device)
@@ -190,29 +134,12 @@ def test_under_checkpoint_and_compile(device):
     torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), qkv)[0], plain, rtol=0, atol=0)
 
 
-def test_in_place_under_compile(device):
-    cos, sin = angles(3, 10, device)
-
-    @torch.no_grad()
-    def turned(qkv, inplace):
-        q, k, _ = qkv.split((3, 2, 2), dim=1)
-        rope.rope(q, k, cos, sin, inplace=inplace)
-        return qkv * 2  # reads what was written through the views
-
-    qkv = packed(3, 3, 2, 10, torch.float32, device)
-    twin = qkv.clone()
-    expected = turned(twin, True)
-    torch.testing.assert_close(torch.compile(turned, fullgraph=True)(qkv, True), expected, rtol=0, atol=0)
-    torch.testing.assert_close(qkv, twin, rtol=0, atol=0)
-
-
 def test_what_the_operators_register(device):
     q, k, _ = packed(3, 3, 2, 10, torch.float32, device).split((3, 2, 2), dim=1)
     cos, sin = angles(3, 10, device)
     ops = torch.ops.ochat_kernels
     torch.library.opcheck(ops.rope.default, (q.clone().requires_grad_(), k.clone().requires_grad_(), cos, sin))
     torch.library.opcheck(ops.rope_bwd.default, (q, k, cos, sin))
-    torch.library.opcheck(ops.rope_inplace.default, (q, k, cos, sin))
 
 
 def test_launchers_take_meta_tensors():
@@ -221,8 +148,7 @@ def test_launchers_take_meta_tensors():
     with record() as launches:
         rope.rope_fwd(q, k, cos, cos)
         rope.rope_bwd(q, k, cos, cos)
-        rope.rope_inplace(q, k, cos, cos)
-    assert len(launches) == 3  # one for q and k together
+    assert len(launches) == 2  # one for q and k together
 
 
 GOOD = (torch.zeros(3, 4, 8), torch.zeros(3, 2, 8), torch.zeros(3, 4), torch.zeros(3, 4))
