@@ -1,9 +1,12 @@
-"""Inputs of blocks that wait in host memory from forward to backward, copied beside the computation.
+"""Activation offload: block inputs wait in pinned host memory from forward to backward.
 
-    with host_inputs.of_block(3): out = checkpoint(block, x)        # after the last block: host_inputs.settle()
-All copies to and from the host queue in one stream of their own, so a buffer of the host is read before it is written
-again; streams wait for each other on the card, and the host for none. While a block goes backward, the inputs of the
-one before it arrive. Without a card a copy is a copy.
+    with offload.block(3): out = checkpoint(block, x)        # after the last block: offload.wait()
+
+Copies in both directions share one side stream, so a host buffer is read before it is overwritten; streams wait for
+each other on the device and the host never waits. While a block runs backward, the inputs of the one before it are
+copied back. On a CPU a copy is a plain copy.
+Why not torch's save_on_cpu: up to 2.11 the host waits for every copy; since then copies are queued in the computation's
+own stream, which stops for them, and every one pins a new buffer.
 """
 
 from __future__ import annotations
@@ -15,77 +18,77 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-Place = tuple[int, int]  # block, and which of its inputs
-INPUTS = 2  # at most
+Key = tuple[int, int]  # block, and which of its inputs
+MAX_INPUTS = 2  # of a block
 
 
-class HostInputs:
-    """What blocks keep for backward, in (pinned) buffers that are made once for each input of each block.
+class ActivationOffload:
+    """The inputs that blocks keep for backward, in host buffers allocated once for each input of each block.
 
-    Costs, T tokens of H elements, two inputs a block: 2 T H elements of the host for each block; of the card those of
-    one block besides the one that goes backward; 2 T H to the host and back again a block.
+    Costs, T tokens of H elements, two inputs a block: 2 T H elements of host memory for each block; device memory for
+    the inputs of two blocks; 2 T H elements to the host and back for each block.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[Place, Tensor] = {}
+        self.buffers: dict[Key, Tensor] = {}
         self._leaving: list[Tensor] = []  # held until the computation waits for their copies
-        self._coming: dict[Place, tuple[Tensor, torch.cuda.Event | None]] = {}  # with the end of its copy
+        self._arriving: dict[Key, tuple[Tensor, torch.cuda.Event | None]] = {}  # with the end of its copy
         self._stream: torch.cuda.Stream | None = None
 
-    def of_block(self, index: int) -> saved_tensors_hooks:
-        """Within it, what is saved for backward are the inputs of block `index`; blocks come in order."""
-        self.settle()
-        saved: list[Place] = []
+    def block(self, index: int) -> saved_tensors_hooks:
+        """Within it, what autograd saves are the inputs of block `index`; blocks come in order."""
+        self.wait()
+        saved: list[Key] = []
 
-        def send(value: Tensor) -> Tensor | tuple[Place, torch.device]:
+        def pack(value: Tensor) -> Tensor | tuple[Key, torch.device]:
             if not value.numel():  # torch's checkpoint keeps one on the host
                 return value
             saved.append((index, len(saved)))
-            self._send(saved[-1], value)
+            self._copy_out(saved[-1], value)
             return saved[-1], value.device
 
-        def take(kept: Tensor | tuple[Place, torch.device]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else self._take(*kept)
+        def unpack(kept: Tensor | tuple[Key, torch.device]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else self._copy_back(*kept)
 
-        return saved_tensors_hooks(send, take)
+        return saved_tensors_hooks(pack, unpack)
 
-    def settle(self) -> None:
-        """What is computed from now on may overwrite the inputs that have left."""
+    def wait(self) -> None:
+        """Makes the computation's stream wait for pending copies to the host; their sources may then be reused."""
         if self._leaving and self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
         self._leaving.clear()
 
-    def _send(self, place: Place, value: Tensor) -> None:
-        buffer = self._buffers.get(place)
+    def _copy_out(self, key: Key, value: Tensor) -> None:
+        buffer = self.buffers.get(key)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self._buffers[place] = buffer
-        self._coming.pop(place, None)  # of a backward that was broken off
-        with self._beside(value.device):
+            self.buffers[key] = buffer
+        self._arriving.pop(key, None)  # left by a backward that failed
+        with self._side_stream(value.device):
             buffer.copy_(value, non_blocking=True)
         self._leaving.append(value)
 
-    def _take(self, place: Place, device: torch.device) -> Tensor:
-        """The input, back on the device; those of the block before begin to come."""
-        self._fetch(place, device)
-        value, arrived = self._coming.pop(place)
+    def _copy_back(self, key: Key, device: torch.device) -> Tensor:
+        """The input on the device; starts the copies of the block before."""
+        self._prefetch(key, device)
+        value, arrived = self._arriving.pop(key)
         if arrived is not None:
             torch.cuda.current_stream(device).wait_event(arrived)
-        for before in ((place[0] - 1, each) for each in range(INPUTS)):
-            if before in self._buffers:
-                self._fetch(before, device)
+        for before in ((key[0] - 1, each) for each in range(MAX_INPUTS)):
+            if before in self.buffers:
+                self._prefetch(before, device)
         return value
 
-    def _fetch(self, place: Place, device: torch.device) -> None:
-        if place in self._coming:
+    def _prefetch(self, key: Key, device: torch.device) -> None:
+        if key in self._arriving:
             return
-        with self._beside(device) as stream:
-            value = self._buffers[place].to(device, non_blocking=True, copy=True)
-            self._coming[place] = value, _end_of(stream)
+        with self._side_stream(device) as stream:
+            value = self.buffers[key].to(device, non_blocking=True, copy=True)
+            self._arriving[key] = value, None if stream is None else stream.record_event()
 
     @contextmanager
-    def _beside(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
-        """The stream of copies, after all that is queued in the computation's; None without a card."""
+    def _side_stream(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
+        """The stream of copies, after all that the computation has queued; None on a CPU."""
         if device.type != "cuda":
             yield None
             return
@@ -93,12 +96,3 @@ class HostInputs:
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             yield self._stream
-
-
-def _end_of(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    """What is queued in it so far."""
-    if stream is None:
-        return None
-    event = torch.cuda.Event()
-    event.record(stream)
-    return event

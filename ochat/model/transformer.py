@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import ConfigError, DataError
 from ochat.model import rope
-from ochat.model.activation_offload import HostInputs
+from ochat.model.activation_offload import ActivationOffload
 from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
-from ochat.model.recompute import Remaking
+from ochat.model.recompute import SelectiveRecompute
 
 HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
 RECOMPUTE = ("none", "elementwise", "block")
@@ -60,7 +60,7 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Scale each row to a root mean square of 1, then by `weight`; a residual is added first. Returns (y, sum)."""
 
-    def __init__(self, size: int, eps: float, ops: Remaking) -> None:
+    def __init__(self, size: int, eps: float, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.ops = eps, ops
@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """q, k and v in one product, rotation, attention within each document, the way out."""
 
-    def __init__(self, config: ModelConfig, layer: int, ops: Remaking) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.layer, self.window, self.ops = layer, config.window(layer), ops
         self.head_dim, self.heads = config.head_dim, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one product."""
 
-    def __init__(self, config: ModelConfig, ops: Remaking) -> None:
+    def __init__(self, config: ModelConfig, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.ops = ops
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
@@ -113,7 +113,7 @@ class Block(nn.Module):
     keys and values.
     """
 
-    def __init__(self, config: ModelConfig, layer: int, ops: Remaking) -> None:
+    def __init__(self, config: ModelConfig, layer: int, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size, config.norm_eps, ops)
         self.attn = Attention(config, layer, ops)
@@ -159,10 +159,10 @@ class Transformer(nn.Module):
         # "block": all but a block's inputs
         self.recompute = "none"
         self.offload_activations = False  # with "block": those inputs wait in (pinned) host memory
-        self.host_inputs = HostInputs()
+        self.activation_offload = ActivationOffload()
         self.compute_dtype: torch.dtype | None = None  # None: that of the parameters
         self.inv_freq = rope.inv_freq(config.rope, config.head_dim)  # (D/2,) fp32; no buffer: to_empty() would wipe it
-        self.ops = Remaking(ops)
+        self.ops = SelectiveRecompute(ops)
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, layer, self.ops) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.ops)
@@ -192,7 +192,7 @@ class Transformer(nn.Module):
         wanted = [*[None] * (len(self.blocks) - 1), rows]
         for i, (block, picked) in enumerate(zip(self.blocks, wanted, strict=True)):
             x, residual = self._run(i, partial(block, cos=cos, sin=sin, attend=attend, rows=picked), x, residual)
-        self.host_inputs.settle()
+        self.activation_offload.wait()
         return self.head(self.norm(x, residual)[0], head)
 
     @torch.no_grad()
@@ -223,9 +223,9 @@ class Transformer(nn.Module):
         if self.recompute == "none" or not torch.is_grad_enabled():
             return block(x, residual)
         if self.recompute == "elementwise":
-            with self.ops.remaking():
+            with self.ops.recomputing():
                 return block(x, residual)
-        with self.host_inputs.of_block(index) if self.offload_activations else nullcontext():
+        with self.activation_offload.block(index) if self.offload_activations else nullcontext():
             # a block draws nothing, so there is no state of generators to keep
             return checkpoint(  # type: ignore[return-value]
                 block, x, residual, use_reentrant=False, preserve_rng_state=False

@@ -1,12 +1,13 @@
-"""Inputs of blocks in host memory: they come back as they left, in buffers made once, the next ones ahead of time."""
+"""Block inputs in host memory come back unchanged, in buffers allocated once, the next ones ahead of time."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ochat.model.activation_offload import HostInputs
+from ochat.model.activation_offload import ActivationOffload
 
 
 class Square(torch.autograd.Function):
-    """Saves what it is given, as torch's checkpoint does with a block's inputs."""
+    """Saves its inputs, as torch's checkpoint does with a block's."""
 
     @staticmethod
     def forward(ctx, *values):
@@ -18,13 +19,26 @@ class Square(torch.autograd.Function):
         return tuple(2 * value * gradient for value in ctx.saved_tensors)
 
 
-def blocks(held, inputs):
+class Copies(TorchDispatchMode):
+    """The shapes of tensors that were copied, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def blocks(offload, inputs):
     """The sum of all blocks' squares; `inputs`: of each block."""
     total = torch.zeros(())
     for index, values in enumerate(inputs):
-        with held.of_block(index):
+        with offload.block(index):
             total = total + Square.apply(*values)
-    held.settle()
+    offload.wait()
     return total
 
 
@@ -32,47 +46,49 @@ def drawn(*shapes, dtype=torch.float32):
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
-def check(held, inputs):
-    blocks(held, inputs).backward()
+def check(offload, inputs):
+    blocks(offload, inputs).backward()
     for value in (value for values in inputs for value in values):
         assert torch.equal(value.grad, 2 * value.detach()), value.shape
 
 
-def test_gradients_are_of_the_values_that_left():
+def test_gradients_are_of_the_values_that_were_saved():
     """Also where each forward has other values in the same buffers, other shapes, and a block with one input."""
-    held = HostInputs()
+    offload = ActivationOffload()
     for rows in (3, 3, 7, 1):
-        check(held, [drawn((rows, 5)), drawn((rows, 5), (rows, 2)), drawn((rows, 5), (rows, 2), dtype=torch.bfloat16)])
+        narrow = drawn((rows, 5), (rows, 2), dtype=torch.bfloat16)
+        check(offload, [drawn((rows, 5)), drawn((rows, 5), (rows, 2)), narrow])
 
 
-def test_what_is_overwritten_after_it_left_comes_back_as_it_was():
-    held, value = HostInputs(), torch.arange(4.0, requires_grad=True)
-    total = blocks(held, [[value]])
+def test_an_input_that_is_overwritten_later_comes_back_as_it_was():
+    offload, value = ActivationOffload(), torch.arange(4.0, requires_grad=True)
+    total = blocks(offload, [[value]])
     with torch.no_grad():
         value.fill_(9.0)
     total.backward()
     assert value.grad is not None and value.grad.tolist() == [0.0, 2.0, 4.0, 6.0]
 
 
-def test_buffers_are_made_once():
-    held, inputs = HostInputs(), [drawn((4, 2), (4, 2)) for _ in range(3)]
-    check(held, inputs)
-    first = {place: buffer.data_ptr() for place, buffer in held._buffers.items()}
-    check(held, [drawn((4, 2), (4, 2)) for _ in range(3)])
-    assert {place: buffer.data_ptr() for place, buffer in held._buffers.items()} == first and len(first) == 6
+def test_buffers_are_allocated_once():
+    offload, found = ActivationOffload(), []
+    for _ in range(2):
+        check(offload, [drawn((4, 2), (4, 2)) for _ in range(3)])
+        found.append({key: buffer.data_ptr() for key, buffer in offload.buffers.items()})
+    assert found[0] == found[1] and len(found[0]) == 6
 
 
-def test_the_block_before_comes_ahead_and_nothing_stays():
-    held, come = HostInputs(), []
-    fetch = held._fetch
-    held._fetch = lambda place, device: (come.append(place), fetch(place, device))
-    blocks(held, [drawn((2, 2), (2, 2)) for _ in range(3)]).backward()
-    assert come.index((1, 0)) < come.index((2, 1)), come  # beside the first that is asked for
-    assert not held._coming and not held._leaving
+def test_inputs_of_the_block_before_are_copied_ahead():
+    total = blocks(ActivationOffload(), [drawn((n, 2), (n, 3)) for n in (1, 2, 3)])
+    with Copies() as copies:
+        total.backward()
+    assert copies.shapes == [(3, 2), (2, 2), (2, 3), (3, 3), (1, 2), (1, 3)]
 
 
-def test_a_backward_that_was_broken_off_leaves_nothing_stale():
-    held, inputs = HostInputs(), [drawn((2, 2), (2, 2)) for _ in range(2)]
-    blocks(held, inputs)
-    held._fetch((0, 0), torch.device("cpu"))  # on its way when something failed
-    check(held, [drawn((2, 2), (2, 2)) for _ in range(2)])
+def test_a_backward_that_failed_leaves_nothing_stale():
+    offload, fails = ActivationOffload(), drawn((2, 2), (2, 2))
+    fails[1].register_hook(lambda gradient: 1 / 0)
+    try:
+        blocks(offload, [drawn((2, 2), (2, 2)), fails]).backward()
+    except ZeroDivisionError:
+        pass
+    check(offload, [drawn((2, 2), (2, 2)) for _ in range(2)])
