@@ -47,7 +47,7 @@ def find(run_dir: Path, resume: str, ranks: Ranks, say: Callable[[str], None]) -
         return _named(run_dir, resume, ranks)
     skipped = []
     names = [folder.name for folder in reversed(folders(run_dir))]
-    for name in ranks.exchange({"names": names})[0]["names"]:  # the first rank's: a shared disk may show others late
+    for name in ranks.all_gather_json({"names": names})[0]["names"]:
         folder = run_dir / FOLDER / name
         try:
             return verify(folder, ranks)
@@ -77,7 +77,7 @@ def verify(folder: Path, ranks: Ranks) -> Manifest:
             manifest.check_file(name)
     except (CheckpointError, OSError) as error:
         problem = str(error)
-    ranks.raise_together(problem, CheckpointError)
+    ranks.raise_on_all_ranks(problem, CheckpointError)
     assert manifest is not None
     return manifest
 
@@ -105,10 +105,10 @@ def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
     _check_shapes(manifest, model)
     optim.start_state(optimizer, manifest.step, manifest.skipped)
     shards = Shards(manifest)
-    for name, parameter in local_shards.trained(model).items():
+    for name, parameter in local_shards.trainable_parameters(model).items():
         state = {moment: optimizer.state[parameter][moment] for moment in manifest_module.MOMENTS}
         for stored, target in slices(name, parameter, state).items():
-            _fill(target, shards.read(*stored, *local_shards.rows(parameter)))
+            _fill(target, shards.read(*stored, *local_shards.row_range(parameter)))
     return manifest.step
 
 
@@ -120,7 +120,10 @@ def load_base(folder: Path, model: Transformer) -> None:
     """
     files, known = hf.open_tensors(folder, model.config), hf.parameter_parts(model.config)
     for name, parameter in ((name, p) for name, p in model.named_parameters() if name in known):
-        _fill(local_shards.local(parameter), hf.read_rows(files, model.config, name, *local_shards.rows(parameter)))
+        _fill(
+            local_shards.local_shard(parameter),
+            hf.read_rows(files, model.config, name, *local_shards.row_range(parameter)),
+        )
 
 
 def iterate_parameters(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
@@ -135,9 +138,10 @@ def iterate_parameters(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
 def slices(name: str, parameter: Tensor, state: dict[str, Tensor]) -> dict[tuple[str, str, str], Tensor]:
     """(kind of file, tensor's name there, parameter's name) -> this rank's part of a parameter and of its moments."""
     moments = {
-        ("optimizer", f"{moment}.{name}", name): local_shards.local(state[moment]) for moment in manifest_module.MOMENTS
+        ("optimizer", f"{moment}.{name}", name): local_shards.local_shard(state[moment])
+        for moment in manifest_module.MOMENTS
     }
-    return {("weights", name, name): local_shards.local(parameter)} | moments
+    return {("weights", name, name): local_shards.local_shard(parameter)} | moments
 
 
 class Shards:
@@ -188,7 +192,10 @@ def _fill(target: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> None:
 
 
 def _check_shapes(manifest: Manifest, model: nn.Module) -> None:
-    here = {name: f"{dtype_name(tensor)} {list(tensor.shape)}" for name, tensor in local_shards.trained(model).items()}
+    here = {
+        name: f"{dtype_name(tensor)} {list(tensor.shape)}"
+        for name, tensor in local_shards.trainable_parameters(model).items()
+    }
     there = {name: f"{described['dtype']} {described['shape']}" for name, described in manifest.parameters.items()}
     for name in sorted(here.keys() | there.keys()):
         saved, wanted = (found.get(name, "missing") for found in (there, here))

@@ -77,9 +77,9 @@ class Saver:
         self.optimizer, self.model_config, self.identity = optimizer, model.config, identity
         self.ranks, self.config, self.lines, self.say, self.warn = ranks, config, lines, say, warn
         self.bad_steps, self._skipped = bad_steps, 0
-        self.parameters = local_shards.trained(model)  # sharded: a forward may put whole ones in their place
+        self.parameters = local_shards.trainable_parameters(model)  # before a forward replaces them by whole ones
         self.shard, self.num_shards, self.writes = ranks.shard
-        self.rows = {name: local_shards.rows(parameter) for name, parameter in self.parameters.items()}
+        self.rows = {name: local_shards.row_range(parameter) for name, parameter in self.parameters.items()}
         self.files: dict[str, HostFile] = {}  # by kind, laid out at the first save
         self.newest: Path | None = None
         self._thread: threading.Thread | None = None
@@ -182,13 +182,13 @@ class Saver:
     def _write(self, step: int, copied: dict[str, Any]) -> Outcome:
         """Writes, agrees, publishes, agrees again. A disk that refuses anywhere is every rank's outcome."""
         started, temporary = time.monotonic(), self.root / f".step_{step}.tmp"
-        written = self.ranks.exchange(copied or self._attempt(lambda: self._write_shard(temporary)))
+        written = self.ranks.all_gather_json(copied or self._attempt(lambda: self._write_shard(temporary)))
         problem, answer = _first_problem(written), {}
         if self.ranks.is_first:
             if not problem:
                 answer = self._attempt(lambda: self._publish(step, temporary, written))
             shutil.rmtree(temporary, ignore_errors=True)
-        answer = self.ranks.exchange(answer)[0]
+        answer = self.ranks.all_gather_json(answer)[0]
         problem = problem or answer.get("problem", "")
         return Outcome(step, problem, answer.get("trouble", ""), time.monotonic() - started)
 

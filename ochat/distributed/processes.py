@@ -1,4 +1,4 @@
-"""Starts and stops the processes of a run, and exchanges small records between them.
+"""Start and stop the processes of a run, and exchange small records between them.
 
 Each process that torchrun starts is one rank. A single process is rank 0 of 1 and has no process group.
 """
@@ -18,28 +18,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout  # the groups of a mesh do not inherit it
 
 from ochat.config import ParallelConfig, TrainConfig
-from ochat.distributed.rendezvous import meet
+from ochat.distributed.rendezvous import launch_store
 from ochat.errors import ConfigError, OchatError
 
-DISK_TIMEOUT = timedelta(hours=2)  # the slowest rank's write of its part of a checkpoint; of the dead we hear sooner
-
-
-ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either before it first allocates
-
-
-MARGIN_S = 60.0  # by which torch's own time-outs come after the watchdog's, which says more
+DISK_TIMEOUT = timedelta(hours=2)  # for the slowest rank's part of a checkpoint; the watchdog finds dead ranks sooner
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either before its first allocation
+MARGIN_S = 60.0  # torch's own time-outs come so much later than the watchdog's, whose message says more
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them."""
+    """This process's place among all processes of the run."""
 
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh | None  # (replicate, shard); None: one process, no wrapper
-    store: Any = None  # a torch.distributed Store (whose stubs lack clone) of this start's processes
-    disk_group: Any = None  # a process group of all ranks over the host's network, with time for writes to a disk
+    mesh: DeviceMesh | None  # (replicate, shard); None: a single process, not sharded
+    store: Any = None  # the torch.distributed Store of this launch (its type stubs lack clone)
+    disk_group: Any = None  # a gloo group of all ranks whose time-out leaves room for disk writes
 
     @property
     def is_first(self) -> bool:
@@ -53,14 +49,14 @@ class Ranks:
 
     @property
     def shard(self) -> tuple[int, int, bool]:
-        """(which shard of the model this rank holds, of how many, whether it is in the first of the replicas)."""
+        """(index of this rank's shard of the model, number of shards, whether this is the first replica)."""
         if self.mesh is None:
             return 0, 1, True
         return self.mesh.get_local_rank("shard"), self.mesh["shard"].size(), self.mesh.get_local_rank("replicate") == 0
 
     @property
     def layout(self) -> str:
-        """How the model lies on the ranks, in words."""
+        """How the model is distributed over the ranks, in words."""
         if self.mesh is None:
             return "the whole model on one"
         replicas, shards = self.mesh["replicate"].size(), self.mesh["shard"].size()
@@ -69,9 +65,9 @@ class Ranks:
         hint = " (parallel.replicate = nodes would gather weights within a node)" if nodes > 1 == replicas else ""
         return f"{copies} sharded over {shards} processes, on {nodes} node{'s' * (nodes > 1)}{hint}"
 
-    def exchange(self, record: dict[str, Any]) -> list[dict[str, Any]]:
-        """Every rank's JSON object, in the order of the ranks. Safe beside the main thread's collectives, in one thread
-        at a time; torch's own exchange of objects would send pickles."""
+    def all_gather_json(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every rank's JSON object, in rank order. Another thread may call it during the main thread's collectives, one
+        thread at a time. torch's own all_gather_object would send pickles."""
         if self.world == 1:
             return [record]
         content = torch.frombuffer(bytearray(json.dumps(record).encode()), dtype=torch.uint8)
@@ -83,20 +79,20 @@ class Ranks:
         dist.all_gather(received, padded, group=self.disk_group)
         return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
 
-    def raise_together(self, problem: str, kind: type[OchatError]) -> None:
-        """Raises `kind` on every rank where one has a problem (empty: none): the first one's. Every rank calls it."""
-        for answer in self.exchange({"problem": problem}):
+    def raise_on_all_ranks(self, problem: str, kind: type[OchatError]) -> None:
+        """Raises `kind` with the first rank's problem on all ranks, if any has one (not ""). All ranks call it."""
+        for answer in self.all_gather_json({"problem": problem}):
             if answer["problem"]:
                 raise kind(answer["problem"])
 
 
 def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
-    """Joins the process group that torchrun describes and picks the device.
+    """Join the process group that torchrun describes and select the device.
 
     Raises: ConfigError if the counts do not fit; RanksError if not all processes start.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _device(train.device)
+    device = select_device(train.device)
     shard = parallel.shard or world // parallel.replicate
     if shard * parallel.replicate != world:
         raise ConfigError(
@@ -105,8 +101,8 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
         )
     if world == 1:
         return Ranks(rank, world, device, None)
-    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # would be a pickle; the watchdog writes JSON
-    store, timeout = meet(), timedelta(seconds=parallel.timeout_s + MARGIN_S)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # it would be a pickle; the watchdog writes JSON
+    store, timeout = launch_store(), timedelta(seconds=parallel.timeout_s + MARGIN_S)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     mesh = init_device_mesh(device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
@@ -116,18 +112,19 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
 
 
 def stop() -> None:
-    """Leaves the process group, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _device(name: str) -> torch.device:
+def select_device(name: str) -> torch.device:
+    """The device of train.device on this rank. Raises: ConfigError for "cuda" without a GPU."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("train.device = 'cuda', but torch sees no CUDA device; use --train.device=cpu")
     if not any(name in os.environ for name in ALLOCATOR):
-        # segments that grow lose less between their blocks: a step of 1B at 4 x 16,384 has 43 GiB instead of 47
+        # expandable segments fragment less: a step of 1B at 4 x 16,384 tokens takes 43 GiB instead of 47
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

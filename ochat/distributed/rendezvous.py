@@ -1,8 +1,8 @@
-"""Where the processes of one start of a run meet: a store of their own.
+"""Give each launch its own key prefix in torchrun's store, which outlives restarts.
 
-    store = meet()   (under torchrun; every rank calls it)
-torchrun keeps one store for all its restarts, in which the addresses and NCCL ids of processes that are gone still
-stand. So the first rank hands a new name to each process that is there now, and all they write goes under that name.
+    store = launch_store()   (under torchrun; every rank calls it)
+The store still holds addresses and NCCL ids of processes of earlier launches. So rank 0 gives a fresh launch id to each
+process that is alive now, and all keys of this launch carry that prefix.
 """
 
 from __future__ import annotations
@@ -20,58 +20,58 @@ POLL_S = 0.05
 START_S = 600.0  # machines of one job may start far apart
 
 
-def meet() -> Store:
-    """A store that the processes of this start share, and nobody before or after them.
+def launch_store() -> Store:
+    """A store that only the processes of this launch share.
 
-    Raises: RanksError naming who has not come after START_S.
+    Raises: RanksError naming the ranks that have not arrived after START_S.
     """
     store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
-    name = _invite(store, world) if rank == 0 else _accept(store, rank)
-    return PrefixStore(f"ochat/{name}", store)
+    launch_id = _hand_out_id(store, world) if rank == 0 else _request_id(store, rank)
+    return PrefixStore(f"ochat/{launch_id}", store)
 
 
-def _invite(store: Store, world: int) -> str:
-    """The first rank's part: answers every call with the name, until each rank has said that it heard."""
-    name, missing = uuid.uuid4().hex, set(range(1, world))
+def _hand_out_id(store: Store, world: int) -> str:
+    """Rank 0: answers every request with the launch id until each rank has confirmed it."""
+    launch_id, missing = uuid.uuid4().hex, set(range(1, world))
     deadline = time.monotonic() + START_S
     while missing:
         if time.monotonic() > deadline:
             raise RanksError(_absent(sorted(missing)))
         for rank in sorted(missing):
-            if store.check([_heard(name, rank)]):
+            if store.check([_confirmed(launch_id, rank)]):
                 missing.discard(rank)
-            elif store.check([_call(rank)]):  # perhaps that of a process which is gone: nobody reads the answer
-                store.set(_answer(store.get(_call(rank)).decode()), name)
+            elif store.check([_request(rank)]):  # may be that of a process which is gone: nothing reads the reply
+                store.set(_reply(store.get(_request(rank)).decode()), launch_id)
         time.sleep(POLL_S)
-    return name
+    return launch_id
 
 
-def _accept(store: Store, rank: int) -> str:
-    """The other ranks' part: calls with a word of its own, and takes the answer to that word alone."""
-    word = uuid.uuid4().hex
-    store.set(_call(rank), word)
+def _request_id(store: Store, rank: int) -> str:
+    """Other ranks: requests with a nonce, and accepts the reply to that nonce only."""
+    nonce = uuid.uuid4().hex
+    store.set(_request(rank), nonce)
     try:
-        name = store.get(_answer(word)).decode()
-    except RuntimeError:  # of the store: the time is up
+        launch_id = store.get(_reply(nonce)).decode()
+    except RuntimeError:  # the store's time-out
         raise RanksError(_absent([0])) from None
-    store.set(_heard(name, rank), "")
-    return name
+    store.set(_confirmed(launch_id, rank), "")
+    return launch_id
 
 
-def _call(rank: int) -> str:
-    return f"ochat/call/{rank}"
+def _request(rank: int) -> str:
+    return f"ochat/request/{rank}"
 
 
-def _answer(word: str) -> str:
-    return f"ochat/answer/{word}"
+def _reply(nonce: str) -> str:
+    return f"ochat/reply/{nonce}"
 
 
-def _heard(name: str, rank: int) -> str:
-    return f"ochat/heard/{name}/{rank}"
+def _confirmed(launch_id: str, rank: int) -> str:
+    return f"ochat/confirmed/{launch_id}/{rank}"
 
 
 def _absent(ranks: list[int]) -> str:
     return (
         f"waited {START_S:.0f} s for rank {', '.join(map(str, ranks[:16]))}"
-        f"{' ...' * (len(ranks) > 16)} to start; look for an error in what those processes or their machines say"
+        f"{' ...' * (len(ranks) > 16)} to start; look for an error in the output of those processes or their machines"
     )

@@ -1,13 +1,13 @@
-"""A signal asks a run to end after the step in hand: Ctrl-C, SIGTERM, or SIGUSR1 (a scheduler's warning).
+"""Stop a run after the current step on Ctrl-C, SIGTERM, or SIGUSR1 (a scheduler's warning).
 
-Ranks may hear of it at different times, so they ask each other: what is asked after one step is answered after the
-next, over the host's network, while the device works. A second Ctrl-C ends at once.
+Ranks may receive a signal at different times, so they agree on the step: each step starts an asynchronous all-reduce
+over the hosts' network, whose result is read after the next step. A second Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -16,27 +16,29 @@ import torch.distributed as dist
 
 from ochat.errors import OchatError
 
+log = logging.getLogger(__name__)
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(OchatError):
-    """The run was told to stop and has saved its state; `exit_code` is 128 + the signal's number."""
+    """A signal stopped the run, and its state is saved; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class Interrupt:
-    """Catches the signals while it is entered."""
+class StopSignal:
+    """Catches the signals inside its `with` block."""
 
-    def __init__(self, world: int, say: Callable[[str], None]) -> None:
-        self.world, self.say = world, say
+    def __init__(self, world: int) -> None:
+        self.world = world
         self.received: int | None = None
-        self._asked: tuple[torch.Tensor, Any] | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> Interrupt:
+    def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
@@ -44,26 +46,27 @@ class Interrupt:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
-        """Whether a rank was told to stop, as of the last call but one: the same answer on every rank."""
+    def requested_anywhere(self) -> bool:
+        """Whether any rank had received a signal at the previous call: the same answer on every rank."""
         if self.world == 1:
             return self.received is not None
-        answer = self._answer()
+        answer = self._wait()
         flag = torch.tensor([int(self.received is not None)])
-        self._asked = flag, dist.all_reduce(flag, async_op=True)
+        self._pending = flag, dist.all_reduce(flag, async_op=True)
         return answer
 
     def stop(self, steps_done: int) -> None:
-        """Raises Interrupted; the state of `steps_done` steps must have been saved."""
-        self._answer()
+        """Raises Interrupted; the state after `steps_done` steps must have been saved."""
+        self._wait()
         number = self.received or signal.SIGTERM
-        message = f"stopped after step {steps_done} by a signal; start the same command again to go on"
+        message = f"stopped after step {steps_done} by a signal; start the same command again to continue"
         raise Interrupted(message, 128 + number)
 
-    def _answer(self) -> bool:
-        if self._asked is None:
+    def _wait(self) -> bool:
+        """The result of the pending all-reduce; False if there is none."""
+        if self._pending is None:
             return False
-        flag, work = self._asked
+        flag, work = self._pending
         work.wait()
         return bool(flag.item())
 
@@ -71,4 +74,4 @@ class Interrupt:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
-        self.say("stopping after this step or the next, then saving; a second Ctrl-C ends at once, unsaved")
+        log.info("stopping after this step or the next, then saving; a second Ctrl-C ends at once without saving")

@@ -35,11 +35,11 @@ def claim(config: Config, ranks: Ranks, warn: Callable[[str], None]) -> Iterator
     """
     with ExitStack() as held:
         mine = _take(config, warn, held) if ranks.is_first else {}
-        first = ranks.exchange(mine)[0]
+        first = ranks.all_gather_json(mine)[0]
         _agree(ranks, first.get("problem", ""))
         folder = Path(first["folder"])
         seen = lock_module.is_seen(folder, first["token"]) if not ranks.is_first else True
-        there = ranks.exchange({"seen": seen, "host": socket.gethostname()})
+        there = ranks.all_gather_json({"seen": seen, "host": socket.gethostname()})
         _agree(ranks, next((_unseen(folder, r["host"], there[0]["host"]) for r in there if not r["seen"]), ""))
         yield structs.replace(config, run=structs.replace(config.run, dir=str(folder)))
 

@@ -59,13 +59,13 @@ class Adapters:
         if not self.are_on:
             return
         files = hf.open_tensors(self.config.base.path, self.model)
-        for name, parameter in local_shards.trained(model).items():
+        for name, parameter in local_shards.trainable_parameters(model).items():
             if ".lora." in name:
                 value = lora.first_value(name, tuple(parameter.shape), self.config.run.seed)
             else:
                 value = self._rows(files, name.replace("tokens.", ""))
-            first, end = local_shards.rows(parameter)
-            local_shards.local(parameter).copy_(value[first:end])
+            first, end = local_shards.row_range(parameter)
+            local_shards.local_shard(parameter).copy_(value[first:end])
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must share with the run that goes on from it, beside what every one must."""
@@ -89,7 +89,7 @@ class Adapters:
         """What is trained, as name -> text."""
         if not self.are_on:
             return {}
-        count = sum(parameter.numel() for parameter in local_shards.trained(model).values())
+        count = sum(parameter.numel() for parameter in local_shards.trainable_parameters(model).values())
         rows = f", and the rows of {len(self.ids)} tokens in embedding and head" if self.ids else ""
         settings = self.config.lora
         return {"lora": f"{count:,} trained: rank {settings.rank} on {', '.join(settings.targets)}{rows}"}

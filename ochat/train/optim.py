@@ -18,7 +18,7 @@ from torch.profiler import record_function
 
 from ochat.checkpoint.manifest import MOMENTS
 from ochat.config import OptimConfig
-from ochat.distributed.local_shards import first_element, local, trained
+from ochat.distributed.local_shards import global_offset, local_shard, trainable_parameters
 from ochat.errors import ConfigError
 
 PIECE = 2**26  # elements whose moments are on the card at a time: 512 MiB
@@ -72,7 +72,7 @@ class FusedAdamW(torch.optim.Optimizer):
         """AdamW's two, where they are kept."""
         if not self.host_moments:
             return {moment: torch.zeros_like(parameter, dtype=self.state_dtype) for moment in MOMENTS}
-        like = local(parameter)
+        like = local_shard(parameter)
         return {moment: torch.zeros(like.shape, dtype=self.state_dtype, pin_memory=like.is_cuda) for moment in MOMENTS}
 
     @torch.no_grad()
@@ -91,8 +91,8 @@ class FusedAdamW(torch.optim.Optimizer):
         numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} | {"skipped": skipped}
         step = int(states[0]["step"]) if states else 1  # a host tensor
         adamw = partial(self.adamw, **numbers, step=step, grad_scale=grad_scale, seed=self.seed)
-        places = [self.ids[p] for p in parameters], [first_element(p) for p in parameters]
-        lists = [[local(t) for t in tensors] for tensors in lists]
+        places = [self.ids[p] for p in parameters], [global_offset(p) for p in parameters]
+        lists = [[local_shard(t) for t in tensors] for tensors in lists]
         if self.host_moments:
             _update_in_pieces(adamw, *places, *lists)
         else:
@@ -121,7 +121,7 @@ def build(
     Gradients of bf16 parameters are bf16, as backward makes them; where they are added up over `micro_batches` of a
     process, fp32.
     """
-    parameters = list(trained(model).values())
+    parameters = list(trainable_parameters(model).values())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -198,7 +198,7 @@ def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int, skip
         for parameter in group["params"]:
             if isinstance(optimizer, FusedAdamW):
                 state = optimizer.zero_moments(parameter) | {"step": torch.tensor(float(steps_done))}
-                optimizer.skipped = torch.tensor(float(skipped), device=local(parameter).device)
+                optimizer.skipped = torch.tensor(float(skipped), device=local_shard(parameter).device)
             else:
                 state = {name: torch.zeros_like(parameter) for name in MOMENTS}
                 state["step"] = torch.full((), float(steps_done - skipped), device=parameter.device)

@@ -47,7 +47,7 @@ def _least(config: Config, model: ModelConfig, ranks: Ranks, kernels: Any) -> tu
     budget = config.data.token_budget
     config = structs.replace(config, train=structs.replace(config.train, kernels=kernels))
     run = Run(model, config, Workload(LengthCounts.of(np.array([budget])), supervised_share=1.0), num_steps=0)
-    room = min(record["room"] for record in ranks.exchange({"room": _room(ranks.device)}))
+    room = min(record["room"] for record in ranks.all_gather_json({"room": _room(ranks.device)}))
     cut = run.cut(ranks.world, ranks.world)
     policy = run.settled(cut, room).recompute
     tried = run.policies[: run.policies.index(policy) + 1]

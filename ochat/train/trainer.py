@@ -24,7 +24,7 @@ from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
 from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
-from ochat.distributed.signals import Interrupt
+from ochat.distributed.signals import StopSignal
 from ochat.distributed.watchdog import Watchdog
 from ochat.export.hf_folder import export
 from ochat.files.jsonl import LineFile
@@ -69,7 +69,7 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
             Watchdog(ranks, config.parallel.timeout_s) as watchdog,
             run_folder.claim(config, ranks, Display(show=ranks.is_first).warn) as resolved,
         ):
-            watchdog.keep_in(Path(resolved.run.dir))
+            watchdog.set_dump_dir(Path(resolved.run.dir))
             (run or Trainer.run)(Trainer(resolved, ranks, watchdog))
     finally:
         processes.stop()
@@ -103,7 +103,7 @@ class Trainer:
         self.backend = build.attention_name(config, ranks.device)
         verify.headers(config, self.model_config, self.run_dir)
         self.model = build.build_model(self.config, self.model_config, self.ops, ranks, self.adapters)
-        self.model.register_forward_pre_hook(lambda *_: self.watchdog.progress())
+        self.model.register_forward_pre_hook(lambda *_: self.watchdog.heartbeat())
         self.optimizer = build.build_optimizer(config, self.model, self.ops, ranks, self.kernels)
         self.lines = {name: LineFile(self.run_dir / name, self.display.warn) for name in layout.LINES}
         self.bad_steps = self._open_bad_steps()
@@ -117,17 +117,17 @@ class Trainer:
         self.lr = inputs.choose_lr(config, self.loader, self.model_config)
         self.journal = self._open_journal()
         self.trackers = Trackers(config, self.run_dir, enabled=ranks.is_first)
-        self.interrupt = Interrupt(ranks.world, self.display.note)
+        self.stop_signal = StopSignal(ranks.world)
 
     def run(self) -> None:
         """All remaining steps, with evaluations and checkpoints at their times; ends with an export."""
         self.announce()
         if self.steps_done == self.loader.num_steps:
             self.display.note(f"all {self.steps_done:,} steps were done before: nothing is trained")
-        with self.interrupt, self.saver, self.display.progress(self.steps_done, self.loader.num_steps):
+        with self.stop_signal, self.saver, self.display.progress(self.steps_done, self.loader.num_steps):
             if self.steps_done == 0:
                 self.evaluate()
-            self.watchdog.rest("planning the first epoch")
+            self.watchdog.enter("planning the first epoch", timed=False)
             self.journal.restart_clock()
             for step, batches in self.loader.iterate(self.steps_done):
                 self.step(step, batches)
@@ -136,7 +136,7 @@ class Trainer:
 
     def step(self, step: int, batches: list[PackedBatch]) -> None:
         """One optimizer step (`step` counts from 0) over this rank's micro-batches of it."""
-        self.watchdog.at(f"step {step + 1}")
+        self.watchdog.enter(f"step {step + 1}")
         weight = torch.full((), sum(b.weight_sum for b in batches), dtype=torch.float64, device=self.ranks.device)
         weight = self.ranks.sum_tensor(weight).float().clamp_min(torch.finfo(torch.float32).tiny)
         tally = Tally(self.data.class_names, self.ranks.device)
@@ -166,7 +166,7 @@ class Trainer:
         epoch_end = self.loader.epoch_end(step)
         save = last or due(done, self.config.checkpoint.every, epoch_end)
         measure = last or due(done, self.config.train.eval_every, epoch_end)
-        stop = self.interrupt.agreed() and not last
+        stop = self.stop_signal.requested_anywhere() and not last
         if save or measure or stop or done % self.config.train.log_every == 0:
             lines = self.journal.flush()
             self.display.steps(lines, self.loader.num_steps)
@@ -174,18 +174,18 @@ class Trainer:
         if measure:
             self.evaluate()
         if save or stop:
-            self.watchdog.rest(f"saving step {done}")
+            self.watchdog.enter(f"saving step {done}", timed=False)
             self.saver.save(done)
         if stop:
             self.saver.finish()
-            self.interrupt.stop(done)
+            self.stop_signal.stop(done)
         self.saver.poll()
         if save or measure:
             self.journal.restart_clock()
 
     def evaluate(self) -> None:
         """Held-out loss per class and answers to the sample prompts, after the steps done so far."""
-        self.watchdog.at(f"the evaluation after step {self.steps_done}")
+        self.watchdog.enter(f"the evaluation after step {self.steps_done}")
         stamp = {"step": self.steps_done}
         if self.eval_loader is not None:
             line = stamp | evaluate.held_out(self.forward, self.eval_loader, self.ranks)
@@ -205,14 +205,14 @@ class Trainer:
 
     def finish(self) -> None:
         """Exports the trained model from its last checkpoint; every rank waits for it."""
-        self.watchdog.rest("the export")
+        self.watchdog.enter("the export", timed=False)
         self.trackers.close()
         newest = self.saver.finish()
         if self.ranks.is_first:
             export(newest, self.run_dir / "export", overwrite=True)
             self.display.note(f"exported {self.run_dir / 'export'}")
             self.display.note(f"look at it: ochat report {self.run_dir}")
-        self.ranks.exchange({})  # a collective of the cards would time out before a large model is exported
+        self.ranks.all_gather_json({})  # a collective of the cards would time out before a large model is exported
 
     def announce(self) -> None:
         """Says and writes down what will be done, before the first step: the plan, the devices, the kernels, the

@@ -84,7 +84,7 @@ def _compare(
         problem = message(path) if path else ""
     except (OchatError, OSError) as error:
         problem = str(error)
-    ranks.raise_together(problem, kind)
+    ranks.raise_on_all_ranks(problem, kind)
     return len(files)
 
 

@@ -234,13 +234,13 @@ def test_a_rank_reads_its_own_share_of_the_base_and_of_a_checkpoint(world, alone
             shares.append(0)
             checkpoint.load_base(world.base, model)
             for name, parameter in model.named_parameters():
-                assert torch.equal(local_shards.local(parameter), part(base[name])), name
+                assert torch.equal(local_shards.local_shard(parameter), part(base[name])), name
             adamw = optim.build(model, OptimConfig())
             assert checkpoint.load(found, model, adamw) == 5
             for name, parameter in model.named_parameters():
-                assert torch.equal(local_shards.local(parameter), part(weights[name])), name
+                assert torch.equal(local_shards.local_shard(parameter), part(weights[name])), name
                 for moment in manifest.MOMENTS:
-                    held = local_shards.local(adamw.state[parameter][moment])
+                    held = local_shards.local_shard(adamw.state[parameter][moment])
                     assert torch.equal(held, part(optimizer[f"{moment}.{name}"])), name
     total = 4 * 4 * sum(parameter.numel() for parameter in base.values())  # base, masters, two moments in fp32
     assert sum(shares) == total

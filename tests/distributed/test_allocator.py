@@ -18,7 +18,7 @@ def test_segments_grow_unless_the_environment_says_otherwise(monkeypatch, given)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: at_first_use.update(os.environ))
     try:
-        assert processes._device("cuda") == torch.device("cuda", 0)
+        assert processes.select_device("cuda") == torch.device("cuda", 0)
     finally:
         os.environ.pop(processes.ALLOCATOR[0], None)
     seen = {name: at_first_use[name] for name in processes.ALLOCATOR if name in at_first_use}

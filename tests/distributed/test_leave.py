@@ -11,7 +11,8 @@ from tests.tiny import ROOT, environment
 SCRIPT = """
 import atexit, sys
 from ochat.errors import ConfigError
-from ochat.train import command, trainer
+from ochat.commands import train as command
+from ochat.train import trainer
 
 class Kept:
     def __del__(self):

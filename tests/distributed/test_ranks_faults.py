@@ -17,13 +17,15 @@ LONG = ["--data.epochs=2000", "--train.eval_every=100000", "--checkpoint.every=1
 pytestmark = pytest.mark.usefixtures("alone")  # after it Numba has compiled what a short time-out has no room for
 QUICK = ["--parallel.timeout_s=5"]
 
-# ochat.train with one fault: `python faulty.py CONFIG ...`; {fault} is code that sees trainer, saver, errors and time
+# ochat.train with one fault: `python faulty.py CONFIG ...`; {fault} is code that sees trainer, save, errors and time
 FAULTY = """
 import os, time
 from ochat import errors
-from ochat.train import command, saver, trainer
+from ochat.checkpoint import save
+from ochat.commands import train as command
+from ochat.train import trainer
 
-plain_step, plain_write = trainer.Trainer.step, saver.Saver._write_shard
+plain_step, plain_write = trainer.Trainer.step, save.Saver._write_shard
 
 def step(self, step, batches):
     if step == 4 and self.ranks.rank == 1:
@@ -35,7 +37,7 @@ def write_shard(self, folder):
         {in_save}
     return plain_write(self, folder)
 
-trainer.Trainer.step, saver.Saver._write_shard = step, write_shard
+trainer.Trainer.step, save.Saver._write_shard = step, write_shard
 command.main()
 """
 
@@ -119,7 +121,7 @@ def test_a_hung_process_ends_the_run_by_a_time_out_with_the_flight_recorder_kept
 
 
 def test_a_disk_that_hangs_does_not_keep_a_process_whose_time_is_up(world, tmp_path):
-    stuck = "from ochat.train import watchdog as w; w.KEEP_S = 1; w.disk.write_json = lambda *_: time.sleep(1e6)"
+    stuck = "import ochat.distributed.watchdog as w; w.DUMP_S = 1; w.atomic.write_json = lambda *_: time.sleep(9e5)"
     with job(world, tmp_path / "run", 2, *QUICK, in_step=f"{stuck}; time.sleep(1e6)") as (process, log):
         assert process.wait(60) != 0
     assert re.search(r"Rank 1 was in step 4; \S+rank_1.json is not written after 1 s", said(log))

@@ -84,7 +84,7 @@ def run(config: configuration.Config, ranks: Ranks, split: int = 0) -> None:
         trainer.run()
     finally:
         optim.update = update
-    idle = [rank for rank, record in enumerate(ranks.exchange({"idle": trainer.idle})) if record["idle"]]
+    idle = [rank for rank, record in enumerate(ranks.all_gather_json({"idle": trainer.idle})) if record["idle"]]
     if ranks.is_first:
         save_file(trainer.gradients, Path(config.run.dir) / "gradients.safetensors")
         plans = [trainer.loader.plan(epoch) for epoch in range(config.data.epochs)]

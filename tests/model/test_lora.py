@@ -97,7 +97,7 @@ def test_gradients_are_those_of_a_plain_model_with_merged_weights(targets, tied)
     model, given = adapted(config, settings), batch(20, config.vocab_size)
     loss = run(model, given)
     loss.backward()
-    trained = local_shards.trained(model)
+    trained = local_shards.trainable_parameters(model)
     leaves = {name: p.detach().double().requires_grad_() for name, p in trained.items()}
     expected = plain_loss(model, settings, leaves, given)
     expected.backward()

@@ -144,7 +144,7 @@ def settle(room_gib: float, monkeypatch, device=CARD, **train) -> tuple[str, str
         base=BaseConfig("base"), data=DataConfig("data", token_budget=8192, bins_per_step=8), train=TrainConfig(**train)
     )
     monkeypatch.setattr(recompute, "_room", lambda _: room_gib * GIB)
-    eight = SimpleNamespace(device=device, world=8, exchange=lambda record: [record, {"room": record["room"] + GIB}])
+    eight = SimpleNamespace(device=device, world=8, all_gather_json=lambda record: [record, {"room": record["room"] + GIB}])
     found, why = recompute.settle(config, LLAMA_8B, eight, "triton")  # type: ignore[arg-type]
     settled = structs.replace(config.train, recompute=found.train.recompute)
     assert found == structs.replace(config, train=settled)  # nothing else is decided here

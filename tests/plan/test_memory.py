@@ -111,7 +111,7 @@ def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, r
     sharding.wrap(model, shard_of_four, TrainConfig(recompute="none"), choice, torch.bfloat16)
     setting = Setting(8, 8, ranks=4, shard=4, micro_batches=2, reduce=reduce, reshard=reshard)
     use = memory.predict(config, setting)
-    assert sum(local_shards.local(p).nbytes for p in model.parameters()) == use.masters
+    assert sum(local_shards.local_shard(p).nbytes for p in model.parameters()) == use.masters
     ids = torch.arange(8)
     attend = PackedAttention(torch.tensor([0, 8], dtype=torch.int32), 8)
     shares = 4 * config.num_parameters() / 4
@@ -122,7 +122,7 @@ def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, r
         norm = 2 * config.hidden_size  # the last one, in the root's group
         kept = 0 if is_last else memory._gathered(config, setting) + norm * (reshard == "block")
         assert gathered_bytes(model) == kept
-    assert sum(local_shards.local(p.grad).nbytes for p in model.parameters() if p.grad is not None) == shares
+    assert sum(local_shards.local_shard(p.grad).nbytes for p in model.parameters() if p.grad is not None) == shares
 
 
 def groups_of(model: Transformer) -> list:

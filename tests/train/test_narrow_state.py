@@ -122,7 +122,7 @@ def test_a_shard_is_rounded_as_within_the_whole(rank):
         for number in (1, 2):
             give_gradients(whole, number)
             for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-                local = theirs.grad[slice(*local_shards.rows(ours))].contiguous()
+                local = theirs.grad[slice(*local_shards.row_range(ours))].contiguous()
                 ours.grad = DTensor.from_local(
                     local, ours.device_mesh, ours.placements, shape=ours.shape, stride=ours.stride()
                 )
@@ -130,11 +130,11 @@ def test_a_shard_is_rounded_as_within_the_whole(rank):
                 optim.begin(each, lr=1e-3)
                 each.step(GOOD)
         for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-            rows = slice(*local_shards.rows(ours))
-            assert torch.equal(local_shards.local(ours), theirs[rows])
+            rows = slice(*local_shards.row_range(ours))
+            assert torch.equal(local_shards.local_shard(ours), theirs[rows])
             for moment in manifest.MOMENTS:
                 assert torch.equal(
-                    local_shards.local(its_optimizer.state[ours][moment]), optimizer.state[theirs][moment][rows]
+                    local_shards.local_shard(its_optimizer.state[ours][moment]), optimizer.state[theirs][moment][rows]
                 )
     finally:
         dist.destroy_process_group()
