@@ -9,9 +9,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
+from ochat.console import configure_logging  # noqa: E402
 from tests import tiny  # noqa: E402 (after the variable is set)
 
 torch.set_num_threads(1)
+configure_logging()
 
 
 @pytest.fixture(scope="session")

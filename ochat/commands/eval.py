@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+from ochat.console import bar
 from ochat.errors import ConfigError
 from ochat.files import atomic
 from ochat.model.device import find_device
-from ochat.progress import bar
 from ochat.text import tokenizer as tokenizers
 from ochat.text.openchat_json import load_template, read_description, warn_of_unknown_class
 from ochat.text.template import Template

@@ -10,9 +10,9 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
+from ochat.console import waiting
 from ochat.errors import ConfigError
 from ochat.model.device import find_device
-from ochat.progress import waiting
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
 from ochat.text.openchat_json import load_template, read_description, warn_of_unknown_class

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from rich.console import Console
 
+from ochat.console import bar
 from ochat.errors import ConfigError
 from ochat.evaluate import proportion
 from ochat.files import atomic
 from ochat.model.device import find_device
-from ochat.progress import bar
 from ochat.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

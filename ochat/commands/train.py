@@ -27,6 +27,7 @@ from rich.table import Column, Table
 
 from ochat import config as configuration
 from ochat.config import Config
+from ochat.console import configure_logging
 from ochat.errors import ConfigError, OchatError, complain
 
 PROFILE = "--profile"
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line, trains, and exits with the documented code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     explain_if_asked(arguments, "ochat train", PURPOSE)
+    configure_logging()
     try:
         config = read_arguments([a for a in arguments if a != PROFILE])
         if PROFILE in arguments:

@@ -24,13 +24,13 @@ from torch import Tensor
 from ochat.checkpoint import best as best_module
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import Manifest
+from ochat.console import waiting
 from ochat.errors import CheckpointError, ConfigError
 from ochat.export import merge, serving
 from ochat.files import atomic, checksums
 from ochat.files.staging import partial_folder
 from ochat.model import hf, peft
 from ochat.model.config import ModelConfig
-from ochat.progress import waiting
 from ochat.run import layout
 from ochat.run.layout import MANIFEST
 

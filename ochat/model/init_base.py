@@ -18,6 +18,7 @@ import ochat_kernels
 import torch
 from rich.console import Console
 
+from ochat.console import waiting
 from ochat.errors import ConfigError
 from ochat.files import atomic, bounded_json, checksums
 from ochat.files.staging import partial_folder
@@ -26,7 +27,6 @@ from ochat.model.config import ModelConfig
 from ochat.model.gguf import GGUFFile
 from ochat.model.safetensor_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
-from ochat.progress import waiting
 from ochat.text import tokenizer as tokenizers
 
 # what a folder may hold beside weights and config.json that belongs to its tokenizer or to generation

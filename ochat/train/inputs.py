@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from ochat.config import Config
+from ochat.console import waiting
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.data.mixture import Mixture
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
-from ochat.progress import waiting
 from ochat.text.template import Template
 from ochat.train import schedule
 from ochat.train.schedule import LearningRate

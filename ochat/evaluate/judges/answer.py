@@ -16,13 +16,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ochat.console import bar
 from ochat.errors import ConfigError
 from ochat.evaluate.judges import questions as benchmark
 from ochat.evaluate.judges.answer_log import AnswerLog
 from ochat.evaluate.judges.asked_model import AskedModel, AskedOptions, asked_model
 from ochat.evaluate.judges.questions import Answer, Format, Question
 from ochat.files import atomic
-from ochat.progress import bar
 
 
 @dataclass(frozen=True, kw_only=True)

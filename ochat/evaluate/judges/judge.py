@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ochat.console import bar
 from ochat.errors import ConfigError
 from ochat.evaluate import proportion
 from ochat.evaluate.judges import answer_files, verdict
@@ -31,7 +32,6 @@ from ochat.evaluate.judges.chat_server import ChatServer, RefusedError, ServerOp
 from ochat.evaluate.judges.parallel import in_parallel
 from ochat.evaluate.judges.verdict import Pair
 from ochat.files import atomic
-from ochat.progress import bar
 
 MAX_REFUSED = 3  # requests in a row, at the beginning: then it is not them that are at fault
 

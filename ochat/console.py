@@ -1,0 +1,79 @@
+"""Terminal output: logged notes and warnings, progress bars, and tables of facts.
+
+    configure_logging()                          # once, by a command
+    logging.getLogger(__name__).info("saved")    # a library: info is a note, warning a line that must not be missed
+    with bar("conversations", 500) as advance: ...; advance(20)
+    with waiting("exporting"): ...
+
+Notes and results go to stdout; bars to stderr, only on a terminal, and they vanish when the work is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+stdout = Console(highlight=False)  # one for all, so that printed lines and a live bar do not overwrite each other
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints a record as one line on stdout: notes as they are, warnings and errors marked."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "" if record.levelno < logging.WARNING else f"[bold red]{record.levelname}[/] "
+        stdout.print(f"{mark}{escape(record.getMessage())}", soft_wrap=True)
+
+
+def configure_logging() -> None:
+    """Print the package's notes and warnings on stdout; on ranks other than the first only errors."""
+    logger = logging.getLogger("ochat")
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
+
+
+def facts(title: str, values: dict[str, str]) -> Table:
+    """A table of names and texts, a line each."""
+    table = Table(title=escape(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")  # a long path is shown whole
+    for name, value in values.items():
+        table.add_row(f"[dim]{name}[/]", escape(value))
+    return table
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
+    """A progress bar; call what it yields with the number of items just done."""
+    with _shown(TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner and the elapsed time, for work that has no steps to count."""
+    with _shown(SpinnerColumn(), TextColumn(what, markup=False), TimeElapsedColumn()) as progress:
+        progress.add_task(what, total=None)
+        yield
+
+
+def _shown(*columns: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
