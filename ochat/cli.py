@@ -46,15 +46,7 @@ COMMANDS = {
     "export": Command("ochat.export.hf_folder", "ExportOptions", "write a checkpoint as a Hugging Face folder", True),
     "generate": Command("ochat.commands.generate", "GenerateOptions", "answer prompts under a condition", True),
     "eval": Command("ochat.commands.eval", "EvalOptions", "measure held-out answers under every class's prefix", True),
-    "answer": Command(
-        "ochat.evaluate.judges.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench", True
-    ),
-    "agieval": Command(
-        "ochat.evaluate.judges.agieval", "AgievalOptions", "answer and score AGIEval's multiple choice", True
-    ),
-    "judge": Command(
-        "ochat.evaluate.judges.judge", "JudgeOptions", "win rates of two models' answers, judged by a third", True
-    ),
+    "answer": Command("ochat.commands.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench", True),
     "report": Command("ochat.commands.report", "ReportOptions", "show runs as one HTML file", True),
     "represent": Command(
         "ochat.commands.represent",
@@ -63,6 +55,14 @@ COMMANDS = {
         True,
     ),
     "ablate": Command("ochat.commands.ablate", None, "train the paper's variants and compare them"),
+}
+
+REMOVED = {  # commands of earlier versions, and what replaces them
+    "agieval": "`ochat agieval` is gone: lm-eval scores AGIEval and other multiple choice on an export. "
+    "Run `ochat export RUN OUT`, then `lm_eval run --model hf --model_args pretrained=OUT --apply_chat_template "
+    "--tasks agieval_en`",
+    "judge": "`ochat judge` is gone: alpaca_eval and FastChat judge the files that `ochat answer` writes. Run "
+    "`alpaca_eval --model_outputs A.json --reference_outputs B.json`, or `python -m fastchat.llm_judge.gen_judgment`",
 }
 
 
@@ -77,6 +77,9 @@ def main() -> None:
         from ochat import __version__
 
         print(f"ochat {__version__}")
+    elif name in REMOVED:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(REMOVED[name]))
+        sys.exit(2)
     elif name not in COMMANDS:
         console = Console(stderr=True, highlight=False, soft_wrap=True)
         alike = difflib.get_close_matches(name, COMMANDS, n=1)

@@ -49,8 +49,8 @@ class RanksError(OchatError):
 
 
 class ServerError(OchatError):
-    """A server that answers questions or judges answers refuses a request, or keeps failing; gives its words. The same
-    command goes on from what was answered."""
+    """A server that answers questions refuses a request, or keeps failing; gives its words. The same command resumes
+    from the answers kept."""
 
 
 def message(error: OchatError | OSError) -> str:

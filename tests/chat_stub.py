@@ -1,4 +1,4 @@
-"""A chat server for tests, on 127.0.0.1: it answers by a function, keeps every request, and fails as it is told.
+"""A chat server for tests, on 127.0.0.1: it answers by a function and keeps every request.
 
 with ChatStub(lambda body: "Hi") as stub:  stub.endpoint;  stub.requests[0].body["messages"]
 stub.faults = [Fault(429, {"Retry-After": "1"}), b"garbage"]       # for the first requests, in order
@@ -29,20 +29,15 @@ class Request(NamedTuple):
     body: dict[str, Any]
 
 
-CUT = "cut off"  # a fault: fewer bytes than the header says
-HANG = "hang"  # a fault: silence, until the server ends
-DRIP = "drip"  # a fault: a byte now and then, for ever
-
-
 class ChatStub:
     """`answer`: the request's body -> the reply's text, or (text, finish_reason)."""
 
     def __init__(self, answer: Callable[[dict[str, Any]], Any]) -> None:
         self.answer = answer
         self.requests: list[Request] = []
-        self.faults: list[Fault | bytes | str] = []
+        self.faults: list[Fault | bytes] = []
         self.most_at_once, self.at_once = 0, 0
-        self.lock, self.ended = threading.Lock(), threading.Event()
+        self.lock = threading.Lock()
 
     def __enter__(self) -> ChatStub:
         handler = type("Handler", (_Handler,), {"stub": self})
@@ -52,21 +47,8 @@ class ChatStub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.ended.set()
         self.server.shutdown()
         self.server.server_close()
-
-    def next_fault(self) -> Fault | bytes | str | None:
-        with self.lock:
-            return self.faults.pop(0) if self.faults else None
-
-    def counted_answer(self, body: dict[str, Any]) -> Any:
-        """The answer; under way until just before it is sent, as its client may send the next request at once."""
-        self.count(1)
-        try:
-            return self.answer(body)
-        finally:
-            self.count(-1)
 
     def count(self, change: int) -> None:
         with self.lock:
@@ -76,7 +58,7 @@ class ChatStub:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    request_queue_size = 64  # with fewer, those that wait are refused at first, and come again a second later
+    request_queue_size = 64  # more connections would be refused, and retried a second later
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -85,39 +67,36 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         stub = self.stub
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        headers = {name.lower(): value for name, value in self.headers.items()}
         with stub.lock:
-            stub.requests.append(Request(time.monotonic(), self.path, dict(self.headers), body))
-        fault = stub.next_fault()
-        self._fail(fault) if fault is not None else self._reply(stub.counted_answer(body))
+            stub.requests.append(Request(time.monotonic(), self.path, headers, body))
+            fault = stub.faults.pop(0) if stub.faults else None
+        if isinstance(fault, Fault):
+            self._send(fault.status, fault.headers, fault.body)
+        elif fault is not None:
+            self._send(200, {}, fault)
+        else:
+            self._reply(body)
 
-    def _reply(self, answer: Any) -> None:
+    def log_message(self, *_: object) -> None:
+        """Keep the tests' output readable."""
+
+    def _reply(self, body: dict[str, Any]) -> None:
+        self.stub.count(1)
+        try:
+            answer = self.stub.answer(body)
+        finally:  # before it is sent: the client may send the next request at once
+            self.stub.count(-1)
         text, reason = answer if isinstance(answer, tuple) else (answer, "stop")
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
         usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
         whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "stub", "choices": [choice]}
         self._send(200, {}, json.dumps(whole | {"usage": usage}).encode())
 
-    def _fail(self, fault: Fault | bytes | str) -> None:
-        if fault == HANG:
-            self.stub.ended.wait(30)
-        elif fault == DRIP:
-            self.send_response(200)
-            self.end_headers()
-            while not self.stub.ended.wait(0.05):
-                self.wfile.write(b" ")
-        elif fault == CUT:
-            self._send(200, {"Content-Length": "1000"}, b'{"choices": [')
-        elif isinstance(fault, Fault):
-            self._send(fault.status, fault.headers, fault.body)
-        else:
-            self._send(200, {}, fault)
-
-    def _send(self, status: int, headers: dict[str, str], body: Any) -> None:
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+        defaults = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
+        for name, value in (defaults | headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing."""

@@ -1,5 +1,5 @@
-"""A real server, transformers serve, with an exported model: its answers are the model's here, the class goes with each
-request, and it judges: pytest -m slow tests/export/test_served.py"""
+"""transformers serve with an exported model gives the same answers as the model in this process, under each class:
+pytest -m slow tests/evaluate/test_served.py"""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import urllib.request
 
 import pytest
 
-from ochat.evaluate.judges.agieval import AgievalOptions, evaluate
-from ochat.evaluate.judges.answer import AnswerOptions, answer
-from ochat.evaluate.judges.judge import JudgeOptions, judge
+from ochat.commands.answer import AnswerOptions, main
 from ochat.export.hf_folder import export
 from tests import tiny
 
@@ -75,32 +73,8 @@ def test_a_served_models_answers_are_the_models_own(model, endpoint, tmp_path):
                 dtype="float32",
                 **where,
             )
-            found[condition, len(where)] = [(each.turns, each.is_cut) for _, each in answer(asked)]
+            main(asked)
+            records = [json.loads(line) for line in asked.output.read_text().splitlines()]
+            found[condition, len(where)] = [record["choices"] for record in records]
         assert found[condition, 2] == found[condition, 0], condition
     assert found[None, 2] == found["GPT4", 2] != found["GPT3", 2]
-
-
-def test_a_served_model_judges_and_is_examined(model, endpoint, tmp_path):
-    for name in ("a", "b"):
-        outputs = [{"instruction": f"{i}+1", "output": name, "generator": name} for i in range(2)]
-        (tmp_path / f"{name}.json").write_text(json.dumps(outputs))
-    record = judge(
-        JudgeOptions(
-            a=tmp_path / "a.json",
-            b=tmp_path / "b.json",
-            output=tmp_path / "verdicts.jsonl",
-            endpoint=endpoint,
-            judge=str(model),
-            max_new_tokens=8,
-        )
-    )
-    assert record["verdicts"]["all"] == 4 and record["unread"] == 2  # a model of 30,000 weights has no verdict
-    record = {"passage": "", "question": "Who?", "options": ["(A)I", "(B)You"], "label": "A"}
-    (tmp_path / "sat-en.jsonl").write_text(json.dumps(record))
-    numbers = [
-        evaluate(
-            AgievalOptions(model=str(model), data=tmp_path / "sat-en.jsonl", max_new_tokens=9, dtype="float32", **at)
-        )
-        for at in ({"endpoint": endpoint}, {})
-    ]
-    assert numbers[0]["tasks"] == numbers[1]["tasks"]

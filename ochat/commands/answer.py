@@ -1,0 +1,72 @@
+"""`ochat answer MODEL QUESTIONS OUTPUT --format F`: answers that AlpacaEval's and FastChat's judges read.
+
+ochat answer models/mine alpaca_eval.json results/mine/model_outputs.json --format alpaca_eval --condition GPT4
+ochat answer mine question.jsonl model_answer/mine.jsonl --format mt_bench --endpoint http://127.0.0.1:8000/v1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.markup import escape
+
+from ochat.evaluate.questions import Format, read_questions
+from ochat.files import atomic
+
+MAX_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "vicuna_bench": 1024}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """Answers a benchmark's questions, for its own judge to read."""
+
+    model: str  # an exported folder, a run or a checkpoint; with --endpoint: the model's name on the server
+    questions: Path  # alpaca_eval.json, or FastChat's question.jsonl, as published
+    output: Path  # the file to write: model_outputs.json, or model_answer/NAME.jsonl
+    format: Format = "alpaca_eval"  # of the questions and answers
+    name: str = ""  # of the model in the answers; empty: OUTPUT's, in alpaca_eval the model's
+    condition: str | None = None  # the class whose answers are wanted; left out: the model's default; "": none
+    max_new_tokens: int | None = None  # the longest answer to a turn; left out: 2048 in alpaca_eval, else 1024
+    temperature: float | None = None  # left out: 0 in alpaca_eval, else FastChat's for the question's category
+    limit: int | None = None  # answer only the first so many questions; left out: all
+    seed: int = 0  # of sampling
+    template: str | None = None  # of a local model without openchat.json: a template's name or file
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of a local model's weights and computation
+    device: str = "auto"  # of a local model; auto: a GPU if there is one; or cpu, cuda, cuda:1, ...
+    base: str = ""  # of a checkpoint of adapters: where their base is now; empty: where the run had it
+    endpoint: str = ""  # an OpenAI-compatible server, http://host:port/v1; its key: environment variable OPENAI_API_KEY
+    concurrent: int = 8  # requests to the server at a time
+    requests_per_minute: float = 0.0  # most requests that are sent in a minute; 0: no limit
+    retries: int = 10  # of a request that failed for a reason that may pass
+    timeout_s: float = 600.0  # the longest wait for one reply
+
+
+def main(options: AnswerOptions) -> None:
+    """The command `ochat answer`."""
+    from ochat.evaluate import answer_files  # torch takes seconds to import; --help does without
+    from ochat.evaluate.answer import answer
+    from ochat.evaluate.model_client import EndpointAnswerer, LocalAnswerer
+    from ochat.model.device import find_device
+
+    answer_files.check_output(options.output)
+    questions = read_questions(options.questions, options.format, limit=options.limit, temperature=options.temperature)
+    given = options.max_new_tokens
+    most = MAX_NEW_TOKENS[options.format] if given is None else given
+    if options.endpoint:
+        keys = ("condition", "seed", "concurrent", "requests_per_minute", "retries", "timeout_s")
+        more = {key: getattr(options, key) for key in keys}
+        answerer = EndpointAnswerer(options.endpoint, options.model, max_new_tokens=most, **more)
+    else:
+        more = {key: getattr(options, key) for key in ("condition", "template", "seed", "dtype", "base")}
+        device = find_device(options.device)
+        answerer = LocalAnswerer(Path(options.model), max_new_tokens=most, device=device, **more)
+    about = {"questions": atomic.sha256(options.questions), "format": options.format, "seed": options.seed}
+    about |= {"max_new_tokens": most, "temperature": options.temperature}
+    name = options.name or answer_files.generator_name(options.format, options.model, options.output)
+    answered = answer(answerer, questions, options.output, options.format, about=about, name=name)
+    num_cut = sum(each.is_cut for _, each in answered)
+    cut = f"{num_cut:,} of them cut short by --max-new-tokens or the context" if num_cut else "none of them cut short"
+    Console(highlight=False).print(f"{len(answered):,} answers in {escape(str(options.output))}, {cut}", soft_wrap=True)

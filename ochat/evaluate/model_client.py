@@ -1,0 +1,302 @@
+"""Ask a model a benchmark's questions: one in this process, or one that an OpenAI-compatible endpoint serves.
+
+    answerer = LocalAnswerer(Path("models/mine"), condition="GPT4")
+    for question, answer in answerer.answers(questions): ...
+
+An answer depends neither on the other questions nor on an interruption: each turn has a seed of its own. The endpoint's
+key is read from OPENAI_API_KEY. It is sent to that endpoint alone, and never logged or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+from ochat.errors import ConfigError, ServerError
+from ochat.evaluate.answer_files import Answer
+from ochat.evaluate.questions import Question
+from ochat.export.open_model import folder_of, open_model
+from ochat.files import atomic
+from ochat.infer.generate import generate
+from ochat.model.config import ModelConfig
+from ochat.model.transformer import Transformer
+from ochat.text import template as templates
+from ochat.text import tokenizer as tokenizers
+from ochat.text.conversation import Conversation, Message
+from ochat.text.openchat_json import load_template, read_description, warn_of_unknown_class
+from ochat.text.template import Template
+
+log = logging.getLogger(__name__)
+QUESTIONS_PER_BATCH = 16  # each holds a cache of keys and values as long as the batch's longest
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+KEY = "OPENAI_API_KEY"
+
+
+class Answerer(Protocol):
+    """Answers questions. `about`: plain data that identifies the model and its settings."""
+
+    about: dict[str, Any]
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
+        """Each question with its answer, in any order, as soon as it is known."""
+        ...
+
+
+def turn_seed(seed: int, key: str, turn: int) -> int:
+    """The seed, from 0 to 2^31, of one turn of the question `key`."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}/{turn}".encode()).digest()[:4]) >> 1
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of a model folder: the content of its small files (settings, checksums of the weights) and the sizes of
+    its weights."""
+    parts = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        content = str(path.stat().st_size) if path.suffix in WEIGHTS else atomic.sha256(path)
+        parts.append(f"{path.name}={content}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class EndpointAnswerer:
+    """A model that a server holds. The class goes into the chat template's variable `condition`."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        model: str,
+        *,
+        max_new_tokens: int,
+        condition: str | None = None,
+        seed: int = 0,
+        concurrent: int = 8,
+        requests_per_minute: float = 0.0,
+        retries: int = 10,
+        timeout_s: float = 600.0,
+    ) -> None:
+        """Raises: ConfigError for options out of range, and where the package openai is missing."""
+        _check_max_new_tokens(max_new_tokens)
+        _check_endpoint(endpoint)
+        _check_least("concurrent", concurrent, 1)
+        _check_least("requests_per_minute", requests_per_minute, 0)
+        _check_least("retries", retries, 0)
+        _check_least("timeout_s", timeout_s, 1)
+        self.endpoint, self.model, self.seed, self.max_new_tokens = endpoint, model, seed, max_new_tokens
+        self.concurrent = concurrent
+        self.about = {"model": model, "condition": condition}
+        self._extra = {} if condition is None else {"chat_template_kwargs": {"condition": condition}}
+        self._interval_s = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._next_start, self._lock = 0.0, threading.Lock()
+        self._key = _key()
+        self._client = self._open_client(retries, timeout_s)
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
+        """`concurrent` questions at a time. After an error or Ctrl-C no question is begun; answers under way are still
+        given, and then the first error is raised. Raises: ServerError."""
+        waiting, failure = iter(questions), None
+        running: dict[Future[Answer], Question] = {}
+        with ThreadPoolExecutor(self.concurrent) as pool:
+            while True:
+                if failure is None:
+                    for question in islice(waiting, self.concurrent - len(running)):
+                        running[pool.submit(self._answer, question)] = question
+                if not running:
+                    break
+                try:
+                    done = wait(running, return_when=FIRST_COMPLETED).done
+                except KeyboardInterrupt as error:
+                    done, failure = set(), failure or error
+                for future in done:
+                    question, error = running.pop(future), future.exception()
+                    if error is None:
+                        yield question, future.result()
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _open_client(self, retries: int, timeout_s: float) -> Any:
+        try:
+            import openai
+        except ImportError:
+            raise ConfigError("--endpoint needs the package openai: pip install 'ochat-crlft[judge]'") from None
+        hooks = {"request": [self._before_request], "response": [self._warn]}
+        return openai.OpenAI(
+            base_url=self.endpoint,
+            api_key=self._key or "none",
+            max_retries=retries,
+            timeout=timeout_s,
+            # a redirect could carry the request elsewhere: it is an error
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks),
+        )
+
+    def _before_request(self, request: Any) -> None:
+        """Keep to requests_per_minute, which counts retries too; send no key where there is none."""
+        if not self._key:
+            request.headers.pop("Authorization", None)
+        with self._lock:
+            start = max(time.monotonic(), self._next_start)
+            self._next_start = start + self._interval_s
+        time.sleep(max(start - time.monotonic(), 0.0))
+
+    def _warn(self, response: Any) -> None:
+        if response.status_code >= 400:
+            log.warning("%s: HTTP %d %s", self.endpoint, response.status_code, response.reason_phrase)
+
+    def _answer(self, question: Question) -> Answer:
+        chat: list[dict[str, str]] = []
+        is_cut = False
+        for turn, text in enumerate(question.turns):
+            chat.append({"role": "user", "content": text})
+            more = {"seed": turn_seed(self.seed, question.key, turn)} if question.temperature else {}
+            choice = self._ask(chat, temperature=question.temperature, **more)
+            is_cut |= choice.finish_reason == "length"
+            chat.append({"role": "assistant", "content": (choice.message.content or "").strip()})
+        return Answer(tuple(each["content"] for each in chat[1::2]), is_cut, time.time())
+
+    def _ask(self, chat: list[dict[str, str]], **settings: Any) -> Any:
+        """The choice that the server answers with. Raises: ServerError."""
+        import openai
+
+        settings |= {"max_tokens": self.max_new_tokens, "extra_body": self._extra}
+        try:
+            choice = self._client.chat.completions.create(model=self.model, messages=list(chat), **settings).choices[0]
+            if choice.message.content is None and choice.finish_reason != "length":
+                raise ServerError(f"{self.endpoint}, model {self.model}: an answer without text")
+            return choice
+        except openai.APIStatusError as error:
+            hint = f"; is {KEY} set to its key?" if error.status_code in (401, 403) else ""
+            words = " ".join(str(error).split())[:300] + hint
+        except openai.APIConnectionError as error:
+            words = f"no answer ({error.__cause__ or error})"
+        except (ValueError, LookupError, TypeError, AttributeError, openai.APIResponseValidationError) as error:
+            words = f"a broken answer ({error})"
+        words = words.replace(self._key, "***") if self._key else words
+        raise ServerError(
+            f"{self.endpoint}, model {self.model}: {words}. The same command resumes from the answers kept"
+        )
+
+
+class LocalAnswerer:
+    """A model in this process. Its weights are loaded when the first question is asked."""
+
+    def __init__(
+        self,
+        source: Path,
+        *,
+        max_new_tokens: int,
+        condition: str | None = None,
+        template: str | None = None,
+        seed: int = 0,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        base: str = "",
+    ) -> None:
+        """Raises: ConfigError and CheckpointError, for what can be known before the weights are read."""
+        _check_max_new_tokens(max_new_tokens)
+        self.source, self.max_new_tokens, self.seed = source, max_new_tokens, seed
+        self.dtype, self.device, self.base = dtype, device, base
+        self.folder = folder_of(source)
+        self.tokenizer = tokenizers.load(self.folder)
+        self.template = self._template(template, condition)
+        self.about = {"model": fingerprint(self.folder), "condition": self.template.default_condition}
+        self.about |= {"template": self.template.name, "dtype": dtype}
+        self._model: Transformer | None = None
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
+        """In batches of one temperature. Raises: ConfigError naming a question that fills the model's context, before
+        the weights are loaded; as open_model."""
+        context = ModelConfig.load(self.folder).max_position_embeddings
+        for question in questions:
+            if len(ids := self._prompt(question)) >= context:
+                raise ConfigError(f"{question.place}: {len(ids)} tokens, but the model's context is {context}")
+        for temperature in dict.fromkeys(question.temperature for question in questions):
+            alike = [question for question in questions if question.temperature == temperature]
+            for first in range(0, len(alike), QUESTIONS_PER_BATCH):
+                batch = alike[first : first + QUESTIONS_PER_BATCH]
+                yield from zip(batch, self._answer(batch, temperature), strict=True)
+
+    def _template(self, name: str | None, condition: str | None) -> Template:
+        template = load_template(self.folder, name)
+        template.check(self.tokenizer)
+        if condition is not None:
+            template = templates.speaking_as(template, condition, self.tokenizer)
+        warn_of_unknown_class(template.default_condition, read_description(self.folder).get("classes"))
+        return template
+
+    def _prompt(self, question: Question, given: Sequence[str] = ()) -> list[int]:
+        """The ids of the turns that `given` answers and of the next one, ready for its answer."""
+        turns = zip(question.turns, (*given, ""), strict=False)
+        items = [Message(role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True)]
+        return self.template.encode_prompt(Conversation(tuple(items)), self.tokenizer)
+
+    def _answer(self, batch: Sequence[Question], temperature: float) -> list[Answer]:
+        given: list[list[str]] = [[] for _ in batch]
+        cut = [False] * len(batch)
+        for turn in range(max(len(question.turns) for question in batch)):
+            asked = [index for index, question in enumerate(batch) if turn < len(question.turns)]
+            prompts = [self._prompt(batch[index], given[index]) for index in asked]
+            seeds = [turn_seed(self.seed, batch[index].key, turn) for index in asked]
+            for index, (text, is_cut) in zip(asked, self.complete(prompts, temperature, seeds), strict=True):
+                given[index].append(text)
+                cut[index] |= is_cut
+        return [Answer(tuple(turns), is_cut, time.time()) for turns, is_cut in zip(given, cut, strict=True)]
+
+    def complete(
+        self, prompts: Sequence[list[int]], temperature: float, seeds: Sequence[int]
+    ) -> list[tuple[str, bool]]:
+        """(text, whether it was cut) for each prompt. One that fills the context gets an empty answer that is cut."""
+        if self._model is None:
+            self._model = open_model(self.source, dtype=self.dtype, device=self.device, base=self.base)
+        context = self._model.config.max_position_embeddings
+        fits = [index for index, prompt in enumerate(prompts) if len(prompt) < context]
+        found = generate(
+            self._model,
+            [prompts[index] for index in fits],
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=[self.tokenizer.special_tokens[self.template.eot]],
+            temperature=temperature,
+            seed=[seeds[index] for index in fits],
+        )
+        texts = [("", True)] * len(prompts)
+        for index, ids in zip(fits, found, strict=True):
+            is_cut = len(ids) == min(self.max_new_tokens, context - len(prompts[index]))
+            texts[index] = (self.tokenizer.decode(ids).strip(), is_cut)
+        return texts
+
+
+def _key() -> str:
+    """The key without surrounding blanks. Raises: ConfigError, without quoting it, for a key that no request can
+    carry."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{KEY}: holds characters that no key has; set it again")
+    return key
+
+
+def _check_max_new_tokens(most: int) -> None:
+    if most < 1:
+        raise ConfigError(f"--max-new-tokens {most}: at least 1 is needed")
+
+
+def _check_endpoint(endpoint: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not (is_address and endpoint.isascii() and endpoint.isprintable() and " " not in endpoint):
+        raise ConfigError(f"--endpoint {endpoint}: an address is needed, such as http://127.0.0.1:8000/v1")
+
+
+def _check_least(name: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
