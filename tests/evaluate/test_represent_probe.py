@@ -11,8 +11,7 @@ from ochat.evaluate.represent import plane
 from ochat.evaluate.represent import probe as probes
 
 stats = pytest.importorskip("scipy.stats", reason="the extra `report` is not installed")
-linear_model = pytest.importorskip("sklearn.linear_model")
-multiclass = pytest.importorskip("sklearn.multiclass")
+pytest.importorskip("sklearn")
 
 
 def made_up(seed, n=60, hidden=8, classes=2, apart=0.0, per_prompt=1):
@@ -26,28 +25,33 @@ def made_up(seed, n=60, hidden=8, classes=2, apart=0.0, per_prompt=1):
 
 
 @pytest.mark.parametrize(("n", "hidden", "classes"), [(80, 12, 2), (40, 200, 2), (90, 10, 3)])
-def test_all_fits_at_once_are_scikit_learns_one_by_one(n, hidden, classes):
+def test_predictions_are_those_of_the_minimum(n, hidden, classes):
+    """Of the penalised loss on all other folds, found by Newton's method in float64."""
     states, labels, _ = made_up(1, n, hidden, classes, apart=1.5)
     random = np.random.default_rng(0)
-    many = np.stack([labels, *(random.permutation(labels) for _ in range(3))])
+    many = np.stack([labels, random.permutation(labels)])
     folds = random.permutation(np.arange(n) % probes.FOLDS)
     found = probes.out_of_fold(states, many, folds)
     for fold in range(probes.FOLDS):
         train, test = probes.standardised(states[folds != fold], states[folds == fold])
-        for row, told in zip(many, found, strict=True):
-            model = linear_model.LogisticRegression(
-                C=1 / probes.PENALTY, fit_intercept=False, tol=1e-8, max_iter=10_000
-            )
-            model = multiclass.OneVsRestClassifier(model) if classes > 2 else model
-            model.fit(train.astype(np.float64), row[folds != fold])
-            scores = np.sort(np.abs(model.decision_function(test).reshape(len(test), -1)), axis=1)
-            is_clear = (scores[:, 0] if classes == 2 else np.abs(np.diff(_top_two(model, test))[:, 0])) > 0.02
+        for row, predicted in zip(many, found, strict=True):
+            names = range(classes) if classes > 2 else [1]
+            scores = np.stack([test @ minimum(train, row[folds != fold] == name) for name in names], axis=1)
+            scores = scores if classes > 2 else np.column_stack([np.zeros(len(test)), scores])
+            top = np.sort(scores, axis=1)
+            is_clear = top[:, -1] - top[:, -2] > 1e-3
             assert is_clear.sum() > len(test) / 2
-            assert (model.predict(test) == told[folds == fold])[is_clear].all()
+            assert (scores.argmax(1) == predicted[folds == fold])[is_clear].all()
 
 
-def _top_two(model, test):
-    return np.sort(model.decision_function(test), axis=1)[:, -2:]
+def minimum(x, targets):
+    """argmin of sum log(1 + e^s) - t s + PENALTY |w|^2 / 2, s = x w."""
+    x, weights = x.astype(np.float64), np.zeros(x.shape[1])
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-(x @ weights)))
+        hessian = (x.T * (p * (1 - p))) @ x + probes.PENALTY * np.eye(len(weights))
+        weights -= np.linalg.solve(hessian, x.T @ (p - targets) + probes.PENALTY * weights)
+    return weights
 
 
 def test_states_are_standardised_by_the_training_folds():
@@ -59,16 +63,6 @@ def test_states_are_standardised_by_the_training_folds():
     assert np.delete(train[:, :-1], 3, axis=1).std(0) * np.sqrt(16) == pytest.approx(1, abs=1e-5)
     wanted = (states[30:, 0] - states[:30, 0].mean()) / states[:30, 0].std() / 4
     assert test[:, 0] == pytest.approx(wanted, abs=1e-5)
-
-
-def test_the_weights_are_the_minimum():
-    """At it the gradient of sum log(1 + e^s) - t s + PENALTY |w|^2 / 2 is zero."""
-    states, labels, _ = made_up(2, 100, 30, apart=2)
-    x, _ = probes.standardised(states, states)
-    targets = np.stack([labels, labels[::-1]], axis=1).astype(np.float32)
-    weights = probes.fit(x, targets).astype(np.float64)
-    gradient = x.T @ (1 / (1 + np.exp(-(x @ weights))) - targets) + probes.PENALTY * weights
-    assert np.abs(gradient).max() < 2e-3 * np.abs(x.T @ targets).max()
 
 
 def test_no_fold_splits_a_prompt_and_classes_are_spread_alike():
@@ -97,21 +91,21 @@ def test_states_that_tell_the_prompt_do_not_tell_the_class():
     assert (probes.out_of_fold(states, labels[None], split)[0] == labels).mean() == 1  # what grouping keeps from us
 
 
-@pytest.mark.parametrize("per_prompt", [1, 2, 3])
+@pytest.mark.parametrize("per_prompt", [2, 3])
 def test_p_values_of_random_labels_are_uniform(per_prompt):
     """Where states say nothing about the class, but answers to one prompt are alike and share their class (3), or are
     one of each class (2): at most a share p of p-values is up to p, and they are not all large."""
     values = []
-    for seed in range(60):
+    for seed in range(24):
         states, labels, prompts = made_up(seed, 48, 6, per_prompt=per_prompt)
         random = np.random.default_rng(seed)
         states += 3 * random.normal(size=(48, 6)).astype(np.float32)[prompts]
         if per_prompt == 3:
             labels = random.permutation(np.arange(16) % 2)[prompts]
-        values.append(probes.probe(states, labels, prompts, num_permutations=39, seed=seed).p_value)
-    assert min(values) >= 1 / 40
+        values.append(probes.probe(states, labels, prompts, num_permutations=19, seed=seed).p_value)
+    assert min(values) >= 1 / 20
     assert stats.kstest(values, "uniform", alternative="greater").pvalue > 0.01  # not too many small ones
-    assert np.mean(np.array(values) <= 0.5) > 0.25
+    assert np.mean(np.array(values) <= 0.5) > 0.2
 
 
 def test_separated_classes_have_the_smallest_p_value_there_is():
@@ -119,7 +113,7 @@ def test_separated_classes_have_the_smallest_p_value_there_is():
     assert (found.accuracy, found.p_value) == (1.0, 1 / 100)
     assert found.interval[1] == 1 and found.interval[0] == pytest.approx(1 / (1 + proportion.Z**2 / 60))
     assert 0.35 < found.permuted < 0.6
-    three = probes.probe(*made_up(0, n=90, classes=3, apart=8), num_permutations=99, seed=0)
+    three = probes.probe(*made_up(0, n=90, classes=3, apart=8), num_permutations=19, seed=0)
     assert three.accuracy == 1.0 and 0.2 < three.permuted < 0.45
 
 
