@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from ochat.commands.answer import AnswerOptions, main
+from ochat.export.hf_folder import export
+from ochat.model import hf
 from ochat.text.conversation import Conversation, Message
 from ochat.text.template import load as load_template
 from ochat.text.tokenizer import load as load_tokenizer
-from ochat.model import hf
-from ochat.export.hf_folder import export
 from tests import tiny
 from tests.chat_stub import ChatStub
 
