@@ -31,7 +31,7 @@ from benchmarks.train_step_peers import Ours, Peer
 from ochat import config as configuration
 from ochat.checkpoint import load as checkpoint
 from ochat.distributed import processes as processes_module
-from ochat.plan.gpus import CARDS
+from ochat.plan.gpus import GPUS
 from ochat.plan.memory import GIB
 from ochat.train import verify
 from ochat.train.metrics import peak_memory_gib
@@ -114,7 +114,7 @@ def row_of(index: int) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{case.title} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    expected = train_step_forecast.predict(case, CARDS["H200"], processes)
+    expected = train_step_forecast.predict(case, GPUS["H200"], processes)
     row = {
         "processes": processes,
         "model": case.model,

@@ -1,8 +1,9 @@
-"""`ochat plan CONFIG.toml --section.key=value ...`: what a run will do and what it will need, before it does it.
+"""`ochat plan CONFIG.toml --section.key=value ...`: show what a run will do and what it will need, without a GPU.
 
     ochat plan run.toml --card H100 --gpus 8 --nodes 4        one kind of machine
-    ochat plan run.toml --lengths lengths.npy                 before there is a data set: lengths alone
-Needs no GPU, and of the base model no more than its config.json.
+    ochat plan run.toml --gpus 8,64,512                       several numbers of GPUs
+    ochat plan run.toml --lengths lengths.npy                 before there is a data set: from lengths alone
+Of the base model it needs no more than config.json.
 """
 
 from __future__ import annotations
@@ -16,92 +17,134 @@ from rich.markup import escape
 
 from ochat.commands import train as train_command
 from ochat.config import Config
+from ochat.console import facts, waiting
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.plan import lengths as length_files
-from ochat.plan import plan_lengths, tables
-from ochat.plan.forecast import Run
-from ochat.plan.gpus import CARDS
+from ochat.plan import run_facts, tables
+from ochat.plan.forecast import PlanInputs, forecast
+from ochat.plan.gpus import GPUS
 from ochat.plan.lengths import LengthCounts
 from ochat.plan.roofline import Workload
-from ochat.plan.run_facts import describe
 from ochat.text import tokenizer as tokenizers
 from ochat.train import identity, inputs, schedule
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
 PURPOSE = """Shows what the same command line would train, without a GPU: steps, packing, learning rate; and predicts
-memory and speed on named cards.
+memory and speed on known GPUs.
 
   --card NAME         {cards} (default: all three)
-  --gpus N            GPUs of a node (default: 1 and 8, and speed on 8, 64 and 512)
+  --gpus N[,N...]     GPUs of a node (default: 1 and 8)
   --nodes N           nodes of so many GPUs (default: 1)
   --lengths FILE.npy  plan from the lengths of sequences alone, int32 or int64, in place of data.path; made with
                       {how}
   --supervised SHARE  with --lengths: the share of tokens that is trained on (default: 0.5)"""
+PREDICTED = (
+    "Predicted, not measured: FLOPs and bytes over what the GPUs reach, with FlashAttention-2, which torch's varlen "
+    "attention runs (formulas: ochat/plan/memory.py, roofline.py). Kernels that fall short make it slower."
+)
+NO_SPEED = "train.dtype = float32: no GPU is predicted; the rates that predictions rest on are those of bfloat16"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the plan's own options and the training command line, and prints the plan. Raises: OchatError."""
-    purpose = PURPOSE.format(cards=", ".join(CARDS), how=escape(length_files.HOW_TO_MAKE))
+    """Print the plan of a training command line. Raises: OchatError."""
+    purpose = PURPOSE.format(cards=", ".join(GPUS), how=escape(length_files.HOW_TO_MAKE))
     train_command.explain_if_asked(arguments, "ochat plan", purpose)
     options, rest = parse(arguments)
     if options.lengths:
         rest += [f"--data.path={options.lengths}", "--data.mix={}"]
-    show(train_command.read_arguments(rest), options, Console(highlight=False))
+    config, console = train_command.read_arguments(rest), Console(highlight=False)
+    model = ModelConfig.load(config.base.path)
+    notes = check_base(config.base.path, model)
+    planned = plan_lengths if options.lengths else plan_data
+    described, workload, num_steps = planned(config, model, options, notes, console)
+    console.print(facts(f"plan of {config.run.dir}", described))
+    for note in notes:
+        console.print(f"[yellow]note[/] {escape(note)}")
+    sections = config.data, config.train, config.optim, config.parallel, config.lora
+    show(PlanInputs(model, workload, num_steps, *sections), options, console)
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The plan's own options, and what is left for the training command line; a wrong value ends with usage."""
     parser = argparse.ArgumentParser("ochat plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--card", choices=sorted(CARDS))
-    parser.add_argument("--gpus", type=_count)
+    parser.add_argument("--card", choices=sorted(GPUS))
+    parser.add_argument("--gpus", type=lambda text: tuple(map(_count, text.split(","))), default=())
     parser.add_argument("--nodes", type=_count, default=1)
     parser.add_argument("--lengths", default="")
     parser.add_argument("--supervised", type=_share, default=0.5)
     return parser.parse_known_args(arguments)
 
 
-def show(config: Config, options: argparse.Namespace, console: Console) -> None:
-    """Prints the lengths, the facts of the run, what to know about them, and the forecasts."""
-    model = ModelConfig.load(config.base.path)
-    notes = check_base(config, model)
-    if options.lengths:
-        lengths = length_files.read(options.lengths)
-        counts = LengthCounts.of(lengths)
-        console.print(counts.text(), end="\n\n")
-        notes += plan_lengths.notes(config, model, counts)
-        stats = plan_lengths.pack(config, model, lengths, counts, options.supervised, console)
-        counts = counts.cut(config.data.token_budget)
-        lr = schedule.choose_lr(
-            config.optim.lr,
-            supervised_tokens_per_step=stats.supervised_per_step,
-            model_type=model.model_type,
-            vocab_size=model.vocab_size,
-        )
-        facts = plan_lengths.describe(config, model, stats, counts, options, lr.reason)
-    else:
-        data = inputs.open_data(config)
-        counts = LengthCounts.of(data.lengths)
-        console.print(counts.text(), end="\n\n")
-        loader = open_checked(config, data, model)
-        lr, stats = inputs.choose_lr(config, loader, model), loader.stats()
-        facts = describe(loader, model, config.data, weights_source=config.weights.source, lr_reason=lr.reason)
-        notes += data_notes(data, model, counts)
-        counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or more
+Planned = tuple[dict[str, str], Workload, int]  # facts, workload, number of steps
+
+
+def plan_data(config: Config, model: ModelConfig, _: object, notes: list[str], console: Console) -> Planned:
+    """Plan a run on its data set; extends `notes`."""
+    data = inputs.open_data(config)
+    counts = LengthCounts.of(data.lengths)
+    console.print(counts.text(), end="\n\n")
+    loader = open_checked(config, data, model)
+    stats, reason = loader.stats(), inputs.choose_lr(config, loader, model).reason
+    described = run_facts.describe(loader, model, config.data, weights_source=config.weights.source, lr_reason=reason)
+    notes += run_facts.data_notes(data.manifests) + run_facts.context_notes(counts, model.max_position_embeddings)
+    counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
     share = stats.num_supervised / max(counts.num_tokens, 1)
-    workload = Workload(counts, share, stats.fill, stats.imbalance_mean)
-    console.print(tables.facts(f"plan of {config.run.dir}", facts))
-    for note in notes:
+    return described, Workload(counts, share, stats.fill, stats.imbalance_mean), stats.num_steps
+
+
+def plan_lengths(
+    config: Config, model: ModelConfig, options: argparse.Namespace, notes: list[str], console: Console
+) -> Planned:
+    """Plan a run on sequences of which only the lengths are known; extends `notes`."""
+    data, share = config.data, options.supervised
+    lengths = length_files.read(options.lengths)
+    counts = LengthCounts.of(lengths)
+    console.print(counts.text(), end="\n\n")
+    notes += run_facts.budget_notes(counts, data.token_budget)
+    notes += run_facts.context_notes(counts, model.max_position_embeddings)
+    flops = length_files.flops_of_length(model, counts.longest, share)
+    with waiting(f"packing {len(lengths):,} sequences"):
+        stats = length_files.pack(
+            lengths, flops, share, token_budget=data.token_budget, bins_per_step=data.bins_per_step,
+            seed=config.run.seed, epochs=data.epochs, max_steps=data.max_steps,
+        )  # fmt: skip
+    counts = counts.cut(data.token_budget)
+    rate = schedule.choose_lr(
+        config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
+        vocab_size=model.vocab_size,
+    )  # fmt: skip
+    total = float(counts.counts @ flops[: len(counts.counts)].astype(float))
+    described = {
+        "model": run_facts.describe_model(model),
+        "data": f"{stats.num_sequences:,} sequences of {options.lengths}, {stats.num_tokens:,} tokens",
+        "supervised": f"{share:.0%} of the tokens: assumed (--supervised)",
+    } | run_facts.describe_steps(stats, data, total, rate.reason)
+    share = stats.num_supervised / max(counts.num_tokens, 1)
+    return described, Workload(counts, share, stats.fill, stats.imbalance_mean), stats.num_steps
+
+
+def show(planned: PlanInputs, options: argparse.Namespace, console: Console) -> None:
+    """Print predicted memory and speed on each kind and number of GPUs."""
+    if planned.train.dtype != "bfloat16":
+        console.print(f"\n{NO_SPEED}", soft_wrap=True)
+        return
+    few = (1,) if planned.optim.in_backward else (1, 8) if options.nodes == 1 else (8,)  # in_backward: one process
+    gpus = [GPUS[options.card]] if options.card else list(GPUS.values())
+    found = [forecast(planned, gpu, gpus=n, nodes=options.nodes) for n in options.gpus or few for gpu in gpus]
+    console.print(f"\n[dim]{escape(PREDICTED)}[/]\n")
+    console.print(tables.memory_table(found, planned.data.token_budget), f"[dim]{tables.MEMORY_LEGEND}[/]\n", sep="\n")
+    console.print(tables.speed_table(found), "", tables.time_table(found), f"[dim]{tables.TIME_LEGEND}[/]\n", sep="\n")
+    console.print(tables.recompute_table(found))
+    for note in tables.notes(found, planned):
         console.print(f"[yellow]note[/] {escape(note)}")
-    tables.show(Run(model, config, workload, stats.num_steps), options, console)
 
 
-def check_base(config: Config, model: ModelConfig) -> list[str]:
-    """Checks what there is of the base's weights; notes on what is missing and not needed yet. Raises: as
-    hf.check_weights."""
-    folder = Path(config.base.path)
+def check_base(path: str, model: ModelConfig) -> list[str]:
+    """Check the base's weights if there are any; a note if not. Raises: as hf.check_weights."""
+    folder = Path(path)
     if any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         hf.check_weights(folder, model)
         return []
@@ -114,20 +157,6 @@ def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Load
     if any(Path(config.base.path).glob("tokenizer*")):
         identity.check_data(data, held_out, tokenizers.load(config.base.path), model, config)
     return inputs.open_loader(config, data, model)
-
-
-def data_notes(data: TokenDataset, model: ModelConfig, counts: LengthCounts) -> list[str]:
-    """Sequences that preparation cut or left out, and those the model was not made for."""
-    notes = []
-    for folder, manifest in data.manifests.values():
-        of = f" of {folder}" if len(data.manifests) > 1 else ""
-        notes += [
-            f"{count:,} conversations{of} were longer than the context of {manifest['context']:,} tokens and were "
-            f"{what} by prepare"
-            for key, what in (("truncated", "cut"), ("too_long", "left out"))
-            if (count := manifest.get("counts", {}).get(key))
-        ]
-    return notes + plan_lengths.beyond_context(model, counts)
 
 
 def _count(text: str) -> int:

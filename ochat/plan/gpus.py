@@ -1,6 +1,6 @@
-"""What the named cards can do: the constants behind a plan's predicted speed and memory, each with its source.
+"""The GPUs that a plan predicts for: memory, rates and links, each with its source.
 
-cards.CARDS["H200"].matmul_tflops
+gpus.GPUS["H200"].matmul_tflops;  gpus.lookup(torch.cuda.get_device_name())
 
 Measured: on an H200, products of random bf16 matrices and a copy. Published: the maker's data sheets, FlashAttention's
 own figures (forward + backward, causal, head dim 128, by document length; they count 7/6 of our FLOPs, the backward's
@@ -18,11 +18,11 @@ ATTENTION_LENGTHS = (1024, 2048, 4096, 8192)
 FLASH_3_HOPPER = (212.0, 361.0, 491.0, 574.0)  # published, H100
 FLASH_2_HOPPER = tuple(rate / 2 for rate in FLASH_3_HOPPER)  # published as "about half at length"
 FLASH_2_AMPERE = (100.0, 140.0, 165.0, 180.0)  # assumed, from some 200 published for 16k
-SLOPE_BELOW = 0.77  # of log rate over log length below 1024: that between 1024 and 2048 goes on
+SLOPE_BELOW = 0.77  # of log rate over log length below 1024: the slope between 1024 and 2048 continues
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuSpec:
     """One GPU and its links. TFLOP/s are bf16; bandwidths bytes/s in one direction."""
 
     name: str
@@ -35,7 +35,7 @@ class Card:
     network_bandwidth: float  # of a GPU's network card
 
 
-A100 = Card(
+A100 = GpuSpec(
     "A100-80",
     memory_gib=79.1,  # assumed
     peak_tflops=312,  # data sheet
@@ -45,7 +45,7 @@ A100 = Card(
     node_bandwidth=230e9,  # assumed, of 300 on the data sheet
     network_bandwidth=0.8 * 25e9,  # assumed: 200 Gbit/s a GPU
 )
-H100 = Card(
+H100 = GpuSpec(
     "H100",
     memory_gib=79.1,  # assumed
     peak_tflops=989,  # data sheet
@@ -56,17 +56,17 @@ H100 = Card(
     network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
 )
 H200 = replace(H100, name="H200", memory_gib=139.0, copy_bandwidth=4.3e12)  # the H100's processor; assumed, measured
-CARDS = {card.name: card for card in (A100, H100, H200)}
+GPUS = {gpu.name: gpu for gpu in (A100, H100, H200)}
 
 
-def named(device: str) -> Card | None:
-    """The card, of any memory size, that a device's own name says it is."""
-    return next((card for card in CARDS.values() if card.name.split("-")[0] in device), None)
+def lookup(device: str) -> GpuSpec | None:
+    """The GPU of any memory size that a CUDA device's name contains; None for another."""
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in device), None)
 
 
-def attention_rate(card: Card, lengths: NDArray) -> NDArray[np.float64]:
+def attention_rate(gpu: GpuSpec, lengths: NDArray) -> NDArray[np.float64]:
     """TFLOP/s in documents of these lengths: between the known ones by logarithms, beyond the longest as there."""
     logs = np.log(np.maximum(lengths, 1))
     known = np.log(ATTENTION_LENGTHS)
-    inside = np.interp(logs, known, np.log(card.attention_tflops))
+    inside = np.interp(logs, known, np.log(gpu.attention_tflops))
     return np.exp(inside + SLOPE_BELOW * np.minimum(logs - known[0], 0))

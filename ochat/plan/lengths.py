@@ -1,8 +1,9 @@
-"""How long the sequences of a data set are: a count of each length, which answers everything a plan asks of them.
+"""Count the sequences of each length, and pack sequences of which only the lengths are known.
 
-lengths = LengthCounts.of(np.load("lengths.npy", mmap_mode="r"));  lengths.percentile(50);  lengths.text()
+    lengths = read("lengths.npy");  counts = LengthCounts.of(lengths);  counts.percentile(50);  counts.text()
+    stats = pack(lengths, flops, token_budget=8192, bins_per_step=64, supervised=0.5)
 
-Memory does not grow with the number of sequences: a mapped file of 100 million is read in pieces.
+Counting takes memory that does not grow with the number of sequences: a mapped file is read in pieces.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ochat.data.loader import LoaderStats
 from ochat.errors import DataError
+from ochat.model.config import ModelConfig
+from ochat.packing import multipack
 
 PIECE = 2**22  # sequences looked at together
 LONGEST = 2**24  # a count is kept of every length: 128 MiB of them
@@ -99,6 +103,39 @@ def read(path: str | Path) -> NDArray:
     if not len(lengths):
         raise DataError(f"{path}: holds no lengths")
     return lengths
+
+
+def flops_of_length(model: ModelConfig, longest: int, supervised: float) -> NDArray[np.float32]:
+    """(longest + 1,) training FLOPs of a sequence by its length, of which a share is supervised."""
+    n = np.arange(longest + 1, dtype=np.float64)
+    per_token = model.flops_per_step(1, 0, 0) + supervised * model.flops_per_step(0, 0, 1)
+    return (per_token * n + model.flops_per_step(0, 1, 0) * n**2).astype(np.float32)
+
+
+def pack(
+    lengths: NDArray, flops: NDArray, supervised: float, *,
+    token_budget: int, bins_per_step: int, seed: int, epochs: int, max_steps: int,
+) -> LoaderStats:  # fmt: skip
+    """Pack the first epoch as a run would, sequences longer than a bin cut to it; other epochs count the same.
+
+    `flops`: by length; `supervised`: the share of tokens that is supervised.
+    """
+    if len(flops) > token_budget + 1:
+        lengths = np.minimum(lengths, token_budget)
+    plan = multipack.plan(
+        lengths, token_budget=token_budget, bins_per_step=bins_per_step, seed=seed, epoch=0, costs=flops[lengths]
+    )
+    imbalance, steps, num_tokens = plan.cost_imbalance(), plan.num_steps * epochs, int(lengths.sum(dtype=np.int64))
+    return LoaderStats(
+        num_sequences=len(lengths),
+        num_tokens=num_tokens,
+        num_supervised=round(supervised * num_tokens),
+        num_steps=min(steps, max_steps or steps),
+        steps_per_epoch=(plan.num_steps,) * epochs,
+        fill=plan.efficiency(),
+        imbalance_mean=float(imbalance.mean()) if len(imbalance) else 1.0,
+        imbalance_worst=float(imbalance.max()) if len(imbalance) else 1.0,
+    )
 
 
 def _edges(shortest: int, longest: int, num_ranges: int) -> list[int]:

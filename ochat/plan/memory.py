@@ -1,6 +1,6 @@
 """How much memory a GPU needs for a step: what the model's own code keeps, tensor by tensor, at its fullest moment.
 
-    use = predict(model, Setting(token_budget=8192, supervised=4096, recompute="block", ranks=8, shard=8))
+    use = predict(model, Layout(token_budget=8192, supervised=4096, recompute="block", ranks=8, shard=8))
     use.total / GIB, use.activations
 
 Letters: T token_budget, R of them supervised, H hidden, F FFN, N and K query and key/value heads, D head dim, V
@@ -30,47 +30,12 @@ from dataclasses import dataclass
 
 from ochat.model.attention import varlen_groups_heads
 from ochat.model.config import ModelConfig
+from ochat.plan.layout import Layout
 
 GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's own, kernels, workspaces of the matrix products
 NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
 FRAGMENTATION = 0.04  # share of what comes and goes in a step that is lost between the allocator's blocks: mostly less
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a run is cut, as far as memory cares."""
-
-    token_budget: int  # T
-    supervised: int  # rows that reach the head in a micro-batch
-    recompute: str = "none"
-    ranks: int = 1  # more than one: FSDP
-    shard: int = 1  # s
-    micro_batches: int = 1  # of a rank in a step
-    itemsize: int = 2  # e; 4: train.dtype = "float32"
-    offload: str = "none"  # as parallel.offload, the next ones likewise
-    reshard: str = "block"
-    reduce: str = "step"
-    reduce_itemsize: int = 4
-    offload_activations: bool = False
-    master_itemsize: int = 4  # 2: optim.master_dtype = "bfloat16"
-    state_itemsize: int = 4  # of each moment, likewise
-    in_backward: bool = False  # as optim.in_backward
-
-    @property
-    def gradient_itemsize(self) -> int:
-        """Of what the optimizer reads: fp32 also where one process adds up micro-batches."""
-        return 4 if self.ranks == 1 and self.micro_batches > 1 else self.master_itemsize
-
-    @property
-    def has_casts(self) -> bool:
-        """Whether the products read copies of the masters."""
-        return self.itemsize < self.master_itemsize
-
-    @property
-    def gathers_once(self) -> bool:
-        """Whether the whole model's weights stay gathered through a step."""
-        return self.ranks > 1 and self.reshard == "step"
 
 
 @dataclass(frozen=True)
@@ -90,7 +55,7 @@ class MemoryUse:
         return sum(dataclasses.astuple(self))
 
 
-def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
+def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
     """Memory of the fullest of five moments of a step, with an allowance for what is not derived.
 
     All along: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on one
@@ -107,11 +72,11 @@ def predict(model: ModelConfig, setting: Setting) -> MemoryUse:
     buffer) and 8 B of gradients being reduced; with reshard = "step" e P at any time. Tied embeddings hold the head's
     gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
     """
-    uses = [_head(model, setting), *(_block(model, setting, layer) for layer in fullest_layers(model))]
-    return max((*uses, _end(model, setting)), key=lambda use: use.total)
+    uses = [head_moment(model, layout), *(block_moment(model, layout, layer) for layer in fullest_layers(model))]
+    return max((*uses, end_moment(model, layout)), key=lambda use: use.total)
 
 
-def saved_bytes(model: ModelConfig, at: Setting) -> int:
+def saved_bytes(model: ModelConfig, at: Layout) -> int:
     """All that is held between forward and backward of a micro-batch on one process, the parameters and the batch's
     own tensors apart."""
     casts = 0 if at.recompute == "block" else model.num_layers * cast_bytes(model, at)
@@ -120,7 +85,7 @@ def saved_bytes(model: ModelConfig, at: Setting) -> int:
     return casts + inside - first + _kept_outside(model, at) + 4 * model.head_params()
 
 
-def block_saved_bytes(model: ModelConfig, at: Setting, *, is_last: bool = False) -> int:
+def block_saved_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
     """What backward keeps of one block, weights apart; with recompute = "block", while it has it."""
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     H, F, makes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
@@ -137,7 +102,7 @@ def block_saved_bytes(model: ModelConfig, at: Setting, *, is_last: bool = False)
     return at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
 
 
-def cast_bytes(model: ModelConfig, at: Setting) -> int:
+def cast_bytes(model: ModelConfig, at: Layout) -> int:
     """One block's matrices and norms in the dtype of the computation; 0 where that is the masters'."""
     norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
     return at.itemsize * (_block_matrices(model) + norms) * at.has_casts
@@ -152,7 +117,7 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
     return itemsize * rows * (columns + 2 * model.hidden_size)
 
 
-def _head(model: ModelConfig, at: Setting) -> MemoryUse:
+def head_moment(model: ModelConfig, at: Layout) -> MemoryUse:
     E, stream = model.head_params(), at.supervised * model.hidden_size * at.itemsize
     chunk = chunk_bytes(model, at.supervised, at.itemsize)
     # dW is gone before a cast for fp32 masters, and not before one for sums of micro-batches alone
@@ -161,7 +126,7 @@ def _head(model: ModelConfig, at: Setting) -> MemoryUse:
     # on one process the head's cast is gone before dW is on its way
     read = at.itemsize * E * (at.has_casts or at.ranks > 1)
     weights, working = max((read, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
-    weights = _gathered(model, at) if at.gathers_once else weights
+    weights = gathered_bytes(model, at) if at.gathers_once else weights
     return _use(
         model, at, gradients=_gradients(model, at, 0.0), weights=casts + weights,
         activations=_kept(model, at, model.num_layers - 1, has_last=True) + _kept_outside(model, at),
@@ -175,7 +140,7 @@ def fullest_layers(model: ModelConfig) -> set[int]:
     return {last, max(last - 1, 0), 0}
 
 
-def _block(model: ModelConfig, at: Setting, layer: int) -> MemoryUse:
+def block_moment(model: ModelConfig, at: Layout, layer: int) -> MemoryUse:
     """The backward of one block, after those of the blocks behind it."""
     T, E, B = at.token_budget, model.head_params(), _block_matrices(model)
     behind = model.num_layers - 1 - layer
@@ -184,7 +149,7 @@ def _block(model: ModelConfig, at: Setting, layer: int) -> MemoryUse:
     activations += T * (8 + 4 * model.head_dim)
     working = passing_bytes(model, at, is_last=is_last)
     if at.ranks > 1:
-        weights = _gathered(model, at) if at.gathers_once else 3 * at.itemsize * B + _gathered(model, at)
+        weights = gathered_bytes(model, at) if at.gathers_once else 3 * at.itemsize * B + gathered_bytes(model, at)
         working += 2 * at.reduce_itemsize * B + at.itemsize * E * model.tie_embeddings
     else:
         weights = cast_bytes(model, at) * (1 if at.recompute == "block" else layer + 1)
@@ -194,16 +159,16 @@ def _block(model: ModelConfig, at: Setting, layer: int) -> MemoryUse:
     )
 
 
-def _end(model: ModelConfig, at: Setting) -> MemoryUse:
+def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
     E = model.head_params() * (at.gradient_itemsize if at.ranks == 1 else 4)
     adds = E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
     working = adds + max(at.master_itemsize * at.token_budget * model.hidden_size, E * model.tie_embeddings)
-    weights = _gathered(model, at) if at.ranks > 1 else 0
+    weights = gathered_bytes(model, at) if at.ranks > 1 else 0
     gradients = _gradients(model, at, model.num_parameters())
     return _use(model, at, gradients=gradients, weights=weights, activations=0, working=working)
 
 
-def _use(model: ModelConfig, at: Setting, **bytes_of: float) -> MemoryUse:
+def _use(model: ModelConfig, at: Layout, **bytes_of: float) -> MemoryUse:
     """A moment with what is there all along, and the allowance."""
     share = model.num_parameters() / at.shard
     masters = at.master_itemsize * share * (at.offload != "all")
@@ -213,14 +178,14 @@ def _use(model: ModelConfig, at: Setting, **bytes_of: float) -> MemoryUse:
     return MemoryUse(masters=masters, moments=moments, allowance=allowance, **bytes_of)
 
 
-def _gathered(model: ModelConfig, at: Setting) -> float:
+def gathered_bytes(model: ModelConfig, at: Layout) -> float:
     """Bytes of weights that FSDP keeps between blocks: all, or the head's until the last micro-batch, or tied ones."""
     if at.gathers_once:
         return at.itemsize * model.num_parameters()
     return at.itemsize * model.head_params() * (model.tie_embeddings or at.micro_batches > 1)
 
 
-def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
+def _gradients(model: ModelConfig, at: Layout, done: float) -> float:
     """Bytes of gradients once the last micro-batch has made those of `done` parameters.
 
     Under FSDP the shards' memory is the reducing stream's all along: what torch's allocator gave to one stream, no
@@ -236,28 +201,28 @@ def _gradients(model: ModelConfig, at: Setting, done: float) -> float:
     return whole + at.gradient_itemsize * model.num_parameters() / at.shard * (at.offload != "all")
 
 
-def _kept(model: ModelConfig, at: Setting, others: int, *, has_last: bool = False) -> float:
+def _kept(model: ModelConfig, at: Layout, others: int, *, has_last: bool = False) -> float:
     """Of `others` blocks, and of the last one where asked: before backward."""
     if at.offload_activations:  # in backward the block before arrives
         return 0.0 if has_last else min(others, 1) * kept_of_block(model, at)
     return others * kept_of_block(model, at) + (kept_of_block(model, at, is_last=True) if has_last else 0)
 
 
-def kept_of_block(model: ModelConfig, at: Setting, *, is_last: bool = False) -> int:
+def kept_of_block(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
     """What is held of one block from its forward to its backward, weights apart."""
     if at.recompute == "block":
         return 2 * at.token_budget * model.hidden_size * at.itemsize
     return block_saved_bytes(model, at, is_last=is_last)
 
 
-def passing_bytes(model: ModelConfig, at: Setting, *, is_last: bool = False) -> float:
+def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> float:
     """Gradients on their way through a block's MLP and what is made again beside them, at the fullest."""
     H, F, rows = model.hidden_size, model.intermediate_size, at.supervised if is_last else at.token_budget
     again = {"none": 0, "elementwise": rows * F, "block": at.token_budget * H}[at.recompute]
     return at.itemsize * (rows * 2 * F + at.token_budget * H + again)
 
 
-def _kept_outside(model: ModelConfig, at: Setting) -> int:
+def _kept_outside(model: ModelConfig, at: Layout) -> int:
     """All but dW."""
     cast = at.itemsize * model.hidden_size * at.has_casts
     T, R = at.token_budget, at.supervised

@@ -1,7 +1,7 @@
 """Memory of a step with adapters, as memory.py has it for a step that trains every weight; its letters, r rank,
 A numbers in all adapters, J those of one block.
 
-    use = predict(model, Setting(token_budget=4096, supervised=2048, recompute="block"), LoraConfig(rank=16))
+    use = predict(model, Layout(token_budget=4096, supervised=2048, recompute="block"), LoraConfig(rank=16))
 
 The frozen weights lie there in the dtype of the computation, e P / s, and are what the products read: no casts, no
 gradients, no dW. Of a block backward keeps what memory.py lists but casts, and of each adapted linear x A^T, the casts
@@ -13,12 +13,12 @@ from __future__ import annotations
 from ochat.config import LoraConfig
 from ochat.model import lora
 from ochat.model.config import ModelConfig
+from ochat.plan.layout import Layout
 from ochat.plan.memory import (
     CONTEXT_BYTES,
     FRAGMENTATION,
     NCCL_BYTES,
     MemoryUse,
-    Setting,
     block_saved_bytes,
     chunk_bytes,
     fullest_layers,
@@ -28,7 +28,7 @@ from ochat.plan.memory import (
 TOKENS = 4  # assumed: rows of embedding and head that are trained
 
 
-def predict(model: ModelConfig, at: Setting, settings: LoraConfig) -> MemoryUse:
+def predict(model: ModelConfig, at: Layout, settings: LoraConfig) -> MemoryUse:
     """Memory of the fullest of four moments of a step, with memory.py's allowance.
 
     All along: e P / s + 4 A / s and AdamW's 8 A / s; 4 A of gradients.
@@ -45,7 +45,7 @@ def predict(model: ModelConfig, at: Setting, settings: LoraConfig) -> MemoryUse:
     )
 
 
-def saved_bytes(model: ModelConfig, at: Setting, settings: LoraConfig) -> float:
+def saved_bytes(model: ModelConfig, at: Layout, settings: LoraConfig) -> float:
     """All that is held between forward and backward of a micro-batch on one process, parameters and the batch's own
     tensors apart."""
     stream = at.token_budget * model.hidden_size * at.itemsize
@@ -53,7 +53,7 @@ def saved_bytes(model: ModelConfig, at: Setting, settings: LoraConfig) -> float:
     return _kept(model, at, settings, model.num_layers) - first + _outside(model, at)
 
 
-def _head(model: ModelConfig, at: Setting, settings: LoraConfig) -> MemoryUse:
+def _head(model: ModelConfig, at: Layout, settings: LoraConfig) -> MemoryUse:
     rows = at.itemsize * at.supervised * model.hidden_size
     working = max(chunk_bytes(model, at.supervised, at.itemsize), 2 * rows) + 2 * rows
     weights = at.itemsize * model.head_params() if at.ranks > 1 else 0
@@ -61,7 +61,7 @@ def _head(model: ModelConfig, at: Setting, settings: LoraConfig) -> MemoryUse:
     return _use(model, at, settings, weights, kept + _outside(model, at), working)
 
 
-def _block(model: ModelConfig, at: Setting, settings: LoraConfig, layer: int) -> MemoryUse:
+def _block(model: ModelConfig, at: Layout, settings: LoraConfig, layer: int) -> MemoryUse:
     """The backward of one block, after those of the blocks behind it."""
     is_last = layer == model.num_layers - 1
     kept = _kept(model, at, settings, min(layer, 1) if at.offload_activations else layer)
@@ -72,7 +72,7 @@ def _block(model: ModelConfig, at: Setting, settings: LoraConfig, layer: int) ->
 
 
 def _use(
-    model: ModelConfig, at: Setting, settings: LoraConfig, weights: float, activations: float, working: float
+    model: ModelConfig, at: Layout, settings: LoraConfig, weights: float, activations: float, working: float
 ) -> MemoryUse:
     """A moment with what is there all along, and the allowance."""
     trained = _trained(model, settings)
@@ -94,7 +94,7 @@ def _trained(model: ModelConfig, settings: LoraConfig) -> float:
     return lora.num_parameters(model, settings) + rows
 
 
-def _kept(model: ModelConfig, at: Setting, settings: LoraConfig, num_blocks: int) -> float:
+def _kept(model: ModelConfig, at: Layout, settings: LoraConfig, num_blocks: int) -> float:
     """Of so many blocks from the first on."""
     if at.recompute == "block":
         return num_blocks * 2 * at.token_budget * model.hidden_size * at.itemsize
@@ -103,7 +103,7 @@ def _kept(model: ModelConfig, at: Setting, settings: LoraConfig, num_blocks: int
     return inside + (_kept_inside(model, at, settings, is_last=True) if last else 0.0)
 
 
-def _kept_inside(model: ModelConfig, at: Setting, settings: LoraConfig, *, is_last: bool = False) -> float:
+def _kept_inside(model: ModelConfig, at: Layout, settings: LoraConfig, *, is_last: bool = False) -> float:
     """What backward needs of one block."""
     found = lora.adapted_parts(model, settings.targets)
     inputs = {"attn.qkv": model.hidden_size, "mlp.gate_up": model.hidden_size, "mlp.down": model.intermediate_size}
@@ -123,7 +123,7 @@ def _kept_inside(model: ModelConfig, at: Setting, settings: LoraConfig, *, is_la
     return block_saved_bytes(model, at, is_last=is_last) + at.itemsize * (wide + small)
 
 
-def _outside(model: ModelConfig, at: Setting) -> float:
+def _outside(model: ModelConfig, at: Layout) -> float:
     """Ids, angles, the last norm's stream and rstd, and dhidden."""
     rows = at.supervised * (4 + 2 * at.itemsize * model.hidden_size)
     return at.token_budget * (8 + 4 * model.head_dim) + rows

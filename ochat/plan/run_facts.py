@@ -1,14 +1,18 @@
-"""Describe a run in words, for `ochat plan` and for the start of training."""
+"""Describe a run in words, as name -> text, for `ochat plan` and for the start of training."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ochat.config import DataConfig
 from ochat.data.dataset import TokenDataset
-from ochat.data.loader import Loader
+from ochat.data.loader import Loader, LoaderStats
 from ochat.model.config import ModelConfig
-from ochat.plan import tables
+from ochat.plan.lengths import LengthCounts
+
+LOW_FILL = " (low: the data fills few bins; lower data.bins_per_step or data.token_budget)"
 
 
 def describe(
@@ -18,13 +22,31 @@ def describe(
     dataset, stats = loader.dataset, loader.stats()
     flops = model.flops_per_sequence(dataset.lengths, dataset.supervised)[loader.plan(0).indices].sum()
     return {
-        "model": f"{model.model_type}, {model.num_parameters():,} parameters",
+        "model": describe_model(model),
         "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, "
         f"longest {int(dataset.lengths.max()):,}",
         **describe_sets(loader),
         "classes": _describe_classes(dataset, weights_source),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
-        **tables.step_facts(data, stats, float(flops), lr_reason),
+        **describe_steps(stats, data, float(flops), lr_reason),
+    }
+
+
+def describe_model(model: ModelConfig) -> str:
+    """Type and size."""
+    return f"{model.model_type}, {model.num_parameters():,} parameters"
+
+
+def describe_steps(stats: LoaderStats, data: DataConfig, flops: float, lr_reason: str) -> dict[str, str]:
+    """Steps, packing, work and learning rate; `flops`: of an epoch."""
+    return {
+        "steps": f"{stats.num_steps:,} of {_epochs(stats.steps_per_epoch)}",
+        "step": f"{data.bins_per_step} bins of {data.token_budget:,} tokens: "
+        f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
+        "packing": f"fill {stats.fill:.2%}{LOW_FILL * (stats.fill < 0.5)}; work of a step's bins, max over mean: "
+        f"{stats.imbalance_mean:.3f} on average, {stats.imbalance_worst:.3f} at worst",
+        "work": f"{flops / stats.num_tokens:.3g} FLOPs a token, {flops:.3g} an epoch",
+        "learning rate": lr_reason,
     }
 
 
@@ -55,3 +77,41 @@ def _describe_classes(dataset: TokenDataset, weights_source: str) -> str:
     if is_asked_for or len(weights) < 2 or not np.allclose(list(weights.values()), next(iter(weights.values()))):
         return described
     return f"{described}; all weigh the same, no reward tells them apart: give each one, [classes.NAME] reward = ..."
+
+
+def data_notes(manifests: Mapping[str, tuple[object, dict]]) -> list[str]:
+    """Conversations that prepare truncated or left out, of each data set by name: (folder, manifest)."""
+    return [
+        f"{count:,} conversations{f' of {folder}' if len(manifests) > 1 else ''} were longer than the context of "
+        f"{manifest['context']:,} tokens and were {what} by prepare"
+        for folder, manifest in manifests.values()
+        for key, what in (("truncated", "cut"), ("too_long", "left out"))
+        if (count := manifest.get("counts", {}).get(key))
+    ]
+
+
+def budget_notes(counts: LengthCounts, budget: int) -> list[str]:
+    """Sequences longer than data.token_budget."""
+    if not (over := counts.over(budget)):
+        return []
+    lost = counts.num_tokens - counts.cut(budget).num_tokens
+    return [
+        f"{over:,} sequences ({over / counts.num_sequences:.2%}) are longer than data.token_budget = {budget:,}: "
+        f"planned as cut there, which loses {lost:,} tokens ({lost / counts.num_tokens:.2%}); training refuses "
+        "them, so raise the budget, or prepare with a smaller --context"
+    ]
+
+
+def context_notes(counts: LengthCounts, context: int) -> list[str]:
+    """Sequences with positions that the base model was not trained on."""
+    if not (over := counts.over(context)):
+        return []
+    return [
+        f"{over:,} sequences ({over / counts.num_sequences:.2%}) are longer than the base model's context of "
+        f"{context:,} tokens (max_position_embeddings), up to {counts.longest:,}"
+    ]
+
+
+def _epochs(steps_per_epoch: Sequence[int]) -> str:
+    shown = ", ".join(f"{steps:,}" for steps in steps_per_epoch[:8]) + " ..." * (len(steps_per_epoch) > 8)
+    return f"{sum(steps_per_epoch):,} in {len(steps_per_epoch)} epoch{'s' * (len(steps_per_epoch) > 1)} ({shown})"

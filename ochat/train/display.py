@@ -25,7 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from ochat.plan import tables
+from ochat.console import facts
 
 SAMPLE_CHARACTERS = 240
 
@@ -42,7 +42,7 @@ class Display:
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """Facts as two aligned columns."""
-        self.console.print(tables.facts(title, rows))
+        self.console.print(facts(title, rows))
 
     def note(self, text: str) -> None:
         """One plain line."""

@@ -186,7 +186,7 @@ def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtyp
     if configured_tflops:
         return configured_tflops * 1e12, "configured"
     if device.type == "cuda":
-        card = gpus.named(torch.cuda.get_device_name(device))
+        card = gpus.lookup(torch.cuda.get_device_name(device))
         if card is not None:
             return card.peak_tflops * 1e12, f"data sheet of {card.name.split('-')[0]}, dense bf16"
     return _measured_flops(device, dtype), "a matrix product timed at start"

@@ -23,9 +23,10 @@ from ochat.config import Config
 from ochat.data.batch import PackedBatch
 from ochat.model import lora
 from ochat.plan import gpus, roofline
-from ochat.plan.gpus import Card
+from ochat.plan.gpus import GpuSpec
+from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
-from ochat.plan.roofline import Cut, Workload
+from ochat.plan.roofline import Workload
 from ochat.train import trace
 from ochat.train.trace import Breakdown, Wait
 from ochat.train.trainer import Trainer, train
@@ -69,8 +70,8 @@ def floors(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, floa
     tokens, computed = sum(b.num_tokens for b in all_batches), sum(b.input_ids.shape[0] for b in all_batches)
     supervised = sum(b.num_supervised for b in all_batches)
     workload = Workload(LengthCounts.of(lengths), supervised / tokens, tokens / computed)
-    known = gpus.named(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
-    cut = Cut(
+    known = gpus.lookup(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    cut = Layout(
         computed // len(all_batches), len(all_batches) // len(batches) * ranks.world, config.train.recompute,
         ranks.world, ranks.shard[1], itemsize=4 if config.train.dtype == "float32" else 2,
         adapters=lora.num_parameters(model, config.lora),
@@ -78,14 +79,14 @@ def floors(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, floa
     least = roofline.predict(model, known or _products_only(trainer.peak), workload, cut)
     again = config.train.recompute == "block"
     found = {
-        trace.PRODUCTS: least.products * (1 + again / cut.products_of_weight),
+        trace.PRODUCTS: least.matmul * (1 + again / cut.matmuls_of_weight),
         trace.HEAD: least.head,
         trace.ATTENTION: least.attention * (1 + again * 2 / 7),
     }
     if known is None:
         per_token = workload.attention_per_token(model) * (1 + again / 3)
         return found | {trace.ATTENTION: per_token * tokens / len(batches) / trainer.peak}
-    rest = least.moved + least.again - (found[trace.PRODUCTS] - least.products)
+    rest = least.memory_bound + least.recompute - (found[trace.PRODUCTS] - least.matmul)
     found[trace.ELEMENTWISE] = rest - (found[trace.ATTENTION] - least.attention)
     return found | {trace.OPTIMIZER: least.optimizer, trace.COMMUNICATION: least.communication}
 
@@ -143,7 +144,7 @@ def _step(trainer: Trainer, steps: Iterator[tuple[int, list[PackedBatch]]]) -> l
     return batches
 
 
-def _products_only(peak: float) -> Card:
+def _products_only(peak: float) -> GpuSpec:
     """A card of which no more than its products' rate is known."""
     tflops, unknown = peak / 1e12, float("inf")
-    return Card("", 0.0, tflops, tflops, (tflops,) * 4, unknown, unknown, unknown)
+    return GpuSpec("", 0.0, tflops, tflops, (tflops,) * 4, unknown, unknown, unknown)

@@ -98,7 +98,7 @@ class Trainer:
         self.adapters = Adapters.of(config, self.model_config, self.template, self.tokenizer)
         self.identity = identity.identity(config, self.model_config, self.loader) | self.adapters.identity()
         self.kernels = build.kernels_name(config, ranks.device)
-        self.config, self.recompute = recompute.settle(config, self.model_config, ranks, self.kernels)
+        self.config, self.recompute = recompute.resolve_recompute(config, self.model_config, ranks, self.kernels)
         self.ops = ochat_kernels.load(self.kernels)
         self.backend = build.attention_name(config, ranks.device)
         verify.headers(config, self.model_config, self.run_dir)

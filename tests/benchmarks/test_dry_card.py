@@ -13,7 +13,7 @@ from benchmarks import train_step_forecast
 from benchmarks.dry_card import build, steps
 from benchmarks.train_step_cases import Case
 from ochat.plan import memory
-from ochat.plan.gpus import CARDS
+from ochat.plan.gpus import GPUS
 from ochat.plan.memory import CONTEXT_BYTES, GIB
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,7 @@ def test_the_plan_is_what_torchs_allocator_saw(row, monkeypatch):
     monkeypatch.setattr(memory, "varlen_groups_heads", lambda: not is_copied)
     options, processes = tuple(row["options"].split()), int(row["processes"])
     case = Case(row["model"], int(row["token_budget"]), int(row["bins_per_step"]), options=options)
-    use = train_step_forecast.predict(case, CARDS["H200"], processes).use
+    use = train_step_forecast.predict(case, GPUS["H200"], processes).use
     allocated, reserved = float(row["allocated_gib"]), float(row["reserved_gib"])
     if processes == 1:
         assert (use.total - use.allowance) / GIB == pytest.approx(allocated, rel=0.01)

@@ -17,7 +17,7 @@ from ochat import config as configuration
 from ochat.data.batch import IGNORE_INDEX
 from ochat.model import hf
 from ochat.plan import memory
-from ochat.plan.gpus import CARDS
+from ochat.plan.gpus import GPUS
 
 CPU = torch.device("cpu")
 CASE = Case("tiny", 512, 2, longest=256)
@@ -209,7 +209,7 @@ def test_the_cases_fit_the_card_and_cover_what_was_asked():
     assert {case.token_budget for case in ours} == {8192, 16384, 32768}
     assert all(case.implementations[0] == "ours" for case in ours + peers)
     for case in ours + peers:
-        expected = train_step_forecast.predict(case, CARDS["H200"])
+        expected = train_step_forecast.predict(case, GPUS["H200"])
         assert expected.fits, f"{case.title}: {expected.use.total / memory.GIB:.0f} GiB"
         assert 0.3 < expected.speed.mfu < 0.75
 

@@ -22,7 +22,7 @@ from ochat.errors import ConfigError
 from ochat.model import lora
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer, pack_ids
-from ochat.plan.forecast import Run
+from ochat.plan.forecast import PlanInputs
 from ochat.plan.memory import GIB
 from ochat.train import recompute, sharding
 
@@ -139,39 +139,42 @@ def test_compiled_blocks_compute_the_same_under_every_policy_and_keep_less(compi
     assert kept["block"] < kept["elementwise"] < 0.85 * kept["none"], kept
 
 
-def settle(room_gib: float, monkeypatch, device=CARD, **train) -> tuple[str, str]:
+def resolve(room_gib: float, monkeypatch, device=CARD, **train) -> tuple[str, str]:
     config = Config(
         base=BaseConfig("base"), data=DataConfig("data", token_budget=8192, bins_per_step=8), train=TrainConfig(**train)
     )
-    monkeypatch.setattr(recompute, "_room", lambda _: room_gib * GIB)
-    eight = SimpleNamespace(device=device, world=8, all_gather_json=lambda record: [record, {"room": record["room"] + GIB}])
-    found, why = recompute.settle(config, LLAMA_8B, eight, "triton")  # type: ignore[arg-type]
-    settled = structs.replace(config.train, recompute=found.train.recompute)
-    assert found == structs.replace(config, train=settled)  # nothing else is decided here
+    monkeypatch.setattr(recompute, "free_bytes", lambda _: room_gib * GIB)
+    eight = SimpleNamespace(
+        device=device, world=8, all_gather_json=lambda record: [record, {"room": record["room"] + GIB}]
+    )
+    found, why = recompute.resolve_recompute(config, LLAMA_8B, eight, "triton")  # type: ignore[arg-type]
+    resolved = structs.replace(config.train, recompute=found.train.recompute)
+    assert found == structs.replace(config, train=resolved)  # nothing else is decided here
     return found.train.recompute, why
 
 
 def test_auto_takes_the_least_that_every_card_has_room_for(monkeypatch):
     """8B on 8 cards, as tests/plan/test_forecast.py knows its memory."""
-    taken = [settle(room, monkeypatch)[0] for room in range(40, 200)]
+    taken = [resolve(room, monkeypatch)[0] for room in range(40, 200)]
     assert taken == sorted(taken, key=["block", "elementwise", "none"].index) and set(taken) == set(RECOMPUTE)
     for policy in RECOMPUTE[:2]:
         room = 40 + taken.index(policy)  # the least in GiB that it is taken in
-        needs = float(settle(room, monkeypatch)[1].split(f"{policy} needs ")[1].split()[0])
+        needs = float(resolve(room, monkeypatch)[1].split(f"{policy} needs ")[1].split()[0])
         assert room - 1 < needs <= room
-    assert settle(10, monkeypatch)[0] == "block"  # nothing fits: what needs the least
+    assert resolve(10, monkeypatch)[0] == "block"  # nothing fits: what needs the least
 
 
 def test_auto_keeps_everything_on_a_cpu_and_leaves_what_is_asked_for(monkeypatch):
-    assert settle(10, monkeypatch, device=CPU)[0] == "none"
-    assert settle(1000, monkeypatch, device=CPU, offload_activations=True)[0] == "block"
+    assert resolve(10, monkeypatch, device=CPU)[0] == "none"
+    assert resolve(1000, monkeypatch, device=CPU, offload_activations=True)[0] == "block"
     for asked in RECOMPUTE:
-        assert settle(10, monkeypatch, recompute=asked) == (asked, asked)
+        assert resolve(10, monkeypatch, recompute=asked) == (asked, asked)
 
 
 def test_a_compiler_is_not_told_to_make_the_result_of_a_kernel_again(monkeypatch):
-    assert {settle(room, monkeypatch, compile=True)[0] for room in range(40, 200, 4)} == {"none", "block"}
+    assert {resolve(room, monkeypatch, compile=True)[0] for room in range(40, 200, 4)} == {"none", "block"}
     with pytest.raises(ConfigError, match="train.kernels = 'reference'"):
-        settle(100, monkeypatch, recompute="elementwise", compile=True)
-    run = Run(LLAMA_8B, Config(train=TrainConfig(compile=True, kernels="reference")), None, 0)  # type: ignore[arg-type]
-    assert run.policies == RECOMPUTE
+        resolve(100, monkeypatch, recompute="elementwise", compile=True)
+    train, others = TrainConfig(compile=True, kernels="reference"), [None] * 4
+    inputs = PlanInputs(LLAMA_8B, None, 0, None, train, *others[1:])  # type: ignore[arg-type]
+    assert inputs.policies == RECOMPUTE

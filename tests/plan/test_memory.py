@@ -17,7 +17,7 @@ from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer
 from ochat.plan import memory
-from ochat.plan.memory import Setting
+from ochat.plan.layout import Layout
 from ochat.train import optim, sharding
 from tests.fake_step import FakeStep
 
@@ -45,7 +45,7 @@ def derived_only(monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_what_backward_keeps_is_known_to_the_byte(name, recompute):
     for tokens, share in ((1024, 1), (8192, 1), (8192, 0.3)):
-        at = Setting(tokens, round(share * tokens), recompute)
+        at = Layout(tokens, supervised=round(share * tokens), recompute=recompute)
         counted = FakeStep(MODELS[name], tokens, recompute, supervised=at.supervised).saved_bytes()
         assert counted == memory.saved_bytes(MODELS[name], at) + CU_SEQLENS
 
@@ -55,7 +55,7 @@ def test_what_backward_keeps_is_known_to_the_byte(name, recompute):
 def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
     for tokens, micro_batches, share in ((1024, 1, 1), (32768, 1, 1), (32768, 2, 1), (32768, 2, 0.3)):
         rows = round(share * tokens)
-        use = memory.predict(MODELS[name], Setting(tokens, rows, recompute, micro_batches=micro_batches))
+        use = memory.predict(MODELS[name], Layout(tokens, micro_batches, recompute, supervised=rows))
         peak = FakeStep(MODELS[name], tokens, recompute, supervised=rows).peak_bytes(micro_batches)
         assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
 
@@ -63,12 +63,12 @@ def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
 @pytest.mark.parametrize("name", ["8B", "1B"])
 def test_bf16_masters_have_no_casts_and_updates_in_backward_hold_no_gradients(name, derived_only):
     for tokens, micro_batches, in_backward in ((1024, 1, False), (1024, 2, False), (1024, 1, True), (16384, 1, True)):
-        setting = Setting(tokens, tokens, "block", micro_batches=micro_batches, master_itemsize=2, state_itemsize=2)
-        use = memory.predict(MODELS[name], dataclasses.replace(setting, in_backward=in_backward))
+        layout = Layout(tokens, micro_batches, "block", supervised=tokens, master_itemsize=2, state_itemsize=2)
+        use = memory.predict(MODELS[name], dataclasses.replace(layout, in_backward=in_backward))
         peak = FakeStep(MODELS[name], tokens, "block", masters=torch.bfloat16).peak_bytes(micro_batches, in_backward)
         assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
         assert use.moments == 4 * MODELS[name].num_parameters()
-    use = memory.predict(MODELS[name], dataclasses.replace(setting, master_itemsize=4, in_backward=True))
+    use = memory.predict(MODELS[name], dataclasses.replace(layout, master_itemsize=4, in_backward=True))
     peak = FakeStep(MODELS[name], tokens, "block").peak_bytes(1, in_backward=True)
     assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
 
@@ -82,7 +82,7 @@ def test_masters_gradients_and_moments_are_those_of_a_built_trainer(tied, derive
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     optimizer.step()
-    use = memory.predict(config, Setting(64, 64, micro_batches=2))
+    use = memory.predict(config, Layout(64, 2, supervised=64))
     assert use.masters == sum(p.nbytes for p in model.parameters())
     assert use.gradients == gradients
     assert use.moments == sum(state[moment].nbytes for state in optimizer.state.values() for moment in manifest.MOMENTS)
@@ -109,8 +109,8 @@ def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, r
     model.initialize(0)
     model.compute_dtype = torch.bfloat16
     sharding.wrap(model, shard_of_four, TrainConfig(recompute="none"), choice, torch.bfloat16)
-    setting = Setting(8, 8, ranks=4, shard=4, micro_batches=2, reduce=reduce, reshard=reshard)
-    use = memory.predict(config, setting)
+    layout = Layout(8, 8, supervised=8, ranks=4, shard=4, reduce=reduce, reshard=reshard)
+    use = memory.predict(config, layout)
     assert sum(local_shards.local_shard(p).nbytes for p in model.parameters()) == use.masters
     ids = torch.arange(8)
     attend = PackedAttention(torch.tensor([0, 8], dtype=torch.int32), 8)
@@ -120,8 +120,8 @@ def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, r
         model(ids, ids, attend).sum().backward()
         assert unreduced_bytes(model) == whole
         norm = 2 * config.hidden_size  # the last one, in the root's group
-        kept = 0 if is_last else memory._gathered(config, setting) + norm * (reshard == "block")
-        assert gathered_bytes(model) == kept
+        kept = 0 if is_last else memory.gathered_bytes(config, layout) + norm * (reshard == "block")
+        assert unsharded_bytes(model) == kept
     assert sum(local_shards.local_shard(p.grad).nbytes for p in model.parameters() if p.grad is not None) == shares
 
 
@@ -131,7 +131,7 @@ def groups_of(model: Transformer) -> list:
     return [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
 
 
-def gathered_bytes(model: Transformer) -> int:
+def unsharded_bytes(model: Transformer) -> int:
     """Weights of the groups that are gathered now."""
     groups = [group for group in groups_of(model) if group.is_unsharded]
     return sum(parameter.unsharded_param.nbytes for group in groups for parameter in group.fsdp_params)
@@ -145,8 +145,8 @@ def unreduced_bytes(model: Transformer) -> int:
 
 def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_only):
     def use(**changes):
-        setting = Setting(4096, 4096, "block", ranks=4, shard=4, micro_batches=2)
-        return memory.predict(LLAMA_8B, dataclasses.replace(setting, **changes))
+        layout = Layout(4096, 8, "block", supervised=4096, ranks=4, shard=4)
+        return memory.predict(LLAMA_8B, dataclasses.replace(layout, **changes))
 
     P, plain = LLAMA_8B.num_parameters(), use()
     assert (plain.masters, plain.moments, plain.gradients) == (P, 2 * P, 4 * P + P)  # whole, and shards
@@ -155,9 +155,10 @@ def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_
     assert use(reduce="micro_batch").gradients == P and use(reduce="micro_batch", offload="all").gradients == 0
     assert use(reshard="step").weights == 2 * P
     inputs = 2 * 2 * 4096 * LLAMA_8B.hidden_size  # of a block, in bf16
-    head = memory._head(LLAMA_8B, Setting(4096, 4096, "block"))
-    without = memory._head(LLAMA_8B, Setting(4096, 4096, "block", offload_activations=True))
+    block = Layout(4096, recompute="block", supervised=4096)
+    offloaded = dataclasses.replace(block, offload_activations=True)
+    head, without = (memory.head_moment(LLAMA_8B, each) for each in (block, offloaded))
     assert head.activations - without.activations == inputs * LLAMA_8B.num_layers
     last = LLAMA_8B.num_layers - 1
-    blocks = [memory._block(LLAMA_8B, Setting(4096, 4096, "block", offload_activations=each), last) for each in (0, 1)]
+    blocks = [memory.block_moment(LLAMA_8B, each, last) for each in (block, offloaded)]
     assert blocks[0].activations - blocks[1].activations == inputs * (last - 1)  # the next one is there

@@ -37,9 +37,9 @@ def lengths(tmp_path):
     return tmp_path / "lengths.npy"
 
 
-def test_a_data_set_is_planned_with_every_card(world, capsys):
+def test_a_data_set_is_planned_on_every_card(world, capsys):
     said = say(capsys, world.config, "--train.dtype=bfloat16")
-    for fact in ("60 conversations", "supervised", "fill", "lr 0.003", "A100-80", "H100", "H200", "recompute none"):
+    for fact in ("60 conversations", "supervised", "fill", "lr 0.003", "A100-80", "H100", "H200", "planned memory"):
         assert fact in said
     assert "data.bins_per_step = 4 cannot be shared by 8 GPUs: predicted with 8" in said
     assert "Predicted, not measured" in said
@@ -61,14 +61,16 @@ def test_classes_that_no_reward_tells_apart_are_said(world, capsys, tmp_path):
 
 
 def test_the_tables_fit_a_terminal(world, lengths, capsys):
-    plan.main([str(world.config), "--train.dtype=bfloat16", "--lengths", str(lengths), "--nodes=512"])
+    plan.main(
+        [str(world.config), "--train.dtype=bfloat16", "--lengths", str(lengths), "--nodes=512", "--optim.lr=auto"]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80 or "…" in line] == []
 
 
-def test_one_card_and_its_nodes_can_be_asked_for(world, capsys):
-    said = say(capsys, world.config, "--train.dtype=bfloat16", "--card=H100", "--gpus", "4", "--nodes=2")
-    assert "8 H100" in said and "H200" not in said
+def test_one_card_and_several_numbers_of_it_can_be_asked_for(world, capsys):
+    said = say(capsys, world.config, "--train.dtype=bfloat16", "--card=H100", "--gpus", "4,16", "--nodes=2")
+    assert "8 H100" in said and "32 H100" in said and "H200" not in said
 
 
 def test_float32_is_not_predicted_with_the_rates_of_bfloat16(world, capsys):

@@ -9,12 +9,13 @@ from ochat.model.config import ModelConfig
 from ochat.plan import roofline
 from ochat.plan.gpus import (
     ATTENTION_LENGTHS,
-    CARDS,
     FLASH_3_HOPPER,
+    GPUS,
     attention_rate,
 )
+from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
-from ochat.plan.roofline import Cut, Workload
+from ochat.plan.roofline import Workload
 
 MODELS = {
     "8B": ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128),
@@ -23,12 +24,12 @@ MODELS = {
     "1B": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, tie_embeddings=True),
     "135M": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True),
 }
-H200 = dataclasses.replace(CARDS["H200"], attention_tflops=FLASH_3_HOPPER)  # as the ceilings assume
+H200 = dataclasses.replace(GPUS["H200"], attention_tflops=FLASH_3_HOPPER)  # as the ceilings assume
 
 
-def predict(name="8B", length=4096, card=H200, share=1.0, imbalance=1.0, **changes):
+def predict(name="8B", length=4096, gpu=H200, share=1.0, imbalance=1.0, **changes):
     workload = Workload(LengthCounts.of(np.full(8, length)), share, 1.0, imbalance)
-    return roofline.predict(MODELS[name], card, workload, dataclasses.replace(Cut(16384, 8), **changes))
+    return roofline.predict(MODELS[name], gpu, workload, dataclasses.replace(Layout(16384, 8), **changes))
 
 
 @pytest.mark.parametrize(
@@ -49,17 +50,17 @@ def test_one_h200_is_predicted_within_ten_percent_of_its_ceiling(name, length, r
 
 
 def test_an_a100_is_predicted_above_what_was_published_and_not_far_above():
-    predicted = predict("Llama-2-7B", card=CARDS["A100-80"]).tokens_per_s
+    predicted = predict("Llama-2-7B", gpu=GPUS["A100-80"]).tokens_per_s
     assert 4_641 < predicted < 1.25 * 4_641  # tokens/s of a GPU, 7B, bf16 without recompute
 
 
-@pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.name)
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("name", MODELS)
-def test_no_prediction_exceeds_what_products_reach(name, card):
+def test_no_prediction_exceeds_what_products_reach(name, gpu):
     for ranks in (1, 8, 64):
-        cut = {"ranks": ranks, "shard": ranks, "bins_per_step": 2 * ranks, "token_budget": 65536}
-        predicted = predict(name, card=card, **cut)
-        assert predicted.mfu < card.matmul_tflops / card.peak_tflops
+        layout = {"ranks": ranks, "shard": ranks, "bins_per_step": 2 * ranks, "token_budget": 65536}
+        predicted = predict(name, gpu=gpu, **layout)
+        assert predicted.mfu < gpu.matmul_tflops / gpu.peak_tflops
         assert predicted.tokens_per_step == 2 * ranks * 65536
 
 
@@ -76,8 +77,8 @@ def test_more_work_takes_longer():
 def test_rows_that_are_not_supervised_are_spared_the_last_blocks_products():
     model, (all_rows, half) = MODELS["8B"], (predict(share=share) for share in (1.0, 0.5))
     weights = 4096 * (4096 + 3 * 14336)
-    assert all_rows.products == pytest.approx(8 * 6 * model.matmul_params() * 16384 / H200.matmul_tflops / 1e12)
-    assert all_rows.products - half.products == pytest.approx(8 * 6 * weights * 8192 / H200.matmul_tflops / 1e12)
+    assert all_rows.matmul == pytest.approx(8 * 6 * model.matmul_params() * 16384 / H200.matmul_tflops / 1e12)
+    assert all_rows.matmul - half.matmul == pytest.approx(8 * 6 * weights * 8192 / H200.matmul_tflops / 1e12)
     assert half.attention == all_rows.attention and half.flops_per_step < all_rows.flops_per_step
 
 
@@ -103,10 +104,10 @@ def test_parts_are_all_of_a_step_and_none_is_negative():
 
 
 def test_attention_of_short_documents_is_slower_and_known_rates_are_kept():
-    for card in CARDS.values():
-        rates = attention_rate(card, np.array([0, 1, 64, 512, *ATTENTION_LENGTHS, 10**6]))
+    for gpu in GPUS.values():
+        rates = attention_rate(gpu, np.array([0, 1, 64, 512, *ATTENTION_LENGTHS, 10**6]))
         assert (np.diff(rates) >= 0).all() and rates[0] > 0
-        np.testing.assert_allclose(rates[4:8], card.attention_tflops)
+        np.testing.assert_allclose(rates[4:8], gpu.attention_tflops)
 
 
 def test_model_flops_are_those_of_the_model():
@@ -114,7 +115,7 @@ def test_model_flops_are_those_of_the_model():
     workload = Workload(LengthCounts.of(lengths), 0.5)
     tokens = int(lengths.sum())
     exact = MODELS["8B"].flops_per_step(tokens, int((lengths**2).sum()), tokens // 2)
-    predicted = roofline.predict(MODELS["8B"], H200, workload, Cut(tokens, 1))
+    predicted = roofline.predict(MODELS["8B"], H200, workload, Layout(tokens, 1))
     assert predicted.flops_per_step == pytest.approx(exact, rel=1e-2)
 
 
@@ -132,19 +133,19 @@ def test_choices_of_sharding_cost_what_they_move():
     assert parts(offload="optimizer").optimizer - parts().optimizer == pytest.approx(bus)
 
 
-def test_inputs_of_blocks_cross_the_bus_beside_what_is_computed(monkeypatch):
+def test_offloaded_inputs_of_blocks_overlap_with_computation(monkeypatch):
     """Four micro-batches; what is left to see is what takes longer than its direction's computation."""
 
-    def again(**changes):
-        return predict(**{"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256} | changes).again
+    def recompute(**changes):
+        return predict(**{"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256} | changes).recompute
 
-    block = again(recompute="block")
+    block = recompute(recompute="block")
     inputs = 2 * 2 * 256 * 4096 * 32  # bytes: two of each block, in bf16
     slow, slower, fast = 1e9, 0.5e9, 1e15
     taken = {}
     for rate in (slow, slower, fast):
         monkeypatch.setattr(roofline, "HOST_BANDWIDTH", rate)
-        taken[rate] = again(recompute="block", offload_activations=True) - block
+        taken[rate] = recompute(recompute="block", offload_activations=True) - block
     assert taken[fast] == 0
     assert taken[slower] - taken[slow] == pytest.approx(4 * 2 * inputs * (1 / slower - 1 / slow))
     assert 0 < taken[slow] < 4 * 2 * inputs / slow
@@ -160,6 +161,6 @@ def test_narrow_masters_and_moments_cost_what_they_move():
     assert parts(state_itemsize=2).optimizer == pytest.approx(24 * P / copy)
     assert parts(**narrow).optimizer == pytest.approx(16 * P / copy)
     assert parts(**narrow, bins_per_step=2).optimizer == pytest.approx(20 * P / copy)  # sums of gradients are fp32
-    assert parts().moved - parts(**narrow).moved == pytest.approx(12 * P / copy)  # casts there and back
+    assert parts().memory_bound - parts(**narrow).memory_bound == pytest.approx(12 * P / copy)  # casts there and back
     bus = parts(**narrow, offload="optimizer").optimizer - parts(**narrow).optimizer
     assert bus == pytest.approx(8 * P / roofline.HOST_BANDWIDTH)
