@@ -27,15 +27,15 @@ from rich.table import Column, Table
 
 from ochat import config as configuration
 from ochat.config import Config
-from ochat.console import configure_logging
+from ochat.console import configure_logging, stdout
 from ochat.errors import ConfigError, OchatError, complain
 
 PROFILE = "--profile"
 PURPOSE = f"""Trains from the newest checkpoint, or from the base. On several GPUs the same arguments go to
 torchrun --nproc-per-node N -m ochat.train
 
-  {PROFILE}   instead records a few steps from the base, prints where their time goes beside the least it could take,
-              writes traces into RUN/profile, and ends; the run itself is left as it is"""
+  {PROFILE}   instead records a few steps from the base, prints time per part next to its roofline and what the host
+              waited for, writes traces into RUN/profile, and ends; the run itself is left as it is"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,10 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = read_arguments([a for a in arguments if a != PROFILE])
         if PROFILE in arguments:
-            from ochat.train.profile import profile as run
+            from ochat.train.profile import profile
+
+            for line in profile(config):
+                stdout.print(line, markup=False)
         else:
-            from ochat.train.trainer import train as run  # torch takes seconds to import; a wrong option should not
-        run(config)
+            from ochat.train.trainer import train  # torch takes seconds to import; a wrong option should not
+
+            train(config)
         exit_code = 0
     except BrokenPipeError:  # nobody reads what is printed: `ochat` ends without a word
         raise

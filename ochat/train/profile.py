@@ -1,21 +1,29 @@
-"""`ochat train CONFIG.toml --profile`: where the time of a step goes, beside the least that it could take.
+"""`ochat train CONFIG.toml --profile`: time per part of a step next to its roofline, and what the host waited for.
 
-Warms up, records a few steps, and ends. It trains in RUN/profile, from the base: what the run itself has written stays
-as it is, and the same command without --profile goes on. RUN/profile/rankN.json.gz opens in chrome://tracing or
-ui.perfetto.dev.
+Warms up, records a few steps, and ends. It trains in RUN/profile, from the base: the run itself stays as it is.
+RUN/profile/rankN.json.gz opens in chrome://tracing or ui.perfetto.dev.
+
+An operator's part follows from its name and the names of what it ran in: all that the head's operator calls is the
+head's. On a GPU the time is that of its kernels, each attributed to the call that launched it; of kernels that overlap,
+computation counts first, then communication, then copies, so that parts and idle time sum to the steps. On a CPU it is
+each operator's own time on the training thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from msgspec import structs
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as profiler
 
@@ -27,43 +35,73 @@ from ochat.plan.gpus import GpuSpec
 from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
 from ochat.plan.roofline import Workload
-from ochat.train import trace
-from ochat.train.trace import Breakdown, Wait
 from ochat.train.trainer import Trainer, train
 
 FOLDER = "profile"
 WARM_UP, RECORDED = 3, 3  # steps
-STEPS = WARM_UP + (1 + RECORDED) + (1 + 1)  # each recording has one to settle; the second is one step with stacks
-FLOORS = "floor: as ochat plan predicts each part on this card; that of elementwise holds copies and casts too"
-FLOORS_OF_PRODUCTS = "floor: FLOPs over the peak that mfu is taken of; other parts have none on an unknown device"
+STEPS = WARM_UP + (1 + RECORDED) + (1 + 1)  # each recording warms up for one step; the second records one with stacks
+ROOFLINE = "roofline: as ochat plan predicts each part on this GPU; elementwise includes copies and casts"
+ROOFLINE_OF_MATMUL = "roofline: FLOPs over the peak that mfu is taken of; other parts have none on an unknown device"
+
+COMMUNICATION, HEAD, OPTIMIZER, ATTENTION = "communication", "head", "optimizer", "attention"
+MATMUL, COPIES, ELEMENTWISE, IDLE = "matmul", "copies and casts", "elementwise", "idle"
+PARTS = (ATTENTION, MATMUL, HEAD, ELEMENTWISE, COPIES, OPTIMIZER, COMMUNICATION, IDLE)
+PATTERNS = {  # the first that a name, or one around it, matches
+    COMMUNICATION: r"nccl|gloo|c10d::|FSDP::|fsdp::",
+    HEAD: r"linear_cross_entropy|LinearCrossEntropy|ochat_kernels::scale",
+    OPTIMIZER: r"^optimizer$",
+    ATTENTION: r"scaled_dot_product|ScaledDotProduct|varlen_attn|flash|cudnn_attention",
+    MATMUL: r"^aten::(addmm_?|mm|bmm|baddbmm|_scaled_mm|_scaled_grouped_mm)$|gemm|nvjet|cutlass",
+    COPIES: r"^aten::(copy_|_to_copy)$|Memcpy",
+}
+STEP = "ProfilerStep"
+PYTHON = re.compile(r"\.py\(\d+\): |^<built-in ")
+OURS = re.compile(r"ochat/.*\.py\(\d+\): .*")
 
 
-def profile(config: Config) -> None:
-    """Records steps of the run that `config` describes and prints their table. Raises: as train."""
+@dataclass(frozen=True)
+class SyncPoint:
+    """Calls at one place in which the host waited for the device."""
+
+    call: str  # cudaStreamSynchronize, ...
+    operator: str  # aten::item, ...
+    place: str  # ochat/train/metrics.py(120): flush
+    count: int
+    seconds: float
+
+
+def profile(config: Config) -> list[Table | str]:
+    """Record steps of the run that `config` describes; what to print, nothing on ranks other than the first.
+
+    Raises: as train.
+    """
     run = structs.replace(config.run, dir=str(Path(config.run.dir) / FOLDER), resume="never")
     data = structs.replace(config.data, epochs=max(config.data.epochs, STEPS), max_steps=STEPS, eval_path="")
-    train(structs.replace(config, run=run, data=data), run=record)
+    found: list[Table | str] = []
+    train(structs.replace(config, run=run, data=data), run=lambda trainer: found.extend(record(trainer)))
+    return found
 
 
-def record(trainer: Trainer) -> None:
-    """Runs STEPS steps; every rank writes its trace, the first one prints its table."""
+def record(trainer: Trainer) -> list[Table | str]:
+    """Run STEPS steps and write each rank's traces; the report of the first rank, nothing on others."""
     trainer.announce()
     steps = trainer.loader.iterate(0)
     for _ in range(WARM_UP):
         _step(trainer, steps)
     path = trainer.run_dir / f"rank{trainer.ranks.rank}.json.gz"
-    batches = _record(trainer, steps, path, RECORDED, stacks=False)
+    events, batches = _record(trainer, steps, path, RECORDED, stacks=False)
     with_stacks = path.with_name(f"rank{trainer.ranks.rank}-stacks.json.gz")
-    _record(trainer, steps, with_stacks, 1, stacks=True)
-    if trainer.ranks.is_first:
-        found, waits = trace.breakdown(trace.read(path)), trace.waits(trace.read(with_stacks))
-        show(found, floors(trainer, batches), waits, Console(highlight=False))
-        trainer.display.note(f"traces of every process: {path.parent}")
+    events_with_stacks, _ = _record(trainer, steps, with_stacks, 1, stacks=True)
+    if not trainer.ranks.is_first:
+        return []
+    seconds = {part: total / RECORDED for part, total in part_seconds(events).items()}
+    shown = report(seconds, rooflines(trainer, batches), sync_points(events_with_stacks))
+    return [*shown, f"traces of every process: {path.parent}"]
 
 
-def floors(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, float]:
-    """Seconds of a mean step that each part would take at the card's rates, as speed.py predicts it; where the card is
-    not known, of products alone, at the peak that mfu is taken of."""
+def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, float]:
+    """Seconds of a mean step that the plan predicts for each part; on an unknown device for matmuls alone, at the peak
+    that mfu is taken of."""
     config, model, ranks = trainer.config, trainer.model_config, trainer.ranks
     all_batches = [batch for step in batches for batch in step]
     lengths = np.array([n for b in all_batches for n in b.lengths[: len(b.sequences)]])
@@ -71,72 +109,167 @@ def floors(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, floa
     supervised = sum(b.num_supervised for b in all_batches)
     workload = Workload(LengthCounts.of(lengths), supervised / tokens, tokens / computed)
     known = gpus.lookup(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
-    cut = Layout(
-        computed // len(all_batches), len(all_batches) // len(batches) * ranks.world, config.train.recompute,
-        ranks.world, ranks.shard[1], itemsize=4 if config.train.dtype == "float32" else 2,
+    layout = Layout(
+        token_budget=computed // len(all_batches),
+        bins_per_step=len(all_batches) // len(batches) * ranks.world,
+        recompute=config.train.recompute,
+        ranks=ranks.world,
+        shard=ranks.shard[1],
+        itemsize=4 if config.train.dtype == "float32" else 2,
         adapters=lora.num_parameters(model, config.lora),
-    )  # fmt: skip
-    least = roofline.predict(model, known or _products_only(trainer.peak), workload, cut)
+    )
+    least = roofline.predict(model, known or _matmul_only(trainer.peak), workload, layout)
     again = config.train.recompute == "block"
     found = {
-        trace.PRODUCTS: least.matmul * (1 + again / cut.matmuls_of_weight),
-        trace.HEAD: least.head,
-        trace.ATTENTION: least.attention * (1 + again * 2 / 7),
+        MATMUL: least.matmul * (1 + again / layout.matmuls_of_weight),
+        HEAD: least.head,
+        ATTENTION: least.attention * (1 + again * 2 / 7),
     }
     if known is None:
         per_token = workload.attention_per_token(model) * (1 + again / 3)
-        return found | {trace.ATTENTION: per_token * tokens / len(batches) / trainer.peak}
-    rest = least.memory_bound + least.recompute - (found[trace.PRODUCTS] - least.matmul)
-    found[trace.ELEMENTWISE] = rest - (found[trace.ATTENTION] - least.attention)
-    return found | {trace.OPTIMIZER: least.optimizer, trace.COMMUNICATION: least.communication}
+        return found | {ATTENTION: per_token * tokens / len(batches) / trainer.peak}
+    rest = least.memory_bound + least.recompute - (found[MATMUL] - least.matmul)
+    found[ELEMENTWISE] = rest - (found[ATTENTION] - least.attention)
+    return found | {OPTIMIZER: least.optimizer, COMMUNICATION: least.communication}
 
 
-def show(found: Breakdown, floors: dict[str, float], waits: list[Wait], console: Console) -> None:
-    """Prints the parts of a mean step and what waited for the device."""
-    total = sum(found.seconds.values())
-    table = Table("part", box=None, padding=(0, 3, 0, 0), title=f"a step, mean of {found.steps}", title_justify="left")
-    for column in ("ms", "share", "floor ms", "times floor"):
+def report(seconds: dict[str, float], least: dict[str, float], waits: Sequence[SyncPoint]) -> list[Table | str]:
+    """The parts of a mean step next to their rooflines, and a line for each place where the host waited."""
+    total, is_whole = sum(seconds.values()), ELEMENTWISE in least
+    table = Table("part", box=None, padding=(0, 3, 0, 0), title=f"a step, mean of {RECORDED}", title_justify="left")
+    for column in ("ms", "share", "roofline ms", "times roofline"):
         table.add_column(column, justify="right")
-    for part in trace.PARTS:
-        seconds, floor = found.seconds[part] / found.steps, floors.get(part)
-        beside = (f"{1e3 * floor:,.2f}", f"{seconds / floor:.2f}") if floor else ("", "")
-        table.add_row(part, f"{1e3 * seconds:,.2f}", f"{found.seconds[part] / total:.1%}", *beside)
-    least, is_whole = sum(floors.values()), trace.ELEMENTWISE in floors
-    ratio = f"{total / found.steps / least:.2f}" if is_whole else ""
-    table.add_row("step", f"{1e3 * total / found.steps:,.2f}", "100.0%", f"{1e3 * least:,.2f}", ratio)
-    console.print(table)
-    console.print(FLOORS if is_whole else FLOORS_OF_PRODUCTS)
-    if not waits:
-        console.print("Nothing in the step waited for the device.")
-    for wait in waits:
-        console.print(
-            f"[yellow]waited[/] {1e3 * wait.seconds:,.2f} ms in {wait.count} x {escape(wait.call)}, "
-            f"{escape(wait.operator)} at {escape(wait.place)}"
-        )
+    for part in PARTS:
+        limit = least.get(part)
+        cells = (f"{1e3 * limit:,.2f}", f"{seconds[part] / limit:.2f}") if limit else ("", "")
+        table.add_row(part, f"{1e3 * seconds[part]:,.2f}", f"{seconds[part] / total:.1%}", *cells)
+    whole = sum(least.values())
+    ratio = f"{total / whole:.2f}" if is_whole else ""
+    table.add_row("step", f"{1e3 * total:,.2f}", "100.0%", f"{1e3 * whole:,.2f}", ratio)
+    lines = [
+        f"waited {1e3 * wait.seconds:,.2f} ms in {wait.count} x {wait.call}, {wait.operator} at {wait.place}"
+        for wait in waits
+    ]
+    return [table, ROOFLINE if is_whole else ROOFLINE_OF_MATMUL, *(lines or ["The host never waited for the device."])]
+
+
+def part_seconds(events: Sequence[FunctionEvent]) -> dict[str, float]:
+    """Where the time of the recorded steps went, by PARTS; the values sum to the steps."""
+    steps = [e for e in events if e.name.startswith(STEP) and e.device_type == DeviceType.CPU]
+    on_gpu = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    found = dict.fromkeys(PARTS, 0.0)
+    if not on_gpu:
+        for event in (e for e in events if e.thread == steps[0].thread and not e.is_async):
+            chain = _chain(event)
+            part = _part(chain)
+            if chain[0] in steps:
+                is_operator = not event.is_user_annotation or part == COMMUNICATION
+                found[part if is_operator else IDLE] += event.self_cpu_time_total / 1e6
+        return found
+    start, end = min(e.time_range.start for e in steps), max(e.time_range.end for e in steps)
+    launches = {e.id: e for e in events if e.device_type == DeviceType.CPU and e.name.startswith("cu")}
+    spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for event in (e for e in on_gpu if start <= e.time_range.start < end):
+        chain = _chain(launches[event.id]) if event.id in launches else []
+        spans[_part([*chain, event])].append((event.time_range.start, min(event.time_range.end, end)))
+    covered, counted = 0.0, []
+    for parts in (set(PARTS) - {COMMUNICATION, COPIES, IDLE}, {COMMUNICATION}, {COPIES}):
+        counted += [span for part in parts for span in spans[part]]
+        busy = {part: sum(high - low for low, high in spans[part]) for part in parts}
+        exposed = (total := _union(counted)) - covered
+        for part in parts:
+            found[part] = exposed * busy[part] / max(sum(busy.values()), 1e-9) / 1e6
+        covered = total
+    return found | {IDLE: (end - start - covered) / 1e6}
+
+
+def sync_points(events: Sequence[FunctionEvent]) -> list[SyncPoint]:
+    """Where the host waited for the device within the steps, the longest first. Places need events with stacks."""
+    steps = [e for e in events if e.name.startswith(STEP) and e.device_type == DeviceType.CPU]
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for event in (e for e in events if e.name.startswith("cu") and "Synchronize" in e.name):
+        span = event.time_range
+        if not any(step.time_range.start <= span.start < step.time_range.end for step in steps):
+            continue
+        names = [each.name for each in _chain(event)]
+        if len(names) == 1:  # torch links a call to its operator alone: one outside any is placed by its time
+            around = [e for e in events if e.thread == steps[0].thread and e is not event and holds(e, event)]
+            names = [e.name for e in sorted(around, key=lambda e: (e.time_range.start, -e.time_range.end))] + names
+        frames = [match[0] for name in names if (match := OURS.search(name))]
+        if not frames or "ochat/train/profile.py" not in frames[-1]:
+            found[event.name, _operator(names), _place(names, frames)].append(span.elapsed_us() / 1e6)
+    points = [SyncPoint(*key, len(times), sum(times)) for key, times in found.items()]
+    return sorted(points, key=lambda point: -point.seconds)
+
+
+def _chain(event: FunctionEvent) -> list[FunctionEvent]:
+    """What an event ran in, outermost first, and itself."""
+    chain = [event]
+    while chain[-1].cpu_parent is not None:
+        chain.append(chain[-1].cpu_parent)
+    return chain[::-1]
+
+
+def holds(outer: FunctionEvent, inner: FunctionEvent) -> bool:
+    return (
+        outer.time_range.start <= inner.time_range.start and inner.time_range.end <= outer.time_range.end
+    )  # fmt: skip
+
+
+def _part(chain: Sequence[FunctionEvent]) -> str:
+    return [*PATTERNS, ELEMENTWISE][min(_rank(event.name) for event in chain)]
+
+
+@cache
+def _rank(name: str) -> int:
+    return next((i for i, pattern in enumerate(PATTERNS.values()) if re.search(pattern, name)), len(PATTERNS))
+
+
+def _union(spans: Sequence[tuple[float, float]]) -> float:
+    """The length that spans cover together."""
+    covered, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(end - max(start, reached), 0.0)
+        reached = max(reached, end)
+    return covered
+
+
+def _operator(names: Sequence[str]) -> str:
+    """What Python called: the outermost operator below its innermost frame."""
+    frames = [i for i, name in enumerate(names) if PYTHON.search(name) or name.startswith(STEP)]
+    below = names[frames[-1] + 1 : -1] if frames else names[:-1]
+    return below[0] if below else ""
+
+
+def _place(names: Sequence[str], frames: Sequence[str]) -> str:
+    """The innermost line of ochat; in backward, which has none, the autograd node."""
+    nodes = [name.split(": ")[-1] for name in names if name.startswith("autograd::engine")]
+    return (list(frames) or nodes or ["(not in ochat)"])[-1]
 
 
 def _record(
     trainer: Trainer, steps: Iterator[tuple[int, list[PackedBatch]]], path: Path, count: int, *, stacks: bool
-) -> list[list[PackedBatch]]:
-    """The batches of `count` steps whose trace goes to `path`, after one step in which the profiler settles."""
-    on_card = trainer.ranks.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
-    order = schedule(wait=0, warmup=1, active=count)
+) -> tuple[Sequence[FunctionEvent], list[list[PackedBatch]]]:
+    """Events and batches of `count` steps, after one in which the profiler warms up. Writes their trace to `path`."""
+    on_gpu = trainer.ranks.device.type == "cuda"
     with profiler(
-        activities=activities, schedule=order, with_stack=stacks, acc_events=True,
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
+        schedule=schedule(wait=0, warmup=1, active=count),
         on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
-    ) as recorder:  # fmt: skip
+        with_stack=stacks,
+        acc_events=True,
+    ) as recorder:
         batches = []
         for i in range(1 + count):
             batches.append(_step(trainer, steps))
-            if on_card and i in (0, count):
+            if on_gpu and i in (0, count):
                 torch.cuda.synchronize()  # what the device still has to do belongs to these steps
             recorder.step()
-    return batches[1:]
+    return recorder.events() or [], batches[1:]
 
 
 def _step(trainer: Trainer, steps: Iterator[tuple[int, list[PackedBatch]]]) -> list[PackedBatch]:
-    """A step as a run does it, its log lines included."""
+    """A step as a run does it, with its log lines."""
     step, batches = next(steps)
     trainer.step(step, batches)
     if trainer.steps_done % trainer.config.train.log_every == 0:
@@ -144,7 +277,7 @@ def _step(trainer: Trainer, steps: Iterator[tuple[int, list[PackedBatch]]]) -> l
     return batches
 
 
-def _products_only(peak: float) -> GpuSpec:
-    """A card of which no more than its products' rate is known."""
+def _matmul_only(peak: float) -> GpuSpec:
+    """A device of which only the peak rate is known."""
     tflops, unknown = peak / 1e12, float("inf")
     return GpuSpec("", 0.0, tflops, tflops, (tflops,) * 4, unknown, unknown, unknown)
