@@ -13,6 +13,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
+from ochat.console import configure_logging
 from ochat.evaluate.questions import Format, read_questions
 from ochat.files import atomic
 
@@ -46,11 +47,13 @@ class AnswerOptions:
 
 def main(options: AnswerOptions) -> None:
     """The command `ochat answer`."""
-    from ochat.evaluate import answer_files  # torch takes seconds to import; --help does without
+    # torch takes seconds to import; --help does without
+    from ochat.evaluate import answer_files
     from ochat.evaluate.answer import answer
     from ochat.evaluate.model_client import EndpointAnswerer, LocalAnswerer
     from ochat.model.device import find_device
 
+    configure_logging()
     answer_files.check_output(options.output)
     questions = read_questions(options.questions, options.format, limit=options.limit, temperature=options.temperature)
     given = options.max_new_tokens

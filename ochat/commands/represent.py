@@ -25,7 +25,7 @@ from rich.console import Console
 
 from ochat.console import bar
 from ochat.errors import ConfigError
-from ochat.evaluate import proportion
+from ochat.evaluate import intervals
 from ochat.files import atomic
 from ochat.model.device import find_device
 from ochat.text.tokenizer import Tokenizer
@@ -148,7 +148,7 @@ def _description(options: RepresentOptions, sample: Sample, one_prefix: str) -> 
             "penalty": probe.PENALTY,
             "permutations": options.permutations,
             "chance": 1 / len(sample.classes),
-            "interval": {"level": proportion.LEVEL, "method": "Wilson's, of prompts"},
+            "interval": {"level": intervals.LEVEL, "method": "Wilson's, of prompts"},
         },
     }
 

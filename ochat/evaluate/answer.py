@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ochat.console import bar
 from ochat.evaluate.answer_files import Answer, check_output, write_answers
 from ochat.evaluate.answer_log import AnswerLog
 from ochat.evaluate.model_client import Answerer
 from ochat.evaluate.questions import Format, Question
-from ochat.console import bar
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
-"""Held-out conversations, tokenised once, and as the template writes them under any class's prefix.
+"""Read held-out conversations, tokenise them once, and write them under the prefixes of any class.
 
-    held_out = read(Path("data/train-held-out"), spoken, tokenizer)      # or a file or folder of conversations
+    held_out = read(Path("data/train-held-out"), template, tokenizer)      # or a file or folder of conversations
     held_out[0].under(["GPT4", "GPT3"], template, tokenizer)             # an Example under each
 
-Every segment is tokenised alone, so exchanging the prefixes' ids is encoding the conversation anew.
+Every segment is tokenised alone, so exchanging the prefixes' ids gives the same as encoding the conversation again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 from ochat.text import record_formats
 from ochat.text.conversation import Conversation
+from ochat.text.openchat_json import load_template, read_description
 from ochat.text.template import Span, Template
 from ochat.text.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ class HeldOut:
 
     @classmethod
     def of(cls, conversation: Conversation, template: Template, tokenizer: Tokenizer) -> HeldOut:
-        """The conversation, neither cut nor trimmed."""
+        """The whole conversation, neither cut nor trimmed."""
         ids, spans = template.encode_spans(conversation, tokenizer)
         return cls(np.array(ids, np.int64), spans, conversation.condition)
 
@@ -95,6 +96,37 @@ def template_of(path: Path, spoken: Template | None, tokenizer: Tokenizer) -> Te
             "alike, or give the conversations themselves"
         )
     return dataset.template
+
+
+def choose_template(data: Path, folder: Path, name: str | None, tokenizer: Tokenizer) -> Template:
+    """The template of a prepared data set, which must be the model's too; of other data the model's, or the one called
+    `name`. `folder`: the model's. Raises: ConfigError."""
+    if not is_prepared(data):
+        template = load_template(folder, name)
+    elif name is not None:
+        raise ConfigError(f"--template {name}: {data} is prepared, and has its own; leave it out")
+    else:
+        template = template_of(data, load_template(folder, None) if read_description(folder) else None, tokenizer)
+    template.check(tokenizer)
+    return template
+
+
+def choose_conditions(
+    asked: Sequence[str], conversations: Sequence[HeldOut], template: Template, tokenizer: Tokenizer
+) -> tuple[str, ...]:
+    """The classes that were asked for, or the data's; ("",) for a template whose prefixes name no class.
+
+    Raises: ConfigError for a class that no prefix can carry.
+    """
+    if template.condition_roles == "none":
+        if any(asked):
+            raise ConfigError(f"--conditions: the template {template.name} has none in its prefixes; leave it out")
+        return ("",)
+    conditions = tuple(dict.fromkeys(asked or sorted({each.condition for each in conversations})))
+    for condition in conditions:
+        if condition and len(tokenizer.split_at_specials(condition)) > 1:
+            raise ConfigError(f"the class {condition!r} spells a special token; no prefix can carry it")
+    return conditions
 
 
 def read(path: Path, template: Template, tokenizer: Tokenizer) -> list[HeldOut]:

@@ -1,17 +1,19 @@
-"""Answers to a prompt set under chosen classes, as conversations that `ochat prepare` and `ochat eval` read.
+"""Answer prompts under chosen classes, as conversations that `ochat prepare` and `ochat eval` read.
 
     asked = read(Path("prompts.jsonl"), ["GPT4", "GPT3"]);  list(answers(model, template, tokenizer, asked, 256))
 
-A record is {"prompt": "...", "system": "..."} or a conversation, whose last answer is left out and asked for.
+A record is {"prompt": "...", "system": "..."} or a conversation, whose last answer is dropped and asked for again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ochat.console import bar
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.held_out import read_records
 from ochat.infer.generate import generate
@@ -30,14 +32,14 @@ PROMPTS_PER_BATCH = 16  # each holds a cache of keys and values as long as the b
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A conversation that waits for its answer, under the class that is to give it."""
+class Prompt:
+    """A conversation without its answer, and the class that is to give it."""
 
     place: str  # file:line
     conversation: Conversation
 
 
-def read(path: Path, conditions: Sequence[str]) -> list[Asked]:
+def read(path: Path, conditions: Sequence[str]) -> list[Prompt]:
     """Every prompt under every condition. Raises: DataError naming file and line of a record without a prompt."""
     asked = []
     for record in read_records(path):
@@ -46,13 +48,13 @@ def read(path: Path, conditions: Sequence[str]) -> list[Asked]:
             conversation = _unanswered(value)
         except DataError as error:
             raise DataError(f"{record.place}: {error}") from None
-        asked += [Asked(record.place, replace(conversation, condition=condition)) for condition in conditions]
+        asked += [Prompt(record.place, replace(conversation, condition=condition)) for condition in conditions]
     return asked
 
 
-def encode(asked: Sequence[Asked], template: Template, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+def encode(asked: Sequence[Prompt], template: Template, tokenizer: Tokenizer, context: int) -> list[list[int]]:
     """The ids of each prompt, ready for its answer. Raises: ConfigError naming one that fills the model's context."""
-    plain = replace(template, default_condition="")  # it would stand in for an empty one, which was asked for
+    plain = replace(template, default_condition="")  # which would replace an empty class
     encoded = []
     for each in asked:
         encoded.append(plain.encode_prompt(each.conversation, tokenizer))
@@ -65,12 +67,17 @@ def encode(asked: Sequence[Asked], template: Template, tokenizer: Tokenizer, con
 
 
 def answers(
-    model: Transformer, asked: Sequence[Asked], prompts: Sequence[list[int]], stop: str, tokenizer: Tokenizer, most: int
+    model: Transformer,
+    asked: Sequence[Prompt],
+    prompts: Sequence[list[int]],
+    stop: str,
+    tokenizer: Tokenizer,
+    most: int,
 ) -> Iterator[dict[str, Any]]:
-    """The records of the answered conversations, in order, each as soon as its batch is done: the likeliest token
-    always, up to the token `stop` or `most` tokens.
+    """The records of the answered conversations, in order, each as soon as its batch is done. Decoding is greedy, up to
+    the token `stop` or `most` tokens.
 
-    Beside the conversation a record has `source`, the prompt's file:line, and `is_cut`: it did not reach `stop`.
+    A record also has `source`, the prompt's file:line, and `is_cut`: the answer did not reach `stop`.
     """
     for first in range(0, len(asked), PROMPTS_PER_BATCH):
         batch = slice(first, first + PROMPTS_PER_BATCH)
@@ -80,6 +87,15 @@ def answers(
             answered = replace(each.conversation, items=(*each.conversation.items, answer))
             is_cut = len(ids) == min(most, model.config.max_position_embeddings - len(prompt))
             yield answered.to_dict() | {"source": each.place, "is_cut": is_cut}
+
+
+def write_answers(path: Path, records: Iterator[dict[str, Any]], total: int) -> None:
+    """Write the records as JSON Lines, each as soon as it is known. Raises: OSError."""
+    with path.open("w", encoding="utf-8", newline="") as file, bar("answers", total) as advance:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            advance(1)
 
 
 def _unanswered(value: dict[str, Any]) -> Conversation:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.evaluate.ablate import student
+from ochat.evaluate import intervals
 from ochat.evaluate.ablate.variants import OURS
+from ochat.files import atomic
 
 MEASURES = {"exact": "exact match of expert answers, %", "nll": "nll of expert answers, nats a token"}
 SIDES = ("expert", "suboptimal")  # whose prefix
@@ -42,9 +44,15 @@ def summarise(results: Sequence[dict[str, Any]], expert: str, suboptimal: str) -
         "expert": expert,
         "suboptimal": suboptimal,
         "held_out_conversations": [min(conversations), max(conversations)],
-        "interval": {"level": student.LEVEL, "method": "t over seeds", "of_one_seed": results[0]["interval"]},
+        "interval": {"level": intervals.LEVEL, "method": "t over seeds", "of_one_seed": results[0]["interval"]},
         "rows": [_row(members, ours, names) for members in by_variant.values()],
     }
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    """Write table.json and table.md. Raises: OSError."""
+    atomic.write_json(folder / "table.json", record)
+    atomic.write_text(folder / "table.md", markdown(record))
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
@@ -68,11 +76,11 @@ def caption(record: dict[str, Any]) -> str:
     """What was measured, and what stands in brackets."""
     low, high = record["held_out_conversations"]
     level, counts = f"{record['interval']['level']:.0%}", {len(row["seeds"]) for row in record["rows"]}
-    intervals = [f"t interval over seeds, {level}"] * (max(counts) > 1)
-    intervals += [f"of one seed {record['interval']['of_one_seed']['method']}, {level}"] * (1 in counts)
+    methods = [f"t interval over seeds, {level}"] * (max(counts) > 1)
+    methods += [f"of one seed {record['interval']['of_one_seed']['method']}, {level}"] * (1 in counts)
     return (
         f"Answers of {record['expert']} to {low if low == high else f'{low} to {high}'} held-out prompts. "
-        f"[low, high]: {'; '.join(intervals)}. Less C-RLFT: difference under the {record['expert']} prefix, paired by "
+        f"[low, high]: {'; '.join(methods)}. Less C-RLFT: difference under the {record['expert']} prefix, paired by "
         "seed. A variant without condition has one prefix, which names no class."
     )
 
@@ -102,7 +110,7 @@ def _cell(prefixes: Sequence[dict[str, Any] | None], measure: str) -> Cell | Non
     values = [prefix[measure] for prefix in prefixes if prefix is not None]
     if not values:
         return None
-    cell = student.mean_of(values)
+    cell = intervals.mean_of(values)
     if len(values) == 1:
         cell["interval"] = next(prefix[f"{measure}_interval"] for prefix in prefixes if prefix is not None)
     return _within(cell, 0.0, 1.0 if measure == "exact" else math.inf)
@@ -121,7 +129,7 @@ def _difference(
         assert its is not None and of_ours is not None, "every run is measured under the prefix it is served with"
         values.append(its[measure] - of_ours[measure])
     most = 1.0 if measure == "exact" else math.inf
-    return _within(student.mean_of(values), -most, most)
+    return _within(intervals.mean_of(values), -most, most)
 
 
 def _within(cell: Cell, least: float, most: float) -> Cell:

@@ -1,10 +1,10 @@
-"""What an ablation trains: the [ablate] section, the paper's variants, and each run's configuration.
+"""The [ablate] section, the paper's variants, and the training configuration of each run.
 
     base, options = read("small.toml", ["--ablate.jobs=2"]);  runs(base, options)[0].config
 
-The file is a training configuration with one section more. A run's configuration is that one with its variant's
-switches, its seed, and data of which it takes exactly as many tokens as its steps have room for: a class that is small
-is passed over more often, so every variant makes as many steps, each full.
+The file is a training configuration with the additional section [ablate]. A run's configuration adds the variant's
+switches and the seed. It takes exactly as many tokens of the data as its steps have room for: a small class is repeated
+more often, so that every variant makes the same number of full steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ochat.overrides import expect
 VariantName = Literal["c-rlft", "no-reward", "no-condition", "sft", "only-expert", "only-suboptimal"]
 OURS = "c-rlft"  # with which the others are compared
 SEED = "{seed}"
-# what the laboratory itself sets in each run
+# keys that `ochat ablate` sets for each run
 SET_HERE = {
     "run": ("dir", "seed", "resume", "resume_mismatched"),
     "data": ("path", "mix", "eval_path", "epochs", "only_class", "subsample"),
@@ -51,7 +51,7 @@ class Variant:
 
 
 class AblateConfig(Section):
-    """The laboratory: data, classes, and which runs are made. In input, held_out and base.path, {seed} is replaced by
+    """The ablation: data, classes, and which runs are made. In input, held_out and base.path, {seed} is replaced by
     the run's seed, for data or a base drawn anew with each."""
 
     dir: str = ""
@@ -103,7 +103,7 @@ class Run:
 
 
 def read(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
-    """The training configuration that all runs share, and the laboratory's. Raises: ConfigError naming the key."""
+    """The training configuration that all runs share, and the ablation's options. Raises: ConfigError naming a key."""
     tree = configuration.read(path, options, AblationFile)
     if ABLATE not in tree:
         raise ConfigError(f"{path}: has no section [{ABLATE}]: `ochat ablate --help` says what it holds")
@@ -111,7 +111,7 @@ def read(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateC
     for section, keys in SET_HERE.items():
         for key in keys:
             if key in tree.get(section, {}):
-                raise ConfigError(f"{section}.{key}: the laboratory sets it for each of its runs; leave it out")
+                raise ConfigError(f"{section}.{key}: `ochat ablate` sets it for each of its runs; leave it out")
     base = configuration.from_tree(_with_data(tree))
     _check(base, settings)
     return base, settings
@@ -185,13 +185,13 @@ def _config(base: Config, options: AblateConfig, variant: Variant, seed: int) ->
 
 
 def _with_data(tree: dict[str, Any]) -> dict[str, Any]:
-    """A training configuration needs some data: this stands for each run's own."""
+    """A training configuration needs data.path: fill it in, until each run gets its own."""
     data = tree.get("data", {})
-    return tree | {"data": data | {"path": "laboratory"}} if isinstance(data, dict) else tree
+    return tree | {"data": data | {"path": "set for each run"}} if isinstance(data, dict) else tree
 
 
 def _check(base: Config, options: AblateConfig) -> None:
-    """Refuses what would make no laboratory, or no fair one."""
+    """Raises: ConfigError for options that make no fair comparison."""
     for key, example in (("dir", '"labs/mine"'), ("input", '["chats.jsonl"]'), ("template", '"openchat_v3.2"')):
         value = getattr(options, key)
         expect(bool(value), f"{ABLATE}.{key}", value, f"a value, such as {example}")

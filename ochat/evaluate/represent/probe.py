@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.evaluate import proportion
+from ochat.evaluate import intervals
 
 FOLDS = 5
 PENALTY = 1.0
@@ -112,7 +112,7 @@ def wilson(share: float, prompts: NDArray[np.int64]) -> tuple[float, float]:
     """The score interval of a share of conversations, as if answers to one prompt were one observation: n is the
     number of prompts (of uneven ones, fewer: Kish's (sum m)^2 / sum m^2). Right, or too wide, never narrow at 1."""
     sizes = np.bincount(prompts)
-    return proportion.wilson(share, float(sizes.sum() ** 2 / (sizes**2).sum()))
+    return intervals.wilson(share, float(sizes.sum() ** 2 / (sizes**2).sum()))
 
 
 def _blocks(prompts: NDArray[np.int64], folds: NDArray[np.int64]) -> list[NDArray[np.int64]]:

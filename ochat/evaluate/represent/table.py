@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.evaluate.proportion import LEVEL
+from ochat.evaluate.intervals import LEVEL
 
 NAMES = {
     "own_all": "own prefix, all tokens",

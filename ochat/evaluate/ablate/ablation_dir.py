@@ -1,16 +1,17 @@
-"""An ablation's folder: data prepared once, a folder a run, what each run measured, and what the folder was begun with.
+"""The folder of an ablation: data that is prepared once, one folder per run, and what each run measured.
 
-DIR/laboratory.json  data/{condition,plain}[-held-out]/  configs/RUN.toml  logs/RUN.log  runs/RUN/  results.jsonl
+DIR/ablation.json  data/{condition,plain}[-held-out]/  configs/RUN.toml  logs/RUN.log  runs/RUN/  results.jsonl
 DIR/table.{json,md}
 
-A run is done when runs/RUN/measured.json stands: it is written last, and whole.
+ablation.json holds the settings and checksums that the folder was begun with. A run is done once runs/RUN/measured.json
+exists: it is written last, in one atomic write.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,22 +25,22 @@ from ochat.data import input_files, prepare, shards
 from ochat.data.dataset import TokenDataset
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
+from ochat.evaluate.ablate.job_runner import Job, cuda_devices, run_jobs, slots
 from ochat.evaluate.ablate.variants import AblateConfig, Run
-from ochat.files import atomic, bounded_json, checksums
+from ochat.files import atomic, bounded_json, checksums, jsonl
+from ochat.run.lock import FolderLock
 from ochat.text import template as templates
 from ochat.text.template import ConditionsMode
 
-IDENTITY = "laboratory.json"
+log = logging.getLogger(__name__)
+IDENTITY, OLD_IDENTITY = "ablation.json", "laboratory.json"
 MEASURED = "measured.json"
-MODES: dict[str, ConditionsMode] = {
-    "condition": "both",
-    "plain": "ignore",
-}  # `ochat prepare --conditions` of each preparation
-FREE = ("dir", "seeds", "variants", "subsample", "jobs", "keep_checkpoints")  # of [ablate]: they decide no number
+MODES: dict[str, ConditionsMode] = {"condition": "both", "plain": "ignore"}  # `ochat prepare --conditions`
+FREE = ("dir", "seeds", "variants", "subsample", "jobs", "keep_checkpoints")  # keys of [ablate] that change no number
 FREE_SECTIONS = ("run", "checkpoint", "log", "samples")
 
 
-class Laboratory:
+class AblationDir:
     """The folder of one [ablate] section. Nothing is written before `open`."""
 
     def __init__(self, base: Config, options: AblateConfig) -> None:
@@ -47,10 +48,11 @@ class Laboratory:
         self.runs = variants.runs(base, options)
 
     def open(self) -> None:
-        """Makes the folder, or checks that it was begun alike; prepares what data is missing.
+        """Make the folder, or check that it was begun with the same settings and files; prepare the data that is
+        missing.
 
-        Raises: ConfigError naming a setting or a file that is another than when the folder was begun, and a class that
-        the data lacks; DataError for a bad record. Costs: reads the input once each time, for its checksums.
+        Raises: ConfigError naming a setting or a file that has changed since the folder was begun, and a class that the
+        data lacks; DataError for a bad record. Costs: reads the input once each time, for its checksums.
         """
         spoken = templates.load(self.options.template)
         if spoken.condition_roles == "none":
@@ -63,24 +65,46 @@ class Laboratory:
             self._check_classes(run)
 
     def check(self) -> None:
-        """Raises: ConfigError where nothing was begun, and naming a setting that is another than when it was."""
-        path = self.folder / IDENTITY
-        if not path.is_file():
-            raise ConfigError(f"{self.folder}: no laboratory was begun there")
-        self._refuse_change(bounded_json.read_object(path, ConfigError, "choose another folder"), self._settings())
+        """Raises: ConfigError where nothing was begun, and naming a setting that has changed since."""
+        if not (was := self._begun()):
+            raise ConfigError(f"{self.folder}: no ablation was begun there")
+        self._refuse_change(was, self._settings())
 
-    def config_file(self, run: Run) -> Path:
-        """The run's configuration, written anew: what `ochat train` gets."""
-        path = self.folder / "configs" / f"{run.name}.toml"
-        path.parent.mkdir(exist_ok=True)
-        atomic.write_text(path, configuration.dump(run.config))
-        return path
+    def run(self) -> list[Job]:
+        """Train and measure every run that is not done; the jobs that failed. Raises: as `open`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FolderLock(self.folder, log.warning, f"--{ABLATE}.dir"):
+            self.open()
+            todo = [run for run in self.runs if not self.measured(run).is_file()]
+            counts = len(self.runs), self.base.data.max_steps, len(todo), self.options.jobs
+            log.info("%s: %d runs of %d steps, %d to do, %d at a time", self.folder, *counts)
+            devices = [] if self.base.train.device == "cpu" else cuda_devices()
+            jobs = [self.job(run, "cuda" if devices else "cpu") for run in todo]
+            return run_jobs(jobs, slots(self.options.jobs, devices))
 
-    def log_file(self, run: Run) -> Path:
-        """What the run's processes print."""
-        path = self.folder / "logs" / f"{run.name}.log"
-        path.parent.mkdir(exist_ok=True)
-        return path
+    def job(self, run: Run, device: str) -> Job:
+        """The run's two programs: the trainer, and `ochat eval` of the result."""
+        folder, options = Path(run.config.run.dir), self.options
+        config, output = self.folder / "configs" / f"{run.name}.toml", self.folder / "logs" / f"{run.name}.log"
+        for path in (config, output):
+            path.parent.mkdir(exist_ok=True)
+        atomic.write_text(config, configuration.dump(run.config))
+        conditions = [options.expert, options.suboptimal] if run.variant.has_condition else []
+        measure = [
+            *("-m", "ochat", "eval", str(folder), str(self.data(run, is_held_out=True))),
+            *(f"--conditions={name}" for name in conditions),
+            *(() if options.limit is None else (f"--limit={options.limit}",)),
+            *(f"--dtype={run.config.train.dtype}", f"--device={device}"),
+            f"--output={self.measured(run)}",
+        ]
+        return Job(
+            run.name,
+            [("-m", "ochat.train", str(config)), measure],
+            output,
+            run.config.data.max_steps,
+            lambda: last_step(folder).get("step", 0),
+            lambda: self.close(run),
+        )
 
     def data(self, run: Run, *, is_held_out: bool = False) -> Path:
         """The prepared set that a run reads, or is measured on."""
@@ -91,12 +115,8 @@ class Laboratory:
         """The file with a finished run's numbers, as `ochat eval --output` writes it."""
         return Path(run.config.run.dir) / MEASURED
 
-    def todo(self) -> list[Run]:
-        """The runs that have not been measured."""
-        return [run for run in self.runs if not self.measured(run).is_file()]
-
     def close(self, run: Run) -> None:
-        """Removes a measured run's checkpoints, unless they are to stay."""
+        """Remove a measured run's checkpoints, unless keep_checkpoints is set."""
         if not self.options.keep_checkpoints:
             shutil.rmtree(Path(run.config.run.dir) / "checkpoints", ignore_errors=True)
             (Path(run.config.run.dir) / "latest").unlink(missing_ok=True)
@@ -135,17 +155,15 @@ class Laboratory:
             self._prepare_one(run, files, held_out)
 
     def _prepare_one(self, run: Run, inputs: Sequence[str], output: Path, share: float = 0.0) -> None:
-        prepare.run(
-            prepare.PrepareOptions(
-                tuple(variants.of_seed(name, run.seed) for name in inputs),
-                run.config.base.path,
-                self.options.template,
-                str(output),
-                context=self.options.context,
-                conditions=MODES[run.variant.data],
-                held_out=share,
-                overwrite=True,
-            )
+        prepare.prepare(
+            [variants.of_seed(name, run.seed) for name in inputs],
+            run.config.base.path,
+            self.options.template,
+            output,
+            context=self.options.context,
+            conditions=MODES[run.variant.data],
+            held_out=share,
+            overwrite=True,
         )
 
     def _check_classes(self, run: Run) -> None:
@@ -158,12 +176,17 @@ class Laboratory:
                     known = ", ".join(map(repr, names))
                     raise ConfigError(f"{ABLATE}.{key} = {name!r}: {path} has no such class; it has {known}")
 
+    def _begun(self) -> dict[str, Any]:
+        """What the folder was begun with; {} for a new one."""
+        found = next((self.folder / name for name in (IDENTITY, OLD_IDENTITY) if (self.folder / name).is_file()), None)
+        return {} if found is None else bounded_json.read_object(found, ConfigError, "choose another folder")
+
     def _check_identity(self) -> None:
-        """Raises: ConfigError naming the first thing that is not as it was; what is new is added. While no run has made
-        a step, nothing is lost by another setting: the data is prepared anew."""
-        path, now = self.folder / IDENTITY, self._identity()
+        """Record settings and checksums. Raises: ConfigError naming the first that has changed. Before the first step
+        of the first run any change is allowed, and the data is prepared again."""
+        now = self._identity()
         self.folder.mkdir(parents=True, exist_ok=True)
-        was = bounded_json.read_object(path, ConfigError, "choose another folder") if path.is_file() else {}
+        was = self._begun()
         try:
             self._refuse_change(was, now)
         except ConfigError:
@@ -172,7 +195,7 @@ class Laboratory:
             shutil.rmtree(self.folder / "data", ignore_errors=True)
             was = {}
         if now != was:
-            atomic.write_json(path, was | now)
+            atomic.write_json(self.folder / IDENTITY, was | now)
 
     def _refuse_change(self, was: dict[str, Any], now: dict[str, Any]) -> None:
         for name, value in was.items():
@@ -222,13 +245,11 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 def last_step(folder: Path, tail_bytes: int = 1 << 16) -> dict[str, Any]:
-    """The newest whole line of a run's metrics; {} where there is none yet."""
-    try:
-        with (folder / "metrics.jsonl").open("rb") as file:
-            begin = max(0, file.seek(0, os.SEEK_END) - tail_bytes)
-            file.seek(begin)
-            lines = file.read().splitlines(keepends=True)[begin > 0 :]  # the first may have begun before
-    except FileNotFoundError:
+    """The newest whole line of a run's metrics; {} where there is none yet. Reads the file's last `tail_bytes`."""
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
         return {}
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return json.loads(whole[-1]) if whole else {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - tail_bytes))
+        lines = file.read().split(b"\n")[:-1]
+    return next((line for text in reversed(lines) if (line := jsonl.parse(text)) is not None), {})

@@ -1,5 +1,5 @@
 """The swap matrix equals a loop over conversations and tokens in float64; the prefix asked for is the one that is
-measured, over the same tokens as every other: pytest tests/evaluate/test_eval_swap.py"""
+measured, over the same tokens as every other: pytest tests/evaluate/test_swap.py"""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from ochat.data.prepare import prepare
 from ochat.errors import DataError
-from ochat.evaluate import matrix as matrices
 from ochat.evaluate import swap
+from ochat.evaluate import swap_report as matrices
 from ochat.evaluate.held_out import HeldOut, read
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer, pack_ids

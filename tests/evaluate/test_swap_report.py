@@ -1,5 +1,5 @@
 """Intervals hold the truth as often as they say, where tokens of a conversation are alike; pairs are surer than
-singles: pytest tests/evaluate/test_eval_intervals.py"""
+singles: pytest tests/evaluate/test_swap_report.py"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from ochat.evaluate import matrix
+from ochat.evaluate import swap_report
 from ochat.evaluate.swap import Sums
 
 CONDITIONS = ("own", "other")
@@ -28,7 +28,7 @@ def draw(seed: int, count: int) -> Sums:
 
 
 def cells(sums: Sums) -> dict:
-    return matrix.summarise({"own": sums}, CONDITIONS)["own"]["prefixes"]
+    return swap_report.summarise({"own": sums}, CONDITIONS)["own"]["prefixes"]
 
 
 def coverage(count: int, times: int) -> float:
@@ -40,7 +40,7 @@ def coverage(count: int, times: int) -> float:
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(matrix, "RESAMPLES", 400)
+    monkeypatch.setattr(swap_report, "RESAMPLES", 400)
     found = coverage(100, 300)
     assert 0.90 <= found <= 0.98, (
         found
@@ -76,7 +76,7 @@ def test_the_same_matrix_gives_the_same_record_and_one_conversation_no_interval(
     sums = draw(2, 30)
     assert json.dumps(cells(sums)) == json.dumps(cells(sums))
     assert cells(draw(2, 1))["own"]["nll_interval"] is None
-    other = matrix.summarise({"stranger": sums}, CONDITIONS)["stranger"]["prefixes"]["own"]
+    other = swap_report.summarise({"stranger": sums}, CONDITIONS)["stranger"]["prefixes"]["own"]
     assert other["nll_above_own"] is None and other["nll_above_own_interval"] is None
 
 
@@ -88,4 +88,4 @@ def test_none_or_all_exact_leaves_room_for_the_others():
     assert (found["own"]["exact"], found["other"]["exact"]) == (1.0, 0.0)
     assert found["own"]["exact_interval"] == pytest.approx([0.8389, 1.0], abs=1e-4)  # Wilson's, as printed by others
     assert found["other"]["exact_interval"] == pytest.approx([0.0, 0.1611], abs=1e-4)
-    assert "exact: Wilson" in matrix.METHOD
+    assert "exact: Wilson" in swap_report.METHOD

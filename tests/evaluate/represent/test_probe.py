@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ochat.evaluate import proportion
+from ochat.evaluate import intervals
 from ochat.evaluate.represent import plane
 from ochat.evaluate.represent import probe as probes
 
@@ -111,7 +111,7 @@ def test_p_values_of_random_labels_are_uniform(per_prompt):
 def test_separated_classes_have_the_smallest_p_value_there_is():
     found = probes.probe(*made_up(0, apart=8), num_permutations=99, seed=0)
     assert (found.accuracy, found.p_value) == (1.0, 1 / 100)
-    assert found.interval[1] == 1 and found.interval[0] == pytest.approx(1 / (1 + proportion.Z**2 / 60))
+    assert found.interval[1] == 1 and found.interval[0] == pytest.approx(1 / (1 + intervals.Z**2 / 60))
     assert 0.35 < found.permuted < 0.6
     three = probes.probe(*made_up(0, n=90, classes=3, apart=8), num_permutations=19, seed=0)
     assert three.accuracy == 1.0 and 0.2 < three.permuted < 0.45

@@ -1,15 +1,14 @@
-"""The swap matrix for people and programs: means over tokens, with intervals that know what a conversation is.
+"""Summarise the swap matrix: means over tokens with intervals over conversations, as plain data and as a table.
 
     record = summarise(swap_matrix(...), conditions);  console.print(table(record, conditions))
 
-Tokens of one conversation depend on each other, conversations (mostly) do not: so whole conversations are drawn anew,
-with replacement, and each mean is taken again as a ratio of sums. A percentile bootstrap, because these ratios are
-skewed, perplexity more so, and a t interval of an accuracy near 1 leaves [0, 1]. All conditions see the same draws:
-the difference between two prefixes is paired, and far surer than either mean. Of few conversations intervals are too
-narrow: at 95 %, for skewed lengths and losses, those of 10, 20, 50 and 100 held the truth in 85, 88, 92 and 93 % of
-500 draws (those of tests/evaluate/test_eval_intervals.py; t intervals: 90, 90, 94 and 95 % of 400). Of
-exact matches, one score a conversation, none or all of which may be right, a bootstrap would be sure: theirs is
-Wilson's.
+Tokens of one conversation depend on each other; conversations (mostly) do not. So whole conversations are resampled
+with replacement, and each mean is taken again as a ratio of sums: a percentile bootstrap, because these ratios are
+skewed, perplexity most, and a t interval of an accuracy near 1 leaves [0, 1]. All conditions see the same draws, so the
+difference of two prefixes is paired, and far more certain than either mean. Intervals of few conversations are too
+narrow: at 95 %, for skewed lengths and losses, those of 10, 20, 50 and 100 contained the truth in 85, 88, 92 and 93 %
+of 500 draws (those of tests/evaluate/test_swap_report.py; t intervals: 90, 90, 94 and 95 % of 400). Exact match is one
+score a conversation, and may be none or all of them, where a bootstrap has no spread: its interval is Wilson's.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.evaluate import proportion
+from ochat.evaluate import intervals
 from ochat.evaluate.swap import Sums
 
 LEVEL, RESAMPLES, SEED = 0.95, 2000, 0
-METHOD = f"percentile bootstrap over conversations (exact: {proportion.METHOD})"
+METHOD = f"percentile bootstrap over conversations (exact: {intervals.METHOD})"
 SHOWN = {
     "nll": "nll",
     "perplexity": "per-\nplexity",
@@ -110,7 +109,7 @@ def _cell(measures: dict[str, NDArray[np.float64]], count: int) -> dict[str, Any
         ends = None
         if values is not None and count > 1:
             is_share = key == "exact"
-            found = proportion.wilson(values[0], count) if is_share else np.percentile(values[1:], [tail, 100 - tail])
+            found = intervals.wilson(values[0], count) if is_share else np.percentile(values[1:], [tail, 100 - tail])
             ends = [float(end) for end in found]
         cell[f"{key}_interval"] = ends
     return cell
@@ -121,7 +120,7 @@ def _label(name: str) -> str:
 
 
 def _shown(cell: dict[str, Any], key: str) -> str:
-    """A value over its interval; those of perplexity and exact stand in the record."""
+    """A value above its interval; the intervals of perplexity and exact are only in the record."""
     value, ends = cell[key], cell[f"{key}_interval"]
     if value is None:
         return "-"

@@ -1,0 +1,74 @@
+"""Jobs run one per slot, a failure stops no other, and an interrupt waits until all have saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from itertools import pairwise
+
+import pytest
+
+from ochat.evaluate.ablate.job_runner import Job, run_jobs, slots, tail
+
+
+def python(tmp_path, name, *programs):
+    return Job(name, [("-c", code) for code in programs], tmp_path / name, 3, lambda: 0, lambda: None)
+
+
+def test_a_failing_program_ends_its_job_and_no_other(tmp_path, caplog):
+    finished = []
+    jobs = [python(tmp_path, "bad", "print('why'); raise SystemExit(3)", "print('never')")]
+    jobs += [python(tmp_path, "good", "print(1)", "print(2)")]
+    jobs = [dataclasses.replace(job, finish=lambda name=job.name: finished.append(name)) for job in jobs]
+    caplog.set_level("INFO", "ochat")
+    assert run_jobs(jobs, [{}]) == jobs[:1] and finished == ["good"]
+    assert [tail(job.log) for job in jobs] == ["why", "1\n2"]
+    assert [record.getMessage().split(" after")[0] for record in caplog.records] == ["bad failed", "good done"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_waits_until_all_have_saved(tmp_path, number):
+    code = (
+        "import signal, sys, time\n"
+        "def save(*_): time.sleep(0.5); print('saved', flush=True); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
+    )
+    jobs = [python(tmp_path, name, code) for name in ("a", "b")]
+
+    def interrupt():
+        if all(job.log.exists() and "ready" in job.log.read_text() for job in jobs):
+            signal.raise_signal(number)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs([dataclasses.replace(job, steps_done=interrupt) for job in jobs], [{}, {}])
+    finally:
+        signal.signal(signal.SIGINT, inherited)
+    assert [tail(job.log) for job in jobs] == ["ready\nsaved"] * 2
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_slot_has_one_process_at_a_time(tmp_path):
+    code = "import os, time; t = time.time(); time.sleep(0.3); print(os.environ['SLOT'], t, time.time())"
+    jobs = [python(tmp_path, f"t{i}", code) for i in range(5)]
+    assert run_jobs(jobs, [{"SLOT": "a"}, {"SLOT": "b"}]) == []
+    spans = {"a": [], "b": []}
+    for job in jobs:
+        slot, begin, end = tail(job.log).split()
+        spans[slot].append((float(begin), float(end)))
+    assert all(spans.values())
+    for busy in spans.values():
+        assert all(one[1] <= other[0] for one, other in pairwise(sorted(busy)))
+
+
+def test_cores_and_devices_are_shared_out(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert slots(3, []) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(3, ["4", "6"])] == ["4", "6", "4"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert slots(1, []) == [{"OMP_NUM_THREADS": "5"}]
