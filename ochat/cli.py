@@ -1,6 +1,8 @@
-"""`ochat COMMAND ...`: each command is one module that is imported only when it is asked for.
+"""`ochat COMMAND ...`: the table of commands, their parser and their exit codes.
 
-`ochat` alone lists the commands, `ochat COMMAND --help` says what each takes.
+`ochat` alone lists the commands, `ochat COMMAND --help` says what each takes, every configuration key included. A
+command is one module, imported only when it is asked for: an options dataclass and `main(options)`; or
+`main(options, overrides)` where the module has a SCHEMA, the configuration that `--section.key=value` options change.
 """
 
 from __future__ import annotations
@@ -11,24 +13,29 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+import typing
+from collections.abc import Collection, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
+import msgspec
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.errors import OchatError, message
-from ochat.option_values import spread
+from ochat import config as configuration
+from ochat import overrides
+from ochat.config import Section
+from ochat.console import configure_logging
+from ochat.errors import OchatError, UsageError, complain
 
 
 class Command(NamedTuple):
-    """Where a command lives: a module with `main(options)`, or `main(arguments)` where there are no options to
-    parse."""
+    """Where a command lives: a module with an options dataclass and `main`."""
 
     module: str
-    options: str | None
+    options: str
     purpose: str
-    positional: bool = False  # required options are given by position
+    positional: bool = True  # required options are given by position
 
 
 COMMANDS = {
@@ -36,25 +43,21 @@ COMMANDS = {
         "ochat.model.init_base",
         "InitBaseOptions",
         "make a base folder: from GGUF, from a Hugging Face folder, or random",
-        True,
     ),
     "prepare": Command(
-        "ochat.data.prepare", "PrepareOptions", "turn conversations into a data set of token ids and weights"
+        "ochat.data.prepare", "PrepareOptions", "turn conversations into a data set of token ids and weights", False
     ),
-    "plan": Command("ochat.commands.plan", None, "show what a run will do: steps, packing, learning rate"),
-    "train": Command("ochat.commands.train", None, "train on one process (many: torchrun -m ochat.train)"),
-    "export": Command("ochat.export.hf_folder", "ExportOptions", "write a checkpoint as a Hugging Face folder", True),
-    "generate": Command("ochat.commands.generate", "GenerateOptions", "answer prompts under a condition", True),
-    "eval": Command("ochat.commands.eval", "EvalOptions", "measure held-out answers under every class's prefix", True),
-    "answer": Command("ochat.commands.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench", True),
-    "report": Command("ochat.commands.report", "ReportOptions", "show runs as one HTML file", True),
+    "plan": Command("ochat.commands.plan", "PlanOptions", "show what a run will do: steps, packing, learning rate"),
+    "train": Command("ochat.commands.train", "TrainOptions", "train on one process (many: torchrun -m ochat.train)"),
+    "export": Command("ochat.export.hf_folder", "ExportOptions", "write a checkpoint as a Hugging Face folder"),
+    "generate": Command("ochat.commands.generate", "GenerateOptions", "answer prompts under a condition"),
+    "eval": Command("ochat.commands.eval", "EvalOptions", "measure held-out answers under every class's prefix"),
+    "answer": Command("ochat.commands.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench"),
+    "report": Command("ochat.commands.report", "ReportOptions", "show runs as one HTML file"),
     "represent": Command(
-        "ochat.commands.represent",
-        "RepresentOptions",
-        "map conversations of each class as models see them",
-        True,
+        "ochat.commands.represent", "RepresentOptions", "map conversations of each class as models see them"
     ),
-    "ablate": Command("ochat.commands.ablate", None, "train the paper's variants and compare them"),
+    "ablate": Command("ochat.commands.ablate", "AblateOptions", "train the paper's variants and compare them"),
 }
 
 REMOVED = {  # commands of earlier versions, and what replaces them
@@ -77,60 +80,182 @@ def main() -> None:
         from ochat import __version__
 
         print(f"ochat {__version__}")
-    elif name in REMOVED:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(escape(REMOVED[name]))
-        sys.exit(2)
-    elif name not in COMMANDS:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        alike = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean {alike[0]}?" if alike else ""
-        console.print(f"ochat: no command {escape(repr(name))}{hint}")
-        _print_usage(console)
-        sys.exit(2)
     else:
         run(name, rest)
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Runs one command with its own arguments; prints an error that a user can mend as one message, and exits."""
+    """Runs one command with its own arguments; prints an error that a user can fix as one message, and exits."""
     try:
-        _run(name, COMMANDS[name], arguments)
-    except OchatError as error:
-        _fail(type(error).__name__, str(error), error.exit_code)
-    except BrokenPipeError:  # `ochat ... | head`: nobody reads on, so there is nobody to tell
+        call(name, arguments)
+    except BrokenPipeError:  # `ochat ... | head`: the reader is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes at exit
         sys.exit(1)
-    except OSError as error:
-        _fail(type(error).__name__, message(error), 1)
+    except (OchatError, OSError) as error:
+        complain(error)
+        sys.exit(error.exit_code if isinstance(error, OchatError) else 1)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         sys.exit(128 + signal.SIGINT)
 
 
-def _run(name: str, command: Command, arguments: Sequence[str]) -> None:
+def call(name: str, arguments: Sequence[str]) -> None:
+    """Parses the arguments of one command and runs it. Raises: OchatError, OSError; SystemExit after --help and for a
+    command line that cannot be parsed."""
+    if name not in COMMANDS:
+        raise UsageError(_unknown(name))
+    configure_logging()
+    command = COMMANDS[name]
     module = importlib.import_module(command.module)
-    if command.options is None:
-        module.main(arguments)
+    kind = getattr(module, command.options)
+    schema = getattr(module, "SCHEMA", None)
+    if schema is None:
+        module.main(parse(kind, arguments, f"ochat {name}", positional=command.positional))
         return
-    import tyro  # here, because training and planning do without it
+    own, options = overrides.split(arguments)
+    if {"-h", "--help"} & set(own):
+        kind = _with_keys(kind, module)
+    hidden = getattr(module, "HIDDEN", {})
+    module.main(parse(kind, own, f"ochat {name}", use_underscores=True, hidden=hidden), options)
 
-    options = getattr(module, command.options)
-    required = [field for field in dataclasses.fields(options) if field.default is dataclasses.MISSING]
+
+def parse(
+    kind: type,
+    arguments: Sequence[str],
+    prog: str,
+    *,
+    positional: bool = True,
+    use_underscores: bool = False,
+    hidden: Mapping[str, Collection[str]] | None = None,
+) -> Any:
+    """The options dataclass `kind` from a command line; exits after --help and where it cannot be parsed.
+
+    A repeatable option takes `--flag a b`, `--flag a --flag b` and mixes of both. `hidden`: configuration keys, by
+    section, that help leaves out. Raises: UsageError where an option that takes one value is given twice.
+    """
+    import tyro  # here: 0.1 s that `ochat` alone does without
+
+    required = [field for field in dataclasses.fields(kind) if _is_required(field)]
     style = [tyro.conf.UseAppendAction, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName]
-    style += [tyro.conf.PositionalRequiredArgs] if command.positional else []
-    plain = spread(options, arguments, len(required) if command.positional else 0)
-    module.main(tyro.cli(options, prog=f"ochat {name}", args=plain, config=tuple(style)))
+    style += [tyro.conf.PositionalRequiredArgs] if positional else []
+    plain = _gather(kind, arguments, len(required) if positional else 0)
+    with _help_registry(hidden or {}):
+        return tyro.cli(kind, prog=prog, args=plain, config=tuple(style), use_underscores=use_underscores)
 
 
-def _fail(kind: str, message: str, exit_code: int) -> NoReturn:
-    Console(stderr=True, highlight=False).print(f"[bold red]{kind}[/]: {escape(message)}", soft_wrap=True)
-    sys.exit(exit_code)
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _gather(kind: type, arguments: Sequence[str], num_positional: int) -> list[str]:
+    """The arguments with each value of a repeatable option after a flag of its own, then what is positional.
+
+    Where positional arguments are missing, a repeatable option's last values are they: `--prompt Hi MODEL` works.
+    """
+    hints = typing.get_type_hints(kind)
+    flags = {f"--{name.replace('_', '-')}": typing.get_origin(hint) or hint for name, hint in hints.items()}
+    flags |= {f"--no-{flag[2:]}": bool for flag, each in flags.items() if each is bool}
+    many: dict[str, list[str]] = {}
+    single: list[str] = []
+    seen: list[str] = []
+    words: list[str] = []
+    into = words
+    for argument in arguments:
+        if not (argument.startswith("-") and argument.lstrip("-")[:1].isalpha()):  # tyro's rule: -5 and - are values
+            into.append(argument)
+            into = words if into is single else into
+            continue
+        name, equals, value = argument.partition("=")
+        flag = f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name
+        if flag not in flags and flag not in ("-h", "--help"):
+            near = difflib.get_close_matches(flag, flags, n=1)
+            raise UsageError(f"no option {name}{f'; did you mean {near[0]}?' if near else ''}; --help lists all")
+        if flags.get(flag) is tuple:
+            into = many[flag] = many.pop(flag, [])
+            into += [value] if equals else []
+            into = words if equals else into
+        else:
+            seen.append(flag)
+            single.append(flag + equals + value)
+            into = words if equals or flags.get(flag) is bool else single
+    for flag in seen:
+        if seen.count(flag) > 1 and flag not in ("-h", "--help"):
+            raise UsageError(f"{flag} is given {seen.count(flag)} times, but takes one value; give it once")
+    for flag, values in reversed(many.items()):
+        if not values:
+            raise UsageError(f"{flag} needs a value")
+        num_lent = max(min(num_positional - len(words), len(values) - 1), 0)
+        words[:0] = values[len(values) - num_lent :]
+        del values[len(values) - num_lent :]
+    return [*(f"{flag}={value}" for flag, values in many.items() for value in values), *single, *words]
+
+
+def _with_keys(kind: type, module: ModuleType) -> type:
+    """The options dataclass with every configuration key of the command's schema, for its help."""
+    import tyro
+
+    keys = typing.Annotated[module.SCHEMA, tyro.conf.arg(name="")]
+    field = ("keys", keys, dataclasses.field(default=module.SCHEMA()))
+    return dataclasses.make_dataclass(
+        kind.__name__, [field], bases=(kind,), namespace={"__doc__": kind.__doc__}, frozen=True
+    )
+
+
+def _help_registry(hidden: Mapping[str, Collection[str]]) -> Any:
+    """How help shows a section of the configuration: each key with its values in TOML, explanation and default."""
+    import tyro
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+    registry = ConstructorRegistry()
+    hidden_of = {_section_of(field.type): hidden.get(field.name, ()) for field in _fields(configuration.Config)}
+
+    @registry.struct_rule
+    def section(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not (isinstance(info.type, type) and issubclass(info.type, Section)):
+            return None
+        explained = configuration.explanations(info.type)
+        fields = []
+        for field in _fields(info.type):
+            nested, is_table = _section_of(field.type), typing.get_origin(field.type) is dict
+            name = f"{field.name}.NAME" if is_table else field.name
+            if field.name in hidden_of.get(info.type, ()):
+                continue
+            if nested:
+                kind, default = typing.Annotated[nested, tyro.conf.arg(name=name)], nested()
+                text = " ".join((nested.__doc__ or "").split())
+            else:
+                value = "" if is_table or field.default is None else overrides.to_toml(field.default)
+                hint = f"(default: {value})" if value else ""
+                shown = tyro.conf.arg(name=name, metavar=overrides.metavar(field.type), help_behavior_hint=hint)
+                kind, default, text = typing.Annotated[str, shown], value, explained[field.name]
+            fields.append(StructFieldSpec(field.name, kind, default=default, helptext=text))
+        return StructConstructorSpec(instantiate=lambda **_: None, fields=tuple(fields))
+
+    return registry
+
+
+def _fields(section: type[Section]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(section)
+
+
+def _section_of(kind: Any) -> type[Section] | None:
+    """The section that a key of a section is, or that each table of it is."""
+    kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else kind
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _unknown(name: str) -> str:
+    if name in REMOVED:
+        return REMOVED[name]
+    alike = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"; did you mean {alike[0]}?" if alike else ""
+    return f"no command {name!r}{hint}\n`ochat` lists the commands: {', '.join(COMMANDS)}"
 
 
 def _print_usage(console: Console) -> None:
     console.print("usage: ochat COMMAND ...\n")
     for name, command in COMMANDS.items():
-        console.print(f"  [bold]{name:<10}[/] {command.purpose}")
+        console.print(f"  [bold]{name:<10}[/] {escape(command.purpose)}")
     console.print("\n`ochat COMMAND --help` says what each takes.")
 
 

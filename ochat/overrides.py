@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import tomli_w
 from msgspec import inspect
 
 from ochat.errors import ConfigError
@@ -104,6 +105,18 @@ def rename(tree: dict[str, Any], renamed: Mapping[str, str], where: str = "") ->
     return changed
 
 
+def to_toml(value: Any) -> str:
+    """A value as TOML writes it after `key =`."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(to_toml, value))}]"
+    return tomli_w.dumps({"": value}).partition(" = ")[2].rstrip()
+
+
+def metavar(kind: Any) -> str:
+    """A type as help shows it: words that a key takes, or the kind of value."""
+    return _metavar(inspect.type_info(kind))
+
+
 def expect(condition: bool, where: str, value: Any, expected: str) -> None:
     """Raises ConfigError "where = value: expected ..." unless the condition holds."""
     if not condition:
@@ -167,6 +180,20 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _join(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
+
+
+def _metavar(kind: Any) -> str:
+    match kind:
+        case inspect.Metadata():
+            return _metavar(kind.type)
+        case inspect.UnionType():
+            return "|".join(_metavar(each) for each in kind.types if not isinstance(each, inspect.NoneType))
+        case inspect.LiteralType():
+            return "{" + ",".join(map(str, kind.values)) + "}"
+        case inspect.DictType():
+            return _metavar(kind.value_type)
+    names = {inspect.IntType: "INT", inspect.FloatType: "FLOAT", inspect.BoolType: "{true,false}"}
+    return names.get(type(kind), "ARRAY" if "Tuple" in type(kind).__name__ else "TEXT")
 
 
 def _described(kind: Any) -> str:

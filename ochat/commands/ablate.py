@@ -11,43 +11,51 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.commands import train as train_command
-from ochat.config import ABLATE
-from ochat.console import configure_logging
 from ochat.errors import ConfigError
-from ochat.evaluate.ablate import ablation_dir, job_runner, table, variants
-from ochat.evaluate.ablate.variants import SET_HERE, AblateConfig
+from ochat.evaluate.ablate import variants
+from ochat.evaluate.ablate.variants import SET_HERE, AblationFile
 
-TABLE = "--table"
-PURPOSE = f"""Trains the paper's variants on one data set, each with several seeds and the same number of full steps,
-measures every run on held-out conversations, and prints a table with intervals. CONFIG.toml is a training configuration
-with the additional section \\[{ABLATE}].
-
-  {TABLE}   prints the table of the finished runs, and trains nothing"""
+SCHEMA = AblationFile
+HIDDEN = SET_HERE  # `ochat ablate` sets these in each of its runs
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Parses the command line, runs what is missing, prints the table. Exits with 1 where a run failed.
+@dataclass(frozen=True)
+class AblateOptions:
+    """Trains the paper's variants on one data set, each with several seeds and the same number of full steps.
+
+    Measures every run on held-out conversations and prints a table with intervals.
+    """
+
+    config: Path
+    """a training configuration in TOML with the additional section [ablate]"""
+    table: bool = False
+    """print the table of the finished runs, and train nothing"""
+
+
+def main(options: AblateOptions, overrides: Sequence[str] = ()) -> None:
+    """Runs what is missing and prints the table. Exits with 1 where a run failed.
 
     Raises: OchatError before the first run for what is known by then.
     """
-    train_command.explain_if_asked(arguments, "ochat ablate", PURPOSE, more={ABLATE: AblateConfig}, without=SET_HERE)
-    configure_logging()
-    base, options = variants.read(*train_command.split_arguments([a for a in arguments if a != TABLE]))
+    from ochat.evaluate.ablate import ablation_dir, job_runner, table  # torch takes seconds to import
+
+    base, settings = variants.read(options.config, overrides)
     if importlib.util.find_spec("scipy") is None:
         raise ConfigError("ochat ablate needs scipy: pip install 'ochat-crlft[report]'")
-    ablation, console = ablation_dir.AblationDir(base, options), Console(highlight=False)
+    ablation, console = ablation_dir.AblationDir(base, settings), Console(highlight=False)
     failed = []
-    if TABLE in arguments:
+    if options.table:
         ablation.check()
     else:
         failed = ablation.run()
     if results := ablation.results():
-        record = table.summarise(results, options.expert, options.suboptimal)
+        record = table.summarise(results, settings.expert, settings.suboptimal)
         table.write(ablation.folder, record)
         for each in table.tables(record):
             console.print(each)
@@ -59,4 +67,4 @@ def main(arguments: Sequence[str]) -> None:
         console.print(f"\n{len(failed)} of {len(ablation.runs)} runs failed; the same command tries them again")
         sys.exit(1)
     if not results:
-        raise ConfigError(f"{ablation.folder}: no run there is finished; leave out {TABLE}, and they are trained")
+        raise ConfigError(f"{ablation.folder}: no run there is finished; leave out --table, and they are trained")

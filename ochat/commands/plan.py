@@ -8,39 +8,33 @@ Of the base model it needs no more than config.json.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.commands import train as train_command
+from ochat import config as configuration
 from ochat.config import Config
 from ochat.console import facts, waiting
-from ochat.data.dataset import TokenDataset
-from ochat.data.loader import Loader
-from ochat.model import hf
-from ochat.model.config import ModelConfig
+from ochat.errors import UsageError
 from ochat.plan import lengths as length_files
-from ochat.plan import run_facts, tables
-from ochat.plan.forecast import PlanInputs, forecast
 from ochat.plan.gpus import GPUS
 from ochat.plan.lengths import LengthCounts
-from ochat.plan.roofline import Workload
-from ochat.text import tokenizer as tokenizers
-from ochat.train import identity, inputs, schedule
 
+if TYPE_CHECKING:  # torch takes seconds to import; --help should not
+    from ochat.data.dataset import TokenDataset
+    from ochat.data.loader import Loader
+    from ochat.model.config import ModelConfig
+    from ochat.plan.forecast import PlanInputs
+    from ochat.plan.roofline import Workload
+
+    Planned = tuple[dict[str, str], Workload, int]  # facts, workload, number of steps
+
+SCHEMA = Config
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
-PURPOSE = """Shows what the same command line would train, without a GPU: steps, packing, learning rate; and predicts
-memory and speed on known GPUs.
-
-  --card NAME         {cards} (default: all three)
-  --gpus N[,N...]     GPUs of a node (default: 1 and 8)
-  --nodes N           nodes of so many GPUs (default: 1)
-  --lengths FILE.npy  plan from the lengths of sequences alone, int32 or int64, in place of data.path; made with
-                      {how}
-  --supervised SHARE  with --lengths: the share of tokens that is trained on (default: 0.5)"""
 PREDICTED = (
     "Predicted, not measured: FLOPs and bytes over what the GPUs reach, with FlashAttention-2, which torch's varlen "
     "attention runs (formulas: ochat/plan/memory.py, roofline.py). Kernels that fall short make it slower."
@@ -48,14 +42,41 @@ PREDICTED = (
 NO_SPEED = "train.dtype = float32: no GPU is predicted; the rates that predictions rest on are those of bfloat16"
 
 
-def main(arguments: Sequence[str]) -> None:
+@dataclass(frozen=True)
+class PlanOptions:
+    """Shows what `ochat train` would do with the same arguments, and predicts memory and speed on known GPUs.
+
+    Needs no GPU: steps, packing and learning rate come from the data, or from the lengths of its sequences alone.
+    """
+
+    config: Path
+    """a configuration in TOML; configs/ has files to start from"""
+    card: str = ""
+    """one of A100-80, H100 and H200; without it: all three"""
+    gpus: str = ""
+    """GPUs of a node, such as 8 or 8,64,512; without it: 1 and 8"""
+    nodes: int = 1
+    """nodes of so many GPUs"""
+    lengths: str = ""
+    """a .npy file of sequence lengths, int32 or int64, in place of data.path, made with
+    np.save("lengths.npy", np.array([len(ids) for ids in ...], dtype=np.int32))"""
+    supervised: float = 0.5
+    """with --lengths: the share of tokens that is trained on"""
+
+    @property
+    def gpu_counts(self) -> tuple[int, ...]:
+        """The numbers that --gpus lists."""
+        return tuple(int(text) if text.isdecimal() else 0 for text in self.gpus.split(",")) if self.gpus else ()
+
+
+def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     """Print the plan of a training command line. Raises: OchatError."""
-    purpose = PURPOSE.format(cards=", ".join(GPUS), how=escape(length_files.HOW_TO_MAKE))
-    train_command.explain_if_asked(arguments, "ochat plan", purpose)
-    options, rest = parse(arguments)
-    if options.lengths:
-        rest += [f"--data.path={options.lengths}", "--data.mix={}"]
-    config, console = train_command.read_arguments(rest), Console(highlight=False)
+    from ochat.model.config import ModelConfig
+    from ochat.plan.forecast import PlanInputs
+
+    _check(options)
+    instead = [f"--data.path={options.lengths}", "--data.mix={}"] if options.lengths else []
+    config, console = configuration.load(options.config, [*overrides, *instead]), Console(highlight=False)
     model = ModelConfig.load(config.base.path)
     notes = check_base(config.base.path, model)
     planned = plan_lengths if options.lengths else plan_data
@@ -67,22 +88,12 @@ def main(arguments: Sequence[str]) -> None:
     show(PlanInputs(model, workload, num_steps, *sections), options, console)
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The plan's own options, and what is left for the training command line; a wrong value ends with usage."""
-    parser = argparse.ArgumentParser("ochat plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--card", choices=sorted(GPUS))
-    parser.add_argument("--gpus", type=lambda text: tuple(map(_count, text.split(","))), default=())
-    parser.add_argument("--nodes", type=_count, default=1)
-    parser.add_argument("--lengths", default="")
-    parser.add_argument("--supervised", type=_share, default=0.5)
-    return parser.parse_known_args(arguments)
-
-
-Planned = tuple[dict[str, str], Workload, int]  # facts, workload, number of steps
-
-
 def plan_data(config: Config, model: ModelConfig, _: object, notes: list[str], console: Console) -> Planned:
     """Plan a run on its data set; extends `notes`."""
+    from ochat.plan import run_facts
+    from ochat.plan.roofline import Workload
+    from ochat.train import inputs
+
     data = inputs.open_data(config)
     counts = LengthCounts.of(data.lengths)
     console.print(counts.text(), end="\n\n")
@@ -96,9 +107,13 @@ def plan_data(config: Config, model: ModelConfig, _: object, notes: list[str], c
 
 
 def plan_lengths(
-    config: Config, model: ModelConfig, options: argparse.Namespace, notes: list[str], console: Console
+    config: Config, model: ModelConfig, options: PlanOptions, notes: list[str], console: Console
 ) -> Planned:
     """Plan a run on sequences of which only the lengths are known; extends `notes`."""
+    from ochat.plan import run_facts
+    from ochat.plan.roofline import Workload
+    from ochat.train import schedule
+
     data, share = config.data, options.supervised
     lengths = length_files.read(options.lengths)
     counts = LengthCounts.of(lengths)
@@ -126,14 +141,17 @@ def plan_lengths(
     return described, Workload(counts, share, stats.fill, stats.imbalance_mean), stats.num_steps
 
 
-def show(planned: PlanInputs, options: argparse.Namespace, console: Console) -> None:
+def show(planned: PlanInputs, options: PlanOptions, console: Console) -> None:
     """Print predicted memory and speed on each kind and number of GPUs."""
+    from ochat.plan import tables
+    from ochat.plan.forecast import forecast
+
     if planned.train.dtype != "bfloat16":
         console.print(f"\n{NO_SPEED}", soft_wrap=True)
         return
     few = (1,) if planned.optim.in_backward else (1, 8) if options.nodes == 1 else (8,)  # in_backward: one process
     gpus = [GPUS[options.card]] if options.card else list(GPUS.values())
-    found = [forecast(planned, gpu, gpus=n, nodes=options.nodes) for n in options.gpus or few for gpu in gpus]
+    found = [forecast(planned, gpu, gpus=n, nodes=options.nodes) for n in options.gpu_counts or few for gpu in gpus]
     console.print(f"\n[dim]{escape(PREDICTED)}[/]\n")
     console.print(tables.memory_table(found, planned.data.token_budget), f"[dim]{tables.MEMORY_LEGEND}[/]\n", sep="\n")
     console.print(tables.speed_table(found), "", tables.time_table(found), f"[dim]{tables.TIME_LEGEND}[/]\n", sep="\n")
@@ -144,6 +162,8 @@ def show(planned: PlanInputs, options: argparse.Namespace, console: Console) -> 
 
 def check_base(path: str, model: ModelConfig) -> list[str]:
     """Check the base's weights if there are any; a note if not. Raises: as hf.check_weights."""
+    from ochat.model import hf
+
     folder = Path(path)
     if any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
         hf.check_weights(folder, model)
@@ -153,23 +173,22 @@ def check_base(path: str, model: ModelConfig) -> list[str]:
 
 def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Loader:
     """The run's loader, once data, held-out data, tokenizer and model are known to belong together."""
+    from ochat.text import tokenizer as tokenizers
+    from ochat.train import identity, inputs
+
     held_out = inputs.open_eval_loader(config, inputs.open_eval_data(config)) if config.data.eval_path else None
     if any(Path(config.base.path).glob("tokenizer*")):
         identity.check_data(data, held_out, tokenizers.load(config.base.path), model, config)
     return inputs.open_loader(config, data, model)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10**5:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1 up")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a share above 0, up to 1")
-    return share
+def _check(options: PlanOptions) -> None:
+    most = 10**5
+    for is_right, option, value, expected in (
+        (options.card in ("", *GPUS), "--card", options.card, f"one of {', '.join(GPUS)}"),
+        (all(1 <= n <= most for n in options.gpu_counts), "--gpus", options.gpus, "whole numbers from 1 up"),
+        (1 <= options.nodes <= most, "--nodes", options.nodes, "a whole number from 1 up"),
+        (0 < options.supervised <= 1, "--supervised", options.supervised, "a share above 0, up to 1"),
+    ):
+        if not is_right:
+            raise UsageError(f"{option} {value}: expected {expected}")

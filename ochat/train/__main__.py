@@ -1,7 +1,8 @@
-"""`torchrun --nproc-per-node N -m ochat.train CONFIG.toml --section.key=value ...`; `python -m ochat.train --help`
-lists every key."""
+"""`torchrun --nproc-per-node N -m ochat.train CONFIG.toml --section.key=value ...`: `ochat train` in each process."""
 
-from ochat.commands.train import main
+import sys
+
+from ochat import cli
 
 if __name__ == "__main__":
-    main()
+    cli.run("train", sys.argv[1:])

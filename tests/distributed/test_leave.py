@@ -9,26 +9,27 @@ import pytest
 from tests.tiny import ROOT, environment
 
 SCRIPT = """
-import atexit, sys
+import atexit, os, sys
 from ochat.errors import ConfigError
-from ochat.commands import train as command
+from types import SimpleNamespace
+from ochat import cli
+from ochat.commands import train as train_command
 from ochat.train import trainer
 
 class Kept:
-    def __del__(self):
-        print("taken down", flush=True)
+    def __del__(self, write=os.write):
+        write(1, b"taken down\\n")
 
 def train(config):
-    kept.append(Kept())
+    sys.kept = Kept()
     print("trained")  # not flushed: the output is a pipe
     if len(sys.argv) > 1:
         raise {"fail": ConfigError("wrong"), "disk": OSError(13, "wrong", "/some/where")}[sys.argv[1]]
 
-kept = []
 atexit.register(lambda: print("goodbye"))
-command.read_arguments = lambda arguments: None
+train_command.configuration = SimpleNamespace(load=lambda *_: None)
 trainer.train = train
-command.main(["run.toml"])
+cli.call("train", ["run.toml"])
 """
 
 

@@ -19,10 +19,10 @@ QUICK = ["--parallel.timeout_s=5"]
 
 # ochat.train with one fault: `python faulty.py CONFIG ...`; {fault} is code that sees trainer, save, errors and time
 FAULTY = """
-import os, time
+import os, sys, time
 from ochat import errors
+from ochat import cli
 from ochat.checkpoint import save
-from ochat.commands import train as command
 from ochat.train import trainer
 
 plain_step, plain_write = trainer.Trainer.step, save.Saver._write_shard
@@ -38,7 +38,7 @@ def write_shard(self, folder):
     return plain_write(self, folder)
 
 trainer.Trainer.step, save.Saver._write_shard = step, write_shard
-command.main()
+cli.run("train", sys.argv[1:])
 """
 
 

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from ochat import cli
-from ochat.commands import plan
 from ochat.data import shards
 from ochat.data.prepare import prepare
-from ochat.errors import CheckpointError, ConfigError, DataError
+from ochat.errors import CheckpointError, DataError, UsageError
 from tests.tiny import MODEL
 
 
 def say(capsys, *arguments: object) -> str:
     """What the command prints, without its line breaks."""
-    plan.main([str(argument) for argument in arguments])
+    cli.call("plan", [str(argument) for argument in arguments])
     return " ".join(capsys.readouterr().out.split())
 
 
@@ -61,8 +60,9 @@ def test_classes_that_no_reward_tells_apart_are_said(world, capsys, tmp_path):
 
 
 def test_the_tables_fit_a_terminal(world, lengths, capsys):
-    plan.main(
-        [str(world.config), "--train.dtype=bfloat16", "--lengths", str(lengths), "--nodes=512", "--optim.lr=auto"]
+    cli.call(
+        "plan",
+        [str(world.config), "--train.dtype=bfloat16", "--lengths", str(lengths), "--nodes=512", "--optim.lr=auto"],
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80 or "…" in line] == []
@@ -128,7 +128,7 @@ def test_a_config_alone_is_a_base_to_look_at_but_broken_weights_are_not(world, b
 
 def test_conversations_longer_than_a_bin_stop_the_plan_after_the_lengths(world, capsys):
     with pytest.raises(DataError, match="longer than data.token_budget = 32"):
-        plan.main([str(world.config), "--data.token_budget=32"])
+        cli.call("plan", [str(world.config), "--data.token_budget=32"])
     assert "tokens a sequence" in capsys.readouterr().out
 
 
@@ -137,16 +137,16 @@ def test_a_wrong_option_ends_with_what_was_expected(world, capsys, wrong):
     with pytest.raises(SystemExit) as stopped:
         cli.run("plan", [str(world.config), wrong])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and wrong.split("=")[0] in said and "expected" in said or "choose from" in said
+    assert stopped.value.code == 2 and wrong.split("=")[0] in said
 
 
-def test_an_unknown_option_is_a_config_error(world):
-    with pytest.raises(ConfigError, match="--nodez"):
-        plan.main([str(world.config), "--nodez=2"])
+def test_an_unknown_option_is_refused(world):
+    with pytest.raises(UsageError, match="no option --nodez; did you mean --nodes"):
+        cli.call("plan", [str(world.config), "--nodez=2"])
 
 
 def test_help_explains_the_options_and_every_key(capsys):
     with pytest.raises(SystemExit):
-        plan.main(["--help"])
+        cli.call("plan", ["--help"])
     said = capsys.readouterr().out
-    assert "--lengths FILE.npy" in said and plan.length_files.HOW_TO_MAKE in said and "data.token_budget" in said
+    assert "--lengths" in said and "np.save(" in said and "data.token_budget" in said

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
+from ochat import cli
 from ochat import config as configuration
-from ochat.commands import ablate
 from ochat.commands.eval import EvalOptions, evaluate
 from ochat.data.dataset import TokenDataset
 from ochat.errors import ConfigError
@@ -96,7 +96,7 @@ def test_a_finished_ablation_prints_its_table_again_and_trains_nothing(killed, f
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     written = (folder / "table.json").read_text()
     for more in (["--table"], []):
-        ablate.main(arguments(file, folder, *more))
+        cli.call("ablate", arguments(file, folder, *more))
         shown = capsys.readouterr().out
         assert f"wrote {folder / 'table.md'}" in shown
         assert shown.split("exact match")[1] == printed.split("exact match")[1] and "only SFT" in shown
@@ -121,7 +121,7 @@ def test_a_changed_setting_is_named(killed, file, more, named):
     for old in ("ablation.json", "laboratory.json"):  # the second was its name in earlier versions
         os.replace(killed[0] / "ablation.json", killed[0] / old)
         with pytest.raises(ConfigError, match=named):
-            ablate.main(arguments(file, killed[0], *more))
+            cli.call("ablate", arguments(file, killed[0], *more))
         os.replace(killed[0] / old, killed[0] / "ablation.json")
 
 
@@ -160,7 +160,7 @@ def num_held_out(ablation):
 
 def test_a_table_without_an_ablation_is_an_error(file, tmp_path):
     with pytest.raises(ConfigError, match="nothing: no ablation was begun there"):
-        ablate.main(arguments(file, tmp_path / "nothing", "--table"))
+        cli.call("ablate", arguments(file, tmp_path / "nothing", "--table"))
     assert not (tmp_path / "nothing").exists()
 
 
