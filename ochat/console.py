@@ -33,19 +33,22 @@ stdout = Console(highlight=False)  # one for all, so that printed lines and a li
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints a record as one line on stdout: notes as they are, warnings and errors marked."""
+    """Prints a record as one line on `console`: notes as they are, warnings and errors marked."""
+
+    console = stdout
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "" if record.levelno < logging.WARNING else f"[bold red]{record.levelname}[/] "
-        stdout.print(f"{mark}{escape(record.getMessage())}", soft_wrap=True)
+        self.console.print(f"{mark}{escape(record.getMessage())}", soft_wrap=True)
 
 
-def configure_logging() -> None:
-    """Print the package's notes and warnings on stdout; on ranks other than the first only errors."""
+def configure_logging(console: Console = stdout) -> None:
+    """Print the package's notes and warnings on `console`; on ranks other than the first only errors."""
     logger = logging.getLogger("ochat")
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
-        logger.addHandler(ConsoleHandler())
+    handlers = [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)] or [ConsoleHandler()]
+    handlers[0].console = console
+    logger.addHandler(handlers[0])
 
 
 def facts(title: str, values: dict[str, str]) -> Table:

@@ -16,6 +16,12 @@ torch.set_num_threads(1)
 configure_logging()
 
 
+@pytest.fixture(autouse=True)
+def notes_on_stdout():
+    """Undo what a command of an earlier test configured."""
+    configure_logging()
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A tokenizer, a random model and a prepared data set."""

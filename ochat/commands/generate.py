@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.console import waiting
+from ochat.console import configure_logging, waiting
 from ochat.errors import ConfigError
 from ochat.model.device import find_device
 from ochat.text import tokenizer as tokenizers
@@ -33,12 +33,13 @@ class GenerateOptions:
     top_k: int = 0  # sample among so many likeliest tokens; 0: all
     seed: int = 0  # decides what sampling draws
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation
-    device: str = "auto"  # auto: a card if there is one; or cpu, cuda, cuda:1, ...
-    base: str = ""  # of a checkpoint of adapters: where their base lies now; empty: where the run had it
+    device: str = "auto"  # auto: a GPU if there is one; or cpu, cuda, cuda:1, ...
+    base: str = ""  # of a checkpoint of adapters: where their base is now; empty: where the run had it
 
 
 def main(options: GenerateOptions) -> None:
     """The command `ochat generate`."""
+    configure_logging(Console(stderr=True, highlight=False))  # stdout holds the answers only
     console = Console(highlight=False)
     answers = answer(options)
     for prompt, text in zip(options.prompt, answers, strict=True):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
 
 from ochat.errors import ConfigError
 from ochat.files import bounded_json, hub
 from ochat.text import template as templates
 from ochat.text.template import Template
 
+log = logging.getLogger(__name__)
 OPENCHAT = "openchat.json"
 
 
@@ -43,11 +42,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def warn_of_unknown_class(condition: str, classes: list[str] | None) -> None:
-    """Say on stderr that a model was not trained on a class, if its `classes` are known."""
+    """Log a warning if a model was not trained on the class `condition`, where its `classes` are known."""
     if classes and condition and condition not in classes:
         known = ", ".join(repr(name) if name else "none" for name in classes)
-        Console(stderr=True, highlight=False).print(
-            f"[bold yellow]warning[/]: the model was not trained on the class {escape(repr(condition))}; "
-            f"it knows {escape(known)}",
-            soft_wrap=True,
-        )
+        log.warning("the model was not trained on the class %r; it knows %s", condition, known)

@@ -1,6 +1,6 @@
-"""The map as a figure: a column for each model, PCA above UMAP, a colour and a marker for each class.
+"""Draw the map: a column for each model, PCA above UMAP, a colour and a marker for each class.
 
-    write(Path("map.svg"), draw(panels, classes, title))
+    write_figures([Path("map.svg")], record, sample)
 
 matplotlib without pyplot: no window, no state. Classes differ in brightness and in marker too, so that the figure reads
 without colour.
@@ -11,10 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ochat.evaluate.represent import table
+from ochat.evaluate.represent.sample import Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +39,23 @@ class Panel:
     explained: Sequence[float]  # shares of the variance, of two axes
     umap: NDArray[np.float32]  # (n, 2)
     labels: NDArray[np.int64]  # (n,) places in the classes
+
+
+def write_figures(paths: Sequence[Path], record: dict[str, Any], sample: Sample) -> None:
+    """Draw the record's map into each of the files."""
+    panels = [
+        Panel(
+            row["label"],
+            table.caption(record, row),
+            np.array(row["points"]["pca"]),
+            row["views"][record["view"]]["pca_explained"],
+            np.array(row["points"]["umap"]),
+            sample.labels,
+        )
+        for row in record["models"]
+    ]
+    for path in paths:  # drawn again for each: a second layout of the same figure moves a little
+        write(path, draw(panels, sample.classes, table.title(record)))
 
 
 def draw(panels: Sequence[Panel], classes: Sequence[str], title: str) -> Figure:

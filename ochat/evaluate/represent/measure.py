@@ -1,7 +1,8 @@
-"""What one model makes of the conversations: its states in each view, and how far apart the classes lie there.
+"""Measure how far apart the classes lie in one model's hidden states, in every view.
 
-states = views(model, reader, sample, "GPT4", tokenizer, advance)
-{view: numbers(states[view], sample, distance="cosine", num_permutations=200, seed=0) for view in VIEWS}
+row = measure(
+    load, compared, sample, "GPT4", tokenizer, view="own_all", distance="cosine", num_permutations=200, seed=0
+)
 """
 
 from __future__ import annotations
@@ -13,44 +14,54 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.evaluate.represent import plane, states
-from ochat.evaluate.represent.plane import Distance
+from ochat.console import bar
+from ochat.evaluate.represent import hidden_states, projection
+from ochat.evaluate.represent.compared_models import ComparedModel
 from ochat.evaluate.represent.probe import probe
-from ochat.evaluate.represent.readers import Reader
+from ochat.evaluate.represent.projection import Distance
 from ochat.evaluate.represent.sample import Sample
 from ochat.model.transformer import Transformer
 from ochat.text.tokenizer import Tokenizer
 
-# under which prefixes a conversation is read, and which of its tokens the mean is over
-VIEWS = ("own_all", "own_answers", "one_all", "one_answers", "words")
-Floats = NDArray[np.float32]
 
-
-def views(
-    model: Transformer,
-    reader: Reader,
+def measure(
+    load: Callable[[], Transformer],
+    compared: ComparedModel,
     sample: Sample,
     one_prefix: str,
     tokenizer: Tokenizer,
-    advance: Callable[[int], object] = lambda num_conversations: None,
-) -> dict[str, Floats]:
-    """The sample's states (n, H) in each of VIEWS. Costs: a forward pass of all conversations under their own prefixes,
-    and one under the one prefix; without the second where prefixes name no class."""
-    own, one = sample.written(one_prefix, reader.template, tokenizer)
-    of_own = states.pooled(model, own, advance)
-    of_one = states.pooled(model, one, advance) if reader.names_classes else of_own
-    found = {f"own_{tokens}": of_own[tokens] for tokens in states.TOKENS}
-    found |= {f"one_{tokens}": of_one[tokens] for tokens in states.TOKENS}
-    return found | {"words": states.words(model, own)}
+    *,
+    view: str,
+    distance: Distance,
+    num_permutations: int,
+    seed: int,
+) -> dict[str, Any]:
+    """One model's numbers in each view, and the `points` of `view` in two dimensions, as plain data.
+
+    `load` gives the model, which is freed before anything is computed from its states.
+    """
+    with bar(f"{compared.label}: states", len(sample.labels) * (1 + compared.names_classes)) as advance:
+        states = hidden_states.views(load(), compared, sample, one_prefix, tokenizer, advance)
+    row: dict[str, Any] = {"label": compared.label, "source": str(compared.source), "template": compared.template.name}
+    row |= {"names_classes": compared.names_classes, "views": {}}
+    with bar(f"{compared.label}: probes and map", len(hidden_states.VIEWS) + 1) as advance:
+        for name in hidden_states.VIEWS:
+            row["views"][name] = numbers(states[name], sample, distance, num_permutations, seed)
+            advance(1)
+        points = {"pca": projection.pca(states[view])[0], "umap": projection.umap(states[view], distance, seed)}
+    row["silhouette_umap"] = projection.silhouette(points["umap"], sample.labels, "euclidean")
+    return row | {"points": {name: found.tolist() for name, found in points.items()}}
 
 
-def numbers(found: Floats, sample: Sample, *, distance: Distance, num_permutations: int, seed: int) -> dict[str, Any]:
-    """Silhouette of the states and of their PCA, the PCA's shares of the variance, and the probe: plain data."""
-    points, explained = plane.pca(found)
-    probed = probe(found, sample.labels, sample.prompts, num_permutations=num_permutations, seed=seed)
+def numbers(
+    states: NDArray[np.float32], sample: Sample, distance: Distance, num_permutations: int, seed: int
+) -> dict[str, Any]:
+    """Silhouette of the states and of their PCA, the PCA's shares of the variance, and the probe."""
+    points, explained = projection.pca(states)
+    probed = probe(states, sample.labels, sample.prompts, num_permutations=num_permutations, seed=seed)
     return {
-        "silhouette": plane.silhouette(found, sample.labels, distance),
-        "silhouette_pca": plane.silhouette(points, sample.labels, "euclidean"),
+        "silhouette": projection.silhouette(states, sample.labels, distance),
+        "silhouette_pca": projection.silhouette(points, sample.labels, "euclidean"),
         "pca_explained": explained,
         "probe": asdict(probed) | {"interval": list(probed.interval)},
     }

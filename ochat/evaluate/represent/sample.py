@@ -1,4 +1,4 @@
-"""Which conversations are mapped: as many of each class, drawn by a seed, with their class and their prompt.
+"""Draw the conversations that are mapped: as many of each class, by a seed, with their class and their prompt.
 
 sample = draw(held_out.read(...), classes=(), per_class=500, seed=0)
 sample.written("GPT4", template, tokenizer)      # as one model reads them: each under its own class, and under GPT4

@@ -1,4 +1,4 @@
-"""The numbers of a map for people: console.print(table(record)); the lines that stand in the figure."""
+"""Tabulate the numbers of a map, and word the title and captions of its figure: console.print(table(record))."""
 
 from __future__ import annotations
 

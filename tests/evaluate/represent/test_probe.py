@@ -1,5 +1,5 @@
 """The probe is logistic regression on prompts it never saw, its p-values keep what they promise, distances on made-up
-states are those known by hand: pytest tests/evaluate/test_represent_probe.py"""
+states are those known by hand: pytest tests/evaluate/represent/test_probe.py"""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ochat.evaluate import intervals
-from ochat.evaluate.represent import plane
 from ochat.evaluate.represent import probe as probes
+from ochat.evaluate.represent import projection
 
 stats = pytest.importorskip("scipy.stats", reason="the extra `report` is not installed")
 pytest.importorskip("sklearn")
@@ -155,18 +155,18 @@ def test_silhouettes_known_by_hand():
     labels = np.array([0, 0, 1, 1])
     square = np.array([[0, 0], [0, 1], [3, 0], [3, 1]], np.float32)
     b = (3 + np.sqrt(10)) / 2  # to the two points of the other class; 1 to the own
-    assert plane.silhouette(square, labels, "euclidean") == pytest.approx((b - 1) / b, rel=1e-6)
+    assert projection.silhouette(square, labels, "euclidean") == pytest.approx((b - 1) / b, rel=1e-6)
     lines = np.array([[1, 0], [5, 0], [0, 2], [0, 9]], np.float32)  # same directions: distance 0 within, 1 between
-    assert plane.silhouette(lines, labels, "cosine") == pytest.approx(1)
+    assert projection.silhouette(lines, labels, "cosine") == pytest.approx(1)
     mixed = np.random.default_rng(0).normal(size=(400, 20)).astype(np.float32)
-    assert abs(plane.silhouette(mixed, np.arange(400) % 2, "euclidean")) < 0.01
+    assert abs(projection.silhouette(mixed, np.arange(400) % 2, "euclidean")) < 0.01
 
 
 def test_maps_keep_two_heaps_apart_and_are_the_same_by_seed():
     pytest.importorskip("umap")
     states, labels, _ = made_up(0, 60, 30, apart=12)
-    points, explained = plane.pca(states)
-    assert plane.silhouette(points, labels, "euclidean") > 0.7 and explained[0] > 0.5 > explained[1]
-    found = plane.umap(states, "euclidean", seed=1)
-    assert found.shape == (60, 2) and plane.silhouette(found, labels, "euclidean") > 0.7
-    assert (found == plane.umap(states, "euclidean", seed=1)).all()
+    points, explained = projection.pca(states)
+    assert projection.silhouette(points, labels, "euclidean") > 0.7 and explained[0] > 0.5 > explained[1]
+    found = projection.umap(states, "euclidean", seed=1)
+    assert found.shape == (60, 2) and projection.silhouette(found, labels, "euclidean") > 0.7
+    assert (found == projection.umap(states, "euclidean", seed=1)).all()

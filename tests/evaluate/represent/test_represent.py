@@ -1,5 +1,5 @@
 """`ochat represent` end to end: states are transformers', a conversation's do not depend on its neighbours, files are
-written, what cannot be compared is named: pytest tests/evaluate/test_represent.py"""
+written, what cannot be compared is named: pytest tests/evaluate/represent"""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ochat.data.prepare import prepare
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate import held_out
 from ochat.evaluate.represent import (
-    plane,
-    readers,
+    compared_models,
+    hidden_states,
+    projection,
     sample,
-    states,
 )
 from ochat.export.hf_folder import export
 from ochat.model import hf
@@ -51,8 +51,8 @@ def small(world, alone, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """UMAP takes ten seconds to compile; test_represent_probe.py has it for real."""
-    monkeypatch.setattr(plane, "umap", lambda found, distance, seed: found[:, :2] + seed)
+    """UMAP takes ten seconds to compile; test_probe.py has it for real."""
+    monkeypatch.setattr(projection, "umap", lambda found, distance, seed: found[:, :2] + seed)
 
 
 def read(world, chats, per_class=20, classes=()):
@@ -64,7 +64,7 @@ def read(world, chats, per_class=20, classes=()):
 def test_states_are_the_mean_of_transformers_last_hidden_states(world, small):
     transformers = pytest.importorskip("transformers")
     _, own, _, _, _ = read(world, small.chats)
-    found = states.pooled(hf.load(world.base, dtype="float32"), own)
+    found = hidden_states.pooled(hf.load(world.base, dtype="float32"), own)
     assert found["all"].shape == found["answers"].shape == (40, 32) and found["all"].dtype == np.float32
     theirs = transformers.AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
     for row, example in enumerate(own):  # each alone
@@ -82,19 +82,19 @@ def test_packed_is_alone(world, small, monkeypatch):
     model = hf.load(world.base, dtype="float32")
     monkeypatch.setattr("ochat.evaluate.swap.TOKENS_PER_PASS", 300)  # several to a pass, and several passes
     counts: list[int] = []
-    packed = states.pooled(model, own, counts.append)
+    packed = hidden_states.pooled(model, own, counts.append)
     assert sum(counts) == 40 and 1 < len(counts) < 40
     for row, example in enumerate(own):
-        alone = states.pooled(model, [example])
-        for tokens in states.TOKENS:
+        alone = hidden_states.pooled(model, [example])
+        for tokens in hidden_states.TOKENS:
             assert np.abs(packed[tokens][row] - alone[tokens][0]).max() < 1e-5
 
 
 def test_words_are_the_answers_and_nothing_else(world, small):
     _, own, one, _, tokenizer = read(world, small.chats)
     model = hf.load(world.base, dtype="float32")
-    found = states.words(model, own)
-    assert (found == states.words(model, one)).all()
+    found = hidden_states.words(model, own)
+    assert (found == hidden_states.words(model, one)).all()
     weight = model.embed.weight.detach().numpy()
     example = own[3]
     ids = example.input_ids[example.loss_weights != 0]
@@ -227,7 +227,7 @@ def test_too_few_answers_and_missing_packages_are_named(world, small, monkeypatc
     with pytest.raises(DataError, match="answer 4 different prompts, and 5 are needed"):
         run([small.sft], few)
     monkeypatch.setitem(represent_module.PACKAGES, "no_such_module", "no-such-package")
-    with pytest.raises(ConfigError, match=r"no-such-package: pip install 'ochat\[report\]'"):
+    with pytest.raises(ConfigError, match=r"no-such-package: pip install 'ochat-crlft\[report\]'"):
         run([small.sft], small.chats)
 
 
@@ -251,7 +251,7 @@ def test_models_that_cannot_stand_side_by_side_are_refused(world, small, tmp_pat
 
 
 def test_the_one_prefix_is_the_class_that_models_answer_as(world, small):
-    found, tokenizer = readers.find([small.sft, small.crlft], ["a", "b"], None, small.chats)
-    assert readers.one_prefix(None, found, ("x", "y"), tokenizer) == "GPT4"
-    assert readers.one_prefix(None, found[:1], ("x", "y"), tokenizer) == "x"
-    assert readers.one_prefix("y", found, ("x", "y"), tokenizer) == "y"
+    found, tokenizer = compared_models.find([small.sft, small.crlft], ["a", "b"], None, small.chats)
+    assert compared_models.one_prefix(None, found, ("x", "y"), tokenizer) == "GPT4"
+    assert compared_models.one_prefix(None, found[:1], ("x", "y"), tokenizer) == "x"
+    assert compared_models.one_prefix("y", found, ("x", "y"), tokenizer) == "y"

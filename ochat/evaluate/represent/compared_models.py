@@ -1,9 +1,9 @@
-"""The models that are compared: where they lie, and how conversations are written for each.
+"""The models that are compared: their folders, and the template that writes conversations for each.
 
-    readers, tokenizer = find([Path("runs/sft"), Path("runs/crlft")], ["SFT", "C-RLFT"], template=None, data=data)
+    compared, tokenizer = find([Path("runs/sft"), Path("runs/crlft")], ["SFT", "C-RLFT"], template=None, data=data)
 
-They may differ in whether prefixes name the class (models trained without do not), and in nothing else: else their
-points would differ for a reason that is not the model's.
+They may differ in whether prefixes name the class (models trained without classes name none), and in nothing else that
+changes how conversations are written.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ochat.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Reader:
-    """A model, and the template of its conversations."""
+class ComparedModel:
+    """A model and its template."""
 
     label: str
     source: Path  # as it was given
@@ -31,21 +31,21 @@ class Reader:
 
     @property
     def names_classes(self) -> bool:
-        """Whether its prefixes do."""
+        """Whether its prefixes name classes."""
         return self.template.condition_roles != "none"
 
 
 def find(
     sources: Sequence[Path], labels: Sequence[str], template: str | None, data: Path
-) -> tuple[list[Reader], Tokenizer]:
-    """A reader for each model, and the tokenizer that they share. `template`: of models without openchat.json; None:
-    that of prepared data. Raises: ConfigError for models, or data, that cannot stand side by side.
+) -> tuple[list[ComparedModel], Tokenizer]:
+    """The models, and the tokenizer that they share. `template`: of models without openchat.json; None: that of
+    prepared data. Raises: ConfigError for models, or data, that cannot be compared.
     """
     folders = [folder_of(source) for source in sources]
     tokenizer = tokenizers.load(folders[0])
     for source, folder in zip(sources[1:], folders[1:], strict=True):
         if tokenizers.load(folder).fingerprint() != tokenizer.fingerprint():
-            raise ConfigError(f"{source}: has another tokenizer than {sources[0]}: they cannot stand side by side")
+            raise ConfigError(f"{source}: has another tokenizer than {sources[0]}: they cannot be compared")
     if template is not None and all(read_description(folder) for folder in folders):
         raise ConfigError(f"--template {template}: every model here has an openchat.json with its own; leave it out")
     of_data = held_out.template_of(data, None, tokenizer) if held_out.is_prepared(data) else None
@@ -57,13 +57,15 @@ def find(
             other = f"the data {data}" if of_data else sources[0]
             raise ConfigError(f"{source}: speaks another template ({each.name}) than {other}: they cannot be compared")
     names = zip(labels, sources, spoken, strict=True)
-    return [Reader(label, source, replace(each, context=context)) for label, source, each in names], tokenizer
+    return [ComparedModel(label, source, replace(each, context=context)) for label, source, each in names], tokenizer
 
 
-def one_prefix(name: str | None, readers: Sequence[Reader], classes: Sequence[str], tokenizer: Tokenizer) -> str:
+def one_prefix(
+    name: str | None, compared: Sequence[ComparedModel], classes: Sequence[str], tokenizer: Tokenizer
+) -> str:
     """The class whose prefixes all conversations get as a control: `name`, or the one that the models answer as, or the
     first of the data. Raises: ConfigError for a class that no prefix can carry."""
-    defaults = [each.template.default_condition for each in readers if each.names_classes]
+    defaults = [each.template.default_condition for each in compared if each.names_classes]
     if name is None:
         return next((each for each in defaults if each), classes[0])
     if len(tokenizer.split_at_specials(name)) > 1:

@@ -1,4 +1,4 @@
-"""States in two dimensions, and how far apart classes lie.
+"""Project hidden states to two dimensions, and measure how far apart classes lie.
 
 points, explained = pca(states);  points = umap(states, "cosine", seed=0);  silhouette(points, labels, "euclidean")
 """

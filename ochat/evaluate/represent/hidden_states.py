@@ -1,6 +1,7 @@
-"""What a conversation is to a model: the mean over its tokens of the last layer's states, after the final norm.
+"""Represent a conversation by the mean over its tokens of the last layer's hidden states, after the final norm.
 
-    states = pooled(model, examples);  states["answers"]     # (n, H) fp32
+    found = views(model, compared, sample, "GPT4", tokenizer);  found["own_answers"]     # (n, H) fp32
+
 These are the states that the head multiplies: transformers' `hidden_states[-1]`. Letters: T packed tokens, H hidden.
 """
 
@@ -15,10 +16,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ochat.data.batch import Example
+from ochat.evaluate.represent.compared_models import ComparedModel
+from ochat.evaluate.represent.sample import Sample
 from ochat.evaluate.swap import passes
 from ochat.model.transformer import Transformer, pack_ids
+from ochat.text.tokenizer import Tokenizer
 
 TOKENS = ("all", "answers")
+# under which prefixes a conversation is read, and over which of its tokens the mean is taken
+VIEWS = ("own_all", "own_answers", "one_all", "one_answers", "words")
+
+
+def views(
+    model: Transformer,
+    compared: ComparedModel,
+    sample: Sample,
+    one_prefix: str,
+    tokenizer: Tokenizer,
+    advance: Callable[[int], object] = lambda num_conversations: None,
+) -> dict[str, NDArray[np.float32]]:
+    """The sample's states (n, H) in each of VIEWS. Costs: a forward pass of all conversations under their own prefixes,
+    and, where prefixes name classes, one under the one prefix."""
+    own, one = sample.written(one_prefix, compared.template, tokenizer)
+    of_own = pooled(model, own, advance)
+    of_one = pooled(model, one, advance) if compared.names_classes else of_own
+    found = {f"own_{tokens}": of_own[tokens] for tokens in TOKENS}
+    found |= {f"one_{tokens}": of_one[tokens] for tokens in TOKENS}
+    return found | {"words": words(model, own)}
 
 
 @torch.no_grad()
@@ -27,8 +51,8 @@ def pooled(
 ) -> dict[str, NDArray[np.float32]]:
     """{"all": means over all tokens, "answers": over the tokens of weight other than 0}, (n, H) fp32 each, in order.
 
-    Conversations run packed, by length, so that few of an attention's calls differ; without the head. Costs: a forward
-    pass of all tokens, 2 n H numbers. Raises: DataError for a token id outside the vocabulary.
+    Conversations run packed and sorted by length, without the head. Costs: a forward pass of all tokens, 2 n H numbers.
+    Raises: DataError for a token id outside the vocabulary.
     """
     states = {tokens: np.empty((len(examples), model.config.hidden_size), np.float32) for tokens in TOKENS}
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
@@ -45,7 +69,7 @@ def pooled(
 
 @torch.no_grad()
 def words(model: Transformer, examples: Sequence[Example]) -> NDArray[np.float32]:
-    """Means of the answers' input embeddings, (n, H) fp32: which words they have, in no order and no context."""
+    """Means of the answers' input embeddings, (n, H) fp32: which words they contain, without order or context."""
     weight = model.embed.weight
     means = []
     for each in examples:
