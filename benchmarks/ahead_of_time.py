@@ -1,15 +1,14 @@
-"""Compiles noted kernel launches for a card that is not there, and reads from the binary what they need of it.
+"""Compile recorded kernel launches for a GPU that is not present, and read from the binary what they need.
 
     with ochat_kernels.launch.record() as launches: ...   # launchers on meta tensors
     for kernel in compile_all(launches, 90): print(kernel.registers, faults(kernel))
-It goes through the JIT's own specialisation: a stub stands where Triton asks a driver which card it has.
+It uses the JIT's own specialisation; a stub answers when Triton asks the driver which GPU it has.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", 
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """One binary, or the compiler's words where there is none (`error`)."""
+    """One binary, or the compiler's message (`error`)."""
 
     name: str
     configuration: dict[str, str]  # dtypes of pointers, constants
@@ -72,10 +71,8 @@ class _Card:
         return 0
 
 
-def compile_all(
-    launches: list[Launch], arch: int, report: Callable[[int, int], None] = lambda done, total: None
-) -> list[CompiledKernel]:
-    """Every distinct compilation among `launches`, in their order; calls report(done, total) as they end."""
+def compile_all(launches: list[Launch], arch: int) -> list[CompiledKernel]:
+    """Every distinct compilation among `launches`, in their order."""
     card: Any = _Card(arch)
     driver.set_active(card)
     with ThreadPoolExecutor(WORKERS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
@@ -83,15 +80,11 @@ def compile_all(
         for launch in launches:
             compilation = _start(launch)
             pending.setdefault(id(compilation), (launch, compilation))
-        kernels = []
-        for launch, compilation in pending.values():
-            kernels.append(_finish(launch, compilation, arch))
-            report(len(kernels), len(pending))
-    return kernels
+        return [_finish(launch, compilation, arch) for launch, compilation in pending.values()]
 
 
 def faults(kernel: CompiledKernel) -> list[str]:
-    """Why a card would refuse the kernel, or run it slowly."""
+    """Why a GPU would refuse the kernel, or run it slowly."""
     found = []
     if kernel.error:
         found.append(f"does not compile: {kernel.error}")
@@ -104,8 +97,8 @@ def faults(kernel: CompiledKernel) -> list[str]:
 
 
 def is_tolerated(kernel: CompiledKernel) -> bool:
-    """Spills that slow nobody: the norm's gradient for rows of more than 8192 elements, whose fp32 sums leave a thread
-    too few registers for anything but an even row in bf16. No model has such rows; they need only be right."""
+    """Whether spills are accepted: the norm's gradient for rows of more than 8192 elements that are not even rows in
+    bf16, because fp32 sums leave too few registers. No model has such rows; they need only be correct."""
     configuration = kernel.configuration
     is_common = configuration.get("x") == configuration.get("weight") == "bf16" and not kernel.alignment
     return kernel.name == "rms_norm_bwd_kernel" and configuration["BLOCK_H"] == "16384" and not is_common

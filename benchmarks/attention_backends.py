@@ -1,55 +1,56 @@
-"""Who computes attention over packed documents: the product's backends, and candidates behind the same signature.
+"""Implementations of attention over packed documents: the product's backends, and candidates.
 
-    for each in BACKENDS: with each.active(): out = each.prepare(documents, window)(q, k, v)
-`prepare` imports, and makes what a batch needs once for all of its layers; whatever it raises is the reason that stands
-in the table. Letters: T tokens, N query heads, K key/value heads, D head dim, S documents.
+    for each in BACKENDS: out = each.load()({"q": q, "k": k, "v": v, "documents": documents, "window": None})
+If an import or a call fails, the table shows the reason. Letters as in attention.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.attention
 from torch import Tensor
 
+from benchmarks.attention import Documents
+from benchmarks.implementations import Arguments, Function, Implementation
 from ochat.model.attention import PackedAttention
 
-
-class Documents(NamedTuple):
-    """Where the documents of a batch lie, as the loader says it."""
-
-    cu_seqlens: Tensor  # (S+1,) int32 on the device
-    max_seqlen: int  # at least the longest
-    lengths: list[int]  # S of them, empty ones at the end
-
-
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, N, D), k and v (T, K, D) -> (T, N, D), causal
-Prepare = Callable[[Documents, int | None], Attend]  # a window: a token sees itself and so many less one before it
+Prepare = Callable[[Documents, int | None], Attend]  # window: a token sees itself and window - 1 tokens before it
 
 
-@dataclass(frozen=True)
-class Backend:
-    name: str
-    prepare: Prepare
-    flash: str | None = None  # the FlashAttention that torch is to use inside, by its name in torch's registry
-    is_compiled: bool = False  # takes seconds to get ready for every shape
+def backend(name: str, prepare: Prepare, flash: str | None = None, is_compiled: bool = False) -> Implementation:
+    """An implementation of attention. `prepare` makes, once for all layers, what a batch needs; `flash`: the
+    FlashAttention that torch uses inside, by its name in torch's registry."""
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Torch's choice of FlashAttention holds for the whole process: it is made here and put back."""
-        if self.flash is None:
-            yield
-            return
-        torch.nn.attention.activate_flash_attention_impl(self.flash)
-        try:
-            yield
-        finally:
-            torch.nn.attention.restore_flash_attention_impl()
+    def load() -> Function:
+        prepared: dict[tuple, Attend] = {}
+
+        def attend(a: Arguments) -> Tensor:
+            key = id(a["documents"]), a["window"]
+            if key not in prepared:
+                prepared[key] = prepare(a["documents"], a["window"])
+            return prepared[key](a["q"], a["k"], a["v"])
+
+        return attend
+
+    active = nullcontext if flash is None else partial(_activated, flash)
+    return Implementation(name, load, is_compiled=is_compiled, active=active)
+
+
+@contextmanager
+def _activated(flash: str) -> Iterator[None]:
+    """Torch's choice of FlashAttention holds for the whole process, so it is restored."""
+    torch.nn.attention.activate_flash_attention_impl(flash)
+    try:
+        yield
+    finally:
+        torch.nn.attention.restore_flash_attention_impl()
 
 
 def _product(name: str) -> Prepare:
@@ -63,7 +64,7 @@ def _product(name: str) -> Prepare:
 
 
 def _flash(module: str, unbounded: int | None) -> Prepare:
-    """`flash_attn_varlen_func` of a package; `unbounded` is its word for a side without a window."""
+    """`flash_attn_varlen_func` of a package; `unbounded` is its value for a side without a window."""
 
     def prepare(documents: Documents, window: int | None) -> Attend:
         function = import_module(module).flash_attn_varlen_func
@@ -73,7 +74,7 @@ def _flash(module: str, unbounded: int | None) -> Prepare:
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             result = function(q, k, v, causal=True, window_size=span, **options)
-            return result[0] if isinstance(result, tuple) else result  # some versions give log-sum-exps too
+            return result[0] if isinstance(result, tuple) else result  # some versions return log-sum-exps too
 
         return attend
 
@@ -81,8 +82,8 @@ def _flash(module: str, unbounded: int | None) -> Prepare:
 
 
 def _cudnn(documents: Documents, window: int | None) -> Attend:
-    """torch's operator below `varlen_attn`: that function never takes it (torch 2.13), and hands its backward arguments
-    in another order than it has, so it is called directly."""
+    """torch's cuDNN operator, called directly: `varlen_attn` never selects it (torch 2.13) and passes its backward
+    arguments in the wrong order."""
     if window is not None:
         raise NotImplementedError("torch's cuDNN attention has no sliding window")
     function, places, longest = torch.ops.aten._cudnn_attention_forward, documents.cu_seqlens, documents.max_seqlen
@@ -116,13 +117,13 @@ def _flex(documents: Documents, window: int | None) -> Attend:
 
 
 BACKENDS = (
-    Backend("sdpa", _product("sdpa")),
-    Backend("varlen", _product("varlen")),
-    Backend("varlen, FA3", _product("varlen"), flash="FA3"),
-    Backend("varlen, FA4", _product("varlen"), flash="FA4", is_compiled=True),
-    Backend("flash-attn 2", _flash("flash_attn", -1)),
-    Backend("flash-attn 3", _flash("flash_attn_interface", -1)),
-    Backend("flash-attn 4", _flash("flash_attn.cute", None), is_compiled=True),
-    Backend("cuDNN", _cudnn),
-    Backend("flex", _flex, is_compiled=True),
+    backend("sdpa", _product("sdpa")),
+    backend("varlen", _product("varlen")),
+    backend("varlen, FA3", _product("varlen"), flash="FA3"),
+    backend("varlen, FA4", _product("varlen"), flash="FA4", is_compiled=True),
+    backend("flash-attn 2", _flash("flash_attn", -1)),
+    backend("flash-attn 3", _flash("flash_attn_interface", -1)),
+    backend("flash-attn 4", _flash("flash_attn.cute", None), is_compiled=True),
+    backend("cuDNN", _cudnn),
+    backend("flex", _flex, is_compiled=True),
 )

@@ -1,4 +1,4 @@
-"""What is measured: the operators at the shapes of real models, their inputs, and the least work that each needs.
+"""The operators at the shapes of real models: inputs, and the least work of each. attention.py adds attention.
 
     case = Case("swiglu", MODELS["Llama-3-8B"], num_tokens=16384)
     problem = make_problem(case, torch.device("cuda"), seed=0); cost(case, "forward")
@@ -8,7 +8,7 @@ Letters: T tokens, R live rows, H hidden, F FFN, N query heads, K key/value head
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +58,8 @@ class Case:
     model: Model
     num_tokens: int  # T
     supervised: float = 1.0  # fraction of live rows; the head alone has others than 1
-    variant: str = ""  # the optimizer's dtypes: one of OPTIMIZER_VARIANTS
+    variant: str = ""  # the optimizer's dtypes (OPTIMIZER_VARIANTS), or the documents' lengths (attention.LENGTHS)
+    window: int | None = None  # attention's, in tokens
 
     @property
     def live_rows(self) -> int:
@@ -66,23 +67,19 @@ class Case:
 
     @property
     def title(self) -> str:
-        """What a table calls it, the vocabulary included where the model's own was changed."""
+        """Its name in a table."""
+        window = f", window {self.window}" if self.window else ""
         vocabulary = f", V {self.model.V}" if self.operator == "linear_cross_entropy" else ""
         share = f", {self.supervised:.0%} supervised" if self.supervised < 1 else ""
-        return f"{self.model.name}{vocabulary}{share}{', ' + self.variant if self.variant else ''}"
+        return f"{self.model.name}{vocabulary}{share}{', ' + self.variant if self.variant else ''}{window}"
 
     @property
     def passes(self) -> list[str]:
         return ["step"] if self.operator == "adamw" else ["forward", "forward+backward"]
 
 
-def with_vocabulary(model: Model, V: int) -> Model:
-    """The same model with a head of V rows: after added tokens, for example."""
-    return replace(model, V=V)
-
-
 class Cost(NamedTuple):
-    """The least that an operator must do: FLOPs of matrix products, and bytes moved (weights of norms left out)."""
+    """The least work of an operator: FLOPs of matrix products, and bytes moved (norm weights left out)."""
 
     flops: int
     bytes: int
@@ -116,14 +113,14 @@ def num_parameters(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of an operator by its names, which of them want a gradient, and the gradients from above."""
+    """The arguments of an operator by name, which of them need a gradient, and the upstream gradients."""
 
     arguments: dict[str, Any]
     wanted: list[str]
     upstream: list[Tensor]
 
     def detached(self) -> dict[str, Any]:
-        """The same memory without gradients: some operators look at `requires_grad` even under no_grad."""
+        """The same tensors without gradients: some operators look at `requires_grad` even under no_grad."""
         return {name: x.detach() if isinstance(x, Tensor) else x for name, x in self.arguments.items()}
 
     def num_bytes(self) -> int:
@@ -133,18 +130,11 @@ class Problem:
 
 def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
     """Random inputs, never zeros: a matrix product of zeros runs faster than one of data."""
-    make = {
-        "rms_norm": _norm,
-        "add_rms_norm": _norm,
-        "rope": _rope,
-        "swiglu": _swiglu,
-        "linear_cross_entropy": _head,
-        "adamw": _adamw,
-    }
-    return make[case.operator](case, _Draw(device, seed))
+    make = {"rope": _rope, "swiglu": _swiglu, "linear_cross_entropy": _head, "adamw": _adamw}
+    return make.get(case.operator, _norm)(case, Draw(device, seed))
 
 
-class _Draw:
+class Draw:
     """Normal values from one seeded generator on the device."""
 
     def __init__(self, device: torch.device, seed: int) -> None:
@@ -155,7 +145,7 @@ class _Draw:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype).mul_(scale)
 
 
-def _norm(case: Case, draw: _Draw) -> Problem:
+def _norm(case: Case, draw: Draw) -> Problem:
     shape = (case.num_tokens, case.model.H)
     weight = draw(case.model.H, scale=0.1).add_(1.0)
     inputs = {"x": draw(*shape), "weight": weight}
@@ -165,7 +155,7 @@ def _norm(case: Case, draw: _Draw) -> Problem:
     return _problem(inputs, {"eps": EPS}, upstream)
 
 
-def _rope(case: Case, draw: _Draw) -> Problem:
+def _rope(case: Case, draw: Draw) -> Problem:
     m, T = case.model, case.num_tokens
     packed = draw(T, (m.N + 2 * m.K) * m.D)  # q and k are views of one product, as in the model
     q, k, _ = packed.split([m.N * m.D, m.K * m.D, m.K * m.D], dim=1)
@@ -174,12 +164,12 @@ def _rope(case: Case, draw: _Draw) -> Problem:
     return _problem(inputs, {"cos": angles.cos(), "sin": angles.sin()}, [draw(T, m.N, m.D), draw(T, m.K, m.D)])
 
 
-def _swiglu(case: Case, draw: _Draw) -> Problem:
+def _swiglu(case: Case, draw: Draw) -> Problem:
     F = case.model.F
     return _problem({"gate_up": draw(case.num_tokens, 2 * F)}, {}, [draw(case.num_tokens, F)])
 
 
-def _head(case: Case, draw: _Draw) -> Problem:
+def _head(case: Case, draw: Draw) -> Problem:
     m, T = case.model, case.num_tokens
     live = _live(case).to(draw.device)
     labels = torch.randint(m.V, (T,), generator=draw.generator, device=draw.device).masked_fill_(~live, -100)
@@ -189,7 +179,7 @@ def _head(case: Case, draw: _Draw) -> Problem:
     return _problem(inputs, fixed, [torch.ones((), device=draw.device)])
 
 
-def _adamw(case: Case, draw: _Draw) -> Problem:
+def _adamw(case: Case, draw: Draw) -> Problem:
     dtype = torch.float32 if case.variant == "fp32" else torch.bfloat16
     shapes = case.model.layer_shapes() * case.model.L
     arguments: dict[str, Any] = {

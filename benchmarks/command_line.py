@@ -1,7 +1,7 @@
-"""The options that benchmarks of a card share.
+"""Command-line options that the benchmarks share.
 
 parser("benchmarks.ops", "times the operators", "ops.csv")
-The dry run, --device cpu --quick, shows without a card that everything runs.
+`--device cpu --quick` is a dry run: tiny shapes, which show without a GPU that everything runs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 
 def parser(prog: str, description: str, file: str) -> argparse.ArgumentParser:
-    """--out, the folder of `file`, --device, --quick, --seconds and --commit; a benchmark adds its own."""
+    """--out, the folder of `file`, --device, --quick, --seconds and --commit; a benchmark may add more."""
     made = argparse.ArgumentParser(prog=prog, description=description)
     made.add_argument("--out", type=Path, required=True, help=f"the folder of {file}, to which rows are added")
     made.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -25,11 +25,13 @@ def parser(prog: str, description: str, file: str) -> argparse.ArgumentParser:
     return made
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, why_quick: str) -> argparse.Namespace:
-    """The options, and the folder made; ends with usage for real shapes on a CPU (`why_quick` not) and for a card that
-    is not there."""
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, why_quick: str, *for_cpu: str
+) -> argparse.Namespace:
+    """The options; makes the folder. Exits with usage for real shapes on a CPU (`why_quick` says why not), unless
+    one of the options `for_cpu` is given, and for a missing GPU."""
     options = parser.parse_args(arguments)
-    if options.device == "cpu" and not options.quick:
+    if options.device == "cpu" and not (options.quick or any(getattr(options, name) for name in for_cpu)):
         parser.error(f"--device cpu takes --quick: {why_quick}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device; the dry run is --device cpu --quick")

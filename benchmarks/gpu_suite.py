@@ -1,7 +1,7 @@
-"""Everything that needs a card, in one command of less than nine minutes: tests, times of kernels and steps, pictures.
+"""Everything that needs a GPU, in one command of less than nine minutes: tests, times of kernels and steps, pictures.
 
     PYTHONPATH=.:kernels python -m benchmarks.gpu_suite --out DIR       # dry run: --device cpu --quick
-It goes on when something fails and says so at the end (exit status 1); it fetches nothing.
+It continues after a failure, reports it at the end (exit status 1), and fetches nothing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import plots, report
+from benchmarks import command_line, csv_file, plots, report
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 520.0
-TEST_SHARE = 0.25  # of the time, at most, for each of the two runs of tests
-OUR_STEP_SHARE = 0.65  # of what is left after our kernels: the step of 8B and of 1B is what one wants to know
+TEST_SHARE = 0.25  # of the time, at most, for each of the two test runs
+OUR_STEP_SHARE = 0.65  # of what is left after our kernels
 PEERS_SHARE, PEER_STEPS_SHARE = 0.4, 0.7  # of what is left when each begins: other shapes come after them
 LAST_SECONDS = 8.0  # for tables and pictures
 ATTENTION_SECONDS = 28.0  # of measuring; with its start less than 40
@@ -35,18 +35,18 @@ class Step(NamedTuple):
 
     name: str
     command: list[str]
-    log: Path | None  # where its output goes beside the screen
+    log: Path | None  # a file that its output goes to, too
     share: float  # of the time that is left
     most: float = math.inf  # seconds
 
 
 def steps(options: argparse.Namespace) -> Iterator[Step]:
-    """In the order of what one would miss most."""
+    """The most important first."""
     log = options.out / "tests.txt"
     tests = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
-    on_card = ["tests/kernels", "tests/model/test_attention.py", "tests/laws/test_cuda.py"]
-    yield Step("tests on the card", [*tests, "-m", "gpu", *on_card], log, TEST_SHARE)
-    yield Step("attention", _command(options, "attention"), None, 1.0, ATTENTION_SECONDS)
+    on_gpu = ["tests/kernels", "tests/model/test_attention.py", "tests/laws/test_cuda.py"]
+    yield Step("tests on the GPU", [*tests, "-m", "gpu", *on_gpu], log, TEST_SHARE)
+    yield Step("attention", _command(options, "ops", "attention"), None, 1.0, ATTENTION_SECONDS)
     laws = [*tests, "-m", "not gpu", "tests/kernels", "--ignore=tests/kernels/test_compiled.py"]
     if options.quick:
         laws += ["-k", "refuses"]
@@ -68,7 +68,7 @@ def _command(options: argparse.Namespace, program: str, phase: str | None = None
 
 
 def run(step: Step, seconds_left: float, environment: dict[str, str]) -> str:
-    """Runs one step within its share of the time; returns "passed", or what went wrong."""
+    """Run one step within its share of the time; return "passed", or what went wrong."""
     limit = min(seconds_left * step.share, step.most)
     if limit < 5:
         return "skipped: the time was out"
@@ -84,7 +84,7 @@ def run(step: Step, seconds_left: float, environment: dict[str, str]) -> str:
 
 
 def _watch(command: list[str], log: Path | None, limit: float, environment: dict[str, str]) -> int | None:
-    """The exit status, None when the time was over; what the program prints is shown and kept line by line."""
+    """The exit status, None after the time limit; output is shown and logged line by line."""
     keep = f" 2>&1 | tee -a '{log}'" if log else " 2>&1"
     shell = ["bash", "-c", f'set -o pipefail; timeout --kill-after=5 {limit:.0f} "$@"{keep}', "bash", *command]
     status = subprocess.run(shell, cwd=ROOT, env=environment).returncode
@@ -104,12 +104,12 @@ def finish(out: Path) -> None:
     """Tables and pictures from what was measured."""
     if (out / "train_step.csv").exists():
         with (out / "steps.txt").open("w", encoding="utf-8") as file:
-            report.write_steps(report.read(out / "train_step.csv"), file)
+            report.write_steps(csv_file.read(out / "train_step.csv"), file)
         print((out / "steps.txt").read_text("utf-8"))
     if not (out / "ops.csv").exists():
         print("no times were measured")
         return
-    rows = report.read(out / "ops.csv")
+    rows = csv_file.read(out / "ops.csv")
     report.write_file(rows, out / "report.txt")
     report.show(rows)
     try:
@@ -119,24 +119,22 @@ def finish(out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.gpu_suite", description="tests, times and pictures of the kernels and of the whole step"
+    parser = command_line.parser(
+        "benchmarks.gpu_suite", "tests, times and pictures of kernels and whole steps", "all results"
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder: ops.csv, report.txt, plots.tar.gz, ...")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and few tests: shows that everything runs")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything together")
-    parser.add_argument("--commit", help="the commit that is measured, where there is no git")
+    parser.add_argument("--phases", nargs="+", metavar="NAME", help="only the phases whose names begin so")
+    parser.set_defaults(seconds=SECONDS)
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds - LAST_SECONDS
     environment = _environment(options)
-    outcomes = {step.name: run(step, end - time.monotonic(), environment) for step in steps(options)}
+    chosen = [step for step in steps(options) if step.name.startswith(tuple(options.phases or [""]))]
+    outcomes = {step.name: run(step, end - time.monotonic(), environment) for step in chosen}
     finish(options.out)
     print("", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
-    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv, train_step.csv and")
-    print("attention.csv likewise to train_step-DEVICE-DATE.csv and attention-DEVICE-DATE.csv, and commit them")
+    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv and train_step.csv to")
+    print("benchmarks/results/train_step-DEVICE-DATE.csv, and commit them")
     return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
 
 

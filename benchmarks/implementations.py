@@ -1,12 +1,13 @@
-"""Who is measured against whom: every operator by our kernels, its definition, the compiler, torch, and the peers.
+"""Every operator by our kernels, its PyTorch definition, torch.compile, torch and other packages.
 
     for each in of("rms_norm"): function = each.load(); outputs = function(arguments)
-`load` imports only when it is called; whatever it raises is the reason that stands in the table.
+`load` imports when it is called; if it fails, the table shows the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -25,16 +26,18 @@ class Implementation:
     name: str
     load: Callable[[], Function]
     is_weighted: bool = True  # False: has no per-token weights, so it computes something else, and less
-
-    @property
-    def is_ours(self) -> bool:
-        return self.name in OURS
+    is_compiled: bool = False  # takes seconds to compile for every shape
+    active: Callable[[], AbstractContextManager] = nullcontext  # the context in which it runs
 
 
 def of(operator: str) -> list[Implementation]:
-    """Ours and the definition first, then whoever else has the operator."""
+    """Ours and the definition first, then others that have the operator."""
+    if operator == "attention":
+        from benchmarks.attention_backends import BACKENDS  # imports this module
+
+        return list(BACKENDS)
     ours = [Implementation(name, lambda name=name: _own(name, operator)) for name in OURS]
-    return [*ours, Implementation("compiled", lambda: _compiled(operator)), *_OTHERS[operator]]
+    return [*ours, Implementation("compiled", lambda: _compiled(operator), is_compiled=True), *_OTHERS[operator]]
 
 
 def outputs_of(result: Any) -> list[Tensor]:
@@ -57,7 +60,7 @@ def _compiled(operator: str) -> Function:
 
 
 def _whole_logits(a: Arguments) -> Tensor:
-    """The head as one would write it for a compiler; that of the definition is a loop over chunks."""
+    """The head as one would write it for a compiler; the definition loops over chunks."""
     logits = F.linear(a["hidden"], a["weight"]).float()
     return (F.cross_entropy(logits, a["labels"], reduction="none") * a["loss_weights"]).sum()
 

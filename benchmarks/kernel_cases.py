@@ -1,8 +1,8 @@
 """Launches of every operator over the shapes, layouts, dtypes and options that decide what is compiled.
 
-    launches = note("swiglu")   # on meta tensors: no memory, no card
-A new operator gets a function here; kernels_check fails for a kernel that none of them launches. bf16, which is
-what models train in, takes every case, the others those that need most: a compilation costs a fifth of a second.
+    launches = note("swiglu")   # on meta tensors: no memory, no GPU
+A new operator gets a function here: kernels_check fails for a kernel that none of them launches. bf16, which models
+train in, gets every case, the other dtypes those that need most: a compilation costs a fifth of a second.
 """
 
 from __future__ import annotations

@@ -1,22 +1,18 @@
-"""Compiles every kernel in every configuration that its launchers pick, for cards that need not be there: `make
-kernels-check`, or
+"""Compile every kernel in every configuration that its launchers pick, for GPUs that need not be present.
 
-    python -m benchmarks.kernels_check [--arch 80 90] [--out DIR] [--quick]
-It fails for a kernel that does not compile, spills registers, or asks for more shared memory than a block may have,
-and for a kernel that no case of kernel_cases.py launches. `--out DIR` keeps every binary's row as CSV; `--quick`
-tries the machinery on one operator and one card.
+    make kernels-check, or python -m benchmarks.kernels_check [--arch 80 90] [--out DIR] [--quick]
+It fails for a kernel that does not compile, spills registers or needs more shared memory than a block may have, and
+for one that no case of kernel_cases.py launches. `--out DIR` writes a CSV row per binary; `--quick`: one operator.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import pkgutil
 import sys
 import time
 from collections.abc import Iterable
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -25,13 +21,14 @@ import triton
 from ochat_kernels.launch import INTERPRETED, Launch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TaskID
+from rich.progress import track
 from rich.table import Table
 
 from benchmarks.ahead_of_time import SHARED_KIB, WARPS, CompiledKernel, compile_all, faults, is_tolerated
+from benchmarks.csv_file import CsvFile
 from benchmarks.kernel_cases import CASES, note
 
-PIPE_COLUMNS = 200  # of a table that does not go to a terminal: a log wraps nothing
+PIPE_COLUMNS = 200  # width of a table that does not go to a terminal
 FACTS = {  # heading -> a number of a kernel
     "registers": lambda kernel: kernel.registers,
     "registers/block": lambda kernel: kernel.registers_per_block,
@@ -60,7 +57,8 @@ def check(
 ) -> int:
     """Compiles, prints the table and what is wrong; 1 if anything is. `missing`: kernels that nothing launched."""
     start = time.monotonic()
-    kernels = compile_with_progress(launches, archs, console)
+    found = [compile_all(launches, arch) for arch in track(archs, "compiling", console=Console(stderr=True))]
+    kernels = sorted((kernel for each in found for kernel in each), key=_order)
     elapsed_s = time.monotonic() - start
     print_table(kernels, console)
     if out is not None:
@@ -77,20 +75,6 @@ def check(
     return 1 if wrong else 0
 
 
-def compile_with_progress(launches: list[Launch], archs: list[int], console: Console) -> list[CompiledKernel]:
-    """Every distinct compilation, by kernel, configuration and card."""
-    kernels = []
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-        for arch in archs:
-            task = progress.add_task(f"sm_{arch}", total=None)
-            kernels += compile_all(launches, arch, partial(_advance, progress, task))
-    return sorted(kernels, key=_order)
-
-
-def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
-    progress.update(task, completed=done, total=total)
-
-
 def never_launched(launches: list[Launch]) -> list[str]:
     """Kernels of the package that are in none of the launches."""
     modules = [importlib.import_module(f"ochat_kernels.{m.name}") for m in pkgutil.iter_modules(ochat_kernels.__path__)]
@@ -100,31 +84,27 @@ def never_launched(launches: list[Launch]) -> list[str]:
 
 
 def print_table(kernels: list[CompiledKernel], console: Console) -> None:
-    """One row for all binaries of a configuration, whatever alignment and card; `a-b` is the least and the most."""
+    """One row for all binaries of a kernel with the same warps and constants; `a-b` is the least and the most."""
     table = Table(title="What the kernels need", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in (*WORDS, "warps", "binaries", *FACTS):
-        table.add_column(heading, justify="left" if heading in WORDS else "right", no_wrap=heading == "kernel")
-    for (name, num_warps), members in groupby(kernels, lambda kernel: (kernel.name, kernel.num_warps)):
-        members = list(members)
-        shared = set.intersection(*(set(kernel.configuration.items()) for kernel in members))
-        for _, rows in groupby(members, _configuration):
-            rows = list(rows)
-            words = [name, escape(_brief(dict(set(rows[0].configuration.items()) - shared))), str(num_warps)]
-            facts = [_range([fact(kernel) for kernel in rows]) for fact in FACTS.values()]
-            table.add_row(*words, str(len(rows)), *facts, style="red" if any(map(faults, rows)) else None)
+    for heading in ("kernel", "constants", "warps", "binaries", *FACTS):
+        table.add_column(heading, justify="left" if heading in ("kernel", "constants") else "right")
+    kernels = sorted(kernels, key=lambda kernel: (kernel.name, kernel.num_warps, _constants(kernel)))
+    for (name, warps, constants), members in groupby(kernels, lambda k: (k.name, k.num_warps, _constants(k))):
+        rows = list(members)
+        facts = [_range([fact(kernel) for kernel in rows]) for fact in FACTS.values()]
+        style = "red" if any(map(faults, rows)) else None
+        table.add_row(name, escape(constants), str(warps), str(len(rows)), *facts, style=style)
     console.print(table)
 
 
 def write_csv(kernels: list[CompiledKernel], path: Path) -> None:
-    """One row a binary; creates the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["triton", *WORDS, "alignment", "arch", "warps", *FACTS, "faults"])
-        for kernel in kernels:
-            words = [kernel.name, _configuration(kernel), kernel.alignment, kernel.arch, kernel.num_warps]
-            facts = (fact(kernel) for fact in FACTS.values())
-            rows.writerow([triton.__version__, *words, *facts, "; ".join(faults(kernel))])
+    """One row a binary."""
+    rows = CsvFile(path, ["triton", *WORDS, "alignment", "arch", "warps", *FACTS, "faults"])
+    for kernel in kernels:
+        words = {"kernel": kernel.name, "configuration": _configuration(kernel), "faults": "; ".join(faults(kernel))}
+        where = {"triton": triton.__version__, "alignment": kernel.alignment, "arch": kernel.arch}
+        facts = {name: fact(kernel) for name, fact in FACTS.items()}
+        rows.add(words | where | facts | {"warps": kernel.num_warps})
 
 
 def _configuration(kernel: CompiledKernel) -> str:
@@ -135,19 +115,10 @@ def _order(kernel: CompiledKernel) -> tuple:
     return kernel.name, kernel.num_warps, _configuration(kernel), kernel.arch, kernel.alignment
 
 
-def _brief(configuration: dict[str, str]) -> str:
-    """Names by their dtype, or the dtype alone where all have one; then what is absent, and constants."""
-    dtypes: dict[str, list[str]] = {}
-    constants = []
-    for name, value in sorted(configuration.items()):
-        if value == "None":
-            constants.append(f"no {name}")
-        elif name.islower():
-            dtypes.setdefault(value, []).append(name)
-        elif value != "False":
-            constants.append(name if value == "True" else f"{name}={value}")
-    groups = [f"{dtype} {' '.join(names)}" for dtype, names in sorted(dtypes.items())]
-    return " ".join([*(dtypes if len(dtypes) == 1 else groups), *constants])
+def _constants(kernel: CompiledKernel) -> str:
+    """The constants that are set, without dtypes."""
+    pairs = [(name, value) for name, value in kernel.configuration.items() if name.isupper() and value != "False"]
+    return " ".join(name if value == "True" else f"{name}={value}" for name, value in pairs)
 
 
 def _title(kernel: CompiledKernel) -> str:

@@ -1,29 +1,24 @@
-"""What a batch costs on one core: to build, and what a training thread waits for it behind the loader's own thread.
+"""What a batch costs on one core: to build, and how long a training thread waits for it.
 
     python -m benchmarks.loader --out benchmarks/results/loader.csv
-
-Two synthetic data sets in a temporary folder: chats (log-normal, median 180 tokens, as of paired instructions) and long
-ones (as of ShareGPT, half of them cut at 2,048). Rows: `build`, one batch in microseconds; `definition`, the same batch
-by batch.pack; `wait`, what `next()` takes a consumer whose step lasts 20 ms; `loop`, how much slower a consumer's
-own Python runs while the loader's thread works without pause (1: not at all).
+Two synthetic data sets: chats (log-normal, median 180 tokens) and long conversations (half of them cut at 2,048). Rows:
+`build`, microseconds for one batch; `definition`, the same batch by batch.pack; `wait`, what `next()` takes if a step
+lasts 20 ms; `loop`, how much slower the consumer's own Python runs while the loader's thread is busy (1: not at all).
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numba
 import numpy as np
 
-from benchmarks import bench
+from benchmarks import csv_file
 from ochat.data import batch, shards
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
@@ -32,7 +27,7 @@ from ochat.text import template
 
 BUDGET = 40_960
 STEP_S = 0.02
-COLUMNS = ["date", "commit", "cpu", "load", "python", "numpy", "numba", "torch"]  # load: processes that want a core
+COLUMNS = ["date", "commit", "cpu", "load", "python", "torch"]  # load: processes that want a core
 COLUMNS += ["data", "padded", "documents", "what", "repeats", "median", "p20", "p80", "unit"]
 
 
@@ -41,8 +36,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=20_000_000, help="in each data set")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    rows = bench.Rows(args.out, COLUMNS)
+    rows = csv_file.CsvFile(args.out, COLUMNS)
     rng = np.random.default_rng(0)
     for name, lengths in {"chats": chat_lengths(rng, args.tokens), "long": long_lengths(rng, args.tokens)}.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -50,20 +44,23 @@ def main() -> None:
             data = TokenDataset(Path(folder) / "data")
             for pad in (False, True):
                 measure(rows, name, data, pad)
-    rows.close()
 
 
-def measure(rows: bench.Rows, name: str, data: TokenDataset, pad: bool) -> None:
+def measure(rows: csv_file.CsvFile, name: str, data: TokenDataset, pad: bool) -> None:
     """All rows of one data set."""
     loader = Loader(data, token_budget=BUDGET, bins_per_step=1, pad=pad)
     bins = [loader.plan(0).bin(i) for i in range(min(200, loader.num_steps))]
-    facts = stamp() | {"data": name, "padded": pad, "documents": round(float(np.mean([len(b) for b in bins])))}
+    facts = csv_file.stamp_cpu(COLUMNS) | {
+        "load": os.getloadavg()[0],
+        "data": name,
+        "padded": pad,
+        "documents": round(float(np.mean([len(b) for b in bins]))),
+    }
 
     def row(what: str, values: list[float], unit: str) -> None:
-        p20, median, p80 = (bench.percentile(values, percent) for percent in (20, 50, 80))
-        measured = {"what": what, "repeats": len(values), "median": median, "p20": p20, "p80": p80, "unit": unit}
-        rows.add(facts | measured)
-        print(f"{name:6} padded {pad!s:5} {what:10} {median:10.4g} {unit}")
+        times = csv_file.spread(values)
+        rows.add(facts | times | {"what": what, "repeats": len(values), "unit": unit})
+        print(f"{name:6} padded {pad!s:5} {what:10} {times['median']:10.4g} {unit}")
 
     shape = {"pad_to": loader.pad_to, "num_documents": loader.num_documents}
     build(data, bins[0], shape)  # compiles
@@ -90,7 +87,7 @@ def us(call: Callable[[], object]) -> float:
 
 
 def waits(steps: Iterator) -> Iterator[float]:
-    """What each step's batches were waited for, by a consumer that is busy STEP_S between them."""
+    """How long a consumer that is busy for STEP_S waits for the batches of each step."""
     next(steps)
     while True:
         time.sleep(STEP_S)
@@ -98,7 +95,7 @@ def waits(steps: Iterator) -> Iterator[float]:
 
 
 def slowdowns(loader: Loader) -> list[float]:
-    """Time of a Python loop beside the loader's busy thread, over its time alone."""
+    """Time of a Python loop while the loader's thread is busy, over its time alone."""
     alone = min(us(spin) for _ in range(20))
     steps = loader.iterate(prefetch=10_000)  # more than there are: the thread never waits
     next(steps)
@@ -156,21 +153,6 @@ def write(
     with shards.ShardWriter(folder, vocab_size) as writer:
         writer.add(columns)
         writer.finish(manifest, ROLES)
-
-
-def stamp() -> dict[str, Any]:
-    """Where and with what a number was measured."""
-    import torch
-
-    taken = bench.stamp(torch.device("cpu"))
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "numba": numba.__version__}
-    return {
-        "date": taken["date"],
-        "commit": taken["commit"],
-        "cpu": bench.cpu_name(),
-        "load": os.getloadavg()[0],
-        "torch": taken["torch"],
-    } | versions
 
 
 if __name__ == "__main__":

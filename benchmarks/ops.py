@@ -1,7 +1,8 @@
-"""Times every operator against its definition and its peers: rows of a CSV, the most wanted first.
+"""Time every operator against its definition and other packages: rows of ops.csv, the most important first.
 
-    PYTHONPATH=.:kernels python -m benchmarks.ops --out DIR [--phase ours|peers|rest] [--device cpu --quick]
-`--device cpu --quick` runs the same path on tiny shapes in Triton's interpreter; its times say nothing.
+    PYTHONPATH=.:kernels python -m benchmarks.ops --out DIR [--phase attention|ours|peers|rest] [--device cpu --quick]
+Before it is timed, each implementation runs once and its error against the definition is taken. `--device cpu --quick`
+runs the same path on tiny shapes in Triton's interpreter; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -23,33 +24,34 @@ if __name__ == "__main__" and re.search(r"--device[ =]cpu\b", " ".join(sys.argv)
 import torch
 from torch import Tensor
 
-from benchmarks import bench, command_line, implementations
-from benchmarks.bench import Ceilings
-from benchmarks.cases import MODELS, OPERATORS, OPTIMIZER_VARIANTS, Case, Model, Problem, cost, make_problem
-from benchmarks.cases import with_vocabulary as with_head
-from benchmarks.implementations import Implementation, outputs_of
+from benchmarks import attention, cases, command_line, csv_file, implementations, timing
+from benchmarks.cases import MODELS, OPERATORS, OPTIMIZER_VARIANTS, Case, Model, Problem
+from benchmarks.implementations import Function, Implementation, outputs_of
+from benchmarks.timing import Ceilings
+from ochat.model.attention import default_backend
 
 T = 16384
 FRACTIONS = [1.0, 0.75, 0.5, 0.25]
-PHASES = ["ours", "peers", "rest"]
+PHASES = ["attention", "ours", "peers", "rest"]
 TINY = Model("tiny", H=64, F=96, N=4, K=2, D=16, V=257, L=1)
 COLUMNS = [
-    *("date", "commit", "device", "torch", "triton", "driver", "group", "operator", "model", "variant"),
-    *("T", "H", "F", "N", "K", "D", "V", "supervised", "implementation", "pass", "status", "note"),
+    *("date", "commit", "device", "torch", "triton", "driver", "group", "operator", "model", "variant", "window"),
+    *("T", "H", "F", "N", "K", "D", "V", "supervised", "implementation", "baseline", "pass", "status", "note"),
     *("repeats", "median_ms", "p20_ms", "p80_ms", "flops", "bytes", "tflop_per_s", "gb_per_s"),
     *("ceiling_tflop_per_s", "ceiling_gb_per_s", "floor_ms", "floor_fraction", "peak_gib", "max_error"),
 ]
-SECONDS_PER_PASS = 1.5  # of measuring, all implementations of a group together
+SECONDS_PER_PASS, ATTENTION_SECONDS_PER_PASS = 1.5, 0.3  # of measuring, all implementations of a group together
 MOST_REPEATS, FEWEST_REPEATS = 60, 5
 READY_SECONDS = 45.0  # for an implementation to compile and run once
 CACHES_BETWEEN_USES = 4  # the memory touched between two uses of one input, in sizes of the L2 cache
+ROUNDING = 2**-8  # one bf16 rounding, of the largest element
 
 
 class Group(NamedTuple):
-    """Implementations that take turns on one case; None stands for all of them."""
+    """Implementations that take turns on one case; None: all of them."""
 
     case: Case
-    names: tuple[str, ...] | None
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,34 +68,55 @@ class Session:
         return self.deadline - time.monotonic()
 
     def time_to_get_ready(self) -> AbstractContextManager[None]:
-        return bench.time_limit(min(READY_SECONDS, max(self.seconds_left(), 1.0)))
+        return timing.time_limit(min(READY_SECONDS, max(self.seconds_left(), 1.0)))
+
+    @property
+    def attention_baseline(self) -> str:
+        """The backend that the product takes on this device."""
+        return default_backend(self.device, torch.bfloat16)
 
 
-def groups(phase: str, *, quick: bool) -> list[Group]:
-    """`ours`: one model, our kernels and the definition; `peers`: the same cases, everyone; `rest`: the other shapes,
-    the compiler last, because it takes longest to get ready."""
-    if quick:
+def groups(phase: str, session: Session) -> list[Group]:
+    """`attention`: its backends; `ours`: one model, our kernels and the definition; `peers`: the same cases, everyone;
+    `rest`: the other shapes, compiled ones last, because they take longest to get ready."""
+    if phase == "attention":
+        return _attention_groups(session)
+    if session.quick:
         return _quick_groups(phase)
     wanted = _cases(MODELS["Llama-3-8B"], FRACTIONS, OPTIMIZER_VARIANTS)
     if phase != "rest":
         return [Group(case, implementations.OURS if phase == "ours" else None) for case in wanted]
     rest = [case for name in list(MODELS)[1:] for case in _cases(MODELS[name], [1.0, 0.5], ["bf16"])]
-    heads = [with_head(MODELS["Llama-2-7B"], 32002), with_head(MODELS["Llama-3-8B"], 128257)]
-    rest += [Case("linear_cross_entropy", model, T, fraction) for model in heads for fraction in (1.0, 0.5)]
+    odd = [dataclasses.replace(MODELS[name], V=V) for name, V in (("Llama-2-7B", 32002), ("Llama-3-8B", 128257))]
+    rest += [Case("linear_cross_entropy", model, T, fraction) for model in odd for fraction in (1.0, 0.5)]
     rest.sort(key=lambda case: case.supervised, reverse=True)
     eager = [Group(case, _all_but("compiled", case.operator)) for case in rest]
     return eager + [Group(case, ("triton", "compiled")) for case in rest if case.supervised == 1]
 
 
 def _quick_groups(phase: str) -> list[Group]:
-    """Every operator and everyone once; the interpreter is slow, so our kernels meet others only in the last."""
-    cases = _cases(TINY, [1.0, 0.5], OPTIMIZER_VARIANTS)
-    cases = [dataclasses.replace(case, num_tokens=8) for case in cases]
+    """Every operator and everyone once; the interpreter is slow, so our kernels meet others only in the last phase."""
+    tiny = [dataclasses.replace(case, num_tokens=8) for case in _cases(TINY, [1.0, 0.5], OPTIMIZER_VARIANTS)]
     if phase == "ours":
-        return [Group(case, implementations.OURS) for case in cases]
+        return [Group(case, implementations.OURS) for case in tiny]
     if phase == "peers":
-        return [Group(case, _all_but("triton", case.operator)) for case in cases if case.variant in ("", "fp32")]
-    return [Group(case, None) for case in cases if case.operator == "swiglu"]
+        return [Group(case, _all_but("triton", case.operator)) for case in tiny if case.variant in ("", "fp32")]
+    return [Group(case) for case in tiny if case.operator == "swiglu"]
+
+
+def _attention_groups(session: Session) -> list[Group]:
+    """8B at every length, then what must compile, then other heads and windows. Every group has the baseline, so that
+    groups can be compared."""
+    backends, baseline = implementations.of("attention"), session.attention_baseline
+    eager = tuple(each.name for each in backends if not each.is_compiled)
+    compiled = tuple(each.name for each in backends if each.is_compiled or each.name == baseline)
+    if session.quick:
+        tiny = [Case("attention", TINY, 256, variant=x, window=w) for x, w in (("64", None), (attention.CHATS, 24))]
+        return [Group(case, names) for case in tiny for names in (eager, compiled)]
+    first = attention.cases(["Llama-3-8B"])
+    rest = attention.cases(["Llama-2-7B", "Llama-3.2-1B"]) + attention.cases(["Llama-3-8B"], attention.WINDOW)
+    order = [(first, eager), (first[:2], compiled), (rest, eager), (first[2:] + rest, compiled)]
+    return [Group(case, names) for chosen, names in order for case in chosen]
 
 
 def _all_but(name: str, operator: str) -> tuple[str, ...]:
@@ -102,102 +125,99 @@ def _all_but(name: str, operator: str) -> tuple[str, ...]:
 
 def _cases(model: Model, fractions: list[float], variants: list[str]) -> list[Case]:
     """The head first, then what is bound by memory, the head's other supervised fractions, the optimizer."""
-    cases = [Case(operator, model, T) for operator in OPERATORS if operator != "adamw"]
-    cases += [Case("linear_cross_entropy", model, T, fraction) for fraction in fractions[1:]]
-    return cases + [Case("adamw", model, T, variant=variant) for variant in variants]
+    made = [Case(operator, model, T) for operator in OPERATORS if operator != "adamw"]
+    made += [Case("linear_cross_entropy", model, T, fraction) for fraction in fractions[1:]]
+    return made + [Case("adamw", model, T, variant=variant) for variant in variants]
 
 
-def run(phase: str, session: Session, rows: bench.Rows) -> bool:
-    """Measures the phase's groups until the deadline; returns whether all of ours ran."""
+def run(phase: str, session: Session, rows: csv_file.CsvFile) -> bool:
+    """Measure the phase's groups until the deadline; return whether all of ours ran."""
     is_good = True
-    for index, group in enumerate(groups(phase, quick=session.quick)):
+    for index, group in enumerate(groups(phase, session)):
+        baseline = session.attention_baseline if phase == "attention" else "triton"
         print(f"{phase} {index}: {group.case.operator}, {group.case.title}", flush=True)
         for row in measure(group, session):
-            row |= {"group": f"{phase}-{index}"}
-            rows.add(session.stamp | row)
-            is_good &= row["status"] != "failed" or row["implementation"] not in implementations.OURS
+            rows.add(session.stamp | row | {"group": f"{phase}-{index}", "baseline": baseline})
+            is_good &= row["status"] != "failed" or row["implementation"] not in (*implementations.OURS, baseline)
             print("   ", _line(row), flush=True)
     return is_good
 
 
 def measure(group: Group, session: Session) -> Iterator[dict[str, Any]]:
-    """The rows of one group: those that can't run as they are met, then the measured ones, pass by pass."""
-    case = group.case
+    """The rows of one group: failures as they occur, then the measured ones, pass by pass."""
+    case, device = group.case, session.device
     chosen = [each for each in implementations.of(case.operator) if group.names is None or each.name in group.names]
     if session.seconds_left() <= 0:
         yield from _excused(case, chosen, case.passes, "skipped", "the time was out")
         return
-    expected = _expected(case, session.device)
-    ready: dict[str, tuple[Implementation, implementations.Function, float]] = {}
+    expected = _expected(case, device)
+    bound = _attention_bound(case, device, expected) if case.operator == "attention" else math.inf
+    ready: dict[str, tuple[Implementation, Function, float]] = {}
     for each in chosen:
         try:
-            with session.time_to_get_ready():
+            with session.time_to_get_ready(), each.active():
                 function = each.load()
-                got = _results(function, make_problem(case, session.device, 0))
-                error = bench.max_error(got, expected) if expected else math.nan
+                got = _results(function, _problem(case, device, 0))
+                error = timing.max_error(got, expected) if expected else math.nan
+                if error > bound or (math.isnan(error) and case.operator == "attention"):
+                    raise ArithmeticError(f"wrong by {error:.1e} of the largest element, more than {bound:.1e}")
             ready[each.name] = (each, function, error)
         except Exception as problem:
-            yield from _excused(case, [each], case.passes, "failed", bench.reason(problem))
-            bench.check_alive(session.device)
+            yield from _excused(case, [each], case.passes, "failed", timing.reason(problem))
+            timing.check_alive(device)
     del expected
-    problems = _rotation(case, session.device)
+    problems = _rotation(case, device)
     for which in case.passes:
         yield from _measure_pass(case, which, ready, problems, session)
-    bench.free(session.device)
+    timing.free(device)
 
 
 def _measure_pass(case: Case, which: str, ready: dict, problems: list[Problem], session: Session) -> Iterator[dict]:
     calls, peaks, estimate_ms = {}, {}, 0.0
+    around = {name: each.active for name, (each, _, _) in ready.items()}
     for name, (each, function, _) in ready.items():
         call = _rotating(function, which, problems)
         try:
-            with session.time_to_get_ready():
+            with session.time_to_get_ready(), each.active():
                 call()  # some compile for each pass, or tune
-                peaks[name] = bench.peak_gib(call, session.device)
-                estimate_ms += bench.interleaved({name: call}, 1, session.device)[name][0]
+                peaks[name] = timing.peak_gib(call, session.device)
+            estimate_ms += timing.interleave({name: call}, 1, session.device, around)[name][0]
             calls[name] = call
         except Exception as problem:
-            yield from _excused(case, [each], [which], "failed", bench.reason(problem))
-            bench.check_alive(session.device)
-    repeats = 2 if session.quick else _repeats(estimate_ms)
-    marks = bench.interleaved(calls, repeats, session.device)
+            yield from _excused(case, [each], [which], "failed", timing.reason(problem))
+            timing.check_alive(session.device)
+    times = timing.interleave(calls, 2 if session.quick else _repeats(case, estimate_ms), session.device, around)
     for name in calls:
         each, _, error = ready[name]
-        row = _measured(case, which, marks[name], session.ceilings)
         status = "ok" if each.is_weighted else "unweighted"
-        yield row | {"implementation": name, "status": status, "peak_gib": peaks[name], "max_error": error}
+        shared = {"implementation": name, "status": status, "peak_gib": peaks[name], "max_error": error}
+        yield _measured(case, which, times[name], session.ceilings) | shared
 
 
-def _repeats(estimate_ms: float) -> int:
-    """As many turns as fit the time of a pass, within bounds; the lead of each call counts."""
-    turn_ms = estimate_ms + 2.0
-    return int(min(max(SECONDS_PER_PASS * 1e3 / turn_ms, FEWEST_REPEATS), MOST_REPEATS))
+def _repeats(case: Case, estimate_ms: float) -> int:
+    """As many turns as fit the time of a pass, within bounds; the sleep before each call counts."""
+    seconds = ATTENTION_SECONDS_PER_PASS if case.operator == "attention" else SECONDS_PER_PASS
+    return int(min(max(seconds * 1e3 / (estimate_ms + 2.0), FEWEST_REPEATS), MOST_REPEATS))
 
 
-def _measured(case: Case, which: str, marks_ms: list[float], ceilings: Ceilings) -> dict[str, Any]:
-    """Times, rates and what is left to the floor; the rate is the one of what bounds the operator."""
-    flops, num_bytes = cost(case, which)
-    median_ms = bench.percentile(marks_ms, 50)
+def _measured(case: Case, which: str, times_ms: list[float], ceilings: Ceilings) -> dict[str, Any]:
+    """Times, rates and the share of the floor; the rate is FLOPs for the head and attention, bytes for the others."""
+    flops, num_bytes = (attention if case.operator == "attention" else cases).cost(case, which)
+    median_ms, p20_ms, p80_ms = csv_file.spread(times_ms).values()
     floor_ms = ceilings.floor_ms(flops, num_bytes)
     return _shape(case, which) | {
-        "repeats": len(marks_ms),
-        "median_ms": median_ms,
-        "p20_ms": bench.percentile(marks_ms, 20),
-        "p80_ms": bench.percentile(marks_ms, 80),
-        "flops": flops or None,
-        "bytes": num_bytes,
+        "repeats": len(times_ms), "median_ms": median_ms, "p20_ms": p20_ms, "p80_ms": p80_ms,
+        "flops": flops or None, "bytes": num_bytes,
         "tflop_per_s": flops / median_ms / 1e9 if flops else None,
         "gb_per_s": None if flops else num_bytes / median_ms / 1e6,
-        "ceiling_tflop_per_s": ceilings.tflop_per_s,
-        "ceiling_gb_per_s": ceilings.gb_per_s,
-        "floor_ms": floor_ms,
-        "floor_fraction": floor_ms / median_ms,
-    }
+        "ceiling_tflop_per_s": ceilings.tflop_per_s, "ceiling_gb_per_s": ceilings.gb_per_s,
+        "floor_ms": floor_ms, "floor_fraction": floor_ms / median_ms,
+    }  # fmt: skip
 
 
 def _shape(case: Case, which: str) -> dict[str, Any]:
     letters = {letter: getattr(case.model, letter) for letter in "HFNKDV"}
-    names = {"operator": case.operator, "model": case.model.name, "variant": case.variant}
+    names = {"operator": case.operator, "model": case.model.name, "variant": case.variant, "window": case.window}
     return names | letters | {"T": case.num_tokens, "supervised": case.supervised, "pass": which}
 
 
@@ -208,39 +228,54 @@ def _excused(case: Case, whom: list[Implementation], passes: list[str], status: 
             yield _shape(case, which) | {"implementation": each.name, "status": status, "note": note}
 
 
+def _problem(case: Case, device: torch.device, seed: int) -> Problem:
+    return (attention if case.operator == "attention" else cases).make_problem(case, device, seed)
+
+
 def _expected(case: Case, device: torch.device) -> list[Tensor]:
-    """What the definition gives for the inputs of seed 0; nothing where it fails, which its own row will say."""
-    definition = next(each for each in implementations.of(case.operator) if each.name == "reference")
+    """What the definition gives for the inputs of seed 0; empty if it fails, which is printed."""
     try:
-        return _results(definition.load(), make_problem(case, device, 0))
+        if case.operator == "attention":
+            return attention.definition(_problem(case, device, 0))
+        definition = next(each for each in implementations.of(case.operator) if each.name == "reference")
+        return _results(definition.load(), _problem(case, device, 0))
     except Exception as problem:
-        print(f"    nothing to compare with: {bench.reason(problem)}", flush=True)
-        bench.check_alive(device)
+        print(f"    nothing to compare with: {timing.reason(problem)}", flush=True)
+        timing.check_alive(device)
         return []
 
 
-def _results(function: implementations.Function, problem: Problem) -> list[Tensor]:
-    """Outputs and gradients of one call; of an operator that works in place, what it left."""
+def _attention_bound(case: Case, device: torch.device, expected: list[Tensor]) -> float:
+    """The largest error of a backend that may be timed: twice that of SDPA in bf16, plus a rounding."""
+    plain = next(each for each in implementations.of("attention") if each.name == "sdpa")
+    return (
+        2 * timing.max_error(_results(plain.load(), _problem(case, device, 0)), expected) + ROUNDING
+        if expected
+        else 0.0
+    )
+
+
+def _results(function: Function, problem: Problem) -> list[Tensor]:
+    """Outputs and gradients of one call; for an operator that works in place, what it wrote."""
     outputs = outputs_of(function(problem.arguments))
     if not problem.wanted:
-        in_place = ("params", "exp_avgs", "exp_avg_sqs")
-        return [x for name in in_place for x in problem.arguments.get(name, [])]
+        return [x for name in ("params", "exp_avgs", "exp_avg_sqs") for x in problem.arguments[name]]
     leaves = [problem.arguments[name] for name in problem.wanted]
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, problem.upstream))
 
 
 def _rotation(case: Case, device: torch.device) -> list[Problem]:
     """Enough sets of inputs that none is still in the cache when its turn comes again."""
-    problems = [make_problem(case, device, 1)]
+    problems = [_problem(case, device, 1)]
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**12
     needed = math.ceil(CACHES_BETWEEN_USES * cache / problems[0].num_bytes())
-    return problems + [make_problem(case, device, 1 + i) for i in range(1, min(needed, 64))]
+    return problems + [_problem(case, device, 1 + i) for i in range(1, min(needed, 64))]
 
 
-_uses = 0  # of any set by anyone: neighbours in time must not share one
+_uses = 0  # of any set by any implementation: calls that follow each other must not share a set
 
 
-def _rotating(function: implementations.Function, which: str, problems: list[Problem]) -> Callable[[], None]:
+def _rotating(function: Function, which: str, problems: list[Problem]) -> Callable[[], None]:
     """One pass over the next set of inputs, its results dropped."""
     plain = [problem.detached() for problem in problems]
 
@@ -258,7 +293,7 @@ def _rotating(function: implementations.Function, which: str, problems: list[Pro
 
 
 def _line(row: dict[str, Any]) -> str:
-    who = f"{row['implementation']:<10} {row['pass']:<16}"
+    who = f"{row['implementation']:<12} {row['pass']:<16}"
     if "median_ms" not in row:
         return f"{who} {row['status']}: {row['note']}"
     return f"{who} {row['median_ms']:9.3f} ms  {row['floor_fraction']:6.1%} of the floor  error {row['max_error']:.1e}"
@@ -269,14 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--phase", choices=PHASES, action="append", help="several may be given (default: all)")
     options = command_line.parse(parser, arguments, "the interpreter would need days for real shapes")
     device, deadline = torch.device(options.device), time.monotonic() + options.seconds
-    ceilings = bench.measure_ceilings(device, quick=options.quick)
+    ceilings = timing.measure_ceilings(device, quick=options.quick)
     print(f"ceilings: {ceilings.tflop_per_s:.4g} TFLOP/s, {ceilings.gb_per_s:.4g} GB/s", flush=True)
-    session = Session(device, ceilings, bench.stamp(device, options.commit), deadline, options.quick)
-    rows = bench.Rows(options.out / "ops.csv", COLUMNS)
-    is_good = True
-    for phase in options.phase or PHASES:
-        is_good &= run(phase, session, rows)
-    return 0 if is_good else 1
+    session = Session(device, ceilings, csv_file.stamp(device, options.commit), deadline, options.quick)
+    rows = csv_file.CsvFile(options.out / "ops.csv", COLUMNS)
+    outcomes = [run(phase, session, rows) for phase in options.phase or PHASES]
+    return 0 if all(outcomes) else 1
 
 
 if __name__ == "__main__":

@@ -1,25 +1,22 @@
-"""Packing measured: fewest steps, equal work, fair sample, speed; beside the public method. No GPU, one core.
+"""Measure packing: number of steps, balance of work, mixing, speed; ours and the public method. No GPU, one core.
 
     python -m benchmarks.packing [--lengths LENGTHS.json] [--quick] [--out benchmarks/results/packing.csv]
 Every row is planned once with the FLOPs of Llama-3-8B and once with those of Llama-3.2-1B; steps, mixing and time are
 of the 8B plan. Mixing is the variance over steps of a mean (of lengths; of the share of one class), over that of as
 many sequences drawn at random: 1 is random, 0 is every step alike. The last step, often partial, is left out of
-balance and mixing. Seconds are of CPU time, because machines are shared. Lengths in a JSON list are your own.
+balance and mixing. Seconds are CPU time. `--lengths`: your own, as a JSON list.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import platform
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import csv_file
 from benchmarks.packing_public import pack_public
 from ochat.model.config import ModelConfig
 from ochat.packing.multipack import plan
@@ -38,7 +36,13 @@ MODELS = {
 }
 SHAPES = ((1, 32768), (8, 32768), (64, 32768), (512, 32768), (1024, 32768), (4096, 32768), (8, 40960))
 SHORT_BINS = ((8, 8192), (8, 16384))  # where bins hold few of the longest, or one
-PIPE_COLUMNS = 220  # of a table that does not go to a terminal: a log wraps nothing
+COLUMNS = [
+    *("set", "sequences", "bins", "budget", "packer", "steps", "floor", "used_pct", "fill_pct", "cost_8b_mean"),
+    *("cost_8b_worst", "cost_1b_mean", "cost_1b_worst", "sq_mean", "sq_worst", "mixing_length", "mixing_class"),
+    *("seconds", "us_per_sequence", "steps_1b", "wall_seconds", "peak_rss_gib", "warm_up_s"),
+    *("cpu", "python", "commit", "date"),
+]
+PIPE_COLUMNS = 220  # width of a table that does not go to a terminal
 SHOWN = {  # column of the CSV -> heading of the printed table
     "set": "set", "bins": "bins", "budget": "budget", "packer": "packer", "steps": "steps", "floor": "floor",
     "used_pct": "used %", "fill_pct": "fill %", "cost_8b_mean": "8B mean", "cost_8b_worst": "worst",
@@ -48,7 +52,7 @@ SHOWN = {  # column of the CSV -> heading of the printed table
 
 
 def chat_lengths(count: int, longest: int = 8192) -> NDArray[np.int32]:
-    """Log-normal, median 403 tokens, in pieces so that 100 million of them need no more memory than they take."""
+    """Log-normal, median 403 tokens, drawn in pieces to save memory."""
     lengths, rng = np.empty(count, np.int32), np.random.default_rng(1)
     for begin in range(0, count, 1 << 20):
         piece = lengths[begin : begin + (1 << 20)]
@@ -190,28 +194,8 @@ def scale_apart(count: int) -> dict:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def stamp() -> dict:
-    import numba
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    names = [line.split(":", 1)[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "machine": names[0] if names else platform.machine(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "commit": commit,
-        "date": date.today().isoformat(),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def rows(path: Path | None, quick: bool) -> Iterator[dict]:
-    """Every row as it is measured; the public method is left out where it would take minutes."""
+    """Every row as it is measured, without the public method where it would take minutes."""
     all_cases = list(cases(sets(path, 20_000 if quick else 1_000_000)))
     costs_of: dict[int, dict[str, NDArray]] = {}
     for name, lengths, bins, budget in track(all_cases, "packing", console=Console(stderr=True)):
@@ -255,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=Path, help="a JSON list of sequence lengths, at most 4096 tokens each")
     parser.add_argument("--quick", action="store_true", help="small sets, to try the program")
-    parser.add_argument("--out", type=Path, help="CSV to write")
+    parser.add_argument("--out", type=Path, help="the CSV that rows are added to")
     parser.add_argument("--scale", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.scale:
@@ -263,24 +247,12 @@ def main() -> None:
     plan([1], token_budget=1, bins_per_step=1, seed=0, epoch=0, costs=[1.0])  # compiles, or loads what was compiled
     for variant in ("linear", "quadratic"):
         pack_public(np.ones(1, np.int64), 1, 1, 0, variant)
-    measured: list[dict] = []
+    measured, file = [], csv_file.CsvFile(arguments.out, COLUMNS) if arguments.out else None
     for row in rows(arguments.lengths, arguments.quick):
         measured.append(row)
-        if arguments.out:
-            write(arguments.out, measured)  # after every row, so that a run that is stopped leaves what it has
+        if file:
+            file.add(row | csv_file.stamp_cpu(COLUMNS))
     show(measured)
-
-
-def write(path: Path, measured: list[dict]) -> None:
-    about = stamp()
-    columns = list(dict.fromkeys(key for row in measured for key in row)) + list(about)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        writer.writeheader()
-        for row in measured:
-            texts = {key: _text(key, value) if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow(texts | about)
 
 
 if __name__ == "__main__":

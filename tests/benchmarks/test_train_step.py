@@ -3,16 +3,14 @@
 import dataclasses
 import math
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import plots, train_step, train_step_cases, train_step_forecast, train_step_rounds, train_step_scaling
-from benchmarks.train_step_cases import PEERS, PHASES, Case, World
-from benchmarks.train_step_peers import Ours, Packed, Padded, Peer, pad, padded_batches
-from benchmarks.train_step_rounds import Session, Start, Taken
-from benchmarks.train_step_worker import Worker, WorkerFailed
+from benchmarks import step_cases, step_peers, step_worker, train_step
+from benchmarks.step_cases import PEERS, PHASES, Case, Peer, World
+from benchmarks.step_peers import Ours, Packed, Padded, pad, padded_batches
+from benchmarks.step_worker import Session, Start, Taken, Worker, WorkerFailed
 from ochat import config as configuration
 from ochat.data.batch import IGNORE_INDEX
 from ochat.model import hf
@@ -31,7 +29,7 @@ def session(folder, **changes):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
-    return train_step_cases.make_world(CASE, tmp_path_factory.mktemp("world"), CPU, STEPS)
+    return step_cases.make_world(CASE, tmp_path_factory.mktemp("world"), CPU, STEPS)
 
 
 def config(world, run_dir):
@@ -103,21 +101,15 @@ def test_padded_batches_hold_each_conversation_of_the_step_once(world, tmp_path)
     assert sum(int(x["attention_mask"].sum()) for x in tensors) == sum(batch.num_tokens for batch in packed)
 
 
+COUNTS = {"tokens": 100, "supervised": 40, "padded": 160, "square_lengths": 900}
+
+
 def test_rates_by_hand(tmp_path, world):
     """Rounds of two steps in 1, 2 and 4 s with 100 real tokens of 160: medians, spread, MFU by the model's FLOPs."""
     answers = [
-        {
-            "seconds": s,
-            "cpu_seconds": 2 * s,
-            "tokens": 100,
-            "supervised": 40,
-            "padded": 160,
-            "square_lengths": 900,
-            "peak_gib": g,
-        }
-        for s, g in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))
+        COUNTS | {"seconds": s, "cpu_seconds": 2 * s, "peak_gib": g} for s, g in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))
     ]
-    rates = train_step_rounds.rates(answers, session(tmp_path, steps=2), world.model)
+    rates = step_worker.rates(answers, session(tmp_path, steps=2), world.model)
     assert (rates["step_s"], rates["tokens_per_s"], rates["supervised_tokens_per_s"]) == (1.0, 50.0, 20.0)
     assert (rates["padded_tokens_per_s"], rates["peak_gib"], rates["cpu_s"]) == (80.0, 3.0, 2.0)
     assert rates["tokens_per_s_p20"] == pytest.approx(35.0) and rates["tokens_per_s_p80"] == pytest.approx(80.0)
@@ -125,16 +117,7 @@ def test_rates_by_hand(tmp_path, world):
 
 
 def taken(losses):
-    answer = {
-        "tokens": 10,
-        "supervised": 5,
-        "padded": 10,
-        "square_lengths": 20,
-        "seconds": 1.0,
-        "cpu_seconds": 1.0,
-        "peak_gib": 1.0,
-    }
-    answers = [answer | {"losses": [loss]} for loss in losses]
+    answers = [COUNTS | {"seconds": 1.0, "cpu_seconds": 1.0, "peak_gib": 1.0} | {"losses": [loss]} for loss in losses]
     return Taken("", [answers[0] | {"seconds": 100.0}, *answers[1:]])  # the first round compiles and warms up
 
 
@@ -163,7 +146,9 @@ def test_a_failure_is_a_row_and_ours_a_fault(tmp_path, world, monkeypatch):
 
     def outcome():
         rows = Collected()
-        return train_step.run([case], session(tmp_path), world, rows), {row["implementation"]: row for row in rows.rows}
+        return train_step.run([[case]], session(tmp_path), world, rows), {
+            row["implementation"]: row for row in rows.rows
+        }
 
     is_good, rows = outcome()
     assert is_good and rows["padded"]["status"] == "failed" and rows["padded"]["note"] == "ModuleNotFoundError: no peer"
@@ -184,7 +169,7 @@ class Collected:
 def test_without_time_the_rows_say_so(tmp_path, world):
     rows = Collected()
     late = session(tmp_path, deadline=time.monotonic() - 1.0)
-    assert train_step.run([dataclasses.replace(CASE, implementations=PEERS)], late, world, rows)
+    assert train_step.run([[dataclasses.replace(CASE, implementations=PEERS)]], late, world, rows)
     assert [row["status"] for row in rows.rows] == ["skipped"] * len(PEERS)
 
 
@@ -209,7 +194,7 @@ def test_the_cases_fit_the_card_and_cover_what_was_asked():
     assert {case.token_budget for case in ours} == {8192, 16384, 32768}
     assert all(case.implementations[0] == "ours" for case in ours + peers)
     for case in ours + peers:
-        expected = train_step_forecast.predict(case, GPUS["H200"])
+        expected = step_cases.predict(case, GPUS["H200"])
         assert expected.fits, f"{case.title}: {expected.use.total / memory.GIB:.0f} GiB"
         assert 0.3 < expected.speed.mfu < 0.75
 
@@ -222,34 +207,31 @@ def test_drawn_conversations(tmp_path, world):
     assert len(set(data.lengths.tolist())) > 10
     for share in (0.1, 0.9):
         case = dataclasses.replace(CASE, lengths="equal", supervised=share)
-        made = TokenDataset(train_step_cases.make_world(case, tmp_path / str(share), CPU, 1).data)
+        made = TokenDataset(step_cases.make_world(case, tmp_path / str(share), CPU, 1).data)
         assert set(made.lengths.tolist()) == {256}
         assert made.supervised.sum() / made.lengths.sum() == pytest.approx(share, abs=0.05)
 
 
-def test_scaling_changes_one_thing_at_a_time_and_is_drawn(tmp_path):
-    """Each axis varies its own size alone, from the same middle; a picture from rows alone, where matplotlib is."""
-    for points in train_step_scaling.axes(quick=False):
-        cases = [dataclasses.replace(p.case, token_budget=1, longest=1, supervised=0, bins_per_step=1) for p in points]
-        changed = {"T": "token_budget", "length": "longest", "supervised": "supervised"}.get(points[0].axis)
-        assert len(points) > 2 and len(set(cases)) == 1
-        for field in ("token_budget", "longest", "supervised", "bins_per_step"):
-            values = {getattr(p.case, field) for p in points}
-            assert len(values) == (len(points) if field == changed else 1)
-        assert [p.processes for p in points] == ([p.value for p in points] if changed is None else [1] * len(points))
-    pytest.importorskip("matplotlib")
-    row = dict.fromkeys(train_step_scaling.COLUMNS, "1")
-    rows = [row | {"axis": axis, "value": value} for axis in plots.AXES for value in ("1", "2")]
-    assert [path.read_bytes()[:4] for path in plots.draw(rows, tmp_path)] == [b"\x89PNG"]
+def test_scaling_changes_one_thing_at_a_time():
+    for axis, cases in zip(step_cases.SCALING_AXES.items(), step_cases.scaling(quick=False), strict=True):
+        varied = {f.name for f in dataclasses.fields(Case) if len({getattr(case, f.name) for case in cases}) > 1}
+        assert len(cases) > 2 and varied == {axis[1]}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [([], "no CUDA device"), (["--device", "cpu"], "takes --quick"), (["--base", "x"], "come together")],
+    ("there", "works", "chosen"),
+    [("234", "234", "3"), ("24", "24", "2"), ("24", "4", "4"), ("4", "", ""), ("", "234", "")],
 )
-def test_refuses_what_would_never_end(options, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        train_step.main(["--out", str(tmp_path), *options])
-    assert message in capsys.readouterr().err
-    assert list(Path(tmp_path).iterdir()) == []
+def test_the_peers_attention_is_the_first_that_is_there_and_works(monkeypatch, there, works, chosen):
+    monkeypatch.setattr(step_peers, "is_installed", lambda name: name[-1] in there)
+    monkeypatch.setattr(step_peers, "attention_works", lambda name, device: name[-1] in works)
+    expected = f"flash_attention_{chosen}" if chosen else "flex_attention"
+    assert step_peers.choose_attention(torch.device("cuda"), otherwise="flex_attention") == expected
+    assert step_peers.choose_attention(CPU, otherwise="flex_attention") == "sdpa"
+
+
+def test_an_attention_that_fails_says_why(capsys):
+    pytest.importorskip("transformers")
+    assert not any(step_peers.is_installed(name) for name in step_peers.FLASH)
+    assert not step_peers.attention_works("flash_attention_2", CPU) and step_peers.attention_works("sdpa", CPU)
+    assert "transformers' flash_attention_2 does not work here: ImportError" in capsys.readouterr().out

@@ -1,31 +1,27 @@
-"""How a time is taken and written down: interleaved between implementations, beside ceilings measured in the same run.
+"""Time calls in turns, measure their memory and error, and measure the device's ceilings in the same run.
 
-    marks = interleaved({"a": run_a, "b": run_b}, repeats=20, device=device); percentile(marks["a"], 50)
-On a card the host is given a lead over every measured call, so that launching it is not part of the time.
+    times = interleave({"a": run_a, "b": run_b}, repeats=20, device=device); percentile(times["a"], 50)
+On a GPU the device sleeps before every measured call, so that the host's launch is not part of the time.
 """
 
 from __future__ import annotations
 
-import csv
 import gc
 import math
-import platform
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from benchmarks.csv_file import percentile
+
 GIB = 2**30
-LEAD_CYCLES = 4_000_000  # 2 ms of idling on the card, in which the host launches what is measured
+LEAD_CYCLES = 4_000_000  # the device sleeps 2 ms, in which the host launches what is measured
 COMPARED_AT_A_TIME = 2**26
 DEVICE_LOST = 3  # exit status
 
@@ -41,27 +37,27 @@ class Ceilings(NamedTuple):
         return max(flops / (self.tflop_per_s * 1e9), num_bytes / (self.gb_per_s * 1e6))
 
 
-def percentile(values: list[float], percent: float) -> float:
-    """Linear between the two nearest of the sorted values, as NumPy's default."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+def interleave(
+    calls: dict[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    around: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, taken in turns (a b c a b c ...) so that a drift of the device affects all alike.
 
-
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of every call, taken in turns (a b c a b c ...) so that a drift of the card meets all alike."""
+    `around`: the context in which a call runs; entering it is not part of the time.
+    """
     readers: dict[str, list[Callable[[], float]]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            readers[name].append(_timed(call, device))
+            with (around or {}).get(name, nullcontext)():
+                readers[name].append(_timed(call, device))
     synchronize(device)
     return {name: [read() for read in reads] for name, reads in readers.items()}
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> Callable[[], float]:
-    """Runs the call once; returns what reads its milliseconds, on a card after a synchronisation."""
+    """Run the call once; return a function that reads its milliseconds, on a GPU after a synchronisation."""
     if device.type != "cuda":
         before = time.perf_counter()
         call()
@@ -81,7 +77,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_gib(call: Callable[[], Any], device: torch.device) -> float | None:
-    """The most memory held during the call above what is held before it, its outputs included; None on a CPU."""
+    """The most memory that the call holds beyond what is held before it, outputs included; None on a CPU."""
     if device.type != "cuda":
         return None
     synchronize(device)
@@ -119,8 +115,8 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     source = torch.randn(copied, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
     calls = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    interleaved(calls, 3 if quick else 20, device)  # the card's clock settles
-    marks = interleaved(calls, 3 if quick else 20, device)
+    interleave(calls, 3 if quick else 20, device)  # the GPU's clock settles
+    marks = interleave(calls, 3 if quick else 20, device)
     moved = 2 * source.numel() * source.element_size()
     product_ms, copy_ms = (percentile(marks[name], 50) for name in calls)
     return Ceilings(2 * side**3 / product_ms / 1e9, moved / copy_ms / 1e6)
@@ -128,7 +124,7 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in the main thread once the time is over: a compiler that never ends must not end the run."""
+    """Raise TimeoutError in the main thread after the time: a compiler that never ends must not stop the run."""
 
     def stop(_signal: int, _frame: Any) -> None:
         raise TimeoutError(f"not ready after {seconds:.0f} s")
@@ -143,13 +139,13 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def reason(problem: Exception) -> str:
-    """Why there is no number, in a line."""
+    """Why there is no number, in one line."""
     text = str(problem).strip().split("\n")[0]
     return f"{type(problem).__name__}: {text}"[:200]
 
 
 def check_alive(device: torch.device) -> None:
-    """After a failure: frees what it held; ends the run if the card no longer answers."""
+    """After a failure: free its memory; exit if the device no longer answers."""
     free(device)
     try:
         synchronize(device)
@@ -159,56 +155,7 @@ def check_alive(device: torch.device) -> None:
 
 
 def free(device: torch.device) -> None:
-    """Gives back what nobody holds any more."""
+    """Release unreferenced memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def stamp(device: torch.device, commit: str | None = None) -> dict[str, str]:
-    """Where and with what a number was measured."""
-    on_card = device.type == "cuda"
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit or output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
-        "device": torch.cuda.get_device_name(device) if on_card else "cpu-interpreter",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_card else "",
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name where Linux tells it, else its kind."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def output_of(*command: str) -> str:
-    """The command's first line, or "unknown"."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip().split("\n")[0] if done.returncode == 0 and done.stdout.strip() else "unknown"
-
-
-class Rows:
-    """A CSV that grows by a row at a time and is flushed with each, so that a stopped run leaves what it measured."""
-
-    def __init__(self, path: Path, columns: list[str]) -> None:
-        has_header = path.exists() and path.stat().st_size > 0
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, columns)
-        if not has_header:
-            self._writer.writeheader()
-            self._file.flush()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Floats are written with 5 digits; a missing value is an empty field."""
-        self._writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()

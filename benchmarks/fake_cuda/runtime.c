@@ -1,4 +1,4 @@
-/* The CUDA runtime of a card that is not there: an H200 whose kernels return at once and compute nothing.
+/* The CUDA runtime of a device that is not there: an H200 whose kernels return at once and compute nothing.
  *
  * Preloaded before torch (build.py), it answers for libcudart. Memory is address space that the host backs when it is
  * touched; copies up to COPY_BYTES are made, so that what a program sends and fetches is what it gets, larger ones are
@@ -65,15 +65,15 @@ static void *reserve(size_t size) {
 
 /* ---- the card ---- */
 
-static int devices(void) { const char *text = getenv("DRY_CARD_DEVICES"); return text ? atoi(text) : 1; }
+static int devices(void) { const char *text = getenv("FAKE_CUDA_DEVICES"); return text ? atoi(text) : 1; }
 
 cudaError_t cudaGetDeviceCount(int *count) { *count = devices(); return cudaSuccess; }
 cudaError_t cudaGetDevice(int *device) { *device = current_device; return cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { current_device = device; return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
-const char *cudaGetErrorString(cudaError_t error) { return "an error of the dry card"; }
-const char *cudaGetErrorName(cudaError_t error) { return "cudaErrorOfTheDryCard"; }
+const char *cudaGetErrorString(cudaError_t error) { return "an error of the fake CUDA device"; }
+const char *cudaGetErrorName(cudaError_t error) { return "cudaErrorOfTheFakeDevice"; }
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
   memset(p, 0, sizeof *p);

@@ -1,6 +1,5 @@
-"""The dry card: its libraries do what their sources say and nothing else, and the plan is what its allocator saw."""
+"""The fake CUDA device: its libraries do what their sources say, and the plan is what torch's allocator saw on it."""
 
-import csv
 import ctypes
 import shutil
 import subprocess
@@ -9,21 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import train_step_forecast
-from benchmarks.dry_card import build, steps
-from benchmarks.train_step_cases import Case
+from benchmarks import csv_file, step_cases
+from benchmarks.fake_cuda import build, steps
+from benchmarks.step_cases import Case
 from ochat.plan import memory
 from ochat.plan.gpus import GPUS
 from ochat.plan.memory import CONTEXT_BYTES, GIB
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "dry_card.csv"
+RESULTS = ROOT / "benchmarks" / "results" / "fake_cuda.csv"
 needs_gcc = pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="needs gcc and nm")
-
-
-def rows():
-    with RESULTS.open() as file:
-        return list(csv.DictReader(file))
 
 
 @needs_gcc
@@ -51,24 +45,26 @@ def test_without_a_cuda_build_of_torch_it_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_card_nothing_is_measured(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.dry_card.steps", "--out", tmp_path / "out.csv"]
+def test_without_the_device_nothing_is_measured(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.fake_cuda.steps", "--out", tmp_path / "out.csv"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0:
-        pytest.skip("there is a card")
-    assert "torch sees no card" in done.stderr and not (tmp_path / "out.csv").exists()
+        pytest.skip("there is a GPU")
+    assert "torch sees no CUDA device" in done.stderr and not (tmp_path / "out.csv").exists()
 
 
-@pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['model']}-{row['recompute']}-{row['token_budget']}")
+@pytest.mark.parametrize(
+    "row", csv_file.read(RESULTS), ids=lambda row: f"{row['model']}-{row['recompute']}-{row['token_budget']}"
+)
 def test_the_plan_is_what_torchs_allocator_saw(row, monkeypatch):
-    """On one process what is derived, the allowance apart, is within 1 % of the tensors' peak; with it, there is room
-    for them and CUDA's own context, which the dry card has not. What the allocator holds besides it gives back where it
-    is short. Under FSDP each stream keeps its own, and all of it is within 3 % of the plan's."""
+    """On one process the plan without its allowance is within 1 % of the tensors' peak; with it there is room for them
+    and for CUDA's own context, which the fake device lacks. Under FSDP each stream keeps its own memory: the plan is
+    within 3 % of what the allocator reserved."""
     is_copied = row["torch"].startswith("2.11")  # whose attention wants as many keys and values as queries
     monkeypatch.setattr(memory, "varlen_groups_heads", lambda: not is_copied)
     options, processes = tuple(row["options"].split()), int(row["processes"])
     case = Case(row["model"], int(row["token_budget"]), int(row["bins_per_step"]), options=options)
-    use = train_step_forecast.predict(case, GPUS["H200"], processes).use
+    use = step_cases.predict(case, GPUS["H200"], processes).use
     allocated, reserved = float(row["allocated_gib"]), float(row["reserved_gib"])
     if processes == 1:
         assert (use.total - use.allowance) / GIB == pytest.approx(allocated, rel=0.01)
@@ -80,4 +76,4 @@ def test_the_plan_is_what_torchs_allocator_saw(row, monkeypatch):
 
 
 def test_every_case_was_measured():
-    assert len(rows()) == len(steps.CASES)
+    assert len(csv_file.read(RESULTS)) == len(steps.CASES)

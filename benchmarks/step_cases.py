@@ -1,13 +1,14 @@
-"""What the whole step is measured on: models, settings that fit a card of 139 GiB, and drawn conversations.
+"""The models, settings and conversations on which the whole step is measured, and what the plan predicts for them.
 
-    case = PHASES["ours"][0]; world = make_world(case, Path("work"), torch.device("cuda"))
-Without a base and data of the user's, weights are drawn on the device and conversations have log-normal lengths, as
-chats have; loader.py's `write` lays them out. Letters as in cases.py.
+    case = PHASES["ours"][0]; world = make_world(case, Path("work"), torch.device("cuda"), num_steps=20)
+The settings fit a GPU of 139 GiB. Weights are random and conversations have log-normal lengths, unless a base and data
+are given. Letters as in cases.py.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,16 @@ from tokenizers import pre_tokenizers
 
 from benchmarks import loader
 from benchmarks.cases import MODELS, Model
-from benchmarks.train_step_peers import Peer
+from ochat import config as configuration
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
+from ochat.packing import multipack
+from ochat.plan import forecast
+from ochat.plan.forecast import Forecast, PlanInputs
+from ochat.plan.gpus import GpuSpec
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.roofline import Workload
 from ochat.text import tokenizer as ochat_tokenizers
 
 LAYERS = {"Llama-3-8B": 32, "Llama-2-7B": 32, "Llama-3.2-1B": 16, "Llama-3.2-3B": 28, "tiny": 2, "small": 4}
@@ -36,6 +43,8 @@ SMALL_MODELS = {
     "small": Model("small", H=256, F=704, N=4, K=2, D=64, V=8192),  # large enough that a CPU's time is in products
 }
 SHORTEST = 64  # of the drawn conversations; a turn of each side is as long
+SCALING_AXES = {"T": "token_budget", "length": "longest", "supervised": "supervised", "processes": "processes"}
+PREDICTED_STEPS = 100  # drawn and packed for a prediction
 OURS, PEERS = ("ours",), ("ours", "padded", "packed", "liger", "trl")
 BF16 = ("--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16")
 IN_BACKWARD = (*BF16, "--optim.in_backward=true", "--optim.clip=0.0")  # no gradients are held
@@ -43,8 +52,16 @@ CLASSES = ("--classes.GPT4.weight=1.0", "--classes.GPT3.weight=0.1")  # the draw
 
 
 @dataclass(frozen=True)
+class Peer:
+    """How a peer keeps its state."""
+
+    states: str = "masters"  # fp32 parameters and moments, products in bf16 by autocast; or "bf16", all of it
+    recompute: bool = False  # transformers' gradient checkpointing
+
+
+@dataclass(frozen=True)
 class Case:
-    """One model and cut, and who is measured on it."""
+    """One model and micro-batch, and who is measured on it."""
 
     model: str
     token_budget: int
@@ -55,6 +72,7 @@ class Case:
     longest: int = 4096  # of the drawn conversations, tokens
     lengths: str = "chats"  # or "equal": every conversation is `longest`
     supervised: float = 0.5  # share of the drawn tokens
+    processes: int = 1  # of ours, with one thread each if several
 
     @property
     def title(self) -> str:
@@ -62,8 +80,8 @@ class Case:
         return f"{self.model}, {self.bins_per_step} x {self.token_budget}{options}"
 
 
-# The most wanted first. Ours recomputes what the plan says it must (train.recompute = "auto"): nothing, but for 8B with
-# fp32 masters and for 8B at 32,768 tokens. Tests hold what the plan says of each to the memory of an H200.
+# The most important first. Ours recomputes what the plan says it must (train.recompute = "auto"): nothing, except for
+# 8B with fp32 masters and for 8B at 32,768 tokens. Tests check that the plan of each fits an H200.
 PHASES = {
     "ours": [
         Case("Llama-3-8B", 16384, 1, options=IN_BACKWARD),
@@ -88,9 +106,24 @@ QUICK = {
 }
 
 
+def scaling(*, quick: bool) -> list[list[Case]]:
+    """How our step grows: the cases of each axis, which change one thing. Quick: two of each, on the tiny model."""
+    middle = {"model": "tiny", "token_budget": 512, "longest": 128} if quick else {
+        "model": "small", "token_budget": 4096, "longest": 256}  # fmt: skip
+    common = {"bins_per_step": 1, "lengths": "equal"} | middle
+    quarter = common | {"token_budget": middle["token_budget"] // 4, "bins_per_step": 4}
+    every = [
+        [Case(**common | {"token_budget": T}) for T in (512, 1024, 2048, 4096, 8192)],
+        [Case(**common | {"longest": n}) for n in (SHORTEST, 256, 1024, 4096)],
+        [Case(**common | {"supervised": share}) for share in (0.1, 0.3, 0.5, 0.7, 0.9)],
+        [Case(**quarter | {"processes": n}) for n in (1, 2, 4)],
+    ]
+    return [cases[:2] for cases in every] if quick else every
+
+
 @dataclass(frozen=True)
 class World:
-    """Folders of a base and its data, and what a configuration says of them."""
+    """Folders of a base and its data, and the options that belong to them."""
 
     base: Path
     data: Path
@@ -99,7 +132,7 @@ class World:
 
 
 def options(case: Case, settings: dict[str, Any]) -> list[str]:
-    """--section.key=value of a run of the case: `settings`, how it is cut, and what the case sets itself."""
+    """The `--section.key=value` of a run of the case."""
     cut = {"data.token_budget": case.token_budget, "data.bins_per_step": case.bins_per_step}
     return [*(f"--{key}={value}" for key, value in (settings | cut).items()), *case.options]
 
@@ -136,6 +169,20 @@ def model_config(case: Case) -> ModelConfig:
     return ModelConfig.from_hf(record)
 
 
+def predict(case: Case, gpu: GpuSpec, gpus: int = 1) -> Forecast:
+    """What the plan says of ours: the case's own drawn lengths, packed as the run would pack them."""
+    with tempfile.NamedTemporaryFile(suffix=".toml") as empty:
+        config = configuration.load(empty.name, options(case, {"base.path": "-", "data.path": "-"}))
+    tokens = PREDICTED_STEPS * case.bins_per_step * case.token_budget
+    lengths = draw_lengths(case, np.random.default_rng(0), tokens)
+    shape = {"token_budget": case.token_budget, "bins_per_step": case.bins_per_step}
+    plan = multipack.plan(lengths, **shape, seed=0, epoch=0)
+    workload = Workload(LengthCounts.of(lengths), case.supervised, plan.efficiency())
+    sections = config.data, config.train, config.optim, config.parallel, config.lora
+    inputs = PlanInputs(model_config(case), workload, plan.num_steps, *sections)
+    return forecast.forecast(inputs, gpu, gpus=gpus, nodes=1)
+
+
 def write_base(world: World, device: torch.device) -> None:
     """A Hugging Face folder in bf16: weights drawn on the device, one at a time, and a tokenizer of bytes."""
     hf.save(world.base, world.model, draw_parameters(world.model, device), "bfloat16")
@@ -166,7 +213,7 @@ def draw_parameters(config: ModelConfig, device: torch.device) -> Iterator[tuple
         yield name, drawn.mul_(config.initializer_range).cpu()
         del drawn
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # whoever is measured has the card's memory
+        torch.cuda.empty_cache()  # leave the memory to what is measured
 
 
 def draw_lengths(case: Case, rng: np.random.Generator, tokens: int) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ int cublasGetVersion_v2(void *handle, int *version) { *version = 130000; return 
 int cublasGetMathMode(void *handle, int *mode) { *mode = 0; return 0; }
 int cublasGetPointerMode_v2(void *handle, int *mode) { *mode = 0; return 0; }
 size_t cublasLtGetVersion(void) { return 130000; }
-const char *cublasGetStatusString(int status) { return "a status of the dry card"; }
+const char *cublasGetStatusString(int status) { return "a status of the fake CUDA device"; }
 
 /* One algorithm, whose record (cublasLtMatmulHeuristicResult_t: 8 words of choice, a size, a status) is all zeros. */
 int cublasLtMatmulAlgoGetHeuristic(void *handle, void *description, void *a, void *b, void *c, void *d, void *preference,
@@ -29,5 +29,5 @@ int ncclCommInitRank(void **comm, int ranks, char id[128], int rank) { *comm = m
 int ncclCommInitRankScalable(void **comm, int ranks, int rank, int ids, void *id, void *config) { *comm = malloc(64); return 0; }
 int ncclCommSplit(void *comm, int color, int key, void **made, void *config) { *made = malloc(64); return 0; }
 int ncclCommGetAsyncError(void *comm, int *error) { *error = 0; return 0; }
-const char *ncclGetErrorString(int error) { return "an error of the dry card"; }
-const char *ncclGetLastError(void *comm) { return "an error of the dry card"; }
+const char *ncclGetErrorString(int error) { return "an error of the fake CUDA device"; }
+const char *ncclGetLastError(void *comm) { return "an error of the fake CUDA device"; }

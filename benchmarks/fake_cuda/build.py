@@ -1,9 +1,9 @@
-"""Builds the dry card for a CUDA build of torch on a machine without a card, and prints what a shell must export.
+"""Build a fake CUDA device for a CUDA build of torch on a machine without a GPU, and print what a shell must export.
 
-    eval "$(PYTHONPATH=.:kernels python -m benchmarks.dry_card.build /tmp/dry_card)"; python -m ochat train ...
-Then torch sees one H200 (DRY_CARD_DEVICES=8: eight) whose kernels return at once and compute nothing. torch's dispatch,
-caching allocator, streams, autograd, FSDP and Triton's compiler are the real ones: what crashes, waits on the host, or
-needs more memory than thought, shows. Values are zeros or leavings, times are the host's own. Needs gcc and nm, Linux.
+    eval "$(PYTHONPATH=.:kernels python -m benchmarks.fake_cuda.build /tmp/fake_cuda)"; python -m ochat train ...
+Then torch sees one H200 (FAKE_CUDA_DEVICES=8: eight) whose kernels return at once and compute nothing. torch's
+dispatch, caching allocator, streams, autograd, FSDP and Triton's compiler are the real ones, so crashes, host
+synchronisations and memory use show. Values are zeros or leftovers, times are the host's own. Needs gcc and nm.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 USERS = ("libc10_cuda", "libtorch_cuda", "libtorch_python", "libtorch_cpu", "libtorch_cuda_linalg", "libtorch_nvshmem")
-RUNTIME = re.compile(r"(__)?(cuda|cublas|cusparse|nccl|cupti)[A-Za-z0-9_]*")  # whose functions are stood in for
+RUNTIME = re.compile(r"(__)?(cuda|cublas|cusparse|nccl|cupti)[A-Za-z0-9_]*")  # whose functions are replaced
 DRIVER = re.compile(r"\bcu[A-Z][A-Za-z0-9]+(?:_v\d+)?\b")
 
 
 def build(folder: Path, packages: Path) -> dict[str, str]:
-    """The environment variables of a process that shall see the dry card; `packages`: where torch is installed.
+    """The environment variables of a process that sees the fake CUDA device; `packages`: where torch is installed.
 
     Raises: FileNotFoundError where torch is no CUDA build, CalledProcessError where gcc fails, which says why.
     """
@@ -33,7 +33,7 @@ def build(folder: Path, packages: Path) -> dict[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     libraries = [packages / "torch" / "lib" / f"{name}.so" for name in USERS]
     wanted = {name for library in libraries if library.exists() for name in undefined(library)}
-    runtime, driver = folder / "libdrycard.so", folder / "libcuda.so.1"
+    runtime, driver = folder / "libfakecuda.so", folder / "libcuda.so.1"
     parts = [HERE / "runtime.c", HERE / "libraries.c"]
     link(runtime, parts, {name for name in wanted if RUNTIME.fullmatch(name)}, headers)
     names = set(DRIVER.findall((headers[0] / "cuda.h").read_text("utf-8"))) | {n for n in wanted if DRIVER.match(n)}
@@ -42,13 +42,13 @@ def build(folder: Path, packages: Path) -> dict[str, str]:
 
 
 def undefined(library: Path) -> list[str]:
-    """Names that a shared library takes from others, versions cut off."""
+    """Names that a shared library imports, without versions."""
     listed = subprocess.run(["nm", "-D", "--undefined-only", library], check=True, capture_output=True, text=True)
     return [line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()]
 
 
 def link(out: Path, sources: list[Path], wanted: Iterable[str], headers: list[Path]) -> None:
-    """A library of the sources; what is `wanted` besides does nothing and returns 0."""
+    """A library of the sources; other functions that are `wanted` do nothing and return 0."""
     objects = [_compiled(source, out.parent, headers) for source in sources]
     listed = subprocess.run(["nm", "--defined-only", *objects], check=True, capture_output=True, text=True).stdout
     made = {fields[2] for fields in map(str.split, listed.splitlines()) if len(fields) == 3 and fields[1] == "T"}
@@ -67,7 +67,7 @@ def _compiled(source: Path, folder: Path, headers: list[Path]) -> Path:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        sys.exit("which folder? python -m benchmarks.dry_card.build FOLDER")
+        sys.exit("which folder? python -m benchmarks.fake_cuda.build FOLDER")
     import torch  # not before it is needed: with the card preloaded it takes seconds
 
     try:

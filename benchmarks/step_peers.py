@@ -1,10 +1,9 @@
-"""Whose steps are compared: ours, and transformers over padded and over packed batches of the same conversations.
+"""The implementations of a step that are compared: ours, transformers (padded, packed, with Liger) and TRL.
 
     runner = Packed(config, torch.device("cpu"), Peer()); runner.step(); runner.losses()
-
-Every runner takes the conversations of each step from our loader. A peer's loss is ours, `sum w * nll / sum |w|` of the
-step, with the same AdamW, clipping and learning rates.
-Letters: T packed tokens, B conversations of a padded batch, V vocabulary.
+Every runner takes the conversations of each step from our loader, and uses the same AdamW, clipping and learning rates.
+A peer's loss is ours, `sum w * nll / sum |w|` of the step; Liger and TRL have no weights per token and train on the
+mean over supervised tokens. Letters: T packed tokens, B conversations of a padded batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks import peer_attention
+from benchmarks.step_cases import Peer
 from ochat.config import Config
 from ochat.data.batch import IGNORE_INDEX, PackedBatch
 from ochat.distributed import processes
@@ -31,23 +30,16 @@ from ochat.train import inputs, schedule
 from ochat.train.trainer import Trainer
 
 BATCH = 4  # conversations of a padded batch
+FLASH = ("flash_attention_3", "flash_attention_2", "flash_attention_4")  # transformers' names, in this order
 
 
 class Counts(NamedTuple):
-    """What a step computes on: real tokens, supervised ones, tokens with padding, squared lengths of the documents."""
+    """What a step computes on: real tokens, supervised ones, tokens with padding, sum of squared document lengths."""
 
     tokens: int
     supervised: int
     padded: int
     square_lengths: int
-
-
-@dataclass(frozen=True)
-class Peer:
-    """How a peer keeps its state."""
-
-    states: str = "masters"  # fp32 parameters and moments, products in bf16 by autocast; or "bf16", all of it
-    recompute: bool = False  # transformers' gradient checkpointing
 
 
 class Ours:
@@ -70,7 +62,7 @@ class Ours:
 
 
 class Transformers:
-    """A transformers model in the loop that its users write; the subclasses make the batches."""
+    """A transformers model in the loop that its users write; subclasses make the batches."""
 
     def __init__(self, config: Config, device: torch.device, peer: Peer) -> None:
         self.config, self.device, self.peer = config, device, peer
@@ -159,7 +151,7 @@ class Padded(Transformers):
     """Batches of four conversations in random order, each as long as its longest, through a DataLoader."""
 
     def choose_attention(self) -> str:
-        return peer_attention.choose(self.device, otherwise="sdpa")
+        return choose_attention(self.device, otherwise="sdpa")
 
     def micro_batches(self) -> Iterator[dict[str, Tensor]]:
         steps = range(self.loader.num_steps)
@@ -177,7 +169,7 @@ class Packed(Transformers):
 
     def choose_attention(self) -> str:
         """A FlashAttention that works; else what masks documents: compiled on a card, SDPA on a CPU."""
-        return peer_attention.choose(self.device, otherwise="flex_attention")
+        return choose_attention(self.device, otherwise="flex_attention")
 
     def micro_batches(self) -> Iterator[dict[str, Tensor]]:
         return iter(())
@@ -186,6 +178,94 @@ class Packed(Transformers):
         names = ("input_ids", "position_ids", "labels", "loss_weights")
         for batch in packed:
             yield {name: getattr(batch, name)[None] for name in names}  # (1, T)
+
+
+class Liger(Packed):
+    """transformers, packed, with Liger's RMSNorm, RoPE, SwiGLU and fused head."""
+
+    def load_model(self) -> nn.Module:
+        import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
+        return super().load_model()
+
+    def loss(self, batch: dict[str, Tensor], packed: list[PackedBatch]) -> Tensor:
+        labels = batch["labels"].masked_fill(batch["loss_weights"] == 0, IGNORE_INDEX)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        targets = {
+            "labels": labels,
+            "shift_labels": labels,
+            "num_items_in_batch": sum(p.num_supervised for p in packed),
+        }
+        return self.model(**inputs, **targets, use_cache=False).loss
+
+
+class Trl(Packed):
+    """TRL's SFTTrainer without padding: its collator, its loss and its step, with our AdamW and learning rates."""
+
+    def load_model(self) -> nn.Module:
+        trl, model = import_module("trl"), super().load_model()
+        is_half = self.config.train.dtype == "bfloat16"
+        arguments = trl.SFTConfig(
+            output_dir=str(Path(self.config.run.dir)), per_device_train_batch_size=1, padding_free=True,
+            gradient_accumulation_steps=self.config.data.bins_per_step, bf16=is_half and self.peer.states == "masters",
+            max_length=None, use_cpu=self.device.type == "cpu", gradient_checkpointing=self.peer.recompute,
+            dataset_kwargs={"skip_prepare_dataset": True}, report_to=[],
+        )  # fmt: skip
+        rows = [self.example(batch) for batch in self.loader.step(0)]
+        tokenizer = import_module("transformers").AutoTokenizer.from_pretrained(self.config.base.path)
+        data = import_module("datasets").Dataset.from_list(rows)
+        self.trainer = trl.SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
+        self.prepared = self.trainer.accelerator.prepare(model)
+        return model
+
+    def backward(self, batch: dict[str, Tensor], packed: list[PackedBatch]) -> Tensor:
+        return self.trainer.training_step(self.prepared, batch, sum(each.num_supervised for each in packed))
+
+    def of_step(self, packed: list[PackedBatch]) -> Iterator[dict[str, Tensor]]:
+        for batch in packed:
+            yield self.trainer.data_collator([self.example(batch)])
+
+    def example(self, batch: PackedBatch) -> dict[str, list[int]]:
+        """A bin as TRL packs it: labels are not shifted."""
+        labels = batch.labels.masked_fill(batch.loss_weights == 0, IGNORE_INDEX).roll(1)
+        return {"input_ids": batch.input_ids.tolist(), "labels": labels.tolist(), "seq_lengths": list(batch.lengths)}
+
+
+RUNNERS: dict[str, type[Ours] | type[Transformers]] = {
+    "ours": Ours, "padded": Padded, "packed": Packed, "liger": Liger, "trl": Trl,
+}  # fmt: skip
+WEIGHTED = ("ours", "padded", "packed")  # those that train on the records' weights, and so the same thing
+
+
+def choose_attention(device: torch.device, otherwise: str) -> str:
+    """transformers' `attn_implementation`: "sdpa" on a CPU, else the first FlashAttention that works, or `otherwise`.
+
+    Packages of FlashAttention share a namespace, so an import proves little: a tiny model is tried.
+    """
+    if device.type != "cuda":
+        return "sdpa"
+    return next((name for name in FLASH if is_installed(name) and attention_works(name, device)), otherwise)
+
+
+def is_installed(name: str) -> bool:
+    known = import_module("transformers.utils")
+    return getattr(known, f"is_{name.replace('attention', 'attn')}_available", lambda: False)()
+
+
+def attention_works(name: str, device: torch.device) -> bool:
+    """Whether two packed documents go forward and backward; prints why not."""
+    transformers = import_module("transformers")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 64}
+    places = torch.arange(32, device=device).repeat(2)[None]  # (1, T)
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.LlamaConfig(**heads, **sizes), dtype=torch.bfloat16, attn_implementation=name
+        ).to(device)
+        model(input_ids=places, position_ids=places, use_cache=False).logits.sum().backward()
+        return bool(torch.stack([p.grad.isfinite().all() for p in model.parameters()]).all())
+    except Exception as problem:  # compilers and drivers raise anything
+        print(f"transformers' {name} does not work here: {type(problem).__name__}: {problem}", flush=True)
+        return False
 
 
 def padded_batches(packed: list[PackedBatch], step: int) -> list[list[int]]:

@@ -1,8 +1,8 @@
-"""One implementation in processes of its own, so that memory and caches are its own: both ends of the pipe.
+"""Each implementation in processes of its own, which run rounds of steps in turn; the rates that follow.
 
-    worker = Worker(spec, Path("log.txt")); worker.ready(60.0); worker.run(4, 60.0)
-    echo 4 | python -m benchmarks.train_step_worker '{"implementation": "ours", "config": "run.toml", "device": "cpu"}'
-The second is what the first starts: a line asks for so many steps, and a line of JSON answers with what they took.
+    taken = take_turns([Start("ours", case, world, folder)], session); rates(taken[0].answers[1:], session, world.model)
+    echo 4 | python -m benchmarks.step_worker '{"implementation": "ours", "config": "run.toml", "device": "cpu", ...}'
+The second line is what the first starts: each line of input asks for so many steps; a line of JSON answers.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import bench
-from benchmarks.train_step_peers import Counts, Ours, Packed, Padded, Peer, Transformers
-from benchmarks.train_step_unweighted import Liger, Trl
+from benchmarks import step_cases, timing
+from benchmarks.csv_file import percentile, spread
+from benchmarks.step_cases import Case, Peer, World
+from benchmarks.step_peers import RUNNERS, Counts
 from ochat import config as configuration
 from ochat.distributed import processes as processes_module
+from ochat.model.config import ModelConfig
 from ochat.train.metrics import peak_memory_gib
 
 ROOT = Path(__file__).parent.parent
-RUNNERS: dict[str, type[Ours] | type[Transformers]] = {
-    "ours": Ours, "padded": Padded, "packed": Packed, "liger": Liger, "trl": Trl,
-}  # fmt: skip
-WEIGHTED = ("ours", "padded", "packed")  # who trains on the records' weights, and so the same thing
+READY_SECONDS = 240.0  # to load and compile
 
 
 class WorkerFailed(Exception):
@@ -44,7 +44,7 @@ class Worker:
     num_steps; `log`: where everything that is printed goes."""
 
     def __init__(self, spec: dict[str, Any], log: Path, processes: int = 1) -> None:
-        command = [sys.executable, "-m", "benchmarks.train_step_worker", json.dumps(spec)]
+        command = [sys.executable, "-m", "benchmarks.step_worker", json.dumps(spec)]
         port = free_port()
         self.log = log
         with log.open("w") as file:
@@ -97,7 +97,7 @@ class Worker:
 
 
 def environment(spec: dict[str, Any], rank: int, processes: int, port: int) -> dict[str, str]:
-    """This checkout on the path, the threads, and the rank as torchrun tells it."""
+    """This checkout on the path, the threads, and the rank as torchrun sets it."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     known = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": spec["threads"]} | ranks
@@ -113,9 +113,118 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@dataclass(frozen=True)
+class Session:
+    """What all cases of a run share."""
+
+    device: torch.device
+    folder: Path  # for bases, data, runs and logs
+    rounds: int
+    steps: int  # of a round
+    threads: int  # of a process
+    deadline: float  # of time.monotonic
+    dtype: str
+    lr: float
+    peak_flops: float
+    stamp: dict[str, Any]
+
+    @property
+    def num_steps(self) -> int:
+        """Of a process: a round to warm up, then the timed ones."""
+        return self.steps * (self.rounds + 1)
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+class Start(NamedTuple):
+    """An implementation to start on a case."""
+
+    name: str  # of RUNNERS
+    case: Case
+    world: World
+    folder: Path  # an empty one for its run and its log
+
+
+@dataclass
+class Taken:
+    """What a worker reported: its note, an answer for each round, and what ended it early."""
+
+    note: str
+    answers: list[dict[str, Any]]
+    failure: str = ""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is a round after the warm-up."""
+        return len(self.answers) > 1
+
+
+def take_turns(starts: list[Start], session: Session) -> list[Taken]:
+    """Start all, then let each run a round in turn. One that fails or exceeds the time keeps the rounds it has."""
+    workers: list[Worker] = []
+    taken = [Taken("", []) for _ in starts]
+    try:
+        workers.extend(start(each, session) for each in starts)
+        for worker, result in zip(workers, taken, strict=True):
+            try:
+                result.note = worker.ready(min(READY_SECONDS, session.seconds_left()))
+            except WorkerFailed as problem:
+                result.failure = str(problem)
+        for _ in range(session.rounds + 1):
+            for worker, result in zip(workers, taken, strict=True):
+                _one_round(worker, result, session)
+    finally:
+        for worker in workers:
+            worker.close()
+    return taken
+
+
+def _one_round(worker: Worker, result: Taken, session: Session) -> None:
+    if result.failure:
+        return worker.close()  # frees its memory for the others
+    try:
+        result.answers.append(worker.run(session.steps, session.seconds_left()))
+    except WorkerFailed as problem:
+        result.failure = str(problem)
+
+
+def start(who: Start, session: Session) -> Worker:
+    """The implementation's process or processes, still loading."""
+    who.folder.mkdir(parents=True)
+    config = who.folder / "run.toml"
+    config.touch()
+    settings = {
+        "base.path": who.world.base, "data.path": who.world.data, "run.dir": who.folder / "run",
+        "data.max_steps": session.num_steps, "optim.lr": session.lr, "train.dtype": session.dtype,
+        "train.device": session.device.type, "train.peak_tflops": 1.0,
+    }  # fmt: skip
+    spec = {
+        "implementation": who.name, "config": str(config), "device": session.device.type,
+        "options": [*step_cases.options(who.case, settings), *who.world.options], "num_steps": session.num_steps,
+        "threads": 1 if who.case.processes > 1 else session.threads, "peer": asdict(who.case.peer),
+    }  # fmt: skip
+    return Worker(spec, who.folder / "log.txt", who.case.processes)
+
+
+def rates(rounds: list[dict[str, Any]], session: Session, model: ModelConfig) -> dict[str, Any]:
+    """Medians and spread over rounds. MFU: the model's FLOPs on real tokens, the head's for supervised ones only, over
+    the peak. cpu_s: processor seconds of a step, which other work on the machine disturbs less."""
+    flops = [model.flops_per_step(r["tokens"], r["square_lengths"], r["supervised"]) / r["seconds"] for r in rounds]
+    return {
+        **spread([each["seconds"] / session.steps for each in rounds], "step_s"),
+        "cpu_s": percentile([each["cpu_seconds"] / session.steps for each in rounds], 50),
+        **spread([each["tokens"] / each["seconds"] for each in rounds], "tokens_per_s"),
+        "supervised_tokens_per_s": percentile([each["supervised"] / each["seconds"] for each in rounds], 50),
+        "padded_tokens_per_s": percentile([each["padded"] / each["seconds"] for each in rounds], 50),
+        "mfu": percentile(flops, 50) / session.peak_flops,
+        "peak_gib": max(each["peak_gib"] for each in rounds),
+    }
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print must not stand among the answers
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
     spec = json.loads(sys.argv[1])
     device = torch.device(spec["device"])
     try:
@@ -135,10 +244,10 @@ def main() -> None:
 def measure(runner: Any, steps: int, device: torch.device) -> dict[str, Any]:
     """Seconds and peak memory of so many steps on end, what they computed on, and their losses."""
     reset_peak_memory(device)
-    bench.synchronize(device)
+    timing.synchronize(device)
     before, busy = time.perf_counter(), time.process_time()
     counts = [runner.step() for _ in range(steps)]
-    bench.synchronize(device)
+    timing.synchronize(device)
     taken = {"seconds": time.perf_counter() - before, "cpu_seconds": time.process_time() - busy}
     totals = Counts(*map(sum, zip(*counts, strict=True)))._asdict()
     return taken | totals | {"peak_gib": peak_memory_gib(device), "losses": runner.losses()}

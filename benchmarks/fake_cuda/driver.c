@@ -1,4 +1,4 @@
-/* libcuda.so.1 of the card that is not there: as much as Triton's launcher asks; kernels are loaded and never run. */
+/* libcuda.so.1 of the fake device: as much as Triton's launcher asks; kernels are loaded and never run. */
 #include <cuda.h>
 #include <stdlib.h>
 
@@ -8,10 +8,10 @@ CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)16; return 
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = (CUcontext)16; return CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)16; return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction f, const CUlaunchConfig *config) { *count = 16; return CUDA_SUCCESS; }
-CUresult cuGetErrorString(CUresult error, const char **text) { *text = "an error of the dry card"; return CUDA_SUCCESS; }
+CUresult cuGetErrorString(CUresult error, const char **text) { *text = "an error of the fake CUDA device"; return CUDA_SUCCESS; }
 
 CUresult cuDeviceGetCount(int *count) {
-  const char *text = getenv("DRY_CARD_DEVICES");
+  const char *text = getenv("FAKE_CUDA_DEVICES");
   *count = text ? atoi(text) : 1;
   return CUDA_SUCCESS;
 }

@@ -1,0 +1,142 @@
+"""Run our whole steps on the fake CUDA device: peak memory, synchronisations, host time; and what the plan predicts.
+
+    eval "$(python -m benchmarks.fake_cuda.build /tmp/fake_cuda)"; python -m benchmarks.fake_cuda.steps --out OUT.csv
+Memory is what torch's own CUDA allocator gave out; weights and results have no values. Each case has processes of its
+own, several under FSDP. Letters as in cases.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import csv_file, step_cases
+from benchmarks.step_cases import CLASSES, IN_BACKWARD, PHASES, Case, Peer, World
+from benchmarks.step_peers import Ours
+from ochat import config as configuration
+from ochat.checkpoint import load as checkpoint
+from ochat.distributed import processes
+from ochat.plan.gpus import GPUS
+from ochat.plan.memory import GIB
+from ochat.train import verify
+from ochat.train.metrics import peak_memory_gib
+
+STEPS = 6  # after the first, which compiles
+OFFLOADED = ("--train.recompute=block", "--train.offload_activations=true")
+CASES = [
+    *PHASES["ours"],
+    Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, "--train.recompute=elementwise")),
+    Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, "--train.recompute=block")),
+    Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, *OFFLOADED)),
+    Case("Llama-3-8B", 8192, 4, processes=2),
+    Case("Llama-3-8B", 16384, 2, processes=2, options=("--train.recompute=block",)),
+    Case("Llama-3-8B", 8192, 2, processes=2, options=("--parallel.reduce=micro_batch",)),
+    Case("Llama-3-8B", 16384, 4, processes=4),
+    Case("Llama-3-8B", 16384, 8, processes=4, options=("--parallel.reduce=micro_batch",)),
+]
+COLUMNS = [
+    *("date", "commit", "cpu", "python", "torch", "triton", "processes", "model", "token_budget", "bins_per_step"),
+    *("options", "recompute", "predicted_gib", "of_it_allowance_gib", "allocated_gib", "reserved_gib"),
+    *("host_ms", "host_least_ms", "host_most_ms", "predicted_step_ms", "waits"),
+]
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """One case in this process: memory, host time and synchronisations of its steps."""
+    world = World(folder / "base", folder / "data", step_cases.model_config(case), CLASSES)
+    world.base.mkdir()
+    (world.base / "config.json").write_text(json.dumps(world.model.to_hf()), encoding="utf-8")
+    step_cases.write_tokenizer(world.base)
+    step_cases.write_data(world, case, STEPS + 1)
+    (folder / "run.toml").touch()
+    settings = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run", "optim.lr": 1e-5}
+    config = configuration.load(folder / "run.toml", [*step_cases.options(case, settings), *world.options])
+    nothing = [(verify, "headers"), (verify, "base"), (checkpoint, "load_base")]  # of weights that are not there
+    with contextlib.ExitStack() as stack:
+        for module, name in nothing:
+            stack.enter_context(mock.patch.object(module, name))
+        ours = Ours(config, torch.device("cuda"), Peer())
+    ours.step()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        taken_ms = [_milliseconds(ours) for _ in range(STEPS)]
+        torch.cuda.set_sync_debug_mode("default")
+    return {
+        "recompute": ours.trainer.model.recompute,
+        "allocated_gib": peak_memory_gib(torch.device("cuda")), "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        "host_ms": statistics.median(taken_ms), "host_least_ms": min(taken_ms), "host_most_ms": max(taken_ms),
+        "waits": sum("called a synchronizing" in str(each.message) for each in caught),
+    }  # fmt: skip
+
+
+def _milliseconds(ours: Ours) -> float:
+    start = time.perf_counter()
+    ours.step()
+    return (time.perf_counter() - start) * 1e3
+
+
+def row_of(index: int) -> dict[str, Any]:
+    """A case measured in processes of its own, and what the plan says of it."""
+    case = CASES[index]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(case.processes)] if case.processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "benchmarks.fake_cuda.steps", "--case", str(index)]
+    environment = os.environ | {"FAKE_CUDA_DEVICES": str(case.processes)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{case.title} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    expected = step_cases.predict(case, GPUS["H200"], case.processes)
+    row = {name: getattr(case, name) for name in ("processes", "model", "token_budget", "bins_per_step")}
+    row |= {"options": " ".join(case.options), "predicted_step_ms": expected.speed.step_seconds * 1e3}
+    row |= {"predicted_gib": expected.use.total / GIB, "of_it_allowance_gib": expected.use.allowance / GIB}
+    return row | json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.fake_cuda.steps", description="whole steps on the fake device")
+    parser.add_argument("--out", type=Path, help="the CSV; a table is printed too")
+    parser.add_argument("--case", type=int, help="this one alone, as a line of JSON")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        build = 'first eval "$(python -m benchmarks.fake_cuda.build FOLDER)"'
+        sys.exit(f"torch sees no CUDA device; {build}, with a CUDA build of torch")
+    if options.case is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = json.dumps(measure(CASES[options.case], Path(folder)))
+        if os.environ.get("RANK", "0") == "0":
+            print(measured, flush=True)
+        return processes.stop()
+    if options.out is None:
+        parser.error("--out is needed")
+    table = Table("processes", "model", "micro-batches", "options", "recompute", "predicted", "reserved", "allocated",
+                  "host ms", "GPU ms", "waits")  # fmt: skip
+    file = csv_file.CsvFile(options.out, COLUMNS)
+    for index, case in enumerate(CASES):
+        print(f"{index + 1}/{len(CASES)}  {case.title}, processes: {case.processes}", flush=True)
+        row = csv_file.stamp_cpu(COLUMNS) | row_of(index)
+        file.add(row)
+        sizes = [f"{row[name]:.1f}" for name in ("predicted_gib", "reserved_gib", "allocated_gib")]
+        host = f"{row['host_ms']:.0f} ({row['host_least_ms']:.0f}-{row['host_most_ms']:.0f})"
+        cells = [row["processes"], row["model"], f"{row['bins_per_step']} x {row['token_budget']:,}", row["options"]]
+        cells += [row["recompute"], *sizes, host, f"{row['predicted_step_ms']:.0f}", row["waits"]]
+        table.add_row(*map(str, cells))
+    Console(width=200).print(table)
+
+
+if __name__ == "__main__":
+    main()
