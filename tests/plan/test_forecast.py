@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.train_step_cases import Case, draw_lengths
+from benchmarks.step_cases import Case, draw_lengths
 from ochat import config as configuration
 from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.model.config import ModelConfig
