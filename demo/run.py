@@ -1,4 +1,4 @@
-"""The main job from end to end on two CPU cores: `make demo`, or `python demo/run.py` where ochat[data] is installed.
+"""The main job from end to end on two CPU cores: `make demo`, or `python demo/run.py` where ochat-crlft[data] is installed.
 
 A real pre-trained Llama (SmolLM2-135M) and conversations of mixed quality go in; each step's command is shown before it
 runs. It ends with the loss of each class's answers under each class's prefix, before and after, and one prompt answered

@@ -70,7 +70,7 @@ def _zstd(raw: BinaryIO, name: str) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError as error:
-        raise ConfigError(f"{name}: reading zstd needs the package zstandard: pip install 'ochat[data]'") from error
+        raise ConfigError(f"{name}: reading zstd needs zstandard: pip install 'ochat-crlft[data]'") from error
     frame = zstandard.ZstdDecompressor().decompressobj()  # refuses windows of more than 128 MiB
     try:
         while data := raw.read(ZSTD_INPUT_BYTES):

@@ -33,7 +33,7 @@ class ParquetFile(RecordFile):
             import pyarrow.parquet
         except ImportError as error:
             raise ConfigError(
-                f"{self.name}: reading Parquet needs the package pyarrow: pip install 'ochat[data]'"
+                f"{self.name}: reading Parquet needs the package pyarrow: pip install 'ochat-crlft[data]'"
             ) from error
         self._pyarrow = pyarrow
 

@@ -182,7 +182,7 @@ def _open(path: Path) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ConfigError(f"reading GGUF needs PyPI `gguf`: pip install 'ochat[data]' ({error})") from error
+        raise ConfigError(f"reading GGUF needs PyPI `gguf`: pip install 'ochat-crlft[data]' ({error})") from error
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:  # what the reader raises on cut or damaged files

@@ -40,7 +40,7 @@ class Trackers:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
-            raise ConfigError("log.tensorboard = true needs the package tensorboard (pip install ochat[log])") from None
+            raise ConfigError("log.tensorboard = true needs tensorboard (pip install 'ochat-crlft[log]')") from None
         writer = SummaryWriter(str(run_dir / "tensorboard"))
         self._open.callback(writer.close)
 
@@ -55,7 +55,7 @@ class Trackers:
             import wandb  # type: ignore[import-not-found]
         except ImportError:
             raise ConfigError(
-                f"log.wandb = {config.log.wandb!r} needs the package wandb (pip install ochat[log])"
+                f"log.wandb = {config.log.wandb!r} needs the package wandb (pip install 'ochat-crlft[log]')"
             ) from None
         run = wandb.init(
             project=config.log.wandb, name=run_dir.name, dir=str(run_dir), config={"toml": dump(config)}, resume="allow"

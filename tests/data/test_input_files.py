@@ -110,7 +110,7 @@ def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
         return real(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    with pytest.raises(ConfigError, match=r"in\.parquet: .*pip install 'ochat\[data\]'"):
+    with pytest.raises(ConfigError, match=r"in\.parquet: .*pip install 'ochat-crlft\[data\]'"):
         records.read(path)
 
 
