@@ -99,6 +99,7 @@ def print_table(kernels: list[CompiledKernel], console: Console) -> None:
 
 def write_csv(kernels: list[CompiledKernel], path: Path) -> None:
     """One row a binary."""
+    path.unlink(missing_ok=True)
     rows = CsvFile(path, ["triton", *WORDS, "alignment", "arch", "warps", *FACTS, "faults"])
     for kernel in kernels:
         words = {"kernel": kernel.name, "configuration": _configuration(kernel), "faults": "; ".join(faults(kernel))}
