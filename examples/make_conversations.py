@@ -1,8 +1,8 @@
-"""Write a set of conversations of mixed quality whose right answers are computed: the data of the demo.
+"""Write conversations of mixed quality whose right answers are computed: the data of the demo.
 
     python examples/make_conversations.py OUT_DIR            # OUT_DIR/train.jsonl and OUT_DIR/held_out.jsonl
-Expert answers (class GPT4, weight 1.0) are right and in full; sub-optimal ones (class GPT3, weight 0.1) are short and
-wrong in one way per task, always. Every held-out prompt is answered by both classes and is unknown to the training set.
+Expert answers (class GPT4, weight 1.0) are right and complete; sub-optimal ones (class GPT3, weight 0.1) are short and
+have one fixed error per task. Every held-out prompt is answered by both classes and does not occur in the training set.
 """
 
 from __future__ import annotations

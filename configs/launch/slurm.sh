@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains under SLURM, from the repository's root, and goes on in the next slot when the time is up.
+# Trains under SLURM, from the repository's root, and continues in the next slot when the time is over.
 #     sbatch --nodes=4 configs/launch/slurm.sh CONFIG.toml --run.dir=/shared/runs/a --parallel.replicate=4
 #SBATCH --job-name=ochat
 #SBATCH --nodes=2
@@ -12,10 +12,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
-# One task a node: torchrun, which starts a process a card. 120 s before the time is up SLURM sends USR1 to this script;
-# srun passes it to each torchrun, torchrun to the processes, and these save and stop (exit code 138). torchrun itself
-# then exits with 1, as it does after any failure, so that this script remembers the signal to know when to requeue.
-# 120 s have to be more than a step and a save take. torch before 2.12 leaves processes 30 s, whatever is said here.
+# One task per node: torchrun, which starts one process per GPU. 120 s before the time is over, SLURM sends USR1 to this
+# script; srun passes it to each torchrun, torchrun to its processes, which save and stop (exit code 138). torchrun then
+# exits with 1, as after any failure, so this script remembers the signal to decide whether to requeue. A step and a save
+# must take less than 120 s. torch before 2.12 always gives processes 30 s.
 set -uo pipefail
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110

@@ -5,7 +5,7 @@ ochat represent bases/llama2 chats.jsonl --template openchat_v3.2 --beside model
 
 A conversation is one point: the mean of the last layer's states over its tokens, written as in the model's training,
 with its class in the prefixes if the model has classes. This is the paper's figure, and so the default. It shows less
-than it seems to: a prefix can tell the class to any model. In the small laboratory (250 conversations of each class)
+than it seems to: a prefix can tell the class to any model. In the small ablation study (250 conversations of each class)
 the classes of an untrained model lie further apart (silhouette 0.48, the probe tells 100 %) than those of C-RLFT (0.12,
 100 %), and leaving the prefixes' own tokens out of the mean does not change that (0.34 and 99.6 %, 0.01 and 75 %). So
 compare a model with its base and with one without classes, and read the numbers that are always given too: of all

@@ -192,7 +192,7 @@ def _with_data(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _check(base: Config, options: AblateConfig) -> None:
     """Raises: ConfigError for options that make no fair comparison."""
-    for key, example in (("dir", '"labs/mine"'), ("input", '["chats.jsonl"]'), ("template", '"openchat_v3.2"')):
+    for key, example in (("dir", '"ablations/mine"'), ("input", '["chats.jsonl"]'), ("template", '"openchat_v3.2"')):
         value = getattr(options, key)
         expect(bool(value), f"{ABLATE}.{key}", value, f"a value, such as {example}")
     files, share = held_out(options)

@@ -1,5 +1,4 @@
-"""The small laboratory's conversations are what its first lines say, and become tokens without loss:
-pytest tests/evaluate/test_small_laboratory.py"""
+"""The conversations of examples/ablation/small.py are as its docstring says, and become tokens without loss."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import json
 
 import pytest
 
-from examples.laboratory import small
+from examples.ablation import small
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.evaluate.ablate import variants
@@ -69,5 +68,5 @@ def test_a_seed_is_the_same_again_and_another_is_another(folder, tmp_path):
 def test_its_configuration_is_one():
     base, options = variants.read(small.CONFIG)
     runs = variants.runs(base, options)
-    assert len(runs) == 30 and runs[0].config.base.path == "labs/small/base-0"
-    assert runs[-1].config.data.mix["all"].path == "labs/small/ablation/data/seed4-condition"
+    assert len(runs) == 30 and runs[0].config.base.path == "ablations/small/base-0"
+    assert runs[-1].config.data.mix["all"].path == "ablations/small/ablation/data/seed4-condition"

@@ -1,15 +1,15 @@
-"""A small laboratory, where the paper's claims can be seen on two cores: `ochat ablate` on computed conversations.
+"""Reproduce the paper's claims in ten minutes on two CPU cores: a tiny Llama, computed conversations, `ochat ablate`.
 
-    python examples/laboratory/small.py            # 6 variants with 5 seeds, about 10 minutes
-    python examples/laboratory/small.py --ablate.subsample="[0.6, 0.8]"        options go to `ochat ablate`
+    python examples/ablation/small.py                                        # 6 variants with 5 seeds
+    python examples/ablation/small.py --ablate.subsample="[0.6, 0.8]"        # more options go to `ochat ablate`
 
 The task: a question is six words of a language of 96; the right answer translates each by a fixed secret dictionary and
-keeps their order. Expert answers (GPT4) are right. Sub-optimal ones (GPT3) translate every word rightly and put them in
-reverse, always. So there is much to learn from sub-optimal conversations, of which there are eleven for each expert one
-(the paper's ratio), and only the experts show the right order; imitating the mixture learns the error. Held-out
-questions are new, and answered by both classes. Each seed draws everything anew: the dictionary, the conversations, the
-model's first weights and the order of the data. The conversations are text, which `ochat prepare` reads with OpenChat's
-template for Llama 2 and a tokenizer for which each word is a token; the model is a tiny Llama from nothing.
+keeps the order. Expert answers (GPT4) are right. Sub-optimal ones (GPT3) translate every word correctly and always
+reverse the order. There are eleven sub-optimal conversations for each expert one, as in the paper: they teach the
+dictionary, but only the experts show the right order, and imitating the mixture learns the error. Held-out questions
+are new, and answered by both classes. Each seed draws everything anew: the dictionary, the conversations, the initial
+weights and the order of the data. `ochat prepare` reads the conversations with OpenChat's template for Llama 2 and a
+tokenizer with one token per word; the model starts from random weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ochat.model import init_base
 from ochat.model.init_base import InitBaseOptions
 
 HERE = Path(__file__).resolve().parent
-CONFIG, WORK = HERE / "small.toml", Path("labs/small")
+CONFIG, WORK = HERE / "small.toml", Path("ablations/small")
 NUM_WORDS, LENGTH = 96, 6
 NUM_EXPERT, NUM_SUBOPTIMAL, NUM_HELD_OUT = 200, 2200, 500
 EXPERT, SUBOPTIMAL = "GPT4", "GPT3"
@@ -51,7 +51,7 @@ MODEL = {
 
 
 def main() -> None:
-    """Makes what each seed needs, then hands over to `ochat ablate`."""
+    """Make the files of each seed, then run `ochat ablate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=WORK, help=f"where everything goes (default: {WORK})")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: 5)")
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def make(folder: Path, seed: int, num_expert: int, num_suboptimal: int) -> None:
-    """One seed's conversations and base; a base that is there stays."""
+    """Write one seed's conversations, and its base unless it exists."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     secret = dict(zip(WORDS, rng.sample(WORDS, NUM_WORDS), strict=True))
@@ -90,7 +90,7 @@ def make(folder: Path, seed: int, num_expert: int, num_suboptimal: int) -> None:
 
 
 def answer(question: tuple[str, ...], name: str, secret: dict[str, str]) -> list[str]:
-    """What a class answers."""
+    """The words with which a class answers."""
     right = [secret[word] for word in question]
     return right if name == EXPERT else right[::-1]
 
@@ -105,7 +105,7 @@ def conversation(question: tuple[str, ...], name: str, secret: dict[str, str]) -
 
 
 def make_base(output: Path, seed: int) -> None:
-    """A tiny Llama of random weights, whose tokenizer has a token for each word and for those of the prefixes."""
+    """A tiny Llama with random weights; its tokenizer has one token for each word, those of the prefixes included."""
     words = [*SPECIALS, *WORDS, "User:", "Assistant:", EXPERT, SUBOPTIMAL]
     model = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -124,7 +124,7 @@ def make_base(output: Path, seed: int) -> None:
 
 
 def write(records: list[dict[str, object]], path: Path) -> None:
-    """One JSON object a line."""
+    """Write JSON Lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
