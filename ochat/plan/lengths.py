@@ -139,25 +139,16 @@ def pack(
 
 
 def _edges(shortest: int, longest: int, num_ranges: int) -> list[int]:
-    """Round borders from at most `shortest` to above `longest`: evenly apart in ratio, 1, 1.5, 2, 3, 4, 6, 8 ... and
-    the like."""
-    for per_doubling in (4, 2, 1):
-        ladder = _ladder(per_doubling, longest)
-        first = max((i for i, edge in enumerate(ladder) if edge <= shortest), default=0)
-        if len(ladder) - first - 1 <= num_ranges:
+    """Round borders from at most `shortest` to above `longest`: 8, 10, 12, 14, 16, 20 ..., or 8, 12, 16, 24 ..., or
+    8, 16, 32 ..., the finest that gives at most `num_ranges` ranges."""
+    edges: list[int] = []
+    for parts in (4, 2, 1):  # ranges between two powers of two
+        ladder = sorted({2**k + 2**k * i // parts for k in range(longest.bit_length() + 1) for i in range(parts)})
+        low, high = (int(np.searchsorted(ladder, length, "right")) for length in (shortest, longest))
+        edges = ladder[low - 1 : high + 1]
+        if len(edges) - 1 <= num_ranges:
             break
-    return ladder[first:]
-
-
-def _ladder(per_doubling: int, longest: int) -> list[int]:
-    """1, 2, 4, 8 ... with `per_doubling` - 1 borders between two, up to the first above `longest`."""
-    edges = [1]
-    doubling = 1
-    while edges[-1] <= longest:
-        edges += [doubling + doubling * i // per_doubling for i in range(1, per_doubling + 1)]
-        doubling *= 2
-    edges = sorted(set(edges))
-    return [edge for i, edge in enumerate(edges) if i == 0 or edges[i - 1] <= longest]
+    return edges
 
 
 def _bar(share: float, width: int) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from ochat.plan.forecast import POLICIES, Forecast, PlanInputs, rounded_up
-from ochat.plan.format import duration, rounded
 from ochat.plan.memory import GIB
 from ochat.plan.roofline import PARTS
 
@@ -106,3 +105,17 @@ def _table(title: str, *columns: str) -> Table:
     for name in columns:
         table.add_column(name, justify="left" if name in ("card", "fits", "recompute") else "right", no_wrap=True)
     return table
+
+
+def duration(seconds: float) -> str:
+    """0.35 s, 12 s, 7 min, 3.4 h, 2.1 days."""
+    for limit, unit, size, digits in ((1, "s", 1, 2), (100, "s", 1, 1), (5400, "min", 60, 0), (172800, "h", 3600, 1)):
+        if seconds < limit:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def rounded(rate: float) -> str:
+    """Three digits: a prediction has no more."""
+    rate = float(f"{rate:.3g}")
+    return f"{rate:,.0f}" if rate < 1e6 else f"{rate / 1e6:,.3g} M"

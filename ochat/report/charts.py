@@ -33,7 +33,7 @@ DRAWN = (
     "Weighted as in training. Faint: each step (of long runs the lowest and highest of each stretch). Bold: mean over "
     "a fortieth of the run. Dotted verticals: ends of epochs. Drag to zoom, double-click to reset."
 )
-NUMBER, SHARE, EXPONENT = "", ".3~p", ".1e"  # tick formats
+SHARE = ".3~p"  # a tick format
 
 Read = Callable[[RunRecord], Points]
 
@@ -68,7 +68,7 @@ class Panel:
     title: str
     unit: str
     curves: dict[str, Read]
-    ticks: str = NUMBER
+    ticks: str = ""  # a tick format of plotly
     may_be_log: bool = False
     is_from_zero: bool = False
     is_noisy: bool = True
@@ -77,25 +77,40 @@ class Panel:
 
 def groups(runs: Sequence[RunRecord]) -> list[Group]:
     """Every chart that has something to show."""
-    names = class_names(runs)
-    training = [
-        Panel(title, unit, {ALL: column(key)} | {class_label(name): column("classes", name, key) for name in names},
-              ticks, key == "loss", shows_epochs=True)
-        for key, title, unit, ticks in (("loss", "Loss", "nats a token", NUMBER),
-                                        ("accuracy", "Accuracy", "share of tokens", SHARE))
-    ]  # fmt: skip
-    measured = [
-        Panel(f"Held-out {title}", unit, {class_label(name): held_out(name, what) for name in (ALL, *names)}, ticks)
-        for title, unit, what, ticks in (
-            ("loss", "nats a token", "losses", NUMBER), ("accuracy", "share of tokens", "accuracies", SHARE))
-    ]  # fmt: skip
-    found = [
-        Group("Training", DRAWN, [*_charts(runs, training)]),
-        Group("Held out", "Measured at every evaluation, on held-out conversations.", [*_charts(runs, measured)]),
-        Group("Optimizer", "", [*_charts(runs, OPTIMIZER)]),
-        Group("Speed and memory", "Without the time spent in evaluations and checkpoints.", [*_charts(runs, SPEED)]),
-        Group("Packing", "", [*_charts(runs, PACKING)]),
-    ]
+    names, share, nats = class_names(runs), "share of tokens", "nats a token"
+
+    def trained(key: str) -> dict[str, Read]:
+        return {ALL: column(key)} | {class_label(name): column("classes", name, key) for name in names}
+
+    def measured(what: str) -> dict[str, Read]:
+        return {class_label(name): held_out(name, what) for name in (ALL, *names)}
+
+    rates = {"real": "tokens_per_s", "supervised": "supervised_tokens_per_s", "padded": "padded_tokens_per_s"}
+    work = "largest over mean work of a step's bins, first epoch"
+    panels = {
+        ("Training", DRAWN): [
+            Panel("Loss", nats, trained("loss"), may_be_log=True, shows_epochs=True),
+            Panel("Accuracy", share, trained("accuracy"), SHARE, shows_epochs=True),
+        ],
+        ("Held out", "Measured at every evaluation, on held-out conversations."): [
+            Panel("Held-out loss", nats, measured("losses")),
+            Panel("Held-out accuracy", share, measured("accuracies"), SHARE),
+        ],
+        ("Optimizer", ""): [
+            Panel("Learning rate", "", {"lr": column("lr")}, ".1e", is_noisy=False),
+            Panel("Gradient norm", "before clipping", {"gradient norm": column("grad_norm")}, may_be_log=True),
+        ],
+        ("Speed and memory", "Without the time spent in evaluations and checkpoints."): [
+            Panel("Tokens a second", "all processes", {k: column(v) for k, v in rates.items()}, is_from_zero=True),
+            Panel("MFU", "share of the peak", {"MFU": column("mfu")}, SHARE, is_from_zero=True),
+            Panel("Peak memory", "GiB, first process", {"memory": column("peak_mem_gib")}, is_from_zero=True),
+        ],
+        ("Packing", ""): [
+            Panel("Fill", "real tokens over room in the bins", {"fill": lambda run: (run.steps, run.fill)}, SHARE),
+            Panel("Balance", work, {"balance": balance}, is_noisy=False),
+        ],
+    }
+    found = [Group(title, note, [*_charts(runs, each)]) for (title, note), each in panels.items()]
     if len(runs) == 1 and runs[0].best and found[1].charts:
         _mark_best(found[1].charts[0].figure, runs[0])
     return [group for group in found if group.charts]
@@ -148,22 +163,6 @@ def balance(run: RunRecord) -> Points:
         return each * np.arange(1, len(worst) + 1, dtype=float), worst
     except (LookupError, TypeError, ValueError, OverflowError):
         return np.zeros(0), np.zeros(0)
-
-
-OPTIMIZER = (
-    Panel("Learning rate", "", {"lr": column("lr")}, EXPONENT, is_noisy=False),
-    Panel("Gradient norm", "before clipping", {"gradient norm": column("grad_norm")}, may_be_log=True),
-)
-RATES = {"real": "tokens_per_s", "supervised": "supervised_tokens_per_s", "padded": "padded_tokens_per_s"}
-SPEED = (
-    Panel("Tokens a second", "all processes", {name: column(key) for name, key in RATES.items()}, is_from_zero=True),
-    Panel("MFU", "share of the peak", {"MFU": column("mfu")}, SHARE, is_from_zero=True),
-    Panel("Peak memory", "GiB, first process", {"memory": column("peak_mem_gib")}, is_from_zero=True, is_noisy=False),
-)
-PACKING = (
-    Panel("Fill", "real tokens over room in the bins", {"fill": lambda run: (run.steps, run.fill)}, SHARE),
-    Panel("Balance", "largest over mean work of a step's bins, first epoch", {"balance": balance}, is_noisy=False),
-)
 
 
 def _charts(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Iterator[Chart]:
