@@ -1,4 +1,4 @@
-"""How much memory a GPU needs for a step: what the model's own code keeps, tensor by tensor, at its fullest moment.
+"""Predict the memory that a step needs on one GPU: every tensor that the model's code keeps, at the fullest moment.
 
     use = predict(model, Layout(token_budget=8192, supervised=4096, recompute="block", ranks=8, shard=8))
     use.total / GIB, use.activations
@@ -9,17 +9,17 @@ activation.
 
 What backward keeps of a block (the operators of kernels/ochat_kernels, torch's varlen attention):
   norms      e T 2H + 4 T 2      the two streams and their rstd
-  products   e T (2H + F)        inputs of qkv, gate_up and down; that of `out` is attention's output
-  attention  e T (N + K + (N + 2K) + N) D + 4 T N + 16    q and k turned, the product that v is a part of, the output;
-                                 its logsumexp; a random state
+  matmuls    e T (2H + F)        inputs of qkv, gate_up and down; that of `out` is attention's output
+  attention  e T (N + K + (N + 2K) + N) D + 4 T N + 16    q and k after RoPE, the matmul output that holds v, the
+                                 output of attention, its logsumexp, a random state
   SwiGLU     e T 2F              its input
   qk norms   e T (N + K) D + 4 T (N + K), where the model has them
-  copies     with torch 2.11, where K < N: k and v with N heads, e T 2N D, instead of what they are copies of
-  weights    e B                 on one process: the casts of fp32 masters, biases apart
-What follows attention in the last block is of R rows, and the rows that it picks are a copy of attention's output.
-With recompute = "elementwise" it is less the inputs of the products and q and k turned: e T (2H + F + (N + K) D). With
-"block" it is e T 2H, the block's inputs (nothing, where they wait on the host), and all of the above for the one block
-in backward.
+  copies     with torch 2.11, where K < N: k and v with N heads, e T 2N D, instead of the originals
+  weights    e B                 on one process: the casts of fp32 masters, without biases
+After attention the last block computes R rows only; the rows that it picks are a copy of attention's output.
+recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after RoPE: e T (2H + F + (N + K) D) less.
+"block" keeps e T 2H, the block's inputs (nothing on the GPU if they are offloaded), and all of the above for the one
+block in backward.
 Outside the blocks: 8 T ids, 4 T D angles; the last norm's e R H + 4 R + e H; the head's dhidden e R H and dW 4 E.
 """
 
@@ -33,21 +33,21 @@ from ochat.model.config import ModelConfig
 from ochat.plan.layout import Layout
 
 GIB = 2**30
-CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's own, kernels, workspaces of the matrix products
+CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's context, kernels, workspaces of matmuls
 NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
-FRAGMENTATION = 0.04  # share of what comes and goes in a step that is lost between the allocator's blocks: mostly less
+FRAGMENTATION = 0.04  # share of a step's allocations lost between the allocator's blocks: an upper bound
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes on one GPU at one moment, by what they are for."""
+    """Bytes on one GPU at one moment, by purpose."""
 
     masters: float  # the parameters, fp32 or bf16
     moments: float  # AdamW's two, likewise
     gradients: float  # fp32, or of bf16 parameters bf16
-    weights: float  # what the products read: casts of the masters, or gathered blocks
+    weights: float  # what matmuls read: casts of the masters, or gathered blocks
     activations: float  # kept for backward
-    working: float  # logits, dW and dhidden of the head; gradients on their way through a block
+    working: float  # logits, dW and dhidden of the head; gradients in flight within a block
     allowance: float  # assumed, not derived: the constants above
 
     @property
@@ -58,16 +58,16 @@ class MemoryUse:
 def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
     """Memory of the fullest of five moments of a step, with an allowance for what is not derived.
 
-    All along: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on one
-    process: 4 P once there are any, 2 P of bf16 masters in one micro-batch; updated in backward, the embeddings' alone.
-    Under FSDP 4 P / s (2 P / s) all along; while a rank adds up micro-batches before it reduces them (reduce = "step")
-    it holds the whole model's besides, 4 P.
+    At every moment: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on
+    one process: 4 P once there are any, 2 P of bf16 masters in one micro-batch; with updates in backward only those of
+    the embeddings. Under FSDP 4 P / s (2 P / s) at every moment, and the whole model's 4 P while a rank adds up
+    micro-batches before it reduces them (reduce = "step").
       head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e R H, and the larger of the
-              logits of a chunk of rows and dW on its way into the gradient, e E (4 E more for sums of bf16 masters')
-      block   backward of the last block, of the one before it, which is of T rows, or of the first one when the
-              gradients of the others are there: activations up to it, e T (2F + H) of gradients within it, e T H more
-              for its output made again, or e T F for SwiGLU's
-      end     all gradients; the embeddings' own on its way, 4 E, and 4 T H
+              logits of a chunk of rows and dW's cast into the gradient, e E (4 E more for sums of bf16 masters)
+      block   backward of the last block, of the one before it, which has T rows, or of the first one, when all other
+              gradients exist: activations up to it, e T (2F + H) of gradients within it, and what it recomputes: e T H,
+              its output, or e T F, SwiGLU's
+      end     all gradients; the embeddings' new one, 4 E, and 4 T H
     FSDP gathers: in `head` e E, which stay until the step's last micro-batch, else 3 e B (this block, the next, a
     buffer) and 8 B of gradients being reduced; with reshard = "step" e P at any time. Tied embeddings hold the head's
     gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
@@ -77,8 +77,7 @@ def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
 
 
 def saved_bytes(model: ModelConfig, at: Layout) -> int:
-    """All that is held between forward and backward of a micro-batch on one process, the parameters and the batch's
-    own tensors apart."""
+    """Bytes held between forward and backward of a micro-batch on one process, without parameters and the batch."""
     casts = 0 if at.recompute == "block" else model.num_layers * cast_bytes(model, at)
     inside = sum(kept_of_block(model, at, is_last=layer == model.num_layers - 1) for layer in range(model.num_layers))
     first = at.token_budget * model.hidden_size * at.itemsize if at.recompute == "block" else 0  # has no residual yet
@@ -86,17 +85,17 @@ def saved_bytes(model: ModelConfig, at: Layout) -> int:
 
 
 def block_saved_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
-    """What backward keeps of one block, weights apart; with recompute = "block", while it has it."""
+    """What backward keeps of one block, without weights; with recompute = "block", while that block is in backward."""
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    H, F, makes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
-    before = H * (1 if makes else 2) + (q + 2 * kv) + (q + kv) * (not makes) + q  # attention and what precedes it
-    after = H * (1 if makes else 2) + F * (2 if makes else 3)
+    H, F, remakes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
+    before = H * (1 if remakes else 2) + (q + 2 * kv) + (q + kv) * (not remakes) + q  # attention and what precedes it
+    after = H * (1 if remakes else 2) + F * (2 if remakes else 3)
     narrow = 1 + model.num_heads
     if model.qk_norm:
         before, narrow = before + q + kv, narrow + model.num_heads + model.num_kv_heads
     if model.num_kv_heads < model.num_heads and not varlen_groups_heads():
-        product = (q + 2 * kv) * (model.qk_norm or not makes)  # making q and k again without norms needs it
-        before += 2 * q - product - kv * (not makes)
+        product = (q + 2 * kv) * (model.qk_norm or not remakes)  # recomputing q and k without norms needs it
+        before += 2 * q - product - kv * (not remakes)
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
     return at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
@@ -118,12 +117,13 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
 
 
 def head_moment(model: ModelConfig, at: Layout) -> MemoryUse:
+    """Memory in the backward of the head, when all activations exist."""
     E, stream = model.head_params(), at.supervised * model.hidden_size * at.itemsize
     chunk = chunk_bytes(model, at.supervised, at.itemsize)
-    # dW is gone before a cast for fp32 masters, and not before one for sums of micro-batches alone
+    # dW is freed before a cast for fp32 masters, but not before one for sums of micro-batches
     passing = at.itemsize * E + 4 * E * (at.master_itemsize < at.gradient_itemsize)
     casts = model.num_layers * cast_bytes(model, at) if at.recompute != "block" and at.ranks == 1 else 0
-    # on one process the head's cast is gone before dW is on its way
+    # on one process the head's cast is freed before dW is cast into the gradient
     read = at.itemsize * E * (at.has_casts or at.ranks > 1)
     weights, working = max((read, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
     weights = gathered_bytes(model, at) if at.gathers_once else weights
@@ -141,10 +141,10 @@ def fullest_layers(model: ModelConfig) -> set[int]:
 
 
 def block_moment(model: ModelConfig, at: Layout, layer: int) -> MemoryUse:
-    """The backward of one block, after those of the blocks behind it."""
+    """Memory in the backward of one block, after the backward of all later blocks."""
     T, E, B = at.token_budget, model.head_params(), _block_matrices(model)
-    behind = model.num_layers - 1 - layer
-    is_last, done = behind == 0, E + behind * B
+    later = model.num_layers - 1 - layer
+    is_last, done = later == 0, E + later * B
     activations = _kept(model, at, layer) + block_saved_bytes(model, at, is_last=is_last)
     activations += T * (8 + 4 * model.head_dim)
     working = passing_bytes(model, at, is_last=is_last)
@@ -160,6 +160,7 @@ def block_moment(model: ModelConfig, at: Layout, layer: int) -> MemoryUse:
 
 
 def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
+    """Memory in the backward of the embeddings."""
     E = model.head_params() * (at.gradient_itemsize if at.ranks == 1 else 4)
     adds = E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
     working = adds + max(at.master_itemsize * at.token_budget * model.hidden_size, E * model.tie_embeddings)
@@ -169,7 +170,7 @@ def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
 
 
 def _use(model: ModelConfig, at: Layout, **bytes_of: float) -> MemoryUse:
-    """A moment with what is there all along, and the allowance."""
+    """A moment with what exists at every moment, and the allowance."""
     share = model.num_parameters() / at.shard
     masters = at.master_itemsize * share * (at.offload != "all")
     moments = 2 * at.state_itemsize * share * (at.offload == "none")
@@ -188,10 +189,10 @@ def gathered_bytes(model: ModelConfig, at: Layout) -> float:
 def _gradients(model: ModelConfig, at: Layout, done: float) -> float:
     """Bytes of gradients once the last micro-batch has made those of `done` parameters.
 
-    Under FSDP the shards' memory is the reducing stream's all along: what torch's allocator gave to one stream, no
-    other gets.
+    Under FSDP the shards occupy memory at every moment: they belong to the reducing stream, and the caching allocator
+    does not share blocks across streams.
     """
-    if at.in_backward:  # tied, the head's waits for the embeddings'
+    if at.in_backward:  # tied: the head's gradient exists until the embeddings' joins it
         is_there = done == model.num_parameters() or (model.tie_embeddings and done > 0)
         return at.master_itemsize * model.head_params() * is_there
     adds_up = at.micro_batches > 1 and (at.ranks == 1 or at.reduce == "step")
@@ -202,28 +203,28 @@ def _gradients(model: ModelConfig, at: Layout, done: float) -> float:
 
 
 def _kept(model: ModelConfig, at: Layout, others: int, *, has_last: bool = False) -> float:
-    """Of `others` blocks, and of the last one where asked: before backward."""
-    if at.offload_activations:  # in backward the block before arrives
+    """Bytes kept of `others` blocks, and of the last one if asked, before their backward."""
+    if at.offload_activations:  # in backward the previous block is fetched
         return 0.0 if has_last else min(others, 1) * kept_of_block(model, at)
     return others * kept_of_block(model, at) + (kept_of_block(model, at, is_last=True) if has_last else 0)
 
 
 def kept_of_block(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
-    """What is held of one block from its forward to its backward, weights apart."""
+    """What is held of one block from its forward to its backward, without weights."""
     if at.recompute == "block":
         return 2 * at.token_budget * model.hidden_size * at.itemsize
     return block_saved_bytes(model, at, is_last=is_last)
 
 
 def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> float:
-    """Gradients on their way through a block's MLP and what is made again beside them, at the fullest."""
+    """Gradients in flight within a block's MLP, and what is recomputed with them, at the fullest."""
     H, F, rows = model.hidden_size, model.intermediate_size, at.supervised if is_last else at.token_budget
     again = {"none": 0, "elementwise": rows * F, "block": at.token_budget * H}[at.recompute]
     return at.itemsize * (rows * 2 * F + at.token_budget * H + again)
 
 
 def _kept_outside(model: ModelConfig, at: Layout) -> int:
-    """All but dW."""
+    """Bytes kept outside the blocks, without dW."""
     cast = at.itemsize * model.hidden_size * at.has_casts
     T, R = at.token_budget, at.supervised
     return T * (8 + 4 * model.head_dim) + R * (4 + 2 * at.itemsize * model.hidden_size) + cast

@@ -1,11 +1,12 @@
-"""Memory of a step with adapters, as memory.py has it for a step that trains every weight; its letters, r rank,
-A numbers in all adapters, J those of one block.
+"""Predict the memory of a step that trains adapters (LoRA); memory.py predicts a step that trains every weight.
 
     use = predict(model, Layout(token_budget=4096, supervised=2048, recompute="block"), LoraConfig(rank=16))
 
-The frozen weights lie there in the dtype of the computation, e P / s, and are what the products read: no casts, no
-gradients, no dW. Of a block backward keeps what memory.py lists but casts, and of each adapted linear x A^T, the casts
-of its A and its block-diagonal B; the input of a linear without adapter is not kept.
+Letters as in memory.py; r rank, A parameters of all adapters.
+
+The frozen weights have the dtype of the computation, e P / s, and matmuls read them: no casts, no gradients, no dW.
+Of a block backward keeps what memory.py lists, without casts, and of each adapted linear x A^T and the casts of its A
+and its block-diagonal B; the input of a linear without adapter is not kept.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ TOKENS = 4  # assumed: rows of embedding and head that are trained
 def predict(model: ModelConfig, at: Layout, settings: LoraConfig) -> MemoryUse:
     """Memory of the fullest of four moments of a step, with memory.py's allowance.
 
-    All along: e P / s + 4 A / s and AdamW's 8 A / s; 4 A of gradients.
+    At every moment: e P / s + 4 A / s and AdamW's 8 A / s; 4 A of gradients.
       head    all activations; the larger of the logits of a chunk of rows and, for the rows of tokens, 2 e R H of
               hidden states and of the labels' weights; two streams 2 e R H
-      block   backward of the last block, of the one before it, which is of T rows, or of the first: activations up to
-              it, and e T (2F + H) of gradients within it, e T H more for its output made again, or e T F for SwiGLU's
+      block   backward of the last block, of the one before it, which has T rows, or of the first: activations up to it,
+              e T (2F + H) of gradients within it, and what it recomputes: e T H, its output, or e T F, SwiGLU's
     FSDP gathers 3 e B, the head's e E, or with reshard = "step" e P.
     """
     layers = fullest_layers(model)
@@ -46,8 +47,7 @@ def predict(model: ModelConfig, at: Layout, settings: LoraConfig) -> MemoryUse:
 
 
 def saved_bytes(model: ModelConfig, at: Layout, settings: LoraConfig) -> float:
-    """All that is held between forward and backward of a micro-batch on one process, parameters and the batch's own
-    tensors apart."""
+    """Bytes held between forward and backward of a micro-batch on one process, without parameters and the batch."""
     stream = at.token_budget * model.hidden_size * at.itemsize
     first = stream if at.recompute == "block" else 0  # the first block has no residual yet
     return _kept(model, at, settings, model.num_layers) - first + _outside(model, at)
@@ -62,7 +62,7 @@ def _head(model: ModelConfig, at: Layout, settings: LoraConfig) -> MemoryUse:
 
 
 def _block(model: ModelConfig, at: Layout, settings: LoraConfig, layer: int) -> MemoryUse:
-    """The backward of one block, after those of the blocks behind it."""
+    """Memory in the backward of one block, after the backward of all later blocks."""
     is_last = layer == model.num_layers - 1
     kept = _kept(model, at, settings, min(layer, 1) if at.offload_activations else layer)
     activations = kept + _kept_inside(model, at, settings, is_last=is_last)
@@ -74,7 +74,7 @@ def _block(model: ModelConfig, at: Layout, settings: LoraConfig, layer: int) -> 
 def _use(
     model: ModelConfig, at: Layout, settings: LoraConfig, weights: float, activations: float, working: float
 ) -> MemoryUse:
-    """A moment with what is there all along, and the allowance."""
+    """A moment with what exists at every moment, and the allowance."""
     trained = _trained(model, settings)
     if at.gathers_once:
         weights = at.itemsize * model.num_parameters()
@@ -95,7 +95,7 @@ def _trained(model: ModelConfig, settings: LoraConfig) -> float:
 
 
 def _kept(model: ModelConfig, at: Layout, settings: LoraConfig, num_blocks: int) -> float:
-    """Of so many blocks from the first on."""
+    """Bytes kept of the first blocks."""
     if at.recompute == "block":
         return num_blocks * 2 * at.token_budget * model.hidden_size * at.itemsize
     last = num_blocks == model.num_layers  # among them
@@ -115,7 +115,7 @@ def _kept_inside(model: ModelConfig, at: Layout, settings: LoraConfig, *, is_las
         size_in = inputs.get(name, model.num_heads * model.head_dim)
         if parts:
             wide += rows * columns
-        elif name == "attn.out":  # attention keeps its output, whoever reads it, but not the rows picked from it
+        elif name == "attn.out":  # attention keeps its output anyway, but not the rows picked from it
             wide -= rows * size_in * is_last
         elif at.recompute != "elementwise":
             wide -= rows * size_in

@@ -103,7 +103,7 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
         ("Speed and memory", "Without the time spent in evaluations and checkpoints."): [
             Panel("Tokens a second", "all processes", {k: column(v) for k, v in rates.items()}, is_from_zero=True),
             Panel("MFU", "share of the peak", {"MFU": column("mfu")}, SHARE, is_from_zero=True),
-            Panel("Peak memory", "GiB, first process", {"memory": column("peak_mem_gib")}, is_from_zero=True),
+            Panel("Peak memory", "GiB, rank 0", {"memory": column("peak_mem_gib")}, is_from_zero=True, is_noisy=False),
         ],
         ("Packing", ""): [
             Panel("Fill", "real tokens over room in the bins", {"fill": lambda run: (run.steps, run.fill)}, SHARE),
