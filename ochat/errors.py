@@ -6,6 +6,7 @@ path; every other exception is a fault of ours and keeps its traceback.
 """
 
 import os
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -68,4 +69,14 @@ def complain(error: OchatError | OSError) -> None:
     where = "" if rank == "0" else f"rank {rank}: "
     Console(stderr=True, highlight=False).print(
         f"{where}[bold red]{type(error).__name__}[/]: {escape(message(error))}", soft_wrap=True
+    )
+
+
+def how_to_fetch(base: str | Path) -> str:
+    """One sentence for a message where `base` is not a local model folder: how to get one."""
+    name = str(base)
+    name = name if name.count("/") == 1 and not name.startswith((".", "/")) else "ORG/NAME"
+    return (
+        "A base model is a local folder with config.json, safetensors and a tokenizer; fetch a hub model first, with "
+        f"`hf download {name} --local-dir DIR`, and name DIR"
     )

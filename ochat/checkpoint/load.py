@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ochat.checkpoint import manifest as manifest_module
@@ -24,8 +23,8 @@ from ochat.checkpoint.manifest import Manifest
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError
+from ochat.files.safetensors_file import SafetensorsFile
 from ochat.model import hf
-from ochat.model.safetensor_files import read_rows
 from ochat.model.transformer import Transformer
 from ochat.run.layout import FOLDER, MANIFEST, folders, step_of
 from ochat.train import optim
@@ -149,7 +148,7 @@ class Shards:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._handles: dict[str, Any] = {}
+        self._files: dict[str, SafetensorsFile] = {}
 
     def read(self, kind: str, stored: str, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """(offset from `start`, CPU tensor) of the pieces that make rows of parameter `name`, from the tensor `stored`
@@ -163,14 +162,10 @@ class Shards:
             if low < high:
                 yield low - start, self._read(self.manifest.shard_file(kind, shard), stored, low - first, high - first)
 
-    def _read(self, file: str, stored: str, start: int, stop: int) -> Tensor:
-        path = self.manifest.folder / file
-        try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(path, framework="pt")
-            return read_rows(self._handles[file], stored, start, stop)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {stored} cannot be read ({error}); take another checkpoint") from None
+    def _read(self, name: str, stored: str, start: int, stop: int) -> Tensor:
+        if name not in self._files:
+            self._files[name] = SafetensorsFile(self.manifest.folder / name, CheckpointError, "take another checkpoint")
+        return self._files[name].rows(stored, start, stop)
 
 
 def _named(run_dir: Path, resume: str, ranks: Ranks) -> Manifest:

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from ochat.checkpoint import best as best_module
 from ochat.checkpoint import load as checkpoint
-from ochat.checkpoint.host_file import HostFile
 from ochat.checkpoint.manifest import (
     KINDS,
     Manifest,
     describe_file,
     shard_file,
 )
+from ochat.checkpoint.pinned_safetensors import PinnedSafetensors
 from ochat.config import CheckpointConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
@@ -80,7 +80,7 @@ class Saver:
         self.parameters = local_shards.trainable_parameters(model)  # before a forward replaces them by whole ones
         self.shard, self.num_shards, self.writes = ranks.shard
         self.rows = {name: local_shards.row_range(parameter) for name, parameter in self.parameters.items()}
-        self.files: dict[str, HostFile] = {}  # by kind, laid out at the first save
+        self.files: dict[str, PinnedSafetensors] = {}  # by kind, laid out at the first save
         self.newest: Path | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | Exception | None = None  # of the thread
@@ -166,8 +166,8 @@ class Saver:
                     tensors[kind][stored] = tensor.detach()
         for kind in KINDS:
             if kind not in self.files:
-                self.files[kind] = HostFile(tensors[kind])
-            self.files[kind].fill(tensors[kind])
+                self.files[kind] = PinnedSafetensors(tensors[kind])
+            self.files[kind].snapshot(tensors[kind])
         if self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return {}

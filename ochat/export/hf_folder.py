@@ -103,7 +103,7 @@ def export_adapter(source: Path, output: Path, *, overwrite: bool = False, condi
             raise ConfigError(
                 f"{manifest.folder}: has no adapter, all weights were trained; export it without --adapter"
             )
-        settings, tensors = peft.Settings.read(manifest.folder), dict(checkpoint.iterate_parameters(manifest))
+        settings, tensors = peft.AdapterConfig.read(manifest.folder), dict(checkpoint.iterate_parameters(manifest))
         peft.save(folder, ModelConfig.load(manifest.folder), settings, tensors)
     return manifest.step
 

@@ -26,7 +26,7 @@ def merged(manifest: Manifest, model: ModelConfig, base: str) -> Iterator[tuple[
 
     Raises: CheckpointError where another base lies there; ConfigError where none does.
     """
-    settings = peft.Settings.read(manifest.folder)
+    settings = peft.AdapterConfig.read(manifest.folder)
     folder = Path(base or settings.base)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: the base of {manifest.folder} is not there; say with --base where it is")

@@ -13,7 +13,7 @@ import torch
 from ochat.export import hf_folder
 from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.model.safetensor_files import torch_dtype
+from ochat.model.safetensors_files import torch_dtype
 from ochat.model.transformer import Transformer
 from ochat.run import layout
 from ochat.run.layout import MANIFEST

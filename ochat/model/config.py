@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.errors import ConfigError
-from ochat.files import bounded_json, hub
+from ochat.errors import ConfigError, how_to_fetch
+from ochat.files import bounded_json
+from ochat.files.bounded_json import MAX_INTEGER, Fields, shown
 from ochat.model import families
 from ochat.model import rope as rope_settings
 from ochat.model.families import FAMILIES, Family
-from ochat.model.fields import MOST, Fields, shown
 from ochat.model.rope import RopeConfig
 
 
@@ -58,7 +58,7 @@ class ModelConfig:
         try:
             record = bounded_json.read_object(path, ConfigError, "fetch it again")
         except FileNotFoundError:
-            raise ConfigError(f"{path.absolute()} does not exist. {hub.how_to_fetch(directory)}") from None
+            raise ConfigError(f"{path.absolute()} does not exist. {how_to_fetch(directory)}") from None
         return cls.from_hf(record, str(path))
 
     @classmethod
@@ -193,7 +193,7 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     found = fields.value("eos_token_id", [])
     ids = found if isinstance(found, list) else [found]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MOST for token in ids):
+    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MAX_INTEGER for token in ids):
         raise fields.fail("eos_token_id", f" is {shown(found)}; expected a token id or a list of them")
     return tuple(ids)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ochat.model.fields import REQUIRED, Fields, shown
+from ochat.files.bounded_json import REQUIRED, Fields, shown
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,9 @@ class GGUFFile:
             weight = split_in_halves(weight, heads[projection])
         return torch.from_numpy(np.array(weight, copy=True))
 
-    def place(self, name: str) -> str:
-        """The path of the file that holds a tensor, for messages."""
-        return str(self.path)
+    def location(self, name: str) -> str:
+        """File and tensor, for messages."""
+        return f"{self.path}: {name}"
 
     def tokenizer_json(self) -> dict[str, Any]:
         """A `tokenizer.json` (the `tokenizers` package's format) built from the metadata.

@@ -19,7 +19,7 @@ from torch import Tensor
 from ochat.errors import CheckpointError
 from ochat.files import atomic, checksums
 from ochat.model.config import ModelConfig
-from ochat.model.safetensor_files import TensorFiles, check_finite, torch_dtype, write_shards
+from ochat.model.safetensors_files import TensorFiles, check_finite, torch_dtype, write_shards
 from ochat.model.transformer import Transformer
 
 NAMES_SHOWN = 5
@@ -97,7 +97,7 @@ def read_parameter(files: TensorFiles, config: ModelConfig, name: str) -> Tensor
 
     Raises: CheckpointError where a value is NaN or infinite.
     """
-    parts = [check_finite(files.read(part.name), _where(files, part.name)) for part in hf_parts(config, name)]
+    parts = [check_finite(files.read(part.name), files.location(part.name)) for part in hf_parts(config, name)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -115,8 +115,8 @@ def read_rows(
     for part in hf_parts(config, name):
         low, high = max(start, first), min(stop, first + part.shape[0])
         if low < high:
-            rows = files.read_rows(part.name, low - first, high - first)
-            yield low - start, check_finite(rows, _where(files, part.name))
+            rows = files.rows(part.name, low - first, high - first)
+            yield low - start, check_finite(rows, files.location(part.name))
         first += part.shape[0]
 
 
@@ -227,24 +227,20 @@ def _fill_shards(
 
 
 def _check_tensor(files: TensorFiles, name: str, shape: tuple[int, ...]) -> None:
-    where, found, dtype = _where(files, name), files.shape(name), files.dtype(name)
+    location, found, dtype = files.location(name), files.shape(name), files.dtype(name)
     if found != shape:
-        raise CheckpointError(f"{where} has shape {found}, but config.json asks for {shape}")
+        raise CheckpointError(f"{location} has shape {found}, but config.json asks for {shape}")
     if dtype not in ("F32", "BF16", "F16"):
-        raise CheckpointError(f"{where} is {dtype}; expected F32, BF16 or F16 (quantised weights are not read)")
-
-
-def _where(files: TensorFiles, name: str) -> str:
-    return f"{files.place(name)}: {name}"
+        raise CheckpointError(f"{location} is {dtype}; expected F32, BF16 or F16 (quantised weights are not read)")
 
 
 def _check_tied_head(files: TensorFiles, config: ModelConfig, start: int, stop: int) -> None:
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if not config.tie_embeddings or head not in files.files:
         return
-    if not torch.equal(files.read_rows(head, start, stop), files.read_rows(embed, start, stop)):
+    if not torch.equal(files.rows(head, start, stop), files.rows(embed, start, stop)):
         raise CheckpointError(
-            f"{files.place(head)}: {head} differs from {embed}, but config.json ties them; "
+            f"{files.location(head)} differs from {embed}, but config.json ties them; "
             f"set tie_word_embeddings to false or remove {head}"
         )
 

@@ -25,7 +25,7 @@ from ochat.files.staging import partial_folder
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.gguf import GGUFFile
-from ochat.model.safetensor_files import TensorFiles, check_finite
+from ochat.model.safetensors_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
 from ochat.text import tokenizer as tokenizers
 
@@ -132,7 +132,7 @@ def _check_memory(config: ModelConfig, path: Path) -> None:
 
 def _parameters(files: GGUFFile | TensorFiles, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parts in hf.parameter_parts(config).items():
-        read = [check_finite(files.read(part.name), f"{files.place(part.name)}: {part.name}") for part in parts]
+        read = [check_finite(files.read(part.name), files.location(part.name)) for part in parts]
         yield name, torch.cat(read)
 
 

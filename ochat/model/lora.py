@@ -24,7 +24,7 @@ from ochat.model.config import ModelConfig
 from ochat.model.transformer import Linear, Transformer
 
 
-class Part(NamedTuple):
+class TargetLinear(NamedTuple):
     """One Hugging Face linear among those that a linear of ours is made of."""
 
     name: str  # model.layers.0.self_attn.q_proj
@@ -39,7 +39,7 @@ class Adapter(nn.Module):
     block-diagonal matrix (out, P r): its zeros multiply a product by P that is r / H of the linear's.
     """
 
-    def __init__(self, size_in: int, parts: list[Part], rank: int, scale: float) -> None:
+    def __init__(self, size_in: int, parts: list[TargetLinear], rank: int, scale: float) -> None:
         super().__init__()
         self.parts, self.scale = parts, scale
         rows = [part.rows for part in parts if part.is_adapted]
@@ -126,14 +126,14 @@ def attach(model: Transformer, config: LoraConfig, token_ids: tuple[int, ...]) -
             model.head.tokens = model.embed.tokens if tied else TokenRows(token_ids, model.config.hidden_size)
 
 
-def adapted_parts(config: ModelConfig, targets: tuple[str, ...]) -> dict[str, list[Part]]:
+def adapted_parts(config: ModelConfig, targets: tuple[str, ...]) -> dict[str, list[TargetLinear]]:
     """Our linears with at least one part among `targets` -> all their parts, in the order of their rows."""
     found = {}
     for name, tensors in hf.parameter_parts(config).items():
         if not name.startswith("blocks.") or not name.endswith(".weight") or len(tensors[0].shape) != 2:
             continue
         names = [tensor.name.removesuffix(".weight") for tensor in tensors]
-        parts = [Part(n, t.shape[0], n.split(".")[-1] in targets) for n, t in zip(names, tensors, strict=True)]
+        parts = [TargetLinear(n, t.shape[0], n.split(".")[-1] in targets) for n, t in zip(names, tensors, strict=True)]
         if any(part.is_adapted for part in parts):
             found[name.removesuffix(".weight")] = parts
     return found
@@ -175,5 +175,5 @@ def digest(base: Path, model: ModelConfig) -> str:
     for part in (part for parts in hf.parameter_parts(model).values() for part in parts):
         found.update(f"{part.name} {files.dtype(part.name)} {part.shape}".encode())
         for row in (0, part.shape[0] - 1):
-            found.update(files.read_rows(part.name, row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(files.rows(part.name, row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Adapters as PEFT keeps them, and merged into their base: names, adapter_config.json, adapter_model.safetensors.
 
-    settings = Settings.read(folder);  save(out, model_config, settings, adapter)
-    hf.save(out, model_config, merged(base_files, model_config, settings, adapter), "bfloat16")
+    adapter_config = AdapterConfig.read(folder);  save(out, model_config, adapter_config, adapter)
+    hf.save(out, model_config, merged(base_files, model_config, adapter_config, adapter), "bfloat16")
 `adapter` holds the tensors of `lora.attach` under our names. A merged weight is W + (alpha / r) B A in fp32, rounded
 once; any other weight is the base's own.
 """
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ochat.errors import CheckpointError
-from ochat.files import atomic, bounded_json
+from ochat.files import atomic, bounded_json, safetensors_file
 from ochat.model import hf, lora
 from ochat.model.config import ModelConfig
-from ochat.model.safetensor_files import TensorFiles, write_file
+from ochat.model.safetensors_files import TensorFiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model"
@@ -28,7 +28,7 @@ EMBEDDINGS = {"embed": "model.embed_tokens", "head": "lm_head"}
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdapterConfig:
     """What the tensors of an adapter mean."""
 
     base: str  # path of the folder that it was trained on
@@ -38,7 +38,7 @@ class Settings:
     token_ids: tuple[int, ...]  # whose rows of embedding and head were trained
 
     @classmethod
-    def read(cls, folder: Path) -> Settings:
+    def read(cls, folder: Path) -> AdapterConfig:
         """From the folder's adapter_config.json. Raises: CheckpointError."""
         path = folder / CONFIG
         try:
@@ -71,45 +71,45 @@ class Settings:
         }
 
 
-def save(folder: Path, config: ModelConfig, settings: Settings, adapter: Mapping[str, Tensor]) -> None:
+def save(folder: Path, config: ModelConfig, adapter_config: AdapterConfig, adapter: Mapping[str, Tensor]) -> None:
     """What PeftModel.from_pretrained loads, in fp32: adapter_config.json and adapter_model.safetensors.
 
     Raises: KeyError for a tensor that `adapter` lacks; OSError.
     """
     tensors = {}
-    for name, parts in lora.adapted_parts(config, settings.targets).items():
-        for part, _, a, b in _factors(parts, adapter, name, settings.rank):
+    for name, parts in lora.adapted_parts(config, adapter_config.targets).items():
+        for part, _, a, b in _factors(parts, adapter, name, adapter_config.rank):
             tensors |= {f"{PREFIX}.{part}.lora_A.weight": a, f"{PREFIX}.{part}.lora_B.weight": b}
-    for ours, theirs in EMBEDDINGS.items() if settings.token_ids else ():
+    for ours, theirs in EMBEDDINGS.items() if adapter_config.token_ids else ():
         if ours == "embed" or not config.tie_embeddings:
             rows = adapter[f"{ours}.tokens.weight"]
             tensors[f"{PREFIX}.{theirs}.token_adapter.trainable_tokens_delta"] = rows  # the rows themselves
-    write_file(folder / WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
-    settings.write(folder, config)
+    safetensors_file.write(folder / WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()})
+    adapter_config.write(folder, config)
 
 
 def merged(
-    files: TensorFiles, config: ModelConfig, settings: Settings, adapter: Mapping[str, Tensor]
+    files: TensorFiles, config: ModelConfig, adapter_config: AdapterConfig, adapter: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """(our name, whole tensor) of every parameter of the model with its adapter, one at a time.
 
     Raises: KeyError for a tensor that `adapter` lacks. Costs: 2 r FLOPs a weight; one parameter in fp32.
     """
-    adapted = lora.adapted_parts(config, settings.targets)
+    adapted = lora.adapted_parts(config, adapter_config.targets)
     for name in hf.parameter_parts(config):
         whole, module = hf.read_parameter(files, config, name), name.removesuffix(".weight")
         if module in adapted and module != name:  # not its bias
             whole = whole.to(torch.float32, copy=True)
-            for _, rows, a, b in _factors(adapted[module], adapter, module, settings.rank):
-                whole[rows].addmm_(b.float(), a.float(), alpha=settings.alpha / settings.rank)
-        elif module in EMBEDDINGS and settings.token_ids:
+            for _, rows, a, b in _factors(adapted[module], adapter, module, adapter_config.rank):
+                whole[rows].addmm_(b.float(), a.float(), alpha=adapter_config.alpha / adapter_config.rank)
+        elif module in EMBEDDINGS and adapter_config.token_ids:
             rows = adapter[f"{module}.tokens.weight"].float()
-            whole = whole.float().index_copy(0, torch.tensor(settings.token_ids), rows)
+            whole = whole.float().index_copy(0, torch.tensor(adapter_config.token_ids), rows)
         yield name, whole
 
 
 def _factors(
-    parts: Sequence[lora.Part], adapter: Mapping[str, Tensor], name: str, rank: int
+    parts: Sequence[lora.TargetLinear], adapter: Mapping[str, Tensor], name: str, rank: int
 ) -> Iterator[tuple[str, slice, Tensor, Tensor]]:
     """(Hugging Face's name, its rows in our weight, A (r, in), B (rows, r)) of a linear's adapted parts."""
     a, b = adapter[f"{name}.lora.a"], adapter[f"{name}.lora.b"]

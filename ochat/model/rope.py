@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ochat.model.fields import Fields, shown
+from ochat.files.bounded_json import Fields, shown
 
 DEFAULT_THETA = 10000.0
 SCALING_KEYS = {

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ochat.errors import ConfigError
-from ochat.files import bounded_json, hub
+from ochat.errors import ConfigError, how_to_fetch
+from ochat.files import bounded_json
 from ochat.text import template as templates
 from ochat.text.template import Template
 
@@ -36,7 +36,7 @@ def load_template(folder: Path, name: str | None) -> Template:
 def read_description(folder: Path) -> dict[str, Any]:
     """The content of openchat.json in an exported folder; {} where there is none. Raises: ConfigError."""
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder. {hub.how_to_fetch(folder)}")
+        raise ConfigError(f"{folder} is not a folder. {how_to_fetch(folder)}")
     path = folder / OPENCHAT
     return bounded_json.read_object(path, ConfigError, "export the model again") if path.exists() else {}
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import tokenizers
 
-from ochat.errors import ConfigError
-from ochat.files import bounded_json, hub
+from ochat.errors import ConfigError, how_to_fetch
+from ochat.files import bounded_json
 from ochat.text import added_tokens as added_tokens_module
 from ochat.text import sentencepiece_model as spm
 from ochat.text.added_tokens import AddedToken, read_object
@@ -56,7 +56,7 @@ def find(path: Path) -> TokenizerFiles:
         names = _names(path.parent) if kind == "json" else {}
         return TokenizerFiles(path, kind, path.read_bytes(), names=names)
     if not path.is_dir():
-        raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {hub.how_to_fetch(path)}")
+        raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {how_to_fetch(path)}")
     file, kind = _main_file(path)
     content = file.read_bytes()
     tokens = added_tokens_module.read(path, content if kind == "sentencepiece" else None)

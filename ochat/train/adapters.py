@@ -24,7 +24,7 @@ from ochat.export import serving
 from ochat.model import hf, lora, peft
 from ochat.model.config import ModelConfig
 from ochat.model.lora import digest
-from ochat.model.safetensor_files import TensorFiles
+from ochat.model.safetensors_files import TensorFiles
 from ochat.model.transformer import Transformer
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ class Adapters:
         """Writes adapter_config.json among the run's files that each checkpoint carries."""
         if self.are_on:
             base, settings = str(Path(self.config.base.path).resolve()), self.config.lora
-            peft.Settings(base, settings.rank, settings.alpha, settings.targets, self.ids).write(
+            peft.AdapterConfig(base, settings.rank, settings.alpha, settings.targets, self.ids).write(
                 run_dir / serving.FOLDER, self.model
             )
 

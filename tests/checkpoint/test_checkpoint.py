@@ -23,15 +23,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint import manifest
-from ochat.checkpoint.host_file import HostFile
 from ochat.checkpoint.manifest import Manifest
+from ochat.checkpoint.pinned_safetensors import PinnedSafetensors
 from ochat.checkpoint.save import Saver
 from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError
 from ochat.export import hf_folder
-from ochat.model import hf, safetensor_files
+from ochat.files import safetensors_file
+from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.run import layout
@@ -198,12 +199,12 @@ def test_no_pickle_is_written_and_none_can_be_read(world, alone):
         assert not re.search(calls, path.read_text()), path
 
 
-def test_a_host_file_is_the_safetensors_file_of_its_tensors(tmp_path):
+def test_a_pinned_file_is_the_safetensors_file_of_its_tensors(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(1, 1)}
-    file = HostFile(tensors)
+    file = PinnedSafetensors(tensors)
     for _ in range(2):  # the same buffer again
         tensors = {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
-        file.fill(tensors)
+        file.snapshot(tensors)
         written = file.write(tmp_path / "x.safetensors")
         read = load_file(tmp_path / "x.safetensors")
         assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
@@ -223,8 +224,7 @@ def test_a_rank_reads_its_own_share_of_the_base_and_of_a_checkpoint(world, alone
         shares[-1] += tensor.nbytes
         return tensor
 
-    for module in (safetensor_files, checkpoint):
-        monkeypatch.setattr(module, "safe_open", lambda *args, **more: Counted(safe_open(*args, **more), count))
+    monkeypatch.setattr(safetensors_file, "safe_open", lambda *args, **more: Counted(safe_open(*args, **more), count))
     for rank in range(world_size):
 
         def part(whole, rank=rank):
@@ -286,13 +286,13 @@ def sharded(world, rank, world_size):
 
 
 def slow_writes(monkeypatch, seconds):
-    plain = HostFile.write
+    plain = PinnedSafetensors.write
 
     def write(self, path):
         time.sleep(seconds)
         return plain(self, path)
 
-    monkeypatch.setattr(HostFile, "write", write)
+    monkeypatch.setattr(PinnedSafetensors, "write", write)
 
 
 def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_was_asked_at(
@@ -372,14 +372,14 @@ def test_a_last_save_that_fails_is_an_error_and_the_same_command_mends_it(world,
 
 
 def test_a_shard_that_another_machine_wrote_to_a_disk_of_its_own_fails_the_save(world, tmp_path, monkeypatch):
-    plain = HostFile.write
+    plain = PinnedSafetensors.write
 
     def write(self, path):
         written = plain(self, path)
         path.unlink()
         return written
 
-    monkeypatch.setattr(HostFile, "write", write)
+    monkeypatch.setattr(PinnedSafetensors, "write", write)
     with pytest.raises(CheckpointError, match="weights-.* is not there; all processes need the same run folder"):
         tiny.train(world, tmp_path / "run", "--data.max_steps=2")
     assert not layout.folders(tmp_path / "run")

@@ -19,7 +19,7 @@ from ochat.files import checksums
 from ochat.model import hf, init_base
 from ochat.model.config import ModelConfig
 from ochat.model.init_base import InitBaseOptions
-from ochat.model.safetensor_files import TensorFiles
+from ochat.model.safetensors_files import TensorFiles
 from tests import tiny
 
 

@@ -31,7 +31,7 @@ from ochat.files.checksums import SUMS
 from ochat.files.checksums import expected as sums
 from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.model.safetensor_files import INDEX, TensorFiles
+from ochat.model.safetensors_files import INDEX, TensorFiles
 from ochat.plan import lengths
 from ochat.run import layout
 from ochat.text import tokenizer

@@ -28,7 +28,7 @@ from ochat.files import bounded_json, checksums
 from ochat.model.config import ModelConfig
 from ochat.model.init_base import InitBaseOptions
 from ochat.model.init_base import main as init_base
-from ochat.model.safetensor_files import INDEX, TensorFiles
+from ochat.model.safetensors_files import INDEX, TensorFiles
 from ochat.plan import lengths
 from ochat.text import tokenizer
 from ochat.text.conversation import Conversation

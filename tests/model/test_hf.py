@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ochat.errors import CheckpointError, ConfigError
-from ochat.model import hf, safetensor_files
+from ochat.files.safetensors_file import SafetensorsFile
+from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from tests.model_families import FAMILIES, config, make, peer_logits, random_ids
@@ -71,14 +72,14 @@ def test_the_table_of_names_is_the_models(family):
 def test_rows_of_fused_parameters_come_from_their_parts_alone(parts, tmp_path, monkeypatch):
     """However many ranks share the rows: together they are the whole, and no byte is read twice."""
     make("qwen3-mixed", tmp_path)
-    model_config, plain, count = ModelConfig.load(tmp_path), safetensor_files.read_rows, []
+    model_config, plain, count = ModelConfig.load(tmp_path), SafetensorsFile.rows, []
     files, whole = hf.read_tensors(tmp_path, model_config), hf.load(tmp_path, dtype="float32")
 
     def counted(*args):
         count.append(plain(*args))
         return count[-1]
 
-    monkeypatch.setattr(safetensor_files, "read_rows", counted)
+    monkeypatch.setattr(SafetensorsFile, "rows", counted)
     for name, parameter in whole.named_parameters():
         read = torch.full_like(parameter, torch.nan)
         chunk = -(-len(read) // parts)

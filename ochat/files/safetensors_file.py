@@ -1,0 +1,93 @@
+"""Read and write one safetensors file: mapped into memory, its header checked, read by tensor or by rows.
+
+    write(path, {"a": torch.zeros(3, 2)});  file = SafetensorsFile(path, CheckpointError, "fetch it again")
+    file.rows("a", 0, 2)
+No byte of a tensor is read from the disk before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ochat.errors import OchatError
+from ochat.files import atomic
+from ochat.files.bounded_json import shown
+
+MAX_HEADER_BYTES = 1 << 25  # a model of a hundred thousand tensors has half of it
+
+
+class SafetensorsFile:
+    """An open file. `names`: its tensors, in the order of the header.
+
+    Raises: `error`, ending with `advice`, for a file that is missing, damaged or cut off, or whose header is oversized
+    or names a tensor twice; from every read of a tensor that is not there.
+    """
+
+    def __init__(self, path: Path, error: type[OchatError], advice: str) -> None:
+        self.path, self._error, self._advice = path, error, advice
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")  # offsets tile the file, and shapes fit them
+            _check_header(path)
+        except (SafetensorError, OSError, ValueError) as problem:
+            raise error(f"{path} is damaged or cut off ({problem}); {advice}") from None
+        self.names: list[str] = self._file.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Read from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The format's name: F32, BF16, ..."""
+        return self._slice(name).get_dtype()
+
+    def read(self, name: str) -> Tensor:
+        """A CPU tensor mapped from the file. Do not write to it."""
+        self._slice(name)
+        return self._file.get_tensor(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, mapped from the file."""
+        return self._slice(name)[start:stop]
+
+    def _slice(self, name: str) -> Any:
+        try:
+            return self._file.get_slice(name)
+        except SafetensorError as problem:
+            raise self._error(f"{self.path}: {name} cannot be read ({problem}); {self._advice}") from None
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a file atomically, readable for everyone who may read its folder. Raises: OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata or {"format": "pt"}))
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{path}: cannot be written: {error}") from None
+    temporary.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files to their owner
+    atomic.replace(temporary, path)
+
+
+def _check_header(path: Path) -> None:
+    """Raises: ValueError for a header that names a tensor twice, of which the library silently takes the last, or that
+    is far larger than any model's."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {size:,} bytes")
+        json.loads(file.read(size), object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"its header has {shown(name)} twice")
+    return found

@@ -1,0 +1,147 @@
+"""The weights of a Hugging Face folder: one safetensors file, or several and an index.
+
+    files = TensorFiles.open("path/to/base");  files.read("model.norm.weight")
+Only safetensors are read: a pickled `.bin` can run code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ochat.errors import CheckpointError, ConfigError, how_to_fetch
+from ochat.files import atomic, bounded_json, safetensors_file
+from ochat.files.bounded_json import shown
+from ochat.files.safetensors_file import SafetensorsFile
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADVICE = "fetch it again"
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """The open files of a folder, by tensor."""
+
+    files: Mapping[str, SafetensorsFile]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> TensorFiles:
+        """Maps the folder's one file, or its shards by their index.
+
+        Raises: ConfigError for a hub id or a folder without safetensors (it says how to get them); CheckpointError for
+        a damaged or incomplete set of files.
+        """
+        directory = Path(directory)
+        index = _index(directory)
+        names = sorted(set(index.values())) if index is not None else [SINGLE]
+        opened = [_open_file(directory / name) for name in names]
+        if index is not None:
+            _compare_index(directory / INDEX, index, opened)
+        return cls({tensor: file for file in opened for tensor in file.names})
+
+    def location(self, name: str) -> str:
+        """File and tensor, for messages."""
+        return f"{self.files[name].path}: {name}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Read from the file's header."""
+        return self.files[name].shape(name)
+
+    def dtype(self, name: str) -> str:
+        """The format's name: F32, BF16, ..."""
+        return self.files[name].dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        """A CPU tensor whose pages are read from disk when touched. Do not write to it."""
+        return self.files[name].read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, mapped like the whole: no other byte is touched."""
+        return self.files[name].rows(name, start, stop)
+
+
+def check_finite(tensor: Tensor, location: str) -> Tensor:
+    """The tensor. Raises: CheckpointError naming `location` if a value is NaN or infinite. Costs: 0.05 s a GB."""
+    if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN becomes both bounds
+        raise CheckpointError(f"{location} holds a value that is NaN or infinite; {ADVICE}")
+    return tensor
+
+
+def write_shards(directory: Path, shards: Iterable[dict[str, Tensor]], num_shards: int) -> None:
+    """Writes `num_shards` files and, for several, their index. Each file appears whole or not at all."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for number, shard in enumerate(shards, 1):
+        name = SINGLE if num_shards == 1 else f"model-{number:05d}-of-{num_shards:05d}.safetensors"
+        safetensors_file.write(directory / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+        total_size += sum(tensor.nbytes for tensor in shard.values())
+    if num_shards > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+        atomic.write_json(directory / INDEX, index)
+
+
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """bfloat16, float16 or float32 by name. Raises: ConfigError."""
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name), None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(f"dtype = {name!r} is not known; expected bfloat16, float16 or float32")
+    return dtype
+
+
+def _index(directory: Path) -> dict[str, str] | None:
+    """tensor -> file name of a sharded folder; None for a single file."""
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a folder. {how_to_fetch(directory)}")
+    has_single, has_index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
+    if has_single and has_index:
+        raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is not the model's")
+    if has_index:
+        return _read_index(directory / INDEX)
+    if not has_single:
+        raise ConfigError(_no_safetensors(directory))
+    return None
+
+
+def _no_safetensors(directory: Path) -> str:
+    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
+    problem = f"{directory} has neither {SINGLE} nor {INDEX}"
+    if not pickled:
+        return f"{problem}; expected the weights of a Hugging Face model there"
+    return (
+        f"{problem}, but {pickled[0]}: pickled weights can run code and are not read. Convert them with transformers: "
+        f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained(NEW_DIR)"
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = bounded_json.read_object(path, CheckpointError, ADVICE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map is empty or no table; {ADVICE}")
+    for tensor, name in weight_map.items():
+        if not atomic.is_name(name) or not name.endswith(".safetensors"):
+            at = f"{path}: weight_map[{shown(tensor)}]"
+            raise CheckpointError(f"{at} is {shown(name)}; expected the name of a file in the same folder")
+    return weight_map
+
+
+def _open_file(path: Path) -> SafetensorsFile:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, but {INDEX} names it; {ADVICE}")
+    return SafetensorsFile(path, CheckpointError, ADVICE)
+
+
+def _compare_index(path: Path, index: Mapping[str, str], opened: Sequence[SafetensorsFile]) -> None:
+    held = {file.path.name: set(file.names) for file in opened}
+    for tensor, name in index.items():
+        if tensor not in held[name]:
+            raise CheckpointError(f"{path} says that {name} holds {tensor[:200]}, but it does not; fetch both again")
+    for file in opened:
+        for tensor in file.names:
+            if index.get(tensor) != file.path.name:
+                says = f"says that {index[tensor]} holds" if tensor in index else "does not list"
+                raise CheckpointError(f"{path} {says} {tensor}, which {file.path.name} holds; fetch both again")
