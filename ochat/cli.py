@@ -40,7 +40,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "init-base": Command(
-        "ochat.model.init_base",
+        "ochat.commands.init_base",
         "InitBaseOptions",
         "make a base folder: from GGUF, from a Hugging Face folder, or random",
     ),

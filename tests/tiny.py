@@ -19,9 +19,9 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ochat import config as configuration
+from ochat.commands import init_base
+from ochat.commands.init_base import InitBaseOptions
 from ochat.data.prepare import prepare
-from ochat.model import init_base
-from ochat.model.init_base import InitBaseOptions
 
 ROOT = Path(__file__).parents[1]
 EOT = "<|end_of_turn|>"

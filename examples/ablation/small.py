@@ -24,8 +24,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from ochat import cli
-from ochat.model import init_base
-from ochat.model.init_base import InitBaseOptions
+from ochat.commands import init_base
+from ochat.commands.init_base import InitBaseOptions
 
 HERE = Path(__file__).resolve().parent
 CONFIG, WORK = HERE / "small.toml", Path("ablations/small")

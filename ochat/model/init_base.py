@@ -1,24 +1,22 @@
-"""Make a base model's folder from a GGUF file, from a Hugging Face folder, or at random; add tokens where asked.
+"""Make a base model's folder from a GGUF file, from a Hugging Face folder, or at random, and add tokens to it.
 
-    ochat init-base --hf models/llama --add-token "<|end_of_turn|>" bases/llama
+    make_base(Path("bases/llama"), hf_folder=Path("models/llama"), add_tokens=["<|end_of_turn|>"])
 An added token gets the tokenizer's next free id; its embedding (and its row of an untied head) is the mean of the rows
-that the tokenizer had before. A token that is there keeps its id and its row.
+of the ids that existed before. A token that exists keeps its id and its row.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ochat_kernels
 import torch
-from rich.console import Console
 
-from ochat.console import waiting
 from ochat.errors import ConfigError
 from ochat.files import atomic, bounded_json, checksums
 from ochat.files.staging import partial_folder
@@ -38,50 +36,11 @@ VOCABULARY_PARAMETERS = ("embed.weight", "head.weight")
 
 
 @dataclass(frozen=True)
-class InitBaseOptions:
-    """Makes a base model's folder from one of --gguf, --hf and --random."""
-
-    out: Path  # the folder to write; it must not exist, or be empty
-    gguf: Path | None = None  # a GGUF file of the llama architecture: dequantised, its tokenizer rebuilt
-    hf: Path | None = None  # a Hugging Face folder with config.json, safetensors and a tokenizer
-    random: Path | None = None  # a config.json: weights are drawn at random, as for training from nothing
-    add_token: tuple[str, ...] = ()  # a special token that the template needs, such as "<|end_of_turn|>"
-    tokenizer: Path | None = None  # a tokenizer's folder or file, instead of the source's own
-    seed: int = 0  # decides what --random draws
-    # of the stored weights; auto: as the source's config says, bfloat16 for GGUF
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-
-
-@dataclass(frozen=True)
 class Source:
     """A model to be written: its config and its parameters by our names, one at a time."""
 
     config: ModelConfig
     parameters: Iterable[tuple[str, torch.Tensor]]
-
-
-def main(options: InitBaseOptions) -> None:
-    """Write `options.out`, whole or not at all, and say what is in it.
-
-    Memory: one tensor at a time, apart from --random. SHA256SUMS of --hf is compared and one of the new folder written:
-    each reads the weights once more. Raises ConfigError for options, settings or a tokenizer that
-    cannot be honoured, CheckpointError for damaged weights.
-    """
-    given = [name for name in ("gguf", "hf", "random") if getattr(options, name) is not None]
-    if len(given) != 1:
-        raise ConfigError(f"give exactly one of --gguf, --hf and --random, not {len(given)}")
-    if options.out.exists() and not (options.out.is_dir() and not any(options.out.iterdir())):
-        raise ConfigError(f"{options.out}: exists already; remove it or name another folder")
-    with waiting("reading, checking and writing"), partial_folder(options.out) as folder:
-        gguf = None if options.gguf is None else GGUFFile(options.gguf)
-        source = _source(options, gguf)
-        tokens = _write_tokenizer(options, gguf, folder)
-        source = _with_vocabulary(source, tokens, options)
-        hf.save(folder, source.config, source.parameters, source.config.dtype)
-        _write_generation_config(folder, source.config)
-        checksums.write(folder)
-        folder.rename(options.out)
-    _report(options, source.config, tokens)
 
 
 @dataclass(frozen=True)
@@ -91,6 +50,38 @@ class Vocabulary:
     known: int
     size: int
     added: dict[str, int]
+
+
+def make_base(
+    out: Path,
+    *,
+    gguf: Path | None = None,
+    hf_folder: Path | None = None,
+    random: Path | None = None,
+    tokenizer: Path | None = None,
+    add_tokens: Sequence[str] = (),
+    seed: int = 0,
+    dtype: str = "auto",
+) -> tuple[ModelConfig, Vocabulary | None]:
+    """Writes a base from one of `gguf`, `hf_folder` and `random`, whole or not at all; returns its configuration and
+    vocabulary, None where a random model has no tokenizer.
+
+    Memory: one tensor at a time, except for `random`. SHA256SUMS of `hf_folder` is compared and one of the new folder
+    is written: each reads the weights once more. Raises: ConfigError for settings or a tokenizer that cannot be used,
+    CheckpointError for damaged weights.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{out}: exists already; remove it or name another folder")
+    with partial_folder(out) as folder:
+        file = None if gguf is None else GGUFFile(gguf)
+        source = _source(file, hf_folder, random, seed)
+        vocabulary = _write_tokenizer(folder, tokenizer or hf_folder, file, add_tokens)
+        source = _with_vocabulary(source, vocabulary, dtype)
+        hf.save(folder, source.config, source.parameters, source.config.dtype)
+        _write_generation_config(folder, source.config)
+        checksums.write(folder)
+        folder.rename(out)
+    return source.config, vocabulary
 
 
 @torch.no_grad()
@@ -106,21 +97,21 @@ def grow(weight: torch.Tensor, rows: int, vocabulary: Vocabulary) -> torch.Tenso
     return grown
 
 
-def _source(options: InitBaseOptions, gguf: GGUFFile | None) -> Source:
-    if options.random is not None:
-        config = ModelConfig.from_hf(_read_json(options.random), str(options.random))
-        _check_memory(config, options.random)
+def _source(gguf: GGUFFile | None, folder: Path | None, random: Path | None, seed: int) -> Source:
+    if random is not None:
+        config = ModelConfig.from_hf(_read_json(random), str(random))
+        _check_memory(config, random)
         model = Transformer(config, ochat_kernels.load("reference"))
-        model.initialize(options.seed)
+        model.initialize(seed)
         return Source(config, model.named_parameters())
     if gguf is not None:
         files = gguf
-        config = ModelConfig.from_hf(gguf.config() | {"dtype": "bfloat16"}, str(options.gguf))
+        config = ModelConfig.from_hf(gguf.config() | {"dtype": "bfloat16"}, str(gguf.path))
     else:
-        assert options.hf is not None
-        config = ModelConfig.load(options.hf)
-        files = hf.read_tensors(options.hf, config)
-        checksums.compare(checksums.expected(options.hf))
+        assert folder is not None
+        config = ModelConfig.load(folder)
+        files = hf.read_tensors(folder, config)
+        checksums.compare(checksums.expected(folder))
     return Source(config, _parameters(files, config))
 
 
@@ -136,9 +127,9 @@ def _parameters(files: GGUFFile | TensorFiles, config: ModelConfig) -> Iterator[
         yield name, torch.cat(read)
 
 
-def _with_vocabulary(source: Source, vocabulary: Vocabulary | None, options: InitBaseOptions) -> Source:
-    """The source with rows for every id of the tokenizer, in the dtype asked for."""
-    config = source.config if options.dtype == "auto" else replace(source.config, dtype=options.dtype)
+def _with_vocabulary(source: Source, vocabulary: Vocabulary | None, dtype: str) -> Source:
+    """The source with rows for every id of the tokenizer, to be stored in `dtype`."""
+    config = source.config if dtype == "auto" else replace(source.config, dtype=dtype)
     if vocabulary is None:
         return replace(source, config=config)
     rows = max(config.vocab_size, vocabulary.size)
@@ -147,22 +138,22 @@ def _with_vocabulary(source: Source, vocabulary: Vocabulary | None, options: Ini
     return Source(replace(config, vocab_size=rows), parameters)
 
 
-def _write_tokenizer(options: InitBaseOptions, gguf: GGUFFile | None, folder: Path) -> Vocabulary | None:
-    """Put the tokenizer's files into `folder`, add the tokens; None where a random model has no tokenizer."""
-    origin = options.tokenizer or options.hf
-    if origin is None and gguf is None:
-        if options.add_token:
-            raise ConfigError("--add-token needs a tokenizer to add to: give one with --tokenizer PATH")
-        return None
+def _write_tokenizer(
+    folder: Path, origin: Path | None, gguf: GGUFFile | None, add_tokens: Sequence[str]
+) -> Vocabulary | None:
+    """Puts the tokenizer's files into `folder` and adds the tokens; None where a random model has no tokenizer."""
     if origin is not None:
         before = tokenizers.load(origin)
         _copy_tokenizer(origin, folder)
-    else:
-        assert gguf is not None
+    elif gguf is not None:
         _rebuild_tokenizer(gguf, folder)
         before = tokenizers.load(folder)
-    after = tokenizers.load(folder, options.add_token)
-    ids = {token: after.special_tokens[token] for token in options.add_token}
+    elif add_tokens:
+        raise ConfigError("--add-token needs a tokenizer to add to: give one with --tokenizer PATH")
+    else:
+        return None
+    after = tokenizers.load(folder, add_tokens)
+    ids = {token: after.special_tokens[token] for token in add_tokens}
     _declare(folder, ids)
     assert tokenizers.load(folder).fingerprint() == after.fingerprint(), "the folder must give the ids that were added"
     new = {token: index for token, index in ids.items() if before.token_id(token) is None}
@@ -211,18 +202,6 @@ def _write_generation_config(folder: Path, config: ModelConfig) -> None:
         atomic.write_json(
             path, {key: record[key] for key in ("bos_token_id", "eos_token_id") if record[key] is not None}
         )
-
-
-def _report(options: InitBaseOptions, config: ModelConfig, vocabulary: Vocabulary | None) -> None:
-    console = Console(soft_wrap=True)
-    console.print(f"{options.out}: {config.model_type}, {config.num_parameters():,} parameters in {config.dtype}, "
-                  f"{config.vocab_size:,} embedding rows", markup=False, highlight=False)  # fmt: skip
-    if vocabulary is None:
-        console.print("no tokenizer was given (--tokenizer PATH): the folder cannot prepare data", highlight=False)
-        return
-    for token in options.add_token:
-        what = f"added as id {vocabulary.added[token]}" if token in vocabulary.added else "was there, kept as it is"
-        console.print(f"{token} {what}", markup=False, highlight=False)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

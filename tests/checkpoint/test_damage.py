@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from ochat.commands import init_base
+from ochat.commands.init_base import InitBaseOptions
 from ochat.data import merge, prepare, shards
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.export.hf_folder import export
 from ochat.files import checksums
-from ochat.model import hf, init_base
+from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.model.init_base import InitBaseOptions
 from ochat.model.safetensors_files import TensorFiles
 from tests import tiny
 

@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 
 from ochat import cli
 from ochat import config as configuration
+from ochat.commands.init_base import InitBaseOptions
+from ochat.commands.init_base import main as init_base
 from ochat.data import json_values, records, shards
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
 from ochat.files import bounded_json, checksums
 from ochat.model.config import ModelConfig
-from ochat.model.init_base import InitBaseOptions
-from ochat.model.init_base import main as init_base
 from ochat.model.safetensors_files import INDEX, TensorFiles
 from ochat.plan import lengths
 from ochat.text import tokenizer

@@ -13,11 +13,12 @@ import sentencepiece
 import torch
 
 from ochat.cli import run as cli
+from ochat.commands import init_base
+from ochat.commands.init_base import InitBaseOptions
 from ochat.errors import ConfigError
-from ochat.model import hf, init_base
+from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.gguf import byte_level_bpe
-from ochat.model.init_base import InitBaseOptions
 from ochat.model.transformer import Transformer
 from ochat.text import tokenizer as tokenizers
 
@@ -162,7 +163,7 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(init_base, "_write_generation_config", stop)
+    monkeypatch.setattr("ochat.files.checksums.write", stop)
     with pytest.raises(KeyboardInterrupt):
         init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

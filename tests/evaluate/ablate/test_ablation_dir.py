@@ -14,13 +14,13 @@ import pytest
 
 from ochat import cli
 from ochat import config as configuration
+from ochat.commands import init_base
 from ochat.commands.eval import EvalOptions, evaluate
+from ochat.commands.init_base import InitBaseOptions
 from ochat.data.dataset import TokenDataset
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.ablation_dir import AblationDir, last_step
-from ochat.model import init_base
-from ochat.model.init_base import InitBaseOptions
 from ochat.train.trainer import train
 from tests import tiny
 from tests.checkpoint.test_checkpoint_faults import descendants, wait_for
