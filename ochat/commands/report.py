@@ -58,11 +58,12 @@ def main(options: ReportOptions) -> None:
 
 
 def _output(options: ReportOptions) -> Path:
-    if not options.run:
+    folders = list(options.run)
+    if not folders:
         raise ConfigError("ochat report RUN [RUN ...]: name at least one run folder")
-    if options.output is None and len(options.run) > 1:
+    if options.output is None and len(folders) > 1:
         raise ConfigError("several runs need --output FILE.html")
-    output = options.output or options.run[0] / "report.html"
+    output = options.output or folders[0] / "report.html"
     if output.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--output {output}: expected a name that ends in .html")
     atomic.check_places(output)

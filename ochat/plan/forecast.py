@@ -58,7 +58,7 @@ class PlanInputs:
             reduce_itemsize=ITEMSIZE[parallel.reduce_dtype],
             reshard=parallel.reshard,
             reduce=parallel.reduce,
-            offload=parallel.offload,
+            offload=str(parallel.offload),
             offload_activations=self.train.offload_activations,
             in_backward=self.optim.in_backward,
         )

@@ -45,11 +45,7 @@ class Chart:
     title: str
     unit: str
     figure: go.Figure
-
-    @property
-    def is_crowded(self) -> bool:
-        """Whether the legend takes several lines."""
-        return sum(trace.showlegend is not False for trace in self.figure.data) > 4
+    is_crowded: bool = False  # its legend takes several lines
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ def _charts(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Iterator[Char
                      for label, read in panel.curves.items()}  # fmt: skip
         for title, curves in drawn.items():
             if any(np.isfinite(y).any() for _, y in curves.values()):
-                yield Chart(title, panel.unit, _draw(panel, curves, runs, most))
+                yield Chart(title, panel.unit, _draw(panel, curves, runs, most), is_crowded=len(curves) > 4)
 
 
 def _draw(panel: Panel, curves: dict[str, Points], runs: Sequence[RunRecord], most: int) -> go.Figure:

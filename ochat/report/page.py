@@ -47,7 +47,7 @@ def render(contents: Contents, reload_s: float | None = None) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    figures = [chart.figure.to_json(engine="json") for group in (*groups, evidence) for chart in group.charts]
+    figures = [str(chart.figure.to_json(engine="json")) for group in (*groups, evidence) for chart in group.charts]
     page = environment.get_template("page.html").render(
         version=__version__,
         title=", ".join(run.name for run in runs) if len(runs) <= MAX_NAMED else f"{len(runs)} runs",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from msgspec import structs
 from rich.table import Table
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[reportPrivateImportUsage]
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as profiler
@@ -157,7 +157,7 @@ def part_seconds(events: Sequence[FunctionEvent]) -> dict[str, float]:
     """Where the time of the recorded steps went, by PARTS; the values sum to the steps."""
     steps = [e for e in events if e.name.startswith(STEP) and e.device_type == DeviceType.CPU]
     on_gpu = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    found = dict.fromkeys(PARTS, 0.0)
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     if not on_gpu:
         for event in (e for e in events if e.thread == steps[0].thread and not e.is_async):
             chain = _chain(event)
