@@ -26,7 +26,7 @@ from ochat.config import Config
 from ochat.data.batch import IGNORE_INDEX, PackedBatch
 from ochat.distributed import processes
 from ochat.model.config import ModelConfig
-from ochat.train import inputs, schedule
+from ochat.train import build, schedule
 from ochat.train.trainer import Trainer
 
 BATCH = 4  # conversations of a padded batch
@@ -49,7 +49,8 @@ class Ours:
         self.trainer = trainer = Trainer(config, processes.start(config.train, config.parallel))
         self.loader = trainer.loader
         self.steps = self.loader.iterate()
-        self.note = f"kernels {trainer.kernels}, attention {trainer.backend}, recompute {trainer.model.recompute}"
+        train = trainer.config.train
+        self.note = f"kernels {train.kernels}, attention {train.attention}, recompute {train.recompute}"
 
     def step(self) -> Counts:
         step, batches = next(self.steps)
@@ -58,7 +59,7 @@ class Ours:
 
     def losses(self) -> list[float]:
         """Of the steps since the last call."""
-        return [line["loss"] for line in self.trainer.journal.flush()]
+        return [line["loss"] for line in self.trainer.metrics.flush()]
 
 
 class Transformers:
@@ -66,10 +67,15 @@ class Transformers:
 
     def __init__(self, config: Config, device: torch.device, peer: Peer) -> None:
         self.config, self.device, self.peer = config, device, peer
-        self.data = inputs.open_data(config)
+        self.data = build.open_dataset(config)
         model_config = ModelConfig.load(config.base.path)
-        self.loader = inputs.open_loader(config, self.data, model_config)
-        self.lr = inputs.choose_lr(config, self.loader, model_config).value
+        self.loader = build.open_loader(config, self.data, model_config)
+        self.lr = schedule.choose_lr(
+            config.optim.lr,
+            supervised_tokens_per_step=self.loader.stats().supervised_per_step,
+            model_type=model_config.model_type,
+            vocab_size=model_config.vocab_size,
+        ).value
         self.attention = self.choose_attention()
         self.note = f"attention {self.attention}"
         self.model = self.load_model()

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -51,6 +51,12 @@ def configure_logging(console: Console = stdout) -> None:
     logger.addHandler(handlers[0])
 
 
+def show(renderable: RenderableType) -> None:
+    """Print a table or a line of markup where notes are printed, so on the first rank only."""
+    if logging.getLogger("ochat").isEnabledFor(logging.INFO):
+        stdout.print(renderable, soft_wrap=isinstance(renderable, str))
+
+
 def facts(title: str, values: dict[str, str]) -> Table:
     """A table of names and texts, a line each."""
     table = Table(title=escape(title), title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -62,10 +68,10 @@ def facts(title: str, values: dict[str, str]) -> Table:
 
 
 @contextmanager
-def bar(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A progress bar; call what it yields with the number of items just done."""
+def bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], object]]:
+    """A progress bar that starts at `done`; call what it yields with the number of items just done."""
     with _shown(TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(what, total=total, completed=done)
         yield lambda count: progress.advance(task, count)
 
 
@@ -79,4 +85,5 @@ def waiting(what: str) -> Iterator[None]:
 
 def _shown(*columns: ProgressColumn) -> Progress:
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    is_hidden = not console.is_terminal or os.environ.get("RANK", "0") != "0"
+    return Progress(*columns, console=console, transient=True, disable=is_hidden)

@@ -31,6 +31,7 @@ from benchmarks.step_peers import Ours
 from ochat import config as configuration
 from ochat.checkpoint import load as checkpoint
 from ochat.distributed import processes
+from ochat.model import hf
 from ochat.plan.gpus import GPUS
 from ochat.plan.memory import GIB
 from ochat.train import verify
@@ -66,7 +67,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     (folder / "run.toml").touch()
     settings = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run", "optim.lr": 1e-5}
     config = configuration.load(folder / "run.toml", [*step_cases.options(case, settings), *world.options])
-    nothing = [(verify, "headers"), (verify, "base"), (checkpoint, "load_base")]  # of weights that are not there
+    nothing = [(hf, "check_weights"), (verify, "base"), (checkpoint, "load_base")]  # of weights that are not there
     with contextlib.ExitStack() as stack:
         for module, name in nothing:
             stack.enter_context(mock.patch.object(module, name))

@@ -92,13 +92,17 @@ def plan_data(config: Config, model: ModelConfig, _: object, notes: list[str], c
     """Plan a run on its data set; extends `notes`."""
     from ochat.plan import run_facts
     from ochat.plan.roofline import Workload
-    from ochat.train import inputs
+    from ochat.train import build, schedule
 
-    data = inputs.open_data(config)
+    data = build.open_dataset(config)
     counts = LengthCounts.of(data.lengths)
     console.print(counts.text(), end="\n\n")
     loader = open_checked(config, data, model)
-    stats, reason = loader.stats(), inputs.choose_lr(config, loader, model).reason
+    stats = loader.stats()
+    reason = schedule.choose_lr(
+        config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
+        vocab_size=model.vocab_size, lora=config.lora.rank > 0,
+    ).reason  # fmt: skip
     described = run_facts.describe(loader, model, config.data, weights_source=config.weights.source, lr_reason=reason)
     notes += run_facts.data_notes(data.manifests) + run_facts.context_notes(counts, model.max_position_embeddings)
     counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
@@ -174,12 +178,12 @@ def check_base(path: str, model: ModelConfig) -> list[str]:
 def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Loader:
     """The run's loader, once data, held-out data, tokenizer and model are known to belong together."""
     from ochat.text import tokenizer as tokenizers
-    from ochat.train import identity, inputs
+    from ochat.train import build, identity
 
-    held_out = inputs.open_eval_loader(config, inputs.open_eval_data(config)) if config.data.eval_path else None
+    held_out = build.open_eval_dataset(config) if config.data.eval_path else None
     if any(Path(config.base.path).glob("tokenizer*")):
-        identity.check_data(data, held_out, tokenizers.load(config.base.path), model, config)
-    return inputs.open_loader(config, data, model)
+        identity.check_inputs(data, held_out, tokenizers.load(config.base.path), model, config.base.path)
+    return build.open_loader(config, data, model)
 
 
 def _check(options: PlanOptions) -> None:

@@ -1,10 +1,10 @@
-"""LoRA in a run: what is trained, where it starts, which base it belongs to, and its way out.
+"""LoRA in a run: what is trained, how it starts, which base it belongs to, and how it is saved.
 
-    adapters = Adapters.of(config, model_config, template, tokenizer)
-    adapters.attach(model);  checkpoint.load_base(folder, model);  adapters.start(model)
+    adapters = Adapters.of(config.lora, base_path, model_config, template, tokenizer)
+    adapters.attach(model, dtype);  checkpoint.load_base(folder, model);  adapters.start(model, seed)
 
-A checkpoint of a run with adapters holds these alone, and an
-adapter_config.json in PEFT's format that names base, rank and targets.
+A checkpoint of a run with adapters holds only them, and an adapter_config.json in PEFT's format that names base, rank
+and targets.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from msgspec import structs
 from torch import Tensor
 
 from ochat.checkpoint.manifest import BASE
-from ochat.config import Config
-from ochat.distributed import local_shards
-from ochat.export import serving
+from ochat.config import LoraConfig
+from ochat.distributed.local_shards import local_shard, row_range, trainable_parameters
 from ochat.model import hf, lora, peft
 from ochat.model.config import ModelConfig
-from ochat.model.lora import digest
 from ochat.model.safetensors_files import TensorFiles
 from ochat.model.transformer import Transformer
 from ochat.text.template import Template
@@ -34,72 +32,72 @@ from ochat.text.tokenizer import Tokenizer
 class Adapters:
     """What LoRA means for one run. With lora.rank = 0 nothing is frozen and every method does nothing."""
 
-    config: Config
+    lora: LoraConfig
+    base: Path
     model: ModelConfig
-    ids: tuple[int, ...]  # of the tokens whose rows of embedding and head are trained
+    token_ids: tuple[int, ...]  # tokens whose rows of embedding and head are trained
 
     @classmethod
-    def of(cls, config: Config, model: ModelConfig, template: Template, tokenizer: Tokenizer) -> Adapters:
-        """The rows are those of the template's special tokens, the end of a turn among them."""
-        tokens = (template.eot, *template.special_tokens) if config.lora.tokens == "template" else ()
-        return cls(config, model, tuple(sorted({tokenizer.special_tokens[token] for token in tokens})))
+    def of(
+        cls, lora: LoraConfig, base_path: str, model: ModelConfig, template: Template, tokenizer: Tokenizer
+    ) -> Adapters:
+        """With lora.tokens = "template" the rows of the template's special tokens are trained too."""
+        tokens = (template.eot, *template.special_tokens) if lora.tokens == "template" else ()
+        return cls(lora, Path(base_path), model, tuple(sorted({tokenizer.special_tokens[token] for token in tokens})))
 
     @property
     def are_on(self) -> bool:
-        return self.config.lora.rank > 0
+        return self.lora.rank > 0
 
-    def attach(self, model: Transformer) -> None:
-        """Freezes the model, on the meta device, in the dtype of the computation, and adds what is trained."""
+    def attach(self, model: Transformer, dtype: torch.dtype) -> None:
+        """Freeze the model, on the meta device, in the dtype of the computation, and add the adapters."""
         if self.are_on:
-            lora.attach(model.to(getattr(torch, self.config.train.dtype)), self.config.lora, self.ids)
+            lora.attach(model.to(dtype), self.lora, self.token_ids)
 
     @torch.no_grad()
-    def start(self, model: Transformer) -> None:
-        """Fills the adapters for a first step: B zero, A drawn, rows of tokens as the base has them."""
+    def start(self, model: Transformer, seed: int) -> None:
+        """Initialize the adapters: B zero, A random, rows of tokens from the base."""
         if not self.are_on:
             return
-        files = hf.open_tensors(self.config.base.path, self.model)
-        for name, parameter in local_shards.trainable_parameters(model).items():
+        files = hf.open_tensors(self.base, self.model)
+        for name, parameter in trainable_parameters(model).items():
             if ".lora." in name:
-                value = lora.first_value(name, tuple(parameter.shape), self.config.run.seed)
+                value = lora.first_value(name, tuple(parameter.shape), seed)
             else:
-                value = self._rows(files, name.replace("tokens.", ""))
-            first, end = local_shards.row_range(parameter)
-            local_shards.local_shard(parameter).copy_(value[first:end])
+                value = self._token_rows(files, name.replace("tokens.", ""))
+            first, end = row_range(parameter)
+            local_shard(parameter).copy_(value[first:end])
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the run that goes on from it, beside what every one must."""
+        """What a checkpoint and the run that resumes from it must also have in common."""
         if not self.are_on:
             return {}
-        settings = structs.asdict(self.config.lora) | {
-            "targets": sorted(self.config.lora.targets),
-            "tokens": list(self.ids),
-        }
-        return {BASE: digest(Path(self.config.base.path), self.model), "lora": settings}
+        changed = {"targets": sorted(self.lora.targets), "tokens": list(self.token_ids)}
+        return {BASE: lora.digest(self.base, self.model), "lora": structs.asdict(self.lora) | changed}
 
-    def describe(self, run_dir: Path) -> None:
-        """Writes adapter_config.json among the run's files that each checkpoint carries."""
+    def write_config(self, folder: Path) -> None:
+        """Write adapter_config.json; each checkpoint carries a copy."""
         if self.are_on:
-            base, settings = str(Path(self.config.base.path).resolve()), self.config.lora
-            peft.AdapterConfig(base, settings.rank, settings.alpha, settings.targets, self.ids).write(
-                run_dir / serving.FOLDER, self.model
+            base, settings = str(self.base.resolve()), self.lora
+            peft.AdapterConfig(base, settings.rank, settings.alpha, settings.targets, self.token_ids).write(
+                folder, self.model
             )
 
     def facts(self, model: Transformer) -> dict[str, str]:
         """What is trained, as name -> text."""
         if not self.are_on:
             return {}
-        count = sum(parameter.numel() for parameter in local_shards.trainable_parameters(model).values())
-        rows = f", and the rows of {len(self.ids)} tokens in embedding and head" if self.ids else ""
-        settings = self.config.lora
-        return {"lora": f"{count:,} trained: rank {settings.rank} on {', '.join(settings.targets)}{rows}"}
+        count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
+        rows = f", and the rows of {len(self.token_ids)} tokens in embedding and head" if self.token_ids else ""
+        return {"lora": f"{count:,} trained: rank {self.lora.rank} on {', '.join(self.lora.targets)}{rows}"}
 
     def flops_per_step(self, num_tokens: int, sum_len_sq: int, num_supervised: int) -> float:
         """Model FLOPs of a step, as ModelConfig.flops_per_step; less for frozen weights."""
         if not self.are_on:
             return self.model.flops_per_step(num_tokens, sum_len_sq, num_supervised)
-        return lora.flops_per_step(self.model, self.config.lora, num_tokens, sum_len_sq, num_supervised)
+        return lora.flops_per_step(self.model, self.lora, num_tokens, sum_len_sq, num_supervised)
 
-    def _rows(self, files: TensorFiles, name: str) -> Tensor:
-        """The tokens' rows of our parameter `name`, (n, H)."""
-        return torch.cat([piece for i in self.ids for _, piece in hf.read_rows(files, self.model, name, i, i + 1)])
+    def _token_rows(self, files: TensorFiles, name: str) -> Tensor:
+        """The tokens' rows of our parameter `name` in the base, (n, H)."""
+        rows = (hf.read_rows(files, self.model, name, i, i + 1) for i in self.token_ids)
+        return torch.cat([piece for pieces in rows for _, piece in pieces])

@@ -1,69 +1,234 @@
-"""What a configuration means on these devices: which kernels and attention, which model, which optimizer.
+"""Build the parts of a run from its configuration, in this order: inputs, resolved choices, model, outputs.
 
-kernels = assembly.kernels_name(config, device);  ops = ochat_kernels.load(kernels)
-model = assembly.build_model(config, model_config, ops, ranks, adapters)
-optimizer = assembly.build_optimizer(config, model, ops, ranks, kernels)
+    inputs = open_inputs(config, ranks)               # base configuration, tokenizer, data; checked
+    resolved = resolve(config, inputs, ranks)         # the configuration without "auto", and the reasons
+    parts = build_model(resolved.config, inputs, ranks)
+    outputs = open_outputs(resolved, inputs, parts, ranks, found)    # after the checkpoint `found` is loaded
+
+Only this module, the trainer and commands take a whole Config. `ochat plan` opens its data here too, so that it shows
+what the run will do.
 """
 
 from __future__ import annotations
 
-import os
+import logging
+import shutil
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
+import ochat_kernels
 import torch
+from msgspec import structs
 
+from ochat import config as configuration
+from ochat.checkpoint.manifest import Manifest
+from ochat.checkpoint.save import Saver
 from ochat.config import Config
+from ochat.console import waiting
+from ochat.data.dataset import TokenDataset
+from ochat.data.loader import Loader
+from ochat.data.mixture import Mixture
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
-from ochat.model.attention import default_backend
+from ochat.export import serving
+from ochat.files.jsonl import LineFile
+from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
-from ochat.train import optim, sharding
+from ochat.run import config_history, layout
+from ochat.run.nonfinite import BadSteps
+from ochat.text import tokenizer as tokenizers
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
+from ochat.train import identity, metrics, optim, schedule, sharding, verify
+from ochat.train import resolve as choices
 from ochat.train.adapters import Adapters
+from ochat.train.display import StepDisplay
+from ochat.train.metrics import MetricsLog
+from ochat.train.trackers import Trackers
+
+log = logging.getLogger(__name__)
 
 
-def kernels_name(config: Config, device: torch.device) -> str:
-    """The implementation of the operators, "triton" or "reference". Raises: ConfigError where it cannot run."""
-    on_card = device.type == "cuda"
-    if config.train.kernels == "auto":
-        return "triton" if on_card else "reference"
-    if config.train.kernels == "triton" and not on_card and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ConfigError(
-            "train.kernels = 'triton', but the run is on a CPU, where Triton only runs in its slow interpreter "
-            "(TRITON_INTERPRET=1); use 'auto' or 'reference'"
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads. They are checked to belong together."""
+
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    dataset: TokenDataset
+    loader: Loader
+    eval_loader: Loader | None
+    template: Template  # with the default condition that the trained model is served under
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """All choices of a run."""
+
+    asked: Config  # as the user wrote it; the run folder keeps it
+    config: Config  # without "auto": train.kernels, train.attention, train.recompute and optim.lr are decided
+    recompute_reason: str
+    lr_reason: str
+    peak_flops: float  # of one device; MFU is relative to it
+    peak_source: str
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """What is trained, in memory; load it before use."""
+
+    ops: ModuleType
+    adapters: Adapters
+    model: Transformer
+    optimizer: torch.optim.AdamW | optim.FusedAdamW
+    identity: dict[str, Any]  # what a checkpoint and the run that resumes from it have in common
+
+
+@dataclass(frozen=True)
+class RunOutputs:
+    """What a run writes and shows."""
+
+    lines: dict[str, LineFile]  # by name, those of layout.LINES
+    checkpointer: Saver
+    metrics: MetricsLog
+    trackers: Trackers
+    display: StepDisplay
+
+
+def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
+    """Open and check base, tokenizer and data; takes no memory for the model.
+
+    Raises: ConfigError, DataError, CheckpointError naming what is missing, damaged or does not belong together.
+    """
+    optim.check(config.optim, ranks.world)
+    model_config = ModelConfig.load(config.base.path)
+    if config.data.verify:
+        verify.data(
+            [*(share.path for share in config.data.mix.values()), config.data.path, config.data.eval_path], ranks
         )
-    return config.train.kernels
+    place = {"rank": ranks.rank, "world": ranks.world, "pad": ranks.device.type == "cuda"}
+    dataset = open_dataset(config)
+    loader = open_loader(config, dataset, model_config, **place)
+    eval_loader = open_eval_loader(config, open_eval_dataset(config), **place) if config.data.eval_path else None
+    tokenizer = tokenizers.load(config.base.path)
+    held_out = eval_loader.dataset if eval_loader else None
+    identity.check_inputs(dataset, held_out, tokenizer, model_config, config.base.path)
+    if not layout.folders(Path(config.run.dir)):  # else it starts from a checkpoint
+        hf.check_weights(config.base.path, model_config)
+    return RunInputs(model_config, tokenizer, dataset, loader, eval_loader, identity.served_template(dataset))
 
 
-def attention_name(config: Config, device: torch.device) -> str:
-    """The backend of attention."""
-    if config.train.attention != "auto":
-        return config.train.attention
-    return default_backend(device, getattr(torch, config.train.dtype))
+def open_dataset(config: Config) -> TokenDataset:
+    """The prepared data that is trained on, one set or several, with the configured weights and selection."""
+    return TokenDataset(
+        {name: share.path for name, share in config.data.mix.items()} or config.data.path,
+        classes=config.classes,
+        weights=config.weights,
+        only_class=config.data.only_class,
+        subsample=config.data.subsample,
+        seed=config.run.seed,
+    )
 
 
-def build_model(
-    config: Config, model_config: ModelConfig, ops: ModuleType, ranks: Ranks, adapters: Adapters
-) -> Transformer:
-    """The model with its adapters, wrapped and in memory, its values not yet there."""
-    dtype = getattr(torch, config.train.dtype)
+def open_eval_dataset(config: Config) -> TokenDataset:
+    """The whole held-out data set, classes that are not trained on included, with the configured weights."""
+    return TokenDataset(config.data.eval_path, classes=config.classes, weights=config.weights)
+
+
+def open_loader(
+    config: Config, dataset: TokenDataset, model: ModelConfig, *, rank: int = 0, world: int = 1, pad: bool = False
+) -> Loader:
+    """The steps of the run; the bins of a step are balanced by the model's FLOPs. `pad`: every batch has
+    data.token_budget tokens, as a GPU needs it; a CPU would compute the padding.
+
+    Raises: ConfigError where nothing is supervised, or the bins cannot be divided among the ranks.
+    """
+    if not dataset.supervised.sum():
+        raise ConfigError(f"{dataset.path}: no token has a weight other than 0; look at [classes] and weights.source")
+    for section, names in (("[classes]", config.classes), ("samples.conditions", config.samples.conditions)):
+        for name in names:
+            if name and name not in dataset.class_names:
+                raise ConfigError(
+                    f"{section} names {name!r}; the classes of {dataset.path} are {', '.join(dataset.class_names)}"
+                )
+    with nullcontext() if rank else waiting("packing the conversations into steps"):
+        return Loader(
+            dataset,
+            token_budget=config.data.token_budget,
+            bins_per_step=config.data.bins_per_step,
+            seed=config.run.seed,
+            epochs=config.data.epochs,
+            max_steps=config.data.max_steps,
+            rank=rank,
+            world=world,
+            pad=pad,
+            pin=pad and torch.cuda.is_available(),
+            mixture=Mixture(dataset, config.data.mix, config.run.seed) if config.data.mix else None,
+            costs=model.flops_per_sequence(dataset.lengths, dataset.supervised).astype(np.float32),
+        )
+
+
+def open_eval_loader(
+    config: Config, dataset: TokenDataset, *, rank: int = 0, world: int = 1, pad: bool = False
+) -> Loader:
+    """One pass over held-out data, one bin per rank at a time; the order never changes."""
+    pin = pad and torch.cuda.is_available()
+    budget = config.data.token_budget
+    return Loader(dataset, token_budget=budget, bins_per_step=world, rank=rank, world=world, pad=pad, pin=pin)
+
+
+def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
+    """Decide every "auto" once: kernels, attention, recompute, learning rate, and the peak that MFU is relative to.
+
+    Raises: ConfigError for a choice that the device cannot run.
+    """
+    model, device = inputs.model_config, ranks.device
+    kernels = choices.kernels(config.train.kernels, device)
+    attention = choices.attention(config.train.attention, device, config.train.dtype)
+    train = structs.replace(config.train, kernels=kernels, attention=attention)
+    recompute, reason = choices.recompute(model, ranks, config.data, train, config.optim, config.parallel, config.lora)
+    lr = schedule.choose_lr(
+        config.optim.lr,
+        supervised_tokens_per_step=inputs.loader.stats().supervised_per_step,
+        model_type=model.model_type,
+        vocab_size=model.vocab_size,
+        lora=config.lora.rank > 0,
+    )
+    decided = structs.replace(
+        config,
+        train=structs.replace(train, recompute=recompute),
+        optim=structs.replace(config.optim, lr=lr.value),
+    )
+    peak = metrics.peak_flops(device, config.train.peak_tflops, getattr(torch, config.train.dtype))
+    return Resolved(config, decided, reason, lr.reason, *peak)
+
+
+def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
+    """Model, adapters and optimizer of a resolved configuration: sharded and in memory, without values yet."""
+    model_config, dtype = inputs.model_config, getattr(torch, config.train.dtype)
+    ops = ochat_kernels.load(config.train.kernels)
+    adapters = Adapters.of(config.lora, config.base.path, model_config, inputs.template, inputs.tokenizer)
     with torch.device("meta"):
         model = Transformer(model_config, ops).to(getattr(torch, config.optim.master_dtype))
     model.compute_dtype = dtype
-    adapters.attach(model)
+    adapters.attach(model, dtype)
     sharding.wrap(model, ranks, config.train, config.parallel, dtype)
-    return model.to_empty(device="cpu" if config.parallel.offload == "all" else ranks.device)
+    model = model.to_empty(device="cpu" if config.parallel.offload == "all" else ranks.device)
+    run = identity.identity(inputs.loader, model_config, config.data, config.run.seed) | adapters.identity()
+    return RunModel(ops, adapters, model, build_optimizer(config, model, ops, ranks), run)
 
 
 def build_optimizer(
-    config: Config, model: Transformer, ops: ModuleType, ranks: Ranks, kernels: str
+    config: Config, model: Transformer, ops: ModuleType, ranks: Ranks
 ) -> torch.optim.AdamW | optim.FusedAdamW:
-    """AdamW over what is trained: by our operator where it is faster or the only one that can, else by torch's.
-
-    Raises: as optim.build.
-    """
+    """AdamW over the trainable parameters: our operator where it is faster or the only one that can, else torch's."""
     offload = config.parallel.offload
-    is_ours = kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
+    is_ours = config.train.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
     is_ours |= offload == "optimizer" or optim.needs_kernel(config.optim)
     return optim.build(
         model,
@@ -73,3 +238,62 @@ def build_optimizer(
         micro_batches=config.data.bins_per_step // ranks.world,
         seed=config.run.seed,
     )
+
+
+def open_outputs(
+    resolved: Resolved, inputs: RunInputs, parts: RunModel, ranks: Ranks, found: Manifest | None
+) -> RunOutputs:
+    """Everything that the run writes, continued after the checkpoint `found`; None: from the start."""
+    config, run_dir, class_names = resolved.config, Path(resolved.config.run.dir), inputs.dataset.class_names
+    lines = {name: LineFile(run_dir / name, log.warning) for name in layout.LINES}
+    if ranks.is_first:
+        write_settings(resolved, inputs, parts, found)
+        for file in lines.values():
+            metrics.truncate_after(file.path, found.step if found else -1)  # -1: an evaluation before step 1 too
+
+    def newest() -> Path | None:
+        saver.wait()
+        return saver.newest
+
+    nonfinite = BadSteps(
+        config.train.max_nonfinite_steps,
+        lines[layout.BAD_STEPS] if ranks.is_first else None,
+        bins_of=lambda step: identity.bins_of(inputs.loader, step - 1),
+        newest=newest,
+        warn=log.warning,
+        in_backward=config.optim.in_backward,
+    )
+    saver = Saver(
+        run_dir,
+        parts.model,
+        parts.optimizer,
+        parts.identity,
+        ranks,
+        config.checkpoint,
+        lines=list(lines.values()),
+        bad_steps=nonfinite,
+        say=log.info,
+        warn=log.warning,
+    )
+    if found:
+        saver.newest, nonfinite.count = found.folder, found.skipped
+    metrics_log = MetricsLog(
+        lines["metrics.jsonl"],
+        class_names,
+        flops=parts.adapters.flops_per_step,
+        peak_flops=resolved.peak_flops * ranks.world,
+        device=ranks.device,
+        write=ranks.is_first,
+        nonfinite=nonfinite,
+    )
+    trackers = Trackers(config.log, run_dir, configuration.dump(resolved.asked), enabled=ranks.is_first)
+    return RunOutputs(lines, saver, metrics_log, trackers, StepDisplay(inputs.loader.num_steps))
+
+
+def write_settings(resolved: Resolved, inputs: RunInputs, parts: RunModel, found: Manifest | None) -> None:
+    """Write the run's configuration, and the serving files that every checkpoint carries a copy of."""
+    run_dir, step = Path(resolved.config.run.dir), found.step if found else 0
+    config_history.keep(run_dir, resolved.asked, step=step, num_steps=inputs.loader.num_steps, say=log.info)
+    shutil.rmtree(run_dir / serving.FOLDER, ignore_errors=True)
+    serving.write(run_dir / serving.FOLDER, inputs.template, inputs.tokenizer, inputs.dataset.class_names)
+    parts.adapters.write_config(run_dir / serving.FOLDER)

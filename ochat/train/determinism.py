@@ -1,8 +1,8 @@
-"""Two runs bitwise equal: what `run.deterministic` asks of torch, cuBLAS, NCCL and the compiler before they start.
+"""Make two runs bitwise equal: settings of torch, cuBLAS, NCCL and the compiler for `run.deterministic`.
 
-    determinism.apply(config)
-A CPU, gloo and our Triton kernels (no atomics, no autotuning) need none of it. Equal: the losses and weights of runs on
-the same machine, number of processes and versions.
+    determinism.apply(True)
+Losses and weights are then equal on the same machine, number of processes and versions. CPUs, gloo and our Triton
+kernels (no atomics, no autotuning) are deterministic without it.
 """
 
 from __future__ import annotations
@@ -11,26 +11,24 @@ import os
 
 import torch
 
-from ochat.config import Config
 from ochat.errors import ConfigError
 
-# What is set where nothing is, then what else is as good.
+# variable -> values that make it deterministic; the first is set if the variable is not
 ENVIRONMENT = {
-    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # else streams that share a workspace choose its products
-    "NCCL_NVLS_ENABLE": ("0",),  # sums inside NVLink's switches come in the order in which they arrive
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # otherwise cuBLAS may choose other kernels per stream
+    "NCCL_NVLS_ENABLE": ("0",),  # NVLink switches sum in order of arrival
 }
 
 
-def apply(config: Config) -> None:
-    """Sets up this process; the switch is torch's, so that it also undoes an earlier run's in the same process.
+def apply(wanted: bool, *, compiles: bool = False) -> None:
+    """Set up this process; `wanted` = False undoes it. `compiles`: train.compile.
 
-    Raises: ConfigError for a variable of the environment that says otherwise. Costs, on CUDA: attention's backward adds
-    up in order (FlashAttention: tens of percent of it), sums by index sort first, no sums inside NVLink's switches; a
-    compiler that picks kernels without timing them. Memory stays as it is.
+    Raises: ConfigError for an environment variable with another value. Costs on CUDA: the backward of attention sums in
+    a fixed order (tens of percent of FlashAttention's), index sums sort first, NVLink switches do not sum, and the
+    compiler picks kernels without timing them. Memory use does not change.
     """
-    wanted = config.run.deterministic
     torch.use_deterministic_algorithms(wanted)
-    # nothing reads uninitialised memory, and filling it would cost a pass over all of it
+    # no code reads uninitialised memory; filling it would cost a pass over all of it
     torch.utils.deterministic.fill_uninitialized_memory = not wanted  # type: ignore[attr-defined]
     if not wanted:
         return
@@ -40,16 +38,16 @@ def apply(config: Config) -> None:
                 f"run.deterministic = true, but the environment says {name}={os.environ[name]}; unset it, or set "
                 f"{' or '.join(values)}"
             )
-    if config.train.compile:
-        _tame_compiler()
+    if compiles:
+        _make_compiler_deterministic()
 
 
-def _tame_compiler() -> None:
+def _make_compiler_deterministic() -> None:
     from torch._inductor import config as inductor  # here: slow to import
 
     if not hasattr(inductor, "deterministic"):
         raise ConfigError(
-            f"run.deterministic = true beside train.compile = true: torch {torch.__version__} picks kernels by timing "
+            f"run.deterministic = true with train.compile = true: torch {torch.__version__} picks kernels by timing "
             "them; leave one of the two out"
         )
     inductor.deterministic = True

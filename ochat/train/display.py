@@ -1,103 +1,74 @@
-"""What a run shows on the terminal: a summary before the first step, a live line while it trains, the results of
-evaluations.
+"""Show a run on the terminal: its facts, its steps, and the results of evaluations, on the first rank only.
 
-Only the first rank shows anything. On a terminal the progress bar stays at the bottom; elsewhere each flush prints
-one line.
+A progress bar stays at the bottom of a terminal; each flush of the metrics logs one line, at most one a second.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from ochat.console import facts
+from ochat import console
+
+log = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 240
 
 
-class Display:
-    """The first rank's console; the other ranks' is silent."""
+class StepDisplay:
+    """The progress of a run of `num_steps` steps."""
 
-    def __init__(self, show: bool):
-        self.show = show
-        self.console = Console(quiet=not show, highlight=False)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._printed = 0.0
-
-    def table(self, title: str, rows: dict[str, str]) -> None:
-        """Facts as two aligned columns."""
-        self.console.print(facts(title, rows))
-
-    def note(self, text: str) -> None:
-        """One plain line."""
-        self.console.print(escape(text), soft_wrap=True)
-
-    def warn(self, text: str) -> None:
-        """One line that must not be missed."""
-        self.console.print(f"[bold red]WARNING[/] {escape(text)}", soft_wrap=True)
+    def __init__(self, num_steps: int):
+        self.num_steps, self._shown, self._printed = num_steps, 0, 0.0
+        self._advance: Callable[[int], object] = lambda count: None
 
     @contextmanager
-    def progress(self, done: int, total: int) -> Iterator[None]:
-        """A live progress bar from step `done` to `total`, if this is a terminal."""
-        if not self.console.is_terminal or not self.show:
+    def bar(self, done: int) -> Iterator[None]:
+        """A progress bar from step `done`, on a terminal."""
+        self._shown = done
+        with console.bar("step", self.num_steps, done) as self._advance:
             yield
-            return
-        columns = (
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console) as self._progress:
-            self._task = self._progress.add_task("", total=total, completed=done)
-            yield
-        self._progress = None
 
-    def steps(self, lines: list[dict[str, Any]], total: int) -> None:
-        """Moves the bar, and prints the newest of the flushed steps as a line, at most one a second."""
+    def steps(self, lines: list[dict[str, Any]]) -> None:
+        """Move the bar, and log the newest of the flushed steps, at most one a second."""
         if not lines:
             return
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=lines[-1]["step"])
-        if time.monotonic() - self._printed > 1 or lines[-1]["step"] == total:
+        newest = lines[-1]["step"]
+        self._advance(newest - self._shown)
+        self._shown = newest
+        if time.monotonic() - self._printed > 1 or newest == self.num_steps:
             self._printed = time.monotonic()
-            self.note(f"step {lines[-1]['step']}/{total}  {_describe(lines[-1])}")
+            log.info(f"step {newest}/{self.num_steps}  {_describe(lines[-1])}")
 
-    def evaluation(self, line: dict[str, Any]) -> None:
-        """The held-out numbers of one evaluation, a row a class."""
-        table = Table(title=f"held out, after step {line['step']}", title_justify="left")
-        for heading in ("class", "loss", "accuracy", "tokens"):
-            table.add_column(heading, justify="left" if heading == "class" else "right")
-        whole = {"loss": line["loss"], "accuracy": line["accuracy"], "tokens": line["supervised_tokens"]}
-        for name, row in [*line["classes"].items(), ("all, weighted", whole)]:
-            table.add_row(escape(name), _number(row["loss"]), _number(row["accuracy"]), f"{row['tokens']:,}")
-        self.console.print(table)
 
-    def samples(self, answers: list[dict[str, str]]) -> None:
-        """The answers to the fixed prompts, each on a line; samples.jsonl has them whole."""
-        for a in answers:
-            text = " / ".join(a["answer"].splitlines())
-            shown = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
-            line = f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(shown)}"
-            self.console.print(line, soft_wrap=True)
+def show_facts(title: str, facts: dict[str, str]) -> None:
+    """Names and texts as two aligned columns."""
+    console.show(console.facts(title, facts))
+
+
+def show_evaluation(line: dict[str, Any]) -> None:
+    """The held-out numbers of one evaluation, a row a class."""
+    table = Table(title=f"held out, after step {line['step']}", title_justify="left")
+    for heading in ("class", "loss", "accuracy", "tokens"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    whole = {"loss": line["loss"], "accuracy": line["accuracy"], "tokens": line["supervised_tokens"]}
+    for name, row in [*line["classes"].items(), ("all, weighted", whole)]:
+        table.add_row(escape(name), _number(row["loss"]), _number(row["accuracy"]), f"{row['tokens']:,}")
+    console.show(table)
+
+
+def show_samples(answers: list[dict[str, str]]) -> None:
+    """The answers to the sample prompts, each cut to one line; samples.jsonl holds all of them."""
+    for a in answers:
+        text = " / ".join(a["answer"].splitlines())
+        shown = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
+        console.show(f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(shown)}")
 
 
 def _describe(line: dict[str, Any]) -> str:

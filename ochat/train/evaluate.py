@@ -1,4 +1,4 @@
-"""What a run looks at between steps: held-out loss and accuracy per class, and answers to a few fixed prompts."""
+"""Evaluate between steps: held-out loss and accuracy per class, and answers to a few fixed prompts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ochat.text.conversation import Conversation, Message
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 from ochat.train import metrics
-from ochat.train.metrics import Tally
+from ochat.train.metrics import StepMetrics
 
 
 @torch.no_grad()
 def held_out(forward: Callable[[PackedBatch], LossOutput], loader: Loader, ranks: Ranks) -> dict[str, Any]:
     """Loss and accuracy over one pass of the loader, summed over ranks: {loss, accuracy, supervised_tokens,
     classes}."""
-    tally = Tally(loader.dataset.class_names, ranks.device)
+    measured = StepMetrics(loader.dataset.class_names, ranks.device)
     for _, batches in loader.iterate():
         for batch in batches:
             batch = batch.to(ranks.device)
-            tally.add(batch, forward(batch))
-    means = metrics.summarise(ranks.sum_tensor(tally.flat()).tolist(), loader.dataset.class_names)
+            measured.add(batch, forward(batch))
+    means = metrics.summarise(ranks.sum_tensor(measured.to_tensor()).tolist(), loader.dataset.class_names)
     return {key: means[key] for key in ("loss", "accuracy", "supervised_tokens", "classes")}
 
 

@@ -1,8 +1,10 @@
-"""What a step measured: tallies summed on the device, read once every few steps, written as lines of metrics.jsonl.
+"""Metrics of a step: summed on the device, read every few steps, written as lines of metrics.jsonl.
 
-A `Tally` collects one step on this rank; `Journal` holds finished steps until `flush`, which reads them from the
+`StepMetrics` sums one step on this rank. `MetricsLog` holds finished steps until `flush`, which reads them from the
 device in one copy and writes one JSON line a step, with null for a number that is not finite. Accuracy and class losses
 are means weighted by |w|.
+
+MFU = model FLOPs of the step (ModelConfig.flops_per_step) / its seconds / peak FLOP/s of all devices (peak_flops).
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ _SUMS = ("loss", "weight", "correct", "tokens", "supervised", "padded", "square_
 _CLASS_SUMS = ("loss", "weight", "correct", "tokens")
 
 
-class Tally:
-    """The sums of one step (or one evaluation) on this rank, on the device, float64."""
+class StepMetrics:
+    """Sums of one step (or one evaluation) on this rank, on the device in float64."""
 
     def __init__(self, class_names: Sequence[str], device: torch.device):
         self.class_names = class_names
@@ -40,8 +42,8 @@ class Tally:
         self.class_sums = torch.zeros(len(class_names), len(_CLASS_SUMS), dtype=torch.float64, device=device)
 
     def add(self, batch: PackedBatch, out: LossOutput) -> None:
-        """Adds one micro-batch (a PackedBatch on the device) and the LossOutput of its rows, nll and correct (R,);
-        nothing waits on the host."""
+        """Add one micro-batch, on the device, and the LossOutput of its rows, nll and correct (R,); does not wait for
+        the device."""
         weights = batch.supervised_weights.double()
         nll, correct = out.nll.double(), out.correct.double()
         per_row = torch.stack((nll * weights.abs(), weights.abs(), correct * weights.abs(), torch.ones_like(nll)), 1)
@@ -51,26 +53,26 @@ class Tally:
         counts = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
         self.sums += torch.cat((on_device, counts))
 
-    def flat(self) -> Tensor:
-        """All sums in one vector, for one reduction over ranks."""
+    def to_tensor(self) -> Tensor:
+        """All sums in one vector, for one all-reduce."""
         return torch.cat((self.sums, self.class_sums.flatten()))
 
 
-def summarise(flat: list[float], class_names: Sequence[str]) -> dict[str, Any]:
-    """The sums of `Tally.flat` as means: loss, accuracy, token counts, and the same per class."""
-    sums = dict(zip(_SUMS, flat, strict=False))
-    rows = [flat[i : i + len(_CLASS_SUMS)] for i in range(len(_SUMS), len(flat), len(_CLASS_SUMS))]
+def summarise(sums: list[float], class_names: Sequence[str]) -> dict[str, Any]:
+    """Loss, accuracy and token counts from the reduced sums of StepMetrics, and the same per class."""
+    total = dict(zip(_SUMS, sums, strict=False))
+    rows = [sums[i : i + len(_CLASS_SUMS)] for i in range(len(_SUMS), len(sums), len(_CLASS_SUMS))]
     classes = {}
     for name, row in zip(class_names, rows, strict=True):
         loss, weight, correct, tokens = row
         classes[name] = {"loss": _ratio(loss, weight), "accuracy": _ratio(correct, weight), "tokens": int(tokens)}
     return {
-        "loss": _ratio(sums["loss"], sums["weight"]) or 0.0,
-        "accuracy": _ratio(sums["correct"], sums["weight"]) or 0.0,
-        "tokens": int(sums["tokens"]),
-        "supervised_tokens": int(sums["supervised"]),
-        "padded_tokens": int(sums["padded"]),
-        "square_lengths": sums["square_lengths"],
+        "loss": _ratio(total["loss"], total["weight"]) or 0.0,
+        "accuracy": _ratio(total["correct"], total["weight"]) or 0.0,
+        "tokens": int(total["tokens"]),
+        "supervised_tokens": int(total["supervised"]),
+        "padded_tokens": int(total["padded"]),
+        "square_lengths": total["square_lengths"],
         "classes": classes,
     }
 
@@ -83,8 +85,8 @@ class _Pending:
     values: Tensor  # the reduced sums and, last, the gradient norm
 
 
-class Journal:
-    """Steps on their way to metrics.jsonl; only the first rank writes, every rank may flush."""
+class MetricsLog:
+    """Finished steps on their way to metrics.jsonl; every rank flushes, only the first one writes."""
 
     def __init__(
         self,
@@ -95,25 +97,24 @@ class Journal:
         peak_flops: float,
         device: torch.device,
         write: bool,
-        bad_steps: BadSteps,
+        nonfinite: BadSteps,
     ):
-        """`flops(tokens, sum of squared lengths, supervised tokens)` of a step; `peak_flops` of all ranks together."""
+        """`flops(tokens, sum of squared lengths, supervised tokens)`: of a step; `peak_flops`: of all ranks."""
         self.file, self.class_names, self.flops, self.peak_flops = file, class_names, flops, peak_flops
-        self.device, self.write, self.bad_steps = device, write, bad_steps
+        self.device, self.write, self.nonfinite = device, write, nonfinite
         self.pending: list[_Pending] = []
         self.since = time.perf_counter()
 
     def add(self, step: int, epoch: int, lr: float, sums: Tensor, grad_norm: Tensor) -> None:
-        """Keeps a finished step; its reduced sums and the norm stay on the device."""
+        """Add a finished step; its reduced sums and the norm stay on the device."""
         values = torch.cat((sums, grad_norm.detach().double().reshape(1).to(sums.device)))
         self.pending.append(_Pending(step, epoch, lr, values))
 
     def flush(self) -> list[dict[str, Any]]:
-        """Reads the pending steps from the device, writes their lines and returns them; times are means over these
-        steps.
+        """Read the pending steps from the device, write their lines and return them; times are means over these steps.
 
         A step whose loss or gradient norm is not finite was not applied: its line says `"skipped": true`. Raises:
-        NonFiniteError for the first such step that the budget does not allow, after writing those before it.
+        NonFiniteError for the first such step beyond train.max_nonfinite_steps, after writing those before it.
         """
         if not self.pending:
             return []
@@ -125,7 +126,7 @@ class Journal:
         try:
             for line, is_good in steps:
                 if not is_good:
-                    self.bad_steps.add(line["step"], line["loss"], line["grad_norm"])
+                    self.nonfinite.add(line["step"], line["loss"], line["grad_norm"])
                 lines.append(line if is_good else _valid(line) | {"skipped": True})
         finally:
             if self.write:
@@ -133,7 +134,7 @@ class Journal:
         return lines
 
     def restart_clock(self) -> None:
-        """Leaves what happened since the last flush (an evaluation, a checkpoint) out of the next steps' times."""
+        """Exclude the time since the last flush (an evaluation, a checkpoint) from the next steps' times."""
         self.since = time.perf_counter()
 
     def _line(self, pending: _Pending, row: list[float], seconds: float) -> dict[str, Any]:
@@ -159,22 +160,22 @@ class Journal:
 
 
 def is_finite(row: list[float]) -> bool:
-    """Whether a step was applied, by the two numbers that optim.update decided by: the loss sum and the norm."""
+    """Whether a step was applied; optim.update decides by the same two numbers, the loss sum and the norm."""
     return math.isfinite(row[0]) and math.isfinite(row[-1])
 
 
 def _valid(value: Any) -> Any:
-    """Without what JSON has no word for."""
+    """The value with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _valid(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def cut(path: Path, last_step: int) -> None:
-    """Drops the lines after `last_step` (what a killed run wrote past its checkpoint), atomically."""
+def truncate_after(path: Path, last_step: int) -> None:
+    """Drop the lines after `last_step`, which a killed run wrote past its checkpoint, atomically."""
     if not path.exists():
         return
-    # of bytes: U+2028 in an answer ends a line of text, and what is torn may be no UTF-8
+    # split bytes, not text: U+2028 in an answer ends a line of text, and a torn line may not be UTF-8
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step]
     if kept != lines:
@@ -182,7 +183,7 @@ def cut(path: Path, last_step: int) -> None:
 
 
 def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtype) -> tuple[float, str]:
-    """(peak FLOP/s of one device that mfu is taken of, where it comes from)."""
+    """(peak FLOP/s of one device, its source): configured, the GPU's data sheet, or a measured matrix product."""
     if configured_tflops:
         return configured_tflops * 1e12, "configured"
     if device.type == "cuda":
@@ -193,7 +194,7 @@ def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtyp
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: of the card's allocator on CUDA, resident elsewhere."""
+    """Peak memory of this process: allocated by torch on CUDA, resident elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

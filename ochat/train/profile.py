@@ -102,7 +102,7 @@ def record(trainer: Trainer) -> list[Table | str]:
 def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, float]:
     """Seconds of a mean step that the plan predicts for each part; on an unknown device for matmuls alone, at the peak
     that mfu is taken of."""
-    config, model, ranks = trainer.config, trainer.model_config, trainer.ranks
+    config, model, ranks = trainer.config, trainer.inputs.model_config, trainer.ranks
     all_batches = [batch for step in batches for batch in step]
     lengths = np.array([n for b in all_batches for n in b.lengths[: len(b.sequences)]])
     tokens, computed = sum(b.num_tokens for b in all_batches), sum(b.input_ids.shape[0] for b in all_batches)
@@ -118,7 +118,7 @@ def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, f
         itemsize=4 if config.train.dtype == "float32" else 2,
         adapters=lora.num_parameters(model, config.lora),
     )
-    least = roofline.predict(model, known or _matmul_only(trainer.peak), workload, layout)
+    least = roofline.predict(model, known or _matmul_only(trainer.resolved.peak_flops), workload, layout)
     again = config.train.recompute == "block"
     found = {
         MATMUL: least.matmul * (1 + again / layout.matmuls_of_weight),
@@ -127,7 +127,7 @@ def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, f
     }
     if known is None:
         per_token = workload.attention_per_token(model) * (1 + again / 3)
-        return found | {ATTENTION: per_token * tokens / len(batches) / trainer.peak}
+        return found | {ATTENTION: per_token * tokens / len(batches) / trainer.resolved.peak_flops}
     rest = least.memory_bound + least.recompute - (found[MATMUL] - least.matmul)
     found[ELEMENTWISE] = rest - (found[ATTENTION] - least.attention)
     return found | {OPTIMIZER: least.optimizer, COMMUNICATION: least.communication}
@@ -273,7 +273,7 @@ def _step(trainer: Trainer, steps: Iterator[tuple[int, list[PackedBatch]]]) -> l
     step, batches = next(steps)
     trainer.step(step, batches)
     if trainer.steps_done % trainer.config.train.log_every == 0:
-        trainer.journal.flush()
+        trainer.metrics.flush()
     return batches
 
 

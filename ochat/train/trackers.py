@@ -1,5 +1,4 @@
-"""Experiment trackers beside metrics.jsonl: TensorBoard and Weights & Biases, each imported only when it is asked
-for."""
+"""Experiment trackers in addition to metrics.jsonl: TensorBoard and Weights & Biases, imported only if configured."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ochat.config import Config, dump
+from ochat.config import LogConfig
 from ochat.errors import ConfigError
 
 Write = Callable[[int, dict[str, float]], None]  # (step, name -> value)
@@ -17,30 +16,31 @@ Write = Callable[[int, dict[str, float]], None]  # (step, name -> value)
 class Trackers:
     """The configured trackers; none on ranks other than the first."""
 
-    def __init__(self, config: Config, run_dir: Path, enabled: bool):
+    def __init__(self, config: LogConfig, run_dir: Path, config_toml: str, *, enabled: bool):
         self.writers: list[Write] = []
         self._open = ExitStack()
-        if enabled and config.log.tensorboard:
+        if enabled and config.tensorboard:
             self.writers.append(self._tensorboard(run_dir))
-        if enabled and config.log.wandb:
-            self.writers.append(self._wandb(config, run_dir))
+        if enabled and config.wandb:
+            self.writers.append(self._wandb(config.wandb, run_dir, config_toml))
 
     def add(self, kind: str, lines: list[dict[str, Any]]) -> None:
-        """Passes on every number of the lines (dicts with a `step`), under names such as train/loss or
-        held_out/GPT4/loss."""
+        """Write every number of the lines (dicts with a `step`), under names such as held_out/GPT4/loss."""
         for line in lines:
             for write in self.writers:
                 write(line["step"], dict(_numbers(kind, {key: value for key, value in line.items() if key != "step"})))
 
     def close(self) -> None:
-        """Flushes and closes them."""
+        """Flush and close them."""
         self._open.close()
 
     def _tensorboard(self, run_dir: Path) -> Write:
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError:
-            raise ConfigError("log.tensorboard = true needs tensorboard (pip install 'ochat-crlft[log]')") from None
+            raise ConfigError(
+                "log.tensorboard = true needs the package tensorboard (pip install 'ochat-crlft[log]')"
+            ) from None
         writer = SummaryWriter(str(run_dir / "tensorboard"))
         self._open.callback(writer.close)
 
@@ -50,15 +50,15 @@ class Trackers:
 
         return write
 
-    def _wandb(self, config: Config, run_dir: Path) -> Write:
+    def _wandb(self, project: str, run_dir: Path, config_toml: str) -> Write:
         try:
             import wandb  # type: ignore[import-not-found]
         except ImportError:
             raise ConfigError(
-                f"log.wandb = {config.log.wandb!r} needs the package wandb (pip install 'ochat-crlft[log]')"
+                f"log.wandb = {project!r} needs the package wandb (pip install 'ochat-crlft[log]')"
             ) from None
         run = wandb.init(
-            project=config.log.wandb, name=run_dir.name, dir=str(run_dir), config={"toml": dump(config)}, resume="allow"
+            project=project, name=run_dir.name, dir=str(run_dir), config={"toml": config_toml}, resume="allow"
         )
         self._open.callback(run.finish)
         return lambda step, numbers: run.log(numbers, step=step)

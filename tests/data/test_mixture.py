@@ -14,7 +14,7 @@ from ochat.data.prepare import prepare
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
 from ochat.plan import run_facts
-from ochat.train import inputs
+from ochat.train import build
 from tests import tiny
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -197,8 +197,8 @@ def test_a_run_trains_on_a_mixture_and_goes_on_where_it_stopped(world, tmp_path)
 def test_a_plan_has_a_row_for_each_set(world):
     options = mixed_options(world, "--data.mix.one.tokens=300", "--data.mix.two.epochs=2")
     config = configuration.load(world.config, options)
-    data = inputs.open_data(config)
-    loader = inputs.open_loader(config, data, ModelConfig.load(world.base))
+    data = build.open_dataset(config)
+    loader = build.open_loader(config, data, ModelConfig.load(world.base))
     rows = run_facts.describe_sets(loader)
     total = data.lengths[data.sets["two"]].sum()
     assert rows["set two"] == f"60 conversations, {total:,} tokens; an epoch takes 120, {2 * total:,} tokens: 2 passes"

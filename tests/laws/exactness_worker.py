@@ -76,7 +76,7 @@ def keep_gradients(trainer: WatchedTrainer):
 
 def run(config: configuration.Config, ranks: Ranks, split: int = 0) -> None:
     """One case from its start to its export."""
-    determinism.apply(config)
+    determinism.apply(config.run.deterministic)
     trainer, update = WatchedTrainer(config, ranks), optim.update
     trainer.watch(split)
     optim.update = keep_gradients(trainer)

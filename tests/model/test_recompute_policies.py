@@ -24,7 +24,8 @@ from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer, pack_ids
 from ochat.plan.forecast import PlanInputs
 from ochat.plan.memory import GIB
-from ochat.train import recompute, sharding
+from ochat.train import resolve as choices
+from ochat.train import sharding
 
 CONFIG = ModelConfig("qwen3", 67, 24, 40, 3, 4, 2, 8, qk_norm=True, windows=(None, 6, 6), tie_embeddings=True)
 PLAIN = dataclasses.replace(CONFIG, model_type="llama", qk_norm=False, qkv_bias=True, mlp_bias=True, windows=())
@@ -143,14 +144,13 @@ def resolve(room_gib: float, monkeypatch, device=CARD, **train) -> tuple[str, st
     config = Config(
         base=BaseConfig("base"), data=DataConfig("data", token_budget=8192, bins_per_step=8), train=TrainConfig(**train)
     )
-    monkeypatch.setattr(recompute, "free_bytes", lambda _: room_gib * GIB)
+    monkeypatch.setattr(choices, "usable_bytes", lambda _: room_gib * GIB)
     eight = SimpleNamespace(
         device=device, world=8, all_gather_json=lambda record: [record, {"room": record["room"] + GIB}]
     )
-    found, why = recompute.resolve_recompute(config, LLAMA_8B, eight, "triton")  # type: ignore[arg-type]
-    resolved = structs.replace(config.train, recompute=found.train.recompute)
-    assert found == structs.replace(config, train=resolved)  # nothing else is decided here
-    return found.train.recompute, why
+    chosen = structs.replace(config.train, kernels="triton")
+    sections = config.data, chosen, config.optim, config.parallel, config.lora
+    return choices.recompute(LLAMA_8B, eight, *sections)  # type: ignore[arg-type]
 
 
 def test_auto_takes_the_least_that_every_card_has_room_for(monkeypatch):

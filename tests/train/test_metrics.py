@@ -12,7 +12,7 @@ from ochat.errors import NonFiniteError
 from ochat.files.jsonl import LineFile
 from ochat.run.nonfinite import BadSteps
 from ochat.train import metrics
-from ochat.train.metrics import Journal, Tally
+from ochat.train.metrics import MetricsLog, StepMetrics
 
 WEIGHTS = ([0, 1.0, -0.5, 0.25], [0, 0, 2.0])
 CPU = torch.device("cpu")
@@ -30,10 +30,10 @@ def batch_and_output():
 
 def test_means_are_weighted_by_absolute_weights_per_class_and_in_all():
     batch, out = batch_and_output()
-    tally = Tally(["a", "b"], CPU)
-    tally.add(batch, out)
-    tally.add(batch, out)
-    means = metrics.summarise(tally.flat().tolist(), ["a", "b"])
+    measured = StepMetrics(["a", "b"], CPU)
+    measured.add(batch, out)
+    measured.add(batch, out)
+    means = metrics.summarise(measured.to_tensor().tolist(), ["a", "b"])
     nll, right = out.nll.double(), out.correct.double()  # of rows 0, 1, 2 and 5
     first, second = [(0, 1.0), (1, -0.5), (2, 0.25)], [(3, 2.0)]  # (place, weight)
     total = sum(abs(w) for _, w in first + second)
@@ -51,25 +51,25 @@ def test_means_are_weighted_by_absolute_weights_per_class_and_in_all():
 
 
 def test_a_class_without_tokens_has_no_mean():
-    means = metrics.summarise(Tally(["a"], CPU).flat().tolist(), ["a"])
+    means = metrics.summarise(StepMetrics(["a"], CPU).to_tensor().tolist(), ["a"])
     assert means["classes"]["a"] == {"loss": None, "accuracy": None, "tokens": 0} and means["loss"] == 0.0
 
 
-def journal(path, **change):
-    bad_steps = BadSteps(0, None, bins_of=list, newest=lambda: None, warn=pytest.fail)
-    settings = {"flops": lambda *_: 10.0, "peak_flops": 1e3, "device": CPU, "write": True, "bad_steps": bad_steps}
-    return Journal(LineFile(path, pytest.fail), ["a", "b"], **settings | change)
+def metrics_log(path, **change):
+    nonfinite = BadSteps(0, None, bins_of=list, newest=lambda: None, warn=pytest.fail)
+    settings = {"flops": lambda *_: 10.0, "peak_flops": 1e3, "device": CPU, "write": True, "nonfinite": nonfinite}
+    return MetricsLog(LineFile(path, pytest.fail), ["a", "b"], **settings | change)
 
 
 def test_mfu_and_rates_are_of_the_time_since_the_last_flush(tmp_path, monkeypatch):
     now = iter([100.0, 104.0, 104.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
     batch, out = batch_and_output()
-    tally = Tally(["a", "b"], CPU)
-    tally.add(batch, out)
-    book = journal(tmp_path / "m.jsonl", flops=lambda tokens, squares, supervised: tokens + squares + supervised)
+    measured = StepMetrics(["a", "b"], CPU)
+    measured.add(batch, out)
+    book = metrics_log(tmp_path / "m.jsonl", flops=lambda tokens, squares, supervised: tokens + squares + supervised)
     for step in (1, 2):
-        book.add(step, 0, 1e-3, tally.flat(), torch.tensor(1.0))
+        book.add(step, 0, 1e-3, measured.to_tensor(), torch.tensor(1.0))
     line = book.flush()[0]  # two steps in 4 seconds
     assert line["step_s"] == 2.0 and line["tokens_per_s"] == 3.5 and line["supervised_tokens_per_s"] == 2.0
     assert line["padded_tokens_per_s"] == 10.0 and line["mfu"] == pytest.approx((7 + 25 + 4) / 2 / 1e3)
@@ -78,7 +78,7 @@ def test_mfu_and_rates_are_of_the_time_since_the_last_flush(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_ends_the_run_after_the_good_steps_are_written(tmp_path, bad):
-    book, sums = journal(tmp_path / "m.jsonl"), Tally(["a", "b"], CPU).flat()
+    book, sums = metrics_log(tmp_path / "m.jsonl"), StepMetrics(["a", "b"], CPU).to_tensor()
     for step, norm in ((1, 1.0), (2, bad), (3, 1.0)):
         book.add(step, 0, 1e-3, sums, torch.tensor(norm))
     with pytest.raises(NonFiniteError, match=f"step 2: loss 0.0, gradient norm {bad}. "):
@@ -89,11 +89,11 @@ def test_a_gradient_that_is_not_finite_ends_the_run_after_the_good_steps_are_wri
 def test_lines_past_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    metrics.cut(path, 2)
+    metrics.truncate_after(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-    metrics.cut(path, -1)
+    metrics.truncate_after(path, -1)
     assert path.read_text() == ""
-    metrics.cut(tmp_path / "missing.jsonl", 1)
+    metrics.truncate_after(tmp_path / "missing.jsonl", 1)
 
 
 def test_an_answer_of_any_characters_is_one_line_and_a_character_may_be_torn(tmp_path):
@@ -103,9 +103,9 @@ def test_an_answer_of_any_characters_is_one_line_and_a_character_may_be_torn(tmp
     LineFile(path, warned.append).append(lines)
     whole = path.read_bytes()
     path.write_bytes(whole + '{"step": 2, "answer": "\u00fc'.encode()[:-1])
-    metrics.cut(path, 2)
+    metrics.truncate_after(path, 2)
     assert path.read_bytes() == whole
-    metrics.cut(path, 1)
+    metrics.truncate_after(path, 1)
     assert json.loads(path.read_bytes()) == lines[0] and not warned
 
 

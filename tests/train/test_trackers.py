@@ -5,19 +5,19 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ochat.config import BaseConfig, Config, DataConfig, LogConfig
+from ochat.config import LogConfig
 from ochat.errors import ConfigError
 from ochat.train.trackers import Trackers
 
 LINE = {"step": 3, "loss": 1.5, "classes": {"GPT4": {"loss": 0.5, "accuracy": None, "tokens": 7}}}
 
 
-def config(**log):
-    return Config(base=BaseConfig("b"), data=DataConfig("d"), log=LogConfig(**log))
+def open_trackers(run_dir, enabled=True, **log):
+    return Trackers(LogConfig(**log), run_dir, "[optim]\nlr = 1e-5\n", enabled=enabled)
 
 
 def test_tensorboard_gets_every_number(tmp_path):
-    trackers = Trackers(config(tensorboard=True), tmp_path, enabled=True)
+    trackers = open_trackers(tmp_path, tensorboard=True)
     trackers.add("train", [LINE, LINE | {"step": 4, "loss": 1.25}])
     trackers.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -26,7 +26,7 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    trackers = Trackers(config(tensorboard=True), tmp_path, enabled=False)
+    trackers = open_trackers(tmp_path, enabled=False, tensorboard=True)
     trackers.add("train", [LINE])
     trackers.close()
     assert not list(tmp_path.iterdir())
@@ -49,7 +49,7 @@ def test_wandb_gets_every_number_of_a_step(tmp_path, monkeypatch):
             return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    trackers = Trackers(config(wandb="mine"), tmp_path, enabled=True)
+    trackers = open_trackers(tmp_path, wandb="mine")
     trackers.add("held_out", [LINE])
     trackers.close()
     expected = {"held_out/loss": 1.5, "held_out/classes/GPT4/loss": 0.5, "held_out/classes/GPT4/tokens": 7.0}
@@ -61,4 +61,4 @@ def test_a_missing_tracker_is_named(tmp_path, monkeypatch, log, module):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(ConfigError, match=module):
-        Trackers(config(**log), tmp_path, enabled=True)
+        open_trackers(tmp_path, **log)

@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ochat import config as configuration
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError
-from ochat.train.build import attention_name, kernels_name
+from ochat.train import build, resolve
 from ochat.train.schedule import factor
 from tests import tiny
 
@@ -191,25 +190,21 @@ def test_kernels_that_the_device_cannot_run_are_refused(world, tmp_path, monkeyp
         ("reference", "cuda", "reference"),
     ],
 )
-def test_one_value_of_the_configuration_decides_the_kernels(world, asked, device, means):
-    config = configuration.load(world.config, [f"--train.kernels={asked}"])
-    assert kernels_name(config, torch.device(device)) == means
+def test_one_value_of_the_configuration_decides_the_kernels(asked, device, means):
+    assert resolve.kernels(asked, torch.device(device)) == means
 
 
 @pytest.mark.parametrize(
     ("dtype", "device", "means"),
     [("bfloat16", "cuda", "varlen"), ("float32", "cuda", "sdpa"), ("bfloat16", "cpu", "sdpa")],
 )
-def test_auto_takes_the_attention_that_computes_in_the_runs_dtype(world, dtype, device, means):
-    config = configuration.load(world.config, [f"--train.dtype={dtype}"])
-    assert attention_name(config, torch.device(device)) == means
+def test_auto_takes_the_attention_that_computes_in_the_runs_dtype(dtype, device, means):
+    assert resolve.attention("auto", torch.device(device), dtype) == means
 
 
 def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):
-    from ochat.train import inputs
-
-    plain = inputs.open_loader
-    monkeypatch.setattr(inputs, "open_loader", lambda *args, **more: plain(*args, **(more | {"pad": True})))
+    plain = build.open_loader
+    monkeypatch.setattr(build, "open_loader", lambda *args, **more: plain(*args, **(more | {"pad": True})))
     lines = tiny.train(world, tmp_path / "run", "--data.epochs=2")
     for ours, theirs in zip(lines, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

@@ -13,7 +13,7 @@ from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.ablation_dir import AblationDir
 from ochat.model.config import ModelConfig
 from ochat.text.tokenizer import load as load_tokenizer
-from ochat.train import inputs
+from ochat.train import build
 
 STEPS = 12
 
@@ -56,7 +56,7 @@ def test_what_a_variant_trains_on(file, tmp_path):
     ablation.open()
     tokenizer = load_tokenizer(ablation.base.base.path)
     for run in ablation.runs[:6]:
-        data, variant = inputs.open_data(run.config), run.variant
+        data, variant = build.open_dataset(run.config), run.variant
         classes = {"only-expert": {"GPT4"}, "only-suboptimal": {"GPT3"}}.get(variant.name, {"GPT3", "GPT4"})
         assert {example.condition for example in data} == classes
         for example in data:
@@ -66,7 +66,7 @@ def test_what_a_variant_trains_on(file, tmp_path):
             is_named = f"{example.condition} User:" in text and f"{example.condition} Assistant:" in text
             assert is_named == variant.has_condition and "User:" in text
         assert data.template.condition_roles == ("both" if variant.has_condition else "none")
-        loader = inputs.open_loader(run.config, data, ModelConfig.load(run.config.base.path))
+        loader = build.open_loader(run.config, data, ModelConfig.load(run.config.base.path))
         filled = [sum(batch.num_tokens for batch in loader.step(step)) for step in range(loader.num_steps)]
         assert loader.num_steps == STEPS and min(filled) > 0.8 * 2 * 192
 

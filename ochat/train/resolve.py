@@ -1,0 +1,83 @@
+"""Decide what "auto" means for train.kernels, train.attention and train.recompute on the device of this run.
+
+    kernels("auto", device);  attention("auto", device, "bfloat16");  recompute(...) -> ("block", "block, chosen: ...")
+
+The learning rate's "auto" is schedule.py's.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
+from ochat.distributed.processes import Ranks
+from ochat.errors import ConfigError
+from ochat.model.attention import default_backend
+from ochat.model.config import ModelConfig
+from ochat.plan.forecast import PlanInputs, with_policy
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.memory import CONTEXT_BYTES, GIB
+from ochat.plan.roofline import Workload
+
+
+def kernels(asked: str, device: torch.device) -> str:
+    """The implementation of the operators, "triton" or "reference". Raises: ConfigError where it cannot run."""
+    on_gpu = device.type == "cuda"
+    if asked == "auto":
+        return "triton" if on_gpu else "reference"
+    if asked == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError(
+            "train.kernels = 'triton', but the run is on a CPU, where Triton only runs in its slow interpreter "
+            "(TRITON_INTERPRET=1); use 'auto' or 'reference'"
+        )
+    return asked
+
+
+def attention(asked: str, device: torch.device, dtype: str) -> str:
+    """The attention backend."""
+    return default_backend(device, getattr(torch, dtype)) if asked == "auto" else asked
+
+
+def recompute(
+    model: ModelConfig,
+    ranks: Ranks,
+    data: DataConfig,
+    train: TrainConfig,
+    optim: OptimConfig,
+    parallel: ParallelConfig,
+    lora: LoraConfig,
+) -> tuple[str, str]:
+    """(policy, what was decided and why), the same on every rank. "auto" is the first of forecast.POLICIES whose
+    memory, as `ochat plan` predicts it, every GPU has; `train.kernels` must be resolved.
+
+    Raises: ConfigError for "elementwise" where the compiler cannot do it.
+    """
+    asked = train.recompute
+    if asked == "elementwise" and train.compile and train.kernels == "triton":
+        raise ConfigError(
+            "train.recompute = 'elementwise' with train.compile = true and Triton kernels, into which a compiler "
+            "does not see; set train.kernels = 'reference' or train.compile = false"
+        )
+    if asked != "auto":
+        return asked, asked
+    if ranks.device.type != "cuda" and not train.offload_activations:
+        return "none", "none, chosen: on a CPU memory is seldom short"
+    workload = Workload(LengthCounts.of(np.array([data.token_budget])), supervised_share=1.0)
+    inputs = PlanInputs(model, workload, 0, data, train, optim, parallel, lora)
+    room = min(record["room"] for record in ranks.all_gather_json({"room": usable_bytes(ranks.device)}))
+    layout = inputs.layout(ranks.world, ranks.world)
+    policy = inputs.resolve_recompute(layout, room).recompute
+    tried = inputs.policies[: inputs.policies.index(policy) + 1]
+    needs = [f"{each} needs {inputs.memory(with_policy(layout, each)).total / GIB:,.1f}" for each in tried]
+    return policy, f"{policy}, chosen: {', '.join(needs)} of {room / GIB:,.1f} GiB, as ochat plan predicts"
+
+
+def usable_bytes(device: torch.device) -> float:
+    """Bytes that a step can use on the GPU, CUDA's own context included; unlimited on a CPU."""
+    if device.type != "cuda":
+        return float("inf")
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free + CONTEXT_BYTES, total)
