@@ -24,11 +24,11 @@ MEMORY_LEGEND = (
     "logits and gradients in flight; allowance: assumed for CUDA, NCCL and fragmentation"
 )
 TIME_COLUMNS = {
-    "memory_bound": "memory", "recompute": "recomp.", "launches": "launch", "communication": "comm.",
+    "memory_bound": "mem-bound", "recompute": "recomp.", "launches": "launch", "communication": "comm.",
     "optimizer": "optim.", "imbalance": "imbal.",
 }  # fmt: skip
 TIME_LEGEND = (
-    "memory: norms, RoPE, SwiGLU and casts; launch: host time beyond the GPU's; comm.: what does not overlap with "
+    "mem-bound: norms, RoPE, SwiGLU and casts; launch: host time beyond the GPU's; comm.: what does not overlap with "
     "computation; imbal.: waiting for the fullest bin"
 )
 SAVINGS = (
@@ -71,15 +71,16 @@ def time_table(forecasts: Sequence[Forecast]) -> Table:
 
 
 def recompute_table(forecasts: Sequence[Forecast]) -> Table:
-    """What each train.recompute needs and brings; the one that the run uses is bold."""
-    table = _table("train.recompute: GiB and tokens/s of a GPU", "GPUs", "card", *POLICIES)
+    """What each train.recompute needs and brings, the run's own in bold; and the largest micro-batch that fits."""
+    table = _table("train.recompute: GiB and tokens/s of a GPU", "GPUs", "card", *POLICIES, "largest token_budget")
     for each in forecasts:
         cells = []
         for policy, (use, speed) in each.policies.items():
             rate = f"{rounded(speed.tokens_per_s / each.ranks):>7}" if each.has_room(use) else "no"
             cell = f"{use.total / GIB:,.0f} {rate}"
             cells.append(f"[bold]{cell}[/]" if policy == each.recompute else cell)
-        table.add_row(f"{each.ranks:,}", each.gpu.name, *cells)
+        largest = f"{each.largest_budget:,}" if each.largest_budget else "none"
+        table.add_row(f"{each.ranks:,}", each.gpu.name, *cells, largest)
     return table
 
 
