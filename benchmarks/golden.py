@@ -40,18 +40,10 @@ CACHE = ROOT / ".cache"
 EOT = "<|end_of_turn|>"
 STEPS = 20
 MODEL = {
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-}
+    "model_type": "llama", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
+    "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
 RENAMED = {  # a key of the older commit -> its later name
     "run.resume_anyway": "run.resume_mismatched",
     "train.max_bad_steps": "train.max_nonfinite_steps",
@@ -91,12 +83,10 @@ class Job:
         """The output of `ochat WORDS`."""
         return self.python("-m", "ochat", *words)
 
-    def python(self, *words: object, stdin: str = "") -> str:
-        """The output of this interpreter with the commit's modules; stops the program where it fails."""
+    def python(self, *words: object) -> str:
+        """The output of this interpreter with the commit's modules; exits if it fails."""
         command = [sys.executable, *map(str, words)]
-        done = subprocess.run(
-            command, cwd=self.folder, env=self.environment, input=stdin, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{self.root}: {' '.join(command)[:400]}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
         return done.stdout
@@ -146,15 +136,12 @@ class Job:
         """Starts the run, stops it by a signal once it has written some steps, and starts it again."""
         command = [sys.executable, "-m", "ochat", "train", str(config)]
         metrics = self.run_folder("resumed") / "metrics.jsonl"
-        with tempfile.TemporaryFile() as log:
-            first = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=log, stderr=log)
-            while first.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
-                time.sleep(0.005)
-            first.send_signal(signal.SIGUSR1)
-            status = first.wait()
-            log.seek(0)
-            if status not in (0, 128 + signal.SIGUSR1):
-                sys.exit(f"{self.root}: the run to be stopped ended with {status}\n{log.read().decode()[-4000:]}")
+        first = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=subprocess.DEVNULL)
+        while first.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
+            time.sleep(0.005)
+        first.send_signal(signal.SIGUSR1)
+        if first.wait() not in (0, 128 + signal.SIGUSR1):
+            sys.exit(f"{self.root}: the run to be stopped ended with {first.returncode}")
         self.ochat("train", config)
 
     def lines(self, name: str) -> dict[str, Any]:
@@ -211,33 +198,20 @@ class Job:
         return path
 
 
-PARTS: dict[str, tuple[Callable[[Job], dict[str, Any]], tuple[str, ...]]] = {  # name -> method, the parts it needs
-    "plans": (Job.plans, ()),
-    "prepare": (Job.prepare, ()),
-    "train": (Job.train, ("prepare",)),
-    "export": (Job.export, ("train", "prepare")),
-    "eval": (Job.eval, ("export", "train", "prepare")),
-    "generate": (Job.generate, ("export", "train", "prepare")),
-}
+PARTS: dict[str, Callable[[Job], dict[str, Any]]] = {  # in order; each but plans needs those before it
+    "plans": Job.plans, "prepare": Job.prepare, "train": Job.train, "export": Job.export, "eval": Job.eval,
+    "generate": Job.generate,
+}  # fmt: skip
 
 
 def write_inputs(folder: Path) -> None:
     """The same conversations, model and tokenizer of bytes at every commit."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
     (folder / "model.json").write_text(json.dumps(MODEL), "utf-8")
     for name, count, seed in (("train", 60, 0), ("held_out", 24, 1)):
         lines = (json.dumps(record) + "\n" for record in conversations(count, seed))
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
     (folder / "tokenizer").mkdir()
-    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}', "utf-8")
+    golden_probe.write_bytes_tokenizer(folder / "tokenizer")
 
 
 def conversations(count: int, seed: int) -> Iterator[dict[str, Any]]:
@@ -288,12 +262,11 @@ def results(commit: str, parts: list[str]) -> dict[str, Any]:
 
 def run_parts(job: Job, parts: list[str]) -> dict[str, Any]:
     """What each part gives, after those that it needs."""
-    needed = {part for name in parts for part in (name, *PARTS[name][1])}
-    found = {}
-    for name, (method, _) in PARTS.items():
-        if name in needed:
+    names, found = list(PARTS), {}
+    for name in names[: max(map(names.index, parts)) + 1]:
+        if name in parts or name != "plans":
             start = time.monotonic()
-            found[name] = json.loads(json.dumps(method(job)))
+            found[name] = json.loads(json.dumps(PARTS[name](job)))
             print(f"{job.root.name}: {name}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return found
 

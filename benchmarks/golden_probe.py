@@ -78,6 +78,20 @@ def tensors(*folders: str) -> list[dict[str, str]]:
     return found
 
 
+def write_bytes_tokenizer(folder: Path, *special: str) -> None:
+    """A tokenizer of 256 bytes, BOS, EOS and the `special` tokens."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", *special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}', "utf-8")
+
+
 def digest(array: Any, dtype: str) -> str:
     return hashlib.sha256(np.ascontiguousarray(array, dtype)).hexdigest()[:16]
 

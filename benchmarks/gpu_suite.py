@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command of less than nine minutes: tests, times of kernels and steps, pictures.
+"""Everything that needs a GPU, in one command of less than nine minutes: tests, times of kernels and of whole steps.
 
     PYTHONPATH=.:kernels python -m benchmarks.gpu_suite --out DIR       # dry run: --device cpu --quick
 It continues after a failure, reports it at the end (exit status 1), and fetches nothing.
@@ -17,14 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import command_line, csv_file, plots, report
+from benchmarks import command_line, csv_file, report
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 520.0
 TEST_SHARE = 0.25  # of the time, at most, for each of the two test runs
 OUR_STEP_SHARE = 0.65  # of what is left after our kernels
 PEERS_SHARE, PEER_STEPS_SHARE = 0.4, 0.7  # of what is left when each begins: other shapes come after them
-LAST_SECONDS = 8.0  # for tables and pictures
+LAST_SECONDS = 4.0  # for tables
 ATTENTION_SECONDS = 28.0  # of measuring; with its start less than 40
 GRACE_SECONDS = 45.0  # a group that has begun is measured to its end
 PROCESSES = 8  # of tests that are mostly Triton compiling
@@ -101,7 +101,7 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def finish(out: Path) -> None:
-    """Tables and pictures from what was measured."""
+    """Tables of what was measured."""
     if (out / "train_step.csv").exists():
         with (out / "steps.txt").open("w", encoding="utf-8") as file:
             report.write_steps(csv_file.read(out / "train_step.csv"), file)
@@ -112,16 +112,10 @@ def finish(out: Path) -> None:
     rows = csv_file.read(out / "ops.csv")
     report.write_file(rows, out / "report.txt")
     report.show(rows)
-    try:
-        print("pictures:", *plots.archive(rows, out / "plots.tar.gz"))
-    except ImportError as problem:
-        print(f"no pictures ({problem}); where there is matplotlib: python -m benchmarks.plots ops.csv FOLDER")
 
 
 def main() -> int:
-    parser = command_line.parser(
-        "benchmarks.gpu_suite", "tests, times and pictures of kernels and whole steps", "all results"
-    )
+    parser = command_line.parser("benchmarks.gpu_suite", "tests, times of kernels and whole steps", "all results")
     parser.add_argument("--phases", nargs="+", metavar="NAME", help="only the phases whose names begin so")
     parser.set_defaults(seconds=SECONDS)
     options = parser.parse_args()

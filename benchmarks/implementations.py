@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial, reduce
 from importlib import import_module
 from typing import Any
 
@@ -65,15 +66,6 @@ def _whole_logits(a: Arguments) -> Tensor:
     return (F.cross_entropy(logits, a["labels"], reduction="none") * a["loss_weights"]).sum()
 
 
-def _torch_rms_norm() -> Function:
-    return lambda a: F.rms_norm(a["x"], a["weight"].shape, a["weight"], a["eps"])
-
-
-def _torch_head() -> Function:
-    function = F.linear_cross_entropy  # torch >= 2.13
-    return lambda a: (function(a["hidden"], a["weight"], a["labels"], reduction="none") * a["loss_weights"]).sum()
-
-
 def _torch_adamw() -> Function:
     """torch.optim.AdamW(fused=True) on the given states; it has no stochastic rounding."""
     made: list[torch.optim.Optimizer] = []
@@ -97,89 +89,62 @@ def _optimizer(a: Arguments) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _liger(name: str) -> Any:
-    return getattr(import_module("liger_kernel.ops"), name).apply
+def peer(name: str, path: str, call: Callable[[Any, Arguments], Any], **flags: Any) -> Implementation:
+    """Another package's operator: `path` is "module:name", `call` passes our arguments to it."""
+
+    def load() -> Function:
+        module, _, names = path.partition(":")
+        return partial(call, reduce(getattr, names.split("."), import_module(module)))
+
+    return Implementation(name, load, **flags)
 
 
-def _liger_rms_norm() -> Function:
-    apply = _liger("LigerRMSNormFunction")  # not in place: that overwrites the gradient from above
-    return lambda a: apply(a["x"], a["weight"], a["eps"], 0.0, "llama", False)
+def _rope_heads_first(apply: Callable, a: Arguments) -> list[Tensor]:
+    """Liger takes (1, heads, T, D) and one angle a pair, and rotates q and k in place."""
+    heads = [a[name].transpose(0, 1)[None] for name in ("q", "k")]
+    q, k = apply(*heads, a["cos"], a["sin"], None, 1, a["q"].shape[-1])
+    return [q[0].transpose(0, 1), k[0].transpose(0, 1)]
 
 
-def _liger_add_rms_norm() -> Function:
-    apply = _liger("LigerFusedAddRMSNormFunction")
-    return lambda a: apply(a["x"], a["residual"], a["weight"], a["eps"], 0.0, "llama", False)
+def _liger_head(apply: Callable, a: Arguments, reduction: str) -> Tensor:
+    options = (None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)  # the last: dW is summed in fp32
+    loss = apply(a["hidden"], a["weight"], a["labels"], *options)[0]
+    return loss if reduction == "sum" else (loss * a["loss_weights"]).sum()
 
 
-def _liger_rope() -> Function:
-    """It takes (1, heads, T, D) and one angle a pair, and turns q and k in place."""
-    apply = _liger("LigerRopeFunction")
-
-    def function(a: Arguments) -> list[Tensor]:
-        heads = [a[name].transpose(0, 1)[None] for name in ("q", "k")]
-        q, k = apply(*heads, a["cos"], a["sin"], None, 1, a["q"].shape[-1])
-        return [q[0].transpose(0, 1), k[0].transpose(0, 1)]
-
-    return function
+def _weighted_head(function: Callable, a: Arguments) -> Tensor:
+    return (function(a["hidden"], a["weight"], a["labels"], reduction="none") * a["loss_weights"]).sum()
 
 
-def _liger_swiglu() -> Function:
-    apply = _liger("LigerFusedGateUpSiLUMulFunction")
-    return lambda a: apply(a["gate_up"])
-
-
-def _liger_head(reduction: str) -> Function:
-    apply = _liger("LigerFusedLinearCrossEntropyFunction")
-    options = (None, None, -100, 0.0, 0.0, reduction, None, False, torch.float32)  # the last: dW is added up in fp32
-    if reduction == "sum":
-        return lambda a: apply(a["hidden"], a["weight"], a["labels"], *options)[0]
-    return lambda a: (apply(a["hidden"], a["weight"], a["labels"], *options)[0] * a["loss_weights"]).sum()
-
-
-def _cce_head() -> Function:
-    function = import_module("cut_cross_entropy").linear_cross_entropy
-    return lambda a: (function(a["hidden"], a["weight"], a["labels"], reduction="none") * a["loss_weights"]).sum()
-
-
-def _quack_rms_norm() -> Function:
-    function = import_module("quack.rmsnorm").rmsnorm
-    return lambda a: function(a["x"], a["weight"], eps=a["eps"])
-
-
-def _quack_add_rms_norm() -> Function:
-    function = import_module("quack.rmsnorm").rmsnorm
-    return lambda a: function(a["x"], a["weight"], residual=a["residual"], eps=a["eps"], prenorm=True)
-
-
-def _quack_rope() -> Function:
-    """It takes (1, T, heads, D), one tensor at a time."""
-    function = import_module("quack.rotary").apply_rotary_emb
-    return lambda a: [function(a[name][None], a["cos"], a["sin"])[0] for name in ("q", "k")]
-
-
-def _quack_head() -> Function:
-    function = import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    return lambda a: function(a["hidden"], a["weight"], a["labels"], reduction="sum")
-
-
+LIGER, LIGER_HEAD = "liger_kernel.ops", "liger_kernel.ops:LigerFusedLinearCrossEntropyFunction.apply"
+QUACK_NORM = "quack.rmsnorm:rmsnorm"
 _OTHERS = {
     "rms_norm": [
-        Implementation("torch", _torch_rms_norm),
-        Implementation("liger", _liger_rms_norm),
-        Implementation("quack", _quack_rms_norm),
+        peer("torch", "torch.nn.functional:rms_norm",
+             lambda f, a: f(a["x"], a["weight"].shape, a["weight"], a["eps"])),
+        peer("liger", f"{LIGER}:LigerRMSNormFunction.apply",  # not in place: that overwrites the upstream gradient
+             lambda f, a: f(a["x"], a["weight"], a["eps"], 0.0, "llama", False)),
+        peer("quack", QUACK_NORM, lambda f, a: f(a["x"], a["weight"], eps=a["eps"])),
     ],
     "add_rms_norm": [
-        Implementation("liger", _liger_add_rms_norm),
-        Implementation("quack", _quack_add_rms_norm),
+        peer("liger", f"{LIGER}:LigerFusedAddRMSNormFunction.apply",
+             lambda f, a: f(a["x"], a["residual"], a["weight"], a["eps"], 0.0, "llama", False)),
+        peer("quack", QUACK_NORM,
+             lambda f, a: f(a["x"], a["weight"], residual=a["residual"], eps=a["eps"], prenorm=True)),
     ],
-    "rope": [Implementation("liger", _liger_rope), Implementation("quack", _quack_rope)],
-    "swiglu": [Implementation("liger", _liger_swiglu)],
+    "rope": [
+        peer("liger", f"{LIGER}:LigerRopeFunction.apply", _rope_heads_first),
+        peer("quack", "quack.rotary:apply_rotary_emb",  # it takes (1, T, heads, D), one tensor at a time
+             lambda f, a: [f(a[name][None], a["cos"], a["sin"])[0] for name in ("q", "k")]),
+    ],
+    "swiglu": [peer("liger", f"{LIGER}:LigerFusedGateUpSiLUMulFunction.apply", lambda f, a: f(a["gate_up"]))],
     "linear_cross_entropy": [
-        Implementation("torch", _torch_head),
-        Implementation("liger", lambda: _liger_head("none")),
-        Implementation("liger-sum", lambda: _liger_head("sum"), is_weighted=False),
-        Implementation("cce", _cce_head),
-        Implementation("quack", _quack_head, is_weighted=False),
+        peer("torch", "torch.nn.functional:linear_cross_entropy", _weighted_head),  # torch >= 2.13
+        peer("liger", LIGER_HEAD, partial(_liger_head, reduction="none")),
+        peer("liger-sum", LIGER_HEAD, partial(_liger_head, reduction="sum"), is_weighted=False),
+        peer("cce", "cut_cross_entropy:linear_cross_entropy", _weighted_head),
+        peer("quack", "quack.linear_cross_entropy:chunked_linear_cross_entropy",
+             lambda f, a: f(a["hidden"], a["weight"], a["labels"], reduction="sum"), is_weighted=False),
     ],
     "adamw": [Implementation("torch", _torch_adamw)],
-}
+}  # fmt: skip

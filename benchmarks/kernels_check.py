@@ -3,6 +3,7 @@
     make kernels-check, or python -m benchmarks.kernels_check [--arch 80 90] [--out DIR] [--quick]
 It fails for a kernel that does not compile, spills registers or needs more shared memory than a block may have, and
 for one that no case of kernel_cases.py launches. `--out DIR` writes a CSV row per binary; `--quick`: one operator.
+It uses the JIT's own specialisation; a stub answers when Triton asks the driver which GPU it has.
 """
 
 from __future__ import annotations
@@ -10,35 +11,177 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import ochat_kernels
+import torch
 import triton
 from ochat_kernels.launch import INTERPRETED, Launch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
-from benchmarks.ahead_of_time import SHARED_KIB, WARPS, CompiledKernel, compile_all, faults, is_tolerated
 from benchmarks.csv_file import CsvFile
 from benchmarks.kernel_cases import CASES, note
 
 PIPE_COLUMNS = 200  # width of a table that does not go to a terminal
 FACTS = {  # heading -> a number of a kernel
     "registers": lambda kernel: kernel.registers,
-    "registers/block": lambda kernel: kernel.registers_per_block,
     "stack bytes": lambda kernel: kernel.stack_bytes,
     "shared bytes": lambda kernel: kernel.shared_bytes,
     "widest access": lambda kernel: kernel.access_bytes,
     "blocks/SM": lambda kernel: kernel.blocks_per_processor,
-    "occupancy %": lambda kernel: round(100 * kernel.blocks_per_processor * kernel.num_warps / WARPS),
 }
-WORDS = ("kernel", "configuration")
+SHARED_KIB = {80: 163, 90: 227}  # shared memory that a block may ask for; a processor has 1 KiB more, a block costs 1
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one processor, the same on both
+WORKERS = 2  # most of a compilation runs outside Python's lock
+CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """One binary, or the compiler's message (`error`)."""
+
+    name: str
+    configuration: dict[str, str]  # dtypes of pointers, constants
+    alignment: str  # which integers and pointers are no multiples of 16
+    arch: int
+    num_warps: int
+    registers: int = 0  # a thread
+    stack_bytes: int = 0  # a thread; what does not fit into registers is spilled here
+    shared_bytes: int = 0  # a block
+    access_bytes: int = 0  # the widest access of a thread to global memory
+    error: str = ""
+
+    @property
+    def blocks_per_processor(self) -> int:
+        """How many blocks a streaming multiprocessor holds at once; a warp gets registers in units of 256."""
+        registers = self.num_warps * -(-self.registers * 32 // 256) * 256
+        shared = (SHARED_KIB[self.arch] + 1) * 1024 // (self.shared_bytes + 1024)
+        return min(BLOCKS, WARPS // self.num_warps, REGISTERS // max(registers, 1), shared)
+
+    def __str__(self) -> str:
+        facts = [self.settings, self.alignment, f"{self.num_warps} warps", f"sm_{self.arch}"]
+        return f"{self.name} ({'; '.join(filter(None, facts))})"
+
+    @property
+    def settings(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.configuration.items())
+
+    @property
+    def constants(self) -> str:
+        """The constants that are set, without dtypes."""
+        return " ".join(f"{k}={v}" for k, v in self.configuration.items() if k.isupper() and v != "False")
+
+
+def compile_all(launches: list[Launch], arch: int) -> list[CompiledKernel]:
+    """Every distinct compilation among `launches`, in their order."""
+    stub: Any = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+    )
+    driver.set_active(stub)  # what Triton asks of a driver before it compiles
+    with ThreadPoolExecutor(WORKERS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        pending = {}  # the JIT gives one object for launches that share a binary
+        for launch in launches:
+            compilation = _start(launch)
+            pending.setdefault(id(compilation), (launch, compilation))
+        return [_finish(launch, compilation, arch) for launch, compilation in pending.values()]
+
+
+def faults(kernel: CompiledKernel) -> list[str]:
+    """Why a GPU would refuse the kernel, or run it slowly."""
+    found = []
+    if kernel.error:
+        found.append(f"does not compile: {kernel.error}")
+    if kernel.stack_bytes and not is_tolerated(kernel):
+        found.append(f"spills: {kernel.stack_bytes} bytes of stack a thread")
+    if kernel.shared_bytes > SHARED_KIB[kernel.arch] * 1024:
+        allowed = f"a block may have {SHARED_KIB[kernel.arch]} KiB on sm_{kernel.arch}"
+        found.append(f"needs {kernel.shared_bytes / 1024:.1f} KiB of shared memory: {allowed}")
+    return found
+
+
+def is_tolerated(kernel: CompiledKernel) -> bool:
+    """Whether spills are accepted: the norm's gradient for rows of more than 8192 elements that are not even rows in
+    bf16, because fp32 sums leave too few registers. No model has such rows; they need only be correct."""
+    configuration = kernel.configuration
+    is_common = configuration.get("x") == configuration.get("weight") == "bf16" and not kernel.alignment
+    return kernel.name == "rms_norm_bwd_kernel" and configuration["BLOCK_H"] == "16384" and not is_common
+
+
+def describe(launch: Launch) -> tuple[dict[str, str], str]:
+    """What distinguishes a compilation: the dtypes of pointers and the constants, by name; then the integers and
+    pointers that are no multiples of 16, are 1, or need 64 bits."""
+    configuration, alignment = {}, []
+    for parameter in launch.kernel.params:
+        value = launch.arguments.get(parameter.name, parameter.default)
+        name = parameter.name.removesuffix("_ptr")
+        if isinstance(value, Tensor):
+            configuration[name] = DTYPES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+        elif parameter.is_constexpr or value is None:
+            configuration[name] = str(value)
+        if not parameter.is_constexpr and not parameter.do_not_specialize:
+            alignment += _peculiarities(name, value)
+    return configuration, " ".join(alignment)
+
+
+def _peculiarities(name: str, value: Any) -> list[str]:
+    if isinstance(value, Tensor):
+        return [f"{name}%16!=0"] if value.data_ptr() % 16 else []
+    if type(value) is not int:
+        return []
+    if value == 1:
+        return [f"{name}=1"]
+    return [f"{name}%16!=0"] * bool(value % 16) + [f"{name}:int64"] * (value >= 2**31)
+
+
+def _start(launch: Launch) -> Any:
+    """A future kernel, or the reason why it cannot even be asked for."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    try:
+        return launch.kernel.warmup(**launch.arguments, **options, grid=(1,))
+    except Exception as error:
+        return error
+
+
+def _finish(launch: Launch, compilation: Any, arch: int) -> CompiledKernel:
+    facts = (launch.kernel.__name__, *describe(launch), arch, launch.num_warps)
+    try:
+        if isinstance(compilation, Exception):
+            raise compilation
+        kernel = compilation.result()
+        return CompiledKernel(*facts, *_usage(kernel))
+    except Exception as error:  # the compiler's own, the assembler's, or a kernel's assertion: all are the finding
+        return CompiledKernel(*facts, error=f"{type(error).__name__}: {error}")
+
+
+def _usage(kernel: Any) -> tuple[int, int, int, int]:
+    """Registers and bytes of stack of a thread, bytes of shared memory of a block, bytes of the widest access."""
+    cubin = next(path for name, path in kernel.metadata_group.items() if name.endswith(".cubin"))
+    command = [str(CUOBJDUMP), "--dump-resource-usage", cubin]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = re.findall(r"REG:(\d+) STACK:(\d+)", listing)
+    registers, stack = (max(int(numbers[i]) for numbers in functions) for i in (0, 1))
+    accesses = re.findall(r"(?:ld|st)\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b", kernel.asm["ptx"])
+    widest = max((int(vector or 1) * int(bits) // 8 for vector, bits in accesses), default=0)
+    return registers, stack, kernel.metadata.shared, widest
 
 
 def main() -> None:
@@ -58,13 +201,13 @@ def check(
     """Compiles, prints the table and what is wrong; 1 if anything is. `missing`: kernels that nothing launched."""
     start = time.monotonic()
     found = [compile_all(launches, arch) for arch in track(archs, "compiling", console=Console(stderr=True))]
-    kernels = sorted((kernel for each in found for kernel in each), key=_order)
+    kernels = sorted((kernel for each in found for kernel in each), key=str)
     elapsed_s = time.monotonic() - start
     print_table(kernels, console)
     if out is not None:
         write_csv(kernels, out / f"kernels_triton{triton.__version__}.csv")
     wrong = [f"{name}: no case launches it; add one to benchmarks/kernel_cases.py" for name in missing]
-    wrong += [f"{_title(kernel)} {fault}" for kernel in kernels for fault in faults(kernel)]
+    wrong += [f"{kernel} {fault}" for kernel in kernels for fault in faults(kernel)]
     for line in wrong:
         console.print(f"[red]✗[/red] {escape(line)}", soft_wrap=True)
     tolerated = sum(kernel.stack_bytes > 0 and is_tolerated(kernel) for kernel in kernels)
@@ -85,52 +228,25 @@ def never_launched(launches: list[Launch]) -> list[str]:
 
 def print_table(kernels: list[CompiledKernel], console: Console) -> None:
     """One row for all binaries of a kernel with the same warps and constants; `a-b` is the least and the most."""
-    table = Table(title="What the kernels need", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("kernel", "constants", "warps", "binaries", *FACTS):
-        table.add_column(heading, justify="left" if heading in ("kernel", "constants") else "right")
-    kernels = sorted(kernels, key=lambda kernel: (kernel.name, kernel.num_warps, _constants(kernel)))
-    for (name, warps, constants), members in groupby(kernels, lambda k: (k.name, k.num_warps, _constants(k))):
+    table = Table("kernel", "constants", "warps", "binaries", *FACTS, title="What the kernels need", box=None)
+    key = lambda kernel: (kernel.name, kernel.num_warps, kernel.constants)  # noqa: E731
+    for (name, warps, constants), members in groupby(sorted(kernels, key=key), key):
         rows = list(members)
-        facts = [_range([fact(kernel) for kernel in rows]) for fact in FACTS.values()]
+        facts = [sorted({fact(kernel) for kernel in rows}) for fact in FACTS.values()]
+        ranges = [str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}" for found in facts]
         style = "red" if any(map(faults, rows)) else None
-        table.add_row(name, escape(constants), str(warps), str(len(rows)), *facts, style=style)
+        table.add_row(name, escape(constants), str(warps), str(len(rows)), *ranges, style=style)
     console.print(table)
 
 
 def write_csv(kernels: list[CompiledKernel], path: Path) -> None:
     """One row a binary."""
     path.unlink(missing_ok=True)
-    rows = CsvFile(path, ["triton", *WORDS, "alignment", "arch", "warps", *FACTS, "faults"])
-    for kernel in kernels:
-        words = {"kernel": kernel.name, "configuration": _configuration(kernel), "faults": "; ".join(faults(kernel))}
-        where = {"triton": triton.__version__, "alignment": kernel.alignment, "arch": kernel.arch}
-        facts = {name: fact(kernel) for name, fact in FACTS.items()}
-        rows.add(words | where | facts | {"warps": kernel.num_warps})
-
-
-def _configuration(kernel: CompiledKernel) -> str:
-    return " ".join(f"{name}={value}" for name, value in kernel.configuration.items())
-
-
-def _order(kernel: CompiledKernel) -> tuple:
-    return kernel.name, kernel.num_warps, _configuration(kernel), kernel.arch, kernel.alignment
-
-
-def _constants(kernel: CompiledKernel) -> str:
-    """The constants that are set, without dtypes."""
-    pairs = [(name, value) for name, value in kernel.configuration.items() if name.isupper() and value != "False"]
-    return " ".join(name if value == "True" else f"{name}={value}" for name, value in pairs)
-
-
-def _title(kernel: CompiledKernel) -> str:
-    alignment = [kernel.alignment] if kernel.alignment else []
-    facts = [_configuration(kernel), *alignment, f"{kernel.num_warps} warps", f"sm_{kernel.arch}"]
-    return f"{kernel.name} ({'; '.join(facts)})"
-
-
-def _range(numbers: list[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low}-{high}"
+    rows = CsvFile(path, ["triton", "kernel", "configuration", "alignment", "arch", "warps", *FACTS, "faults"])
+    for each in kernels:
+        row = {"triton": triton.__version__, "kernel": each.name, "configuration": each.settings, "arch": each.arch}
+        row |= {"alignment": each.alignment, "warps": each.num_warps, "faults": "; ".join(faults(each))}
+        rows.add(row | {name: fact(each) for name, fact in FACTS.items()})
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -38,7 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = csv_file.CsvFile(args.out, COLUMNS)
     rng = np.random.default_rng(0)
-    for name, lengths in {"chats": chat_lengths(rng, args.tokens), "long": long_lengths(rng, args.tokens)}.items():
+    chats = np.clip(rng.lognormal(np.log(181), 0.9, args.tokens // 270), 12, 4096)
+    long = np.clip(rng.lognormal(np.log(2000), 0.9, args.tokens // 1450), 100, 2048)
+    for name, lengths in {"chats": chats.astype(np.int64), "long": long.astype(np.int64)}.items():
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder) / "data", lengths, rng)
             data = TokenDataset(Path(folder) / "data")
@@ -50,12 +52,8 @@ def measure(rows: csv_file.CsvFile, name: str, data: TokenDataset, pad: bool) ->
     """All rows of one data set."""
     loader = Loader(data, token_budget=BUDGET, bins_per_step=1, pad=pad)
     bins = [loader.plan(0).bin(i) for i in range(min(200, loader.num_steps))]
-    facts = csv_file.stamp_cpu(COLUMNS) | {
-        "load": os.getloadavg()[0],
-        "data": name,
-        "padded": pad,
-        "documents": round(float(np.mean([len(b) for b in bins]))),
-    }
+    facts: dict[str, object] = {"load": os.getloadavg()[0], "data": name, "padded": pad}
+    facts |= csv_file.stamp_cpu(COLUMNS) | {"documents": round(float(np.mean([len(b) for b in bins])))}
 
     def row(what: str, values: list[float], unit: str) -> None:
         times = csv_file.spread(values)
@@ -63,16 +61,11 @@ def measure(rows: csv_file.CsvFile, name: str, data: TokenDataset, pad: bool) ->
         print(f"{name:6} padded {pad!s:5} {what:10} {times['median']:10.4g} {unit}")
 
     shape = {"pad_to": loader.pad_to, "num_documents": loader.num_documents}
-    build(data, bins[0], shape)  # compiles
-    row("build", [us(lambda b=b: build(data, b, shape)) for b in bins], "us")
+    data.batch(bins[0], **shape)  # compiles
+    row("build", [us(lambda b=b: data.batch(b, **shape)) for b in bins], "us")
     row("definition", [us(lambda b=b: define(data, b, shape)) for b in bins[:40]], "us")
     row("wait", list(islice(waits(loader.iterate()), 100)), "us")
     row("loop", slowdowns(loader), "ratio")
-
-
-def build(data: TokenDataset, indices: np.ndarray, shape: dict[str, int | None]) -> batch.PackedBatch:
-    """The batch as the loader makes it."""
-    return data.batch(indices, pad_to=shape["pad_to"], num_documents=shape["num_documents"])
 
 
 def define(data: TokenDataset, indices: np.ndarray, shape: dict[str, int | None]) -> batch.PackedBatch:
@@ -107,14 +100,6 @@ def spin() -> None:
         pass
 
 
-def chat_lengths(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    return np.clip(rng.lognormal(np.log(181), 0.9, tokens // 270), 12, 4096).astype(np.int64)
-
-
-def long_lengths(rng: np.random.Generator, tokens: int) -> np.ndarray:
-    return np.clip(rng.lognormal(np.log(2000), 0.9, tokens // 1450), 100, 2048).astype(np.int64)
-
-
 def write(
     folder: Path,
     lengths: np.ndarray,
@@ -145,11 +130,8 @@ def write(
         columns.rewards.append(np.nan)
         columns.lines.append(i + 1)
         columns.files.append("synthetic")
-    manifest = {
-        "template": template.load("openchat_v3.2").to_dict(),
-        "tokenizer": {"fingerprint": fingerprint},
-        "context": int(lengths.max()),
-    }
+    manifest = {"template": template.load("openchat_v3.2").to_dict(), "tokenizer": {"fingerprint": fingerprint}}
+    manifest["context"] = int(lengths.max())
     with shards.ShardWriter(folder, vocab_size) as writer:
         writer.add(columns)
         writer.finish(manifest, ROLES)

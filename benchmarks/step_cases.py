@@ -7,7 +7,6 @@ are given. Letters as in cases.py.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +15,10 @@ from typing import Any
 
 import numpy as np
 import ochat_kernels
-import tokenizers
 import torch
 from numpy.typing import NDArray
-from tokenizers import models as token_models
-from tokenizers import pre_tokenizers
 
-from benchmarks import loader
+from benchmarks import golden_probe, loader
 from benchmarks.cases import MODELS, Model
 from ochat import config as configuration
 from ochat.model import hf
@@ -190,14 +186,8 @@ def write_base(world: World, device: torch.device) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of bytes."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(token_models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<s>", "</s>", "<|end_of_turn|>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    """A tokenizer of bytes with the template's end of turn."""
+    golden_probe.write_bytes_tokenizer(folder, "<|end_of_turn|>")
 
 
 def draw_parameters(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

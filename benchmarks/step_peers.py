@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +66,8 @@ class Ours:
 class Transformers:
     """A transformers model in the loop that its users write; subclasses make the batches."""
 
+    otherwise = "flex_attention"  # without a FlashAttention that works: compiled on a GPU (SDPA on a CPU)
+
     def __init__(self, config: Config, device: torch.device, peer: Peer) -> None:
         self.config, self.device, self.peer = config, device, peer
         self.data = build.open_dataset(config)
@@ -76,11 +79,10 @@ class Transformers:
             model_type=model_config.model_type,
             vocab_size=model_config.vocab_size,
         ).value
-        self.attention = self.choose_attention()
+        self.attention = choose_attention(self.device, self.otherwise)
         self.note = f"attention {self.attention}"
         self.model = self.load_model()
         self.optimizer = adamw(self.model, config)
-        self.batches = self.micro_batches()
         self.steps_done, self.done = 0, []
 
     def step(self) -> Counts:
@@ -141,29 +143,22 @@ class Transformers:
             model.gradient_checkpointing_enable()
         return model
 
-    def choose_attention(self) -> str:
-        raise NotImplementedError
-
-    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
-        """The micro-batches of all steps, in order."""
-        raise NotImplementedError
-
     def of_step(self, packed: list[PackedBatch]) -> Iterator[dict[str, Tensor]]:
-        """Those of the next step."""
+        """The micro-batches of the next step."""
         raise NotImplementedError
 
 
 class Padded(Transformers):
     """Batches of four conversations in random order, each as long as its longest, through a DataLoader."""
 
-    def choose_attention(self) -> str:
-        return choose_attention(self.device, otherwise="sdpa")
+    otherwise = "sdpa"
 
-    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
+    @cached_property
+    def batches(self) -> Iterator[dict[str, Tensor]]:
         steps = range(self.loader.num_steps)
         batches = [batch for step in steps for batch in padded_batches(self.loader.step(step), step)]
-        on_card = self.device.type == "cuda"
-        return iter(DataLoader(self.data, batch_sampler=batches, collate_fn=pad, pin_memory=on_card))  # type: ignore[arg-type]
+        on_gpu = self.device.type == "cuda"
+        return iter(DataLoader(self.data, batch_sampler=batches, collate_fn=pad, pin_memory=on_gpu))  # type: ignore[arg-type]
 
     def of_step(self, packed: list[PackedBatch]) -> Iterator[dict[str, Tensor]]:
         for _ in padded_batches(packed, self.steps_done):
@@ -172,13 +167,6 @@ class Padded(Transformers):
 
 class Packed(Transformers):
     """Our bins, without padding, as transformers' packed sequences: positions restart where a document begins."""
-
-    def choose_attention(self) -> str:
-        """A FlashAttention that works; else what masks documents: compiled on a card, SDPA on a CPU."""
-        return choose_attention(self.device, otherwise="flex_attention")
-
-    def micro_batches(self) -> Iterator[dict[str, Tensor]]:
-        return iter(())
 
     def of_step(self, packed: list[PackedBatch]) -> Iterator[dict[str, Tensor]]:
         names = ("input_ids", "position_ids", "labels", "loss_weights")
@@ -196,11 +184,8 @@ class Liger(Packed):
     def loss(self, batch: dict[str, Tensor], packed: list[PackedBatch]) -> Tensor:
         labels = batch["labels"].masked_fill(batch["loss_weights"] == 0, IGNORE_INDEX)
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        targets = {
-            "labels": labels,
-            "shift_labels": labels,
-            "num_items_in_batch": sum(p.num_supervised for p in packed),
-        }
+        count = sum(each.num_supervised for each in packed)
+        targets = {"labels": labels, "shift_labels": labels, "num_items_in_batch": count}
         return self.model(**inputs, **targets, use_cache=False).loss
 
 

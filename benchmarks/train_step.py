@@ -108,10 +108,8 @@ def line(row: dict[str, Any]) -> str:
     """A row for the screen."""
     if "tokens_per_s" not in row:
         return f"{row['implementation']:8} {row['status']}: {row['note']}"
-    text = f"{row['implementation']:8} {row['status']:10} {row['tokens_per_s']:9,.0f} tokens/s real"
-    text += f" ({row['tokens_per_s_p20']:,.0f}-{row['tokens_per_s_p80']:,.0f}), {row['step_s'] * 1e3:,.1f} ms a step"
-    text += f", {row['supervised_tokens_per_s']:,.0f} supervised, {row['padded_tokens_per_s']:,.0f} padded"
-    text += f"; MFU {row['mfu']:.1%}; {row['peak_gib']:.2f} GiB; loss {row['first_loss']:.4f} to {row['last_loss']:.4f}"
+    text = f"{row['implementation']:8} {row['status']:10} {row['tokens_per_s']:9,.0f} tokens/s, {row['step_s'] * 1e3:,.1f} ms"
+    text += f" a step, MFU {row['mfu']:.1%}, {row['peak_gib']:.2f} GiB, loss {row['first_loss']:.4f} to {row['last_loss']:.4f}"
     if "loss_difference" in row:
         text += f", from ours {row['loss_difference']:.1e}; ours is {row['ours_is_faster']:.2f} times as fast"
     return text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.ahead_of_time import CompiledKernel, faults
+from benchmarks.kernels_check import CompiledKernel, faults
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD_KERNELS = """

@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from benchmarks import golden_probe
 from ochat.text import template as templates
@@ -35,14 +33,7 @@ CONVERSATIONS = {
 
 
 def bytes_tokenizer(folder: Path) -> Path:
-    """A tokenizer of 256 bytes and BOS, EOS."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}', "utf-8")
+    golden_probe.write_bytes_tokenizer(folder)
     return folder
 
 
