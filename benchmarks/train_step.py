@@ -108,8 +108,9 @@ def line(row: dict[str, Any]) -> str:
     """A row for the screen."""
     if "tokens_per_s" not in row:
         return f"{row['implementation']:8} {row['status']}: {row['note']}"
-    text = f"{row['implementation']:8} {row['status']:10} {row['tokens_per_s']:9,.0f} tokens/s, {row['step_s'] * 1e3:,.1f} ms"
-    text += f" a step, MFU {row['mfu']:.1%}, {row['peak_gib']:.2f} GiB, loss {row['first_loss']:.4f} to {row['last_loss']:.4f}"
+    text = f"{row['implementation']:8} {row['status']:10} {row['tokens_per_s']:9,.0f} tokens/s"
+    text += f", {row['step_s'] * 1e3:,.1f} ms a step, MFU {row['mfu']:.1%}, {row['peak_gib']:.2f} GiB"
+    text += f", loss {row['first_loss']:.4f} to {row['last_loss']:.4f}"
     if "loss_difference" in row:
         text += f", from ours {row['loss_difference']:.1e}; ours is {row['ours_is_faster']:.2f} times as fast"
     return text
