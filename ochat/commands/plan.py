@@ -1,7 +1,7 @@
 """`ochat plan CONFIG.toml --section.key=value ...`: show what a run will do and what it will need, without a GPU.
 
     ochat plan run.toml --card H100 --gpus 8 --nodes 4        one kind of machine
-    ochat plan run.toml --gpus 8,64,512                       several numbers of GPUs
+    ochat plan run.toml --gpus 8 --nodes 1,8,64               several numbers of machines
     ochat plan run.toml --lengths lengths.npy                 before there is a data set: from lengths alone
 Of the base model it needs no more than config.json.
 """
@@ -54,19 +54,14 @@ class PlanOptions:
     card: str = ""
     """one of A100-80, H100 and H200; without it: all three"""
     gpus: str = ""
-    """GPUs of a node, such as 8 or 8,64,512; without it: 1 and 8"""
-    nodes: int = 1
-    """nodes of so many GPUs"""
+    """GPUs of a node, such as 8 or 2,4,8; without it: 1 and 8"""
+    nodes: str = "1"
+    """nodes of so many GPUs, such as 4 or 1,8,64"""
     lengths: str = ""
     """a .npy file of sequence lengths, int32 or int64, in place of data.path, made with
     np.save("lengths.npy", np.array([len(ids) for ids in ...], dtype=np.int32))"""
     supervised: float = 0.5
     """with --lengths: the share of tokens that is trained on"""
-
-    @property
-    def gpu_counts(self) -> tuple[int, ...]:
-        """The numbers that --gpus lists."""
-        return tuple(int(text) if text.isdecimal() else 0 for text in self.gpus.split(",")) if self.gpus else ()
 
 
 def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
@@ -153,9 +148,10 @@ def show(planned: PlanInputs, options: PlanOptions, console: Console) -> None:
     if planned.train.dtype != "bfloat16":
         console.print(f"\n{NO_SPEED}", soft_wrap=True)
         return
-    few = (1,) if planned.optim.in_backward else (1, 8) if options.nodes == 1 else (8,)  # in_backward: one process
+    few = "1" if planned.optim.in_backward else "1,8" if options.nodes == "1" else "8"  # in_backward: one process
     gpus = [GPUS[options.card]] if options.card else list(GPUS.values())
-    found = [forecast(planned, gpu, gpus=n, nodes=options.nodes) for n in options.gpu_counts or few for gpu in gpus]
+    sizes = [(n, nodes) for nodes in _counts(options.nodes) for n in _counts(options.gpus or few)]
+    found = [forecast(planned, gpu, gpus=n, nodes=nodes) for n, nodes in sizes for gpu in gpus]
     console.print(f"\n[dim]{escape(PREDICTED)}[/]\n")
     console.print(tables.memory_table(found, planned.data.token_budget), f"[dim]{tables.MEMORY_LEGEND}[/]\n", sep="\n")
     console.print(tables.speed_table(found), "", tables.time_table(found), f"[dim]{tables.TIME_LEGEND}[/]\n", sep="\n")
@@ -186,12 +182,17 @@ def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Load
     return build.open_loader(config, data, model)
 
 
+def _counts(text: str) -> list[int]:
+    """The numbers of a list such as 1,8,64; 0 for a word that is none."""
+    return [int(word) if word.isdecimal() else 0 for word in text.split(",")]
+
+
 def _check(options: PlanOptions) -> None:
-    most = 10**5
+    most, several = 10**5, "whole numbers from 1 up, such as 8 or 1,8,64"
     for is_right, option, value, expected in (
         (options.card in ("", *GPUS), "--card", options.card, f"one of {', '.join(GPUS)}"),
-        (all(1 <= n <= most for n in options.gpu_counts), "--gpus", options.gpus, "whole numbers from 1 up"),
-        (1 <= options.nodes <= most, "--nodes", options.nodes, "a whole number from 1 up"),
+        (all(1 <= n <= most for n in _counts(options.gpus or "1")), "--gpus", options.gpus, several),
+        (all(1 <= n <= most for n in _counts(options.nodes)), "--nodes", options.nodes, several),
         (0 < options.supervised <= 1, "--supervised", options.supervised, "a share above 0, up to 1"),
     ):
         if not is_right:

@@ -24,11 +24,11 @@ MEMORY_LEGEND = (
     "logits and gradients in flight; allowance: assumed for CUDA, NCCL and fragmentation"
 )
 TIME_COLUMNS = {
-    "memory_bound": "mem-bound", "recompute": "recomp.", "launches": "launch", "communication": "comm.",
+    "memory_bound": "memory", "recompute": "recomp.", "launches": "launch", "communication": "comm.",
     "optimizer": "optim.", "imbalance": "imbal.",
 }  # fmt: skip
 TIME_LEGEND = (
-    "mem-bound: norms, RoPE, SwiGLU and casts; launch: host time beyond the GPU's; comm.: what does not overlap with "
+    "memory: bound by its bandwidth, norms, RoPE, SwiGLU and casts; launch: host time beyond the GPU's; comm.: what does not overlap with "
     "computation; imbal.: waiting for the fullest bin"
 )
 SAVINGS = (

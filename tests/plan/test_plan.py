@@ -69,8 +69,8 @@ def test_the_tables_fit_a_terminal(world, lengths, capsys):
 
 
 def test_one_card_and_several_numbers_of_it_can_be_asked_for(world, capsys):
-    said = say(capsys, world.config, "--train.dtype=bfloat16", "--card=H100", "--gpus", "4,16", "--nodes=2")
-    assert "8 H100" in said and "32 H100" in said and "H200" not in said
+    said = say(capsys, world.config, "--train.dtype=bfloat16", "--card=H100", "--gpus", "4,16", "--nodes=2,3")
+    assert all(f"{ranks} H100" in said for ranks in (8, 32, 12, 48)) and "H200" not in said
 
 
 def test_float32_is_not_predicted_with_the_rates_of_bfloat16(world, capsys):
