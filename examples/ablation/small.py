@@ -7,7 +7,7 @@ The task: a question is six words of a language of 96; the right answer translat
 keeps the order. Expert answers (GPT4) are right. Sub-optimal ones (GPT3) translate every word correctly and always
 reverse the order. There are eleven sub-optimal conversations for each expert one, as in the paper: they teach the
 dictionary, but only the experts show the right order, and imitating the mixture learns the error. Held-out questions
-are new, and answered by both classes. Each seed draws everything anew: the dictionary, the conversations, the initial
+are new, and answered by both classes. Each seed draws everything again: the dictionary, the conversations, the initial
 weights and the order of the data. `ochat prepare` reads the conversations with OpenChat's template for Llama 2 and a
 tokenizer with one token per word; the model starts from random weights.
 """

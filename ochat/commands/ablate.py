@@ -45,7 +45,7 @@ def main(options: AblateOptions, overrides: Sequence[str] = ()) -> None:
     """
     from ochat.evaluate.ablate import ablation_dir, job_runner, table  # torch takes seconds to import
 
-    base, settings = variants.read(options.config, overrides)
+    base, settings = variants.read_config(options.config, overrides)
     if importlib.util.find_spec("scipy") is None:
         raise ConfigError("ochat ablate needs scipy: pip install 'ochat-crlft[report]'")
     ablation, console = ablation_dir.AblationDir(base, settings), Console(highlight=False)

@@ -13,7 +13,6 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.console import configure_logging
 from ochat.evaluate.questions import Format, read_questions
 from ochat.files import atomic
 
@@ -53,7 +52,6 @@ def main(options: AnswerOptions) -> None:
     from ochat.evaluate.model_client import EndpointAnswerer, LocalAnswerer
     from ochat.model.device import find_device
 
-    configure_logging()
     answer_files.check_output(options.output)
     questions = read_questions(options.questions, options.format, limit=options.limit, temperature=options.temperature)
     given = options.max_new_tokens

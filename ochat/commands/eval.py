@@ -13,7 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.console import bar, configure_logging
+from ochat.console import bar
 from ochat.errors import ConfigError
 from ochat.files import atomic
 
@@ -42,10 +42,9 @@ def main(options: EvalOptions) -> None:
     """The command `ochat eval`."""
     from ochat.evaluate import swap_report
 
-    configure_logging()
     record = evaluate(options)
     console = Console(highlight=False)
-    console.print(swap_report.table(record["classes"], record["conditions"]))
+    console.print(swap_report.swap_table(record["classes"], record["conditions"]))
     for path in filter(None, (options.output, options.answers)):
         console.print(escape(f"wrote {path}"), soft_wrap=True)
 
@@ -77,12 +76,12 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     folder = folder_of(options.model)
     tokenizer = tokenizers.load(folder)
     template = held_out.choose_template(options.data, folder, options.template, tokenizer)
-    everything = held_out.read(options.data, template, tokenizer)
+    everything = held_out.read_held_out(options.data, template, tokenizer)
     conditions = held_out.choose_conditions(options.conditions, everything, template, tokenizer)
     for condition in conditions:
         warn_of_unknown_class(condition, read_description(folder).get("classes"))
     conversations = held_out.select(everything, options.only_class, options.limit)
-    asked = prompts.read(options.prompts, conditions) if options.prompts else []
+    asked = prompts.read_prompts(options.prompts, conditions) if options.prompts else []
     encoded = prompts.encode(asked, template, tokenizer, ModelConfig.load(folder).max_position_embeddings)
     model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
     with bar("conversations", len(conversations) * len(conditions)) as advance:

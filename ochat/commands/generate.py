@@ -58,14 +58,14 @@ def answer(options: GenerateOptions) -> list[str]:
     device = find_device(options.device)
     folder = folder_of(options.model)
     described = read_description(folder)
-    spoken = load_template(folder, options.template)
+    template = load_template(folder, options.template)
     if options.condition is not None:
-        spoken = dataclasses.replace(spoken, default_condition=options.condition)
-    warn_of_unknown_class(spoken.default_condition, described.get("classes"))
+        template = dataclasses.replace(template, default_condition=options.condition)
+    warn_of_unknown_class(template.default_condition, described.get("classes"))
     tokenizer = tokenizers.load(folder)
-    spoken.check(tokenizer)
+    template.check(tokenizer)
     prompts = [
-        spoken.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
+        template.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
         for prompt in options.prompt
     ]
     with waiting("answering"):
@@ -73,7 +73,7 @@ def answer(options: GenerateOptions) -> list[str]:
             open_model(options.model, dtype=options.dtype, device=device, base=options.base),
             prompts,
             max_new_tokens=options.max_new_tokens,
-            stop_ids=[tokenizer.special_tokens[spoken.eot]],
+            stop_ids=[tokenizer.special_tokens[template.eot]],
             temperature=options.temperature,
             top_p=options.top_p,
             top_k=options.top_k,

@@ -1,12 +1,17 @@
-"""`ochat represent MODEL DATA --beside MODEL`: does a model tell the classes apart inside? A map and numbers.
+"""`ochat represent MODEL DATA --compare MODEL`: does a model tell the classes apart inside? A map and numbers.
 
-ochat represent runs/sft data/train-held-out --beside runs/crlft --labels "only SFT" C-RLFT --output map.png map.svg
-ochat represent bases/llama2 chats.jsonl --template openchat_v3.2 --beside models/mine --numbers map.json
+ochat represent runs/sft data/train-held-out --compare runs/crlft --labels "only SFT" C-RLFT --output map.png map.svg
+ochat represent bases/llama2 chats.jsonl --template openchat_v3.2 --compare models/mine --numbers map.json
 
 A conversation is one point: the mean of the last layer's states over its tokens, written as in the model's training,
 with its class in the prefixes if the model has classes. This is the paper's figure, and so the default. It shows less
+<<<<<<< HEAD
 than it seems to: a prefix can tell the class to any model. In the small ablation study (250 conversations of each class)
 the classes of an untrained model lie further apart (silhouette 0.48, the probe tells 100 %) than those of C-RLFT (0.12,
+=======
+than it seems to: a prefix can tell the class to any model. In the small laboratory (250 conversations of each class)
+the classes of an untrained model are further apart (silhouette 0.48, probe accuracy 100 %) than those of C-RLFT (0.12,
+>>>>>>> 9df2b21 (Name the evaluation's functions apart and plain; represent --compare)
 100 %), and leaving the prefixes' own tokens out of the mean does not change that (0.34 and 99.6 %, 0.01 and 75 %). So
 compare a model with its base and with one without classes, and read the numbers that are always given too: of all
 conversations under one prefix, where only the answers differ, and of the answers' words, which need no model.
@@ -22,7 +27,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from ochat.console import configure_logging
 from ochat.errors import ConfigError
 from ochat.files import atomic
 
@@ -40,7 +44,7 @@ class RepresentOptions:
 
     model: Path  # an exported folder, a run (its newest checkpoint), a checkpoint or a base
     data: Path  # a prepared data set, or a file or folder of conversations as `ochat prepare` reads them
-    beside: tuple[Path, ...] = ()  # more models, each a column of the figure: one without classes, or the base
+    compare: tuple[Path, ...] = ()  # more models, each a column of the figure: one without classes, or the base
     output: tuple[Path, ...] = ()  # draw the map into these files, PNG or SVG by their ending
     numbers: Path | None = None  # write the numbers and the map's points to this JSON file
     labels: tuple[str, ...] = ()  # the models' names in figure and table, in order; left out: their folders' names
@@ -67,8 +71,7 @@ def main(options: RepresentOptions) -> None:
     """The command `ochat represent`."""
     from ochat.evaluate.represent import table  # torch takes seconds to import; --help does without
 
-    configure_logging()
-    Console(highlight=False).print(table.table(represent(options)))
+    Console(highlight=False).print(table.represent_table(represent(options)))
 
 
 def represent(options: RepresentOptions) -> dict[str, Any]:
@@ -84,10 +87,10 @@ def represent(options: RepresentOptions) -> dict[str, Any]:
     from ochat.export.open_model import open_model
     from ochat.model.device import find_device
 
-    device, models = find_device(options.device), (options.model, *options.beside)
+    device, models = find_device(options.device), (options.model, *options.compare)
     labels = options.labels or [source.resolve().name for source in models]
-    compared, tokenizer = compared_models.find(models, labels, options.template, options.data)
-    conversations = held_out.read(options.data, compared[0].template, tokenizer)
+    compared, tokenizer = compared_models.find_models(models, labels, options.template, options.data)
+    conversations = held_out.read_held_out(options.data, compared[0].template, tokenizer)
     drawn = sample.draw(conversations, options.classes, options.per_class, options.seed)
     one_prefix = compared_models.one_prefix(options.one_prefix, compared, drawn.classes, tokenizer)
     per_class, view = int((drawn.labels == 0).sum()), f"{options.prefix}_{options.tokens}"
@@ -124,7 +127,7 @@ def _check(options: RepresentOptions) -> None:
     missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ConfigError(f"ochat represent needs {', '.join(missing)}: pip install 'ochat-crlft[report]'")
-    num_models = 1 + len(options.beside)
+    num_models = 1 + len(options.compare)
     if options.labels and len(options.labels) != num_models:
         raise ConfigError(f"--labels: {len(options.labels)} for {num_models} models; give one for each")
     if options.seed < 0:

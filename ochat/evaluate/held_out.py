@@ -1,7 +1,7 @@
 """Read held-out conversations, tokenise them once, and write them under the prefixes of any class.
 
-    held_out = read(Path("data/train-held-out"), template, tokenizer)      # or a file or folder of conversations
-    held_out[0].under(["GPT4", "GPT3"], template, tokenizer)             # an Example under each
+    held_out = read_held_out(Path("data/train-held-out"), template, tokenizer)      # or files of conversations
+    held_out[0].under(["GPT4", "GPT3"], template, tokenizer)                        # an Example under each
 
 Every segment is tokenised alone, so exchanging the prefixes' ids gives the same as encoding the conversation again.
 """
@@ -81,7 +81,7 @@ def is_prepared(path: Path) -> bool:
     return (path / shards.MANIFEST).is_file()
 
 
-def template_of(path: Path, spoken: Template | None, tokenizer: Tokenizer) -> Template:
+def template_of(path: Path, of_model: Template | None, tokenizer: Tokenizer) -> Template:
     """The template of a prepared data set. Raises: ConfigError where the model speaks another, or has another
     tokenizer."""
     dataset = TokenDataset(path)
@@ -90,10 +90,10 @@ def template_of(path: Path, spoken: Template | None, tokenizer: Tokenizer) -> Te
             f"{path}: prepared with another tokenizer than the model's; prepare it with the model's base, or give the "
             "conversations themselves"
         )
-    if spoken is not None and _turns(spoken) != _turns(dataset.template):
+    if of_model is not None and _turns(of_model) != _turns(dataset.template):
         raise ConfigError(
-            f"{path}: prepared with another template or --conditions than the model speaks ({spoken.name}); prepare it "
-            "alike, or give the conversations themselves"
+            f"{path}: prepared with another template or --conditions than the model speaks ({of_model.name}); prepare "
+            "it alike, or give the conversations themselves"
         )
     return dataset.template
 
@@ -129,7 +129,7 @@ def choose_conditions(
     return conditions
 
 
-def read(path: Path, template: Template, tokenizer: Tokenizer) -> list[HeldOut]:
+def read_held_out(path: Path, template: Template, tokenizer: Tokenizer) -> list[HeldOut]:
     """The conversations with something supervised, of a prepared data set or of files as `ochat prepare` reads.
 
     Raises: DataError naming file and line of a record that is none, and where nothing is supervised.

@@ -1,6 +1,7 @@
 """Answer prompts under chosen classes, as conversations that `ochat prepare` and `ochat eval` read.
 
-    asked = read(Path("prompts.jsonl"), ["GPT4", "GPT3"]);  list(answers(model, template, tokenizer, asked, 256))
+    asked = read_prompts(Path("prompts.jsonl"), ["GPT4", "GPT3"])
+    encoded = encode(asked, template, tokenizer, 4096);  answers(model, asked, encoded, template.eot, tokenizer, 256)
 
 A record is {"prompt": "...", "system": "..."} or a conversation, whose last answer is dropped and asked for again.
 """
@@ -39,7 +40,7 @@ class Prompt:
     conversation: Conversation
 
 
-def read(path: Path, conditions: Sequence[str]) -> list[Prompt]:
+def read_prompts(path: Path, conditions: Sequence[str]) -> list[Prompt]:
     """Every prompt under every condition. Raises: DataError naming file and line of a record without a prompt."""
     asked = []
     for record in read_records(path):

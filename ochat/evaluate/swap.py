@@ -1,7 +1,7 @@
-"""The swap matrix: how likely each class's answers are under each class's prefix.
+"""Measure how likely each class's answers are under each class's prefix: the swap matrix.
 
     table = swap_matrix(model, template, tokenizer, held_out, ["GPT4", "GPT3"])
-    table["GPT3"].nll[:, 0]     # of each conversation of GPT3, summed over its tokens, behind GPT4's prefix
+    table["GPT3"].nll[:, 0]     # of each conversation of GPT3, summed over its tokens, under GPT4's prefix
 
 Before training the prefix means nothing and a row's values are alike; after it, a row is lowest on the diagonal.
 """
@@ -30,8 +30,7 @@ TOKENS_PER_PASS = 4096  # enough to fill matrix products; the head's logits exis
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Of the n conversations of one class, under C conditions. Weights choose tokens and no more: each counts as
-    one."""
+    """Of the n conversations of one class, under C conditions. Weights only choose tokens: each counts as one."""
 
     tokens: NDArray[np.int64]  # (n,) supervised
     nll: NDArray[np.float64]  # (n, C) nats, summed over a conversation's tokens
@@ -39,8 +38,8 @@ class Sums:
 
     @property
     def exact(self) -> NDArray[np.int64]:
-        """(n, C) 1 where all of a conversation's tokens have the largest logit: where greedy decoding, asked for each
-        of its turns behind those before it, says that turn and ends it."""
+        """(n, C) 1 where all of a conversation's tokens have the largest logit: greedy decoding of each turn, after the
+        true earlier turns, gives exactly that turn."""
         return (self.correct == self.tokens[:, None]).astype(np.int64)
 
 
@@ -55,7 +54,7 @@ def swap_matrix(
     """{class of the answers: its sums under each condition, in order}, of the conversations with a supervised token
     that fits the template's context.
 
-    Conversations run packed, without gradients; `advance` hears how many each pass held. Cost: a forward pass of all
+    Conversations run packed, without gradients; `advance` gets the number of each pass. Cost: a forward pass of all
     conversations for each condition. Raises DataError for no conversations, or a class without a supervised token.
     """
     if not conversations or not conditions:

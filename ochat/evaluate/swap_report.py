@@ -1,6 +1,6 @@
 """Summarise the swap matrix: means over tokens with intervals over conversations, as plain data and as a table.
 
-    record = summarise(swap_matrix(...), conditions);  console.print(table(record, conditions))
+    record = summarise(swap_matrix(...), conditions);  console.print(swap_table(record, conditions))
 
 Tokens of one conversation depend on each other; conversations (mostly) do not. So whole conversations are resampled
 with replacement, and each mean is taken again as a ratio of sums: a percentile bootstrap, because these ratios are
@@ -54,7 +54,7 @@ def resampled(columns: NDArray, seed: int = SEED) -> NDArray[np.float64]:
     return np.stack([times @ columns.astype(np.float64) for times in drawn])
 
 
-def table(record: dict[str, Any], conditions: Sequence[str]) -> Table:
+def swap_table(record: dict[str, Any], conditions: Sequence[str]) -> Table:
     """A row for each class and prefix; the likeliest prefix of a class is marked with *."""
     counts = "; ".join(
         f"{name or '(none)'}: {row['conversations']:,} conversations, {row['tokens']:,} tokens"

@@ -1,4 +1,4 @@
-"""A model to evaluate, wherever it stands: an exported folder, a run's newest checkpoint, or a checkpoint.
+"""Open a model to evaluate: an exported folder, a run's newest checkpoint, or a checkpoint.
 
 model = open_model(Path("runs/mine"), dtype="bfloat16", device="cpu");  tokenizer.load(folder_of(Path("runs/mine")))
 """
@@ -32,7 +32,7 @@ def folder_of(source: Path) -> Path:
 def open_model(source: Path, *, dtype: str, device: str, base: str = "") -> Transformer:
     """The whole model, on the reference kernels.
 
-    `base`: where the base of a checkpoint's adapters lies now, if not where the run had it. Raises: as hf.load and
+    `base`: the folder of a checkpoint's adapters' base, if it has moved since the run. Raises: as hf.load and
     export. Costs: a checkpoint's weights are read twice, once for their checksums.
     """
     if not _is_trained(source):

@@ -1,7 +1,7 @@
-"""Answers to prompts: one packed pass over all of them, then a token a step for each with a KV cache.
+"""Answer prompts: one packed pass over all of them, then one token per step for each, with a KV cache.
 
     new_ids = generate(model, [[1, 5, 9], [1, 7]], max_new_tokens=64, stop_ids={2})
-What a prompt is answered does not depend on the prompts beside it, sampled or not: each has its own draws.
+An answer does not depend on the other prompts, sampled or not: each prompt has its own random draws.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def generate(
     An answer ends at a stop id, after `max_new_tokens`, or where the model's context does. Temperature 0 takes the
     largest logit; above it, tokens are drawn from the `top_k` likeliest (0: all), of which the fewest that reach
     `top_p` of the probability are kept. `seed`: of all, or of each prompt, which then draws as if it were alone.
-    `device`: where to compute, if not where the embeddings lie.
+    `device`: where to compute, if not on the device of the embeddings.
     Raises: ConfigError for settings out of range, an empty prompt or one that fills the context; DataError for a token
     id outside the vocabulary. Costs: a synchronisation per token.
     """

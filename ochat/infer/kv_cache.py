@@ -1,4 +1,4 @@
-"""Keys and values of sequences that grow token by token: an `attend` for one new token per sequence.
+"""Cache keys and values of sequences that grow token by token: an `attend` for one new token per sequence.
 
     cache = KVCache(model.config, lengths=[5, 9], capacity=64, dtype=torch.float32, device="cpu")
     model(prompt_ids, position_ids, cache.storing(attend));  model(tokens, cache.lengths, cache);  cache.advance()

@@ -6,8 +6,7 @@ from ochat.errors import ConfigError
 
 
 def find_device(name: str) -> str:
-    """`name` if torch has such a device here; of "auto" the card, or else the CPU. Raises: ConfigError with what there
-    is."""
+    """`name` if torch has this device; for "auto" the GPU, or else the CPU. Raises: ConfigError listing the devices."""
     import torch
 
     present = ["cpu"]

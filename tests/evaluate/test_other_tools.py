@@ -86,7 +86,7 @@ def model(world, alone, tmp_path_factory):
 
 
 def test_lm_eval_scores_an_export_as_we_do(model, tmp_path):
-    """Each choice's log-likelihood is ours, behind the prompt that the template writes for the default class."""
+    """Each choice's log-likelihood is ours, after the prompt that the template writes for the default class."""
     (tmp_path / "exam.jsonl").write_text("".join(json.dumps(each) + "\n" for each in EXAM))
     (tmp_path / "exam.yaml").write_text(TASK.format(data=tmp_path / "exam.jsonl"))
     options = [f"--model_args=pretrained={model},dtype=float32", "--apply_chat_template", "--include_path=."]

@@ -15,7 +15,7 @@ from ochat.data.prepare import prepare
 from ochat.errors import DataError
 from ochat.evaluate import swap
 from ochat.evaluate import swap_report as matrices
-from ochat.evaluate.held_out import HeldOut, read
+from ochat.evaluate.held_out import HeldOut, read_held_out
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.text import template as templates
@@ -128,7 +128,7 @@ def test_a_prepared_set_reads_as_its_conversations(tmp_path):
     base, file = write_base(tmp_path / "base"), write_lines(tmp_path / "chats.jsonl", conversations(5, 60))
     prepare([file], base, "openchat_v3.2", tmp_path / "data", on_bad="skip", progress=False)
     tokenizer, template = tokenizers.load(base), templates.load("openchat_v3.2")
-    prepared, plain = (read(path, template, tokenizer) for path in (tmp_path / "data", file))
+    prepared, plain = (read_held_out(path, template, tokenizer) for path in (tmp_path / "data", file))
     assert len(prepared) == len(plain) > 50
     for one, other in zip(prepared, plain, strict=True):
         assert one.condition == other.condition

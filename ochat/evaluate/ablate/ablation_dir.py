@@ -54,10 +54,10 @@ class AblationDir:
         Raises: ConfigError naming a setting or a file that has changed since the folder was begun, and a class that the
         data lacks; DataError for a bad record. Costs: reads the input once each time, for its checksums.
         """
-        spoken = templates.load(self.options.template)
-        if spoken.condition_roles == "none":
+        template = templates.load(self.options.template)
+        if template.condition_roles == "none":
             raise ConfigError(
-                f"{ABLATE}.template = {spoken.name!r}: its prefixes name no class, so none can be left out"
+                f"{ABLATE}.template = {template.name!r}: its prefixes name no class, so none can be left out"
             )
         self._check_identity()
         for run in self.runs:

@@ -1,9 +1,9 @@
-"""The ablation's table: how often and how likely each variant gives the expert's answers, under either class's prefix.
+"""Tabulate how often and how likely each variant gives the expert's answers, under either class's prefix.
 
     record = summarise(results, "GPT4", "GPT3");  console.print(*tables(record));  markdown(record)
 
-Each cell is a mean over seeds with a t interval, and beside it the difference to C-RLFT, paired by seed. Of one seed a
-cell has the interval of its held-out conversations, drawn anew, and the difference has none.
+Each cell is a mean over seeds with a t interval, followed by the difference to C-RLFT, paired by seed. With one seed a
+cell has the bootstrap interval over its held-out conversations, and the difference has none.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def caption(record: dict[str, Any]) -> str:
-    """What was measured, and what stands in brackets."""
+    """What was measured, and what the brackets hold."""
     low, high = record["held_out_conversations"]
     level, counts = f"{record['interval']['level']:.0%}", {len(row["seeds"]) for row in record["rows"]}
     methods = [f"t interval over seeds, {level}"] * (max(counts) > 1)
@@ -133,7 +133,7 @@ def _difference(
 
 
 def _within(cell: Cell, least: float, most: float) -> Cell:
-    """The cell, its interval cut to where its measure can lie."""
+    """The cell, its interval cut to the range of its measure."""
     ends = cell["interval"]
     return cell | {"interval": ends and [min(max(end, least), most) for end in ends]}
 

@@ -1,6 +1,6 @@
 """The [ablate] section, the paper's variants, and the training configuration of each run.
 
-    base, options = read("small.toml", ["--ablate.jobs=2"]);  runs(base, options)[0].config
+    base, options = read_config("small.toml", ["--ablate.jobs=2"]);  runs(base, options)[0].config
 
 The file is a training configuration with the additional section [ablate]. A run's configuration adds the variant's
 switches and the seed. It takes exactly as many tokens of the data as its steps have room for: a small class is repeated
@@ -52,7 +52,7 @@ class Variant:
 
 class AblateConfig(Section):
     """The ablation: data, classes, and which runs are made. In input, held_out and base.path, {seed} is replaced by
-    the run's seed, for data or a base drawn anew with each."""
+    the run's seed, for data or a base that each seed draws for itself."""
 
     dir: str = ""
     """its folder: data, runs, results.jsonl, table.json, table.md"""
@@ -102,7 +102,7 @@ class Run:
         return run_name(self.variant, self.seed)
 
 
-def read(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
+def read_config(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
     """The training configuration that all runs share, and the ablation's options. Raises: ConfigError naming a key."""
     tree = configuration.read(path, options, AblationFile)
     if ABLATE not in tree:
@@ -145,7 +145,7 @@ def runs(base: Config, options: AblateConfig) -> list[Run]:
 
 
 def data_folder(options: AblateConfig, base: Config, seed: int, which: str) -> Path:
-    """Where a preparation ("condition", "plain") lies; each seed has its own where {seed} says so."""
+    """The folder of a preparation ("condition", "plain"); each seed has its own where a path contains {seed}."""
     is_drawn = any(SEED in text for text in (base.base.path, *options.input, *held_out(options)[0]))
     return Path(options.dir) / "data" / (f"seed{seed}-{which}" if is_drawn else which)
 

@@ -1,6 +1,6 @@
 """The models that are compared: their folders, and the template that writes conversations for each.
 
-    compared, tokenizer = find([Path("runs/sft"), Path("runs/crlft")], ["SFT", "C-RLFT"], template=None, data=data)
+    compared, tokenizer = find_models([Path("runs/sft"), Path("runs/crlft")], ["SFT", "C-RLFT"], None, data)
 
 They may differ in whether prefixes name the class (models trained without classes name none), and in nothing else that
 changes how conversations are written.
@@ -35,7 +35,7 @@ class ComparedModel:
         return self.template.condition_roles != "none"
 
 
-def find(
+def find_models(
     sources: Sequence[Path], labels: Sequence[str], template: str | None, data: Path
 ) -> tuple[list[ComparedModel], Tokenizer]:
     """The models, and the tokenizer that they share. `template`: of models without openchat.json; None: that of
@@ -49,14 +49,14 @@ def find(
     if template is not None and all(read_description(folder) for folder in folders):
         raise ConfigError(f"--template {template}: every model here has an openchat.json with its own; leave it out")
     of_data = held_out.template_of(data, None, tokenizer) if held_out.is_prepared(data) else None
-    spoken = [_template(folder, template, of_data) for folder in folders]
-    context = min(each.context for each in spoken)
-    for source, each in zip(sources, spoken, strict=True):
+    chosen = [_template(folder, template, of_data) for folder in folders]
+    context = min(each.context for each in chosen)
+    for source, each in zip(sources, chosen, strict=True):
         each.check(tokenizer)
-        if _turns(each) != _turns(of_data or spoken[0]):
+        if _turns(each) != _turns(of_data or chosen[0]):
             other = f"the data {data}" if of_data else sources[0]
             raise ConfigError(f"{source}: speaks another template ({each.name}) than {other}: they cannot be compared")
-    names = zip(labels, sources, spoken, strict=True)
+    names = zip(labels, sources, chosen, strict=True)
     return [ComparedModel(label, source, replace(each, context=context)) for label, source, each in names], tokenizer
 
 

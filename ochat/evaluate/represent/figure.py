@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00")  # Okabe and Ito's, dark beside light
+COLOURS = (
+    "#0072B2",
+    "#E69F00",
+    "#000000",
+    "#CC79A7",
+    "#009E73",
+    "#D55E00",
+)  # Okabe and Ito's, alternating dark and light
 MARKERS = ("o", "^", "x", "s", "D", "v", "P")
 COLUMN_INCHES, ROW_INCHES, DPI = 3.9, 3.5, 110
 SLICES = 20  # classes take turns in being drawn: none lies on top of all others
@@ -103,5 +110,5 @@ def _scatter(axes: Axes, points: NDArray[np.float32], labels: NDArray[np.int64],
 
 
 def _plain(text: str) -> str:
-    """Text as it stands: matplotlib would read what is between two dollar signs as mathematics."""
+    """Escaped text: matplotlib would read what is between two dollar signs as mathematics."""
     return text.replace("$", r"\$")

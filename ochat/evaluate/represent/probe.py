@@ -97,7 +97,7 @@ def out_of_fold(states: Floats, labels: NDArray[np.int64], folds: NDArray[np.int
         with threadpool_limits(1):  # fits are small: threads cost more than they bring
             for row, targets in enumerate(labels[:, ~held_out]):
                 is_one = (targets == targets[0]).all()  # where one fold holds all other classes
-                found[row, held_out] = targets[0] if is_one else model.fit(train, targets).predict(test)
+                found[row, held_out] = targets[0] if is_one else np.asarray(model.fit(train, targets).predict(test))
     return found
 
 

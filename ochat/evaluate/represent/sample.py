@@ -1,6 +1,6 @@
 """Draw the conversations that are mapped: as many of each class, by a seed, with their class and their prompt.
 
-sample = draw(held_out.read(...), classes=(), per_class=500, seed=0)
+sample = draw(held_out.read_held_out(...), classes=(), per_class=500, seed=0)
 sample.written("GPT4", template, tokenizer)      # as one model reads them: each under its own class, and under GPT4
 """
 

@@ -1,4 +1,4 @@
-"""Tabulate the numbers of a map, and word the title and captions of its figure: console.print(table(record))."""
+"""Tabulate the numbers of a map, and word its figure's title and captions: console.print(represent_table(record))."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = {
 WITHOUT_CLASSES = {"own_all": "no class, all tokens", "own_answers": "no class, answers", "words": NAMES["words"]}
 
 
-def table(record: dict[str, Any]) -> Table:
+def represent_table(record: dict[str, Any]) -> Table:
     """A row for each model and view; the view that is drawn is marked with *."""
     probe, sample = record["probe"], record["sample"]
     shown = Table(

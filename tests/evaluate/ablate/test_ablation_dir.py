@@ -36,7 +36,7 @@ def arguments(file, folder, *more):
 
 
 def opened(file, folder, *more):
-    ablation = AblationDir(*variants.read(file, [f"--ablate.dir={folder}", *more]))
+    ablation = AblationDir(*variants.read_config(file, [f"--ablate.dir={folder}", *more]))
     ablation.open()
     return ablation
 

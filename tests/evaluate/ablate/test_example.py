@@ -66,7 +66,7 @@ def test_a_seed_is_the_same_again_and_another_is_another(folder, tmp_path):
 
 
 def test_its_configuration_is_one():
-    base, options = variants.read(small.CONFIG)
+    base, options = variants.read_config(small.CONFIG)
     runs = variants.runs(base, options)
     assert len(runs) == 30 and runs[0].config.base.path == "ablations/small/base-0"
     assert runs[-1].config.data.mix["all"].path == "ablations/small/ablation/data/seed4-condition"

@@ -24,7 +24,7 @@ def flat(config):
 
 
 def test_a_variant_is_exactly_its_switches(file):
-    base, options = variants.read(file, ["--ablate.subsample=[0.6]"])
+    base, options = variants.read_config(file, ["--ablate.subsample=[0.6]"])
     runs = variants.runs(base, options)
     assert [run.seed for run in runs] == [3] * 8 + [5] * 8 and len({run.config.run.dir for run in runs}) == 16
     ours, *others = (flat(run.config) for run in runs[:8])
@@ -52,7 +52,7 @@ def test_a_variant_is_exactly_its_switches(file):
 
 def test_what_a_variant_trains_on(file, tmp_path):
     """Classes, weights and prefixes of every conversation, and the same number of full steps for all."""
-    ablation = AblationDir(*variants.read(file, [f"--ablate.dir={tmp_path}"]))
+    ablation = AblationDir(*variants.read_config(file, [f"--ablate.dir={tmp_path}"]))
     ablation.open()
     tokenizer = load_tokenizer(ablation.base.base.path)
     for run in ablation.runs[:6]:
@@ -90,7 +90,7 @@ def test_what_a_variant_trains_on(file, tmp_path):
 )
 def test_wrong_options_are_named(file, more, named):
     with pytest.raises(ConfigError, match=named):
-        variants.read(file, more)
+        variants.read_config(file, more)
 
 
 def test_the_section_belongs_to_ablate_alone(file, tmp_path):
@@ -98,7 +98,7 @@ def test_the_section_belongs_to_ablate_alone(file, tmp_path):
         configuration.load(file)
     (tmp_path / "plain.toml").write_text(file.read_text().split("[ablate]")[0])
     with pytest.raises(ConfigError, match=r"no section \[ablate\]"):
-        variants.read(tmp_path / "plain.toml")
+        variants.read_config(tmp_path / "plain.toml")
 
 
 def test_help_lists_every_key_that_it_takes(capsys):

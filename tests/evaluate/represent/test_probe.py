@@ -118,7 +118,7 @@ def test_separated_classes_have_the_smallest_p_value_there_is():
 
 
 def test_what_no_permutation_can_change_has_a_p_value_of_one():
-    """Both answers to a prompt look the same: whatever is told of them, one is right."""
+    """Both answers to a prompt look the same: whatever is predicted, one of them is right."""
     states, labels, prompts = made_up(0, per_prompt=2)
     found = probes.probe(states[prompts], labels, prompts, num_permutations=19, seed=0)
     assert (found.accuracy, found.permuted, found.p_value) == (0.5, 0.5, 1.0)

@@ -57,7 +57,7 @@ def quick(monkeypatch):
 
 def read(world, chats, per_class=20, classes=()):
     tokenizer, template = tokenizers.load(world.base), templates.load("openchat_v3.2")
-    drawn = sample.draw(held_out.read(chats, template, tokenizer), classes, per_class, seed=0)
+    drawn = sample.draw(held_out.read_held_out(chats, template, tokenizer), classes, per_class, seed=0)
     return drawn, *drawn.written("GPT4", template, tokenizer), template, tokenizer
 
 
@@ -116,7 +116,7 @@ def test_only_the_prefix_changes_between_own_and_one(world, small):
 
 def test_the_sample_is_even_and_decided_by_the_seed(world, small):
     tokenizer, template = tokenizers.load(world.base), templates.load("openchat_v3.2")
-    everything = held_out.read(small.chats, template, tokenizer)
+    everything = held_out.read_held_out(small.chats, template, tokenizer)
 
     def ids(seed, **more):
         drawn = sample.draw(everything, (), more.get("per_class", 15), seed)
@@ -128,14 +128,14 @@ def test_the_sample_is_even_and_decided_by_the_seed(world, small):
     assert Counter(each.condition for each in drawn.conversations) == {"GPT3": 15, "GPT4": 15}
     _, most = ids(0, per_class=500)
     assert (np.bincount(most.labels) == 20).all()  # the expert class has no more
-    # the same prompts under the other class, and all of them behind another system text
+    # the same prompts under the other class, and all of them after another system text
     records = [json.loads(line) for line in small.chats.read_text().splitlines()[:30]]
     twins = [record | {"condition": "GPT4" if record["condition"] == "GPT3" else "GPT3"} for record in records]
     everyone = records + twins + [record | {"system": "Be brief."} for record in records + twins]
     path = small.folder / "twins.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in everyone))
     for data in (path, _prepared(world, path)):
-        drawn = sample.draw(held_out.read(data, template, tokenizer), (), 60, 0)
+        drawn = sample.draw(held_out.read_held_out(data, template, tokenizer), (), 60, 0)
         assert len(drawn.labels) == 120
         keys = {(r["system"], r["items"][0]["content"]) for r in everyone}
         assert drawn.prompts.max() + 1 == len(keys)
@@ -149,14 +149,14 @@ def _prepared(world, path: Path) -> Path:
 
 def run(models, data, **more):
     return represent(
-        RepresentOptions(models[0], data, beside=tuple(models[1:]), **{"dtype": "float32", "permutations": 19, **more})
+        RepresentOptions(models[0], data, compare=tuple(models[1:]), **{"dtype": "float32", "permutations": 19, **more})
     )
 
 
 def test_the_command_draws_writes_and_shows(world, small, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     png, svg, again, numbers = (small.folder / name for name in ("map.png", "map.SVG", "again.svg", "map.json"))
-    line = [str(small.sft), str(world.data), "--beside", str(small.crlft), "--labels", "only SFT", "C-RLFT <$1$>"]
+    line = [str(small.sft), str(world.data), "--compare", str(small.crlft), "--labels", "only SFT", "C-RLFT <$1$>"]
     line += ["--per-class", "15", "--permutations", "19", "--dtype", "float32"]
     cli.run("represent", [*line, "--output", str(png), str(svg), "--numbers", str(numbers)])
     shown, record = capsys.readouterr().out, json.loads(numbers.read_text())
@@ -251,7 +251,7 @@ def test_models_that_cannot_stand_side_by_side_are_refused(world, small, tmp_pat
 
 
 def test_the_one_prefix_is_the_class_that_models_answer_as(world, small):
-    found, tokenizer = compared_models.find([small.sft, small.crlft], ["a", "b"], None, small.chats)
+    found, tokenizer = compared_models.find_models([small.sft, small.crlft], ["a", "b"], None, small.chats)
     assert compared_models.one_prefix(None, found, ("x", "y"), tokenizer) == "GPT4"
     assert compared_models.one_prefix(None, found[:1], ("x", "y"), tokenizer) == "x"
     assert compared_models.one_prefix("y", found, ("x", "y"), tokenizer) == "y"
