@@ -5,15 +5,10 @@ ochat represent bases/llama2 chats.jsonl --template openchat_v3.2 --compare mode
 
 A conversation is one point: the mean of the last layer's states over its tokens, written as in the model's training,
 with its class in the prefixes if the model has classes. This is the paper's figure, and so the default. It shows less
-<<<<<<< HEAD
-than it seems to: a prefix can tell the class to any model. In the small ablation study (250 conversations of each class)
-the classes of an untrained model lie further apart (silhouette 0.48, the probe tells 100 %) than those of C-RLFT (0.12,
-=======
-than it seems to: a prefix can tell the class to any model. In the small laboratory (250 conversations of each class)
-the classes of an untrained model are further apart (silhouette 0.48, probe accuracy 100 %) than those of C-RLFT (0.12,
->>>>>>> 9df2b21 (Name the evaluation's functions apart and plain; represent --compare)
-100 %), and leaving the prefixes' own tokens out of the mean does not change that (0.34 and 99.6 %, 0.01 and 75 %). So
-compare a model with its base and with one without classes, and read the numbers that are always given too: of all
+than it seems to: a prefix can tell the class to any model. In the small ablation study (250 conversations of each
+class) the classes of an untrained model are further apart (silhouette 0.48, probe accuracy 100 %) than those of C-RLFT
+(0.12, 100 %), and leaving the prefixes' own tokens out of the mean does not change that (0.34 and 99.6 %, 0.01 and
+75 %). So compare a model with its base and with one without classes, and read the numbers that are always given too: of all
 conversations under one prefix, where only the answers differ, and of the answers' words, which need no model.
 """
 
