@@ -25,8 +25,8 @@ from rich.markup import escape
 from ochat import config as configuration
 from ochat import overrides
 from ochat.config import Section
-from ochat.console import configure_logging
-from ochat.errors import OchatError, UsageError, complain
+from ochat.console import complain, configure_logging
+from ochat.errors import OchatError, UsageError
 
 
 class Command(NamedTuple):
@@ -228,7 +228,7 @@ def _help_registry(hidden: Mapping[str, Collection[str]]) -> Any:
                 hint = f"(default: {value})" if value else ""
                 shown = tyro.conf.arg(name=name, metavar=overrides.metavar(field.type), help_behavior_hint=hint)
                 kind, default, text = typing.Annotated[str, shown], value, explained[field.name]
-            fields.append(StructFieldSpec(field.name, kind, default=default, helptext=text))
+            fields.append(StructFieldSpec(field.name, typing.cast(type, kind), default=default, helptext=text))
         return StructConstructorSpec(instantiate=lambda **_: None, fields=tuple(fields))
 
     return registry

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of all sections."""
 
 
-class RunConfig(Section):
+class RunConfig(Section, frozen=True):
     """Where a run lives and how it starts."""
 
     dir: str = "runs/default"
@@ -67,14 +68,14 @@ class RunConfig(Section):
     """resume even if template, data set or data order differ from the checkpoint's"""
 
 
-class BaseConfig(Section):
+class BaseConfig(Section, frozen=True):
     """The model that is fine-tuned."""
 
     path: str = ""
     """a Hugging Face folder with safetensors"""
 
 
-class MixConfig(Section):
+class MixConfig(Section, frozen=True):
     """One of several data sets, and what an epoch takes of it: at most one of epochs, tokens and ratio."""
 
     path: str = ""
@@ -87,7 +88,7 @@ class MixConfig(Section):
     """its tokens relative to the other sets with a ratio, until the first of them is used up"""
 
 
-class DataConfig(Section):
+class DataConfig(Section, frozen=True):
     """What is trained on, and how it is cut into steps."""
 
     path: str = ""
@@ -112,7 +113,7 @@ class DataConfig(Section):
     """class -> share of its conversations that is kept: [data.subsample]"""
 
 
-class ClassConfig(Section):
+class ClassConfig(Section, frozen=True):
     """The weight of one class's answers: `weight`, or `exp((reward - 1) / beta)`. Give exactly one of reward and
     weight."""
 
@@ -124,7 +125,7 @@ class ClassConfig(Section):
     """for this class's reward; without it: weights.beta"""
 
 
-class WeightsConfig(Section):
+class WeightsConfig(Section, frozen=True):
     """Where the loss weight of a supervised message comes from."""
 
     source: Literal["auto", "record", "classes", "reward", "none"] = "auto"
@@ -136,7 +137,7 @@ class WeightsConfig(Section):
     """divide a message's weight by its number of tokens"""
 
 
-class OptimConfig(Section):
+class OptimConfig(Section, frozen=True):
     """AdamW, clipping and the learning-rate schedule (linear warm-up, then cosine)."""
 
     lr: Positive | Literal["auto"] = "auto"
@@ -161,7 +162,7 @@ class OptimConfig(Section):
     """share of the peak at which the cosine ends"""
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, frozen=True):
     """How a step is computed, and how often it is reported."""
 
     dtype: Precision = "bfloat16"
@@ -189,7 +190,7 @@ class TrainConfig(Section):
     """the peak that mfu refers to; 0: from the GPU's data sheet, or timed at start"""
 
 
-class LoraConfig(Section):
+class LoraConfig(Section, frozen=True):
     """Low-rank adapters over frozen weights instead of training every weight."""
 
     rank: Count = 0
@@ -202,7 +203,7 @@ class LoraConfig(Section):
     """also train the rows of the template's tokens in embedding and head"""
 
 
-class ParallelConfig(Section):
+class ParallelConfig(Section, frozen=True):
     """How processes share the model: `shard` of them hold one copy together, `replicate` such groups work in
     parallel."""
 
@@ -229,7 +230,7 @@ class ParallelConfig(Section):
             msgspec.structs.force_setattr(self, "offload", "all" if self.offload else "none")
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Section, frozen=True):
     """When the run is saved, and how many of its checkpoints are kept."""
 
     every: Count = 0
@@ -242,7 +243,7 @@ class CheckpointConfig(Section):
     """also keep the one with the lowest held-out loss of the class with the highest weight"""
 
 
-class SamplesConfig(Section):
+class SamplesConfig(Section, frozen=True):
     """Prompts that are answered at every evaluation, each under each condition."""
 
     prompts: tuple[str, ...] = ()
@@ -253,7 +254,7 @@ class SamplesConfig(Section):
     """longest answer"""
 
 
-class LogConfig(Section):
+class LogConfig(Section, frozen=True):
     """Trackers in addition to metrics.jsonl."""
 
     tensorboard: bool = False
@@ -262,7 +263,7 @@ class LogConfig(Section):
     """a Weights & Biases project; empty: off"""
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """All sections of a run."""
 
     run: RunConfig = RunConfig()
@@ -322,12 +323,13 @@ def dump(config: Config) -> str:
 
 def explanations(section: type[Section]) -> dict[str, str]:
     """What each key of a section is for: the docstrings after its keys."""
-    body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
-    return {
-        key.target.id: " ".join(text.value.value.split())
-        for key, text in zip(body, body[1:], strict=False)
-        if isinstance(key, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    body = getattr(ast.parse(inspect.getsource(section)).body[0], "body", [])
+    found = {}
+    for key, text in itertools.pairwise(body):
+        match key, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                found[name] = " ".join(words.split())
+    return found
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ochat.errors import OchatError, message
+
 stdout = Console(highlight=False)  # one for all, so that printed lines and a live bar do not overwrite each other
 
 
@@ -87,3 +89,12 @@ def _shown(*columns: ProgressColumn) -> Progress:
     console = Console(stderr=True)
     is_hidden = not console.is_terminal or os.environ.get("RANK", "0") != "0"
     return Progress(*columns, console=console, transient=True, disable=is_hidden)
+
+
+def complain(error: OchatError | OSError) -> None:
+    """Print an error on stderr. Every rank prints and names itself: an error may be one rank's alone."""
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"rank {rank}: "
+    Console(stderr=True, highlight=False).print(
+        f"{where}[bold red]{type(error).__name__}[/]: {escape(message(error))}", soft_wrap=True
+    )

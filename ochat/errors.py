@@ -5,12 +5,6 @@ traceback's job.
 path; every other exception is a fault of ours and keeps its traceback.
 """
 
-import os
-from pathlib import Path
-
-from rich.console import Console
-from rich.markup import escape
-
 
 class OchatError(Exception):
     """Base of every error that a user can cause and mend."""
@@ -63,16 +57,7 @@ def message(error: OchatError | OSError) -> str:
     return f"{where}: {reason}" if where else reason
 
 
-def complain(error: OchatError | OSError) -> None:
-    """Prints an error on stderr. Every rank speaks and says which it is: an error may be one rank's alone."""
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f"rank {rank}: "
-    Console(stderr=True, highlight=False).print(
-        f"{where}[bold red]{type(error).__name__}[/]: {escape(message(error))}", soft_wrap=True
-    )
-
-
-def how_to_fetch(base: str | Path) -> str:
+def how_to_fetch(base: object) -> str:
     """One sentence for a message where `base` is not a local model folder: how to get one."""
     name = str(base)
     name = name if name.count("/") == 1 and not name.startswith((".", "/")) else "ORG/NAME"

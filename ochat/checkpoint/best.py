@@ -22,11 +22,10 @@ from ochat.data.weights import class_weight
 from ochat.errors import CheckpointError, ConfigError, OchatError
 from ochat.export import serving
 from ochat.files import jsonl
-from ochat.files.jsonl import number
+from ochat.files.jsonl import finite_number
 from ochat.run import layout
 from ochat.run.layout import MANIFEST
 
-FILE = "eval.jsonl"
 ALL = "all"  # the weighted mean over all classes, where a class is named
 
 
@@ -42,8 +41,11 @@ class Evaluation:
 
 def read(run_dir: Path) -> list[Evaluation]:
     """Of eval.jsonl, in order of steps. What is torn or has no number is left out. Raises: OSError."""
-    kept = {layout.step_of(folder): folder for folder in layout.folders(run_dir)}
-    return [_evaluation(line, kept) for line in sorted(jsonl.read(run_dir / FILE), key=lambda line: line["step"])]
+    kept = {layout.step_of(folder): folder for folder in layout.checkpoint_folders(run_dir)}
+    return [
+        _evaluation(line, kept)
+        for line in sorted(jsonl.read_lines(run_dir / layout.EVAL), key=lambda line: line["step"])
+    ]
 
 
 def expert(run_dir: Path, evaluations: Sequence[Evaluation]) -> str:
@@ -102,7 +104,7 @@ def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
         shown.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
         shown.add_column("\naccuracy", justify="right")
     shown.add_column("kept")
-    kept = {layout.step_of(folder) for folder in layout.folders(run_dir)}
+    kept = {layout.step_of(folder) for folder in layout.checkpoint_folders(run_dir)}
     measured = {each.step: each for each in evaluations}
     for step in sorted(kept | measured.keys()):
         numbers = [_pair(measured.get(step), name) for name in names]
@@ -123,8 +125,10 @@ def _evaluation(line: dict[str, Any], kept: dict[int, Path]) -> Evaluation:
     rows = classes if isinstance(classes, dict) else {}
     rows = {ALL: line} | {name: row for name, row in rows.items() if isinstance(row, dict)}
     step = int(line["step"])
-    losses = {name: number(row.get("loss")) for name, row in rows.items()}
-    return Evaluation(step, losses, {name: number(row.get("accuracy")) for name, row in rows.items()}, kept.get(step))
+    losses = {name: finite_number(row.get("loss")) for name, row in rows.items()}
+    return Evaluation(
+        step, losses, {name: finite_number(row.get("accuracy")) for name, row in rows.items()}, kept.get(step)
+    )
 
 
 def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> str:
@@ -145,7 +149,7 @@ def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
 def _weights(run_dir: Path) -> dict[str, float]:
     """What the classes weigh by the run's configuration; nothing where it does not say."""
     try:
-        config: Config = configuration.load_recorded(run_dir / "config.toml")
+        config: Config = configuration.load_recorded(run_dir / layout.CONFIG)
         if config.weights.source not in ("auto", "classes"):
             return {}
         return {name: class_weight(entry, name, config.weights.beta) for name, entry in config.classes.items()}
@@ -156,7 +160,7 @@ def _weights(run_dir: Path) -> dict[str, float]:
 def _served(run_dir: Path) -> str | None:
     """The class that an exported model answers as unless another is asked for."""
     try:
-        described = json.loads((run_dir / serving.FOLDER / serving.OPENCHAT).read_text(encoding="utf-8"))
+        described = json.loads((run_dir / layout.SERVING / serving.OPENCHAT).read_text(encoding="utf-8"))
         served = described["template"]["default_condition"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

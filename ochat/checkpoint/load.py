@@ -26,7 +26,7 @@ from ochat.errors import CheckpointError
 from ochat.files.safetensors_file import SafetensorsFile
 from ochat.model import hf
 from ochat.model.transformer import Transformer
-from ochat.run.layout import FOLDER, MANIFEST, folders, step_of
+from ochat.run.layout import CHECKPOINTS, MANIFEST, checkpoint_folders, step_of
 from ochat.train import optim
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -45,9 +45,9 @@ def find(run_dir: Path, resume: str, ranks: Ranks, say: Callable[[str], None]) -
     if resume != "auto":
         return _named(run_dir, resume, ranks)
     skipped = []
-    names = [folder.name for folder in reversed(folders(run_dir))]
+    names = [folder.name for folder in reversed(checkpoint_folders(run_dir))]
     for name in ranks.all_gather_json({"names": names})[0]["names"]:
-        folder = run_dir / FOLDER / name
+        folder = run_dir / CHECKPOINTS / name
         try:
             return verify(folder, ranks)
         except CheckpointError as error:
@@ -55,7 +55,7 @@ def find(run_dir: Path, resume: str, ranks: Ranks, say: Callable[[str], None]) -
             say(f"skipping {folder.name}: {error}")
     if skipped:
         raise CheckpointError(
-            f"{run_dir / FOLDER}: none of {', '.join(skipped)} can be loaded; mend one of them, or remove them to "
+            f"{run_dir / CHECKPOINTS}: none of {', '.join(skipped)} can be loaded; mend one of them, or remove them to "
             "start anew from the base"
         )
     return None
@@ -171,7 +171,7 @@ class Shards:
 def _named(run_dir: Path, resume: str, ranks: Ranks) -> Manifest:
     if not Path(resume).is_dir():
         raise CheckpointError(f"run.resume = {resume!r}: no such folder; give a checkpoint's, a step_N with {MANIFEST}")
-    found, there = verify(Path(resume), ranks), folders(run_dir)
+    found, there = verify(Path(resume), ranks), checkpoint_folders(run_dir)
     if there and step_of(there[-1]) > found.step:
         raise CheckpointError(
             f"run.resume = {resume!r}: {run_dir} holds the later {there[-1].name}; go on in another --run.dir, "

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ochat.errors import CheckpointError
-from ochat.files import atomic, bounded_json
+from ochat.files import atomic, bounded_json, checksums
 from ochat.run.layout import MANIFEST
 
 FORMAT = 2
@@ -103,7 +103,7 @@ class Manifest:
         if not isinstance(self.skipped, int) or not 0 <= self.skipped <= self.step:
             raise ValueError(f"{self.skipped!r} of {self.step} steps cannot have been skipped")
         for name, described in self.files.items():
-            if not atomic.is_name(name) or not isinstance(described["bytes"], int):
+            if not atomic.is_file_name(name) or not isinstance(described["bytes"], int):
                 raise ValueError(f"{name!r} is no file of a checkpoint")
         for kind in KINDS:
             for shard in range(len(self.shards)):
@@ -125,7 +125,7 @@ def shard_file(kind: str, shard: int, num_shards: int) -> str:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """A file's size and checksum."""
-    return {"bytes": path.stat().st_size, "sha256": atomic.sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": checksums.sha256(path)}
 
 
 def _digest(record: dict[str, Any]) -> str:

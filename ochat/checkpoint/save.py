@@ -35,11 +35,11 @@ from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError, OchatError
 from ochat.export import serving
-from ochat.files import atomic, whole_folder
-from ochat.files.jsonl import LineFile
+from ochat.files import atomic
+from ochat.files.jsonl import JsonlWriter
 from ochat.model.transformer import Transformer
 from ochat.run import layout
-from ochat.run.nonfinite import BadSteps
+from ochat.run.nonfinite import NonFiniteGuard
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Saver:
         ranks: Ranks,
         config: CheckpointConfig,
         *,
-        lines: Sequence[LineFile],
-        bad_steps: BadSteps,
+        lines: Sequence[JsonlWriter],
+        bad_steps: NonFiniteGuard,
         say: Callable[[str], None],
         warn: Callable[[str], None],
     ) -> None:
-        self.run_dir, self.root = run_dir, run_dir / layout.FOLDER
+        self.run_dir, self.root = run_dir, run_dir / layout.CHECKPOINTS
         self.optimizer, self.model_config, self.identity = optimizer, model.config, identity
         self.ranks, self.config, self.lines, self.say, self.warn = ranks, config, lines, say, warn
         self.bad_steps, self._skipped = bad_steps, 0
@@ -86,7 +86,7 @@ class Saver:
         self._outcome: Outcome | Exception | None = None  # of the thread
         self._failed: Outcome | None = None  # the last save, if it failed
         if ranks.is_first:
-            whole_folder.sweep(self.root)
+            atomic.remove_leftovers(self.root, layout.STEP_PREFIX)
 
     def save(self, step: int) -> None:
         """Starts a checkpoint of `step` done steps, once the one before is on the disk or has failed.
@@ -155,7 +155,7 @@ class Saver:
     def _copy(self) -> dict[str, Any]:
         """Masters and moments to the host files, which the first save lays out; waiting lines to the disk."""
         for file in self.lines:  # a checkpoint promises those up to its step
-            file.settle()
+            file.flush()
         if not self.writes:
             return {}
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
@@ -211,12 +211,12 @@ class Saver:
         """Completes the folder and gives it its name; only then do `latest` and old checkpoints move."""
         written = [record for record in written if record]
         atomic.write_json(temporary / "config.json", self.model_config.to_hf())
-        serving.copy(self.run_dir / serving.FOLDER, temporary)
+        serving.copy(self.run_dir / layout.SERVING, temporary)
         files = {name: described for record in written for name, described in record["files"].items()}
         for path in sorted(temporary.iterdir()):
             if path.name not in files:
                 files[path.name] = describe_file(path)
-                atomic.sync(path)
+                atomic.fsync(path)
         if lost := [name for name in files if not (temporary / name).is_file()]:
             raise CheckpointError(f"{temporary}: {lost[0]} is not there; all processes need the same run folder")
         parameters = {
@@ -227,20 +227,20 @@ class Saver:
         Manifest(temporary, step, self.identity, self.ranks.world, parameters, shards, files, self._skipped).write()
         for lines in self.lines:
             if lines.path.exists():
-                atomic.sync(lines.path)
-        whole_folder.replace(temporary, self._folder(step))
+                atomic.fsync(lines.path)
+        atomic.replace_dir(temporary, self._folder(step))
         return {"trouble": self._attempt(lambda: self._tidy(step)).get("problem", "")}
 
     def _tidy(self, step: int) -> dict[str, Any]:
         """Moves `latest`; then goes all but the newest `keep` (0: all stay), those of every `keep_every`-th step, and
         the best so far."""
-        atomic.write_text(self.run_dir / layout.LATEST, f"{layout.FOLDER}/step_{step}\n")
+        atomic.write_text(self.run_dir / layout.LATEST, f"{layout.CHECKPOINTS}/step_{step}\n")
         keep, every = self.config.keep, self.config.keep_every
-        there = {layout.step_of(folder): folder for folder in layout.folders(self.run_dir)}
+        there = {layout.step_of(folder): folder for folder in layout.checkpoint_folders(self.run_dir)}
         best = self._best_step() if self.config.keep_best else None
         for number in [n for n in there if n <= step][:-keep] if keep else []:  # a later one is a damaged one
             if number != best and (not every or number % every):
-                whole_folder.remove(there[number])
+                atomic.remove_dir(there[number])
         return {}
 
     def _best_step(self) -> int | None:

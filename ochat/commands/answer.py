@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ochat.evaluate.questions import Format, read_questions
-from ochat.files import atomic
+from ochat.files import checksums
 
 MAX_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "vicuna_bench": 1024}
 
@@ -64,7 +64,7 @@ def main(options: AnswerOptions) -> None:
         more = {key: getattr(options, key) for key in ("condition", "template", "seed", "dtype", "base")}
         device = find_device(options.device)
         answerer = LocalAnswerer(Path(options.model), max_new_tokens=most, device=device, **more)
-    about = {"questions": atomic.sha256(options.questions), "format": options.format, "seed": options.seed}
+    about = {"questions": checksums.sha256(options.questions), "format": options.format, "seed": options.seed}
     about |= {"max_new_tokens": most, "temperature": options.temperature}
     name = options.name or answer_files.generator_name(options.format, options.model, options.output)
     answered = answer(answerer, questions, options.output, options.format, about=about, name=name)

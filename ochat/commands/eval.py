@@ -72,7 +72,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         raise ConfigError("--prompts FILE and --answers FILE go together: give both, or neither")
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
-    atomic.check_places(options.output, options.answers)
+    atomic.check_writable(options.output, options.answers)
     folder = folder_of(options.model)
     tokenizer = tokenizers.load(folder)
     template = held_out.choose_template(options.data, folder, options.template, tokenizer)

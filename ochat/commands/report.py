@@ -66,5 +66,5 @@ def _output(options: ReportOptions) -> Path:
     output = options.output or folders[0] / "report.html"
     if output.suffix.lower() not in SUFFIXES:
         raise ConfigError(f"--output {output}: expected a name that ends in .html")
-    atomic.check_places(output)
+    atomic.check_writable(output)
     return output

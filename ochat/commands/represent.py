@@ -132,4 +132,4 @@ def _check(options: RepresentOptions) -> None:
     for path in options.output:
         if path.suffix.lower() not in ENDINGS:
             raise ConfigError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS)}")
-    atomic.check_places(*options.output, options.numbers)
+    atomic.check_writable(*options.output, options.numbers)

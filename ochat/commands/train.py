@@ -22,8 +22,8 @@ from typing import NoReturn
 
 from ochat import config as configuration
 from ochat.config import Config
-from ochat.console import stdout
-from ochat.errors import OchatError, complain
+from ochat.console import complain, stdout
+from ochat.errors import OchatError
 
 SCHEMA = Config
 

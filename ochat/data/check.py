@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ochat.data import shards
 from ochat.errors import DataError
-from ochat.files import atomic
+from ochat.files import checksums
 
 
 class Checked(NamedTuple):
@@ -30,7 +30,7 @@ class Checked(NamedTuple):
 def check(folder: str | Path) -> Checked:
     """Read everything and compare. Raises DataError naming the first file that is missing or has changed."""
     files = expected(folder)
-    if path := atomic.first_changed(files):
+    if path := checksums.first_changed(files):
         raise DataError(changed(path))
     return Checked(Path(folder), len(files) + 1, sum(path.stat().st_size for path in files))
 

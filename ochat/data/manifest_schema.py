@@ -66,7 +66,7 @@ def _check_file(path: Path, place: str, one: Any, num_parts: int) -> None:
     """A file beside the manifest; only a merged set, whose shards have parts, may name others by their paths."""
     _expect(path, place, _is(one, dict), "a table expected")
     name, part = one.get("file"), one.get("part")
-    is_path = _is(name, str) and len(name) < 4096 and atomic.is_name(PurePosixPath(name).name)
+    is_path = _is(name, str) and len(name) < 4096 and atomic.is_file_name(PurePosixPath(name).name)
     _expect(path, f"{place}.file", is_path, "the name of a file expected")
     _expect(path, f"{place}.sha256", bool(_SHA256.fullmatch(str(one.get("sha256")))), "64 hexadecimal digits expected")
     sizes = {"bytes": one.get("bytes")} | {key: one[key] for key in ("sequences", "tokens") if key in one}
@@ -74,7 +74,7 @@ def _check_file(path: Path, place: str, one: Any, num_parts: int) -> None:
     if num_parts:
         _expect(path, f"{place}.part", _is(part, int) and 0 <= part < num_parts, f"one of {num_parts} parts expected")
     else:
-        is_beside = part is None and atomic.is_name(name)
+        is_beside = part is None and atomic.is_file_name(name)
         _expect(path, f"{place}.file", is_beside, "the name of a file in this folder expected")
 
 

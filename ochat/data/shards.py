@@ -31,8 +31,7 @@ from safetensors.numpy import save_file
 
 from ochat.data import manifest_schema
 from ochat.errors import ConfigError, DataError
-from ochat.files import atomic, bounded_json
-from ochat.files.staging import partial_folder
+from ochat.files import atomic, bounded_json, checksums
 
 FORMAT, VERSION, MERGED_VERSION = "ochat-tokens", 1, 2
 MANIFEST = "manifest.json"
@@ -84,7 +83,7 @@ class ShardWriter:
 
     def __init__(self, output: Path, vocab_size: int, *, overwrite: bool = False) -> None:
         self.output = output
-        self._partial = partial_folder(output)
+        self._partial = atomic.staging_dir(output)
         self.id_dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
         self.class_ids: dict[str, int] = {}
         self.file_ids: dict[str, int] = {}
@@ -135,7 +134,7 @@ class ShardWriter:
         except SafetensorError as error:  # a full disk
             raise OSError(f"{self.output}: cannot be written: {error}") from None
         path.chmod(self.folder.stat().st_mode & 0o666)  # the library keeps files to their owner
-        atomic.sync(path)
+        atomic.fsync(path)
         sizes = {"sequences": len(joined["class_ids"]), "tokens": len(joined["input_ids"])}
         self.shards.append(_described(path) | sizes)
 
@@ -192,7 +191,7 @@ def check_size(folder: Path, shard: dict[str, Any]) -> Path:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "sha256": atomic.sha256(path), "bytes": path.stat().st_size}
+    return {"file": path.name, "sha256": checksums.sha256(path), "bytes": path.stat().st_size}
 
 
 def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -219,6 +218,6 @@ def publish(writers: Sequence[ShardWriter]) -> None:
             os.rename(output, aside)
     for writer in reversed(writers):
         os.rename(writer.folder, writer.output)
-        atomic.sync(writer.output.parent)
+        atomic.fsync(writer.output.parent)
     for aside in old.values():
         shutil.rmtree(aside, ignore_errors=True)

@@ -28,8 +28,9 @@ from typing import Any
 
 from torch._C import _distributed_c10d as c10d  # the recorders have no public name
 
+from ochat.console import complain
 from ochat.distributed.processes import Ranks
-from ochat.errors import RanksError, complain
+from ochat.errors import RanksError
 from ochat.files import atomic
 
 log = logging.getLogger(__name__)

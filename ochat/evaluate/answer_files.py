@@ -18,6 +18,7 @@ from typing import Any
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.questions import Format, Question
 from ochat.files import atomic
+from ochat.run import layout
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def generator_name(form: Format, model: str, output: Path) -> str:
     if form != "alpaca_eval":
         return output.stem
     folder = Path(model).resolve()
-    if folder.name == "export" and (folder.parent / "config.toml").is_file():
+    if folder.name == layout.EXPORT and (folder.parent / layout.CONFIG).is_file():
         folder = folder.parent
     return folder.name or model
 

@@ -26,7 +26,7 @@ from ochat.errors import ConfigError, ServerError
 from ochat.evaluate.answer_files import Answer
 from ochat.evaluate.questions import Question
 from ochat.export.open_model import folder_of, open_model
-from ochat.files import atomic
+from ochat.files import checksums
 from ochat.infer.generate import generate
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
@@ -62,7 +62,7 @@ def fingerprint(folder: Path) -> str:
     its weights."""
     parts = []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        content = str(path.stat().st_size) if path.suffix in WEIGHTS else atomic.sha256(path)
+        content = str(path.stat().st_size) if path.suffix in WEIGHTS else checksums.sha256(path)
         parts.append(f"{path.name}={content}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -28,7 +28,6 @@ from ochat.console import waiting
 from ochat.errors import CheckpointError, ConfigError
 from ochat.export import merge, serving
 from ochat.files import atomic, checksums
-from ochat.files.staging import partial_folder
 from ochat.model import hf, peft
 from ochat.model.config import ModelConfig
 from ochat.run import layout
@@ -114,7 +113,7 @@ def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) 
     manifest = find(source)
     _refuse_overwriting(output, overwrite)
     check_weights(manifest)
-    with partial_folder(output) as temporary:
+    with atomic.staging_dir(output) as temporary:
         serving.copy(manifest.folder, temporary)
         described = json.loads((manifest.folder / serving.OPENCHAT).read_text(encoding="utf-8"))
         atomic.write_json(temporary / serving.OPENCHAT, described | {"step": manifest.step})
@@ -128,7 +127,7 @@ def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) 
 
 def find(source: Path) -> Manifest:
     """The checkpoint that `source` is, or the newest of the run folder that it is, its files' sizes checked."""
-    there = [source] if (source / MANIFEST).is_file() else layout.folders(source)
+    there = [source] if (source / MANIFEST).is_file() else layout.checkpoint_folders(source)
     if not there:
         raise CheckpointError(f"{source}: neither a checkpoint nor a run folder with a checkpoint")
     manifest = Manifest.read(there[-1])

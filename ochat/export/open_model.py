@@ -51,4 +51,4 @@ def open_model(source: Path, *, dtype: str, device: str, base: str = "") -> Tran
 
 
 def _is_trained(source: Path) -> bool:
-    return (source / MANIFEST).is_file() or bool(layout.folders(source))
+    return (source / MANIFEST).is_file() or bool(layout.checkpoint_folders(source))

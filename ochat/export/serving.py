@@ -19,7 +19,6 @@ from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 
 OPENCHAT = "openchat.json"
-FOLDER = "serving"  # of a run
 
 
 def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:

@@ -19,7 +19,6 @@ import torch
 
 from ochat.errors import ConfigError
 from ochat.files import atomic, bounded_json, checksums
-from ochat.files.staging import partial_folder
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.gguf import GGUFFile
@@ -72,7 +71,7 @@ def make_base(
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"{out}: exists already; remove it or name another folder")
-    with partial_folder(out) as folder:
+    with atomic.staging_dir(out) as folder:
         file = None if gguf is None else GGUFFile(gguf)
         source = _source(file, hf_folder, random, seed)
         vocabulary = _write_tokenizer(folder, tokenizer or hf_folder, file, add_tokens)

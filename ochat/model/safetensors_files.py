@@ -123,7 +123,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map is empty or no table; {ADVICE}")
     for tensor, name in weight_map.items():
-        if not atomic.is_name(name) or not name.endswith(".safetensors"):
+        if not atomic.is_file_name(name) or not name.endswith(".safetensors"):
             at = f"{path}: weight_map[{shown(tensor)}]"
             raise CheckpointError(f"{at} is {shown(name)}; expected the name of a file in the same folder")
     return weight_map

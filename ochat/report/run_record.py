@@ -24,10 +24,10 @@ from ochat.checkpoint import best
 from ochat.checkpoint.best import ALL, Evaluation
 from ochat.errors import ConfigError
 from ochat.files import jsonl
-from ochat.files.jsonl import number
-from ochat.run import lock
+from ochat.files.jsonl import finite_number
+from ochat.run import layout, lock
 
-FILES = ("config.toml", "plan.json", "metrics.jsonl", "eval.jsonl", "samples.jsonl", "bad_steps.jsonl", "swap.json")
+FILES = (layout.CONFIG, layout.PLAN, *layout.LINES, layout.EARLIER_NONFINITE, layout.SWAP)
 MAX_BYTES = 1 << 24  # of the files that are read whole
 REFRESH_S = 5.0  # between two looks at the folders, and between two reloads of the page
 
@@ -61,7 +61,7 @@ class Metrics:
                 if not text.endswith(b"\n"):
                     break
                 self._end += len(text)
-                if line := jsonl.parse(text):
+                if line := jsonl.parse_line(text):
                     self._add(line)
                 else:
                     self.num_unreadable += bool(text.strip())
@@ -92,7 +92,7 @@ def _numbers(line: dict[str, Any]) -> Iterator[tuple[Name, float]]:
     values += [
         (("classes", name, key), value) for name, row in rows if isinstance(row, dict) for key, value in row.items()
     ]
-    yield from ((name, found) for name, value in values if (found := number(value)) is not None)
+    yield from ((name, found) for name, value in values if (found := finite_number(value)) is not None)
 
 
 class RunRecord:
@@ -100,10 +100,10 @@ class RunRecord:
 
     def __init__(self, folder: Path, name: str) -> None:
         """Raises: ConfigError for a folder that holds no run."""
-        if not any((folder / file).is_file() for file in ("config.toml", "metrics.jsonl")):
+        if not any((folder / file).is_file() for file in (layout.CONFIG, layout.METRICS)):
             raise ConfigError(f"{folder}: no run is there; name a run folder, with config.toml and metrics.jsonl")
         self.folder, self.name = folder, name
-        self.metrics = Metrics(folder / "metrics.jsonl")
+        self.metrics = Metrics(folder / layout.METRICS)
         self.notes: list[str] = []  # what could not be read
 
     def refresh(self) -> None:
@@ -111,17 +111,21 @@ class RunRecord:
         self.notes = []
         self.is_live = lock.is_held(self.folder)
         self.metrics.refresh()
-        self.config_text = self._text("config.toml")
-        config = self._parsed("config.toml", tomllib.loads)
+        self.config_text = self._text(layout.CONFIG)
+        config = self._parsed(layout.CONFIG, tomllib.loads)
         self.settings: dict[str, Any] = dict(
             configuration.flatten(configuration.with_new_names(config))
         )  # by dotted name
-        self.plan, self.swap = (self._parsed(name, json.loads) for name in ("plan.json", "swap.json"))
+        self.plan, self.swap = (self._parsed(name, json.loads) for name in (layout.PLAN, layout.SWAP))
         self.evaluations: list[Evaluation] = best.read(self.folder)
         self.best_by = best.expert(self.folder, self.evaluations)
         self.best = best.best(self.evaluations, self.best_by)
-        self.samples = jsonl.read(self.folder / "samples.jsonl")
-        self.bad_steps = jsonl.read(self.folder / "bad_steps.jsonl")
+        self.samples = jsonl.read_lines(self.folder / layout.SAMPLES)
+        self.bad_steps = [
+            line
+            for name in (layout.EARLIER_NONFINITE, layout.NONFINITE)
+            for line in jsonl.read_lines(self.folder / name)
+        ]
         if self.metrics.num_unreadable:
             self.notes.append(f"{self.metrics.num_unreadable:,} lines of metrics.jsonl could not be read")
 
@@ -137,7 +141,7 @@ class RunRecord:
     @property
     def num_planned(self) -> int | None:
         """Steps of the whole run, if plan.json or config.toml says."""
-        planned = number(self.plan.get("num_steps")) or number(self.settings.get("data.max_steps"))
+        planned = finite_number(self.plan.get("num_steps")) or finite_number(self.settings.get("data.max_steps"))
         return int(planned) if planned else None
 
     @property
@@ -145,13 +149,13 @@ class RunRecord:
         """running, ended, or stopped."""
         if self.is_live:
             return "running"
-        ended = self.num_done >= self.num_planned if self.num_planned else (self.folder / "export").is_dir()
+        ended = self.num_done >= self.num_planned if self.num_planned else (self.folder / layout.EXPORT).is_dir()
         return "ended" if ended else "stopped"
 
     def epochs_at(self, step: int) -> float | None:
         """Passes over the data after `step` steps; None where the plan does not say."""
         planned = self.plan.get("steps_per_epoch")
-        counts = [number(each) or 0.0 for each in planned] if isinstance(planned, list) else []
+        counts = [finite_number(each) or 0.0 for each in planned] if isinstance(planned, list) else []
         if not counts or min(counts) <= 0:
             return None
         ends = np.cumsum([0.0, *counts])
@@ -160,13 +164,13 @@ class RunRecord:
     @property
     def fill(self) -> NDArray[np.float64]:
         """(n,): tokens of a step over the room in its bins; NaN where the configuration does not say."""
-        room = (number(self.settings.get(f"data.{key}")) or np.nan for key in ("token_budget", "bins_per_step"))
+        room = (finite_number(self.settings.get(f"data.{key}")) or np.nan for key in ("token_budget", "bins_per_step"))
         return self.metrics["tokens"] / np.prod(list(room))
 
     def stamp(self) -> tuple[object, ...]:
         """Changes once there is something new to read."""
         states = [(self.folder / file).stat() for file in FILES if (self.folder / file).exists()]
-        kept = sorted(path.name for path in (self.folder / "checkpoints").glob("step_*"))
+        kept = [path.name for path in layout.checkpoint_folders(self.folder)]
         return lock.is_held(self.folder), kept, [(s.st_ino, s.st_size, s.st_mtime_ns) for s in states]
 
     def _text(self, name: str) -> str:

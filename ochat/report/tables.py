@@ -14,7 +14,7 @@ import numpy as np
 
 from ochat.checkpoint.best import ALL, Evaluation, label
 from ochat.errors import DataError
-from ochat.files.jsonl import number
+from ochat.files.jsonl import finite_number
 from ochat.report.run_record import Name, RunRecord, class_label, class_names
 
 MAX_ROWS = 200  # of evaluations and of skipped steps
@@ -101,7 +101,7 @@ def bad_steps(run: RunRecord) -> Table | None:
         [f"{int(line['step']):,}", *(str(line.get(key, "-"))[:40] for key in ("loss", "grad_norm")), _places(line)]
         for line in run.bad_steps
     ]
-    note = f"The first {MAX_ROWS} of {len(rows):,}; bad_steps.jsonl has all." if len(rows) > MAX_ROWS else ""
+    note = f"The first {MAX_ROWS} of {len(rows):,}; nonfinite_steps.jsonl has all." if len(rows) > MAX_ROWS else ""
     headings = ["step", "loss", "gradient norm", "computed on"]
     return Table(f"Skipped steps of {run.name}: not finite", headings, rows[:MAX_ROWS], 4, note=note)
 
@@ -182,7 +182,7 @@ def _evaluation(run: RunRecord, each: Evaluation, names: Sequence[str]) -> list[
 
 
 def _measured(cell: dict[str, Any], key: str) -> str:
-    value, ends = number(cell.get(key)), cell.get(f"{key}_interval")
+    value, ends = finite_number(cell.get(key)), cell.get(f"{key}_interval")
     form = ".1%" if key in ("accuracy", "exact") else ".3f"
     return _number(value, form) + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends and value is not None else "")
 

@@ -1,34 +1,42 @@
-"""Names every file and folder of a run folder."""
+"""Names of every file and folder in a run folder, each once.
+
+RUN/config.toml  config.until_step_N.toml  plan.json  metrics.jsonl  eval.jsonl  samples.jsonl  nonfinite_steps.jsonl
+    checkpoints/step_N/  latest  serving/  export/  profile/  tensorboard/  swap.json  .lock
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-FOLDER, LATEST = "checkpoints", "latest"
+CONFIG, PLAN, SWAP = "config.toml", "plan.json", "swap.json"
+METRICS, EVAL, SAMPLES, NONFINITE = "metrics.jsonl", "eval.jsonl", "samples.jsonl", "nonfinite_steps.jsonl"
+LINES = (METRICS, EVAL, SAMPLES, NONFINITE)  # appended to while a run trains, cut where it resumes
+EARLIER_NONFINITE = "bad_steps.jsonl"  # of earlier versions
+CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
+SERVING, EXPORT, PROFILE, TENSORBOARD = "serving", "export", "profile", "tensorboard"
+LOCK = ".lock"
+STEP_PREFIX = "step_"
+
+_STEP = re.compile(STEP_PREFIX + "(0|[1-9][0-9]*)")
 
 
-NAME = re.compile("step_(0|[1-9][0-9]*)")
+def config_until(step: int) -> str:
+    """The file that keeps the settings of the steps up to `step`."""
+    return f"config.until_step_{step}.toml"
 
 
-def folders(run_dir: Path) -> list[Path]:
-    """The run's checkpoint folders, oldest first, whole or not."""
-    found = [path for path in (run_dir / FOLDER).glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint folder after `step` steps."""
+    return f"{STEP_PREFIX}{step}"
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """The run's checkpoint folders, oldest first, complete or not."""
+    found = [path for path in (run_dir / CHECKPOINTS).glob(f"{STEP_PREFIX}*") if _STEP.fullmatch(path.name)]
+    return sorted(filter(Path.is_dir, found), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step that the name of a checkpoint's folder says."""
-    return int(folder.name.removeprefix("step_"))
-
-
-MANIFEST = "manifest.json"
-
-
-PLAN = "plan.json"
-
-
-BAD_STEPS = "bad_steps.jsonl"
-
-
-LINES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", BAD_STEPS)
+    """The step in the name of a checkpoint folder."""
+    return int(folder.name.removeprefix(STEP_PREFIX))

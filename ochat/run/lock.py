@@ -1,38 +1,42 @@
-"""One run at a time on a run folder: a lock on RUN/.lock, which ends with the process that holds it, however it ends.
+"""Allow one run at a time on a run folder: a lock on RUN/.lock, which the system frees when its process ends.
 
-    with FolderLock(folder, warn) as lock: ...       cat runs/a/.lock  says which process works there, and since when
-A POSIX record lock: NFS passes it on between machines, and what the process forks does not hold it. It goes as soon as
-the process closes any descriptor of that file, so nothing else here opens it.
+    with FolderLock(folder) as lock: ...       cat runs/a/.lock  says which process works there, and since when
+
+A POSIX record lock: NFS shares it between machines, and forked processes do not inherit it. It is lost as soon as the
+process closes any descriptor of that file, so nothing else in the process opens it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
 import struct
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from ochat.errors import ConfigError
+from ochat.run import layout
 
-NAME = ".lock"
+log = logging.getLogger(__name__)
 FLOCK = "hhqqi0q"  # Linux's struct flock on 64 bits: type, whence, start, length, pid
 NFS_S = 10.0  # in which a file that one machine has written is seen by the others, if the folder is theirs too
 
 
 class FolderLock:
-    """Held while it is entered. `warn` hears of a file system that has no locks; the run then goes on without.
-    `option`: what chooses the folder."""
+    """Held while it is entered; on a file system without locks the run goes on unlocked, with a warning.
 
-    def __init__(self, folder: Path, warn: Callable[[str], None], option: str = "--run.dir") -> None:
-        self.path, self.warn, self.option = folder / NAME, warn, option
-        self.token = secrets.token_hex(8)  # by which other machines know that they see the same folder
+    `option`: the option that chooses the folder, for the message about a folder in use.
+    """
+
+    def __init__(self, folder: Path, option: str = "--run.dir") -> None:
+        self.path, self.option = folder / layout.LOCK, option
+        self.token = secrets.token_hex(8)  # by which other machines recognise the same folder
         self._file: TextIO | None = None
 
     def __enter__(self) -> FolderLock:
@@ -54,11 +58,11 @@ class FolderLock:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ConfigError(
-                f"{self.path.parent}: another run works there: {_describe(read(self.path))}. Wait for it, stop it, or "
-                f"choose another {self.option}"
+                f"{self.path.parent}: another run works there: {_describe(read_holder(self.path))}. "
+                f"Wait for it, stop it, or choose another {self.option}"
             ) from None
         except OSError as error:
-            self.warn(f"{self.path} cannot be locked ({error.strerror}): nothing keeps a second run off this folder")
+            log.warning("%s cannot be locked (%s): a second run could start there", self.path, error.strerror)
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "token": self.token}
@@ -67,7 +71,7 @@ class FolderLock:
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> dict[str, Any]:
+def read_holder(path: Path) -> dict[str, Any]:
     """What the last holder wrote; nothing where there is none or it is being written."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +88,7 @@ def is_held(folder: Path) -> bool:
     """
     question = struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
     try:
-        with (folder / NAME).open("rb") as file:
+        with (folder / layout.LOCK).open("rb") as file:
             answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
     except OSError:
         return False
@@ -94,7 +98,7 @@ def is_held(folder: Path) -> bool:
 def is_seen(folder: Path, token: str, seconds: float = NFS_S) -> bool:
     """Whether the folder here is the one where the lock with this token is. Costs: `seconds` where it is not."""
     deadline = time.monotonic() + seconds
-    while read(folder / NAME).get("token") != token:
+    while read_holder(folder / layout.LOCK).get("token") != token:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)

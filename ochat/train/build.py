@@ -35,12 +35,12 @@ from ochat.data.mixture import Mixture
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.export import serving
-from ochat.files.jsonl import LineFile
+from ochat.files.jsonl import JsonlWriter
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.run import config_history, layout
-from ochat.run.nonfinite import BadSteps
+from ochat.run.nonfinite import NonFiniteGuard
 from ochat.text import tokenizer as tokenizers
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
@@ -93,7 +93,7 @@ class RunModel:
 class RunOutputs:
     """What a run writes and shows."""
 
-    lines: dict[str, LineFile]  # by name, those of layout.LINES
+    lines: dict[str, JsonlWriter]  # by name, those of layout.LINES
     checkpointer: Saver
     metrics: MetricsLog
     trackers: Trackers
@@ -118,7 +118,7 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
     tokenizer = tokenizers.load(config.base.path)
     held_out = eval_loader.dataset if eval_loader else None
     identity.check_inputs(dataset, held_out, tokenizer, model_config, config.base.path)
-    if not layout.folders(Path(config.run.dir)):  # else it starts from a checkpoint
+    if not layout.checkpoint_folders(Path(config.run.dir)):  # else it starts from a checkpoint
         hf.check_weights(config.base.path, model_config)
     return RunInputs(model_config, tokenizer, dataset, loader, eval_loader, identity.served_template(dataset))
 
@@ -245,7 +245,7 @@ def open_outputs(
 ) -> RunOutputs:
     """Everything that the run writes, continued after the checkpoint `found`; None: from the start."""
     config, run_dir, class_names = resolved.config, Path(resolved.config.run.dir), inputs.dataset.class_names
-    lines = {name: LineFile(run_dir / name, log.warning) for name in layout.LINES}
+    lines = {name: JsonlWriter(run_dir / name) for name in layout.LINES}
     if ranks.is_first:
         write_settings(resolved, inputs, parts, found)
         for file in lines.values():
@@ -255,12 +255,11 @@ def open_outputs(
         saver.wait()
         return saver.newest
 
-    nonfinite = BadSteps(
+    nonfinite = NonFiniteGuard(
         config.train.max_nonfinite_steps,
-        lines[layout.BAD_STEPS] if ranks.is_first else None,
+        lines[layout.NONFINITE] if ranks.is_first else None,
         bins_of=lambda step: identity.bins_of(inputs.loader, step - 1),
         newest=newest,
-        warn=log.warning,
         in_backward=config.optim.in_backward,
     )
     saver = Saver(
@@ -278,7 +277,7 @@ def open_outputs(
     if found:
         saver.newest, nonfinite.count = found.folder, found.skipped
     metrics_log = MetricsLog(
-        lines["metrics.jsonl"],
+        lines[layout.METRICS],
         class_names,
         flops=parts.adapters.flops_per_step,
         peak_flops=resolved.peak_flops * ranks.world,
@@ -293,7 +292,8 @@ def open_outputs(
 def write_settings(resolved: Resolved, inputs: RunInputs, parts: RunModel, found: Manifest | None) -> None:
     """Write the run's configuration, and the serving files that every checkpoint carries a copy of."""
     run_dir, step = Path(resolved.config.run.dir), found.step if found else 0
-    config_history.keep(run_dir, resolved.asked, step=step, num_steps=inputs.loader.num_steps, say=log.info)
-    shutil.rmtree(run_dir / serving.FOLDER, ignore_errors=True)
-    serving.write(run_dir / serving.FOLDER, inputs.template, inputs.tokenizer, inputs.dataset.class_names)
-    parts.adapters.write_config(run_dir / serving.FOLDER)
+    settings = configuration.dump(resolved.asked)
+    config_history.record_config(run_dir, settings, step=step, num_steps=inputs.loader.num_steps)
+    shutil.rmtree(run_dir / layout.SERVING, ignore_errors=True)
+    serving.write(run_dir / layout.SERVING, inputs.template, inputs.tokenizer, inputs.dataset.class_names)
+    parts.adapters.write_config(run_dir / layout.SERVING)

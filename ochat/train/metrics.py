@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ochat.data.batch import PackedBatch
 from ochat.files import atomic
-from ochat.files.jsonl import LineFile
+from ochat.files.jsonl import JsonlWriter
 from ochat.plan import gpus
-from ochat.run.nonfinite import BadSteps
+from ochat.run.nonfinite import NonFiniteGuard
 
 _SUMS = ("loss", "weight", "correct", "tokens", "supervised", "padded", "square_lengths")
 _CLASS_SUMS = ("loss", "weight", "correct", "tokens")
@@ -90,14 +90,14 @@ class MetricsLog:
 
     def __init__(
         self,
-        file: LineFile,
+        file: JsonlWriter,
         class_names: Sequence[str],
         *,
         flops: Callable[[int, int, int], float],
         peak_flops: float,
         device: torch.device,
         write: bool,
-        nonfinite: BadSteps,
+        nonfinite: NonFiniteGuard,
     ):
         """`flops(tokens, sum of squared lengths, supervised tokens)`: of a step; `peak_flops`: of all ranks."""
         self.file, self.class_names, self.flops, self.peak_flops = file, class_names, flops, peak_flops

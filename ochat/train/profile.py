@@ -35,9 +35,9 @@ from ochat.plan.gpus import GpuSpec
 from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
 from ochat.plan.roofline import Workload
+from ochat.run import layout as run_layout
 from ochat.train.trainer import Trainer, train
 
-FOLDER = "profile"
 WARM_UP, RECORDED = 3, 3  # steps
 STEPS = WARM_UP + (1 + RECORDED) + (1 + 1)  # each recording warms up for one step; the second records one with stacks
 ROOFLINE = "roofline: as ochat plan predicts each part on this GPU; elementwise includes copies and casts"
@@ -75,7 +75,7 @@ def profile(config: Config) -> list[Table | str]:
 
     Raises: as train.
     """
-    run = structs.replace(config.run, dir=str(Path(config.run.dir) / FOLDER), resume="never")
+    run = structs.replace(config.run, dir=str(Path(config.run.dir) / run_layout.PROFILE), resume="never")
     data = structs.replace(config.data, epochs=max(config.data.epochs, STEPS), max_steps=STEPS, eval_path="")
     found: list[Table | str] = []
     train(structs.replace(config, run=run, data=data), run=lambda trainer: found.extend(record(trainer)))

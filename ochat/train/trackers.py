@@ -9,6 +9,7 @@ from typing import Any
 
 from ochat.config import LogConfig
 from ochat.errors import ConfigError
+from ochat.run import layout
 
 Write = Callable[[int, dict[str, float]], None]  # (step, name -> value)
 
@@ -41,7 +42,7 @@ class Trackers:
             raise ConfigError(
                 "log.tensorboard = true needs the package tensorboard (pip install 'ochat-crlft[log]')"
             ) from None
-        writer = SummaryWriter(str(run_dir / "tensorboard"))
+        writer = SummaryWriter(str(run_dir / layout.TENSORBOARD))
         self._open.callback(writer.close)
 
         def write(step: int, numbers: dict[str, float]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import structs
 from ochat_kernels import LossOutput
 
 from ochat.checkpoint import load as checkpoint
@@ -28,7 +29,7 @@ from ochat.distributed.watchdog import Watchdog
 from ochat.export.hf_folder import export
 from ochat.model.attention import PackedAttention
 from ochat.plan import run_facts
-from ochat.run import run_folder
+from ochat.run import layout, run_folder
 from ochat.train import build, determinism, display, evaluate, identity, optim, schedule, sharding, verify
 from ochat.train.loss import head_loss
 from ochat.train.metrics import StepMetrics
@@ -49,9 +50,10 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
     try:
         with (
             Watchdog(ranks, config.parallel.timeout_s) as watchdog,
-            run_folder.claim(config, ranks, log.warning) as claimed,
+            run_folder.acquire_run_dir(config.run, ranks) as run_dir,
         ):
-            watchdog.set_dump_dir(Path(claimed.run.dir))
+            watchdog.set_dump_dir(run_dir)
+            claimed = structs.replace(config, run=structs.replace(config.run, dir=str(run_dir)))
             (run or Trainer.run)(Trainer(claimed, ranks, watchdog))
     finally:
         processes.stop()
@@ -163,12 +165,12 @@ class Trainer:
         stamp, inputs, device = {"step": self.steps_done}, self.inputs, self.ranks.device
         if inputs.eval_loader is not None:
             line = stamp | evaluate.held_out(self.forward, inputs.eval_loader, self.ranks)
-            self._append("eval.jsonl", [line])
+            self._append(layout.EVAL, [line])
             display.show_evaluation(line)
             self.outputs.trackers.add("held_out", [line])
         samples, classes = self.config.samples, inputs.dataset.class_names
         answers = evaluate.answer(self.model, inputs.template, inputs.tokenizer, samples, classes, device)
-        self._append("samples.jsonl", [stamp | answer for answer in answers])
+        self._append(layout.SAMPLES, [stamp | answer for answer in answers])
         display.show_samples(answers)
 
     def finish(self) -> None:
@@ -177,8 +179,8 @@ class Trainer:
         self.outputs.trackers.close()
         newest = self.checkpointer.finish()
         if self.ranks.is_first:
-            export(newest, self.run_dir / "export", overwrite=True)
-            log.info(f"exported {self.run_dir / 'export'}")
+            export(newest, self.run_dir / layout.EXPORT, overwrite=True)
+            log.info(f"exported {self.run_dir / layout.EXPORT}")
             log.info(f"look at it: ochat report {self.run_dir}")
         self.ranks.all_gather_json({})  # NCCL's time-out is too short for the export of a large model
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from ochat.data import check
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError, DataError, OchatError
-from ochat.files import atomic, checksums
+from ochat.files import checksums
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def _compare(
         timer.daemon = True
         timer.start()
         try:
-            path = atomic.first_changed({path: files[path] for path in mine})
+            path = checksums.first_changed({path: files[path] for path in mine})
         finally:
             timer.cancel()
         problem = message(path) if path else ""

@@ -133,7 +133,7 @@ def test_a_run_keeps_its_best_checkpoint_beside_the_newest_and_exports_it(world,
     options = ["--data.max_steps=5", "--checkpoint.every=1", "--train.eval_every=1", "--checkpoint.keep=1"]
     options += [f"--data.eval_path={world.data}", "--checkpoint.keep_best=true"]
     tiny.train(world, tmp_path / "run", *options)
-    assert [path.name for path in layout.folders(tmp_path / "run")] == ["step_2", "step_5"]
+    assert [path.name for path in layout.checkpoint_folders(tmp_path / "run")] == ["step_2", "step_5"]
     capsys.readouterr()
     cli.run("export", [str(tmp_path / "run"), str(tmp_path / "out"), "--best"])
     printed = capsys.readouterr().out
@@ -151,6 +151,6 @@ def test_keeping_the_best_needs_held_out_data(world, tmp_path):
 def test_with_the_defaults_every_epoch_is_measured_and_saved(world, tmp_path):
     tiny.train(world, tmp_path / "run", "--data.epochs=3", f"--data.eval_path={world.data}", "--checkpoint.keep=0")
     ends = [line["step"] for line in tiny.metrics(tmp_path / "run", "eval.jsonl")]
-    kept = [layout.step_of(folder) for folder in layout.folders(tmp_path / "run")]
+    kept = [layout.step_of(folder) for folder in layout.checkpoint_folders(tmp_path / "run")]
     assert len(kept) == 3 and ends == [0, *kept]
     assert all(each.checkpoint for each in best_module.read(tmp_path / "run")[1:])

@@ -60,7 +60,7 @@ def step(run, number):
 
 
 def keep_only(run, *numbers):
-    for folder in layout.folders(run):
+    for folder in layout.checkpoint_folders(run):
         if int(folder.name[5:]) not in numbers:
             shutil.rmtree(folder)
 
@@ -169,7 +169,7 @@ def test_the_newest_k_and_every_nth_stay_and_a_damaged_later_one_takes_no_place(
     flip(step(run, 15) / WEIGHTS)
     options = ["--data.epochs=2", "--data.max_steps=14", "--run.resume_mismatched=true"]
     tiny.train(world, run, *options, "--checkpoint.every=2", "--checkpoint.keep=1", "--checkpoint.keep_every=6")
-    assert [folder.name for folder in layout.folders(run)] == ["step_6", "step_12", "step_14", "step_15"]
+    assert [folder.name for folder in layout.checkpoint_folders(run)] == ["step_6", "step_12", "step_14", "step_15"]
     assert (run / "latest").read_text() == "checkpoints/step_14\n"
 
 
@@ -348,11 +348,11 @@ def limit(monkeypatch):
 def check_saves_that_fail(run_dir, lines, alone, said):
     assert curve(lines) == curve(alone)
     assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "goes on from" in said
-    assert [folder.name for folder in layout.folders(run_dir)] == ["step_5", "step_15", f"step_{len(alone)}"]
+    assert [folder.name for folder in layout.checkpoint_folders(run_dir)] == ["step_5", "step_15", f"step_{len(alone)}"]
     assert not list((run_dir / "checkpoints").glob(".*")) and (run_dir / "latest").read_text().endswith(
         f"step_{len(alone)}\n"
     )
-    for folder in layout.folders(run_dir):
+    for folder in layout.checkpoint_folders(run_dir):
         checkpoint.verify(folder, ALONE)
 
 
@@ -366,7 +366,7 @@ def test_a_last_save_that_fails_is_an_error_and_the_same_command_mends_it(world,
     limit(10, 10**9)
     with pytest.raises(CheckpointError, match="the last checkpoint, of step .*goes on from .*step_5"):
         tiny.train(world, tmp_path / "run", *OPTIONS)
-    assert [folder.name for folder in layout.folders(tmp_path / "run")] == ["step_5"]
+    assert [folder.name for folder in layout.checkpoint_folders(tmp_path / "run")] == ["step_5"]
     limit(0, 0)
     assert curve(tiny.train(world, tmp_path / "run", *OPTIONS)) == curve(alone)
 
@@ -382,7 +382,7 @@ def test_a_shard_that_another_machine_wrote_to_a_disk_of_its_own_fails_the_save(
     monkeypatch.setattr(PinnedSafetensors, "write", write)
     with pytest.raises(CheckpointError, match="weights-.* is not there; all processes need the same run folder"):
         tiny.train(world, tmp_path / "run", "--data.max_steps=2")
-    assert not layout.folders(tmp_path / "run")
+    assert not layout.checkpoint_folders(tmp_path / "run")
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

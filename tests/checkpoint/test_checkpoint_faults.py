@@ -60,7 +60,7 @@ def stop_while_saving(process, run_dir):
 
 
 def newest(run_dir):
-    there = layout.folders(run_dir)
+    there = layout.checkpoint_folders(run_dir)
     return int(there[-1].name[5:]) if there else 0
 
 
@@ -122,7 +122,7 @@ def test_one_process_that_cannot_write_costs_all_a_checkpoint_and_none_the_run(w
         kill(process)
     steps = [line["step"] for line in tiny.metrics(run_dir)]
     assert steps == list(range(1, 361)) and newest(run_dir) == 360
-    assert all(checkpoint.verify(folder, ALONE) for folder in layout.folders(run_dir))
+    assert all(checkpoint.verify(folder, ALONE) for folder in layout.checkpoint_folders(run_dir))
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 
@@ -150,7 +150,7 @@ def test_two_processes_then_one_then_four_go_on_as_if_nothing_had_changed(world,
             assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         previous = run_dir / "checkpoints" / f"step_{every}"
     assert len(lines) == len(alone) - 10
-    manifest = checkpoint.verify(layout.folders(run_dir)[-1], ALONE)
+    manifest = checkpoint.verify(layout.checkpoint_folders(run_dir)[-1], ALONE)
     assert manifest.processes == 4 and len(manifest.shards) == 2  # one of the two replicas wrote
 
 
@@ -188,6 +188,6 @@ def test_a_full_disk_costs_a_checkpoint_and_no_line(world, alone, small_disk, mo
     assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "No space left" in said
     assert "metrics.jsonl cannot be written (No space left on device)" in said
     assert curve(lines) == curve(alone)
-    for folder in layout.folders(run_dir):
+    for folder in layout.checkpoint_folders(run_dir):
         checkpoint.verify(folder, ALONE)
     assert newest(run_dir) == len(alone) and not list((run_dir / "checkpoints").glob(".*"))

@@ -56,7 +56,7 @@ def assert_same_run(run_dir, alone):
         assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    assert checkpoint.verify(layout_module.folders(run_dir)[-1], ALONE).step == len(alone)
+    assert checkpoint.verify(layout_module.checkpoint_folders(run_dir)[-1], ALONE).step == len(alone)
 
 
 def test_the_recipe_of_one_machine(world, alone, tmp_path):
@@ -164,7 +164,7 @@ def test_the_slurm_script_saves_before_the_time_is_up_and_goes_on_when_it_is_sta
         process.send_signal(signal.SIGUSR1)
         assert process.wait(60) != 0
     assert requeued.read_text() == f"requeue {more['SLURM_JOB_ID']}\n", log.read_text()
-    saved = layout_module.step_of(layout_module.folders(run_dir)[-1])
+    saved = layout_module.step_of(layout_module.checkpoint_folders(run_dir)[-1])
     assert 0 < saved == len(tiny.metrics(run_dir)) < 360
     with started(log, command, **more) as (process,):
         assert process.wait(120) == 0, log.read_text()

@@ -16,45 +16,50 @@ def config(lr: float = 1e-3, **classes: float) -> Config:
     return configuration.from_tree(tree | {"classes": {name: {"reward": value} for name, value in classes.items()}})
 
 
-def keep(folder, settings: Config, step: int, num_steps: int = 60) -> list[str]:
-    """What is said."""
-    said: list[str] = []
-    config_history.keep(folder, settings, step=step, num_steps=num_steps, say=said.append)
-    return said
+@pytest.fixture
+def keep(caplog):
+    """Records settings and returns what is logged."""
+
+    def record(folder, settings: Config, step: int, num_steps: int = 60) -> list[str]:
+        caplog.clear()
+        config_history.record_config(folder, configuration.dump(settings), step=step, num_steps=num_steps)
+        return caplog.messages
+
+    return record
 
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_first_start_says_nothing(tmp_path):
+def test_a_first_start_says_nothing(keep, tmp_path):
     assert keep(tmp_path, config(), 0) == [] and names(tmp_path) == ["config.toml"]
     assert configuration.load(tmp_path / "config.toml") == config()
 
 
-def test_the_folder_is_made(tmp_path):
+def test_the_folder_is_made(keep, tmp_path):
     assert keep(tmp_path / "runs" / "a", config(), 0) == [] and names(tmp_path / "runs" / "a") == ["config.toml"]
 
 
-def test_a_start_before_the_first_checkpoint_leaves_nothing_of_the_earlier(tmp_path):
+def test_a_start_before_the_first_checkpoint_leaves_nothing_of_the_earlier(keep, tmp_path):
     keep(tmp_path, config(), 0)
     assert keep(tmp_path, config(2e-3), 0) == [] and names(tmp_path) == ["config.toml"]
     assert configuration.load(tmp_path / "config.toml") == config(2e-3)
 
 
-def test_the_same_settings_are_not_told(tmp_path):
+def test_the_same_settings_are_not_told(keep, tmp_path):
     keep(tmp_path, config(), 0)
     again = config()
     again = replace(again, run=replace(again.run, resume="auto", resume_mismatched=True, dir="elsewhere"))
     assert keep(tmp_path, again, 40) == [] and names(tmp_path) == ["config.toml"]
 
 
-def test_other_settings_are_told_and_the_earlier_stay(tmp_path):
+def test_other_settings_are_told_and_the_earlier_stay(keep, tmp_path):
     keep(tmp_path, config(GPT4=1.0, GPT3=0.1), 0)
     earlier = (tmp_path / "config.toml").read_text()
     (said,) = keep(tmp_path, config(2e-3, GPT4=1.0, Human=0.5), 40)
-    assert said.startswith("from step 41 on with other settings than before, which config.until_step_40.toml keeps: ")
-    told = said.split("keeps: ")[1].split(", ")
+    assert said.startswith("settings differ from step 41 on; config.until_step_40.toml keeps the earlier ones: ")
+    told = said.split("ones: ")[1].split(", ")
     assert told == [
         "classes.Human.reward 0.5 (was not set)",
         "optim.lr 0.002 (was 0.001)",
@@ -64,7 +69,7 @@ def test_other_settings_are_told_and_the_earlier_stay(tmp_path):
     assert configuration.load(tmp_path / "config.toml") == config(2e-3, GPT4=1.0, Human=0.5)
 
 
-def test_settings_that_made_no_step_do_not_replace_those_that_did(tmp_path):
+def test_settings_that_made_no_step_do_not_replace_those_that_did(keep, tmp_path):
     """Twice from step 40 with other settings: what the second start trained was cut off by the third."""
     keep(tmp_path, config(1e-3), 0)
     keep(tmp_path, config(2e-3), 40)
@@ -74,7 +79,7 @@ def test_settings_that_made_no_step_do_not_replace_those_that_did(tmp_path):
 
 
 @pytest.mark.parametrize("broken", ["", "[optim", "optim = 1\n", "x = " + "9" * 5000])
-def test_a_file_that_somebody_broke_holds_nothing_up(tmp_path, broken):
+def test_a_broken_file_stops_nothing(keep, tmp_path, broken):
     (tmp_path / "config.toml").write_text(broken)
     keep(tmp_path, config(), 40)
     assert configuration.load(tmp_path / "config.toml") == config()

@@ -17,15 +17,15 @@ from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import Manifest
 from ochat.data.prepare import prepare
 from ochat.errors import NonFiniteError
-from ochat.files.jsonl import LineFile
+from ochat.files.jsonl import JsonlWriter
 from ochat.run import layout
-from ochat.run.nonfinite import BadSteps
+from ochat.run.nonfinite import NonFiniteGuard
 from ochat.text import tokenizer as tokenizers
 from tests import tiny
 
 MARKED = {53: 1, 25: 5}  # conversation, counted from 0, with a token that no other has -> the step that it falls into
 BAD = list(MARKED.values())
-LIST = "bad_steps.jsonl"
+LIST = layout.NONFINITE
 SAVE_ALL = ["--checkpoint.every=1", "--checkpoint.keep=0"]
 
 
@@ -106,7 +106,11 @@ def test_bad_steps_change_no_bit_are_named_and_the_run_goes_on(poisoned, nan_for
         places = [place for places in record["bins"] for place in places]
         assert len(record["bins"]) == 4 and sum(p.endswith(f"conversations.jsonl:{number + 1}") for p in places) == 1
     said = capsys.readouterr().out
-    assert said.count("WARNING step ") == 2 and "conversations.jsonl:54" in said and "bad step 2 of at most 2" in said
+    assert (
+        said.count("WARNING step ") == 2
+        and "conversations.jsonl:54" in said
+        and "non-finite step 2 of at most 2" in said
+    )
 
 
 def test_neither_reading_metrics_seldom_nor_a_restart_changes_a_skipping_run(poisoned, nan_for_z, tmp_path):
@@ -114,7 +118,7 @@ def test_neither_reading_metrics_seldom_nor_a_restart_changes_a_skipping_run(poi
     seldom = tiny.train(poisoned, tmp_path / "seldom", "--train.max_nonfinite_steps=2", "--train.log_every=4")
     assert curve(seldom) == curve(whole)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
-    for folder in layout.folders(tmp_path / "resumed")[3:]:
+    for folder in layout.checkpoint_folders(tmp_path / "resumed")[3:]:
         shutil.rmtree(folder)
     resumed = tiny.train(poisoned, tmp_path / "resumed", "--train.max_nonfinite_steps=2")
     assert curve(resumed) == curve(whole)
@@ -125,12 +129,12 @@ def test_neither_reading_metrics_seldom_nor_a_restart_changes_a_skipping_run(poi
 
 def test_the_first_bad_step_ends_a_run_unless_it_is_told_otherwise(poisoned, nan_for_z, tmp_path):
     what = (
-        r"step 1: loss nan, gradient norm nan; computed on bin 0: .*conversations\.jsonl:54, .*bin 3: .* goes on from "
+        r"step 1: loss nan, gradient norm nan; computed on bin 0: .*conversations\.jsonl:54, .*bin 3: .* resumes from "
     )
     with pytest.raises(NonFiniteError, match=what + "the base, .*--train.max_nonfinite_steps=10"):
         tiny.train(poisoned, tmp_path / "run", *SAVE_ALL)
     assert [record["step"] for record in tiny.metrics(tmp_path / "run", LIST)] == [1]
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not layout.folders(tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not layout.checkpoint_folders(tmp_path / "run")
 
 
 def test_a_restart_does_not_renew_the_budget(poisoned, nan_for_z, tmp_path):
@@ -138,14 +142,14 @@ def test_a_restart_does_not_renew_the_budget(poisoned, nan_for_z, tmp_path):
     run_dir = tmp_path / "run"
     for more in ([], [], ["--train.log_every=3"]):
         with pytest.raises(
-            NonFiniteError, match=r"step 5: .*bad step 2 and .*nonfinite_steps is 1\. .*/checkpoints/step_4\."
+            NonFiniteError, match=r"step 5: .*non-finite step 2 and .*nonfinite_steps is 1\. .*/checkpoints/step_4\."
         ):
             tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=1", *SAVE_ALL, *more)
         assert [r["step"] for r in tiny.metrics(run_dir, LIST)] == BAD
         assert [line["step"] for line in tiny.metrics(run_dir)] == [1, 2, 3, 4]
-    newest = layout.folders(run_dir)[-1]
+    newest = layout.checkpoint_folders(run_dir)[-1]
     assert newest.name == "step_4" and Manifest.read(newest).skipped == 1
-    with pytest.raises(NonFiniteError, match="step 5: .*bad step 2 "):
+    with pytest.raises(NonFiniteError, match="step 5: .*non-finite step 2 "):
         tiny.train(poisoned, tmp_path / "branch", "--train.max_nonfinite_steps=1", f"--run.resume={newest}")
     lines = tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=2")
     assert skipped(lines) == BAD and len(lines) == 9
@@ -166,10 +170,9 @@ def test_two_processes_skip_the_same_steps(tmp_path):
     assert "conversations.jsonl:26" in failed.stderr and "trainer.py" not in failed.stderr
 
 
-def test_a_full_disk_does_not_hide_what_is_wrong():
-    warned = []
-    file = LineFile(Path("/dev/full"), warned.append)
-    bad = BadSteps(0, file, bins_of=lambda step: [["a.jsonl:3"]], newest=lambda: None, warn=pytest.fail)
+def test_a_full_disk_does_not_hide_what_is_wrong(caplog):
+    file = JsonlWriter(Path("/dev/full"))
+    bad = NonFiniteGuard(0, file, bins_of=lambda step: [["a.jsonl:3"]], newest=lambda: None)
     with pytest.raises(NonFiniteError, match="step 7: loss nan, .*bin 0: a.jsonl:3"):
         bad.add(7, float("nan"), 1.0)
-    assert len(warned) == 1 and "cannot be written" in warned[0]
+    assert caplog.text.count("cannot be written") == 1

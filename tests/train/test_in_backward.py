@@ -115,9 +115,9 @@ def test_a_nan_ends_the_run_before_it_is_saved_and_says_what_happened(world, tmp
             model.blocks[0].mlp.down.weight.fill_(torch.nan)
 
     monkeypatch.setattr(checkpoint, "load_base", load_base)
-    with pytest.raises(NonFiniteError, match="some weights were updated before it was seen.*goes on from the base"):
+    with pytest.raises(NonFiniteError, match="some weights were updated before it was seen.*resumes from the base"):
         tiny.train(world, tmp_path / "run", *IN_BACKWARD, "--train.log_every=2")
-    assert layout.folders(tmp_path / "run") == []
+    assert layout.checkpoint_folders(tmp_path / "run") == []
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing_of_its_weight():

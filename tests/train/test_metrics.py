@@ -9,8 +9,8 @@ from ochat_kernels import LossOutput
 
 from ochat.data.batch import Example, pack
 from ochat.errors import NonFiniteError
-from ochat.files.jsonl import LineFile
-from ochat.run.nonfinite import BadSteps
+from ochat.files.jsonl import JsonlWriter
+from ochat.run.nonfinite import NonFiniteGuard
 from ochat.train import metrics
 from ochat.train.metrics import MetricsLog, StepMetrics
 
@@ -56,9 +56,9 @@ def test_a_class_without_tokens_has_no_mean():
 
 
 def metrics_log(path, **change):
-    nonfinite = BadSteps(0, None, bins_of=list, newest=lambda: None, warn=pytest.fail)
+    nonfinite = NonFiniteGuard(0, None, bins_of=list, newest=lambda: None)
     settings = {"flops": lambda *_: 10.0, "peak_flops": 1e3, "device": CPU, "write": True, "nonfinite": nonfinite}
-    return MetricsLog(LineFile(path, pytest.fail), ["a", "b"], **settings | change)
+    return MetricsLog(JsonlWriter(path), ["a", "b"], **settings | change)
 
 
 def test_mfu_and_rates_are_of_the_time_since_the_last_flush(tmp_path, monkeypatch):
@@ -96,17 +96,17 @@ def test_lines_past_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path):
     metrics.truncate_after(tmp_path / "missing.jsonl", 1)
 
 
-def test_an_answer_of_any_characters_is_one_line_and_a_character_may_be_torn(tmp_path):
+def test_an_answer_of_any_characters_is_one_line_and_a_character_may_be_torn(tmp_path, caplog):
     """Of what a model says, U+2028, U+2029 and U+0085 end lines of a text, but not of a file of JSON lines."""
-    path, warned = tmp_path / "samples.jsonl", []
+    path = tmp_path / "samples.jsonl"
     lines = [{"step": step, "answer": "a\u2028b\u2029c\x85d\x1ce\r\u00fc"} for step in (1, 2)]
-    LineFile(path, warned.append).append(lines)
+    JsonlWriter(path).append(lines)
     whole = path.read_bytes()
     path.write_bytes(whole + '{"step": 2, "answer": "\u00fc'.encode()[:-1])
     metrics.truncate_after(path, 2)
     assert path.read_bytes() == whole
     metrics.truncate_after(path, 1)
-    assert json.loads(path.read_bytes()) == lines[0] and not warned
+    assert json.loads(path.read_bytes()) == lines[0] and not caplog.text
 
 
 def test_a_known_card_has_its_data_sheets_peak(monkeypatch):

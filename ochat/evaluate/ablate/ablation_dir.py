@@ -28,6 +28,7 @@ from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.job_runner import Job, cuda_devices, run_jobs, slots
 from ochat.evaluate.ablate.variants import AblateConfig, Run
 from ochat.files import atomic, bounded_json, checksums, jsonl
+from ochat.run import layout
 from ochat.run.lock import FolderLock
 from ochat.text import template as templates
 from ochat.text.template import ConditionsMode
@@ -73,7 +74,7 @@ class AblationDir:
     def run(self) -> list[Job]:
         """Train and measure every run that is not done; the jobs that failed. Raises: as `open`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(self.folder, log.warning, f"--{ABLATE}.dir"):
+        with FolderLock(self.folder, f"--{ABLATE}.dir"):
             self.open()
             todo = [run for run in self.runs if not self.measured(run).is_file()]
             counts = len(self.runs), self.base.data.max_steps, len(todo), self.options.jobs
@@ -118,8 +119,8 @@ class AblationDir:
     def close(self, run: Run) -> None:
         """Remove a measured run's checkpoints, unless keep_checkpoints is set."""
         if not self.options.keep_checkpoints:
-            shutil.rmtree(Path(run.config.run.dir) / "checkpoints", ignore_errors=True)
-            (Path(run.config.run.dir) / "latest").unlink(missing_ok=True)
+            shutil.rmtree(Path(run.config.run.dir) / layout.CHECKPOINTS, ignore_errors=True)
+            (Path(run.config.run.dir) / layout.LATEST).unlink(missing_ok=True)
 
     def results(self) -> list[dict[str, Any]]:
         """A record of each measured run, in order; results.jsonl holds the same, a line each."""
@@ -231,7 +232,7 @@ class AblationDir:
 
 def _content(path: str) -> str:
     """A checksum of the files that an input names. Costs: reads them, about 1 s a GB."""
-    return _digest({str(file): atomic.sha256(file) for file in input_files.find([path]).paths})
+    return _digest({str(file): checksums.sha256(file) for file in input_files.find([path]).paths})
 
 
 def _weights(folder: Path) -> str:
@@ -246,10 +247,10 @@ def _digest(values: dict[str, Any]) -> str:
 
 def last_step(folder: Path, tail_bytes: int = 1 << 16) -> dict[str, Any]:
     """The newest whole line of a run's metrics; {} where there is none yet. Reads the file's last `tail_bytes`."""
-    path = folder / "metrics.jsonl"
+    path = folder / layout.METRICS
     if not path.is_file():
         return {}
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - tail_bytes))
         lines = file.read().split(b"\n")[:-1]
-    return next((line for text in reversed(lines) if (line := jsonl.parse(text)) is not None), {})
+    return next((line for text in reversed(lines) if (line := jsonl.parse_line(text)) is not None), {})

@@ -50,7 +50,7 @@ class Variant:
         return "condition" if self.has_condition else "plain"
 
 
-class AblateConfig(Section):
+class AblateConfig(Section, frozen=True):
     """The ablation: data, classes, and which runs are made. In input, held_out and base.path, {seed} is replaced by
     the run's seed, for data or a base that each seed draws for itself."""
 
@@ -82,7 +82,7 @@ class AblateConfig(Section):
     """keep them once a run is measured; its export is kept in any case"""
 
 
-class AblationFile(Config):
+class AblationFile(Config, frozen=True):
     """A training configuration with one section more."""
 
     ablate: AblateConfig = AblateConfig()
