@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from ochat.text.tokenizer import LLAMA3_PATTERN
+from ochat.text.tokenizer_convert import LLAMA3_PATTERN
 
 # where `make test` unpacks the packages that carry them; installed, mistral_common would change what transformers does
 _REAL = {
@@ -67,24 +68,30 @@ def real_tokenizer(name: str) -> Path:
     return path
 
 
-@cache
-def sentencepiece_bytes(*, dummy_prefix: bool) -> bytes:
-    """A small SentencePiece BPE: Llama-like, or Gemma-like (no dummy prefix, some user-defined symbols)."""
+# any text, what trips tokenizers, and runs in which merges compete
+_runs = st.lists(st.sampled_from([*"  a=-1\n\u2581\u00e9", "  ", "the", "<h1>"]), max_size=30).map("".join)
+texts = st.text() | _runs | st.sampled_from(NASTY) | st.lists(st.sampled_from(NASTY)).map("".join)
+
+
+def sentencepiece_bytes(*, dummy_prefix: bool, **changes) -> bytes:
+    """A small SentencePiece BPE: Llama-like, or Gemma-like (no dummy prefix, some user-defined symbols).
+
+    `changes`: options of the trainer.
+    """
     symbols = ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<h1>"]
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        add_dummy_prefix=dummy_prefix,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        character_coverage=0.99,
-        user_defined_symbols=[] if dummy_prefix else symbols,
-        minloglevel=2,
-    )
+    options = {
+        "vocab_size": 420,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "add_dummy_prefix": dummy_prefix,
+        "remove_extra_whitespaces": False,
+        "normalization_rule_name": "identity",
+        "character_coverage": 0.99,
+        "user_defined_symbols": [] if dummy_prefix else symbols,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **options | changes)
     return model.getvalue()
 
 

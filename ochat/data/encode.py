@@ -113,18 +113,13 @@ class Encoder:
             if len(turns) > 1:
                 raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
 
-    def _texts(self, layouts: list[list[Part]]) -> dict[str, list[int]] | None:
-        """text -> its ids, all in one call of the library and each text once; None if one of them cannot be encoded."""
+    def _texts(self, layouts: list[list[Part]]) -> dict[str, list[int]]:
+        """text -> its ids, all in one call of the library and each text once."""
         texts = list(dict.fromkeys(part.text for parts in layouts for part in parts))
-        try:
-            return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-        except DataError:
-            return None
+        return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
 
-    def _join(self, parts: list[Part], texts: dict[str, list[int]] | None) -> tuple[list[int], list[Span]]:
+    def _join(self, parts: list[Part], texts: dict[str, list[int]]) -> tuple[list[int], list[Span]]:
         """Ids and spans up to the last supervised token. Raises DataError if there is none."""
-        if texts is None:  # some record of the batch is at fault: this one alone will tell whether it is this one
-            texts = {part.text: self.tokenizer.encode(part.text) for part in parts}
         ids, spans = join(parts, texts)
         spans = trim(spans)
         if num_supervised(spans) == 0:

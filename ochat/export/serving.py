@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ochat.errors import CheckpointError
 from ochat.files import atomic, bounded_json
-from ochat.text import chat_template, tokenizer_export
+from ochat.text import chat_template
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.openchat_json import load_template, warn_of_unknown_class
@@ -27,7 +27,7 @@ def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple
     Raises: ConfigError for a tokenizer that has no exact export, CheckpointError where the ids would differ.
     """
     rendered = chat_template.render(template, tokenizer)
-    tokenizer_export.export(tokenizer, folder, chat_template=rendered, eos_token=template.eot)
+    tokenizer.save(folder, chat_template=rendered, eos_token=template.eot)
     chat_template.verify(folder, template, tokenizer)
     settings = {
         "bos_token_id": tokenizer.bos_id,

@@ -1,13 +1,13 @@
-"""The tokens that a folder declares beside a tokenizer's vocabulary.
+"""Reads the tokens that a folder adds to its tokenizer's vocabulary, and the names of its BOS and EOS.
 
-    tokens = read(Path("models/base"), sentencepiece=content)
+    tokens = read_added_tokens(Path("models/base"), tokenizer_json)
 
-They stand in tokenizer.json, tokenizer_config.json (`added_tokens_decoder`) or added_tokens.json.
+Tokens come from tokenizer.json, tokenizer_config.json (`added_tokens_decoder`) and added_tokens.json; names from
+tokenizer_config.json and special_tokens_map.json.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,25 +15,26 @@ from typing import Any
 
 from ochat.errors import ConfigError
 from ochat.files import bounded_json
-from ochat.text import sentencepiece_model as spm
 
 MOST_IDS = 1 << 24  # many times the largest published vocabulary
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that a folder declares beside its vocabulary."""
+    """A token that a folder declares in addition to its vocabulary."""
 
     text: str
     id: int
     special: bool
 
 
-def read(folder: Path, sentencepiece: bytes | None) -> tuple[AddedToken, ...]:
-    """The added tokens of all the folder's files, each once; `sentencepiece`: the model that is its tokenizer, if one
-    is. Raises: ConfigError where two files disagree, or for an id that no vocabulary has."""
+def read_added_tokens(folder: Path, tokenizer_json: dict[str, Any]) -> tuple[AddedToken, ...]:
+    """The added tokens of all the folder's files, each once, by id; `tokenizer_json`: that file's content, {} if none.
+
+    Raises: ConfigError where two files disagree, or for an id that no vocabulary has.
+    """
     found: dict[str, AddedToken] = {}
-    for token in _declared(folder, sentencepiece):
+    for token in _declared(folder, tokenizer_json):
         if not 0 <= token.id < MOST_IDS:
             raise ConfigError(f"{folder}: token {token.text!r} has the id {token.id}; at most {MOST_IDS:,} are in use")
         known = found.setdefault(token.text, token)
@@ -43,39 +44,23 @@ def read(folder: Path, sentencepiece: bytes | None) -> tuple[AddedToken, ...]:
     return tuple(sorted(found.values(), key=lambda token: token.id))
 
 
-def _declared(folder: Path, sentencepiece: bytes | None) -> Iterator[AddedToken]:
-    spec = read_object(folder / "tokenizer.json")
-    if sentencepiece and _is_of_another_vocabulary(spec, sentencepiece):
-        what = f"{folder}: tokenizer.json is no conversion of the SentencePiece model beside it: not used"
-        warnings.warn(what, stacklevel=5)
-        spec = {}
-    for entry in spec.get("added_tokens") or []:
+def read_names(folder: Path) -> dict[str, str]:
+    """The tokens that the folder's files name as "bos" and "eos". Raises: ConfigError for a damaged file."""
+    config = _read_if_there(folder / "special_tokens_map.json") | _read_if_there(folder / "tokenizer_config.json")
+    entries = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
+    texts = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str) and text}
+
+
+def _declared(folder: Path, tokenizer_json: dict[str, Any]) -> Iterator[AddedToken]:
+    for entry in tokenizer_json.get("added_tokens") or []:
         yield AddedToken(entry["content"], int(entry["id"]), bool(entry.get("special", False)))
-    decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    decoder = _read_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     for token_id, entry in decoder.items():
         yield AddedToken(entry["content"], int(token_id), bool(entry.get("special", False)))
-    for text, token_id in read_object(folder / "added_tokens.json").items():
+    for text, token_id in _read_if_there(folder / "added_tokens.json").items():
         yield AddedToken(text, int(token_id), False)
 
 
-def _is_of_another_vocabulary(spec: dict[str, Any], sentencepiece: bytes) -> bool:
-    """Whether less than half of the pieces have their ids in a tokenizer.json that has a vocabulary."""
-    vocab = (spec.get("model") or {}).get("vocab")
-    if isinstance(vocab, list):  # of a unigram model: [piece, score] by id
-        vocab = {entry[0]: i for i, entry in enumerate(vocab) if _is_scored(entry)}
-    if not isinstance(vocab, dict) or not vocab:
-        return False
-    pieces = spm.read(sentencepiece).pieces
-    agree = sum(vocab.get(piece.text) == i for i, piece in enumerate(pieces))
-    return 2 * agree < len(pieces)
-
-
-def _is_scored(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, {} if there is no such file. Raises: ConfigError."""
-    if not path.is_file():
-        return {}
-    return bounded_json.read_object(path, ConfigError, "fetch it again")
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return bounded_json.read_object(path, ConfigError, "fetch it again") if path.is_file() else {}

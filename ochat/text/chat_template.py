@@ -21,11 +21,10 @@ import jinja2.sandbox
 import tokenizers
 
 from ochat.errors import CheckpointError
-from ochat.text import sentencepiece_model as spm
 from ochat.text.conversation import Conversation, Message
 from ochat.text.template import Template
-from ochat.text.tokenizer import SentencePieceTokenizer, Tokenizer
-from ochat.text.tokenizer_files import BOUNDARY
+from ochat.text.tokenizer import Tokenizer
+from ochat.text.tokenizer_json import BOUNDARY
 
 _SOURCE = """\
 {%- set chosen = condition if condition is defined and condition is not none else @default@ -%}
@@ -122,34 +121,14 @@ def _joint(template: Template, role: str, tokenizer: Tokenizer) -> Joint:
     tail = tokenizer.split_at_specials(prefix)[-1]
     if not tail:
         return Joint("never", "")  # a special token, or nothing, stands before the content
-    if _has_dummy_prefix(tokenizer):
+    if tokenizer.has_dummy_prefix:
         return Joint("always" if _grows_across_blanks(tokenizer) else "never", " ")
     return Joint("before blanks" if tail.endswith("\n") and _splits_after(tail, tokenizer) else "always", "")
 
 
-def _has_dummy_prefix(tokenizer: Tokenizer) -> bool:
-    """Whether every segment gets a "▁" in front, so that a literal blank says the same."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return spm.read(tokenizer.content).add_dummy_prefix
-    if tokenizer.kind != "json":
-        return False
-    normalizer = json.loads(tokenizer.content)["normalizer"] or {}
-    return any(step["type"] == "Prepend" for step in normalizer.get("normalizers", [normalizer]) if step)
-
-
 def _grows_across_blanks(tokenizer: Tokenizer) -> bool:
-    """Whether some vocabulary entry holds "▁" behind another character, so that it could span prefix and content."""
-    return any(re.search("[^▁]▁", piece) for piece in _pieces(tokenizer))
-
-
-def _pieces(tokenizer: Tokenizer) -> Iterable[str]:
-    """The vocabulary as text; nothing for tiktoken ranks, whose pre-tokenizer decides where a token may end."""
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return [p.text for p in spm.read(tokenizer.content).pieces if p.type in (spm.NORMAL, spm.USER_DEFINED)]
-    if tokenizer.kind != "json":
-        return []
-    vocab = json.loads(tokenizer.content)["model"]["vocab"]
-    return vocab if isinstance(vocab, dict) else [piece for piece, _ in vocab]
+    """Whether some vocabulary entry holds "▁" after another character, so that it could span prefix and content."""
+    return any(re.search("[^▁]▁", piece) for piece in tokenizer.pieces)
 
 
 # one of each kind of character that pre-tokenizers tell apart
@@ -160,7 +139,7 @@ _INVISIBLE = ("\u200d", "\u200b", "\ufeff", "\ufffd", "\ue000", "\x00", "\x1b", 
 
 def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
     """Whether content that starts with no blank keeps its ids directly behind `tail`, which ends in a newline."""
-    if any(re.search(r"\n[^\s▁]", piece) for piece in _pieces(tokenizer)):
+    if any(re.search(r"\n[^\s▁]", piece) for piece in tokenizer.pieces):
         return False
     head = tokenizer.encode(tail)
     contents = [start + rest for start in (*_LETTERS, *_SIGNS, *_INVISIBLE) for rest in ("", "b", " b", "7", "\n")]

@@ -1,15 +1,15 @@
-"""Reads and patches a SentencePiece model file without protobuf: pieces, scores, types and the switches that matter.
+"""Reads a SentencePiece model file without protobuf: pieces, scores, types and the switches that decide tokenisation.
 
-    model = read(Path("tokenizer.model").read_bytes())
+    model = parse(Path("tokenizer.model").read_bytes())
     model.pieces[0], model.add_dummy_prefix
 
-Only the fields below are interpreted (sentencepiece_model.proto); `with_types` rewrites types and copies the rest.
+Only the fields below are interpreted (sentencepiece_model.proto).
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -37,18 +37,20 @@ class SentencePieceModel:
     escape_whitespaces: bool = True
     whitespace_as_suffix: bool = False
     normalizes: bool = False  # a character map (such as NFKC) is applied to the text
+    bos: str = "<s>"
+    eos: str = "</s>"
 
 
-def read(content: bytes) -> SentencePieceModel:
+def parse(content: bytes) -> SentencePieceModel:
     """Interpret a model file. Raises: ValueError if it is none."""
     pieces, trainer, normalizer = [], {}, {}
-    for field, value, _, _ in _fields(content):
+    for field, value in _fields(content):
         if field == 1 and isinstance(value, bytes):
             pieces.append(_piece(value))
         elif field == 2 and isinstance(value, bytes):
-            trainer = {f: v for f, v, _, _ in _fields(value)}
+            trainer = dict(_fields(value))
         elif field == 3 and isinstance(value, bytes):
-            normalizer = {f: v for f, v, _, _ in _fields(value)}
+            normalizer = dict(_fields(value))
     if not pieces or not (normalizer or trainer):
         raise ValueError("no SentencePiece vocabulary")
     return SentencePieceModel(
@@ -60,52 +62,43 @@ def read(content: bytes) -> SentencePieceModel:
         add_dummy_prefix=bool(normalizer.get(3, True)),
         remove_extra_whitespaces=bool(normalizer.get(4, True)),
         escape_whitespaces=bool(normalizer.get(5, True)),
+        bos=_text(trainer.get(46), "<s>"),
+        eos=_text(trainer.get(47), "</s>"),
     )
 
 
-def with_types(content: bytes, types: Mapping[int, int]) -> bytes:
-    """The same file with the type of some pieces (id -> type) changed."""
-    parts, start, index = [], 0, 0
-    for field, value, begin, end in _fields(content):
-        if field != 1 or not isinstance(value, bytes):
-            continue
-        if index in types:
-            # the last occurrence of a field wins: appending the type is enough
-            body = value + b"\x18" + bytes([types[index]])
-            parts += [content[start:begin], b"\x0a", _varint(len(body)), body]
-            start = end
-        index += 1
-    return b"".join([*parts, content[start:]])
-
-
 def _piece(body: bytes) -> Piece:
-    fields = {f: v for f, v, _, _ in _fields(body)}
+    fields = dict(_fields(body))
     text, score, kind = fields[1], fields.get(2, b"\0\0\0\0"), fields.get(3, NORMAL)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
         raise ValueError("a piece of the wrong shape")
     return Piece(text.decode("utf-8"), struct.unpack("<f", score)[0], kind)
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes, int, int]]:
-    """(field number, value, start, end) of each field of a protobuf message; fixed-size numbers stay bytes."""
+def _text(value: int | bytes | None, default: str) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) and value else default
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of each field of a protobuf message; fixed-size numbers stay bytes."""
     at = 0
     while at < len(data):
-        begin = at
-        key, at = _read_varint(data, at)
+        key, at = _varint(data, at)
         wire = key & 7
         if wire == 0:
-            value, at = _read_varint(data, at)
+            value, at = _varint(data, at)
         elif wire in (1, 2, 5):
-            size, at = (8, at) if wire == 1 else (4, at) if wire == 5 else _read_varint(data, at)
+            size, at = (8, at) if wire == 1 else (4, at) if wire == 5 else _varint(data, at)
             if at + size > len(data):
                 raise ValueError("cut off")
             value, at = data[at : at + size], at + size
         else:
             raise ValueError(f"wire type {wire}")
-        yield key >> 3, value, begin, at
+        yield key >> 3, value
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number that starts at `at`, and where it ends."""
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
@@ -115,11 +108,3 @@ def _read_varint(data: bytes, at: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 128:
             return value, at
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ochat.data import shards
 from ochat.data.dataset import TokenDataset
-from ochat.data.encode import Encoder, num_supervised
+from ochat.data.encode import num_supervised
 from ochat.data.prepare import prepare
 from ochat.data.prepare_report import print_report
 from ochat.data.records import Record
@@ -312,31 +312,6 @@ def test_a_worker_that_dies_names_where_it_was():
     batch = [Record("in.jsonl", line, line, b"{}") for line in (7, 8, 9)]
     with pytest.raises(DataError, match=r"in\.jsonl:7: a worker died on this record or one of the 2 behind it"):
         list(encode_all([(batch, 0)], Killer(), 1))
-
-
-class Squeamish(tokenizer.JsonTokenizer):
-    """Cannot encode one text, as tiktoken a million blanks."""
-
-    def _encode(self, text):
-        if text == "oops":
-            raise DataError("cannot be encoded")
-        return super()._encode(text)
-
-    def _encode_batch(self, texts):
-        return [self._encode(text) for text in texts]
-
-
-def test_a_text_that_cannot_be_encoded_rejects_its_record_alone(base):
-    tokens = tokenizer.load(base)
-    squeamish = Squeamish(tokens.content, tokens.special_tokens, tokens.bos, tokens.eos)
-    batch = [Record("f", line, line, json.dumps(chat(text)).encode()) for line, text in enumerate(["a", "oops", "b"])]
-    encoded, expected = (
-        Encoder(model, template.load(TEMPLATE), "auto", "", 100, "truncate")(records)
-        for model, records in ((squeamish, batch), (tokens, [batch[0], batch[2]]))
-    )
-    assert [(reject.line, reject.reason) for reject in encoded.rejects] == [(1, "cannot be encoded")]
-    assert encoded.sides[0].columns.input_ids[1].tolist() == expected.sides[0].columns.input_ids[1].tolist()
-    assert encoded.sides[0].columns.lines == expected.sides[0].columns.lines == [0, 2]
 
 
 def test_a_first_token_is_nobodys_label():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import ochat_kernels
 import pytest
-import sentencepiece
 import torch
 
 from ochat.cli import run as cli
@@ -21,6 +19,7 @@ from ochat.model.config import ModelConfig
 from ochat.model.gguf import byte_level_bpe
 from ochat.model.transformer import Transformer
 from ochat.text import tokenizer as tokenizers
+from tests import text_kit
 
 EOT = "<|end_of_turn|>"
 TOKENS = ["<s>", "</s>", *(chr(ord("a") + i) for i in range(26)), *"0123456789", "Ġ", "th", "the", "<|spare|>"]
@@ -32,21 +31,6 @@ def write_json_tokenizer(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(byte_level_bpe(TOKENS, TYPES, [["t", "h"], ["th", "e"]])))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-
-
-def write_sentencepiece(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # type: ignore[attr-defined]
-        sentence_iterator=iter(["the cat sat on the mat and looked at the moon"] * 20),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
 
 
 def write_model(folder: Path, config: ModelConfig, dtype: str = "float32") -> Path:
@@ -110,7 +94,7 @@ def test_spare_rows_are_used_before_new_ones(tmp_path):
 
 
 def test_sentencepiece_folder(tmp_path):
-    write_sentencepiece(tmp_path / "source")
+    text_kit.small_folder("llama", tmp_path / "source")
     pieces = tokenizers.load(tmp_path / "source").vocab_size
     write_model(tmp_path / "source", replace(CONFIG, vocab_size=pieces))
     init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))

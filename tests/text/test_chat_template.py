@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ochat.errors import CheckpointError
-from ochat.text import chat_template, tokenizer_export
+from ochat.text import chat_template
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
@@ -53,7 +53,7 @@ def exported(request, tmp_path_factory):
     path = text_kit.real_tokenizer(kind) if real else text_kit.small_folder(kind, folder / "base")
     tokenizer, template = tokenizers.load(path, added), templates.load(name)
     source = chat_template.render(template, tokenizer)
-    tokenizer_export.export(tokenizer, folder / "out", chat_template=source, eos_token=template.eot)
+    tokenizer.save(folder / "out", chat_template=source, eos_token=template.eot)
     (folder / "out" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return tokenizer, template, transformers.AutoTokenizer.from_pretrained(folder / "out"), folder / "out"
 

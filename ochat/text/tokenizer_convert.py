@@ -1,0 +1,173 @@
+"""Converts SentencePiece BPE models and Llama 3's tiktoken ranks to a `tokenizers.Tokenizer` with the same ids.
+
+    read_sentencepiece(find_tokenizer(Path("models/mistral")), added_tokens=()).model
+
+SentencePiece merges by score and tiktoken by rank, whichever two parts give a token; so each split of a token into two
+others becomes a merge. Merges recovered from the vocabulary in any narrower way give other ids.
+"""
+
+from __future__ import annotations
+
+import binascii
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from ochat.errors import ConfigError
+from ochat.text import sentencepiece_model as spm
+from ochat.text.added_tokens import AddedToken
+from ochat.text.tokenizer_files import TokenizerFiles
+
+# Llama 3's pre-tokenizer, from its published tokenizer
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_RANKS, LLAMA3_NUM_SPECIALS = 128_000, 256
+LLAMA3_SPECIALS = {
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+}  # fmt: skip
+
+# pieces that a SentencePiece vocabulary lists as user-defined but which are marks of a chat format, so never content
+_CHAT_MARK = re.compile(r"<\|[^\s<>|]+\|>|<(start|end)_of_(turn|image)>|\[/?[A-Z_]+\]")
+
+
+@dataclass(frozen=True)
+class ReadTokenizer:
+    """A tokenizer, the tokens that its folder still adds to it, and the names of BOS and EOS."""
+
+    model: tokenizers.Tokenizer
+    tokens: tuple[AddedToken, ...]
+    bos: str | None
+    eos: str | None
+
+
+def read_sentencepiece(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
+    """A SentencePiece BPE; pieces that the folder or `added_tokens` name are special in it.
+
+    Raises: ConfigError for a model that cannot be converted with exactly its ids, naming what prevents it.
+    """
+    source = spm.parse(files.content)
+    specials = _special_pieces(source, files, added_tokens)
+    pieces = [(i, p) for i, p in enumerate(source.pieces) if p.text not in specials]
+    symbols = [p.text for _, p in pieces if p.type == spm.USER_DEFINED]
+    _refuse_inexact(files, source, bool(symbols))
+    bpe = models.BPE(
+        {p.text: i for i, p in enumerate(source.pieces)},
+        _merges({p.text: (-p.score, i) for i, p in pieces if p.type == spm.NORMAL}),
+        unk_token=next((p.text for p in source.pieces if p.type == spm.UNKNOWN), None),
+        fuse_unk=True,
+        byte_fallback=source.byte_fallback,
+    )
+    dummy = source.add_dummy_prefix
+    model = tokenizers.Tokenizer(bpe)
+    model.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("▁")] if dummy else []), normalizers.Replace(" ", "▁")]
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    model.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if dummy else [])])
+    model.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in specials])
+    # a vocabulary's own symbols are looked for in the text with its blanks escaped
+    model.add_tokens([tokenizers.AddedToken(text, normalized=True) for text in symbols])
+    bos, eos = (name if name in specials else None for name in (source.bos, source.eos))
+    _set_bos(model, bos)
+    return ReadTokenizer(model, tuple(t for t in files.tokens if t.id >= len(source.pieces)), bos, eos)
+
+
+def _special_pieces(
+    model: spm.SentencePieceModel, files: TokenizerFiles, added_tokens: Collection[str]
+) -> dict[str, int]:
+    """Special piece -> id: control pieces, chat marks, and those that the folder or `added_tokens` make special."""
+    named = set(added_tokens)
+    for token in files.tokens:
+        if token.special and token.id < len(model.pieces):
+            own = model.pieces[token.id].text
+            if own != token.text:
+                raise ConfigError(f"{files.path}: id {token.id} is {token.text!r} for the folder, here {own!r}")
+            named.add(token.text)
+    return {p.text: i for i, p in enumerate(model.pieces) if p.text in named or _is_special(p)}
+
+
+def _is_special(piece: spm.Piece) -> bool:
+    is_mark = piece.type == spm.USER_DEFINED and _CHAT_MARK.fullmatch(piece.text)
+    return piece.type in (spm.CONTROL, spm.UNKNOWN) or bool(is_mark)
+
+
+def _refuse_inexact(files: TokenizerFiles, model: spm.SentencePieceModel, has_symbols: bool) -> None:
+    reasons = {
+        "it is no BPE model": model.model_type != spm.BPE,
+        "it normalises characters": model.normalizes,
+        "it removes extra blanks": model.remove_extra_whitespaces,
+        "it does not escape blanks": not model.escape_whitespaces,
+        "it treats blanks as suffixes": model.whitespace_as_suffix,
+        "it has unused pieces": any(piece.type == spm.UNUSED for piece in model.pieces),
+        "it has user-defined pieces and a dummy prefix": has_symbols and model.add_dummy_prefix,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ConfigError(
+                f"{files.path}: this SentencePiece model cannot become a tokenizer.json with the same ids: {reason}; "
+                "give the model's own tokenizer.json instead"
+            )
+
+
+def read_tiktoken(files: TokenizerFiles) -> ReadTokenizer:
+    """Llama 3: 128,000 byte-pair ranks, then 256 special tokens, whose names the folder may change.
+
+    Raises: ConfigError for ranks of another model.
+    """
+    lines = [line.split() for line in files.content.splitlines() if line]
+    if len(lines) != LLAMA3_RANKS:
+        raise ConfigError(
+            f"{files.path}: {len(lines)} tiktoken ranks, but only Llama 3's {LLAMA3_RANKS}; use a tokenizer.json"
+        )
+    letters = byte_letters()
+    ranks = {binascii.a2b_base64(token).decode("latin-1").translate(letters): int(rank) for token, rank in lines}
+    # ignore_merges: tiktoken takes a word that is a token as one, even where no merges lead to it
+    model = tokenizers.Tokenizer(models.BPE(ranks, _merges(ranks), ignore_merges=True))
+    split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    model.decoder = decoders.ByteLevel()
+    names, reserved = {}, 0
+    for i in range(LLAMA3_NUM_SPECIALS):
+        names[LLAMA3_RANKS + i] = LLAMA3_SPECIALS.get(i) or f"<|reserved_special_token_{reserved}|>"
+        reserved += i not in LLAMA3_SPECIALS
+    tokens = tuple(token for token in files.tokens if token.id >= LLAMA3_RANKS)
+    names |= {token.id: token.text for token in tokens if token.id in names}
+    model.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in names.values()])
+    _set_bos(model, LLAMA3_SPECIALS[0])
+    return ReadTokenizer(model, tokens, LLAMA3_SPECIALS[0], LLAMA3_SPECIALS[1])
+
+
+def _merges(ranks: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every way to make a token of two others, the lowest rank first."""
+    merges = [
+        (rank, (token[:k], token[k:]))
+        for token, rank in ranks.items()
+        for k in range(1, len(token))
+        if token[:k] in ranks and token[k:] in ranks
+    ]
+    return [pair for _, pair in sorted(merges, key=itemgetter(0))]
+
+
+def byte_letters() -> dict[int, str]:
+    """The printable letter for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
+
+
+def _set_bos(model: tokenizers.Tokenizer, bos: str | None) -> None:
+    """Servers that ask for special tokens get BOS in front; training's templates write their own."""
+    if bos is not None:
+        single, pair = [bos, "$A"], [bos, "$A", "$B:1"]
+        tokens = [(bos, model.token_to_id(bos))]
+        model.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)

@@ -1,0 +1,139 @@
+"""Which files of a folder are its tokenizer, what the others add to it, and what is refused.
+
+pytest tests/text/test_tokenizer_files.py
+"""
+
+import json
+import logging
+import shutil
+
+import pytest
+
+from ochat.errors import ConfigError
+from ochat.text import sentencepiece_model
+from ochat.text import tokenizer as tokenizers
+from tests import text_kit
+
+EOT = "<|end_of_turn|>"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("tokenizers")
+    return {kind: text_kit.small_folder(kind, base / kind) for kind in ("llama", "gpt2")}
+
+
+@pytest.fixture
+def model_folder(tmp_path, folders):
+    """A folder with a SentencePiece model alone."""
+    shutil.copy(folders["llama"] / "tokenizer.model", tmp_path / "tokenizer.model")
+    return tmp_path
+
+
+def entry(content: str, token_id: int) -> dict:
+    return {"id": token_id, "content": content, "special": True}
+
+
+def test_kind_is_known_by_content(tmp_path, folders):
+    shutil.copy(folders["gpt2"] / "tokenizer.json", tmp_path / "tokenizer.model")
+    assert tokenizers.load(tmp_path / "tokenizer.model").kind == "json"
+    shutil.copy(folders["llama"] / "tokenizer.model", tmp_path / "anything.bin")
+    assert tokenizers.load(tmp_path / "anything.bin").kind == "sentencepiece"
+
+
+def test_all_files_add_their_tokens_to_a_sentencepiece_model(model_folder):
+    spec = {"model": {}, "added_tokens": [entry("<extra>", 420)]}
+    (model_folder / "tokenizer.json").write_text(json.dumps(spec))
+    (model_folder / "tokenizer_config.json").write_text("{}")
+    (model_folder / "added_tokens.json").write_text('{"<more>": 421}')
+    tokenizer = tokenizers.load(model_folder, (EOT,))
+    assert tokenizer.kind == "sentencepiece"
+    assert [tokenizer.token_id(t) for t in ("<extra>", "<more>", EOT)] == [420, 421, 422]
+
+
+@pytest.mark.parametrize("other", ["bpe", "words", "unigram"])
+def test_sentencepiece_wins_over_a_json_of_another_vocabulary(model_folder, folders, other, caplog):
+    """Whose tokens would otherwise take ids of the pieces, or get ids far above them."""
+    alone = tokenizers.load(model_folder, (EOT,))
+    words = {f"word{i}": i for i in range(5000)}
+    specs = {
+        "bpe": json.loads((folders["gpt2"] / "tokenizer.json").read_text()),
+        "words": {"model": {"vocab": words}, "added_tokens": [entry("[UNK]", 2), entry("[PAD]", 5000)]},
+        "unigram": {"model": {"vocab": [[word, -1.0] for word in words]}, "added_tokens": [entry("[PAD]", 5000)]},
+    }
+    (model_folder / "tokenizer.json").write_text(json.dumps(specs[other]))
+    with caplog.at_level(logging.WARNING):
+        tokenizer = tokenizers.load(model_folder, (EOT,))
+    assert "tokenizer.json is no conversion" in caplog.text
+    assert tokenizer.kind == "sentencepiece" and tokenizer.special_tokens == alone.special_tokens
+
+
+@pytest.mark.parametrize("is_unigram", [False, True])
+def test_a_json_of_the_pieces_own_vocabulary_adds_its_tokens(model_folder, is_unigram):
+    content = (model_folder / "tokenizer.model").read_bytes()
+    pieces = [piece.text for piece in sentencepiece_model.parse(content).pieces]
+    vocab = [[piece, 0.0] for piece in pieces] if is_unigram else {piece: i for i, piece in enumerate(pieces)}
+    spec = {"model": {"vocab": vocab}, "added_tokens": [entry("<extra>", len(pieces))]}
+    (model_folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = tokenizers.load(model_folder, (EOT,))
+    assert [tokenizer.token_id(t) for t in ("<extra>", EOT)] == [len(pieces), len(pieces) + 1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_an_id_that_leaves_a_gap_is_refused(tmp_path, folders, kind):
+    shutil.copytree(folders[kind], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "added_tokens.json").write_text('{"<far>": 425}')
+    with pytest.raises(ConfigError, match="cannot give '<far>' the id 425"):
+        tokenizers.load(tmp_path)
+
+
+def test_json_cuts_nothing_and_keeps_no_blank_for_a_special(tmp_path, folders):
+    """A file may ask for truncation, padding and stripped blanks: none of it touches training's ids."""
+    spec = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+    plain = tokenizers.load(folders["gpt2"])
+    spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    spec["added_tokens"][1] |= {"rstrip": True, "normalized": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    odd = tokenizers.load(tmp_path / "tokenizer.json")
+    assert all(odd.encode(text) == plain.encode(text) for text in text_kit.NASTY)
+
+
+def test_a_live_ordinary_token_becomes_special_when_named(tmp_path, folders):
+    spec = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+    spec["added_tokens"][2]["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    loose, strict = tokenizers.load(tmp_path), tokenizers.load(tmp_path, ("<|im_end|>",))
+    assert loose.encode("<|im_end|>") == [2] and "<|im_end|>" not in loose.special_tokens
+    assert 2 not in strict.encode("<|im_end|>") and strict.special_tokens["<|im_end|>"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("tokenizer.model", b"\x0a\xff\xff", "is no SentencePiece model"),
+        ("tokenizer.model", b"", "is no SentencePiece model"),
+        ("tokenizer.json", b'{"vocab": []}', "no `model` section"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": 3}}', "damaged, or of another schema"),
+        ("tokenizer.json", b"{", "not valid JSON"),
+        ("vocab.txt", b"a", "no tokenizer.model, .* in the folder"),
+    ],
+)
+def test_faulty_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        tokenizers.load(tmp_path)
+
+
+def test_missing_and_doubtful_folders(tmp_path, folders):
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        tokenizers.load("meta-llama/Llama-2-7b")
+    for name in ("a.model", "b.model"):
+        shutil.copy(folders["llama"] / "tokenizer.model", tmp_path / name)
+    with pytest.raises(ConfigError, match="several sentencepiece files"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "b.model").unlink()
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 420}')
+    (tmp_path / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"421": {"content": "<x>"}}}')
+    with pytest.raises(ConfigError, match="'<x>' has id 421 in one file and 420 in another"):
+        tokenizers.load(tmp_path)
