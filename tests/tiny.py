@@ -1,8 +1,8 @@
 """A whole small world for tests of the trainer: a tokenizer, a random Llama, conversations of two classes, a data set.
 
     world = tiny.make(tmp_path); tiny.train(world, run_dir, "--data.max_steps=3")
-    tiny.torchrun(world, run_dir, 2, "--data.max_steps=3")
-The first trains in this process, the second on two, as a user would.
+    tiny.train_on_ranks(world, run_dir, 2, "--data.max_steps=3")
+The first trains in this process, the second on two of the pool. torchrun_command gives the words of a real launch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ochat import config as configuration
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
 from ochat.data.prepare import prepare
+from tests import pool
 
 ROOT = Path(__file__).parents[1]
 EOT = "<|end_of_turn|>"
@@ -127,15 +128,11 @@ def train(world: World, run_dir: Path, *more: str) -> list[dict]:
     return metrics(run_dir)
 
 
-def torchrun(
+def train_on_ranks(
     world: World, run_dir: Path, processes: int, *more: str, check: bool = True
 ) -> subprocess.CompletedProcess:
-    """Trains on `processes` processes under torchrun, as a user would."""
-    command = torchrun_command(world, run_dir, processes, *more)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    if check and done.returncode:
-        raise AssertionError(f"torchrun ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
-    return done
+    """Trains on `processes` ranks of the pool."""
+    return pool.run(processes, "tests.pool:train", *options(world, run_dir, *more), check=check)
 
 
 def torchrun_command(world: World, run_dir: Path, processes: int, *more: str) -> list[str]:
@@ -146,7 +143,7 @@ def torchrun_command(world: World, run_dir: Path, processes: int, *more: str) ->
 
 def environment() -> dict[str, str]:
     """This checkout on the path, one thread a process."""
-    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return os.environ | pool.ENVIRONMENT
 
 
 def metrics(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:

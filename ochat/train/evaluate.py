@@ -23,8 +23,7 @@ from ochat.train.metrics import StepMetrics
 
 @torch.no_grad()
 def held_out(forward: Callable[[PackedBatch], LossOutput], loader: Loader, ranks: Ranks) -> dict[str, Any]:
-    """Loss and accuracy over one pass of the loader, summed over ranks: {loss, accuracy, supervised_tokens,
-    classes}."""
+    """Loss and accuracy over one pass of the loader and all ranks: {loss, accuracy, supervised_tokens, classes}."""
     measured = StepMetrics(loader.dataset.class_names, ranks.device)
     for _, batches in loader.iterate():
         for batch in batches:
@@ -42,7 +41,7 @@ def answer(
     conditions: tuple[str, ...],
     device: torch.device,
 ) -> list[dict[str, str]]:
-    """Greedy answers to the configured prompts under each condition; every rank of a sharded model takes part."""
+    """Greedy answers to the configured prompts under each condition; all ranks of a sharded model call it."""
     asked = [(prompt, condition) for prompt in config.prompts for condition in config.conditions or conditions]
     if not asked:
         return []

@@ -1,7 +1,7 @@
 """The loss of a step: `sum w * nll / sum |w|` over all its bins and ranks.
 
-The weight of the whole step is summed over ranks once, before the first backward; then each micro-batch adds its own
-`loss_sum / step_weight`, and gradients are summed, never averaged.
+The weight of the whole step is summed over ranks once, before the first backward. Each micro-batch then adds its own
+`loss_sum / step_weight`; gradients are summed over ranks, never averaged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def head_loss(
     """A head for `Transformer.forward(..., rows=batch.supervised_rows)`: (hidden (R, H) of these rows, head weight
     (V, H)) -> LossOutput, nll and correct (R,).
 
-    `tokens`: rows of the head that are trained while all others are frozen."""
+    `tokens`: the head's trainable rows if all others are frozen."""
 
     def head(hidden: Tensor, weight: Tensor) -> LossOutput:
         labels, weights = batch.supervised_labels, batch.supervised_weights

@@ -2,8 +2,8 @@
 
     optimizer = build(model, config.optim, ops.adamw);  update(optimizer, lr=2e-5, clip=1.0, loss=loss)
 
-Parameters are fp32 masters, or bf16 without any; moments fp32 or bf16; bf16 is always rounded stochastically. Weight
-decay is applied to matrices (embeddings included), never to norms and biases.
+Parameters are fp32 masters, or bf16 without masters; moments are fp32 or bf16; bf16 is always rounded stochastically.
+Weight decay applies to matrices (embeddings included), never to norms and biases.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ochat.config import OptimConfig
 from ochat.distributed.local_shards import global_offset, local_shard, trainable_parameters
 from ochat.errors import ConfigError
 
-PIECE = 2**26  # elements whose moments are on the card at a time: 512 MiB
-CLIP_EPS = 1e-6  # that of torch.nn.utils.clip_grad_norm_
+PIECE = 2**26  # elements whose moments are on the GPU at a time: 512 MiB
+CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW's state and result by a multi-tensor kernel, which also scales the gradients as it reads them.
+    """torch.optim.AdamW's state and result, computed by a multi-tensor kernel that also scales the gradients.
 
-    `adamw`: that of ochat_kernels. A sharded parameter is updated where its shard lies. `state`: the moments' dtype;
-    bf16, like a bf16 parameter, is rounded by bits that follow from `seed`, the step and the element's place in the
-    whole model, so that a resumed run draws the same and so do other numbers of processes. `host_moments`: the moments
-    lie in (pinned) host memory and come to the parameter a piece at a time; four times the bytes of `state` cross the
-    bus for a parameter each step, and the host waits for them.
+    `adamw`: ochat_kernels' operator. Each rank updates its shard of a sharded parameter. `state`: the moments' dtype.
+    Random bits for rounding to bf16 follow from `seed`, the step and the element's index in the whole model, so a
+    resumed run and runs on other numbers of processes draw the same. `host_moments`: the moments stay in (pinned) host
+    memory and are copied to the GPU piece by piece; each step transfers 4 moments' worth of bytes per parameter, and
+    the host waits for them.
     """
 
     def __init__(
@@ -46,30 +46,31 @@ class FusedAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps})
-        self.skipped: Tensor | None = None  # () fp32 on the device: of the steps that the state counts, those left out
+        self.skipped: Tensor | None = None  # () fp32 on the device: steps counted in the state that were not applied
         self.adamw, self.host_moments, self.state_dtype, self.seed = adamw, host_moments, state, seed
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self.ids = {parameter: i for i, parameter in enumerate(parameters)}
-        self.norms: dict[int, Tensor] | None = None  # in backward: of this step's gradients, () fp32 by id
+        self.norms: dict[int, Tensor] | None = None  # with step_in_backward: () fp32 of each gradient, by id
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor) -> None:  # type: ignore[override]
-        """One update by the gradients times `grad_scale` () fp32; none at all where that is NaN or infinite."""
+        """Update by the gradients times `grad_scale` () fp32; change nothing if it is NaN or infinite."""
         skipped = torch.zeros_like(grad_scale) if self.skipped is None else self.skipped
         self.skipped = skipped + ~grad_scale.isfinite()  # for the next step
         for group in self.param_groups:
             self._update(group, [p for p in group["params"] if p.grad is not None], grad_scale, skipped)
 
     def step_in_backward(self) -> None:
-        """From now on backward updates each parameter as soon as its gradient is there, and lets go of it: at the rate
-        its group has then, by the gradient as it is; not at all where that has a NaN or an infinity."""
+        """Update each parameter in backward as soon as its gradient is complete, then free the gradient.
+
+        The gradient is not clipped; one with a NaN or an infinity does not update its parameter."""
         self.norms = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter.register_post_accumulate_grad_hook(partial(self._update_now, group))
 
     def zero_moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """AdamW's two, where they are kept."""
+        """Both moments of a parameter as zeros, on the host or the device."""
         if not self.host_moments:
             return {moment: torch.zeros_like(parameter, dtype=self.state_dtype) for moment in MOMENTS}
         like = local_shard(parameter)
@@ -115,11 +116,10 @@ def build(
     micro_batches: int = 1,
     seed: int = 0,
 ) -> torch.optim.AdamW | FusedAdamW:
-    """AdamW (decoupled weight decay) over the model's parameters; by the kernel `adamw` where one is given, else
-    torch's, which cannot do what needs_kernel says.
+    """AdamW (decoupled weight decay) over the trainable parameters: with the operator `adamw` if given, else torch's,
+    which cannot do what needs_kernel lists.
 
-    Gradients of bf16 parameters are bf16, as backward makes them; where they are added up over `micro_batches` of a
-    process, fp32.
+    Gradients of bf16 parameters are bf16, or fp32 if a process accumulates them over several `micro_batches`.
     """
     parameters = list(trainable_parameters(model).values())
     groups = [
@@ -130,7 +130,7 @@ def build(
         assert not needs_kernel(config)
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
     for parameter in parameters:
-        if micro_batches > 1 and not isinstance(parameter, DTensor):  # a wrapper adds up in its own reduce_dtype
+        if micro_batches > 1 and not isinstance(parameter, DTensor):  # FSDP accumulates in its reduce_dtype
             parameter.grad_dtype = torch.float32
     state = getattr(torch, config.moment_dtype)
     optimizer = FusedAdamW(groups, adamw, config.betas, config.eps, host_moments, state, seed)
@@ -140,7 +140,7 @@ def build(
 
 
 def check(config: OptimConfig, num_processes: int) -> None:
-    """Raises: ConfigError for a choice that so many processes cannot make."""
+    """Raises: ConfigError for a choice that does not work on so many processes."""
     if config.in_backward and num_processes > 1:
         raise ConfigError(
             f"optim.in_backward = true needs one process, and these are {num_processes}; on several, each holds no "
@@ -149,25 +149,25 @@ def check(config: OptimConfig, num_processes: int) -> None:
 
 
 def needs_kernel(config: OptimConfig) -> bool:
-    """Whether torch's AdamW will not do: it rounds to nearest, and updates all parameters at once."""
+    """Whether torch's AdamW does not suffice: it rounds to nearest and updates all parameters at once."""
     return config.in_backward or config.moment_dtype != "float32" or config.master_dtype != "float32"
 
 
 def begin(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float) -> None:
-    """Before the backward of a step that is to be taken at rate `lr`."""
+    """Set the learning rate of a step, before its backward."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 @record_function("optimizer")  # its name in a trace
 def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float, loss: Tensor) -> Tensor:
-    """One step at rate `lr` with the gradients scaled so that their joint 2-norm is at most `clip` (0: as they are);
-    gradients are then gone. Returns the norm before, () fp32.
+    """One step at rate `lr` with the gradients clipped to a global 2-norm of `clip` (0: not clipped); frees the
+    gradients. Returns the norm before clipping, () fp32.
 
-    Where the norm or `loss` () of the whole step is NaN or infinite, parameters, moments and the count of steps that
-    corrects their bias stay as they are. The norm runs over every rank's shards; nothing waits on the host.
+    If the norm or `loss` () of the whole step is NaN or infinite, parameters, moments and the step count of the bias
+    correction do not change. The norm is over all ranks' shards; the host does not wait.
 
-    Of an optimizer that steps in backward only the norm is left to do.
+    An optimizer that steps in backward has updated already: only the norm is computed.
     """
     if isinstance(optimizer, FusedAdamW) and optimizer.norms is not None:
         norms = [optimizer.norms[i] for i in sorted(optimizer.norms)]
@@ -185,15 +185,15 @@ def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float,
     else:
         if clip > 0:
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-        optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler tells it
+        optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         optimizer.step()
     optimizer.zero_grad()
     return norm
 
 
 def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int, skipped: int = 0) -> None:
-    """Creates zero moments for every parameter, as after `steps_done` steps of which `skipped` were not applied, so
-    that a checkpoint can be copied into them."""
+    """Create zero moments for every parameter, as after `steps_done` steps of which `skipped` were not applied; a
+    checkpoint is then copied into them."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if isinstance(optimizer, FusedAdamW):
@@ -206,7 +206,7 @@ def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int, skip
 
 
 def _update_in_pieces(adamw: Callable[..., None], ids: list[int], offsets: list[int], *lists: list[Tensor]) -> None:
-    """`adamw` on parameters, gradients and moments that lie on the host; these are back there when it returns."""
+    """`adamw` with moments in host memory, copied to the device and back piece by piece."""
     for number, offset, *tensors in zip(ids, offsets, *lists, strict=True):
         for start in range(0, tensors[0].numel(), PIECE):
             parameter, gradient, *kept = (tensor.view(-1)[start : start + PIECE] for tensor in tensors)
@@ -215,11 +215,11 @@ def _update_in_pieces(adamw: Callable[..., None], ids: list[int], offsets: list[
             for moment, (new,) in zip(kept, moments, strict=True):
                 moment.copy_(new, non_blocking=True)
     if lists[0] and lists[0][0].is_cuda:
-        torch.cuda.current_stream().synchronize()  # who saves the moments reads them on the host
+        torch.cuda.current_stream().synchronize()  # a checkpoint reads the moments on the host
 
 
 def _in_fp32(gradient: Tensor) -> Tensor:
-    """What has the gradient's 2-norm in fp32: itself, or the norm, which torch would give in bf16."""
+    """A tensor whose 2-norm is the gradient's in fp32; torch would compute a bf16 gradient's norm in bf16."""
     if gradient.dtype == torch.float32:
         return gradient
     return torch.linalg.vector_norm(gradient, dtype=torch.float32)

@@ -1,8 +1,8 @@
-"""Processes, devices, and the order in which a model is wrapped: recompute, compile, shard.
+"""Wrap a model for its devices in this order: recompute, compile, shard.
 
-Started by torchrun, every process is a rank; alone, there is one rank and no wrapper. `shard` ranks hold one copy of
-the model between them (FSDP2), `replicate` such groups work side by side. Gradients are summed over all ranks, never
-averaged: the loss is already divided by the weight of the whole step.
+`parallel.shard` ranks together hold one copy of the model (FSDP2); `parallel.replicate` such groups train in parallel.
+A single process is not wrapped. Gradients are summed over all ranks, never averaged: the loss is already divided by the
+weight of the whole step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from ochat.model.transformer import Transformer
 
 
 def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-    """Applies what the configuration asks for, in this order: recompute, compile each block, shard each block and the
-    rest.
+    """Set recompute, compile each block, then shard each block and the rest, as configured.
 
-    `model` may be on the meta device. A sharded model computes in `dtype`. Raises: ConfigError for weights in host
-    memory without a wrapper that brings them.
+    `model` may be on the meta device. A sharded model computes in `dtype`. Raises: ConfigError for
+    parallel.offload = "all" on one process, which has no FSDP to fetch the weights.
     """
     model.recompute, model.offload_activations = train.recompute, train.offload_activations
     if train.compile:
-        # a compiler makes elementwise results again itself, as inputs of products too when it may
+        # the compiler recomputes elementwise results by itself, and inputs of matmuls too unless banned
         compiler.ban_recompute_materialized_backward = train.recompute != "elementwise"
         model.recompute = train.recompute if train.recompute == "block" else "none"
         for block in model.blocks:
@@ -42,10 +41,11 @@ def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: Paralle
 
 
 def begin_micro_batch(model: Transformer, ranks: Ranks, parallel: ParallelConfig, *, is_last: bool) -> None:
-    """What a sharded model does in the next forward and backward; `is_last` of the step, which ends what lasts a step.
+    """Set when a sharded model reduces gradients and frees gathered weights in the next micro-batch; `is_last` of the
+    step.
 
-    The head, or the tied embeddings, stay gathered through a step whatever `reshard` says. Replicas are summed once a
-    step; but in bfloat16 each time, because the partial sums would be of that type too.
+    The head, or the tied embeddings, stay gathered through a step with any `reshard`. Replicas are all-reduced once a
+    step, but every time in bfloat16, in which partial sums would be rounded too.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -59,10 +59,10 @@ def begin_micro_batch(model: Transformer, ranks: Ranks, parallel: ParallelConfig
 
 
 def _shard(model: Transformer, ranks: Ranks, parallel: ParallelConfig, dtype: torch.dtype) -> None:
-    """FSDP2 around the embedding, each block, the head, and what is left, the last norm. Tied embeddings are read at
-    both ends, so they are the root's too.
+    """Apply FSDP2 to the embedding, each block, the head, and the root, which holds the last norm. Tied embeddings are
+    used at both ends, so they belong to the root.
 
-    The head and the root are needed again right after their forward: they stay. The embedding's backward reads no
+    Head and root are needed again right after their forward, so they stay gathered. The embedding's backward reads no
     weight.
     """
     mesh = ranks.mesh
@@ -91,12 +91,12 @@ def _shard(model: Transformer, ranks: Ranks, parallel: ParallelConfig, dtype: to
 
 
 def _prefetch(modules: list) -> None:
-    """Each asks for the weights of the next before its own forward is queued, so that the two overlap also where the
-    host is the slower one. In backward FSDP2 itself does so, one module ahead."""
+    """Let each module gather the next one's weights before its own forward is queued, so that they overlap even if the
+    host is slower than the device. In backward FSDP2 prefetches one module ahead by itself."""
     for module, following in pairwise(modules):
         module.set_modules_to_forward_prefetch([following])
 
 
 def _reshards(ranks: Ranks, parallel: ParallelConfig) -> bool:
-    """Whether gathered weights go after each block; on a CPU they would leave nothing that is short."""
+    """Whether gathered weights are freed after each block; "auto": on CUDA, as a CPU has memory enough."""
     return parallel.reshard == "block" or (parallel.reshard == "auto" and ranks.device.type == "cuda")

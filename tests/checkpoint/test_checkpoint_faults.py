@@ -85,7 +85,7 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_ne
     time. Loss and gradient norm of every line are bitwise those of a run on two processes that never stopped."""
     options = ["--data.epochs=60", "--checkpoint.every=2", "--train.eval_every=100000"]
     whole = ["--checkpoint.every=100000"]
-    tiny.torchrun(world, tmp_path / "whole", 2, *options, *whole)
+    tiny.train_on_ranks(world, tmp_path / "whole", 2, *options, *whole)
     expected, draw = tiny.metrics(tmp_path / "whole"), random.Random(kills)
     run_dir = tmp_path / "run"
     command = tiny.torchrun_command(world, run_dir, 2, *options)
@@ -93,7 +93,7 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_ne
     assert all(step < len(expected) for step, _ in stood), stood
     assert sorted({step for step, _ in stood}) == [step for step, _ in stood]  # each went further than the one before
     assert all(half for _, half in stood[::2]), "a kill that was meant for a save met none"
-    tiny.torchrun(world, run_dir, 2, *options)
+    tiny.train_on_ranks(world, run_dir, 2, *options)
     assert curve(tiny.metrics(run_dir)) == curve(expected)
     assert not list((run_dir / "checkpoints").glob(".*"))
     print(f"{kills} kills at steps {[step for step, _ in stood]}, {sum(half for _, half in stood)} while saving")
@@ -143,7 +143,7 @@ def test_two_processes_then_one_then_four_go_on_as_if_nothing_had_changed(world,
         if processes == 1:
             tiny.train(world, run_dir, *options, *more)
         else:
-            tiny.torchrun(world, run_dir, processes, *options, *more)
+            tiny.train_on_ranks(world, run_dir, processes, *options, *more)
         lines = tiny.metrics(run_dir)
         for ours, theirs in zip(lines, alone[-len(lines) :], strict=True):
             assert ours["step"] == theirs["step"] and ours["lr"] == theirs["lr"]

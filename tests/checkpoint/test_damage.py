@@ -113,7 +113,7 @@ def test_two_processes_share_the_reading_and_both_stop(world, data, tmp_path):
     """Each reads half of the files; whichever is damaged, neither goes on."""
     by_size = sorted(data.glob("shard-*"), key=lambda path: (-path.stat().st_size, path))
     flip(by_size[1])  # the second rank's
-    done = tiny.torchrun(world, tmp_path / "run", 2, f"--data.path={data}", check=False)
+    done = tiny.train_on_ranks(world, tmp_path / "run", 2, f"--data.path={data}", check=False)
     assert done.returncode != 0 and f"{by_size[1].name}: its content has changed" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -173,7 +173,7 @@ def test_an_error_of_one_process_ends_all_and_only_it_shows_how(world, tmp_path,
 def test_torchrun_restarts_a_run_that_lost_a_process_and_the_curve_is_that_of_one_that_did_not(world, tmp_path):
     options = ["--data.epochs=6", "--checkpoint.every=10", *QUICK]
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    tiny.torchrun(world, whole, 2, *LONG, *options, "--checkpoint.every=1000")
+    tiny.train_on_ranks(world, whole, 2, *LONG, *options, "--checkpoint.every=1000")
     with job(world, run_dir, 2, *options, launcher=["--max-restarts=1"]) as (process, log):
         wait_for(process, lambda: newest(run_dir) >= 10, log)
         os.kill(workers(process)[1], signal.SIGKILL)

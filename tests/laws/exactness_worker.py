@@ -1,6 +1,6 @@
 """Trains many cases in one group of processes, as the trainer does, and notes what its metrics do not say.
 
-    torchrun --nproc-per-node 4 -m tests.laws.exactness_worker CASES.json
+    pool.run(4, "tests.laws.exactness_worker:main", "CASES.json")
 
 A case is a configuration, options, and `split`: the micro-batches that a rank makes of its sequences of a step; 0: its
 bins. Each leaves RUN/gradients.safetensors, those of the first step, and RUN/notes.json: how often each group of
@@ -13,12 +13,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -93,8 +91,9 @@ def run(config: configuration.Config, ranks: Ranks, split: int = 0) -> None:
         (Path(config.run.dir) / "notes.json").write_text(json.dumps(notes))
 
 
-def main(path: Path) -> None:
-    cases = json.loads(path.read_text())
+def main(path: str) -> None:
+    """Every case of the file, on the ranks of this process group."""
+    cases = json.loads(Path(path).read_text())
     configs = [configuration.load(case["config"], case["options"]) for case in cases]
     ranks = processes.start(configs[0].train, configs[0].parallel)
     for config, case in zip(configs, cases, strict=True):
@@ -102,8 +101,3 @@ def main(path: Path) -> None:
         mesh = init_device_mesh("cpu", (replicate, ranks.world // replicate), mesh_dim_names=("replicate", "shard"))
         run(config, dataclasses.replace(ranks, mesh=mesh), case.get("split", 0))
     processes.stop()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]))

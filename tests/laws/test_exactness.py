@@ -9,8 +9,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from ochat.data.prepare import prepare
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.train import determinism
-from tests import tiny
+from tests import pool, tiny
 from tests.laws import exactness_worker
 
 STEPS, BINS = 20, 4
@@ -84,7 +82,7 @@ def reference(sparse):
 @pytest.fixture(scope="module")
 def launched(sparse):
     """launched(processes): every case of so many, in one group of processes; the folder of a case by its name."""
-    done = {}
+    done = set()
 
     def launch(processes):
         folder = sparse.folder / str(processes)
@@ -95,12 +93,8 @@ def launched(sparse):
             ]
             folder.mkdir()
             (folder / "cases.json").write_text(json.dumps(cases))
-            program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            command = [*program, "-m", "tests.laws.exactness_worker", str(folder / "cases.json")]
-            done[processes] = subprocess.run(
-                command, cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True
-            )
-        assert done[processes].returncode == 0, done[processes].stderr
+            pool.run(processes, "tests.laws.exactness_worker:main", str(folder / "cases.json"))
+            done.add(processes)
         return folder
 
     return launch

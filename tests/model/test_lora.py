@@ -145,7 +145,7 @@ def test_adapters_start_as_pefts_do_and_alike_everywhere():
 
 
 def test_two_processes_train_the_same(world, lora_run, tmp_path):
-    tiny.torchrun(world, tmp_path / "run", 2, *OPTIONS, "--train.recompute=block")
+    tiny.train_on_ranks(world, tmp_path / "run", 2, *OPTIONS, "--train.recompute=block")
     for ours, theirs in zip(tiny.metrics(tmp_path / "run"), lora_run[1], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)

@@ -160,12 +160,12 @@ def test_two_processes_skip_the_same_steps(tmp_path):
     world = marked(tmp_path / "world", weigh_too_much)
     alone = tiny.train(world, tmp_path / "alone", "--train.max_nonfinite_steps=2")
     assert skipped(alone) == BAD
-    tiny.torchrun(world, tmp_path / "two", 2, "--train.max_nonfinite_steps=2")
+    tiny.train_on_ranks(world, tmp_path / "two", 2, "--train.max_nonfinite_steps=2")
     two = tiny.metrics(tmp_path / "two")
     assert skipped(two) == BAD
     for ours, theirs in zip(two, alone, strict=True):
         assert ours["step"] in BAD or ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    failed = tiny.torchrun(world, tmp_path / "stops", 2, "--train.max_nonfinite_steps=1", check=False)
+    failed = tiny.train_on_ranks(world, tmp_path / "stops", 2, "--train.max_nonfinite_steps=1", check=False)
     assert failed.returncode and "NonFiniteError: step 5: loss inf" in failed.stderr
     assert "conversations.jsonl:26" in failed.stderr and "trainer.py" not in failed.stderr
 

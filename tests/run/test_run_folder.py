@@ -52,7 +52,7 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_kill_leaves_no_l
     who = rf"another run works there: process {process.pid} on {socket.gethostname()}, since 20\d\d-"
     with pytest.raises(ConfigError, match=who):
         tiny.train(world, run_dir)
-    refused = tiny.torchrun(world, run_dir, 2, check=False)
+    refused = tiny.train_on_ranks(world, run_dir, 2, check=False)
     assert refused.returncode and refused.stderr.count("another run works there") == 1
     assert "trainer.py" not in refused.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before

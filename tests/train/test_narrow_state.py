@@ -207,7 +207,7 @@ def test_moments_may_change_their_dtype_and_weights_may_not(world, narrow, tmp_p
 def test_two_processes_learn_the_same(world, narrow, tmp_path):
     """And one goes on from their checkpoint. Their sums of gradients are others, so the curves agree in kind only."""
     more = ["--data.max_steps=3", *BOTH]
-    tiny.torchrun(world, tmp_path / "two", 2, *more)
+    tiny.train_on_ranks(world, tmp_path / "two", 2, *more)
     found = load_file(tmp_path / "two" / "checkpoints" / "step_3" / "optimizer-00001-of-00002.safetensors")
     assert {t.dtype for t in found.values()} == {BF16}
     lines = tiny.train(world, tmp_path / "two", "--data.max_steps=6", *BOTH)

@@ -72,7 +72,7 @@ def test_each_epoch_ends_with_an_evaluation_and_samples(world, alone):
 def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processes, replicate, tmp_path):
     options = ["--data.epochs=2", f"--parallel.replicate={replicate}", f"--data.eval_path={world.data}"]
     samples = ['--samples.prompts=["1+1"]', "--samples.max_new_tokens=3"]
-    tiny.torchrun(world, tmp_path / "run", processes, *options, *samples)
+    tiny.train_on_ranks(world, tmp_path / "run", processes, *options, *samples)
     lines = tiny.metrics(tmp_path / "run")
     assert len(lines) == len(alone)
     for ours, theirs in zip(lines, alone, strict=True):
@@ -170,7 +170,7 @@ COMPILED = pytest.param(1, ["--train.compile=true"], marks=pytest.mark.slow)
 def test_the_triton_kernels_train_the_same(world, tmp_path, processes, more):
     options = ["--data.epochs=2", "--data.max_steps=3"]
     expected = tiny.train(world, tmp_path / "plain", *options)
-    tiny.torchrun(world, tmp_path / "run", processes, *options, "--train.kernels=triton", *more)
+    tiny.train_on_ranks(world, tmp_path / "run", processes, *options, "--train.kernels=triton", *more)
     lines = tiny.metrics(tmp_path / "run")
     for name in ("loss", "grad_norm", "accuracy"):
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-5)
@@ -289,6 +289,6 @@ def test_another_run_is_never_overwritten(world, alone):
 
 
 def test_numbers_that_do_not_fit_the_processes_are_refused(world, tmp_path):
-    done = tiny.torchrun(world, tmp_path / "run", 2, "--data.bins_per_step=3", check=False)
+    done = tiny.train_on_ranks(world, tmp_path / "run", 2, "--data.bins_per_step=3", check=False)
     assert done.returncode and "ConfigError: data.bins_per_step is 3, which 2 processes cannot share" in done.stderr
     assert "trainer.py" not in done.stderr  # a message, not our traceback
