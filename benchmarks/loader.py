@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import csv_file
-from ochat.data import batch, shards
+from ochat.data import batch
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
+from ochat.data.store_writer import Sequences, StoreWriter
 from ochat.data.weights import ROLES
 from ochat.text import template
 
@@ -112,7 +113,7 @@ def write(
 ) -> None:
     """A data set of random ids: bos, then prefix and text of the user and of the assistant in turn, `pair` tokens
     together, of which the assistant's text is the share `supervised`. `fingerprint`: the tokenizer's."""
-    columns = shards.Columns()
+    sequences = Sequences()
     answer = min(round(pair * supervised), pair - 6)
     texts = (("user", pair - 6 - answer), ("assistant", answer))
     for i, length in enumerate(lengths.tolist()):
@@ -122,19 +123,19 @@ def write(
                 ends.append(begin := min(begin + size, length))
                 roles.append(ROLES.index(role))
         ends[-1] = length
-        columns.input_ids.append(rng.integers(0, vocab_size - 2, length).astype(np.uint32))
-        columns.span_ends.append(ends)
-        columns.span_roles.append(roles)
-        columns.span_weights.append([np.nan] * len(ends))
-        columns.conditions.append(("GPT4", "GPT3")[i % 2])
-        columns.rewards.append(np.nan)
-        columns.lines.append(i + 1)
-        columns.files.append("synthetic")
+        sequences.input_ids.append(rng.integers(0, vocab_size - 2, length).astype(np.uint32))
+        sequences.span_ends.append(ends)
+        sequences.span_roles.append(roles)
+        sequences.span_weights.append([np.nan] * len(ends))
+        sequences.conditions.append(("GPT4", "GPT3")[i % 2])
+        sequences.rewards.append(np.nan)
+        sequences.lines.append(i + 1)
+        sequences.files.append("synthetic")
     manifest = {"template": template.load("openchat_v3.2").to_dict(), "tokenizer": {"fingerprint": fingerprint}}
     manifest["context"] = int(lengths.max())
-    with shards.ShardWriter(folder, vocab_size) as writer:
-        writer.add(columns)
-        writer.finish(manifest, ROLES)
+    with StoreWriter(folder, vocab_size) as writer:
+        writer.add(sequences)
+        writer.finish(manifest)
 
 
 if __name__ == "__main__":

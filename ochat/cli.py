@@ -45,7 +45,10 @@ COMMANDS = {
         "make a base folder: from GGUF, from a Hugging Face folder, or random",
     ),
     "prepare": Command(
-        "ochat.data.prepare", "PrepareOptions", "turn conversations into a data set of token ids and weights", False
+        "ochat.commands.prepare",
+        "PrepareOptions",
+        "turn conversations into a data set of token ids and weights",
+        False,
     ),
     "plan": Command("ochat.commands.plan", "PlanOptions", "show what a run will do: steps, packing, learning rate"),
     "train": Command("ochat.commands.train", "TrainOptions", "train on one process (many: torchrun -m ochat.train)"),

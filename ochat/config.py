@@ -78,8 +78,8 @@ class BaseConfig(Section, frozen=True):
 class MixConfig(Section, frozen=True):
     """One of several data sets, and what an epoch takes of it: at most one of epochs, tokens and ratio."""
 
-    path: str = ""
-    """a folder written by `ochat prepare`"""
+    path: str | tuple[str, ...] = ""
+    """a folder written by `ochat prepare`, or a list of them"""
     epochs: Positive | None = None
     """passes over it per epoch; 0.5: another half each time; without epochs, tokens and ratio: 1"""
     tokens: AtLeastOne | None = None
@@ -91,12 +91,12 @@ class MixConfig(Section, frozen=True):
 class DataConfig(Section, frozen=True):
     """What is trained on, and how it is cut into steps."""
 
-    path: str = ""
-    """a folder written by `ochat prepare`"""
+    path: str | tuple[str, ...] = ""
+    """a folder written by `ochat prepare`, or a list: the shards of `prepare --shard i/n`, joined in order"""
     mix: dict[str, MixConfig] = {}
     """several data sets instead of path: [data.mix.NAME]"""
-    eval_path: str = ""
-    """a held-out folder of the same kind; empty: no evaluation"""
+    eval_path: str | tuple[str, ...] = ""
+    """a held-out folder of the same kind, or a list; empty: no evaluation"""
     verify: bool = True
     """compare every file with its checksum at the start; about 1 s a GB, shared by the processes"""
     token_budget: AtLeastOne = 8192

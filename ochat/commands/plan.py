@@ -99,7 +99,7 @@ def plan_data(config: Config, model: ModelConfig, _: object, notes: list[str], c
         vocab_size=model.vocab_size, lora=config.lora.rank > 0,
     ).reason  # fmt: skip
     described = run_facts.describe(loader, model, config.data, weights_source=config.weights.source, lr_reason=reason)
-    notes += run_facts.data_notes(data.manifests) + run_facts.context_notes(counts, model.max_position_embeddings)
+    notes += run_facts.data_notes(data.prepared) + run_facts.context_notes(counts, model.max_position_embeddings)
     counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
     share = stats.num_supervised / max(counts.num_tokens, 1)
     return described, Workload(counts, share, stats.fill, stats.imbalance_mean), stats.num_steps

@@ -2,13 +2,14 @@
 
     batch = pack(examples, indices, class_ids, pad_to=8192)
 
-Letters: T packed tokens, S documents, R supervised rows. Padding comes as short documents of weight 0, because one
-document of P padding tokens would cost P^2 in attention.
+Letters: T packed tokens, S documents, R supervised rows. How padding works is all in this file: `_pad` adds short
+documents of weight 0 up to `pad_to` tokens, because one document of P padding tokens would cost P^2 in attention; the
+loader chooses `pad_to` and, with `most_documents`, the number of documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -33,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """Tensors of one bin. The rest are host values, so that nobody has to ask the device for them."""
+    """Tensors of one bin. The other fields are host values, so that reading them never waits for the device."""
 
     input_ids: torch.Tensor  # (T,) int64
     labels: torch.Tensor  # (T,) int64, the next id; IGNORE_INDEX at a document's end and in padding
@@ -65,11 +66,17 @@ class PackedBatch:
         return sum(length * length for length in self.lengths[: len(self.sequences)])
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PackedBatch:
-        """The same batch on another device. From pinned memory nobody waits: the host goes on at once, and the copies
-        (2 MB at 40,960 tokens, 0.05 ms) take their turn in the current stream, so what follows them there finds them
-        done."""
+        """The same batch on another device. From pinned memory the host does not wait: the copies (2 MB at 40,960
+        tokens, 0.05 ms) are queued in the current stream, before the work that uses them."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked host memory, which torch reuses only once copies from it are done."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
-        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in tensors.items()})
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
 def pack(
@@ -80,60 +87,72 @@ def pack(
     pad_to: int | None = None,
     num_documents: int | None = None,
 ) -> PackedBatch:
-    """Lay `examples` end to end: the definition of what `TokenDataset.batch` does in compiled code.
-
-    `indices` (S,) are their places in the data set, `class_ids` (S,) their classes. `pad_to`: fill up to exactly so
-    many tokens. `num_documents`: exactly so many documents, empty ones at the end, and a `max_seqlen` that is a power
-    of two from PAD_DOCUMENT_TOKENS on, or `pad_to`, so that a compiler meets few shapes. Without examples the batch is
-    padding alone: `pad_to` tokens, or one.
-    """
+    """Lay `examples` end to end, as `assemble` does; `indices` and `class_ids` hold one entry for each."""
     assert len(examples) == len(indices) == len(class_ids), "one index and one class per example"
-    lengths, max_seqlen = documents([len(example.input_ids) for example in examples], pad_to, num_documents)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    input_ids = np.full(cu_seqlens[-1], PAD_ID, np.int64)
-    labels = np.full(len(input_ids), IGNORE_INDEX, np.int64)
-    weights = np.zeros(len(input_ids), np.float32)
-    row_class = np.zeros(len(input_ids), np.int64)
-    for example, class_id, begin in zip(examples, class_ids, cu_seqlens, strict=False):
-        end = begin + len(example.input_ids)
-        input_ids[begin:end] = example.input_ids
-        labels[begin : end - 1] = example.input_ids[1:]
-        weights[begin : end - 1] = example.loss_weights[1:]
-        row_class[begin:end] = class_id
-    rows = np.flatnonzero(weights)
-    return PackedBatch(
-        input_ids=torch.from_numpy(input_ids),
-        labels=torch.from_numpy(labels),
-        loss_weights=torch.from_numpy(weights),
-        position_ids=torch.from_numpy(np.arange(len(input_ids)) - np.repeat(cu_seqlens[:-1], lengths)),
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        supervised_rows=torch.from_numpy(rows),
-        supervised_classes=torch.from_numpy(row_class[rows]),
-        max_seqlen=max_seqlen,
-        num_tokens=int(cu_seqlens[len(examples)]),
-        num_supervised=len(rows),
-        weight_sum=float(np.abs(weights[rows], dtype=np.float64).sum()),
-        lengths=tuple(lengths),
-        sequences=tuple(int(index) for index in indices),
+    return assemble(
+        np.concatenate([np.zeros(0, np.int64), *(example.input_ids for example in examples)]),
+        np.concatenate([np.zeros(0, np.float32), *(example.loss_weights for example in examples)]),
+        np.array([len(example.input_ids) for example in examples], np.int64),
+        np.array(class_ids, np.int64),
+        tuple(int(index) for index in indices),
+        pad_to=pad_to,
+        num_documents=num_documents,
     )
 
 
-def allocate(num_tokens: int, num_documents: int, pin: bool) -> dict[str, torch.Tensor]:
-    """Unfilled tensors of a PackedBatch; `supervised_rows` and `supervised_classes` have room for all tokens.
+def assemble(
+    input_ids: NDArray[np.integer],
+    loss_weights: NDArray[np.float32],
+    lengths: NDArray[np.integer],
+    class_ids: NDArray[np.integer],
+    sequences: tuple[int, ...],
+    *,
+    pad_to: int | None = None,
+    num_documents: int | None = None,
+) -> PackedBatch:
+    """A batch of documents whose ids and loss weights, unshifted, are given end to end.
 
-    `pin`: in page-locked memory, which torch hands out again only when copies from it are done.
+    `lengths`, `class_ids` (S,) and `sequences` (places in the data set) describe the documents. `pad_to`: fill up to
+    exactly so many tokens. `num_documents`: exactly so many documents, empty ones at the end, and a `max_seqlen` that
+    is a power of two from PAD_DOCUMENT_TOKENS on, or `pad_to`, so that a compiler meets few shapes. Without documents
+    the batch is padding alone: `pad_to` tokens, or one.
     """
-    int64 = ("input_ids", "labels", "position_ids", "supervised_rows", "supervised_classes")
-    tensors = {name: torch.empty(num_tokens, dtype=torch.int64, pin_memory=pin) for name in int64}
-    tensors["loss_weights"] = torch.empty(num_tokens, dtype=torch.float32, pin_memory=pin)
-    tensors["cu_seqlens"] = torch.empty(num_documents + 1, dtype=torch.int32, pin_memory=pin)
-    return tensors
+    num_tokens = len(input_ids)
+    padded, max_seqlen = _pad(lengths.tolist(), pad_to, num_documents)
+    cu_seqlens = np.concatenate([[0], np.cumsum(padded)])
+    ids = np.full(cu_seqlens[-1], PAD_ID, np.int64)
+    labels = np.full(len(ids), IGNORE_INDEX, np.int64)
+    weights = np.zeros(len(ids), np.float32)
+    ids[:num_tokens] = input_ids
+    labels[: max(num_tokens - 1, 0)] = input_ids[1:]
+    weights[: max(num_tokens - 1, 0)] = loss_weights[1:]
+    last = cu_seqlens[1 : len(lengths) + 1] - 1  # the last token of a document has no label
+    labels[last], weights[last] = IGNORE_INDEX, 0
+    rows = np.flatnonzero(weights)
+    total = np.cumsum(np.abs(weights[rows], dtype=np.float64))  # one after another: rounds alike on every CPU
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        loss_weights=torch.from_numpy(weights),
+        position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], padded)),
+        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
+        supervised_rows=torch.from_numpy(rows),
+        supervised_classes=torch.from_numpy(np.repeat(class_ids.astype(np.int64), lengths)[rows]),
+        max_seqlen=max_seqlen,
+        num_tokens=num_tokens,
+        num_supervised=len(rows),
+        weight_sum=float(total[-1]) if len(rows) else 0.0,
+        lengths=tuple(padded),
+        sequences=sequences,
+    )
 
 
-def documents(real: list[int], pad_to: int | None, num_documents: int | None) -> tuple[list[int], int]:
-    """Lengths of a batch's documents, padding and empty ones included, and its max_seqlen (see `pack`)."""
+def _pad(real: list[int], pad_to: int | None, num_documents: int | None) -> tuple[list[int], int]:
+    """Lengths of a batch's documents, padding and empty ones included, and its max_seqlen (see `assemble`)."""
     num_tokens = sum(real)
-    lengths = real + _padding(max(pad_to or 0, 0 if real else 1) - num_tokens)
+    missing = max(max(pad_to or 0, 0 if real else 1) - num_tokens, 0)
+    whole, rest = divmod(missing, PAD_DOCUMENT_TOKENS)
+    lengths = real + [PAD_DOCUMENT_TOKENS] * whole + [rest] * (rest > 0)
     total, longest = sum(lengths), max(lengths)
     assert pad_to is None or total == pad_to, f"{num_tokens} tokens do not fit into {pad_to}"
     if num_documents is None:
@@ -144,13 +163,8 @@ def documents(real: list[int], pad_to: int | None, num_documents: int | None) ->
 
 
 def most_documents(num_real: NDArray[np.int64], num_tokens: NDArray[np.int64], pad_to: int) -> int:
-    """Most documents, padding included, of bins with so many sequences and tokens (B,), rounded up to a multiple."""
+    """The most documents, padding included, of bins with so many sequences and tokens (B,), rounded up to a
+    multiple."""
     padding = -(-(pad_to - num_tokens) // PAD_DOCUMENT_TOKENS)
     most = int((num_real + padding).max(initial=1))
     return -(-most // DOCUMENTS_MULTIPLE) * DOCUMENTS_MULTIPLE
-
-
-def _padding(num_tokens: int) -> list[int]:
-    """Lengths of the padding documents."""
-    whole, rest = divmod(max(num_tokens, 0), PAD_DOCUMENT_TOKENS)
-    return [PAD_DOCUMENT_TOKENS] * whole + [rest] * (rest > 0)

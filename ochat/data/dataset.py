@@ -1,11 +1,12 @@
-"""Prepared data: shards of token ids and spans, mapped into memory, that turn into examples with weights at load.
+"""Prepared data: token ids and spans in memory-mapped shards, which get their loss weights when they are read.
 
     dataset = TokenDataset("data/train", classes=config.classes, weights=config.weights)
     dataset[0].input_ids, dataset.lengths, dataset.source_location(0), dataset.batch([0, 5])
-    TokenDataset({"chat": "data/chat", "code": "data/code"}).sets["code"]     # several, one after the other
+    TokenDataset(["data/1", "data/2"])                                        # the shards of one input
+    TokenDataset({"chat": "data/chat", "code": "data/code"}).sets["code"]     # sets to mix, one after the other
 
-`ochat prepare` writes the folder; shards.py describes it, mapped.py maps it. Token ids, spans, lines and rewards stay
-in the files, whose pages all processes share; a process holds 14 bytes a sequence, 4 more under a selection.
+`ochat prepare` writes the folders and store.py maps them. Token ids, spans, lines and rewards stay in the files, whose
+pages all processes share; a process holds 14 bytes a sequence, 4 more with a selection.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +23,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ochat.config import ClassConfig, WeightsConfig
-from ochat.data import fill, mapped, shards
+from ochat.data import manifest, store
 from ochat.data.batch import Example as Example
-from ochat.data.batch import PackedBatch, allocate, documents
-from ochat.data.mapped import Shard
+from ochat.data.batch import PackedBatch, assemble
+from ochat.data.manifest import MANIFEST, Prepared
+from ochat.data.store import Shard
 from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import ConfigError, DataError
 from ochat.text.template import Span, Template
 
-FILLED = (
-    "input_ids",
-    "labels",
-    "loss_weights",
-    "position_ids",
-    "supervised_rows",
-    "supervised_classes",
-)  # in fill_batch's order
+Paths = str | Path | Sequence[str | Path]  # a folder, or the folders of one input's shards
 
 
 class TokenDataset:
-    """A sequence of examples in input order. `path`: a folder, or several by name, whose classes are united by name.
+    """A sequence of examples in input order. `path`: a folder, a list of folders that are joined in order, or either by
+    name; classes of the same name are one class.
 
     `classes` and `weights` decide what a supervised token weighs (weights.py). `only_class` keeps one class,
     `subsample` a share of each class that it names: the same conversations for the same seed, and a smaller share
@@ -50,8 +46,9 @@ class TokenDataset:
     and for sets of different templates or tokenizers.
     """
 
-    manifests: dict[str, tuple[Path, dict[str, Any]]]  # folder and manifest of each set
-    path: Path  # the first set's, as are manifest and template
+    folders: dict[str, list[Prepared]]  # folders and manifests of each set
+    prepared: list[Prepared]  # those of all sets
+    path: Path  # the first folder, whose manifest and template these are
     manifest: dict[str, Any]
     template: Template
     sets: dict[str, slice]  # the examples of each set
@@ -62,7 +59,7 @@ class TokenDataset:
 
     def __init__(
         self,
-        path: str | Path | Mapping[str, str | Path],
+        path: Paths | Mapping[str, Paths],
         *,
         classes: Mapping[str, ClassConfig] | None = None,
         weights: WeightsConfig | None = None,
@@ -70,28 +67,27 @@ class TokenDataset:
         subsample: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
-        paths = {name: Path(each) for name, each in (path if isinstance(path, Mapping) else {"": path}).items()}
-        self.manifests = {name: (each, _read_manifest(each)) for name, each in paths.items()}
-        _check_alike(self.manifests)
-        self.path, self.manifest = next(iter(self.manifests.values()))
-        self.template = Template.from_dict(self.manifest["template"], str(self.path / shards.MANIFEST))
-        self.class_names, opened = mapped.open_all(list(self.manifests.values()))
-        self._shards = [shard for of_set in opened for shard in of_set]
+        by_name = path if isinstance(path, Mapping) else {"": path}
+        self.folders = {name: manifest.read_together(folder_list(each)) for name, each in by_name.items()}
+        _check_alike({name: prepared[0] for name, prepared in self.folders.items()})
+        self.prepared = [one for of_set in self.folders.values() for one in of_set]
+        self.path, self.manifest = self.prepared[0]
+        self.template = Template.from_dict(self.manifest["template"], str(self.path / MANIFEST))
+        self.class_names, opened = store.open_sets(self.prepared)
+        self._shards = [shard for of_folder in opened for shard in of_folder]
         self._starts = np.cumsum([0, *map(len, self._shards)])
-        self._table = mapped.address_table(self._shards)
         self._selection = {"only_class": only_class, "subsample": dict(subsample or {}), "seed": seed}
-        class_ids = self._filled(np.uint16, _class_ids)
+        class_ids = self._column(np.uint16, Shard.class_ids)
         self._kept = _select(self.class_names, class_ids, only_class, subsample or {}, seed)
         if self._kept is not None and not len(self._kept):
             raise ConfigError(f"{self.path}: only_class and subsample leave no conversation of {len(class_ids)}")
-        self.sets = self._slices([sum(map(len, of_set)) for of_set in opened])
+        self.sets = self._slices([sum(map(len, of_folder)) for of_folder in opened])
         self.class_ids = self._of_kept(class_ids)
-        self.lengths = self._of_kept(self._filled(np.int64, _lengths))
+        self.lengths = self._of_kept(self._column(np.int64, Shard.lengths))
         present = [self.class_names[i] for i in np.flatnonzero(_counts(self.class_ids, len(self.class_names)))]
         self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, present)
-        self._compiled = mapped.compiled_rule(self._rule)
         self._check_rewards()
-        self.supervised = self._of_kept(self._filled(np.int32, self._count_supervised))
+        self.supervised = self._of_kept(self._column(np.int32, lambda shard: shard.count_supervised(self._rule)))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -99,13 +95,8 @@ class TokenDataset:
     def __getitem__(self, index: int) -> Example:
         """Ids (len,) int64 and weights (len,) float32 of a conversation, unshifted. Raises IndexError past the end."""
         shard, at = self._locate(index)
-        begin, end = shard["offsets"][at], shard["offsets"][at + 1]
-        lengths, weights = self._span_weights(shard, at)
-        return Example(
-            input_ids=shard["input_ids"][begin:end].astype(np.int64),
-            loss_weights=np.repeat(weights, lengths),
-            condition=self.class_names[shard.class_map[shard["class_ids"][at]]],
-        )
+        input_ids, loss_weights = shard.read(np.array([at]), self._rule)
+        return Example(input_ids.astype(np.int64), loss_weights, self.class_names[self.class_ids[index]])
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -115,45 +106,33 @@ class TokenDataset:
         """(S,) places in the whole data set."""
         return np.arange(len(self)) if self._kept is None else self._kept
 
-    def batch(
-        self, indices: ArrayLike, *, pad_to: int | None = None, num_documents: int | None = None, pin: bool = False
-    ) -> PackedBatch:
-        """What `pack` makes of these examples, by one compiled pass over the mapped files; `pin`: in pinned memory.
+    def batch(self, indices: ArrayLike, *, pad_to: int | None = None, num_documents: int | None = None) -> PackedBatch:
+        """These examples as one micro-batch (see `assemble`). Raises IndexError past the ends.
 
-        Costs at 40,960 tokens: benchmarks/results/loader.csv. Raises IndexError past the ends.
+        Costs at 40,960 tokens: benchmarks/results/loader.csv.
         """
         chosen = np.asarray(indices, np.int64)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
             raise IndexError(f"examples {chosen.min()} ... {chosen.max()} of {len(self)}")
         wholes = chosen if self._kept is None else self._kept[chosen].astype(np.int64)
-        in_shards = np.searchsorted(self._starts, wholes, side="right") - 1
-        lengths, max_seqlen = documents(self.lengths[chosen].tolist(), pad_to, num_documents)
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-        tensors = allocate(int(cu_seqlens[-1]), len(lengths), pin)
-        tensors["cu_seqlens"].numpy()[:] = cu_seqlens
-        num_rows, weight_sum = fill.fill_batch(
-            self._table, in_shards, wholes, cu_seqlens, self._compiled, *(tensors[name].numpy() for name in FILLED)
-        )
-        tensors |= {name: tensors[name][:num_rows] for name in ("supervised_rows", "supervised_classes")}
-        return PackedBatch(
-            **tensors,
-            max_seqlen=max_seqlen,
-            num_tokens=int(cu_seqlens[len(chosen)]),
-            num_supervised=num_rows,
-            weight_sum=weight_sum,
-            lengths=tuple(lengths),
-            sequences=tuple(chosen.tolist()),
-        )
+        numbers, lengths = np.searchsorted(self._starts, wholes, side="right") - 1, self.lengths[chosen]
+        begins = np.cumsum(lengths) - lengths
+        input_ids = np.empty(lengths.sum(), np.int64)
+        loss_weights = np.empty(len(input_ids), np.float32)
+        for number in np.unique(numbers):
+            of_shard = numbers == number
+            to = store.ranges(begins[of_shard], lengths[of_shard])
+            at = wholes[of_shard] - self._starts[number]
+            input_ids[to], loss_weights[to] = self._shards[number].read(at, self._rule)
+        class_ids, sequences = self.class_ids[chosen], tuple(chosen.tolist())
+        shape = {"pad_to": pad_to, "num_documents": num_documents}
+        return assemble(input_ids, loss_weights, lengths, class_ids, sequences, **shape)
 
     @property
     def fingerprint(self) -> str:
         """sha256 over tokens, their order and the selection, wherever the folder lies; weights do not count."""
-        keys = ("template", "tokenizer", "context", "classes")
-        kept: list[Any] = [
-            {key: manifest[key] for key in keys} | {"shards": [shard["sha256"] for shard in manifest["shards"]]}
-            for _, manifest in self.manifests.values()
-        ]
-        first = kept[0] | {"selection": self._selection} | ({"others": kept[1:]} if kept[1:] else {})
+        prints = [_fingerprint(prepared) for prepared in self.folders.values()]
+        first = prints[0] | {"selection": self._selection} | ({"others": prints[1:]} if prints[1:] else {})
         return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
 
     def mean_weight(self, name: str, sample: int = 200) -> float:
@@ -185,49 +164,29 @@ class TokenDataset:
         return self._shards[number], whole - int(self._starts[number])
 
     def _slices(self, sizes: list[int]) -> dict[str, slice]:
-        """Which examples are each set's, of sets of so many sequences before the selection."""
+        """Which examples are each set's; `sizes`: the sequences of each folder, before the selection."""
         ends = np.cumsum([0, *sizes])
         places = (ends if self._kept is None else np.searchsorted(self._kept, ends)).tolist()
-        return {name: slice(*places[i : i + 2]) for i, name in enumerate(self.manifests)}
+        found, first = {}, 0
+        for name, prepared in self.folders.items():
+            found[name] = slice(places[first], places[first := first + len(prepared)])
+        return found
 
-    def _filled(self, dtype: type, write: Callable[[Shard, NDArray], None]) -> NDArray:
-        """A column of the whole data set, which `write` fills shard by shard."""
+    def _column(self, dtype: type, read: Callable[[Shard], NDArray]) -> NDArray:
+        """What `read` gives of each shard, as one column of the whole data set."""
         column = np.empty(self._starts[-1], dtype)
         for shard, first in zip(self._shards, self._starts, strict=False):
-            write(shard, column[first : first + len(shard)])
+            column[first : first + len(shard)] = read(shard)
         return column
 
     def _of_kept(self, column: NDArray) -> NDArray:
         return column if self._kept is None else column[self._kept]
 
-    def _span_weights(self, shard: Shard, at: int) -> tuple[NDArray, NDArray[np.float32]]:
-        """Lengths and weights of a sequence's spans."""
-        spans = slice(int(shard["span_offsets"][at]), int(shard["span_offsets"][at + 1]))
-        lengths = np.diff(shard["span_ends"][spans], prepend=0)
-        class_ids = np.full(len(lengths), shard.class_map[shard["class_ids"][at]])
-        rewards = np.full(len(lengths), shard["rewards"][at])
-        return lengths, self._rule(
-            shard["span_weights"][spans], shard["span_roles"][spans], class_ids, rewards, lengths
-        )
-
-    def _count_supervised(self, shard: Shard, counts: NDArray[np.int32]) -> None:
-        fill.count_supervised(
-            shard["span_offsets"],
-            shard["span_ends"],
-            shard["span_roles"],
-            shard["span_weights"],
-            shard["class_ids"],
-            shard["rewards"],
-            shard.class_map,
-            self._compiled,
-            counts,
-        )
-
     def _check_rewards(self) -> None:
         """Raises DataError naming the first conversation whose weight the reward field cannot give."""
         if not self._rule.needs_reward:
             return
-        rewards = self._of_kept(self._filled(np.float32, _rewards))
+        rewards = self._of_kept(self._column(np.float32, lambda shard: shard["rewards"]))
         with np.errstate(over="ignore"):
             wrong = np.flatnonzero(
                 ~np.isfinite(np.exp((rewards.astype(np.float64) - 1) / self._rule.beta).astype(np.float32))
@@ -241,38 +200,36 @@ class TokenDataset:
             )
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = shards.read_manifest(path)
-    if tuple(manifest["roles"]) != ROLES:
-        raise DataError(f"{path}: its roles are {manifest['roles']}, not {list(ROLES)}: prepare the data again")
-    return manifest
+def folder_list(paths: Paths) -> list[Path]:
+    """One folder or several as a list."""
+    return [Path(paths)] if isinstance(paths, str | Path) else list(map(Path, paths))
 
 
-def _check_alike(sets: Mapping[str, tuple[Path, dict[str, Any]]]) -> None:
-    """Raises ConfigError for a set that was prepared otherwise than the first; the context may differ."""
-    (first, (path, manifest)), *others = sets.items()
-    for name, (other, its) in others:
+def _fingerprint(prepared: list[Prepared]) -> dict[str, Any]:
+    """What identifies joined sets; of one folder as of the same shards in several."""
+    first, manifests = prepared[0].manifest, [one.manifest for one in prepared]
+    classes = list(dict.fromkeys(name for each in manifests for name in each["classes"]))
+    digests = [shard["sha256"] for each in manifests for shard in each["shards"]]
+    return {key: first[key] for key in ("template", "tokenizer", "context")} | {"classes": classes, "shards": digests}
+
+
+def _check_alike(sets: Mapping[str, Prepared]) -> None:
+    """Raises DataError for roles of another release, ConfigError for a set that was prepared otherwise than the first;
+    the context may differ."""
+    (first, (path, ours)), *others = sets.items()
+    for folder, theirs in sets.values():
+        if tuple(theirs["roles"]) != ROLES:
+            raise DataError(f"{folder}: its roles are {theirs['roles']}, not {list(ROLES)}: prepare the data again")
+    for name, (other, theirs) in others:
         for what, differs in (
-            ("tokenizer", its["tokenizer"].get("fingerprint") != manifest["tokenizer"].get("fingerprint")),
-            ("template or --conditions", its["template"] | {"context": 0} != manifest["template"] | {"context": 0}),
+            ("tokenizer", theirs["tokenizer"]["fingerprint"] != ours["tokenizer"]["fingerprint"]),
+            ("template or --conditions", theirs["template"] | {"context": 0} != ours["template"] | {"context": 0}),
         ):
             if differs:
                 raise ConfigError(
                     f"data.mix.{name} ({other}): prepared with another {what} than data.mix.{first} ({path}): prepare "
                     "both with the same base and template"
                 )
-
-
-def _lengths(shard: Shard, column: NDArray[np.int64]) -> None:
-    np.subtract(shard["offsets"][1:], shard["offsets"][:-1], out=column)
-
-
-def _class_ids(shard: Shard, column: NDArray[np.uint16]) -> None:
-    np.take(shard.class_map, shard["class_ids"], out=column)
-
-
-def _rewards(shard: Shard, column: NDArray[np.float32]) -> None:
-    column[:] = shard["rewards"]
 
 
 def _counts(class_ids: NDArray[np.uint16], num_classes: int) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ochat.data.held_out import is_held_out
 from ochat.data.records import Record
-from ochat.data.shards import Columns
+from ochat.data.store_writer import Sequences
 from ochat.data.weights import ROLES
 from ochat.errors import DataError
 from ochat.text import record_formats
@@ -49,7 +49,7 @@ class Reject(NamedTuple):
 class Side:
     """Conversations for one data set. `counts`: class -> kept, truncated, too_long, unsupervised, tokens, supervised"""
 
-    columns: Columns = field(default_factory=Columns)
+    sequences: Sequences = field(default_factory=Sequences)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
 
 
@@ -145,15 +145,15 @@ class Encoder:
             ids = ids[: spans[-1].end]
             count["truncated"] += 1
         count.update(kept=1, tokens=len(ids), supervised=num_supervised(spans))
-        columns = side.columns
-        columns.input_ids.append(np.array(ids, np.uint32))
-        columns.span_ends.append([span.end for span in spans])
-        columns.span_roles.append([ROLE_IDS[span.role] for span in spans])
-        columns.span_weights.append([math.nan if span.weight is None else span.weight for span in spans])
-        columns.conditions.append(conversation.condition)
-        columns.rewards.append(math.nan if conversation.reward is None else conversation.reward)
-        columns.lines.append(record.line)
-        columns.files.append(record.file)
+        sequences = side.sequences
+        sequences.input_ids.append(np.array(ids, np.uint32))
+        sequences.span_ends.append([span.end for span in spans])
+        sequences.span_roles.append([ROLE_IDS[span.role] for span in spans])
+        sequences.span_weights.append([math.nan if span.weight is None else span.weight for span in spans])
+        sequences.conditions.append(conversation.condition)
+        sequences.rewards.append(math.nan if conversation.reward is None else conversation.reward)
+        sequences.lines.append(record.line)
+        sequences.files.append(record.file)
 
 
 def trim(spans: list[Span]) -> list[Span]:

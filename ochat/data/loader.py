@@ -130,7 +130,8 @@ class Loader:
         return [self._batch(plan.bin(b)) for b in bins]
 
     def _batch(self, indices: NDArray[np.int64]) -> PackedBatch:
-        return self.dataset.batch(indices, pad_to=self.pad_to, num_documents=self.num_documents, pin=self.pin)
+        batch = self.dataset.batch(indices, pad_to=self.pad_to, num_documents=self.num_documents)
+        return batch.pin_memory() if self.pin else batch
 
     def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Generator[tuple[int, list[PackedBatch]]]:
         """(step, batches) from `start_step` on; a thread works `prefetch` steps ahead and ends with the generator.

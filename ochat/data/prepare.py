@@ -3,8 +3,7 @@
     report = prepare(["a.jsonl"], base="models/base", template="openchat_v3.2", output="data/a")
 
 The main process cuts the input into batches of records, workers turn each into token ids and spans (encode.py), and
-the main process writes shards in input order. Memory is a few batches per worker and one shard. `--merge` and `--check`
-are merge.py and check.py.
+the main process writes shards in input order. Memory is a few batches per worker and one shard.
 """
 
 from __future__ import annotations
@@ -19,17 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 from ochat.data import (
-    check,
     input_files,
-    merge,
     records,
 )
 from ochat.data.encode import Encoder, OverLong
-from ochat.data.prepare_report import Bar, Counts, PrepareReport, add_counts, print_report
+from ochat.data.prepare_report import Bar, Counts, PrepareReport, add_counts
 from ochat.data.records import Record, RecordFile
 from ochat.data.rejects import Rejects
-from ochat.data.shards import ShardWriter, publish
-from ochat.data.weights import ROLES
+from ochat.data.store_writer import StoreWriter, publish
 from ochat.data.workers import Batch, encode_all
 from ochat.errors import ConfigError, DataError
 from ochat.text import template, tokenizer
@@ -50,7 +46,7 @@ class PrepareOptions:
     input: tuple[str, ...] = ()
     base: str = ""  # folder of the base model, or a tokenizer's file; needed to prepare
     template: str = ""  # a built-in template's name, or the path of a .toml; needed to prepare
-    output: str = ""  # folder of the data set; needed to prepare and to merge
+    output: str = ""  # folder of the data set; needed to prepare
     # of the records; auto: told by each record's keys
     format: Literal["auto", "openchat", "messages", "sharegpt", "alpaca"] = "auto"
     on_bad: Literal["error", "skip"] = "error"  # a bad record stops everything, or goes to OUTPUT/rejects.jsonl
@@ -62,10 +58,8 @@ class PrepareOptions:
     # one prompt (system text and first user message) stay together, on every machine and in every order
     held_out: float = 0.0
     # i/n: take only every n-th record, from the i-th on. On 8 machines: the same command with 1/8 ... 8/8, each with an
-    # --output of its own; then --merge
+    # --output of its own; then train with all of them: data.path = ["data/1", ..., "data/8"]
     shard: str = "1/1"
-    merge: tuple[str, ...] = ()  # write at OUTPUT one data set that refers to these; nothing is copied or prepared
-    check: str = ""  # read the data set in this folder and compare its checksums; nothing is prepared
     # processes that tokenise; 0: this one alone; left out: one per core, or this one alone for a small input
     workers: int | None = None
     overwrite: bool = False  # replace a data set that is at OUTPUT
@@ -82,23 +76,6 @@ def prepare(
     that is in the way.
     """
     return run(PrepareOptions(tuple(map(str, inputs)), str(base), template, str(output), **options))
-
-
-def main(options: PrepareOptions) -> None:
-    """The command: prepare, merge or check, then print what was done."""
-    given = [f"--{name}" for name in ("input", "merge", "check") if getattr(options, name)]
-    if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)}: give one of them, each is a command of its own")
-    if options.check:
-        print(check.check(options.check).summary())
-    elif options.merge:
-        if not options.output:
-            raise ConfigError("--merge: say with --output where the merged data set goes")
-        merged = merge.merge(options.merge, options.output, overwrite=options.overwrite)
-        sizes = f"{merged['counts']['kept']:,} conversations, {merged['counts']['tokens']:,} tokens"
-        print(f"{options.output}: {len(options.merge)} data sets as one, {sizes}; they stay where they are")
-    else:
-        print_report(run(options))
 
 
 def run(options: PrepareOptions) -> PrepareReport:
@@ -118,7 +95,7 @@ def run(options: PrepareOptions) -> PrepareReport:
         report = replace(reports[0], rejected=num_rejected, skipped=skipped, held_out=(*reports, None)[1])
         _check_kept(options, report, shard)
         for side, writer in enumerate(writers):
-            writer.seal(_manifest(options, encoder, shard, report if side == 0 else reports[side], side), ROLES)
+            writer.seal(_manifest(options, encoder, shard, report if side == 0 else reports[side], side))
         publish(writers)
     return report
 
@@ -131,15 +108,15 @@ def _check_given(options: PrepareOptions) -> None:
         raise ConfigError(f"--held-out {options.held_out}: a share from 0 to 1 is needed, such as 0.05")
 
 
-def _writers(options: PrepareOptions, vocab_size: int) -> list[ShardWriter]:
+def _writers(options: PrepareOptions, vocab_size: int) -> list[StoreWriter]:
     """Of the data set, and of the held-out one."""
     output = Path(options.output)
     outputs = [output] if not options.held_out else [output, output.with_name(output.name + HELD_OUT)]
-    return [ShardWriter(path, vocab_size, overwrite=options.overwrite) for path in outputs]
+    return [StoreWriter(path, vocab_size, overwrite=options.overwrite) for path in outputs]
 
 
 def _write(
-    options: PrepareOptions, files: list[RecordFile], encoder: Encoder, writers: list[ShardWriter], shard: Shard
+    options: PrepareOptions, files: list[RecordFile], encoder: Encoder, writers: list[StoreWriter], shard: Shard
 ) -> tuple[list[Counts], int]:
     """Everything from records to shards; the counts of each side, and the number of rejects."""
     sides: list[Counts] = [{} for _ in writers]
@@ -148,7 +125,7 @@ def _write(
         for encoded, position in encode_all(_batches(files, shard), encoder, _num_workers(options, files)):
             num_rejected += rejects.add(encoded.rejects)
             for side, writer in enumerate(writers):
-                writer.add(encoded.sides[side].columns)
+                writer.add(encoded.sides[side].sequences)
                 add_counts(sides[side], encoded.sides[side].counts)
             bar(position)
     return sides, num_rejected

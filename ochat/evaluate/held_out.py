@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.data import input_files, records, shards
+from ochat.data import input_files, records
 from ochat.data.batch import Example
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import num_supervised, own_weight
+from ochat.data.manifest import MANIFEST
 from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 from ochat.text import record_formats
@@ -78,7 +79,7 @@ class HeldOut:
 
 def is_prepared(path: Path) -> bool:
     """Whether `path` is what `ochat prepare` wrote."""
-    return (path / shards.MANIFEST).is_file()
+    return (path / MANIFEST).is_file()
 
 
 def template_of(path: Path, of_model: Template | None, tokenizer: Tokenizer) -> Template:

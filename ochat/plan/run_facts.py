@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -79,12 +79,12 @@ def _describe_classes(dataset: TokenDataset, weights_source: str) -> str:
     return f"{described}; all weigh the same, no reward tells them apart: give each one, [classes.NAME] reward = ..."
 
 
-def data_notes(manifests: Mapping[str, tuple[object, dict]]) -> list[str]:
-    """Conversations that prepare truncated or left out, of each data set by name: (folder, manifest)."""
+def data_notes(prepared: Sequence[tuple[object, dict]]) -> list[str]:
+    """Conversations that prepare truncated or left out, of each data set: (folder, manifest)."""
     return [
-        f"{count:,} conversations{f' of {folder}' if len(manifests) > 1 else ''} were longer than the context of "
+        f"{count:,} conversations{f' of {folder}' if len(prepared) > 1 else ''} were longer than the context of "
         f"{manifest['context']:,} tokens and were {what} by prepare"
-        for folder, manifest in manifests.values()
+        for folder, manifest in prepared
         for key, what in (("truncated", "cut"), ("too_long", "left out"))
         if (count := manifest.get("counts", {}).get(key))
     ]

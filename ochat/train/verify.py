@@ -12,7 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ochat.data import check
+from ochat.data import manifest
+from ochat.data.dataset import Paths, folder_list
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError, DataError, OchatError
 from ochat.files import checksums
@@ -22,17 +23,19 @@ log = logging.getLogger(__name__)
 QUIET_S = 2.0  # a check that takes longer is announced
 
 
-def data(paths: Sequence[str], ranks: Ranks) -> None:
+def data(paths: Sequence[Paths], ranks: Ranks) -> None:
     """Compare all files of these data sets (an empty path is none). All ranks call it.
 
     Raises: DataError naming the file, on all ranks. Costs: about 1 s a GB, shared by the ranks.
     """
 
+    folders = [folder for path in paths if path for folder in folder_list(path)]
+
     def expected() -> dict[Path, str]:
-        return {file: sha256 for path in paths if path for file, sha256 in check.expected(path).items()}
+        return {file: sha256 for folder in folders for file, sha256 in manifest.listed_checksums(folder).items()}
 
     note = "comparing {size} of data with its checksums; --data.verify=false skips this"
-    _compare(expected, check.changed, DataError, ranks, note)
+    _compare(expected, manifest.changed, DataError, ranks, note)
 
 
 def base(folder: Path, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
-from ochat.data import merge, prepare, shards
+from ochat.data import prepare, store_writer
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.export.hf_folder import export
 from ochat.files import checksums
@@ -49,7 +49,7 @@ def shard_set(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets")
     (folder / "in.jsonl").write_text((world.folder / "conversations.jsonl").read_text() + "{bad\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_TOKENS", 400)
+        patch.setattr(store_writer, "SHARD_TOKENS", 400)
         patch.setattr(prepare, "BATCH_RECORDS", 4)
         options = {"progress": False, "on_bad": "skip"}
         prepare.prepare([folder / "in.jsonl"], world.base, "openchat_v3.2", folder / "data", **options)
@@ -86,15 +86,14 @@ def test_no_file_is_left_out(world, data, tmp_path):
     assert i > 3
 
 
-@pytest.mark.parametrize("where", ["eval", "mixture", "merged"])
+@pytest.mark.parametrize("where", ["eval", "mixture", "list"])
 def test_so_is_every_other_set_that_a_run_reads(world, data, tmp_path, where):
     flip(data / "shard-00001.safetensors")
     options = [f"--data.eval_path={data}"]
     if where == "mixture":
         options = ["--data.path=", f'--data.mix.a.path="{world.data}"', f'--data.mix.b.path="{data}"']
-    elif where == "merged":
-        merge.merge([world.data, data], tmp_path / "all")
-        options = [f"--data.path={tmp_path / 'all'}"]
+    elif where == "list":
+        options = [f'--data.path=["{world.data}", "{data}"]']
     with pytest.raises(DataError, match="shard-00001.safetensors: its content has changed"):
         tiny.train(world, tmp_path / "run", *options)
 

@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 
 from ochat.config import ClassConfig, WeightsConfig
-from ochat.data import shards
-from ochat.data.check import check
+from ochat.data import manifest, store_writer
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
-from ochat.data.weights import ASSISTANT, ROLES
 from ochat.errors import ConfigError, DataError
 from ochat.text import template
 from tests.tiny_text import conversations, write_base, write_lines
@@ -29,7 +27,7 @@ def build(folder, records, **options):
 def mixed(tmp_path_factory):
     """300 conversations of two classes in several shards."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_TOKENS", 8_000)
+        patch.setattr(store_writer, "SHARD_TOKENS", 8_000)
         patch.setattr("ochat.data.prepare.BATCH_RECORDS", 50)
         return build(tmp_path_factory.mktemp("mixed"), conversations(seed=5, count=300))
 
@@ -140,7 +138,7 @@ def test_damage_is_refused_with_the_files_name(mixed, tmp_path):
     data[-3] ^= 1
     (path / shard).write_bytes(data)
     with pytest.raises(DataError, match=f"{shard}.*has changed"):
-        check(path)
+        manifest.check_files(path)
     (path / shard).write_bytes(data[:-1])
     with pytest.raises(DataError, match=rf"{shard}: \d+ bytes instead of"):
         TokenDataset(path)
@@ -153,7 +151,7 @@ def test_damage_is_refused_with_the_files_name(mixed, tmp_path):
 
 
 def test_a_whole_set_verifies(mixed):
-    assert check(mixed).num_files > 3
+    assert manifest.check_files(mixed).num_files > 3
 
 
 @pytest.mark.parametrize(
@@ -162,7 +160,7 @@ def test_a_whole_set_verifies(mixed):
 )
 def test_another_format_is_refused(mixed, tmp_path, change, message):
     path = copied(mixed, tmp_path / "a")
-    shards.write_manifest(path / "manifest.json", shards.read_manifest(path) | change)
+    manifest.write(path / "manifest.json", manifest.read(path) | change)
     with pytest.raises(DataError, match=message):
         TokenDataset(path)
 
@@ -175,32 +173,3 @@ def test_a_folder_that_is_no_data_set_is_refused(tmp_path, content, message):
         TokenDataset(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         TokenDataset(tmp_path / "nowhere")
-
-
-def test_a_vocabulary_beyond_16_bits_is_stored_in_32(tmp_path):
-    writer = shards.ShardWriter(tmp_path / "a", 1 << 16)
-    assert writer.id_dtype is np.uint16 and shards.ShardWriter(tmp_path / "b", (1 << 16) + 1).id_dtype is np.uint32
-
-
-def test_token_ids_stay_in_the_file(mixed):
-    data = TokenDataset(mixed)
-    assert all(not shard["input_ids"].flags.owndata for shard in data._shards)
-
-
-def test_a_first_token_is_nobodys_label(mixed, tmp_path):
-    """No template writes a supervised first token, but a shard may hold one: it counts nowhere."""
-    columns = shards.Columns()
-    for ends in ([3], [2, 6], [1, 2]):
-        columns.input_ids.append(np.arange(ends[-1], dtype=np.uint32))
-        columns.span_ends.append(ends)
-        columns.span_roles.append([ASSISTANT] * len(ends))
-        columns.span_weights.append([math.nan, 0.5][: len(ends)])
-        columns.conditions.append("GPT4")
-        columns.rewards.append(math.nan)
-        columns.lines.append(1)
-        columns.files.append("a")
-    with shards.ShardWriter(tmp_path / "data", 300) as writer:
-        writer.add(columns)
-        writer.finish({key: TokenDataset(mixed).manifest[key] for key in ("template", "tokenizer", "context")}, ROLES)
-    data = TokenDataset(tmp_path / "data")
-    assert data.supervised.tolist() == [2, 5, 1] == [np.count_nonzero(e.loss_weights[1:]) for e in data]

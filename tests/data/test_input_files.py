@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ochat.commands import prepare as command
 from ochat.data import input_files, prepare, records
 from ochat.data.dataset import TokenDataset
 from ochat.data.parquet import ParquetFile
@@ -157,7 +158,7 @@ def test_a_folder_prepares_as_its_files_do(tmp_path, capsys):
     options = {"base": str(base), "template": "openchat_v3.2", "progress": False, "overwrite": True}
     contents = []
     for inputs in ([str(folder)], list(map(str, files))):
-        prepare.main(prepare.PrepareOptions(tuple(inputs), output=str(tmp_path / "out"), **options))
+        command.main(command.PrepareOptions(tuple(inputs), output=str(tmp_path / "out"), **options))
         contents.append([(e.input_ids.tolist(), e.condition) for e in TokenDataset(tmp_path / "out")])
     assert contents[0] == contents[1] and len(contents[0]) > 50
     assert capsys.readouterr().out.count("1 files with unknown endings were not read") == 1

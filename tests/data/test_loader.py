@@ -221,16 +221,12 @@ def test_a_plan_is_made_once_and_what_it_raises_reaches_who_asks():
         plans(0)
 
 
-def test_a_pinned_loader_asks_for_pinned_memory_alone(data, monkeypatch):
-    empty, pinned = torch.empty, []
-    monkeypatch.setattr(
-        "ochat.data.batch.torch.empty",
-        lambda *size, pin_memory, **options: pinned.append(pin_memory) or empty(*size, **options),
-    )
-    (batch, *_) = load(data, pin=True).step(0)
-    assert pinned == [True] * len(pinned) and len(pinned) == 7 * 4
-    monkeypatch.undo()
-    assert equal(batch, load(data).step(0)[0])
+def test_a_pinned_loader_pins_every_tensor(data, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    batches = load(data, pin=True).step(0)
+    assert len(pinned) == 7 * len(batches)
+    assert equal(batches[0], load(data).step(0)[0])
 
 
 def test_leaving_early_ends_the_thread(data):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ochat.data import shards
+from ochat.data import store_writer
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import num_supervised
 from ochat.data.prepare import prepare
@@ -85,7 +85,7 @@ def test_workers_and_shards_change_nothing(make, tmp_path, monkeypatch):
     make(records, workers=0)
     alone = [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in TokenDataset(tmp_path / "out")]
     places = TokenDataset(tmp_path / "out").source_location(777)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 10_000)
+    monkeypatch.setattr(store_writer, "SHARD_TOKENS", 10_000)
     make(records, workers=2, overwrite=True)
     data = TokenDataset(tmp_path / "out")
     assert len(data.manifest["shards"]) == 3
@@ -293,8 +293,8 @@ def test_memory_is_a_few_batches(base, tmp_path, workers, text, counts):
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 PEAK_MIB = """
 import resource, sys
-from ochat.data import prepare, shards
-shards.SHARD_TOKENS = 1 << 18
+from ochat.data import prepare, store_writer
+store_writer.SHARD_TOKENS = 1 << 18
 source, base, output, workers = sys.argv[1:]
 prepare.prepare([source], base, "openchat_v3.2", output, workers=int(workers), progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

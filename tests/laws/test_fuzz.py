@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from ochat import config as configuration
 from ochat.checkpoint import manifest
-from ochat.data import records, shards
-from ochat.data.check import expected
+from ochat.data import manifest as data_manifest
+from ochat.data import records
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.errors import OchatError
@@ -179,13 +179,13 @@ def read_lines(place: Path, content: bytes) -> None:
 
 
 def data_manifests(place: Path):
-    return values_of(json.loads((place / "data" / shards.MANIFEST).read_text()))
+    return values_of(json.loads((place / "data" / data_manifest.MANIFEST).read_text()))
 
 
 def read_data_manifest(place: Path, record) -> None:
-    path = place / "data" / shards.MANIFEST
-    path.write_text(json.dumps(record | {"digest": shards.digest(record)}) if isinstance(record, dict) else "[]")
-    expected(place / "data")
+    path = place / "data" / data_manifest.MANIFEST
+    path.write_text(json.dumps(record | {"digest": data_manifest.digest(record)}) if isinstance(record, dict) else "[]")
+    data_manifest.listed_checksums(place / "data")
     TokenDataset(place / "data")
 
 
@@ -200,7 +200,7 @@ def read_data_shard(place: Path, content: bytes) -> None:
     (folder / "shard-00000.safetensors").write_bytes(content)
     record = json.loads((place / "good.json").read_text())
     record["shards"][0]["bytes"] = len(content)
-    shards.write_manifest(folder / shards.MANIFEST, record)
+    data_manifest.write(folder / data_manifest.MANIFEST, record)
     data = TokenDataset(folder)
     data.batch(range(min(3, len(data))))
 
@@ -332,7 +332,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def strategies(place):
-    shutil.copyfile(place / "data" / shards.MANIFEST, place / "good.json")
+    shutil.copyfile(place / "data" / data_manifest.MANIFEST, place / "good.json")
     return {kind: inputs(place) for kind, (inputs, _) in KINDS.items()}
 
 

@@ -22,7 +22,8 @@ from ochat import cli
 from ochat import config as configuration
 from ochat.commands.init_base import InitBaseOptions
 from ochat.commands.init_base import main as init_base
-from ochat.data import json_values, records, shards
+from ochat.data import json_values, records
+from ochat.data import manifest as manifests
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
@@ -218,12 +219,12 @@ def test_a_hostile_configuration_is_refused(tmp_path, text):
     ],
 )
 def test_a_manifest_that_lies_is_refused(world, tmp_path, change):
-    manifest = shards.read_manifest(world.data)
+    manifest = manifests.read(world.data)
     for shard in manifest["shards"]:
         os.link(world.data / shard["file"], tmp_path / shard["file"])
     if isinstance(change.get("shards"), list) and change["shards"][0]:
         change = change | {"shards": [manifest["shards"][0] | change["shards"][0]]}
-    shards.write_manifest(tmp_path / shards.MANIFEST, manifest | change)
+    manifests.write(tmp_path / manifests.MANIFEST, manifest | change)
     with pytest.raises((DataError, ConfigError), match="manifest.json"):
         TokenDataset(tmp_path)
 

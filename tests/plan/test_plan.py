@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ochat import cli
-from ochat.data import shards
+from ochat.data import manifest as manifests
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, DataError, UsageError
 from tests.tiny import MODEL
@@ -111,9 +111,9 @@ def test_a_sequence_beyond_the_models_context_is_told(world, lengths, tmp_path, 
 def test_what_prepare_cut_is_told_again(world, capsys, tmp_path):
     data = tmp_path / "cut"
     shutil.copytree(world.data, data)
-    manifest = shards.read_manifest(data)
+    manifest = manifests.read(data)
     manifest["counts"]["truncated"] = 7
-    shards.write_manifest(data / shards.MANIFEST, manifest)
+    manifests.write(data / manifests.MANIFEST, manifest)
     assert "7 conversations were longer than the context" in say(capsys, world.config, f"--data.path={data}")
     mix = [f'--data.mix.{name}.path="{path}"' for name, path in (("whole", world.data), ("cut", data))]
     assert f"7 conversations of {data} were longer" in say(capsys, world.config, "--data.path=", *mix)

@@ -21,8 +21,9 @@ import msgspec
 
 from ochat import config as configuration
 from ochat.config import ABLATE, Config
-from ochat.data import input_files, prepare, shards
+from ochat.data import input_files, prepare
 from ochat.data.dataset import TokenDataset
+from ochat.data.manifest import MANIFEST
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.job_runner import Job, cuda_devices, run_jobs, slots
@@ -147,7 +148,7 @@ class AblationDir:
     def _prepare(self, run: Run) -> None:
         """The run's training and held-out sets, from files or by holding out a share."""
         output, held_out = self.data(run), self.data(run, is_held_out=True)
-        if all((folder / shards.MANIFEST).is_file() for folder in (output, held_out)):
+        if all((folder / MANIFEST).is_file() for folder in (output, held_out)):
             return
         output.parent.mkdir(parents=True, exist_ok=True)
         files, share = variants.held_out(self.options)
