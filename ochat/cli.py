@@ -52,7 +52,7 @@ COMMANDS = {
     ),
     "plan": Command("ochat.commands.plan", "PlanOptions", "show what a run will do: steps, packing, learning rate"),
     "train": Command("ochat.commands.train", "TrainOptions", "train on one process (many: torchrun -m ochat.train)"),
-    "export": Command("ochat.export.hf_folder", "ExportOptions", "write a checkpoint as a Hugging Face folder"),
+    "export": Command("ochat.commands.export", "ExportOptions", "write a checkpoint as a Hugging Face folder"),
     "generate": Command("ochat.commands.generate", "GenerateOptions", "answer prompts under a condition"),
     "eval": Command("ochat.commands.eval", "EvalOptions", "measure held-out answers under every class's prefix"),
     "answer": Command("ochat.commands.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 
@@ -43,6 +43,7 @@ def parse(arguments):
 words = st.text("ab -=_5é\n", max_size=4).filter(lambda word: not word.lstrip("-")[:1].isalpha() or word[0] != "-")
 
 
+@settings(deadline=None)  # the first call imports tyro
 @given(
     st.data(), st.lists(st.tuples(st.sampled_from(["many", "more-words", "more_words"]), st.lists(words, min_size=1)))
 )

@@ -1,10 +1,9 @@
-"""A run's weights as a Hugging Face folder that any server loads: weights, tokenizer, chat template, openchat.json.
+"""Write a run's weights as a Hugging Face folder: weights, tokenizer, chat template, openchat.json.
 
-    ochat export runs/a exported/a            the newest checkpoint of a run, or `runs/a/checkpoints/step_20`
-    ochat export runs/a exported/a --best     the one with the lowest held-out loss of the expert class
+    step = export(Path("runs/a"), Path("exported/a"))
 
-A checkpoint holds all that is needed; neither the base nor the data has to be there any more. One of adapters needs its
-base, with which they are merged; `--adapter` writes them alone, for PEFT.
+A checkpoint holds all that is needed; neither the base nor the data is read. A checkpoint of adapters needs its base,
+with which they are merged; `export_adapter` writes them alone, for PEFT.
 """
 
 from __future__ import annotations
@@ -14,17 +13,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from rich.console import Console
 from torch import Tensor
 
-from ochat.checkpoint import best as best_module
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import Manifest
-from ochat.console import waiting
 from ochat.errors import CheckpointError, ConfigError
 from ochat.export import merge, serving
 from ochat.files import atomic, checksums
@@ -32,39 +26,6 @@ from ochat.model import hf, peft
 from ochat.model.config import ModelConfig
 from ochat.run import layout
 from ochat.run.layout import MANIFEST
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """Writes a checkpoint as a Hugging Face folder with tokenizer and chat template."""
-
-    source: Path  # a run folder (its newest checkpoint) or a checkpoint folder
-    output: Path  # the folder to write
-    best: bool = False  # of a run: not the newest checkpoint, but the one with the lowest held-out loss
-    best_by: str = ""  # the class whose held-out loss decides, or all; left out: the class with the highest weight
-    condition: str | None = None  # the class that its chat template speaks as where none is named; "": none
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the written weights
-    adapter: bool = False  # of a run with [lora]: write the adapter as PEFT's files instead of the merged model
-    base: str = ""  # of a run with [lora]: where its base lies now; empty: where the run had it
-    overwrite: bool = False  # replace an exported folder that is already there
-
-
-def main(options: ExportOptions) -> None:
-    """The command `ochat export`."""
-    source = _best(options) if options.best or options.best_by else options.source
-    with waiting("exporting"):
-        if options.adapter:
-            step = export_adapter(source, options.output, overwrite=options.overwrite, condition=options.condition)
-        else:
-            step = export(
-                source,
-                options.output,
-                dtype=options.dtype,
-                overwrite=options.overwrite,
-                base=options.base,
-                condition=options.condition,
-            )
-    print(f"exported step {step} to {options.output}")
 
 
 def export(
@@ -147,15 +108,6 @@ def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> 
     if merge.are_in(manifest):
         return merge.merged(manifest, model, base)
     return checkpoint.iterate_parameters(manifest)
-
-
-def _best(options: ExportOptions) -> Path:
-    """The checkpoint that --best means, after the table it was chosen from is printed."""
-    if not options.best:
-        raise ConfigError(f"--best-by {options.best_by}: says what --best goes by; add --best")
-    chosen, table = best_module.best_checkpoint(options.source, options.best_by)
-    Console(highlight=False).print(table)
-    return chosen
 
 
 def _refuse_overwriting(output: Path, overwrite: bool) -> None:

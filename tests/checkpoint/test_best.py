@@ -16,8 +16,8 @@ from ochat.checkpoint.best import (
     expert,
     read,
 )
+from ochat.commands.export import ExportOptions, main
 from ochat.errors import CheckpointError, ConfigError
-from ochat.export.hf_folder import ExportOptions, main
 from ochat.run import layout
 from tests import tiny
 

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from ochat.commands.export import ExportOptions, main
 from ochat.config import LINEARS, LoraConfig
 from ochat.distributed import local_shards
 from ochat.errors import CheckpointError, ConfigError
-from ochat.export.hf_folder import ExportOptions, export, main
+from ochat.export.hf_folder import export
 from ochat.model import hf, lora
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
