@@ -1,6 +1,7 @@
 /* libcuda.so.1 of the fake device: as much as Triton's launcher asks; kernels are loaded and never run. */
 #include <cuda.h>
 #include <stdlib.h>
+#include "device.h"
 
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return CUDA_SUCCESS; }
@@ -10,11 +11,7 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmo
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction f, const CUlaunchConfig *config) { *count = 16; return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "an error of the fake CUDA device"; return CUDA_SUCCESS; }
 
-CUresult cuDeviceGetCount(int *count) {
-  const char *text = getenv("FAKE_CUDA_DEVICES");
-  *count = text ? atoi(text) : 1;
-  return CUDA_SUCCESS;
-}
+CUresult cuDeviceGetCount(int *count) { *count = num_devices(); return CUDA_SUCCESS; }
 
 CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *is_active) {
   *flags = 0;
@@ -28,16 +25,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
 }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-  switch (attribute) {
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = 9; break;
-    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
-    case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = 65536; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 232448; break;
-    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 233472; break;
-    default: *value = 1024;
-  }
+  *value = device_attribute(attribute, 1024);
   return CUDA_SUCCESS;
 }
 

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include "device.h"
 
 #define GIB (1ull << 30)
 #define CAPACITY ((unsigned long long)(139.8 * GIB))
@@ -24,27 +25,31 @@
 struct block { char *start; size_t size; };
 struct blocks { struct block all[MOST_BLOCKS]; int count; size_t bytes; };
 
-static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t mutex = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 static struct blocks device_blocks, host_blocks;
 static char *space, *next_free;
 static __thread int current_device;
 
 static void add(struct blocks *blocks, void *start, size_t size) {
+  pthread_mutex_lock(&mutex);
   if (blocks->count == MOST_BLOCKS) abort();
   blocks->all[blocks->count++] = (struct block){start, size};
   blocks->bytes += size;
+  pthread_mutex_unlock(&mutex);
 }
 
-/* The block that begins at `start` is taken out; its size, or 0 where there is none. */
+/* Remove the block that begins at `start`; its size, or 0 if there is none. */
 static size_t take(struct blocks *blocks, const void *start) {
-  for (int i = 0; i < blocks->count; i++)
+  size_t size = 0;
+  pthread_mutex_lock(&mutex);
+  for (int i = 0; i < blocks->count && !size; i++)
     if (blocks->all[i].start == start) {
-      size_t size = blocks->all[i].size;
+      size = blocks->all[i].size;
       blocks->all[i] = blocks->all[--blocks->count];
       blocks->bytes -= size;
-      return size;
     }
-  return 0;
+  pthread_mutex_unlock(&mutex);
+  return size;
 }
 
 static int is_device(const void *p) { return space && (const char *)p >= space && (const char *)p < space + SPACE; }
@@ -65,9 +70,7 @@ static void *reserve(size_t size) {
 
 /* ---- the card ---- */
 
-static int devices(void) { const char *text = getenv("FAKE_CUDA_DEVICES"); return text ? atoi(text) : 1; }
-
-cudaError_t cudaGetDeviceCount(int *count) { *count = devices(); return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int *count) { *count = num_devices(); return cudaSuccess; }
 cudaError_t cudaGetDevice(int *device) { *device = current_device; return cudaSuccess; }
 cudaError_t cudaSetDevice(int device) { current_device = device; return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
@@ -91,26 +94,11 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) {
-  switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMultiProcessorCount: *value = 132; break;
-    case cudaDevAttrWarpSize: *value = 32; break;
-    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = 49152; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 232448; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 233472; break;
-    default: *value = 1;
-  }
+  *value = device_attribute(attribute, 1); /* its numbers are those of CUdevice_attribute */
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetPCIBusId(char *text, int size, int device) {
-  snprintf(text, size, "0000:%02x:00.0", device + 1);
-  return cudaSuccess;
-}
-
+cudaError_t cudaDeviceGetPCIBusId(char *text, int size, int device) { snprintf(text, size, "0000:%02x:00.0", device + 1); return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) { *can = 1; return cudaSuccess; }
 
 /* ---- memory ---- */
@@ -138,9 +126,7 @@ cudaError_t cudaMalloc(void **p, size_t size) {
 }
 
 cudaError_t cudaFree(void *p) {
-  pthread_mutex_lock(&mutex);
   size_t size = take(&device_blocks, p);
-  pthread_mutex_unlock(&mutex);
   if (size) madvise(p, size, MADV_DONTNEED);
   return cudaSuccess;
 }
@@ -149,19 +135,8 @@ cudaError_t cudaMallocAsync(void **p, size_t size, cudaStream_t stream) { return
 cudaError_t cudaFreeAsync(void *p, cudaStream_t stream) { return cudaFree(p); }
 cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) { return cudaMalloc(p, 512); }
 
-cudaError_t cudaHostRegister(void *p, size_t size, unsigned flags) {
-  pthread_mutex_lock(&mutex);
-  add(&host_blocks, p, size);
-  pthread_mutex_unlock(&mutex);
-  return cudaSuccess;
-}
-
-cudaError_t cudaHostUnregister(void *p) {
-  pthread_mutex_lock(&mutex);
-  take(&host_blocks, p);
-  pthread_mutex_unlock(&mutex);
-  return cudaSuccess;
-}
+cudaError_t cudaHostRegister(void *p, size_t size, unsigned flags) { add(&host_blocks, p, size); return cudaSuccess; }
+cudaError_t cudaHostUnregister(void *p) { take(&host_blocks, p); return cudaSuccess; }
 
 cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags) {
   *p = reserve(size);
@@ -169,9 +144,7 @@ cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags) {
 }
 
 cudaError_t cudaFreeHost(void *p) {
-  pthread_mutex_lock(&mutex);
   size_t size = take(&host_blocks, p);
-  pthread_mutex_unlock(&mutex);
   if (size) munmap(p, size);
   return cudaSuccess;
 }
@@ -311,9 +284,7 @@ static CUresult mem_create(CUmemGenericAllocationHandle *handle, size_t size, co
 }
 
 static CUresult mem_release(CUmemGenericAllocationHandle handle) {
-  pthread_mutex_lock(&mutex);
   take(&device_blocks, (void *)handle);
-  pthread_mutex_unlock(&mutex);
   free((void *)handle);
   return CUDA_SUCCESS;
 }
