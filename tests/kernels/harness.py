@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from ochat_kernels import triton_ops
 from torch import Tensor
 
 from tests.numerics import assert_close
@@ -44,6 +45,37 @@ def assert_op(
         assert got.dtype == reference.dtype
         scale = max(1.0, true.abs().max().item()) if true.numel() else 1.0
         assert_close(got, reference, true, ATOL[dtype] * scale)
+
+
+def operators(T: int, H: int, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
+    """A call of every differentiable kernel: name -> function of its leaves, the leaves; some rows carry no loss."""
+    x, residual, weight = (
+        random(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate([(T, H), (T, H), (H,)])
+    )
+    qkv = random(T, 7, H, dtype=dtype, device=device, seed=3)  # 3 heads of q, 2 of k and v: views of one product
+    cos, sin = (f(random(T, H // 2, dtype=torch.float32, device=device, seed=4)) for f in (torch.cos, torch.sin))
+    head = random(5 * H, H, dtype=dtype, device=device, seed=5, scale=H**-0.5)
+    labels = torch.arange(T, device=device) % (5 * H)
+    rows = torch.arange(0, T, 2, device=device)
+    weights = torch.zeros(T, device=device).index_fill_(0, rows, 0.5)
+
+    def loss(hidden: Tensor, head: Tensor, transform: Any = None) -> Tensor:
+        options = {"rows": rows, "weight_transform": transform}
+        return triton_ops.linear_cross_entropy(hidden, head, labels, weights, **options).loss_sum
+
+    return {
+        "rms_norm": (lambda x, w: triton_ops.rms_norm(x, w, 1e-5), [x, weight]),
+        "add_rms_norm": (lambda x, r, w: triton_ops.add_rms_norm(x, r, w, 1e-5), [x, residual, weight]),
+        "rope": (lambda qkv: triton_ops.rope(*qkv.split((3, 2, 2), dim=1)[:2], cos, sin), [qkv]),
+        "swiglu": (triton_ops.swiglu, [random(T, 2 * H, dtype=dtype, device=device, seed=6)]),
+        "linear_cross_entropy": (loss, [x, head]),
+        "linear_cross_entropy, transform": (lambda h, w: loss(h, w, likelihood_weight), [x, head]),
+    }
+
+
+def likelihood_weight(nll: Tensor, weights: Tensor) -> Tensor:
+    """A transform of loss weights, by the model's own likelihood."""
+    return weights * torch.exp(-nll)
 
 
 def strided_rows(x: Tensor, padding: int = 3) -> Tensor:

@@ -197,15 +197,6 @@ def test_views_of_one_buffer_and_nothing_beside_them(sizes, gaps, dtypes, seed, 
     assert all((buffer[:, untouched] == 7.0).all() for buffer in buffers.values())
 
 
-def test_tensors_of_any_shape_and_none(device):
-    adamw.adamw([], [], [], [], **ANY)
-    values = lists([2 * 3 * 4, 1], (FP32, FP32, FP32), device)
-    shaped = Lists(*([x.view(s) for x, s in zip(tensors, [(2, 3, 4), ()], strict=True)] for tensors in values))
-    got, expected = run(adamw.adamw, shaped), run(adamw.adamw, values)
-    for one, other in zip(got.written, expected.written, strict=True):
-        torch.testing.assert_close(one.flatten(), other, rtol=0, atol=0)
-
-
 def test_stochastic_rounding_is_the_definitions_bit_for_bit(device):
     values = lists([3000, 1017, 2048], (BF16, FP32, BF16), device)
     got, expected = run(adamw.adamw, values, seed=11), run(reference.adamw, values, seed=11)
@@ -383,20 +374,20 @@ def test_one_launch_for_each_combination_of_dtypes():
         assert compiled_for(step(1, 64, (BF16, BF16, BF16), **later)) == first
 
 
-def test_parameters_that_require_gradients(device):
-    values = lists([16], (FP32, FP32, FP32), device)
-    values.params[0].requires_grad_()
-    version = values.params[0]._version
-    adamw.adamw(*values, **ANY)
-    assert values.params[0].is_leaf and values.params[0]._version > version
-
-
 @pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, BF16, BF16)])
 def test_under_compile(dtypes, device):
+    adamw.adamw([], [], [], [], **ANY)  # nothing to do
     values = lists([48, 5], dtypes, device)
     compiled = run(torch.compile(adamw.adamw, fullgraph=True), values)
     for got, expected in zip(compiled.written, run(adamw.adamw, values).written, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_parameters_that_require_gradients(device):
+    values = lists([16], (FP32, FP32, FP32), device)
+    version = values.params[0].requires_grad_()._version
+    adamw.adamw(*values, **ANY)
+    assert values.params[0].is_leaf and values.params[0]._version > version
 
 
 def test_what_the_operator_registers(device):

@@ -112,36 +112,6 @@ def test_the_length_of_a_pair_is_kept(T, N, half, seed):
         torch.testing.assert_close(lengths[1], lengths[0], rtol=1e-5, atol=1e-6)
 
 
-def test_every_call_gives_the_same_bits(device):
-    q, k, _ = packed(9, 4, 2, 64, torch.bfloat16, device).split((4, 2, 2), dim=1)
-    cos, sin = angles(9, 64, device)
-    first, second = rope.rope(q, k, cos, sin), rope.rope(q, k, cos, sin)
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-
-
-def test_under_checkpoint_and_compile(device):
-    qkv = packed(3, 3, 2, 10, torch.float32, device).requires_grad_()
-    cos, sin = angles(3, 10, device)
-
-    def turned(qkv):
-        q, k, v = qkv.split((3, 2, 2), dim=1)
-        return torch.cat((*rope.rope(q, k, cos, sin), v), dim=1)
-
-    (plain,) = torch.autograd.grad(turned(qkv).square().sum(), qkv)
-    again = torch.utils.checkpoint.checkpoint(turned, qkv, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(again.square().sum(), qkv)[0], plain, rtol=0, atol=0)
-    compiled = torch.compile(turned, fullgraph=True)(qkv)
-    torch.testing.assert_close(torch.autograd.grad(compiled.square().sum(), qkv)[0], plain, rtol=0, atol=0)
-
-
-def test_what_the_operators_register(device):
-    q, k, _ = packed(3, 3, 2, 10, torch.float32, device).split((3, 2, 2), dim=1)
-    cos, sin = angles(3, 10, device)
-    ops = torch.ops.ochat_kernels
-    torch.library.opcheck(ops.rope.default, (q.clone().requires_grad_(), k.clone().requires_grad_(), cos, sin))
-    torch.library.opcheck(ops.rope_bwd.default, (q, k, cos, sin))
-
-
 def test_launchers_take_meta_tensors():
     q, k, _ = torch.empty(10, 16, 64, device="meta").split((8, 4, 4), dim=1)
     cos = torch.empty(10, 32, device="meta")

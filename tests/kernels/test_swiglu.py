@@ -36,20 +36,6 @@ def test_a_transposed_input_and_an_expanded_gradient(device):
     torch.testing.assert_close(x.grad, twin.grad)
 
 
-def test_under_checkpoint_and_compile(device):
-    x = random(3, 10, dtype=torch.float32, device=device).requires_grad_()
-    (plain,) = torch.autograd.grad(swiglu.swiglu(x).sum(), x)
-    again = torch.utils.checkpoint.checkpoint(swiglu.swiglu, x, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(again.sum(), x)[0], plain, rtol=0, atol=0)
-    compiled = torch.compile(swiglu.swiglu, fullgraph=True)(x)
-    torch.testing.assert_close(torch.autograd.grad(compiled.sum(), x)[0], plain, rtol=0, atol=0)
-
-
-def test_what_the_operator_registers(device):
-    x = random(3, 10, dtype=torch.float32, device=device).requires_grad_()
-    torch.library.opcheck(torch.ops.ochat_kernels.swiglu.default, (x,))
-
-
 @pytest.mark.parametrize(
     ("x", "message"),
     [
