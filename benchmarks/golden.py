@@ -39,6 +39,7 @@ BASE = "a965333"
 CACHE = ROOT / ".cache"
 EOT = "<|end_of_turn|>"
 STEPS = 20
+JOB = "1"  # change it with anything that changes the results of a commit
 MODEL = {
     "model_type": "llama", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
@@ -272,13 +273,12 @@ def run_parts(job: Job, parts: list[str]) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Changes with what may change float bits, and with the job itself."""
+    """Changes with JOB and with what may change float bits."""
     cpu = (
         re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
     )
-    job = [Path(file).read_text("utf-8") for file in (__file__, str(golden_probe.__file__))]
-    facts = [platform.machine(), *cpu[:1], sys.version, *(version(name) for name in ("torch", "numpy", "tokenizers"))]
-    return hashlib.sha256("\n".join([*facts, *job]).encode()).hexdigest()[:12]
+    facts = [JOB, platform.machine(), *cpu[:1], sys.version, *map(version, ("torch", "numpy", "tokenizers"))]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 def _git(*words: str) -> str:
