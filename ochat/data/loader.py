@@ -21,8 +21,7 @@ from ochat.data.dataset import TokenDataset
 from ochat.data.mixture import Mixture
 from ochat.errors import ConfigError, DataError
 from ochat.packing import multipack
-from ochat.packing.multipack import PackPlan
-from ochat.packing.plans import Plans
+from ochat.packing.multipack import EpochPlanCache, PackPlan
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Loader:
         self.token_budget, self.bins_per_step, self.seed = token_budget, bins_per_step, seed
         self.rank, self.world, self.pin = rank, world, pin
         self.mixture, self.costs = mixture, costs
-        self.plan = Plans(self._plan)
+        self.plan = EpochPlanCache(self._plan)
         counts = [self._count(epoch) for epoch in reversed(range(epochs))]  # so that the first two stay planned
         self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))  # whatever `max_steps` leaves of them
         self.pad_to = token_budget if pad else None

@@ -1,24 +1,29 @@
-"""Packing: which sequences share a bin, and which bins a step. A pure function of (lengths, seed, epoch).
+"""Packing: decide which sequences share a bin and which bins share a step. A pure function of (lengths, seed, epoch).
 
     plan = multipack.plan(lengths, token_budget=32768, bins_per_step=8, seed=0, epoch=0)
     plan.bin(0), plan.num_steps, plan.efficiency()
 
-The epoch is shuffled once and packed in windows of a few hundred bins or one step (windows.py): few steps, because bins
-are full; equal work, because sequences are exchanged between bins until their costs are alike (swaps.py); a fair
-sample, because a window is one and deals its bins to its steps evenly. Memory: 4 bytes a sequence beside the plan.
+The epoch is shuffled once and packed in windows of a few hundred bins or one step (windows.py). Bins are full, so steps
+are few; sequences are exchanged between bins until their costs are alike (rebalance.py), so the ranks of a step work
+equally long; a window is a random sample and spreads its bins evenly over its steps, so every step is a fair sample.
+Memory: 4 bytes a sequence in addition to the plan.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ochat.errors import ConfigError, DataError
-from ochat.packing.stream import Rules
+from ochat.packing.candidates import BinLimits
 from ochat.packing.windows import pack_stream
 
+KEPT = 2  # plans in an EpochPlanCache: the current epoch's and the next one's, however many epochs there are
 NO_BINS = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))  # counts, tokens, costs of an empty set
 
 
@@ -44,7 +49,7 @@ class PackPlan:
         return float(self.bin_tokens.sum()) / room if room else 1.0
 
     def cost_imbalance(self) -> NDArray[np.float64]:
-        """Largest over mean cost among the bins of each step but the last (num_steps - 1,): what a rank waits; >= 1."""
+        """Largest over mean cost among the bins of each step but the last, (num_steps - 1,): 1 is balanced."""
         costs = self.bin_costs.reshape(self.num_steps, self.bins_per_step)[:-1]
         mean = costs.mean(axis=1)
         return np.where(mean > 0, costs.max(axis=1) / np.where(mean > 0, mean, 1), 1.0)  # no work at all is even
@@ -62,19 +67,19 @@ def plan(
 ) -> PackPlan:
     """Pack `lengths` (S,) into bins of at most `token_budget` tokens and `max_sequences` documents.
 
-    `costs` (S,): the work of each sequence; where the budget allows, the bins of a step are evened in it. Nothing
+    `costs` (S,): the work of each sequence, which is balanced over the bins of a step where the budget allows. Nothing
     is dropped: a last step may have empty bins. About 0.5 us a sequence, at most some 3 us. Raises DataError for a
     length that no bin holds, ConfigError for settings.
     """
     _check_settings(token_budget, bins_per_step, seed, epoch, max_sequences)
     sizes = _check_lengths(lengths, token_budget)
     work = _check_costs(costs, len(sizes))
-    rules = Rules(token_budget, bins_per_step, max_sequences or max(len(sizes), 1))
+    limits = BinLimits(token_budget, bins_per_step, max_sequences or max(len(sizes), 1))
     rng = np.random.default_rng([seed, epoch])
     order = np.arange(len(sizes), dtype=np.int32 if len(sizes) < 1 << 31 else np.int64)
     rng.shuffle(order)
 
-    windows = list(pack_stream(order, sizes, work, rules, rng))
+    windows = list(pack_stream(order, sizes, work, limits, rng))
     counts, bin_tokens, bin_costs = (np.concatenate(part) for part in zip(NO_BINS, *windows, strict=True))
     return PackPlan(
         indices=order.astype(np.int64),
@@ -85,6 +90,44 @@ def plan(
         bin_tokens=bin_tokens,
         bin_costs=bin_costs,
     )
+
+
+class EpochPlanCache:
+    """`cache(epoch)` is that epoch's plan, made by `make` once while it is kept; two are kept. Thread-safe."""
+
+    def __init__(self, make: Callable[[int], PackPlan]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._kept: dict[int, Future[PackPlan]] = {}  # in order of their last use
+
+    def __call__(self, epoch: int) -> PackPlan:
+        """The plan; waits for a thread that is making it. Raises what making it raised."""
+        future, is_new = self._claim(epoch)
+        if is_new:
+            self._run(epoch, future)
+        return future.result()
+
+    def start(self, epoch: int) -> None:
+        """Make the plan in a thread, unless it is there or being made."""
+        future, is_new = self._claim(epoch)
+        if is_new:
+            threading.Thread(target=self._run, args=(epoch, future), daemon=True, name=f"plan of epoch {epoch}").start()
+
+    def _claim(self, epoch: int) -> tuple[Future[PackPlan], bool]:
+        """The epoch's place, and whether the caller is the one to fill it."""
+        with self._lock:
+            is_new = epoch not in self._kept
+            future = self._kept.pop(epoch, None) or Future()
+            self._kept[epoch] = future
+            for oldest in list(self._kept)[:-KEPT]:
+                del self._kept[oldest]
+            return future, is_new
+
+    def _run(self, epoch: int, future: Future[PackPlan]) -> None:
+        try:
+            future.set_result(self._make(epoch))
+        except BaseException as error:  # raised in the thread that asks for the plan
+            future.set_exception(error)
 
 
 def _check_settings(budget: int, bins_per_step: int, seed: int, epoch: int, max_sequences: int | None) -> None:

@@ -1,10 +1,10 @@
-"""The epoch's shuffled stream, cut into windows that are packed one after another.
+"""Cut the epoch's shuffled stream into windows and pack them one after another.
 
-    for counts, tokens, costs in pack_stream(order, lengths, costs, rules, rng): ...      `order` ends up in bin order
+    for counts, tokens, costs in pack_stream(order, lengths, costs, limits, rng): ...      `order` ends up in bin order
 
-A window deals its sequences evenly to its bins and exchanges them between bins until tokens fit and costs are alike.
-Where lengths are so near to the budget that this leaves room, it packs tightly instead. Bins then go to steps in rounds
-of about equally many sequences, so that every step is a fair sample.
+A window spreads its sequences evenly over its bins and exchanges them between bins until tokens fit and costs are
+alike. If lengths are so near the budget that this leaves room, it packs tightly instead. Bins then go to steps in
+rounds of about equally many sequences, so that every step is a fair sample.
 """
 
 from __future__ import annotations
@@ -15,51 +15,51 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.packing.bins import NOWHERE, deal_evenly, pack_tightly
-from ochat.packing.stream import (
+from ochat.packing.bins import UNASSIGNED, assign_balanced, first_fit_decreasing
+from ochat.packing.candidates import (
     GOOD_COST,
     GOOD_FILL,
     MOST_SLACK,
-    Rules,
+    BinLimits,
     Stream,
     Window,
 )
-from ochat.packing.swaps import even_out
+from ochat.packing.rebalance import rebalance
 
 MOSTLY_PLACED, MOST_OFFERS = 0.98, 8  # share of the offered tokens that must find a place, and offers made
 COST_TOLERANCE = 3e-3  # by which a bin may cost more than the mean of its window
 
 
 @dataclass(frozen=True)
-class Way:
-    """How to pack a window of `num_bins`: even (each bin alike) or tight (each as full as it gets)."""
+class Strategy:
+    """How to pack a window of `num_bins`: balanced (bins alike) or tight (each bin as full as possible)."""
 
     num_bins: int
     is_tight: bool = False
     is_generous: bool = False
-    lead: float = 0.0  # how strongly costly bins are filled up with short sequences
+    cost_priority: float = 0.0  # how strongly costly bins are filled up with short sequences
 
 
 # a window tries them until one is good, and leaves its choice to the next
-WAYS = (
-    Way(256),  # enough that every bin finds partners to exchange with
-    Way(256, lead=30.0),
-    Way(256, is_generous=True),
-    Way(1024, is_tight=True),
-    Way(4096, is_tight=True),
-    Way(16384, is_tight=True),
-    Way(65536, is_tight=True),
+STRATEGIES = (
+    Strategy(256),  # enough that every bin finds partners to exchange with
+    Strategy(256, cost_priority=30.0),
+    Strategy(256, is_generous=True),
+    Strategy(1024, is_tight=True),
+    Strategy(4096, is_tight=True),
+    Strategy(16384, is_tight=True),
+    Strategy(65536, is_tight=True),
 )
 
 
 def pack_stream(
-    order: NDArray, lengths: NDArray, costs: NDArray | None, rules: Rules, rng: np.random.Generator
+    order: NDArray, lengths: NDArray, costs: NDArray | None, limits: BinLimits, rng: np.random.Generator
 ) -> Generator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
     """Bring `order` (S,) into bin order; yields each window's (sequences, tokens, cost) of its bins, in whole steps."""
-    stream, way = Stream(order, lengths, costs, rules), 0
+    stream, strategy = Stream(order, lengths, costs, limits), 0
     while len(stream):
-        window, way = _next_window(stream, way)
-        window = _shuffle_bins(window, rules.bins_per_step, rng)
+        window, strategy = _next_window(stream, strategy)
+        window = _shuffle_bins(window, limits.bins_per_step, rng)
         members = stream.take(window)
         bin_of = np.repeat(np.arange(len(window.counts)), window.counts)
         tokens = np.bincount(bin_of, lengths[members], len(window.counts))
@@ -67,69 +67,73 @@ def pack_stream(
         yield window.counts, tokens.astype(np.int64), work.astype(np.float64)
 
 
-def _next_window(stream: Stream, first_way: int) -> tuple[Window, int]:
-    """The next window and the way that it was packed, from `first_way` on."""
+def _next_window(stream: Stream, first_strategy: int) -> tuple[Window, int]:
+    """The next window, and the number of its strategy, from `first_strategy` on."""
     tried: list[tuple[Window, int]] = []
-    for number, way in enumerate(WAYS[first_way:], first_way):
-        num_steps = _window_steps(stream, way)
-        if tried and _is_pointless(stream, way, num_steps, max(window.fill for window, _ in tried)):
+    for number, strategy in enumerate(STRATEGIES[first_strategy:], first_strategy):
+        num_steps = _window_steps(stream, strategy)
+        if tried and _is_pointless(stream, strategy, num_steps, max(window.fill for window, _ in tried)):
             continue
-        tried.append((_pack_window(stream, num_steps, way), number))
-        if tried[-1][0].merit == (GOOD_FILL, -GOOD_COST) or (way.is_tight and num_steps == stream.num_steps()):
+        tried.append((_pack_window(stream, num_steps, strategy), number))
+        if tried[-1][0].score == (GOOD_FILL, -GOOD_COST) or (strategy.is_tight and num_steps == stream.num_steps()):
             break
-    return max(tried, key=lambda entry: entry[0].merit)
+    return max(tried, key=lambda entry: entry[0].score)
 
 
-def _is_pointless(stream: Stream, way: Way, num_steps: int, best_fill: float) -> bool:
-    """Whether what is wrong so far, too little fill or uneven costs, cannot get better in this way."""
-    if way.is_tight:
+def _is_pointless(stream: Stream, strategy: Strategy, num_steps: int, best_fill: float) -> bool:
+    """Whether this strategy cannot improve what is wrong so far, too little fill or uneven costs."""
+    if strategy.is_tight:
         return best_fill >= GOOD_FILL
-    if way.lead:
+    if strategy.cost_priority:
         return stream.costs is None or best_fill < GOOD_FILL
     return stream.target(num_steps, True) == stream.target(num_steps, False)
 
 
-def _window_steps(stream: Stream, way: Way) -> int:
+def _window_steps(stream: Stream, strategy: Strategy) -> int:
     """Whole steps of a window, and those that are left after it where they are too few for another."""
-    wanted, left = -(-way.num_bins // stream.rules.bins_per_step), stream.num_steps()
+    wanted, left = -(-strategy.num_bins // stream.limits.bins_per_step), stream.num_steps()
     return left if 2 * left <= 3 * wanted else wanted
 
 
-def _pack_window(stream: Stream, num_steps: int, way: Way) -> Window:
+def _pack_window(stream: Stream, num_steps: int, strategy: Strategy) -> Window:
     """The stream's next sequences in `num_steps` steps.
 
     Tight bins take the longest: were much left over again and again, the epoch would be sorted by length. So less is
     offered until nearly all of it finds a place.
     """
-    target = stream.target(num_steps, way.is_generous)
+    target = stream.target(num_steps, strategy.is_generous)
     offered = stream.num_tokens if num_steps >= stream.num_steps() else target
-    window = _pack_tokens(stream, num_steps, way, offered)
-    for _ in range(MOST_OFFERS if way.is_tight else 0):
+    window = _pack_tokens(stream, num_steps, strategy, offered)
+    for _ in range(MOST_OFFERS if strategy.is_tight else 0):
         if window.num_tokens >= MOSTLY_PLACED * offered:
             break
         offered = window.num_tokens
-        window = _pack_tokens(stream, num_steps, way, offered)
-    if not way.is_tight and window.num_tokens < MOSTLY_PLACED * offered:
-        return window  # no tight way is worse
+        window = _pack_tokens(stream, num_steps, strategy, offered)
+    if not strategy.is_tight and window.num_tokens < MOSTLY_PLACED * offered:
+        return window  # no tight strategy is worse
     return replace(window, fill=_fill(stream, num_steps, target, window.num_tokens))
 
 
-def _pack_tokens(stream: Stream, num_steps: int, way: Way, offered: int) -> Window:
+def _pack_tokens(stream: Stream, num_steps: int, strategy: Strategy, offered: int) -> Window:
     """The stream's next `offered` tokens in `num_steps` steps."""
-    rules, num_bins = stream.rules, num_steps * stream.rules.bins_per_step
-    seen, num_own = stream.own_and_pool(num_steps, offered)
+    limits, num_bins = stream.limits, num_steps * stream.limits.bins_per_step
+    seen, num_own = stream.take_candidates(num_steps, offered)
     lengths = stream.lengths[seen].astype(np.int32)
     own = lengths[:num_own]
     extra, slope = _extra_costs(stream, seen, lengths, num_own, num_bins)
-    bin_of = np.full(len(seen), NOWHERE, np.int32)
+    bin_of = np.full(len(seen), UNASSIGNED, np.int32)
     longest_first = _longest_first(own)
-    if way.is_tight:
-        bin_of[:num_own] = pack_tightly(own, longest_first, num_bins, rules.budget, rules.limit)
+    if strategy.is_tight:
+        bin_of[:num_own] = first_fit_decreasing(own, longest_first, num_bins, limits.budget, limits.max_sequences)
     else:
-        lead = way.lead / slope if slope else 0.0
-        bin_of[:num_own] = deal_evenly(own, extra[:num_own], longest_first, num_bins, rules.limit, lead)
-    slack = min(max(rules.budget - int(own.sum(dtype=np.int64)) / num_bins, 1.0), MOST_SLACK * rules.budget)
-    members, counts = even_out(lengths, extra, bin_of, num_bins, rules.budget, rules.limit, slope, slack, way.is_tight)
+        cost_priority = strategy.cost_priority / slope if slope else 0.0
+        bin_of[:num_own] = assign_balanced(
+            own, extra[:num_own], longest_first, num_bins, limits.max_sequences, cost_priority
+        )
+    slack = min(max(limits.budget - int(own.sum(dtype=np.int64)) / num_bins, 1.0), MOST_SLACK * limits.budget)
+    members, counts = rebalance(
+        lengths, extra, bin_of, num_bins, limits.budget, limits.max_sequences, slope, slack, strategy.is_tight
+    )
     members = members.astype(np.int64)
     worst_cost = _worst_cost(extra[members] + slope * lengths[members], counts)
     return Window(seen, members, counts, int(lengths[members].sum(dtype=np.int64)), worst_cost)

@@ -11,7 +11,7 @@ from ochat.data.loader import Loader
 from ochat.data.prepare import prepare
 from ochat.errors import ConfigError, DataError
 from ochat.packing import multipack
-from ochat.packing.plans import Plans
+from ochat.packing.multipack import EpochPlanCache
 from tests.tiny_text import conversations, write_base, write_lines
 
 
@@ -208,7 +208,7 @@ def test_a_plan_is_made_once_and_what_it_raises_reaches_who_asks():
         wanted.append(epoch)
         return 1 // epoch
 
-    plans = Plans(make)
+    plans = EpochPlanCache(make)
     plans.start(1)
     threads = [threading.Thread(target=plans, args=(1,)) for _ in range(3)]
     for thread in threads:

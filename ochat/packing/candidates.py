@@ -1,7 +1,7 @@
-"""What is left of an epoch's shuffled order, and the windows that are taken from its head.
+"""What is left of an epoch's shuffled order, and the candidates for the next window.
 
-A window looks at the next sequences; those that it could not place go back to the head, in the stream's order. So what
-a window holds is a random sample of the epoch.
+A window looks at the next sequences; those that it cannot place go back to the head, in the stream's order. So a window
+holds a random sample of the epoch.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SPARE_STEPS = 1.5e-3  # share of an epoch's steps that a generous window may ass
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a bin and a step may hold; `limit` is the most sequences in a bin."""
+class BinLimits:
+    """What a bin and a step may hold; `max_sequences` is the most in a bin."""
 
     budget: int
     bins_per_step: int
-    limit: int
+    max_sequences: int
 
     @property
     def step_room(self) -> int:
@@ -33,7 +33,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Window:
-    """Bins side by side; the stream stays as it is until `Stream.take`."""
+    """Packed bins; the stream is unchanged until `Stream.take`."""
 
     seen: NDArray  # the sequences at the stream's head that were looked at
     members: NDArray[np.int64]  # places in `seen`, bin by bin
@@ -43,7 +43,7 @@ class Window:
     fill: float = 0.0  # tokens over those that it was meant to hold; 1 if it holds all the rest
 
     @property
-    def merit(self) -> tuple[float, float]:
+    def score(self) -> tuple[float, float]:
         """The larger, the better: fill before costs, where the fill is not good already."""
         return min(self.fill, GOOD_FILL), -max(self.worst_cost, GOOD_COST)
 
@@ -51,8 +51,8 @@ class Window:
 class Stream:
     """What is left of the epoch: `order[head:]`; before `head` are the bins' sequences."""
 
-    def __init__(self, order: NDArray, lengths: NDArray, costs: NDArray | None, rules: Rules) -> None:
-        self.order, self.lengths, self.costs, self.rules = order, lengths, costs, rules
+    def __init__(self, order: NDArray, lengths: NDArray, costs: NDArray | None, limits: BinLimits) -> None:
+        self.order, self.lengths, self.costs, self.limits = order, lengths, costs, limits
         self.head = 0
         self.num_tokens = int(lengths.sum(dtype=np.int64))
         self.steps_allowed = self.num_steps() + int(SPARE_STEPS * self.num_steps())
@@ -66,18 +66,20 @@ class Stream:
 
     def num_steps(self) -> int:
         """The fewest steps that may hold the rest."""
-        rules = self.rules
-        return max(-(-self.num_tokens // rules.step_room), -(-len(self) // (rules.bins_per_step * rules.limit)))
+        limits = self.limits
+        return max(
+            -(-self.num_tokens // limits.step_room), -(-len(self) // (limits.bins_per_step * limits.max_sequences))
+        )
 
     def target(self, num_steps: int, is_generous: bool) -> int:
         """Tokens that the next `num_steps` steps should hold: full but for a slack, if the steps left can afford it."""
         steps_left = max(self.num_steps(), self.steps_allowed if is_generous else 0)
-        free = 1 - self.num_tokens / (steps_left * self.rules.step_room)
-        return int(num_steps * self.rules.step_room * (1 - min(max(free, LEAST_SLACK), MOST_SLACK)))
+        free = 1 - self.num_tokens / (steps_left * self.limits.step_room)
+        return int(num_steps * self.limits.step_room * (1 - min(max(free, LEAST_SLACK), MOST_SLACK)))
 
-    def own_and_pool(self, num_steps: int, offered: int) -> tuple[NDArray, int]:
-        """The next sequences of together `offered` tokens, then the pool behind them; and the number of the former."""
-        most = num_steps * self.rules.bins_per_step * self.rules.limit
+    def take_candidates(self, num_steps: int, offered: int) -> tuple[NDArray, int]:
+        """The next sequences of together `offered` tokens, followed by the pool; and the number of the former."""
+        most = num_steps * self.limits.bins_per_step * self.limits.max_sequences
         num_own, total = self._prefix(offered, most)
         seen = self.next(num_own + POOL).copy()
         if num_own < most:
@@ -106,7 +108,7 @@ class Stream:
         self.next(len(window.seen))[:] = np.concatenate([members, window.seen[is_left]])
         self.head += len(members)
         self.num_tokens -= window.num_tokens
-        self.steps_allowed -= len(window.counts) // self.rules.bins_per_step
+        self.steps_allowed -= len(window.counts) // self.limits.bins_per_step
         return members
 
 

@@ -1,9 +1,9 @@
-"""The compiled loop of the packer that evens a window's bins by exchanging sequences two by two.
+"""The Numba kernel that balances a window's bins by exchanging pairs of sequences.
 
-    members, counts = even_out(lengths, extra, bin_of, num_bins, budget, limit, slope, slack, is_strict)
+    members, counts = rebalance(lengths, extra, bin_of, num_bins, budget, max_sequences, slope, slack, is_strict)
 
-Bins lie side by side as slots, each with a few empty ones: an empty slot is a sequence of no tokens and no cost, so
-that to move a sequence is to exchange it too. Called from Python only, as the loops of bins.py are.
+Bins are slots in one array, each with a few empty ones: an empty slot is a sequence of no tokens and no cost, so moving
+a sequence is an exchange too. Call it from Python only, like the kernels of bins.py.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ EMPTY = -1
 EFFORT = 600  # pairs of slots tried at most for each sequence of the window; most windows need a tenth
 LOOSE_PASSES = 4  # the first, which even costs and let tokens go, from an eighth of the budget on; the others hold both
 SPARE_SLOTS = 8
-PAIR_COST = 16  # what trying two bins costs besides, in pairs of slots
+PAIR_COST = 16  # fixed cost of trying two bins, in pairs of slots
 MOST_TRIED = 64  # slots of a bin that one exchange looks at
 OVER_WEIGHT = 4  # how much more a token counts in a bin that is over the budget
 
 
 @njit(cache=True, nogil=True)
-def _lay_out(lengths, extra, bin_of, num_bins, limit):
+def _lay_out(lengths, extra, bin_of, num_bins, max_sequences):
     """Slots (tokens, extra, sequence) of the bins, then of what is in none, with room there for every sequence."""
     counts = np.zeros(num_bins + 1, np.int64)
     for b in bin_of:
-        counts[b] += 1  # NOWHERE is the last
+        counts[b] += 1  # UNASSIGNED is the last
     starts = np.zeros(num_bins + 2, np.int64)
     for b in range(num_bins):
-        starts[b + 1] = starts[b] + min(counts[b] + SPARE_SLOTS, limit)
+        starts[b + 1] = starts[b] + min(counts[b] + SPARE_SLOTS, max_sequences)
     starts[num_bins + 1] = starts[num_bins] + len(lengths) + 1
     tokens = np.zeros(starts[-1], np.float32)
     extras = np.zeros(starts[-1], np.float32)
@@ -84,7 +84,7 @@ def _swap_slots(tokens, extras, sequence, a, b):
 
 @njit(cache=True, nogil=True)
 def _exchange(starts, counts, tokens, extras, sequence, bin_a, a, bin_b, b):
-    """Swap slot `a` of one bin with `b` of another; a bin's empty slots stay behind its sequences."""
+    """Swap slot `a` of one bin with `b` of another; a bin's empty slots stay after its sequences."""
     if sequence[a] == EMPTY:
         bin_a, a, bin_b, b = bin_b, b, bin_a, a
     _swap_slots(tokens, extras, sequence, a, b)
@@ -95,7 +95,7 @@ def _exchange(starts, counts, tokens, extras, sequence, bin_a, a, bin_b, b):
 
 
 @njit(cache=True, nogil=True)
-def _put_back(starts, counts, tokens, extras, sequence, bin_tokens, b, budget):
+def _enforce_budget(starts, counts, tokens, extras, sequence, bin_tokens, b, budget):
     """Exchange with what is in no bin, or drop there, so that the bin keeps the most that is within its budget."""
     outside = len(counts) - 1
     longest = 0.0
@@ -118,15 +118,15 @@ def _put_back(starts, counts, tokens, extras, sequence, bin_tokens, b, budget):
 
 
 @njit(cache=True, nogil=True)
-def even_out(lengths, extra, bin_of, num_bins, budget, limit, slope, slack, is_strict):
+def rebalance(lengths, extra, bin_of, num_bins, budget, max_sequences, slope, slack, is_strict):
     """Exchange between bins until none is over `budget` and none costs more than the mean by more than 1.
 
     `extra` (n,) float32: cost beyond slope * length, in units of the difference between bins that is let pass; `slack`:
     likewise, in tokens. `is_strict`: bins are within the budget already, so tokens are not let go at first. Sequences
-    of no bin (NOWHERE) are exchanged only to bring a bin within its budget at the end. Returns the bins' sequences side
-    by side, int32, and the bins' numbers of them, int64. Work: at most EFFORT pairs of slots for each sequence.
+    of no bin (UNASSIGNED) are exchanged only to bring a bin within its budget at the end. Returns the sequences bin by
+    bin, int32, and their number in each bin, int64. Work: at most EFFORT pairs of slots for each sequence.
     """
-    starts, counts, tokens, extras, sequence = _lay_out(lengths, extra, bin_of, num_bins, limit)
+    starts, counts, tokens, extras, sequence = _lay_out(lengths, extra, bin_of, num_bins, max_sequences)
     bin_tokens = np.zeros(num_bins)
     bin_extras = np.zeros(num_bins)
     for b in range(num_bins):
@@ -183,6 +183,6 @@ def even_out(lengths, extra, bin_of, num_bins, budget, limit, slope, slack, is_s
             break
 
     for b in range(num_bins):
-        _put_back(starts, counts, tokens, extras, sequence, bin_tokens, b, budget)
+        _enforce_budget(starts, counts, tokens, extras, sequence, bin_tokens, b, budget)
     members = sequence[: starts[num_bins]]
     return members[members != EMPTY], counts[:num_bins]
