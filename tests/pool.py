@@ -42,9 +42,11 @@ def run(processes: int, function: str, *arguments: str, check: bool = True) -> s
             environment = {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
             files = [f"{folder}/{name}{rank}" for name in ("out", "err")]
             job = {"environment": environment, "function": function, "arguments": arguments, "files": files}
+            assert worker.stdin
             worker.stdin.write(json.dumps(job) + "\n")
             worker.stdin.flush()
         for worker in workers:
+            assert worker.stdout
             line = worker.stdout.readline()
             codes.append(int(line) if line else worker.wait())
         printed = ["".join(Path(f"{folder}/{n}{r}").read_text() for r in range(processes)) for n in ("out", "err")]
@@ -84,7 +86,8 @@ def _start() -> subprocess.Popen:
 @atexit.register
 def _close() -> None:
     for worker in _workers:
-        worker.stdin.close()  # its loop ends
+        if worker.stdin:
+            worker.stdin.close()  # its loop ends
     for worker in _workers:
         worker.wait()
 
@@ -110,7 +113,8 @@ def _work() -> None:
 
 
 def _call(function: str, arguments: list[str]) -> int:
-    from ochat.errors import OchatError, complain
+    from ochat.console import complain
+    from ochat.errors import OchatError
 
     module, name = function.split(":")
     try:
