@@ -8,8 +8,8 @@ with its class in the prefixes if the model has classes. This is the paper's fig
 than it seems to: a prefix can tell the class to any model. In the small ablation study (250 conversations of each
 class) the classes of an untrained model are further apart (silhouette 0.48, probe accuracy 100 %) than those of C-RLFT
 (0.12, 100 %), and leaving the prefixes' own tokens out of the mean does not change that (0.34 and 99.6 %, 0.01 and
-75 %). So compare a model with its base and with one without classes, and read the numbers that are always given too: of all
-conversations under one prefix, where only the answers differ, and of the answers' words, which need no model.
+75 %). So compare a model with its base and with one without classes, and read the numbers that are always given too: of
+all conversations under one prefix, where only the answers differ, and of the answers' words, which need no model.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def represent(options: RepresentOptions) -> dict[str, Any]:
             measure(partial(opened, each.source), each, drawn, one_prefix, tokenizer, **how) for each in compared
         ],
     }
-    figure.write_figures(options.output, record, drawn)
+    figure.write_figures(options.output, record, drawn.labels)
     if options.numbers:
         atomic.write_json(options.numbers, record)
     return record

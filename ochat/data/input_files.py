@@ -6,11 +6,15 @@ files = find(["a.jsonl", "chats/"]); files.paths, files.skipped
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from ochat.data import records
+from ochat.data.records import Record
 from ochat.errors import DataError
+
+T = TypeVar("T")
 
 TEXTS = (".jsonl", ".ndjson", ".json")
 ENDINGS = (*TEXTS, *(text + packed for text in TEXTS for packed in (".gz", ".xz", ".zst")), ".parquet")
@@ -35,6 +39,21 @@ def find(inputs: Sequence[str | Path]) -> InputFiles:
         else:
             found.paths.append(path)
     return found
+
+
+def parse_records(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[Record, T]]:
+    """The records of a file, or of all files in a folder, each with what `parse` makes of it.
+
+    Raises: DataError naming file and line, also for one that `parse` raises.
+    """
+    for file in find([path]).paths:
+        for record in records.read(file):
+            value = record.value()
+            try:
+                parsed = parse(value)
+            except DataError as error:
+                raise DataError(f"{record.place}: {error}") from None
+            yield record, parsed
 
 
 def _add_folder(folder: Path, found: InputFiles) -> None:

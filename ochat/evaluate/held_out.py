@@ -17,12 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.data import input_files, records
 from ochat.data.batch import Example
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import num_supervised, own_weight
+from ochat.data.input_files import parse_records
 from ochat.data.manifest import MANIFEST
-from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 from ochat.text import record_formats
 from ochat.text.conversation import Conversation
@@ -135,7 +134,11 @@ def read_held_out(path: Path, template: Template, tokenizer: Tokenizer) -> list[
 
     Raises: DataError naming file and line of a record that is none, and where nothing is supervised.
     """
-    each = _of_dataset(TokenDataset(path)) if is_prepared(path) else _of_files(path, template, tokenizer)
+    if is_prepared(path):
+        each = _of_dataset(TokenDataset(path))
+    else:
+        parsed = parse_records(path, lambda value: HeldOut.of(record_formats.convert(value), template, tokenizer))
+        each = (held_out for _, held_out in parsed)
     found = [held_out for held_out in each if num_supervised(held_out.spans)]
     if not found:
         raise DataError(f"{path}: no conversation there has anything supervised: there is nothing to measure")
@@ -158,24 +161,9 @@ def select(conversations: Sequence[HeldOut], only_class: str | None, limit: int 
     return taken
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The records of a file, or of all files in a folder. Raises: DataError where there is none."""
-    for file in input_files.find([path]).paths:
-        yield from records.read(file)
-
-
 def _of_dataset(dataset: TokenDataset) -> Iterator[HeldOut]:
     for index, example in enumerate(dataset):
         yield HeldOut(example.input_ids, dataset.spans(index), example.condition)
-
-
-def _of_files(path: Path, template: Template, tokenizer: Tokenizer) -> Iterator[HeldOut]:
-    for record in read_records(path):
-        value = record.value()
-        try:
-            yield HeldOut.of(record_formats.convert(value), template, tokenizer)
-        except DataError as error:
-            raise DataError(f"{record.place}: {error}") from None
 
 
 def _turns(template: Template) -> Template:

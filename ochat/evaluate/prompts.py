@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ochat.console import bar
+from ochat.data.input_files import parse_records
 from ochat.errors import ConfigError, DataError
-from ochat.evaluate.held_out import read_records
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer
 from ochat.text import record_formats
@@ -42,15 +42,11 @@ class Prompt:
 
 def read_prompts(path: Path, conditions: Sequence[str]) -> list[Prompt]:
     """Every prompt under every condition. Raises: DataError naming file and line of a record without a prompt."""
-    asked = []
-    for record in read_records(path):
-        value = record.value()
-        try:
-            conversation = _unanswered(value)
-        except DataError as error:
-            raise DataError(f"{record.place}: {error}") from None
-        asked += [Prompt(record.place, replace(conversation, condition=condition)) for condition in conditions]
-    return asked
+    return [
+        Prompt(record.place, replace(conversation, condition=condition))
+        for record, conversation in parse_records(path, _unanswered)
+        for condition in conditions
+    ]
 
 
 def encode(asked: Sequence[Prompt], template: Template, tokenizer: Tokenizer, context: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ochat.data import records
+from ochat.data.input_files import parse_records
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import text_field
 
@@ -48,43 +48,29 @@ def read_questions(
     if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
         raise ConfigError(f"--temperature {temperature}: 0 or more is needed")
     found: dict[str, Question] = {}
-    for record in records.read(path):
+    for record, (key, turns, own) in parse_records(path, _of_alpaca if form == "alpaca_eval" else _of_fastchat):
         if len(found) == limit:
             break
-        value = record.value()
-        try:
-            if form == "alpaca_eval":
-                key, turns, own = str(record.number), _instruction(value), 0.0
-            else:
-                key, turns, own = _question_id(value), _turns(value), _temperature(value)
-            if key in found:
-                raise DataError(f"question_id {key} occurs twice; give each question its own")
-        except DataError as error:
-            raise DataError(f"{record.place}: {error}") from None
-        found[key] = Question(key, record.place, turns, own if temperature is None else temperature, value)
+        key = str(record.number) if key is None else key
+        if key in found:
+            raise DataError(f"{record.place}: question_id {key} occurs twice; give each question its own")
+        given = own if temperature is None else temperature
+        found[key] = Question(key, record.place, turns, given, record.value())
     return list(found.values())
 
 
-def _instruction(value: dict[str, Any]) -> tuple[str, ...]:
-    return (text_field(value, "instruction", "instruction", required=True),)
+def _of_alpaca(value: dict[str, Any]) -> tuple[str | None, tuple[str, ...], float]:
+    """(key, turns, temperature) of a record; None: the record's number is its key."""
+    return None, (text_field(value, "instruction", "instruction", required=True),), 0.0
 
 
-def _turns(value: dict[str, Any]) -> tuple[str, ...]:
-    turns = value.get("turns")
+def _of_fastchat(value: dict[str, Any]) -> tuple[str | None, tuple[str, ...], float]:
+    turns, key = value.get("turns"), value.get("question_id")
     if not (isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)):
         raise DataError("turns: expected a list of texts, at least one")
-    return tuple(turns)
-
-
-def _question_id(value: dict[str, Any]) -> str:
-    key = value.get("question_id")
     if not isinstance(key, int | str) or isinstance(key, bool):
         raise DataError("question_id: expected a number or a text")
-    return str(key)
-
-
-def _temperature(value: dict[str, Any]) -> float:
     given = value.get("required_temperature", TEMPERATURES.get(str(value.get("category")), 0.7))
     if not isinstance(given, int | float) or not 0 <= given <= 100:
         raise DataError(f"required_temperature: expected a number from 0, got {given!r}")
-    return float(given)
+    return str(key), tuple(turns), float(given)

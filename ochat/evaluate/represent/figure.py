@@ -1,6 +1,6 @@
 """Draw the map: a column for each model, PCA above UMAP, a colour and a marker for each class.
 
-    write_figures([Path("map.svg")], record, sample)
+    write_figures([Path("map.svg")], record, sample.labels)
 
 matplotlib without pyplot: no window, no state. Classes differ in brightness and in marker too, so that the figure reads
 without colour.
@@ -9,7 +9,6 @@ without colour.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,74 +16,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat.evaluate.represent import table
-from ochat.evaluate.represent.sample import Sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = (
-    "#0072B2",
-    "#E69F00",
-    "#000000",
-    "#CC79A7",
-    "#009E73",
-    "#D55E00",
-)  # Okabe and Ito's, alternating dark and light
+# Okabe and Ito's colours, alternating dark and light
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00")
 MARKERS = ("o", "^", "x", "s", "D", "v", "P")
 COLUMN_INCHES, ROW_INCHES, DPI = 3.9, 3.5, 110
 SLICES = 20  # classes take turns in being drawn: none lies on top of all others
 
 
-@dataclass(frozen=True, eq=False)
-class Panel:
-    """One model's column."""
-
-    label: str
-    caption: str  # its numbers
-    pca: NDArray[np.float32]  # (n, 2)
-    explained: Sequence[float]  # shares of the variance, of two axes
-    umap: NDArray[np.float32]  # (n, 2)
-    labels: NDArray[np.int64]  # (n,) places in the classes
-
-
-def write_figures(paths: Sequence[Path], record: dict[str, Any], sample: Sample) -> None:
-    """Draw the record's map into each of the files."""
-    panels = [
-        Panel(
-            row["label"],
-            table.caption(record, row),
-            np.array(row["points"]["pca"]),
-            row["views"][record["view"]]["pca_explained"],
-            np.array(row["points"]["umap"]),
-            sample.labels,
-        )
-        for row in record["models"]
-    ]
+def write_figures(paths: Sequence[Path], record: dict[str, Any], labels: NDArray[np.int64]) -> None:
+    """Draw the record's map into each of the files. `labels`: (n,) places in the record's classes."""
     for path in paths:  # drawn again for each: a second layout of the same figure moves a little
-        write(path, draw(panels, sample.classes, table.title(record)))
+        write(path, draw(record, labels))
 
 
-def draw(panels: Sequence[Panel], classes: Sequence[str], title: str) -> Figure:
-    """The figure of all models, side by side."""
+def draw(record: dict[str, Any], labels: NDArray[np.int64]) -> Figure:
+    """The figure of all models, one column each."""
     from matplotlib.figure import Figure
 
-    size = (COLUMN_INCHES * len(panels), 2 * ROW_INCHES + 1)
+    rows, classes = record["models"], record["sample"]["classes"]
+    captions = [table.caption(record, row) for row in rows]
+    size = (COLUMN_INCHES * len(rows), 2 * ROW_INCHES + 1)
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
-    axes = figure.subplots(2, len(panels), squeeze=False)
-    most_lines = max(panel.caption.count("\n") for panel in panels) + 1
-    for (above, below), panel in zip(axes.T, panels, strict=True):
-        _scatter(above, panel.pca, panel.labels, classes)
-        _scatter(below, panel.umap, panel.labels, classes)
-        above.set_title(_plain(panel.label), fontweight="bold", pad=8 + 12 * most_lines)
+    axes = figure.subplots(2, len(rows), squeeze=False)
+    most_lines = max(caption.count("\n") for caption in captions) + 1
+    for (above, below), row, caption in zip(axes.T, rows, captions, strict=True):
+        _scatter(above, np.array(row["points"]["pca"]), labels, classes)
+        _scatter(below, np.array(row["points"]["umap"]), labels, classes)
+        above.set_title(_plain(row["label"]), fontweight="bold", pad=8 + 12 * most_lines)
         below_title = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "bottom"}
-        above.annotate(_plain(panel.caption), (0.5, 1), (0, 4), fontsize=8, **below_title)
-        shares = [f"PCA {axis} ({share:.0%} of the variance)" for axis, share in enumerate(panel.explained, 1)]
+        above.annotate(_plain(caption), (0.5, 1), (0, 4), fontsize=8, **below_title)
+        explained = enumerate(row["views"][record["view"]]["pca_explained"], 1)
+        shares = [f"PCA {axis} ({share:.0%} of the variance)" for axis, share in explained]
         above.set(xlabel=shares[0], ylabel=shares[1])
         below.set(xlabel="UMAP 1", ylabel="UMAP 2")
     handles, names = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(classes), 3), markerscale=2, frameon=False)
-    figure.suptitle(_plain(title), fontsize=10)
+    figure.suptitle(_plain(table.title(record)), fontsize=10)
     return figure
 
 
