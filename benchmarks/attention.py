@@ -74,8 +74,10 @@ def documents(case: Case, device: torch.device) -> Documents:
     """As the loader lays them out: empty documents at the end, max_seqlen a power of two."""
     real, total = lengths_of(case), case.num_tokens
     most = batch.most_documents(np.array([len(real)]), np.array([total]), total)
-    lengths, max_seqlen = batch.documents(real, total, most)
-    return Documents(torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=device), max_seqlen, lengths)
+    ids, weights, classes = np.zeros(total, np.int64), np.zeros(total, np.float32), np.zeros(len(real), np.int64)
+    places = {"pad_to": total, "num_documents": most}
+    packed = batch.assemble(ids, weights, np.array(real), classes, tuple(range(len(real))), **places)
+    return Documents(packed.cu_seqlens.to(device), packed.max_seqlen, list(packed.lengths))
 
 
 def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
@@ -91,10 +93,10 @@ def definition(problem: Problem) -> list[Tensor]:
     where, window = problem.arguments["documents"], problem.arguments["window"]
     inputs = [problem.arguments[name] for name in "qkv"]
     parts = [x.detach().chunk(inputs[1].shape[1], dim=1) for x in (*inputs, *problem.upstream)]
-    attend = PackedAttention(*where[:2], "sdpa", where.lengths)
+    attend = PackedAttention(where.cu_seqlens, where.max_seqlen, "sdpa", where.lengths)
     found = []
     for q, k, v, upstream in zip(*parts, strict=True):
-        wide = [x.float().requires_grad_() for x in (q, k, v)]
-        out = attend(0, *wide, window)
-        found.append([out.detach(), *torch.autograd.grad(out, wide, upstream.float())])
+        q, k, v = (x.float().requires_grad_() for x in (q, k, v))
+        out = attend(0, q, k, v, window)
+        found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.float())])
     return [torch.cat(heads, dim=1) for heads in zip(*found, strict=True)]

@@ -93,7 +93,7 @@ def write_bytes_tokenizer(folder: Path, *special: str) -> None:
 
 
 def digest(array: Any, dtype: str) -> str:
-    return hashlib.sha256(np.ascontiguousarray(array, dtype)).hexdigest()[:16]
+    return hashlib.sha256(np.ascontiguousarray(array, dtype).tobytes()).hexdigest()[:16]
 
 
 if __name__ == "__main__":

@@ -101,17 +101,14 @@ def _environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def finish(out: Path) -> None:
-    """Tables of what was measured."""
-    if (out / "train_step.csv").exists():
-        with (out / "steps.txt").open("w", encoding="utf-8") as file:
-            report.write_steps(csv_file.read(out / "train_step.csv"), file)
-        print((out / "steps.txt").read_text("utf-8"))
-    if not (out / "ops.csv").exists():
-        print("no times were measured")
-        return
-    rows = csv_file.read(out / "ops.csv")
-    report.write_file(rows, out / "report.txt")
-    report.show(rows)
+    """Tables of what was measured, on the screen and in files."""
+    for name, table, write in (("train_step", "steps.txt", report.write_steps), ("ops", "report.txt", report.write)):
+        if not (out / f"{name}.csv").exists():
+            print(f"no times in {name}.csv")
+            continue
+        with (out / table).open("w", encoding="utf-8") as file:
+            write(csv_file.read(out / f"{name}.csv"), file)
+        print((out / table).read_text("utf-8"))
 
 
 def main() -> int:

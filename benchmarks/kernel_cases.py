@@ -122,17 +122,11 @@ def adamw_cases() -> None:
     fp32, bf16 = torch.float32, torch.bfloat16
     for dtype, grad, state in product((fp32, bf16), repeat=3):
         for grad_scale in (None, empty(dtype=fp32)):
-            lists = [[empty(size, dtype=kind) for size in (4096, 1031)] for kind in (dtype, grad, state, state)]
-            numbers = {
-                "lr": 1e-4,
-                "beta_1": 0.9,
-                "beta_2": 0.95,
-                "eps": 1e-8,
-                "weight_decay": 0.1,
-                "step": 1,
-                "seed": 0,
-            }
-            adamw.adamw_step(*lists, grad_scale, grad_scale, **numbers, ids=[0, 1], offsets=[0, 0])
+            kinds = (dtype, grad, state, state)
+            params, grads, *moments = ([empty(size, dtype=kind) for size in (4096, 1031)] for kind in kinds)
+            numbers = {"lr": 1e-4, "beta_1": 0.9, "beta_2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
+            numbers |= {"seed": 0, "ids": [0, 1], "offsets": [0, 0]}
+            adamw.adamw_step(params, grads, moments[0], moments[1], grad_scale, grad_scale, **numbers)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -26,8 +26,9 @@ def case_of(row: Row) -> str:
     return " ".join(filter(None, [*parts, f"window {row['window']}" if row["window"] else ""]))
 
 
-def write(rows: list[Row], console: Console) -> None:
+def write(rows: list[Row], file: TextIO = sys.stdout) -> None:
     """One table per operator, then what did not run and why, then the fastest attention."""
+    console = Console(file=file, width=None if file.isatty() else PLAIN_WIDTH)
     if not rows:
         console.print("nothing was measured")
         return
@@ -108,7 +109,7 @@ def _is_baseline(row: Row) -> bool:
     return row["implementation"] == row["baseline"]
 
 
-def write_steps(rows: list[Row], file: TextIO) -> None:
+def write_steps(rows: list[Row], file: TextIO = sys.stdout) -> None:
     """Who trains how fast, case by case; the reason where there is no number."""
     console = Console(file=file, width=PLAIN_WIDTH)
     names = ("device", "cpu", "cores", "torch", "transformers", "driver", "commit", "date")
@@ -136,19 +137,6 @@ def write_steps(rows: list[Row], file: TextIO) -> None:
         console.print(f"not measured: {model} {name}: {note}", markup=False)
 
 
-def show(rows: list[Row]) -> None:
-    """On the screen, or wide into a pipe."""
-    write(rows, Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH))
-
-
-def write_file(rows: list[Row], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        write(rows, Console(file=file, width=PLAIN_WIDTH))
-
-
 if __name__ == "__main__":
     found = read(Path(sys.argv[1]))
-    if found and "operator" in found[0]:
-        show(found)
-    else:
-        write_steps(found, sys.stdout)
+    (write if found and "operator" in found[0] else write_steps)(found)

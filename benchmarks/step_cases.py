@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,14 @@ QUICK = {
 
 def scaling(*, quick: bool) -> list[list[Case]]:
     """How our step grows: the cases of each axis, which change one thing. Quick: two of each, on the tiny model."""
-    middle = {"model": "tiny", "token_budget": 512, "longest": 128} if quick else {
-        "model": "small", "token_budget": 4096, "longest": 256}  # fmt: skip
-    common = {"bins_per_step": 1, "lengths": "equal"} | middle
-    quarter = common | {"token_budget": middle["token_budget"] // 4, "bins_per_step": 4}
+    middle = Case("tiny", 512, 1, longest=128) if quick else Case("small", 4096, 1, longest=256)
+    middle = replace(middle, lengths="equal")
+    quarter = replace(middle, token_budget=middle.token_budget // 4, bins_per_step=4)
     every = [
-        [Case(**common | {"token_budget": T}) for T in (512, 1024, 2048, 4096, 8192)],
-        [Case(**common | {"longest": n}) for n in (SHORTEST, 256, 1024, 4096)],
-        [Case(**common | {"supervised": share}) for share in (0.1, 0.3, 0.5, 0.7, 0.9)],
-        [Case(**quarter | {"processes": n}) for n in (1, 2, 4)],
+        [replace(middle, token_budget=T) for T in (512, 1024, 2048, 4096, 8192)],
+        [replace(middle, longest=n) for n in (SHORTEST, 256, 1024, 4096)],
+        [replace(middle, supervised=share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)],
+        [replace(quarter, processes=n) for n in (1, 2, 4)],
     ]
     return [cases[:2] for cases in every] if quick else every
 

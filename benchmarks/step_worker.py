@@ -101,9 +101,7 @@ def environment(spec: dict[str, Any], rank: int, processes: int, port: int) -> d
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     known = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": spec["threads"]} | ranks
-    allocator = {
-        processes_module.ALLOCATOR[0]: "expandable_segments:True"
-    }  # what ours sets for itself, its peers have too
+    allocator = {processes_module.ALLOCATOR[0]: "expandable_segments:True"}  # ours sets it; so do its peers
     return allocator | os.environ | {name: str(value) for name, value in known.items()}
 
 
