@@ -26,12 +26,11 @@ from ochat.plan.lengths import LengthCounts
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from ochat.data.dataset import TokenDataset
-    from ochat.data.loader import Loader
+    from ochat.data.loader import Loader, LoaderStats
     from ochat.model.config import ModelConfig
     from ochat.plan.forecast import PlanInputs
-    from ochat.plan.roofline import Workload
 
-    Planned = tuple[dict[str, str], Workload, int]  # facts, workload, number of steps
+    Measured = tuple[dict[str, str], LengthCounts, LoaderStats, float]  # facts, what is trained on, FLOPs of an epoch
 
 SCHEMA = Config
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
@@ -67,54 +66,53 @@ class PlanOptions:
 def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     """Print the plan of a training command line. Raises: OchatError."""
     from ochat.model.config import ModelConfig
+    from ochat.plan import run_facts
     from ochat.plan.forecast import PlanInputs
+    from ochat.plan.roofline import Workload
+    from ochat.train import schedule
 
     _check(options)
     instead = [f"--data.path={options.lengths}", "--data.mix={}"] if options.lengths else []
     config, console = configuration.load(options.config, [*overrides, *instead]), Console(highlight=False)
     model = ModelConfig.load(config.base.path)
     notes = check_base(config.base.path, model)
-    planned = plan_lengths if options.lengths else plan_data
-    described, workload, num_steps = planned(config, model, options, notes, console)
-    console.print(facts(f"plan of {config.run.dir}", described))
+    measure = measure_lengths if options.lengths else measure_data
+    described, counts, stats, flops = measure(config, model, options, notes, console)
+    rate = schedule.choose_lr(
+        config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
+        vocab_size=model.vocab_size, lora=config.lora.rank > 0,
+    )  # fmt: skip
+    steps = run_facts.describe_steps(stats, config.data, flops, rate.reason)
+    console.print(facts(f"plan of {config.run.dir}", described | steps))
     for note in notes:
         console.print(f"[yellow]note[/] {escape(note)}")
+    workload = Workload(counts, stats.num_supervised / counts.num_tokens, stats.fill, stats.imbalance_mean)
     sections = config.data, config.train, config.optim, config.parallel, config.lora
-    show(PlanInputs(model, workload, num_steps, *sections), options, console)
+    show(PlanInputs(model, workload, stats.num_steps, *sections), options, console)
 
 
-def plan_data(config: Config, model: ModelConfig, _: object, notes: list[str], console: Console) -> Planned:
-    """Plan a run on its data set; extends `notes`."""
+def measure_data(config: Config, model: ModelConfig, _: PlanOptions, notes: list[str], console: Console) -> Measured:
+    """What a run takes from its data set. Prints the lengths; extends `notes`."""
     from ochat.plan import run_facts
-    from ochat.plan.roofline import Workload
-    from ochat.train import build, schedule
+    from ochat.train import build
 
     data = build.open_dataset(config)
     counts = LengthCounts.of(data.lengths)
     console.print(counts.text(), end="\n\n")
-    loader = open_checked(config, data, model)
-    stats = loader.stats()
-    reason = schedule.choose_lr(
-        config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
-        vocab_size=model.vocab_size, lora=config.lora.rank > 0,
-    ).reason  # fmt: skip
-    described = run_facts.describe(loader, model, config.data, weights_source=config.weights.source, lr_reason=reason)
     notes += run_facts.data_notes(data.prepared) + run_facts.context_notes(counts, model.max_position_embeddings)
+    loader = open_checked(config, data, model)
     counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
-    share = stats.num_supervised / max(counts.num_tokens, 1)
-    return described, Workload(counts, share, stats.fill, stats.imbalance_mean), stats.num_steps
+    described = run_facts.describe_data(loader, model, weights_source=config.weights.source)
+    return described, counts, loader.stats(), run_facts.epoch_flops(loader, model)
 
 
-def plan_lengths(
+def measure_lengths(
     config: Config, model: ModelConfig, options: PlanOptions, notes: list[str], console: Console
-) -> Planned:
-    """Plan a run on sequences of which only the lengths are known; extends `notes`."""
+) -> Measured:
+    """What a run takes from sequences of which only the lengths are known. Prints the lengths; extends `notes`."""
     from ochat.plan import run_facts
-    from ochat.plan.roofline import Workload
-    from ochat.train import schedule
 
-    data, share = config.data, options.supervised
-    lengths = length_files.read(options.lengths)
+    data, share, lengths = config.data, options.supervised, length_files.read(options.lengths)
     counts = LengthCounts.of(lengths)
     console.print(counts.text(), end="\n\n")
     notes += run_facts.budget_notes(counts, data.token_budget)
@@ -126,18 +124,12 @@ def plan_lengths(
             seed=config.run.seed, epochs=data.epochs, max_steps=data.max_steps,
         )  # fmt: skip
     counts = counts.cut(data.token_budget)
-    rate = schedule.choose_lr(
-        config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
-        vocab_size=model.vocab_size,
-    )  # fmt: skip
-    total = float(counts.counts @ flops[: len(counts.counts)].astype(float))
     described = {
         "model": run_facts.describe_model(model),
         "data": f"{stats.num_sequences:,} sequences of {options.lengths}, {stats.num_tokens:,} tokens",
         "supervised": f"{share:.0%} of the tokens: assumed (--supervised)",
-    } | run_facts.describe_steps(stats, data, total, rate.reason)
-    share = stats.num_supervised / max(counts.num_tokens, 1)
-    return described, Workload(counts, share, stats.fill, stats.imbalance_mean), stats.num_steps
+    }
+    return described, counts, stats, float(counts.counts @ flops[: len(counts.counts)].astype(float))
 
 
 def show(planned: PlanInputs, options: PlanOptions, console: Console) -> None:

@@ -18,9 +18,14 @@ LOW_FILL = " (low: the data fills few bins; lower data.bins_per_step or data.tok
 def describe(
     loader: Loader, model: ModelConfig, data: DataConfig, *, weights_source: str, lr_reason: str
 ) -> dict[str, str]:
-    """The facts of a run as name -> text; the trainer prints the same before its first step."""
+    """All facts of a run; `ochat plan` prints the same as the trainer before its first step."""
+    steps = describe_steps(loader.stats(), data, epoch_flops(loader, model), lr_reason)
+    return describe_data(loader, model, weights_source=weights_source) | steps
+
+
+def describe_data(loader: Loader, model: ModelConfig, *, weights_source: str) -> dict[str, str]:
+    """The facts of the model and the data."""
     dataset, stats = loader.dataset, loader.stats()
-    flops = model.flops_per_sequence(dataset.lengths, dataset.supervised)[loader.plan(0).indices].sum()
     return {
         "model": describe_model(model),
         "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, "
@@ -28,8 +33,13 @@ def describe(
         **describe_sets(loader),
         "classes": _describe_classes(dataset, weights_source),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
-        **describe_steps(stats, data, float(flops), lr_reason),
     }
+
+
+def epoch_flops(loader: Loader, model: ModelConfig) -> float:
+    """FLOPs of the first epoch."""
+    dataset = loader.dataset
+    return float(model.flops_per_sequence(dataset.lengths, dataset.supervised)[loader.plan(0).indices].sum())
 
 
 def describe_model(model: ModelConfig) -> str:
