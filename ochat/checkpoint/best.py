@@ -20,11 +20,11 @@ from ochat import config as configuration
 from ochat.config import Config
 from ochat.data.weights import class_weight
 from ochat.errors import CheckpointError, ConfigError, OchatError
-from ochat.export import serving
 from ochat.files import jsonl
 from ochat.files.jsonl import finite_number
 from ochat.run import layout
 from ochat.run.layout import MANIFEST
+from ochat.text.openchat_json import OPENCHAT
 
 ALL = "all"  # the weighted mean over all classes, where a class is named
 
@@ -160,7 +160,7 @@ def _weights(run_dir: Path) -> dict[str, float]:
 def _served(run_dir: Path) -> str | None:
     """The class that an exported model answers as unless another is asked for."""
     try:
-        described = json.loads((run_dir / layout.SERVING / serving.OPENCHAT).read_text(encoding="utf-8"))
+        described = json.loads((run_dir / layout.SERVING / OPENCHAT).read_text(encoding="utf-8"))
         served = described["template"]["default_condition"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

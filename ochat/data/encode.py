@@ -21,7 +21,7 @@ from ochat.data.store_writer import Sequences
 from ochat.data.weights import ROLES
 from ochat.errors import DataError
 from ochat.text import record_formats
-from ochat.text.conversation import Conversation, default_weight
+from ochat.text.conversation import Conversation
 from ochat.text.template import (
     Part,
     Span,
@@ -159,7 +159,7 @@ class Encoder:
 def trim(spans: list[Span]) -> list[Span]:
     """Without the trailing spans of weight 0."""
     end = len(spans)
-    while end and own_weight(spans[end - 1]) == 0:
+    while end and not spans[end - 1].is_supervised:
         end -= 1
     return spans[:end]
 
@@ -173,12 +173,7 @@ def cut(spans: list[Span], context: int) -> list[Span]:
 def num_supervised(spans: list[Span]) -> int:
     """Tokens that are somebody's label with a weight other than 0; a sequence's first token is nobody's."""
     begins = [1, *(span.end for span in spans)]
-    return sum(max(s.end - begin, 0) for s, begin in zip(spans, begins, strict=False) if own_weight(s) != 0)
-
-
-def own_weight(span: Span) -> float:
-    """The record's weight of a span, or its role's default."""
-    return default_weight(span.role) if span.weight is None else float(np.float32(span.weight))
+    return sum(max(s.end - begin, 0) for s, begin in zip(spans, begins, strict=False) if s.is_supervised)
 
 
 def _check_numbers(conversation: Conversation) -> None:

@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 
 from ochat.config import ClassConfig, WeightsConfig
 from ochat.errors import ConfigError
+from ochat.text.conversation import default_weight
 
 ROLES = ("bos", "system", "prefix", "user", "assistant")  # a shard's span_roles are places in this list
 ASSISTANT = ROLES.index("assistant")
+DEFAULT_WEIGHTS = np.array([default_weight(role) for role in ROLES], np.float32)
 
 
 def own_weights(own: NDArray[np.float32], roles: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The record's weights (n,), with the role's default where none is given (NaN)."""
-    return np.where(np.isnan(own), (roles == ASSISTANT).astype(np.float32), own).astype(np.float32)
+    return np.where(np.isnan(own), DEFAULT_WEIGHTS[roles], own).astype(np.float32)
 
 
 def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:

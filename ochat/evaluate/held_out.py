@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ochat.data.batch import Example
 from ochat.data.dataset import TokenDataset
-from ochat.data.encode import num_supervised, own_weight
+from ochat.data.encode import num_supervised
 from ochat.data.input_files import parse_records
 from ochat.data.manifest import MANIFEST
 from ochat.errors import ConfigError, DataError
@@ -71,7 +71,7 @@ class HeldOut:
                 ids = self.input_ids[begin : span.end]
             else:
                 ids = np.array(tokenizer.prefix_ids(template.role_prefix(role, condition)), np.int64)
-            pieces.append((ids, np.full(len(ids), own_weight(span), np.float32), np.full(len(ids), is_own)))
+            pieces.append((ids, np.full(len(ids), span.own_weight, np.float32), np.full(len(ids), is_own)))
         ids, weights, is_own = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
         return ids, weights, is_own
 

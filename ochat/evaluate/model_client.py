@@ -228,7 +228,7 @@ class LocalAnswerer:
         template = load_template(self.folder, name)
         template.check(self.tokenizer)
         if condition is not None:
-            template = templates.speaking_as(template, condition, self.tokenizer)
+            template = templates.with_default_condition(template, condition, self.tokenizer)
         warn_of_unknown_class(template.default_condition, read_description(self.folder).get("classes"))
         return template
 

@@ -26,6 +26,7 @@ from ochat.model import hf, peft
 from ochat.model.config import ModelConfig
 from ochat.run import layout
 from ochat.run.layout import MANIFEST
+from ochat.text.openchat_json import OPENCHAT
 
 
 def export(
@@ -76,10 +77,10 @@ def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) 
     check_weights(manifest)
     with atomic.staging_dir(output) as temporary:
         serving.copy(manifest.folder, temporary)
-        described = json.loads((manifest.folder / serving.OPENCHAT).read_text(encoding="utf-8"))
-        atomic.write_json(temporary / serving.OPENCHAT, described | {"step": manifest.step})
+        described = json.loads((manifest.folder / OPENCHAT).read_text(encoding="utf-8"))
+        atomic.write_json(temporary / OPENCHAT, described | {"step": manifest.step})
         if condition is not None:
-            serving.speak_as(temporary, condition)
+            serving.set_default_condition(temporary, condition)
         yield manifest, temporary
         checksums.write(temporary)
         shutil.rmtree(output, ignore_errors=True)
@@ -115,5 +116,5 @@ def _refuse_overwriting(output: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(f"{output}: exists; add --overwrite to replace it")
-    if not (output / serving.OPENCHAT).is_file():
+    if not (output / OPENCHAT).is_file():
         raise ConfigError(f"{output}: is not an exported model, and is left alone")

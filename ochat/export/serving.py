@@ -1,7 +1,7 @@
-"""What a server needs beside the weights: tokenizer, chat template, generation settings, openchat.json.
+"""What a server needs in addition to the weights: tokenizer, chat template, generation settings, openchat.json.
 
-They are written once, when a run starts, so that a tokenizer that cannot be exported stops it there; every checkpoint
-carries a copy and so stands on its own.
+They are written and checked when a run starts, so that a faulty export stops it there and not at its end; every
+checkpoint carries a copy, so that it can be exported without the base.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from ochat.files import atomic, bounded_json
 from ochat.text import chat_template
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
-from ochat.text.openchat_json import load_template, warn_of_unknown_class
+from ochat.text.openchat_json import OPENCHAT, load_template, warn_of_unknown_class
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
-
-OPENCHAT = "openchat.json"
 
 
 def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
     """Writes the files into an empty or missing `folder`, after checking that they give training's ids.
 
-    Raises: ConfigError for a tokenizer that has no exact export, CheckpointError where the ids would differ.
+    Raises: ConfigError where the tokenizer lacks one of the template's tokens, CheckpointError where ids would differ.
     """
     rendered = chat_template.render(template, tokenizer)
     tokenizer.save(folder, chat_template=rendered, eos_token=template.eot)
@@ -40,14 +38,14 @@ def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple
     atomic.write_json(folder / OPENCHAT, described)
 
 
-def speak_as(folder: Path, condition: str) -> None:
-    """Makes another class the one that is taken where none is named: by the chat template, and by `ochat generate`.
+def set_default_condition(folder: Path, condition: str) -> None:
+    """Makes `condition` the class that the chat template and `ochat generate` take where none is named.
 
     Raises: ConfigError where no prefix can carry it, CheckpointError where the ids would differ from training's.
     """
     described = bounded_json.read_object(folder / OPENCHAT, CheckpointError, "export the run again")
     tokenizer = tokenizers.load(folder)
-    template = templates.speaking_as(load_template(folder, None), condition, tokenizer)
+    template = templates.with_default_condition(load_template(folder, None), condition, tokenizer)
     warn_of_unknown_class(condition, described.get("classes"))
     config = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
     rendered = chat_template.render(template, tokenizer)

@@ -16,6 +16,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from ochat import overrides
 from ochat.errors import ConfigError
 from ochat.text.conversation import Conversation, Message, default_weight
@@ -32,6 +34,16 @@ class Span(NamedTuple):
     end: int
     role: str
     weight: float | None  # None: the record gives none
+
+    @property
+    def own_weight(self) -> float:
+        """The weight that the record gives, else the role's default."""
+        return default_weight(self.role) if self.weight is None else self.weight
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether its own weight is not 0 as a data set holds it, in float32."""
+        return bool(np.float32(self.own_weight))
 
 
 class Part(NamedTuple):
@@ -103,8 +115,7 @@ class Template:
         input_ids, spans = self.encode_spans(conversation, tokenizer)
         weights: list[float] = []
         for span in spans:
-            weight = default_weight(span.role) if span.weight is None else span.weight
-            weights += [weight] * (span.end - len(weights))
+            weights += [span.own_weight] * (span.end - len(weights))
         return input_ids, weights
 
     def encode_spans(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
@@ -191,7 +202,7 @@ def with_conditions(template: Template, mode: ConditionsMode) -> Template:
     return template if template.condition_roles == "none" else replace(template, condition_roles=mode)
 
 
-def speaking_as(template: Template, condition: str, tokenizer: Tokenizer) -> Template:
+def with_default_condition(template: Template, condition: str, tokenizer: Tokenizer) -> Template:
     """The template with this condition where none is given; "": none. Raises: ConfigError where no prefix carries
     it."""
     if condition and template.condition_roles == "none":

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat.data.batch import Example
-from ochat.data.encode import own_weight
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate.held_out import HeldOut
 from ochat.evaluate.represent.probe import FOLDS
@@ -78,7 +77,7 @@ def draw(conversations: Sequence[HeldOut], classes: Sequence[str], per_class: in
 def _answers_alone(conversation: HeldOut) -> HeldOut:
     """With weight 1 on the assistant's messages that are learnt from, ends of turns included, and 0 elsewhere."""
     spans = [
-        span._replace(weight=float(span.role == "assistant" and own_weight(span) != 0)) for span in conversation.spans
+        span._replace(weight=float(span.role == "assistant" and span.is_supervised)) for span in conversation.spans
     ]
     return replace(conversation, spans=spans)
 
