@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from ochat import config as configuration
 from ochat.checkpoint import manifest
 from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
-from ochat.errors import CheckpointError, ConfigError
+from ochat.errors import CheckpointError
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.train import optim, sharding
@@ -214,20 +213,3 @@ def test_two_processes_learn_the_same(world, narrow, tmp_path):
     for ours, theirs in zip(lines, narrow[1], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.03)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--optim.master_dtype=bfloat16"], 'optim.master_dtype = .bfloat16.: expected "float32" with train.dtype'),
-        ([*BOTH, "--lora.rank=4"], "optim.master_dtype = .bfloat16.: expected .* lora.rank"),
-        ([*BOTH, "--parallel.reduce=micro_batch"], "optim.master_dtype = .bfloat16.: expected .* parallel.reduce"),
-        (
-            ["--optim.moment_dtype=bfloat16", "--parallel.offload=all"],
-            "optim.moment_dtype = .bfloat16.: expected .* parallel.offload",
-        ),
-    ],
-)
-def test_what_makes_no_sense_is_refused_by_name(world, options, message):
-    with pytest.raises(ConfigError, match=message):
-        configuration.load(world.config, options)

@@ -20,22 +20,9 @@ from ochat.train.schedule import factor
 from tests import tiny
 
 LINE = [
-    "step",
-    "epoch",
-    "loss",
-    "accuracy",
-    "lr",
-    "grad_norm",
-    "tokens_per_s",
-    "supervised_tokens_per_s",
-    "padded_tokens_per_s",
-    "mfu",
-    "peak_mem_gib",
-    "step_s",
-    "tokens",
-    "supervised_tokens",
-    "classes",
-]
+    "step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "supervised_tokens_per_s",
+    "padded_tokens_per_s", "mfu", "peak_mem_gib", "step_s", "tokens", "supervised_tokens", "classes",
+]  # fmt: skip
 
 
 def curve(lines):
@@ -59,13 +46,10 @@ def test_each_epoch_ends_with_an_evaluation_and_samples(world, alone):
     assert [line["step"] for line in lines] == [0, len(alone) // 2, len(alone)]
     assert lines[-1]["loss"] < lines[0]["loss"]
     supervised = sum(line["supervised_tokens"] for line in alone) // 2
-    assert all(
-        line["supervised_tokens"] == supervised for line in lines
-    )  # nothing lost by packing, training or evaluating
+    assert all(line["supervised_tokens"] == supervised for line in lines)  # packing loses nothing
     samples = tiny.metrics(world.folder / "alone", "samples.jsonl")
-    assert [(s["step"], s["condition"]) for s in samples] == [
-        (line["step"], c) for line in lines for c in ("GPT4", "GPT3")
-    ]
+    found = [(sample["step"], sample["condition"]) for sample in samples]
+    assert found == [(line["step"], condition) for line in lines for condition in ("GPT4", "GPT3")]
 
 
 @pytest.mark.parametrize(("processes", "replicate"), [(2, 1), (4, 1), (4, 2)])
@@ -73,19 +57,16 @@ def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processe
     options = ["--data.epochs=2", f"--parallel.replicate={replicate}", f"--data.eval_path={world.data}"]
     samples = ['--samples.prompts=["1+1"]', "--samples.max_new_tokens=3"]
     tiny.train_on_ranks(world, tmp_path / "run", processes, *options, *samples)
-    lines = tiny.metrics(tmp_path / "run")
-    assert len(lines) == len(alone)
-    for ours, theirs in zip(lines, alone, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-        assert ours["supervised_tokens"] == theirs["supervised_tokens"] and ours["tokens"] == theirs["tokens"]
-        assert ours["accuracy"] == pytest.approx(theirs["accuracy"])
-    held_out = [tiny.metrics(folder, "eval.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
-    for ours, theirs in zip(*held_out, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
-        assert ours["supervised_tokens"] == theirs["supervised_tokens"]
-    answers = [tiny.metrics(folder, "samples.jsonl") for folder in (tmp_path / "run", world.folder / "alone")]
-    assert answers[0] == answers[1]
+    ours, theirs = tmp_path / "run", world.folder / "alone"
+    for found, expected in zip(tiny.metrics(ours), alone, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+        assert found["supervised_tokens"] == expected["supervised_tokens"] and found["tokens"] == expected["tokens"]
+        assert found["accuracy"] == pytest.approx(expected["accuracy"])
+    for found, expected in zip(tiny.metrics(ours, "eval.jsonl"), tiny.metrics(theirs, "eval.jsonl"), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+        assert found["supervised_tokens"] == expected["supervised_tokens"]
+    assert tiny.metrics(ours, "samples.jsonl") == tiny.metrics(theirs, "samples.jsonl")
 
 
 def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(world, alone, tmp_path):
@@ -114,19 +95,19 @@ def test_a_finished_run_has_nothing_left_to_do(world, alone, capsys):
     assert f"look at it: ochat report {world.folder / 'alone'}" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_same_command_goes_on(world, tmp_path, number):
-    run_dir, options = tmp_path / "run", ["--data.epochs=12", "--checkpoint.every=1000"]
-    command = [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)]
-    process = subprocess.Popen(
+def started(command):
+    return subprocess.Popen(
         command, cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(number)
+
+
+def test_a_signal_saves_and_the_same_command_continues(world, tmp_path):
+    run_dir, options = tmp_path / "run", ["--data.epochs=12", "--checkpoint.every=1000"]
+    process = started([sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)])
+    assert any("step " in line and "loss" in line for line in iter(process.stdout.readline, ""))
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, output
+    assert process.returncode == 128 + signal.SIGTERM, output
     assert "start the same command again" in output
     saved = [path.name for path in (run_dir / "checkpoints").iterdir()]
     assert saved == [f"step_{len(tiny.metrics(run_dir))}"]
@@ -135,19 +116,11 @@ def test_a_signal_saves_and_the_same_command_goes_on(world, tmp_path, number):
 
 
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path):
-    """Whatever is logged when: the ranks agree over the host's network."""
+    """The ranks agree over the hosts' network, independent of when they log."""
     options = ["--data.epochs=200", "--checkpoint.every=100000", "--train.log_every=100000"]
     run_dir = tmp_path / "run"
-    process = subprocess.Popen(
-        tiny.torchrun_command(world, run_dir, 2, *options, "--train.eval_every=100000"),
-        cwd=tiny.ROOT,
-        env=tiny.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = iter(process.stdout.readline, "")
-    assert any("mfu is of" in line for line in lines)  # the last line before the first step
+    process = started(tiny.torchrun_command(world, run_dir, 2, *options, "--train.eval_every=100000"))
+    assert any("mfu is of" in line for line in iter(process.stdout.readline, ""))  # the last line before the first step
     time.sleep(1)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGUSR1)
@@ -183,23 +156,19 @@ def test_kernels_that_the_device_cannot_run_are_refused(world, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "means"),
-    [
-        ("auto", "cuda", "triton"),
-        ("auto", "cpu", "reference"),
-        ("reference", "cuda", "reference"),
-    ],
+    ("asked", "device", "kernels"),
+    [("auto", "cuda", "triton"), ("auto", "cpu", "reference"), ("reference", "cuda", "reference")],
 )
-def test_one_value_of_the_configuration_decides_the_kernels(asked, device, means):
-    assert resolve.kernels(asked, torch.device(device)) == means
+def test_one_value_of_the_configuration_decides_the_kernels(asked, device, kernels):
+    assert resolve.kernels(asked, torch.device(device)) == kernels
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "means"),
+    ("dtype", "device", "backend"),
     [("bfloat16", "cuda", "varlen"), ("float32", "cuda", "sdpa"), ("bfloat16", "cpu", "sdpa")],
 )
-def test_auto_takes_the_attention_that_computes_in_the_runs_dtype(dtype, device, means):
-    assert resolve.attention("auto", torch.device(device), dtype) == means
+def test_auto_takes_the_attention_that_computes_in_the_runs_dtype(dtype, device, backend):
+    assert resolve.attention("auto", torch.device(device), dtype) == backend
 
 
 def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):
@@ -229,33 +198,34 @@ def test_only_one_class_trains_on_that_class_alone(world, tmp_path):
     assert all(line["classes"]["GPT4"]["tokens"] == line["supervised_tokens"] for line in lines)
 
 
-def test_a_checkpoint_of_other_data_is_refused_by_name(world, alone, tmp_path):
-    other = tiny.make(tmp_path / "other", num_conversations=40, seed=5)
-    with pytest.raises(CheckpointError, match="data set"):
-        tiny.train(other, world.folder / "alone", "--data.epochs=2")
-
-
 @pytest.mark.parametrize(
-    ("option", "name"),
+    ("option", "error", "needle"),
     [
-        ("--data.token_budget=192", "data.token_budget"),
-        ("--data.bins_per_step=2", "bins_per_step"),
-        ("--run.seed=1", "seed"),
+        ("--data.token_budget=192", CheckpointError, "data.token_budget"),
+        ("--data.bins_per_step=2", CheckpointError, "bins_per_step"),
+        ("--run.seed=1", CheckpointError, "seed"),
+        ("--data.path=OTHER", CheckpointError, "data set"),
+        ("--run.resume=EARLY", CheckpointError, "holds the later step_"),
+        ("--run.resume=never", ConfigError, "choose another --run.dir"),
     ],
 )
-def test_going_on_with_another_order_of_the_data_is_refused(world, alone, option, name):
-    before = (world.folder / "alone" / "config.toml").read_text()
-    with pytest.raises(CheckpointError, match=name):
-        tiny.train(world, world.folder / "alone", "--data.epochs=2", option)
-    assert (world.folder / "alone" / "config.toml").read_text() == before
+def test_a_run_folder_of_another_run_is_refused_and_kept(world, alone, tmp_path, option, error, needle):
+    folder = world.folder / "alone"
+    option = option.replace("EARLY", str(folder / "checkpoints" / "step_5"))
+    if "OTHER" in option:
+        other = tmp_path / "conversations.jsonl"
+        tiny.write_conversations(other, 40, 5, ("GPT3", "GPT4"))
+        prepare([other], world.base, "openchat_v3.2", tmp_path / "other", progress=False)
+        option = option.replace("OTHER", str(tmp_path / "other"))
+    before = (folder / "config.toml").read_text()
+    with pytest.raises(error, match=needle):
+        tiny.train(world, folder, "--data.epochs=2", option)
+    assert (folder / "config.toml").read_text() == before
 
 
-def test_going_on_from_an_earlier_checkpoint_needs_a_folder_of_its_own(world, alone, tmp_path):
+def test_another_folder_can_continue_from_an_earlier_checkpoint(world, alone, tmp_path):
     early = world.folder / "alone" / "checkpoints" / "step_5"
-    options = ["--data.epochs=2", f"--run.resume={early}"]
-    with pytest.raises(CheckpointError, match="holds the later step_"):
-        tiny.train(world, world.folder / "alone", *options)
-    lines = tiny.train(world, tmp_path / "branch", *options, "--data.max_steps=7")
+    lines = tiny.train(world, tmp_path / "branch", "--data.epochs=2", f"--run.resume={early}", "--data.max_steps=7")
     assert [line["step"] for line in lines] == [6, 7] and lines[0]["loss"] == alone[5]["loss"]
     assert json.loads((tmp_path / "branch" / "export" / "openchat.json").read_text())["step"] == 7
 
@@ -281,11 +251,6 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(world, t
     with pytest.raises(ConfigError, match="its embedding 258 rows.*--add-token"):
         tiny.train(world, tmp_path / "vocabulary", f"--base.path={small}")
     assert not list(tmp_path.glob("*/metrics.jsonl"))
-
-
-def test_another_run_is_never_overwritten(world, alone):
-    with pytest.raises(ConfigError, match="choose another --run.dir"):
-        tiny.train(world, world.folder / "alone", "--run.resume=never")
 
 
 def test_numbers_that_do_not_fit_the_processes_are_refused(world, tmp_path):
