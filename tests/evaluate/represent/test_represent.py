@@ -157,7 +157,7 @@ def test_the_command_draws_writes_and_shows(world, small, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     png, svg, again, numbers = (small.folder / name for name in ("map.png", "map.SVG", "again.svg", "map.json"))
     line = [str(small.sft), str(world.data), "--compare", str(small.crlft), "--labels", "only SFT", "C-RLFT <$1$>"]
-    line += ["--per-class", "15", "--permutations", "19", "--dtype", "float32"]
+    line += ["--per-class", "10", "--permutations", "19", "--dtype", "float32"]
     cli.run("represent", [*line, "--output", str(png), str(svg), "--numbers", str(numbers)])
     shown, record = capsys.readouterr().out, json.loads(numbers.read_text())
     from PIL import Image
@@ -166,7 +166,7 @@ def test_the_command_draws_writes_and_shows(world, small, capsys, monkeypatch):
         assert image.width > 600 and image.height > 600
     assert xml.etree.ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     assert [model["label"] for model in record["models"]] == ["only SFT", "C-RLFT <$1$>"]
-    assert record["sample"] == {"classes": ["GPT3", "GPT4"], "per_class": 15, "prompts": record["sample"]["prompts"]}
+    assert record["sample"] == {"classes": ["GPT3", "GPT4"], "per_class": 10, "prompts": record["sample"]["prompts"]}
     assert [model["names_classes"] for model in record["models"]] == [False, True]
     assert "only SFT" in shown and "C-RLFT <$1$>" in shown and shown.count("* ") == 2  # two rows and the legend
     for model in record["models"]:
@@ -175,7 +175,7 @@ def test_the_command_draws_writes_and_shows(world, small, capsys, monkeypatch):
             assert 0 <= low <= found["probe"]["accuracy"] <= high <= 1 and found["probe"]["p_value"] >= 1 / 20
             if model["names_classes"] or not view.startswith("one"):
                 assert f"{found['silhouette']:.3f}" in shown
-        assert np.array(model["points"]["pca"]).shape == np.array(model["points"]["umap"]).shape == (30, 2)
+        assert np.array(model["points"]["pca"]).shape == np.array(model["points"]["umap"]).shape == (20, 2)
     sft = record["models"][0]["views"]
     assert sft["own_all"] == sft["one_all"] and sft["own_answers"] == sft["one_answers"]
     assert record["models"][1]["views"]["own_all"] != record["models"][1]["views"]["one_all"]
@@ -184,12 +184,19 @@ def test_the_command_draws_writes_and_shows(world, small, capsys, monkeypatch):
     assert json.loads((small.folder / "again.json").read_text()) == record and again.read_bytes() == svg.read_bytes()
 
 
-def test_conversations_and_prepared_data_are_one(world, small):
-    """Also prepared without classes: prefixes are the model's, not the data's."""
-    found = [run([small.crlft], data, per_class=15)["models"] for data in (small.chats, world.data, small.plain)]
-    assert found[0] == found[1] == found[2]
-    with_template = run([world.base], small.chats, per_class=15, template="openchat_v3.2")["models"]
-    assert with_template == run([world.base], world.data, per_class=15)["models"]
+def test_conversations_and_prepared_data_are_read_alike(world, small):
+    """Also data prepared without classes: prefixes are the model's, not the data's."""
+
+    def written(models, data, template=None):
+        (model, *_), tokenizer = compared_models.find_models(models, ["a"], template, data)
+        drawn = sample.draw(held_out.read_held_out(data, model.template, tokenizer), (), 15, 0)
+        return [
+            example.input_ids.tolist() for each in drawn.written("GPT3", model.template, tokenizer) for example in each
+        ]
+
+    by_run = [written([small.crlft], data) for data in (small.chats, world.data, small.plain)]
+    assert by_run[0] == by_run[1] == by_run[2]
+    assert written([world.base], small.chats, "openchat_v3.2") == written([world.base], world.data)
 
 
 @pytest.mark.parametrize(
