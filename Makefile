@@ -25,10 +25,11 @@ kernels-check: .venv/dev $(TRITON36)  ## every GPU kernel compiled for sm_80 and
 	TRITON_CACHE_DIR=.cache/triton-compiled $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
 	TRITON_CACHE_DIR=.cache/triton-compiled PYTHONPATH=.cache/triton36 $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
 
-lint: .venv/dev  ## ruff and pyright
+lint: .venv/dev  ## ruff, pyright, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
 
 docs: .venv/dev  ## the documentation site in site/; fails on a broken link or an unknown name
 	rm -rf .cache/[0-9]*  # Zensical's cached pages, which hide errors; its --clean would remove our .cache as well

@@ -27,7 +27,6 @@ from ochat.files.safetensors_file import SafetensorsFile
 from ochat.model import hf
 from ochat.model.transformer import Transformer
 from ochat.run.layout import CHECKPOINTS, MANIFEST, checkpoint_folders, step_of
-from ochat.train import optim
 
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -96,13 +95,13 @@ def check_identity(manifest: Manifest, now: dict[str, Any]) -> None:
 
 
 def load(manifest: Manifest, model: nn.Module, optimizer: Any) -> int:
-    """Fills model and optimizer from a checkpoint made on any number of processes; returns its step.
+    """Fill the model and the optimizer, whose state exists (optim.start_state), from a checkpoint made on any number of
+    processes; return its step.
 
     Moments that were saved in another dtype are rounded to nearest, once. Raises: CheckpointError for a model of other
     shapes or dtypes. Costs: reads the rows that this rank holds, once.
     """
     _check_shapes(manifest, model)
-    optim.start_state(optimizer, manifest.step, manifest.skipped)
     shards = Shards(manifest)
     for name, parameter in local_shards.trainable_parameters(model).items():
         state = {moment: optimizer.state[parameter][moment] for moment in manifest_module.MOMENTS}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,3 +138,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 BASE = "base"  # a key of a run's identity
+
+
+def copy_serving_files(source: Path, target: Path) -> None:
+    """Copy a run's serving files from their folder, or from a checkpoint, without what else a checkpoint holds."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.startswith(("weights-", "optimizer-", "config.", "manifest.", ".")):
+            shutil.copyfile(file, target / file.name)

@@ -26,6 +26,7 @@ from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import (
     KINDS,
     Manifest,
+    copy_serving_files,
     describe_file,
     shard_file,
 )
@@ -34,7 +35,6 @@ from ochat.config import CheckpointConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError, OchatError
-from ochat.export import serving
 from ochat.files import atomic
 from ochat.files.jsonl import JsonlWriter
 from ochat.model.transformer import Transformer
@@ -211,7 +211,7 @@ class Saver:
         """Completes the folder and gives it its name; only then do `latest` and old checkpoints move."""
         written = [record for record in written if record]
         atomic.write_json(temporary / "config.json", self.model_config.to_hf())
-        serving.copy(self.run_dir / layout.SERVING, temporary)
+        copy_serving_files(self.run_dir / layout.SERVING, temporary)
         files = {name: described for record in written for name, described in record["files"].items()}
         for path in sorted(temporary.iterdir()):
             if path.name not in files:

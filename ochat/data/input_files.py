@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ochat.data import records
-from ochat.data.records import Record
+from ochat.data import parquet
+from ochat.data.records import Record, RecordFile
 from ochat.errors import DataError
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def parse_records(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[
     Raises: DataError naming file and line, also for one that `parse` raises.
     """
     for file in find([path]).paths:
-        for record in records.read(file):
+        for record in read_records(file):
             value = record.value()
             try:
                 parsed = parse(value)
@@ -70,3 +70,9 @@ def _visible_files(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def read_records(path: str | Path) -> RecordFile:
+    """The records of a JSON Lines, JSON or Parquet file, in order. Memory: one record and a few megabytes."""
+    file = RecordFile(path)
+    return parquet.ParquetFile(path) if parquet.is_parquet(file.path) else file

@@ -19,7 +19,6 @@ from typing import Literal
 
 from ochat.data import (
     input_files,
-    records,
 )
 from ochat.data.encode import Encoder, OverLong
 from ochat.data.prepare_report import Bar, Counts, PrepareReport, add_counts
@@ -84,7 +83,7 @@ def run(options: PrepareOptions) -> PrepareReport:
     _check_given(options)
     shard = Shard.parse(options.shard)
     inputs = input_files.find(options.input)
-    files = [records.read(path) for path in inputs.paths]
+    files = [input_files.read_records(path) for path in inputs.paths]
     encoder = _encoder(options)
     with ExitStack() as stack:
         writers = [stack.enter_context(writer) for writer in _writers(options, encoder.tokenizer.vocab_size)]

@@ -1,6 +1,6 @@
 """Raw records of an input file with their places, read in bounded memory.
 
-    for record in records.read("chats.jsonl.xz"): record.value()
+    for record in input_files.read_records("chats.jsonl.xz"): record.value()
 
 JSON Lines, one JSON array (however large, pretty-printed or on one line), or whole JSON values one after another;
 plain, gzip, xz or zstd; or Parquet (parquet.py). What the file is, is told by its content. A damaged place becomes a
@@ -109,14 +109,6 @@ class RecordFile:
                 last = Record(self.name, line, 1 if last is None else last.number + 1, text, error)
         if last is not None:
             yield replace(last, is_last=True)
-
-
-def read(path: str | Path) -> RecordFile:
-    """The records of `path`, in order. Memory: one record and a few megabytes."""
-    from ochat.data import parquet  # it needs Record
-
-    file = RecordFile(path)
-    return parquet.ParquetFile(path) if parquet.is_parquet(file.path) else file
 
 
 def _split_lines(head: bytes, chunks: Iterator[bytes]) -> Iterator[tuple[bytes, str]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ochat.checkpoint import load as checkpoint
-from ochat.checkpoint.manifest import Manifest
+from ochat.checkpoint.manifest import Manifest, copy_serving_files
 from ochat.errors import CheckpointError, ConfigError
 from ochat.export import merge, serving
 from ochat.files import atomic, checksums
@@ -76,7 +76,7 @@ def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) 
     _refuse_overwriting(output, overwrite)
     check_weights(manifest)
     with atomic.staging_dir(output) as temporary:
-        serving.copy(manifest.folder, temporary)
+        copy_serving_files(manifest.folder, temporary)
         described = json.loads((manifest.folder / OPENCHAT).read_text(encoding="utf-8"))
         atomic.write_json(temporary / OPENCHAT, described | {"step": manifest.step})
         if condition is not None:

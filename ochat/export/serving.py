@@ -6,7 +6,6 @@ checkpoint carries a copy, so that it can be exported without the base.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ochat.errors import CheckpointError
@@ -52,11 +51,3 @@ def set_default_condition(folder: Path, condition: str) -> None:
     atomic.write_json(folder / "tokenizer_config.json", config | {"chat_template": rendered})
     chat_template.verify(folder, template, tokenizer)
     atomic.write_json(folder / OPENCHAT, described | {"template": template.to_dict()})
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copies the files of `write` from a folder of theirs, or from a checkpoint, leaving out what else it holds."""
-    for file in sorted(source.iterdir()):
-        is_ours = not file.name.startswith(("weights-", "optimizer-", "config.", "manifest.", "."))
-        if file.is_file() and is_ours:
-            shutil.copyfile(file, target / file.name)

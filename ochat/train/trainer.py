@@ -92,6 +92,7 @@ class Trainer:
             adapters.start(self.model, run.seed)
         else:
             log.info(f"resuming from {found.folder}")
+            optim.start_state(self.optimizer, found.step, found.skipped)
             checkpoint.load(found, self.model, self.optimizer)
         return found
 

@@ -236,6 +236,7 @@ def test_a_rank_reads_its_own_share_of_the_base_and_of_a_checkpoint(world, alone
             for name, parameter in model.named_parameters():
                 assert torch.equal(local_shards.local_shard(parameter), part(base[name])), name
             adamw = optim.build(model, OptimConfig())
+            optim.start_state(adamw, found.step, found.skipped)
             assert checkpoint.load(found, model, adamw) == 5
             for name, parameter in model.named_parameters():
                 assert torch.equal(local_shards.local_shard(parameter), part(weights[name])), name

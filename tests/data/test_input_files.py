@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat.commands import prepare as command
-from ochat.data import input_files, prepare, records
+from ochat.data import input_files, prepare
 from ochat.data.dataset import TokenDataset
+from ochat.data.input_files import read_records
 from ochat.data.parquet import ParquetFile
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_base, write_lines
@@ -48,7 +49,7 @@ def schema(rows):
 @given(rows=ROWS, row_group_size=st.integers(1, 4))
 def test_rows_are_the_objects_that_were_written(tmp_path_factory, rows, row_group_size):
     """What a row lacks stays away, although a table has every column in every row."""
-    file = records.read(write_parquet(tmp_path_factory.mktemp("rows") / "in", rows, row_group_size))
+    file = read_records(write_parquet(tmp_path_factory.mktemp("rows") / "in", rows, row_group_size))
     read = list(file)
     assert [record.value() for record in read] == rows
     assert [(r.line, r.number) for r in read] == [(i, i) for i in range(1, len(rows) + 1)]
@@ -78,7 +79,7 @@ def test_a_bad_row_is_named_by_its_number(tmp_path):
 def test_a_cut_parquet_file_is_named(tmp_path, kept):
     path = write_parquet(tmp_path / "in.parquet", [{"n": n} for n in range(1000)], 100)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    (bad,) = records.read(path)
+    (bad,) = read_records(path)
     with pytest.raises(DataError, match=r"in\.parquet:1: damaged or cut Parquet file"):
         bad.value()
 
@@ -88,7 +89,7 @@ def test_damage_within_a_parquet_file_ends_it_there(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
     path.write_bytes(content)
-    *good, bad = records.read(path)
+    *good, bad = read_records(path)
     assert 0 < len(good) < 1000 and all(r.value()["text"].startswith(f"{r.line - 1} ") for r in good)
     with pytest.raises(DataError, match=rf"in\.parquet:{len(good) + 1}: damaged or cut Parquet file"):
         bad.value()
@@ -96,7 +97,7 @@ def test_damage_within_a_parquet_file_ends_it_there(tmp_path):
 
 def test_an_empty_table_is_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"items": pyarrow.array([], pyarrow.string())}), tmp_path / "in.parquet")
-    (bad,) = records.read(tmp_path / "in.parquet")
+    (bad,) = read_records(tmp_path / "in.parquet")
     with pytest.raises(DataError, match="the file is empty"):
         bad.value()
 
@@ -112,7 +113,7 @@ def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
     with pytest.raises(ConfigError, match=r"in\.parquet: .*pip install 'ochat-crlft\[data\]'"):
-        records.read(path)
+        read_records(path)
 
 
 def test_parquet_memory_does_not_grow_with_a_row_group(tmp_path):
@@ -122,7 +123,7 @@ def test_parquet_memory_does_not_grow_with_a_row_group(tmp_path):
         path = write_parquet(tmp_path / f"{count}.parquet", [{"text": f"{n}" * 500} for n in range(count)])
         before = pyarrow.total_allocated_bytes()
         peak = 0
-        for _ in records.read(path):
+        for _ in read_records(path):
             peak = max(peak, pyarrow.total_allocated_bytes() - before)
         peaks.append(peak)
     assert peaks[1] < peaks[0] + 30e6, f"{peaks} bytes held for {2_000} and {20_000} rows of 2 kB"

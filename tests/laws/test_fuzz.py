@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from ochat import config as configuration
 from ochat.checkpoint import manifest
 from ochat.data import manifest as data_manifest
-from ochat.data import records
 from ochat.data.dataset import TokenDataset
+from ochat.data.input_files import read_records
 from ochat.data.prepare import prepare
 from ochat.errors import OchatError
 from ochat.files.checksums import SUMS
@@ -169,7 +169,7 @@ def conversation_lines(place: Path):
 def read_lines(place: Path, content: bytes) -> None:
     path = place / "in.jsonl"
     path.write_bytes(content)
-    for record in records.read(path):
+    for record in read_records(path):
         try:
             Conversation.from_dict(record.value())
         except OchatError:

@@ -25,6 +25,7 @@ from ochat.commands.init_base import main as init_base
 from ochat.data import json_values, records
 from ochat.data import manifest as manifests
 from ochat.data.dataset import TokenDataset
+from ochat.data.input_files import read_records
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
 from ochat.files import bounded_json, checksums
@@ -304,7 +305,7 @@ def test_a_parquet_row_is_bounded_too(base, tmp_path, monkeypatch):
     column = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": row}] for row in rows]
     pyarrow.parquet.write_table(pyarrow.table({"items": column}), tmp_path / "in.parquet")
     assert "in.parquet:2: a row of more than 1 MiB" in prepared(base, tmp_path / "in.parquet", tmp_path / "out")
-    found = [record.error for record in records.read(tmp_path / "in.parquet")]
+    found = [record.error for record in read_records(tmp_path / "in.parquet")]
     assert [bool(error) for error in found] == [False, True, False]
 
 
@@ -404,14 +405,14 @@ def test_a_tokenizer_of_another_schema_is_refused(tmp_path, content):
 
 MEASURE = """
 import sys
-from ochat.data import records
+from ochat.data.input_files import read_records
 
 def peak_mib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) >> 10
 
-list(records.read(sys.argv[1]))
+list(read_records(sys.argv[1]))
 before = peak_mib()
-errors = [record.error for record in records.read(sys.argv[2]) if record.error]
+errors = [record.error for record in read_records(sys.argv[2]) if record.error]
 print(errors[-1:], peak_mib() - before)
 """
 
