@@ -1,8 +1,7 @@
-"""Every evaluation of a run beside the checkpoint of its step, and which of them is the best.
+"""Pick the best checkpoint of a run: the one with the lowest held-out loss of one class, by default the expert's.
 
-    found = read(Path("runs/a"));  best(found, by=expert(Path("runs/a"), found)).step
-
-Best is the lowest held-out loss of one class, as a rule the expert one: what the exported model is asked for.
+evaluations = read_evaluations(Path("runs/a"));  best_evaluation(evaluations, "GPT4").step
+best_checkpoint(Path("runs/a")).folder
 """
 
 from __future__ import annotations
@@ -13,17 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
-
 from ochat import config as configuration
-from ochat.config import Config
 from ochat.data.weights import class_weight
 from ochat.errors import CheckpointError, ConfigError, OchatError
 from ochat.files import jsonl
 from ochat.files.jsonl import finite_number
 from ochat.run import layout
-from ochat.run.layout import MANIFEST
 from ochat.text.openchat_json import OPENCHAT
 
 ALL = "all"  # the weighted mean over all classes, where a class is named
@@ -36,86 +30,76 @@ class Evaluation:
     step: int
     losses: dict[str, float | None]  # by class, and ALL
     accuracies: dict[str, float | None]
-    checkpoint: Path | None  # of that step, where it is still there
+    checkpoint: Path | None  # of that step, where it exists
 
 
-def read(run_dir: Path) -> list[Evaluation]:
-    """Of eval.jsonl, in order of steps. What is torn or has no number is left out. Raises: OSError."""
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint that was chosen, by the held-out loss of the class `by`, and what it was chosen from."""
+
+    folder: Path
+    step: int
+    by: str
+    evaluations: list[Evaluation]
+
+
+def read_evaluations(run_dir: Path) -> list[Evaluation]:
+    """The run's evaluations in order of steps; torn lines and those without a number are left out. Raises: OSError."""
     kept = {layout.step_of(folder): folder for folder in layout.checkpoint_folders(run_dir)}
-    return [
-        _evaluation(line, kept)
-        for line in sorted(jsonl.read_lines(run_dir / layout.EVAL), key=lambda line: line["step"])
-    ]
+    lines = sorted(jsonl.read_lines(run_dir / layout.EVAL), key=lambda line: line["step"])
+    return [_evaluation(line, kept) for line in lines]
 
 
-def expert(run_dir: Path, evaluations: Sequence[Evaluation]) -> str:
+def expert_class(run_dir: Path, evaluations: Sequence[Evaluation]) -> str:
     """The measured class with the highest weight in the run's [classes]; where they are equal, or the records have
     their own weights, the one that the run serves; else ALL."""
     measured = {name for each in evaluations for name, loss in each.losses.items() if loss is not None} - {ALL}
-    served = _served(run_dir)
-    weights = {name: weight for name, weight in _weights(run_dir).items() if name in measured}
+    served = _served_class(run_dir)
+    weights = {name: weight for name, weight in _class_weights(run_dir).items() if name in measured}
     if weights:
         return max(weights, key=lambda name: (weights[name], name == served))
     return served if served in measured else ALL
 
 
-def best(evaluations: Sequence[Evaluation], by: str) -> Evaluation | None:
-    """The one with the lowest held-out loss of the class `by`, the earlier of two alike; None where none has one."""
+def best_evaluation(evaluations: Sequence[Evaluation], by: str) -> Evaluation | None:
+    """The one with the lowest held-out loss of the class `by`, the earlier of two equal ones; None where none has
+    one."""
     measured = [(loss, each.step, each) for each in evaluations if (loss := each.losses.get(by)) is not None]
     return min(measured, key=lambda found: found[:2])[2] if measured else None
 
 
-def best_checkpoint(run_dir: Path, by: str = "") -> tuple[Path, Table]:
-    """The checkpoint of the best evaluation, and the table of those that can be chosen from.
+def best_step(run_dir: Path) -> int | None:
+    """Of the checkpoints that exist, the step with the lowest held-out loss of the expert class."""
+    measured = [each for each in read_evaluations(run_dir) if each.checkpoint]
+    best = best_evaluation(measured, expert_class(run_dir, measured))
+    return best.step if best else None
+
+
+def best_checkpoint(run_dir: Path, by: str = "") -> Choice:
+    """The checkpoint of the best evaluation.
 
     `by`: a class, or ALL; empty: the expert's. Raises: CheckpointError where nothing was measured, or the best one's
     checkpoint is gone; ConfigError for a class that was not measured.
     """
-    if not run_dir.is_dir() or (run_dir / MANIFEST).is_file():
+    if not run_dir.is_dir() or (run_dir / layout.MANIFEST).is_file():
         raise ConfigError(f"{run_dir}: --best chooses among the checkpoints of a run; give the run's folder")
-    evaluations = read(run_dir)
+    evaluations = read_evaluations(run_dir)
     if not evaluations:
         raise CheckpointError(
             f"{run_dir}: has no held-out numbers to choose by; train with data.eval_path (`ochat prepare --held-out "
             "0.02` makes such a set), or export one checkpoint by its path"
         )
-    by = by or expert(run_dir, evaluations)
-    chosen = best(evaluations, by)
+    by = by or expert_class(run_dir, evaluations)
+    chosen = best_evaluation(evaluations, by)
     if chosen is None:
         known = ", ".join(dict.fromkeys(name for each in evaluations for name in each.losses))
         raise ConfigError(f"--best-by {by}: no held-out loss of that name; there is {known}")
     if chosen.checkpoint is None:
         raise CheckpointError(_gone(run_dir, evaluations, chosen, by))
-    return chosen.checkpoint, table(run_dir, evaluations, chosen, by)
+    return Choice(chosen.checkpoint, chosen.step, by, evaluations)
 
 
-def table(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> Table:
-    """Every evaluation's held-out numbers, and whether the checkpoint of its step is there; the chosen one is marked
-    with *."""
-    names = [name for name in evaluations[0].losses if name != ALL] + [ALL]
-    shown = Table(
-        title=escape(f"evaluations of {run_dir}"),
-        title_justify="left",
-        caption=escape(f"*: the lowest held-out loss of {label(by)}. loss: nats per token. kept: as a checkpoint"),
-        caption_justify="left",
-    )
-    shown.add_column("step", justify="right")
-    for name in names:
-        shown.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
-        shown.add_column("\naccuracy", justify="right")
-    shown.add_column("kept")
-    kept = {layout.step_of(folder) for folder in layout.checkpoint_folders(run_dir)}
-    measured = {each.step: each for each in evaluations}
-    for step in sorted(kept | measured.keys()):
-        numbers = [_pair(measured.get(step), name) for name in names]
-        star = " *" if step == chosen.step else "  "
-        there = "yes" if step in kept else "-"
-        style = "bold" if step == chosen.step else "" if step in kept else "dim"
-        shown.add_row(f"{step:,}{star}", *(text for pair in numbers for text in pair), there, style=style)
-    return shown
-
-
-def label(by: str) -> str:
+def loss_label(by: str) -> str:
     """What a best one was chosen by, in words."""
     return "all classes, weighted" if by == ALL else by or "(no class)"
 
@@ -132,8 +116,8 @@ def _evaluation(line: dict[str, Any], kept: dict[int, Path]) -> Evaluation:
 
 
 def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> str:
-    """Why there is nothing to export, and what to do now and the next time."""
-    what = f"{run_dir}: the lowest held-out loss of {label(by)}, {chosen.losses[by]:.4f}, is that of step {chosen.step}"
+    """Why there is nothing to export, and what to do now and for the next run."""
+    what = f"{run_dir}: the lowest held-out loss of {loss_label(by)}, {chosen.losses[by]:.4f}, is that of step "
     if chosen.step == 0:
         why = "the base itself before its first step: training has only raised it. Lower optim.lr, or look at the data"
     else:
@@ -141,15 +125,15 @@ def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
             "whose checkpoint is not there. For the next run set checkpoint.keep_best = true (or checkpoint.keep = 0, "
             "which keeps all), and the same interval for checkpoint.every and train.eval_every"
         )
-    there = best([each for each in evaluations if each.checkpoint], by)
+    there = best_evaluation([each for each in evaluations if each.checkpoint], by)
     now = f". The best that is there is step {there.step}: ochat export {there.checkpoint} OUT" if there else ""
-    return f"{what}, {why}{now}"
+    return f"{what}{chosen.step}, {why}{now}"
 
 
-def _weights(run_dir: Path) -> dict[str, float]:
-    """What the classes weigh by the run's configuration; nothing where it does not say."""
+def _class_weights(run_dir: Path) -> dict[str, float]:
+    """The classes' weights by the run's configuration; empty where it does not say."""
     try:
-        config: Config = configuration.load_recorded(run_dir / layout.CONFIG)
+        config = configuration.load_recorded(run_dir / layout.CONFIG)
         if config.weights.source not in ("auto", "classes"):
             return {}
         return {name: class_weight(entry, name, config.weights.beta) for name, entry in config.classes.items()}
@@ -157,7 +141,7 @@ def _weights(run_dir: Path) -> dict[str, float]:
         return {}
 
 
-def _served(run_dir: Path) -> str | None:
+def _served_class(run_dir: Path) -> str | None:
     """The class that an exported model answers as unless another is asked for."""
     try:
         described = json.loads((run_dir / layout.SERVING / OPENCHAT).read_text(encoding="utf-8"))
@@ -165,10 +149,3 @@ def _served(run_dir: Path) -> str | None:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return served if isinstance(served, str) else None
-
-
-def _pair(evaluation: Evaluation | None, name: str) -> tuple[str, str]:
-    if evaluation is None:
-        return "-", "-"
-    loss, accuracy = evaluation.losses.get(name), evaluation.accuracies.get(name)
-    return "-" if loss is None else f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.1%}"

@@ -1,11 +1,11 @@
-"""`manifest.json` of a checkpoint: what it holds, where each slice lies, and the checksum of every file.
+"""`manifest.json` of a checkpoint: what it holds, in which file each row is, and the checksum of every file.
 
-manifest = Manifest.read(Path("runs/a/checkpoints/step_20"));  manifest.check_sizes();  manifest.check_file(name)
+    manifest = Manifest.read(Path("runs/a/checkpoints/step_20"));  manifest.check_sizes();  manifest.checksums()
 
-parameters  name -> {shape, dtype}                         as the model has them whole
+parameters  name -> {shape, dtype}                         of the whole tensor
 shards      per shard: name -> [first row, end]            a shard holds rows of each parameter
 files       name -> {bytes, sha256}                        weights-..., optimizer-..., config, tokenizer
-step, skipped, identity, processes; sha256 of all the rest so that a damaged manifest is told from a good one
+step, skipped, identity, processes; sha256 of all the rest, by which a damaged manifest is recognised
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ochat.run.layout import MANIFEST
 
 FORMAT = 2
 KINDS = ("weights", "optimizer")  # a shard's two files: only the first is read for an export
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BASE = "base"  # the key of a run's identity that a run of adapters has
 
 Rows = tuple[int, int]  # first and end of a range of rows
 
@@ -34,11 +36,11 @@ class Manifest:
     folder: Path
     step: int
     identity: dict[str, Any]
-    processes: int  # that were training
+    processes: int  # that trained
     parameters: dict[str, dict[str, Any]]
     shards: list[dict[str, Rows]]
     files: dict[str, dict[str, Any]]
-    skipped: int = 0  # of the steps, those that were bad and not applied
+    skipped: int = 0  # non-finite steps among `step`, which were not applied
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -82,29 +84,23 @@ class Manifest:
                     f"{path}: {size} bytes instead of {described['bytes']}; copy it again, or take another checkpoint"
                 )
 
-    def check_file(self, name: str) -> None:
-        """Raises: CheckpointError where a file's content is not what was written. Costs: reads the file, about 1 s a
-        GB."""
-        path = self.folder / name
-        try:
-            found = describe_file(path)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
-        if found != self.files[name]:
-            raise CheckpointError(f"{path}: damaged (its checksum differs); copy it again, or take another checkpoint")
+    def checksums(self) -> dict[Path, str]:
+        """The sha256 of every file."""
+        return {self.folder / name: described["sha256"] for name, described in self.files.items()}
 
     def shard_file(self, kind: str, shard: int) -> str:
         """The name of a shard's file of one kind."""
         return shard_file(kind, shard, len(self.shards))
 
     def _check(self) -> None:
-        """What follows relies on: names of files beside the manifest, and shards that tile each parameter."""
+        """Raises unless file names stay in the folder, every shard has its files, and shards tile each parameter."""
         if not isinstance(self.step, int) or not isinstance(self.identity, dict) or not self.shards:
             raise ValueError("step, identity and shards are expected")
         if not isinstance(self.skipped, int) or not 0 <= self.skipped <= self.step:
             raise ValueError(f"{self.skipped!r} of {self.step} steps cannot have been skipped")
         for name, described in self.files.items():
-            if not atomic.is_file_name(name) or not isinstance(described["bytes"], int):
+            has_types = isinstance(described["bytes"], int) and isinstance(described["sha256"], str)
+            if not atomic.is_file_name(name) or not has_types:
                 raise ValueError(f"{name!r} is no file of a checkpoint")
         for kind in KINDS:
             for shard in range(len(self.shards)):
@@ -124,24 +120,23 @@ def shard_file(kind: str, shard: int, num_shards: int) -> str:
     return f"{kind}-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
 
 
+def damaged(path: Path) -> str:
+    """The message about a file whose content is not what was written."""
+    return f"{path}: damaged (its checksum differs); copy it again, or take another checkpoint"
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """A file's size and checksum."""
     return {"bytes": path.stat().st_size, "sha256": checksums.sha256(path)}
 
 
-def _digest(record: dict[str, Any]) -> str:
-    content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
-    return hashlib.sha256(content).hexdigest()
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-BASE = "base"  # a key of a run's identity
-
-
 def copy_serving_files(source: Path, target: Path) -> None:
-    """Copy a run's serving files from their folder, or from a checkpoint, without what else a checkpoint holds."""
+    """Copies a run's serving files from their folder, or from a checkpoint, without a checkpoint's other files."""
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.startswith(("weights-", "optimizer-", "config.", "manifest.", ".")):
             shutil.copyfile(file, target / file.name)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    return hashlib.sha256(content).hexdigest()

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from rich.markup import escape
+from rich.table import Table
 
 from ochat.console import stdout, waiting
 from ochat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ochat.checkpoint.best import Choice, Evaluation
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,16 @@ def main(options: ExportOptions) -> None:
     """Export a checkpoint and say which."""
     from ochat.checkpoint.best import best_checkpoint  # torch takes seconds to import
     from ochat.export.hf_folder import export, export_adapter
+    from ochat.run import layout
 
     source = options.source
     if options.best_by and not options.best:
         raise ConfigError(f"--best-by {options.best_by}: chooses what --best compares; add --best")
     if options.best:
-        source, table = best_checkpoint(options.source, options.best_by)
-        stdout.print(table)
+        choice = best_checkpoint(options.source, options.best_by)
+        kept = {layout.step_of(folder) for folder in layout.checkpoint_folders(options.source)}
+        stdout.print(best_table(f"evaluations of {options.source}", choice, kept))
+        source = choice.folder
     more = {"overwrite": options.overwrite, "condition": options.condition}
     with waiting("exporting"):
         if options.adapter:
@@ -56,3 +65,31 @@ def main(options: ExportOptions) -> None:
         else:
             step = export(source, options.output, dtype=options.dtype, base=options.base, **more)
     stdout.print(f"exported step {step} to {options.output}", markup=False, soft_wrap=True)
+
+
+def best_table(title: str, choice: Choice, kept: set[int]) -> Table:
+    """Every evaluation's held-out numbers, and whether the checkpoint of its step exists; the choice is marked with
+    *."""
+    from ochat.checkpoint.best import ALL, loss_label
+
+    names = [name for name in choice.evaluations[0].losses if name != ALL] + [ALL]
+    caption = f"*: the lowest held-out loss of {loss_label(choice.by)}. loss: nats per token. kept: as a checkpoint"
+    table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
+    table.add_column("step", justify="right")
+    for name in names:
+        table.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
+        table.add_column("\naccuracy", justify="right")
+    table.add_column("kept")
+    measured = {each.step: each for each in choice.evaluations}
+    for step in sorted(kept | measured.keys()):
+        numbers = [number for name in names for number in _numbers(measured.get(step), name)]
+        style = "bold" if step == choice.step else "" if step in kept else "dim"
+        star = " *" if step == choice.step else "  "
+        table.add_row(f"{step:,}{star}", *numbers, "yes" if step in kept else "-", style=style)
+    return table
+
+
+def _numbers(evaluation: Evaluation | None, name: str) -> tuple[str, str]:
+    loss = evaluation and evaluation.losses.get(name)
+    accuracy = evaluation and evaluation.accuracies.get(name)
+    return "-" if loss is None else f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.1%}"

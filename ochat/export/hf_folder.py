@@ -1,9 +1,8 @@
-"""Write a run's weights as a Hugging Face folder: weights, tokenizer, chat template, openchat.json.
+"""Write a run's weights as a Hugging Face folder that any server loads, or its adapters as PEFT's files.
 
     step = export(Path("runs/a"), Path("exported/a"))
-
-A checkpoint holds all that is needed; neither the base nor the data is read. A checkpoint of adapters needs its base,
-with which they are merged; `export_adapter` writes them alone, for PEFT.
+A checkpoint holds all that is needed; neither base nor data has to exist any more. A checkpoint of adapters needs its
+base, into which they are merged, unless they are exported alone.
 """
 
 from __future__ import annotations
@@ -15,17 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
-
-from ochat.checkpoint import load as checkpoint
+from ochat.checkpoint.load import iterate_parameters, open_checkpoint
 from ochat.checkpoint.manifest import Manifest, copy_serving_files
-from ochat.errors import CheckpointError, ConfigError
-from ochat.export import merge, serving
+from ochat.checkpoint.verify import verify_weights
+from ochat.errors import ConfigError
+from ochat.export import serving
+from ochat.export.merge import holds_adapters, whole_parameters
 from ochat.files import atomic, checksums
 from ochat.model import hf, peft
 from ochat.model.config import ModelConfig
-from ochat.run import layout
-from ochat.run.layout import MANIFEST
 from ochat.text.openchat_json import OPENCHAT
 
 
@@ -38,7 +35,7 @@ def export(
     base: str = "",
     condition: str | None = None,
 ) -> int:
-    """Writes `output` from a run folder or a checkpoint folder, without a GPU; returns its step.
+    """Writes `output` from a run folder (its newest checkpoint) or a checkpoint folder; returns the step. Needs no GPU.
 
     `condition`: the class that the chat template takes where none is named; None: the expert's, as the run had it.
     Adapters are merged into their base, read from `base` or from where the run had it. Raises: CheckpointError where
@@ -48,7 +45,7 @@ def export(
     """
     with _opened(source, output, overwrite, condition) as (manifest, folder):
         model = ModelConfig.load(manifest.folder)
-        if merge.are_in(manifest):
+        if holds_adapters(manifest):
             (folder / peft.CONFIG).unlink()  # a loader would look for the adapter's weights
         hf.save(folder, model, whole_parameters(manifest, model, base), dtype)
     return manifest.step
@@ -60,21 +57,21 @@ def export_adapter(source: Path, output: Path, *, overwrite: bool = False, condi
     Raises: as export; ConfigError where the run has no adapters.
     """
     with _opened(source, output, overwrite, condition) as (manifest, folder):
-        if not merge.are_in(manifest):
+        if not holds_adapters(manifest):
             raise ConfigError(
                 f"{manifest.folder}: has no adapter, all weights were trained; export it without --adapter"
             )
-        settings, tensors = peft.AdapterConfig.read(manifest.folder), dict(checkpoint.iterate_parameters(manifest))
-        peft.save(folder, ModelConfig.load(manifest.folder), settings, tensors)
+        adapter_config, adapter = peft.AdapterConfig.read(manifest.folder), dict(iterate_parameters(manifest))
+        peft.save(folder, ModelConfig.load(manifest.folder), adapter_config, adapter)
     return manifest.step
 
 
 @contextmanager
 def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) -> Iterator[tuple[Manifest, Path]]:
-    """A checked checkpoint, and a folder with the serving files that becomes `output` when its weights are there."""
-    manifest = find(source)
+    """A verified checkpoint, and a folder with the serving files that becomes `output` once its weights are written."""
+    manifest = open_checkpoint(source)
     _refuse_overwriting(output, overwrite)
-    check_weights(manifest)
+    verify_weights(manifest)
     with atomic.staging_dir(output) as temporary:
         copy_serving_files(manifest.folder, temporary)
         described = json.loads((manifest.folder / OPENCHAT).read_text(encoding="utf-8"))
@@ -85,30 +82,6 @@ def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) 
         checksums.write(temporary)
         shutil.rmtree(output, ignore_errors=True)
         os.rename(temporary, output)
-
-
-def find(source: Path) -> Manifest:
-    """The checkpoint that `source` is, or the newest of the run folder that it is, its files' sizes checked."""
-    there = [source] if (source / MANIFEST).is_file() else layout.checkpoint_folders(source)
-    if not there:
-        raise CheckpointError(f"{source}: neither a checkpoint nor a run folder with a checkpoint")
-    manifest = Manifest.read(there[-1])
-    manifest.check_sizes()
-    return manifest
-
-
-def check_weights(manifest: Manifest) -> None:
-    """Raises: CheckpointError naming a damaged file; the optimizer's are left alone. Costs: reads the others once."""
-    for name in manifest.files:
-        if not name.startswith("optimizer-"):
-            manifest.check_file(name)
-
-
-def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter, adapters merged into their base. Raises: as export."""
-    if merge.are_in(manifest):
-        return merge.merged(manifest, model, base)
-    return checkpoint.iterate_parameters(manifest)
 
 
 def _refuse_overwriting(output: Path, overwrite: bool) -> None:

@@ -1,4 +1,7 @@
-"""Merges the LoRA adapters of a checkpoint into their base model."""
+"""The whole parameters of a checkpoint: as they are, or its LoRA adapters merged into their base model.
+
+hf.save(out, model_config, whole_parameters(manifest, model_config), "bfloat16")
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,35 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ochat.checkpoint import load as checkpoint
+from ochat.checkpoint.load import iterate_parameters
 from ochat.checkpoint.manifest import BASE, Manifest
 from ochat.errors import CheckpointError, ConfigError
-from ochat.model import hf, peft
+from ochat.model import hf, lora, peft
 from ochat.model.config import ModelConfig
-from ochat.model.lora import digest
 
 
-def are_in(manifest: Manifest) -> bool:
+def holds_adapters(manifest: Manifest) -> bool:
     """Whether a checkpoint holds adapters instead of a whole model."""
     return BASE in manifest.identity
 
 
-def merged(manifest: Manifest, model: ModelConfig, base: str) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter of a checkpoint's adapters merged into their base, read where the run had
-    it or at `base`.
+def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each parameter, one at a time; adapters are merged into their base, which is read from
+    `base` or from where the run had it.
 
-    Raises: CheckpointError where another base lies there; ConfigError where none does.
+    Raises: CheckpointError for another base; ConfigError where none is there.
     """
-    settings = peft.AdapterConfig.read(manifest.folder)
-    folder = Path(base or settings.base)
+    if not holds_adapters(manifest):
+        return iterate_parameters(manifest)
+    adapter_config = peft.AdapterConfig.read(manifest.folder)
+    folder = Path(base or adapter_config.base)
     if not folder.is_dir():
         raise ConfigError(f"{folder}: the base of {manifest.folder} is not there; say with --base where it is")
-    found = digest(folder, model)
+    found = lora.base_digest(folder, model)
     if found != manifest.identity[BASE]:
         raise CheckpointError(
             f"{folder}: not the base of {manifest.folder} (its weights' digest is {found}, not "
             f"{manifest.identity[BASE]}); name the right folder with --base"
         )
-    adapter = dict(checkpoint.iterate_parameters(manifest))
-    yield from peft.merged(hf.read_tensors(folder, model), model, settings, adapter)
+    adapter = dict(iterate_parameters(manifest))
+    return peft.merged_parameters(hf.read_tensors(folder, model), model, adapter_config, adapter)

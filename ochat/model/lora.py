@@ -169,8 +169,11 @@ def num_parameters(config: ModelConfig, settings: LoraConfig) -> int:
     return settings.rank * sum(sizes)
 
 
-def digest(base: Path, model: ModelConfig) -> str:
-    """Of a base's tensors: name, dtype, shape, first and last row of each. Costs: a page or two of each is read."""
+def base_digest(base: Path, model: ModelConfig) -> str:
+    """The digest of a base: of each tensor the name, dtype, shape, first and last row.
+
+    Costs: a page or two of each tensor is read.
+    """
     files, found = hf.open_tensors(base, model), hashlib.sha256()
     for part in (part for parts in hf.parameter_parts(model).values() for part in parts):
         found.update(f"{part.name} {files.dtype(part.name)} {part.shape}".encode())

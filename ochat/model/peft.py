@@ -1,7 +1,7 @@
 """Adapters as PEFT keeps them, and merged into their base: names, adapter_config.json, adapter_model.safetensors.
 
     adapter_config = AdapterConfig.read(folder);  save(out, model_config, adapter_config, adapter)
-    hf.save(out, model_config, merged(base_files, model_config, adapter_config, adapter), "bfloat16")
+    hf.save(out, model_config, merged_parameters(base_files, model_config, adapter_config, adapter), "bfloat16")
 `adapter` holds the tensors of `lora.attach` under our names. A merged weight is W + (alpha / r) B A in fp32, rounded
 once; any other weight is the base's own.
 """
@@ -88,7 +88,7 @@ def save(folder: Path, config: ModelConfig, adapter_config: AdapterConfig, adapt
     adapter_config.write(folder, config)
 
 
-def merged(
+def merged_parameters(
     files: TensorFiles, config: ModelConfig, adapter_config: AdapterConfig, adapter: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """(our name, whole tensor) of every parameter of the model with its adapter, one at a time.

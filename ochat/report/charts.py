@@ -16,8 +16,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from ochat.checkpoint import best
-from ochat.checkpoint.best import ALL
+from ochat.checkpoint.best import ALL, loss_label
 from ochat.report.curves import Points, moving_mean, thin
 from ochat.report.run_record import RunRecord, class_label, class_names
 
@@ -215,6 +214,6 @@ def epoch_ends(run: RunRecord) -> list[float]:
 def _mark_best(found: go.Figure, run: RunRecord) -> None:
     """Add a star at the best evaluation, on the curve of the class that it was chosen by."""
     assert run.best is not None
-    label = f"best of {best.label(run.best_by)}: step {run.best.step}"
+    label = f"best of {loss_label(run.best_by)}: step {run.best.step}"
     marker = {"symbol": "star", "size": 15, "color": "#d29922", "line": {"width": 1, "color": COLORS[-1]}}
     found.add_trace(scatter(label, [run.best.step], [run.best.losses[run.best_by]], 7, mode="markers", marker=marker))

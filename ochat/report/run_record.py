@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat import config as configuration
-from ochat.checkpoint import best
-from ochat.checkpoint.best import ALL, Evaluation
+from ochat.checkpoint.best import ALL, Evaluation, best_evaluation, expert_class, read_evaluations
 from ochat.errors import ConfigError
 from ochat.files import jsonl
 from ochat.files.jsonl import finite_number
@@ -117,9 +116,9 @@ class RunRecord:
             configuration.flatten(configuration.with_new_names(config))
         )  # by dotted name
         self.plan, self.swap = (self._parsed(name, json.loads) for name in (layout.PLAN, layout.SWAP))
-        self.evaluations: list[Evaluation] = best.read(self.folder)
-        self.best_by = best.expert(self.folder, self.evaluations)
-        self.best = best.best(self.evaluations, self.best_by)
+        self.evaluations: list[Evaluation] = read_evaluations(self.folder)
+        self.best_by = expert_class(self.folder, self.evaluations)
+        self.best = best_evaluation(self.evaluations, self.best_by)
         self.samples = jsonl.read_lines(self.folder / layout.SAMPLES)
         self.bad_steps = [
             line

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ochat.checkpoint.best import ALL, Evaluation, label
+from ochat.checkpoint.best import ALL, Evaluation, loss_label
 from ochat.errors import DataError
 from ochat.files.jsonl import finite_number
 from ochat.report.run_record import Name, RunRecord, class_label, class_names
@@ -70,7 +70,7 @@ def evaluations(run: RunRecord) -> Table | None:
     if num_all > MAX_ROWS:
         kept = set(np.linspace(0, num_all - 1, MAX_ROWS - 1).astype(int).tolist())
         shown = [each for place, each in enumerate(shown) if place in kept or each is run.best]
-    note = f"★ the best: the lowest held-out loss of {label(run.best_by)}"
+    note = f"★ the best: the lowest held-out loss of {loss_label(run.best_by)}"
     note += f", {run.best.losses[run.best_by]:.4f}" if run.best else ""
     note += ". `ochat export RUN OUT --best` exports it while its checkpoint is there."
     note += f" {len(shown)} of {num_all:,} evaluations are shown; eval.jsonl has all." * (len(shown) < num_all)
@@ -154,7 +154,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     facts["final loss"] = _over(run, "loss", _last, ".4f") + (f" ({', '.join(last)})" if last else "")
     if run.best:
         there = "there" if run.best.checkpoint else "not there"
-        loss = f"{run.best.losses[run.best_by]:.4f} of {label(run.best_by)}"
+        loss = f"{run.best.losses[run.best_by]:.4f} of {loss_label(run.best_by)}"
         facts["held-out best"] = f"{loss}, at step {run.best.step:,}; its checkpoint is {there}"
     for name, (key, reduce, form) in MEASURED.items():
         facts[name] = _over(run, key, reduce, form)

@@ -73,7 +73,7 @@ class Adapters:
         if not self.are_on:
             return {}
         changed = {"targets": sorted(self.lora.targets), "tokens": list(self.token_ids)}
-        return {BASE: lora.digest(self.base, self.model), "lora": structs.asdict(self.lora) | changed}
+        return {BASE: lora.base_digest(self.base, self.model), "lora": structs.asdict(self.lora) | changed}
 
     def write_config(self, folder: Path) -> None:
         """Write adapter_config.json; each checkpoint carries a copy."""

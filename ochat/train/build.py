@@ -26,7 +26,7 @@ from msgspec import structs
 
 from ochat import config as configuration
 from ochat.checkpoint.manifest import Manifest
-from ochat.checkpoint.save import Saver
+from ochat.checkpoint.save import AsyncCheckpointer
 from ochat.config import Config
 from ochat.console import waiting
 from ochat.data.dataset import TokenDataset
@@ -94,7 +94,7 @@ class RunOutputs:
     """What a run writes and shows."""
 
     lines: dict[str, JsonlWriter]  # by name, those of layout.LINES
-    checkpointer: Saver
+    checkpointer: AsyncCheckpointer
     metrics: MetricsLog
     trackers: Trackers
     display: StepDisplay
@@ -252,8 +252,8 @@ def open_outputs(
             metrics.truncate_after(file.path, found.step if found else -1)  # -1: an evaluation before step 1 too
 
     def newest() -> Path | None:
-        saver.wait()
-        return saver.newest
+        checkpointer.wait()
+        return checkpointer.newest
 
     nonfinite = NonFiniteGuard(
         config.train.max_nonfinite_steps,
@@ -262,7 +262,7 @@ def open_outputs(
         newest=newest,
         in_backward=config.optim.in_backward,
     )
-    saver = Saver(
+    checkpointer = AsyncCheckpointer(
         run_dir,
         parts.model,
         parts.optimizer,
@@ -270,12 +270,10 @@ def open_outputs(
         ranks,
         config.checkpoint,
         lines=list(lines.values()),
-        bad_steps=nonfinite,
-        say=log.info,
-        warn=log.warning,
+        skipped_steps=lambda: nonfinite.count,
     )
     if found:
-        saver.newest, nonfinite.count = found.folder, found.skipped
+        checkpointer.newest, nonfinite.count = found.folder, found.skipped
     metrics_log = MetricsLog(
         lines[layout.METRICS],
         class_names,
@@ -286,7 +284,7 @@ def open_outputs(
         nonfinite=nonfinite,
     )
     trackers = Trackers(config.log, run_dir, configuration.dump(resolved.asked), enabled=ranks.is_first)
-    return RunOutputs(lines, saver, metrics_log, trackers, StepDisplay(inputs.loader.num_steps))
+    return RunOutputs(lines, checkpointer, metrics_log, trackers, StepDisplay(inputs.loader.num_steps))
 
 
 def write_settings(resolved: Resolved, inputs: RunInputs, parts: RunModel, found: Manifest | None) -> None:

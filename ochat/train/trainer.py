@@ -82,7 +82,7 @@ class Trainer:
     def load(self) -> Manifest | None:
         """Fill model and optimizer from the checkpoint to resume from, which is returned, or else from the base."""
         run, base, adapters = self.config.run, Path(self.config.base.path), self.parts.adapters
-        found = checkpoint.find(self.run_dir, run.resume, self.ranks, log.warning)
+        found = checkpoint.find_checkpoint(self.run_dir, run.resume, self.ranks)
         if found is not None and not run.resume_mismatched:
             checkpoint.check_identity(found, self.parts.identity)
         if found is None or adapters.are_on:
@@ -93,7 +93,7 @@ class Trainer:
         else:
             log.info(f"resuming from {found.folder}")
             optim.start_state(self.optimizer, found.step, found.skipped)
-            checkpoint.load(found, self.model, self.optimizer)
+            checkpoint.load_state(found, self.model, self.optimizer.state)
         return found
 
     def run(self) -> None:
@@ -156,7 +156,7 @@ class Trainer:
         if stop:
             self.checkpointer.finish()
             self.stop_signal.stop(done)
-        self.checkpointer.poll()
+        self.checkpointer.report_if_done()
         if save or measure:
             self.metrics.restart_clock()
 

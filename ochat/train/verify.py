@@ -8,19 +8,17 @@ only its ranks' share.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from ochat.checkpoint.verify import verify_files
 from ochat.data import manifest
 from ochat.data.dataset import Paths, folder_list
 from ochat.distributed.processes import Ranks
-from ochat.errors import CheckpointError, DataError, OchatError
+from ochat.errors import CheckpointError, DataError
 from ochat.files import checksums
 
 log = logging.getLogger(__name__)
-
-QUIET_S = 2.0  # a check that takes longer is announced
 
 
 def data(paths: Sequence[Paths], ranks: Ranks) -> None:
@@ -34,8 +32,8 @@ def data(paths: Sequence[Paths], ranks: Ranks) -> None:
     def expected() -> dict[Path, str]:
         return {file: sha256 for folder in folders for file, sha256 in manifest.listed_checksums(folder).items()}
 
-    note = "comparing {size} of data with its checksums; --data.verify=false skips this"
-    _compare(expected, manifest.changed, DataError, ranks, note)
+    what = "data with its checksums; --data.verify=false skips this"
+    verify_files(expected, manifest.changed, DataError, ranks, what)
 
 
 def base(folder: Path, ranks: Ranks) -> None:
@@ -43,33 +41,6 @@ def base(folder: Path, ranks: Ranks) -> None:
 
     Raises: CheckpointError naming the file, on all ranks. Costs: about 1 s a GB, shared by the ranks.
     """
-    note = f"comparing {{size}} of {folder} with its checksums"
-    if not _compare(lambda: checksums.expected(folder), checksums.damaged, CheckpointError, ranks, note):
+    what = f"{folder} with its checksums"
+    if not verify_files(lambda: checksums.expected(folder), checksums.damaged, CheckpointError, ranks, what):
         log.info(f"{folder}: no checksums, so only headers and finite values are checked; {checksums.HOW_TO_MAKE}")
-
-
-def _compare(
-    list_files: Callable[[], dict[Path, str]],
-    message: Callable[[Path], str],
-    kind: type[OchatError],
-    ranks: Ranks,
-    note: str,
-) -> int:
-    """The number of files, of which this rank reads its share; raises `kind` on all ranks if one finds damage."""
-    problem, files = "", {}
-    try:
-        files = list_files()
-        mine = sorted(files, key=lambda path: (-path.stat().st_size, path))[ranks.rank :: ranks.world]
-        size = f"{sum(path.stat().st_size for path in files) / 1e9:,.1f} GB"
-        timer = threading.Timer(QUIET_S, log.info, [note.replace("{size}", size)])
-        timer.daemon = True
-        timer.start()
-        try:
-            path = checksums.first_changed({path: files[path] for path in mine})
-        finally:
-            timer.cancel()
-        problem = message(path) if path else ""
-    except (OchatError, OSError) as error:
-        problem = str(error)
-    ranks.raise_on_all_ranks(problem, kind)
-    return len(files)

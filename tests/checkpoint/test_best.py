@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 
 from ochat import cli
-from ochat.checkpoint import best as best_module
-from ochat.checkpoint.best import (
-    best,
-    best_checkpoint,
-    expert,
-    read,
-)
-from ochat.commands.export import ExportOptions, main
+from ochat.checkpoint.best import best_checkpoint, best_evaluation, expert_class, read_evaluations
+from ochat.commands.export import ExportOptions, best_table, main
 from ochat.errors import CheckpointError, ConfigError
 from ochat.run import layout
 from tests import tiny
@@ -53,13 +47,13 @@ LOSSES = {0: (5.0, 4.0), 10: (2.0, 1.0), 20: (1.5, 1.2), 30: (1.5, 0.9), 40: (1.
 
 def test_the_best_is_the_earliest_of_the_lowest_losses_of_the_heaviest_class(tmp_path):
     run = measured(tmp_path / "run", LOSSES, (10, 20, 30))
-    chosen, table = best_checkpoint(run)
-    assert chosen.name == "step_20"
-    shown = [list(column.cells) for column in table.columns]
+    choice = best_checkpoint(run)
+    assert choice.folder.name == "step_20" and choice.step == 20
+    shown = [list(column.cells) for column in best_table("", choice, {10, 20, 30}).columns]
     assert shown[0] == ["0  ", "10  ", "20 *", "30  ", "40  "], "every evaluation, also where the checkpoint is gone"
     assert shown[1] == ["5.0000", "2.0000", "1.5000", "1.5000", "1.7500"]
     assert shown[-1] == ["-", "yes", "yes", "yes", "-"]
-    assert best_checkpoint(run, "GPT3")[0].name == best_checkpoint(run, "all")[0].name == "step_30"
+    assert best_checkpoint(run, "GPT3").step == best_checkpoint(run, "all").step == 30
     with pytest.raises(ConfigError, match="no held-out loss of that name; there is .*GPT4"):
         best_checkpoint(run, "GPT5")
 
@@ -79,26 +73,26 @@ def test_the_expert_is_the_heaviest_class_else_the_one_that_is_served(tmp_path, 
     run = measured(tmp_path / "run", LOSSES, (), WEIGHED.replace(*change))
     if served:
         serves(run, served)
-    assert expert(run, read(run)) == wanted
+    assert expert_class(run, read_evaluations(run)) == wanted
 
 
 def test_a_description_of_anybodys_serves_no_class(tmp_path):
     run = measured(tmp_path / "run", LOSSES, (), '[weights]\nsource = "record"')
     serves(run, "GPT4")
-    assert expert(run, read(run)) == "GPT4"
+    assert expert_class(run, read_evaluations(run)) == "GPT4"
     described = run / "serving" / "openchat.json"
     described.write_text('{"template": {"default_condition": ["GPT4"]}}')
-    assert expert(run, read(run)) == "all"
+    assert expert_class(run, read_evaluations(run)) == "all"
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     run = measured(tmp_path / "run", {10: (None, 1.0), 20: (float("nan"), 1.0), 30: (3.0, 1.0)}, (10, 20, 30))
-    found = read(run)
+    found = read_evaluations(run)
     assert [each.losses["GPT4"] for each in found] == [None, None, 3.0]
-    assert best(found, "GPT4").step == 30 and best(found[:2], "GPT4") is None  # type: ignore[union-attr]
+    assert best_evaluation(found, "GPT4").step == 30 and best_evaluation(found[:2], "GPT4") is None  # type: ignore[union-attr]
     with (run / "eval.jsonl").open("a") as file:
         file.write('{"step": 40, "loss": 0.1, "cla')
-    assert len(read(run)) == 3
+    assert len(read_evaluations(run)) == 3
 
 
 def test_what_cannot_be_chosen_is_said(tmp_path):
@@ -153,4 +147,4 @@ def test_with_the_defaults_every_epoch_is_measured_and_saved(world, tmp_path):
     ends = [line["step"] for line in tiny.metrics(tmp_path / "run", "eval.jsonl")]
     kept = [layout.step_of(folder) for folder in layout.checkpoint_folders(tmp_path / "run")]
     assert len(kept) == 3 and ends == [0, *kept]
-    assert all(each.checkpoint for each in best_module.read(tmp_path / "run")[1:])
+    assert all(each.checkpoint for each in read_evaluations(tmp_path / "run")[1:])

@@ -25,7 +25,8 @@ from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint import manifest
 from ochat.checkpoint.manifest import Manifest
 from ochat.checkpoint.pinned_safetensors import PinnedSafetensors
-from ochat.checkpoint.save import Saver
+from ochat.checkpoint.save import AsyncCheckpointer
+from ochat.checkpoint.verify import verify_checkpoint
 from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
@@ -81,24 +82,24 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, "tokenizer.json"])
 def test_a_damaged_file_is_named(run, name, damage):
-    checkpoint.verify(step(run, 10), ALONE)
+    verify_checkpoint(step(run, 10), ALONE)
     DAMAGES[damage](step(run, 10) / name)
     with pytest.raises(CheckpointError, match=f"step_10/{name}: .*{damage}"):
-        checkpoint.verify(step(run, 10), ALONE)
+        verify_checkpoint(step(run, 10), ALONE)
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values())
 def test_a_damaged_manifest_is_named(run, damage):
     damage(step(run, 10) / "manifest.json")
     with pytest.raises(CheckpointError, match="step_10.*manifest.json"):
-        checkpoint.verify(step(run, 10), ALONE)
+        verify_checkpoint(step(run, 10), ALONE)
 
 
 def test_a_manifest_is_what_was_written(run):
     path = step(run, 10) / "manifest.json"
     path.write_text(path.read_text().replace('"step": 10', '"step": 11'))
     with pytest.raises(CheckpointError, match="manifest.json: damaged .its checksum differs"):
-        checkpoint.verify(step(run, 10), ALONE)
+        verify_checkpoint(step(run, 10), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_auto_goes_on_from_the_newest_whole_one_and_says_what_it_skipped(world, 
     assert re.search(f"skipping step_10: .*{WEIGHTS}: missing", said) and re.search("resuming from .*step_5", said)
     assert curve(lines) == curve(alone)
     for number in (10, 15):  # written anew
-        checkpoint.verify(step(run, number), ALONE)
+        verify_checkpoint(step(run, number), ALONE)
     assert not list((run / "checkpoints").glob(".*"))
 
 
@@ -237,7 +238,7 @@ def test_a_rank_reads_its_own_share_of_the_base_and_of_a_checkpoint(world, alone
                 assert torch.equal(local_shards.local_shard(parameter), part(base[name])), name
             adamw = optim.build(model, OptimConfig())
             optim.start_state(adamw, found.step, found.skipped)
-            assert checkpoint.load(found, model, adamw) == 5
+            checkpoint.load_state(found, model, adamw.state)
             for name, parameter in model.named_parameters():
                 assert torch.equal(local_shards.local_shard(parameter), part(weights[name])), name
                 for moment in manifest.MOMENTS:
@@ -301,14 +302,14 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_it_holds_the_step_it_was_
 ):
     """Each save takes far longer than the steps until the next one, so that each next one has to wait."""
     slow_writes(monkeypatch, 0.5)
-    seconds, plain = [], Saver.save
+    seconds, plain = [], AsyncCheckpointer.save
 
     def save(self, number):
         begin = time.monotonic()
         plain(self, number)
         seconds.append(time.monotonic() - begin)
 
-    monkeypatch.setattr(Saver, "save", save)
+    monkeypatch.setattr(AsyncCheckpointer, "save", save)
     lines = tiny.train(world, tmp_path / "run", *OPTIONS)
     assert curve(lines) == curve(alone)
     assert seconds[0] < 0.5 < max(seconds)  # two files of half a second each: the first save waits for neither
@@ -330,7 +331,7 @@ def limit(monkeypatch):
     """limit(first, end): from the save of step `first` to that of `end`, no file of this process grows beyond 200 kB.
     A write then fails half-way, as on a full disk; it needs no rights."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    plain = Saver.save
+    plain = AsyncCheckpointer.save
 
     def start(first, end):
         def save(self, number):
@@ -340,7 +341,7 @@ def limit(monkeypatch):
             )
             plain(self, number)
 
-        monkeypatch.setattr(Saver, "save", save)
+        monkeypatch.setattr(AsyncCheckpointer, "save", save)
 
     yield start
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
@@ -348,13 +349,13 @@ def limit(monkeypatch):
 
 def check_saves_that_fail(run_dir, lines, alone, said):
     assert curve(lines) == curve(alone)
-    assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "goes on from" in said
+    assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "resumes from" in said
     assert [folder.name for folder in layout.checkpoint_folders(run_dir)] == ["step_5", "step_15", f"step_{len(alone)}"]
     assert not list((run_dir / "checkpoints").glob(".*")) and (run_dir / "latest").read_text().endswith(
         f"step_{len(alone)}\n"
     )
     for folder in layout.checkpoint_folders(run_dir):
-        checkpoint.verify(folder, ALONE)
+        verify_checkpoint(folder, ALONE)
 
 
 def test_a_save_that_fails_is_told_loudly_and_tried_again_at_the_next(world, alone, tmp_path, limit, capsys):
@@ -365,7 +366,7 @@ def test_a_save_that_fails_is_told_loudly_and_tried_again_at_the_next(world, alo
 
 def test_a_last_save_that_fails_is_an_error_and_the_same_command_mends_it(world, alone, tmp_path, limit, monkeypatch):
     limit(10, 10**9)
-    with pytest.raises(CheckpointError, match="the last checkpoint, of step .*goes on from .*step_5"):
+    with pytest.raises(CheckpointError, match="the last checkpoint, of step .*resumes from .*step_5"):
         tiny.train(world, tmp_path / "run", *OPTIONS)
     assert [folder.name for folder in layout.checkpoint_folders(tmp_path / "run")] == ["step_5"]
     limit(0, 0)

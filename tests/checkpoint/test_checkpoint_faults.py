@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ochat.checkpoint import load as checkpoint
-from ochat.checkpoint.save import Saver
+from ochat.checkpoint.save import AsyncCheckpointer
+from ochat.checkpoint.verify import verify_checkpoint
 from ochat.distributed.processes import Ranks
 from ochat.run import layout
 from tests import tiny
@@ -122,7 +122,7 @@ def test_one_process_that_cannot_write_costs_all_a_checkpoint_and_none_the_run(w
         kill(process)
     steps = [line["step"] for line in tiny.metrics(run_dir)]
     assert steps == list(range(1, 361)) and newest(run_dir) == 360
-    assert all(checkpoint.verify(folder, ALONE) for folder in layout.checkpoint_folders(run_dir))
+    assert all(verify_checkpoint(folder, ALONE) for folder in layout.checkpoint_folders(run_dir))
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 
@@ -150,7 +150,7 @@ def test_two_processes_then_one_then_four_go_on_as_if_nothing_had_changed(world,
             assert ours["tokens"] == theirs["tokens"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         previous = run_dir / "checkpoints" / f"step_{every}"
     assert len(lines) == len(alone) - 10
-    manifest = checkpoint.verify(layout.checkpoint_folders(run_dir)[-1], ALONE)
+    manifest = verify_checkpoint(layout.checkpoint_folders(run_dir)[-1], ALONE)
     assert manifest.processes == 4 and len(manifest.shards) == 2  # one of the two replicas wrote
 
 
@@ -168,7 +168,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_costs_a_checkpoint_and_no_line(world, alone, small_disk, monkeypatch, capsys):
     """The whole run folder lies on the disk that is full from step 10's save to step 15's: the log has to wait too."""
-    run_dir, ballast, plain = small_disk / "run", small_disk / "ballast", Saver.save
+    run_dir, ballast, plain = small_disk / "run", small_disk / "ballast", AsyncCheckpointer.save
 
     def save(self, step):
         self.wait()
@@ -182,12 +182,12 @@ def test_a_full_disk_costs_a_checkpoint_and_no_line(world, alone, small_disk, mo
             ballast.unlink()
         plain(self, step)
 
-    monkeypatch.setattr(Saver, "save", save)
+    monkeypatch.setattr(AsyncCheckpointer, "save", save)
     lines = tiny.train(world, run_dir, "--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=1")
     said = " ".join(capsys.readouterr().out.split())
     assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "No space left" in said
     assert "metrics.jsonl cannot be written (No space left on device)" in said
     assert curve(lines) == curve(alone)
     for folder in layout.checkpoint_folders(run_dir):
-        checkpoint.verify(folder, ALONE)
+        verify_checkpoint(folder, ALONE)
     assert newest(run_dir) == len(alone) and not list((run_dir / "checkpoints").glob(".*"))

@@ -203,7 +203,7 @@ def test_a_run_says_that_nothing_could_be_compared_and_how_to_change_that(world,
 def test_a_value_that_is_not_finite_is_named_with_file_and_tensor(world, base, tmp_path, value):
     files = split(base)
     name = "model.layers.1.mlp.down_proj.weight"
-    place = TensorFiles.open(base).files[name]
+    place = TensorFiles.open(base).files[name].path.name
     content, rows = bytearray((base / place).read_bytes()), TensorFiles.open(base).read(name).numpy().tobytes()
     at = content.index(rows) + 4 * 100
     content[at : at + 4] = np.float32(value).tobytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ochat.checkpoint import load as checkpoint
+from ochat.checkpoint.verify import verify_checkpoint
 from ochat.distributed.processes import Ranks
 from ochat.run import layout as layout_module
 from tests import tiny
@@ -56,7 +56,7 @@ def assert_same_run(run_dir, alone):
         assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    assert checkpoint.verify(layout_module.checkpoint_folders(run_dir)[-1], ALONE).step == len(alone)
+    assert verify_checkpoint(layout_module.checkpoint_folders(run_dir)[-1], ALONE).step == len(alone)
 
 
 def test_the_recipe_of_one_machine(world, alone, tmp_path):
