@@ -24,7 +24,7 @@ from typing import NamedTuple
 import tokenizers
 
 from benchmarks import csv_file
-from ochat.data import input_files
+from ochat.data.readers import RecordFile
 from ochat.errors import DataError
 from ochat.text import record_formats
 
@@ -98,7 +98,7 @@ def summary(marks: list[Mark], num_tokens: int) -> dict:
 def texts_of(path: Path) -> list[str]:
     """Every message and system text; ids of role prefixes are cached by `prepare`, so they are left out."""
     texts: list[str] = []
-    for record in input_files.read_records(path):
+    for record in RecordFile(path):
         try:
             conversation = record_formats.convert(record.value())
         except DataError:

@@ -7,8 +7,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from ochat.data import manifest, prepare
-from ochat.data.prepare_report import print_report
+from ochat.data.prepare import COUNTED, PrepareReport
+from ochat.data.rejected import REJECTS
 from ochat.errors import ConfigError
 
 
@@ -40,3 +46,32 @@ def main(options: PrepareOptions) -> None:
     else:
         settings = {key: value for key, value in asdict(options).items() if key not in ("check", "merge")}
         print_report(prepare.run(prepare.PrepareOptions(**settings)))
+
+
+def print_report(report: PrepareReport, console: Console | None = None) -> None:
+    """Print a table of classes for each data set, and one line about the whole."""
+    console = console or Console()
+    for each in filter(None, (report, report.held_out)):
+        console.print(_table(each))
+    if report.skipped:
+        shown = ", ".join(map(escape, report.skipped[:5])) + (", ..." if len(report.skipped) > 5 else "")
+        console.print(f"{len(report.skipped)} files with unknown endings were not read: {shown}", soft_wrap=True)
+    rejects = f" ({escape(report.output)}/{REJECTS})" if report.rejected else ""
+    console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
+
+
+def _table(report: PrepareReport) -> Table:
+    table = Table(
+        title=f"{escape(report.output)}: conversations and tokens, context {report.context}",
+        caption="dropped: too long, or no answer left within the context; supervised: tokens of non-zero weight",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("class", overflow="fold")
+    for title in COUNTED.values():
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, counts in sorted(report.classes.items()):
+        table.add_row(escape(name) or "(none)", *(f"{counts[column]:,}" for column in COUNTED))
+    table.add_section()
+    table.add_row("all", *(f"{report.total[column]:,}" for column in COUNTED))
+    return table

@@ -1,37 +1,43 @@
-"""Conversations in, a data set of token ids out: what `ochat prepare --input ... --output DIR` runs.
+"""Prepare a data set: conversations in, token ids with spans and weights out.
 
     report = prepare(["a.jsonl"], base="models/base", template="openchat_v3.2", output="data/a")
 
-The main process cuts the input into batches of records, workers turn each into token ids and spans (encode.py), and
-the main process writes shards in input order. Memory is a few batches per worker and one shard.
+The main process cuts the input into batches of records, workers turn each into token ids and spans (encode.py), and the
+main process writes them in input order (store_writer.py). Memory is a few batches per worker and one shard.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from ochat.data import (
-    input_files,
-)
+from ochat import console
 from ochat.data.encode import Encoder, OverLong
-from ochat.data.prepare_report import Bar, Counts, PrepareReport, add_counts
-from ochat.data.records import Record, RecordFile
-from ochat.data.rejects import Rejects
+from ochat.data.readers import RecordFile, find_inputs
+from ochat.data.rejected import RejectLog
 from ochat.data.store_writer import StoreWriter, publish
-from ochat.data.workers import Batch, encode_all
+from ochat.data.workers import InputShare, batches, encode_all
 from ochat.errors import ConfigError, DataError
 from ochat.text import template, tokenizer
 
-BATCH_RECORDS, BATCH_BYTES = 512, 1 << 20
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
-HELD_OUT = "-held-out"  # what the name of the held-out set ends with
+HELD_OUT = "-held-out"  # ends the name of the held-out set
+COUNTED = {  # name in the counts -> in words
+    "kept": "kept",
+    "truncated": "truncated",
+    "too_long": "too long",
+    "unsupervised": "no answer",
+    "tokens": "tokens",
+    "supervised": "supervised",
+}
+Counts = dict[str, Counter[str]]  # class -> counts by the names of COUNTED
 
 
 @dataclass(frozen=True)
@@ -65,14 +71,45 @@ class PrepareOptions:
     progress: bool = True  # show a progress bar
 
 
+@dataclass(frozen=True)
+class PrepareReport:
+    """Counts of one run; tokens are those that were kept."""
+
+    output: str
+    context: int
+    classes: Counts
+    rejected: int
+    elapsed_s: float
+    skipped: tuple[str, ...] = ()  # files of input folders that were not read
+    held_out: PrepareReport | None = None  # of the held-out set
+
+    @cached_property
+    def total(self) -> Counter[str]:
+        """Counts of all classes together."""
+        return sum(self.classes.values(), Counter())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts alone, without times and paths: equal input gives an equal manifest."""
+        classes = {name: {column: counts[column] for column in COUNTED} for name, counts in self.classes.items()}
+        return {column: self.total[column] for column in COUNTED} | {"rejected": self.rejected, "classes": classes}
+
+    def summary(self) -> str:
+        """One line."""
+        dropped = ", ".join(
+            f"{self.total[name]} dropped ({COUNTED[name]})" for name in ("too_long", "unsupervised") if self.total[name]
+        )
+        kept = f"{self.total['kept']} kept, {self.total['truncated']} of them truncated"
+        return f"{kept}, {dropped or 'none dropped'}, {self.rejected} rejected"
+
+
 def prepare(
-    inputs: Sequence[str | Path], base: str | Path, template: str, output: str | Path, **options
+    inputs: Sequence[str | Path], base: str | Path, template: str, output: str | Path, **options: Any
 ) -> PrepareReport:
     """Prepare `inputs` as PrepareOptions (whose other fields are keywords here) say.
 
     Raises DataError for a bad record ("file:line: field: what is wrong") unless on_bad="skip", for empty input and
-    where nothing is left to train on; ConfigError for a tokenizer without the template's tokens and for an output
-    that is in the way.
+    if nothing is left to train on; ConfigError for a tokenizer without the template's tokens and for an output that
+    exists.
     """
     return run(PrepareOptions(tuple(map(str, inputs)), str(base), template, str(output), **options))
 
@@ -81,20 +118,22 @@ def run(options: PrepareOptions) -> PrepareReport:
     """Prepare, and return the counts."""
     started = time.monotonic()
     _check_given(options)
-    shard = Shard.parse(options.shard)
-    inputs = input_files.find(options.input)
-    files = [input_files.read_records(path) for path in inputs.paths]
-    encoder = _encoder(options)
+    share = InputShare.parse(options.shard)
+    inputs = find_inputs(options.input)
+    files = [RecordFile(path) for path in inputs.paths]
+    encoder = _make_encoder(options)
     with ExitStack() as stack:
-        writers = [stack.enter_context(writer) for writer in _writers(options, encoder.tokenizer.vocab_size)]
-        sides, num_rejected = _write(options, files, encoder, writers, shard)
-        skipped, elapsed_s = tuple(map(str, inputs.skipped)), time.monotonic() - started
-        reports = [PrepareReport(str(writer.output), encoder.context, counts, 0, elapsed_s)
-                   for writer, counts in zip(writers, sides, strict=True)]  # fmt: skip
+        writers = [stack.enter_context(writer) for writer in _make_writers(options, encoder.tokenizer.vocab_size)]
+        counts, num_rejected = _write(options, files, encoder, writers, share)
+        elapsed_s = time.monotonic() - started
+        reports = [PrepareReport(str(writer.output), encoder.context, each, 0, elapsed_s)
+                   for writer, each in zip(writers, counts, strict=True)]  # fmt: skip
+        skipped = tuple(map(str, inputs.skipped))
         report = replace(reports[0], rejected=num_rejected, skipped=skipped, held_out=(*reports, None)[1])
-        _check_kept(options, report, shard)
-        for side, writer in enumerate(writers):
-            writer.seal(_manifest(options, encoder, shard, report if side == 0 else reports[side], side))
+        if share.of == 1:  # one of many may be empty
+            _check_kept(options, report)
+        for writer, each, side in zip(writers, (report, *reports[1:]), ("train", "held-out"), strict=False):
+            writer.seal(_manifest(options, encoder, share, each, side))
         publish(writers)
     return report
 
@@ -105,44 +144,13 @@ def _check_given(options: PrepareOptions) -> None:
             raise ConfigError(f"--{name} is missing: `ochat prepare --help` says what it takes")
     if not 0 <= options.held_out < 1:
         raise ConfigError(f"--held-out {options.held_out}: a share from 0 to 1 is needed, such as 0.05")
-
-
-def _writers(options: PrepareOptions, vocab_size: int) -> list[StoreWriter]:
-    """Of the data set, and of the held-out one."""
-    output = Path(options.output)
-    outputs = [output] if not options.held_out else [output, output.with_name(output.name + HELD_OUT)]
-    return [StoreWriter(path, vocab_size, overwrite=options.overwrite) for path in outputs]
-
-
-def _write(
-    options: PrepareOptions, files: list[RecordFile], encoder: Encoder, writers: list[StoreWriter], shard: Shard
-) -> tuple[list[Counts], int]:
-    """Everything from records to shards; the counts of each side, and the number of rejects."""
-    sides: list[Counts] = [{} for _ in writers]
-    num_rejected = 0
-    with Rejects(writers[0].folder, options.on_bad) as rejects, Bar(files, options.progress) as bar:
-        for encoded, position in encode_all(_batches(files, shard), encoder, _num_workers(options, files)):
-            num_rejected += rejects.add(encoded.rejects)
-            for side, writer in enumerate(writers):
-                writer.add(encoded.sides[side].sequences)
-                add_counts(sides[side], encoded.sides[side].counts)
-            bar(position)
-    return sides, num_rejected
-
-
-def _check_kept(options: PrepareOptions, report: PrepareReport, shard: Shard) -> None:
-    """Raises DataError where nothing is left; one of many shards may be empty."""
-    if shard.of > 1:
-        return
-    if not report.kept:
-        raise DataError(f"{', '.join(options.input)}: no conversation is left to train on; {report.summary()}")
-    if report.held_out and not report.held_out.kept:
-        raise DataError(f"--held-out {options.held_out} holds out none of {report.kept} conversations: raise it")
-
-
-def _encoder(options: PrepareOptions) -> Encoder:
+    if options.workers is not None and options.workers < 0:
+        raise ConfigError(f"--workers {options.workers}: 0 (this process alone) or more")
     if options.context is not None and options.context < 2:
         raise ConfigError(f"--context {options.context}: at least 2 tokens are needed")
+
+
+def _make_encoder(options: PrepareOptions) -> Encoder:
     tokens = tokenizer.load(options.base)
     form = template.with_conditions(template.load(options.template), options.conditions)
     form.check(tokens)
@@ -151,50 +159,50 @@ def _encoder(options: PrepareOptions) -> Encoder:
     return Encoder(tokens, form, *values)
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Of every `of` records the `number`-th, from 1."""
-
-    number: int
-    of: int
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Raises ConfigError unless `text` is "i/n"."""
-        number, slash, of = text.partition("/")
-        if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            raise ConfigError(f"--shard {text}: i/n is needed, with i from 1 to n, such as 3/8")
-        return cls(int(number), int(of))
+def _make_writers(options: PrepareOptions, vocab_size: int) -> list[StoreWriter]:
+    """Of the data set, and of the held-out one."""
+    output = Path(options.output)
+    outputs = [output] if not options.held_out else [output, output.with_name(output.name + HELD_OUT)]
+    return [StoreWriter(path, vocab_size, overwrite=options.overwrite) for path in outputs]
 
 
-def _num_workers(options: PrepareOptions, files: list[RecordFile]) -> int:
-    if options.workers is not None:
-        if options.workers < 0:
-            raise ConfigError(f"--workers {options.workers}: 0 (this process alone) or more")
-        return options.workers
-    return len(os.sched_getaffinity(0)) if sum(file.size for file in files) > SMALL_INPUT_BYTES else 0
+def _write(
+    options: PrepareOptions, files: list[RecordFile], encoder: Encoder, writers: list[StoreWriter], share: InputShare
+) -> tuple[list[Counts], int]:
+    """Everything from records to shards; the counts of each data set, and the number of rejects."""
+    counts: list[Counts] = [{} for _ in writers]
+    num_bytes, done_mib = sum(file.size for file in files), 0
+    num_workers = options.workers
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if num_bytes > SMALL_INPUT_BYTES else 0
+    bar = console.bar("prepare, MiB", num_bytes >> 20) if options.progress else nullcontext(None)
+    with RejectLog(writers[0].folder, options.on_bad) as rejects, bar as advance:
+        for encoded, position in encode_all(batches(files, share), encoder, num_workers):
+            rejects.add(encoded.rejects)
+            for writer, total, split in zip(writers, counts, encoded.splits, strict=False):
+                writer.add(split.sequences)
+                _add_counts(total, split.counts)
+            if advance is not None:
+                advance((position >> 20) - done_mib)
+                done_mib = position >> 20
+    return counts, rejects.count
 
 
-def _batches(files: list[RecordFile], shard: Shard) -> Iterator[Batch]:
-    """The shard's records of all files in order, in batches that are worth a message to another process."""
-    batch: list[Record] = []
-    num_bytes = done = 0
-    number = itertools.cycle(range(1, shard.of + 1))
-    for file in files:
-        for record in file:
-            if next(number) != shard.number:
-                continue
-            batch.append(record)
-            num_bytes += len(record.data)
-            if len(batch) == BATCH_RECORDS or num_bytes >= BATCH_BYTES:
-                yield batch, done + file.position
-                batch, num_bytes = [], 0
-        done += file.size
-    if batch:
-        yield batch, done
+def _add_counts(total: Counts, more: Mapping[str, Counter[str]]) -> None:
+    for name, count in more.items():
+        total.setdefault(name, Counter()).update(count)
 
 
-def _manifest(options: PrepareOptions, encoder: Encoder, shard: Shard, report: PrepareReport, side: int) -> dict:
+def _check_kept(options: PrepareOptions, report: PrepareReport) -> None:
+    """Raises DataError if nothing is left."""
+    if not report.total["kept"]:
+        raise DataError(f"{', '.join(options.input)}: no conversation is left to train on; {report.summary()}")
+    if report.held_out and not report.held_out.total["kept"]:
+        kept = report.total["kept"]
+        raise DataError(f"--held-out {options.held_out} holds out none of {kept} conversations: raise it")
+
+
+def _manifest(options: PrepareOptions, encoder: Encoder, share: InputShare, report: PrepareReport, side: str) -> dict:
     tokens = encoder.tokenizer
     manifest = {
         "template": replace(encoder.template, context=encoder.context).to_dict(),
@@ -205,8 +213,8 @@ def _manifest(options: PrepareOptions, encoder: Encoder, shard: Shard, report: P
         "counts": report.to_dict(),
     }
     if options.held_out:
-        manifest["held_out"] = {"share": options.held_out, "side": ("train", "held-out")[side]}
-    if shard.of > 1:
+        manifest["held_out"] = {"share": options.held_out, "side": side}
+    if share.of > 1:
         names = [Path(name).name for name in options.input]  # machines may have them in different folders
-        manifest["shard"] = {"number": shard.number, "of": shard.of, "input": names}
+        manifest["shard"] = {"number": share.number, "of": share.of, "input": names}
     return manifest

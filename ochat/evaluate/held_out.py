@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from ochat.data.batch import Example
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import num_supervised
-from ochat.data.input_files import parse_records
 from ochat.data.manifest import MANIFEST
+from ochat.data.readers import parse_records
 from ochat.errors import ConfigError, DataError
 from ochat.text import record_formats
 from ochat.text.conversation import Conversation

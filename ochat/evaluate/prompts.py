@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ochat.console import bar
-from ochat.data.input_files import parse_records
+from ochat.data.readers import parse_records
 from ochat.errors import ConfigError, DataError
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer
@@ -43,7 +43,7 @@ class Prompt:
 def read_prompts(path: Path, conditions: Sequence[str]) -> list[Prompt]:
     """Every prompt under every condition. Raises: DataError naming file and line of a record without a prompt."""
     return [
-        Prompt(record.place, replace(conversation, condition=condition))
+        Prompt(record.location, replace(conversation, condition=condition))
         for record, conversation in parse_records(path, _unanswered)
         for condition in conditions
     ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ochat.data.input_files import parse_records
+from ochat.data.readers import parse_records
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import text_field
 
@@ -53,9 +53,9 @@ def read_questions(
             break
         key = str(record.number) if key is None else key
         if key in found:
-            raise DataError(f"{record.place}: question_id {key} occurs twice; give each question its own")
+            raise DataError(f"{record.location}: question_id {key} occurs twice; give each question its own")
         given = own if temperature is None else temperature
-        found[key] = Question(key, record.place, turns, given, record.value())
+        found[key] = Question(key, record.location, turns, given, record.value())
     return list(found.values())
 
 

@@ -29,7 +29,7 @@ ConditionsMode = Literal["both", "assistant", "ignore"]
 
 
 class Span(NamedTuple):
-    """A stretch of tokens: exclusive end, role (bos, system, prefix, user, assistant), the message's own weight."""
+    """A run of tokens: exclusive end, role (bos, system, prefix, user, assistant), the message's own weight."""
 
     end: int
     role: str
@@ -46,8 +46,9 @@ class Span(NamedTuple):
         return bool(np.float32(self.own_weight))
 
 
-class Part(NamedTuple):
-    """A stretch before its text is tokenised: the ids of `text`, encoded alone, then `ids`."""
+
+class Segment(NamedTuple):
+    """A span before its text is tokenised: the ids of `text`, encoded alone, then `ids`."""
 
     role: str
     weight: float | None
@@ -120,19 +121,19 @@ class Template:
 
     def encode_spans(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
         """Ids and the spans that cover them in order. A message's content and its end of turn are one span."""
-        parts = self.parts(conversation, tokenizer)
-        return join(parts, {part.text: tokenizer.encode(part.text) for part in parts})
+        segments = self.segments(conversation, tokenizer)
+        return join(segments, {segment.text: tokenizer.encode(segment.text) for segment in segments})
 
-    def parts(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Part]:
-        """The conversation as parts in order, of which only the texts are left to tokenise."""
+    def segments(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
+        """The conversation as segments in order, of which only the texts are left to tokenise."""
         self.check(tokenizer)
-        parts = self._opening(conversation, tokenizer)
+        segments = self._opening(conversation, tokenizer)
         eot = (tokenizer.special_tokens[self.eot],)
         for message in conversation.items:
             prefix = self.role_prefix(message.role, conversation.condition)
-            parts.append(Part("prefix", None, "", tokenizer.prefix_ids(prefix)))
-            parts.append(Part(message.role, message.weight, message.content, eot))
-        return parts
+            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(prefix)))
+            segments.append(Segment(message.role, message.weight, message.content, eot))
+        return segments
 
     def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
@@ -149,20 +150,20 @@ class Template:
         ids += tokenizer.encode_with_specials(self.role_prefix("assistant", conversation.condition))
         return ids + tokenizer.encode(items[-1].content)
 
-    def _opening(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Part]:
+    def _opening(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         bos, eot = self.bos_token(tokenizer), tokenizer.special_tokens[self.eot]
-        parts = [] if bos is None else [Part("bos", None, "", (tokenizer.special_tokens[bos],))]
+        segments = [] if bos is None else [Segment("bos", None, "", (tokenizer.special_tokens[bos],))]
         if conversation.system:
-            parts.append(Part("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
-            parts.append(Part("system", None, conversation.system, (eot,)))
-        return parts
+            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
+            segments.append(Segment("system", None, conversation.system, (eot,)))
+        return segments
 
 
-def join(parts: Sequence[Part], encoded: Mapping[str, Sequence[int]]) -> tuple[list[int], list[Span]]:
-    """Ids and spans of `parts`; `encoded`: the ids of each text. A part without tokens leaves no span."""
+def join(segments: Sequence[Segment], encoded: Mapping[str, Sequence[int]]) -> tuple[list[int], list[Span]]:
+    """Ids and spans of `segments`; `encoded`: the ids of each text. A segment without tokens leaves no span."""
     ids: list[int] = []
     spans: list[Span] = []
-    for role, weight, text, tail in parts:
+    for role, weight, text, tail in segments:
         begin = len(ids)
         if text:
             ids += encoded[text]

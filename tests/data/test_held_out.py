@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
-from ochat.data.held_out import is_held_out, position
+from ochat.data.encode import is_held_out, prompt_position
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message
 from tests import tiny
@@ -45,12 +45,14 @@ def test_a_prompt_has_one_side(system, prompt, rests, share, classes):
 
 def test_system_and_prompt_are_both_the_prompt():
     said = [("a", "bc"), ("ab", "c"), ("", "abc"), ("abc", ""), ("b", "bc"), ("1 a", "bc")]
-    found = {position(Conversation((Message("user", user),), system=system)) for system, user in said}
+    found = {prompt_position(Conversation((Message("user", user),), system=system)) for system, user in said}
     assert len(found) == len(said)
 
 
 def test_who_speaks_first_without_a_user():
-    alone = [position(Conversation((Message("assistant", text), Message("assistant", "same")))) for text in "abc"]
+    alone = [
+        prompt_position(Conversation((Message("assistant", text), Message("assistant", "same")))) for text in "abc"
+    ]
     assert len(set(alone)) == 3
 
 
@@ -67,10 +69,10 @@ def test_the_share_is_the_binomials(share):
 def test_the_side_is_the_same_everywhere():
     """A fixed number, so no release, machine or process moves a prompt to the other side."""
     chat = Conversation((Message("user", "Hello"),), system="Be brief.")
-    assert position(chat) == GOLDEN
+    assert prompt_position(chat) == GOLDEN
     assert is_held_out(chat, GOLDEN + 1e-9) and not is_held_out(chat, GOLDEN)
-    code = "from ochat.data.held_out import *; from ochat.text.conversation import *\n"
-    code += "print(position(Conversation((Message('user', 'Hello'),), system='Be brief.')))"
+    code = "from ochat.data.encode import *; from ochat.text.conversation import *\n"
+    code += "print(prompt_position(Conversation((Message('user', 'Hello'),), system='Be brief.')))"
     env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
     assert float(subprocess.check_output([sys.executable, "-c", code], env=env)) == GOLDEN
 
@@ -102,7 +104,7 @@ def test_prepare_splits_without_losing_or_leaking(tmp_path):
     train, held = prompts(tmp_path / "out", records), prompts(tmp_path / "out-held-out", records)
     assert not set(train) & set(held) and sorted(train + held) == sorted(r["items"][0]["content"] for r in records)
     assert all(held.count(prompt) == 2 for prompt in held) and 30 <= len(set(held)) <= 90
-    assert (report.kept, report.held_out.kept) == (len(train), len(held))
+    assert (report.total["kept"], report.held_out.total["kept"]) == (len(train), len(held))
 
     shuffled = random.Random(1).sample(records, len(records))
     source = write_lines(tmp_path / "in2.jsonl", shuffled)

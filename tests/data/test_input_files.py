@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat.commands import prepare as command
-from ochat.data import input_files, prepare
+from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
-from ochat.data.input_files import read_records
-from ochat.data.parquet import ParquetFile
+from ochat.data.readers import RecordFile, find_inputs
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_base, write_lines
 
@@ -49,7 +48,7 @@ def schema(rows):
 @given(rows=ROWS, row_group_size=st.integers(1, 4))
 def test_rows_are_the_objects_that_were_written(tmp_path_factory, rows, row_group_size):
     """What a row lacks stays away, although a table has every column in every row."""
-    file = read_records(write_parquet(tmp_path_factory.mktemp("rows") / "in", rows, row_group_size))
+    file = RecordFile(write_parquet(tmp_path_factory.mktemp("rows") / "in", rows, row_group_size))
     read = list(file)
     assert [record.value() for record in read] == rows
     assert [(r.line, r.number) for r in read] == [(i, i) for i in range(1, len(rows) + 1)]
@@ -79,7 +78,7 @@ def test_a_bad_row_is_named_by_its_number(tmp_path):
 def test_a_cut_parquet_file_is_named(tmp_path, kept):
     path = write_parquet(tmp_path / "in.parquet", [{"n": n} for n in range(1000)], 100)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    (bad,) = read_records(path)
+    (bad,) = RecordFile(path)
     with pytest.raises(DataError, match=r"in\.parquet:1: damaged or cut Parquet file"):
         bad.value()
 
@@ -89,7 +88,7 @@ def test_damage_within_a_parquet_file_ends_it_there(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
     path.write_bytes(content)
-    *good, bad = read_records(path)
+    *good, bad = RecordFile(path)
     assert 0 < len(good) < 1000 and all(r.value()["text"].startswith(f"{r.line - 1} ") for r in good)
     with pytest.raises(DataError, match=rf"in\.parquet:{len(good) + 1}: damaged or cut Parquet file"):
         bad.value()
@@ -97,7 +96,7 @@ def test_damage_within_a_parquet_file_ends_it_there(tmp_path):
 
 def test_an_empty_table_is_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"items": pyarrow.array([], pyarrow.string())}), tmp_path / "in.parquet")
-    (bad,) = read_records(tmp_path / "in.parquet")
+    (bad,) = RecordFile(tmp_path / "in.parquet")
     with pytest.raises(DataError, match="the file is empty"):
         bad.value()
 
@@ -113,7 +112,7 @@ def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_pyarrow)
     with pytest.raises(ConfigError, match=r"in\.parquet: .*pip install 'ochat-crlft\[data\]'"):
-        read_records(path)
+        RecordFile(path)
 
 
 def test_parquet_memory_does_not_grow_with_a_row_group(tmp_path):
@@ -123,7 +122,7 @@ def test_parquet_memory_does_not_grow_with_a_row_group(tmp_path):
         path = write_parquet(tmp_path / f"{count}.parquet", [{"text": f"{n}" * 500} for n in range(count)])
         before = pyarrow.total_allocated_bytes()
         peak = 0
-        for _ in read_records(path):
+        for _ in RecordFile(path):
             peak = max(peak, pyarrow.total_allocated_bytes() - before)
         peaks.append(peak)
     assert peaks[1] < peaks[0] + 30e6, f"{peaks} bytes held for {2_000} and {20_000} rows of 2 kB"
@@ -136,7 +135,7 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     for name in [*names, *others, *hidden]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
-    found = input_files.find([tmp_path, tmp_path / "b" / "notes.txt"])
+    found = find_inputs([tmp_path, tmp_path / "b" / "notes.txt"])
     expected = ["a.parquet", "b/10.JSON", "b/2.jsonl", "b.json.gz", "c.jsonl.xz", "z.ndjson.zst"]
     assert found.paths == [*(tmp_path / name for name in expected), tmp_path / "b" / "notes.txt"]
     assert sorted(found.skipped) == sorted(tmp_path / name for name in others)
@@ -144,10 +143,10 @@ def test_a_folder_is_its_files_in_order(tmp_path):
 
 def test_a_folder_with_nothing_to_read_is_named(tmp_path):
     with pytest.raises(DataError, match=r"nothing to read in this folder \(no file\); known endings: \.jsonl"):
-        input_files.find([tmp_path])
+        find_inputs([tmp_path])
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"only notes\.txt"):
-        input_files.find([tmp_path])
+        find_inputs([tmp_path])
 
 
 def test_a_folder_prepares_as_its_files_do(tmp_path, capsys):
@@ -169,6 +168,6 @@ def test_values_that_json_lacks_become_text(tmp_path):
     import datetime
 
     row = {"items": "x", "when": datetime.datetime(2026, 1, 2), "nothing": None, "list": [1, None]}
-    (record,) = ParquetFile(write_parquet(tmp_path / "in.parquet", [row]))
+    (record,) = RecordFile(write_parquet(tmp_path / "in.parquet", [row]))
     assert record.value() == {"items": "x", "when": "2026-01-02 00:00:00", "list": [1, None]}
     assert json.loads(record.data) == record.value()

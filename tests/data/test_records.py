@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ochat.data import compressed, records
-from ochat.data.input_files import read_records
+from ochat.data import compressed, readers
+from ochat.data.readers import RecordFile
 from ochat.errors import DataError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -53,30 +53,27 @@ def test_every_form_gives_the_same_records(tmp_path_factory, chunk, objects):
     tmp_path = tmp_path_factory.mktemp("records")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compressed, "CHUNK_BYTES", chunk)
-        patch.setattr(records, "HEAD_BYTES", chunk + 8)
+        patch.setattr(readers, "HEAD_BYTES", chunk + 8)
         for form in forms(objects):
-            assert [r.value() for r in read_records(write(tmp_path, form))] == objects
+            assert [r.value() for r in RecordFile(write(tmp_path, form))] == objects
 
 
 @pytest.mark.parametrize("compress", COMPRESSORS.values(), ids=COMPRESSORS)
 def test_compression_is_told_by_content(tmp_path, compress):
     objects = [{"n": n} for n in range(1000)]
-    file = read_records(write(tmp_path, compress(lines(objects).encode())))
+    file = RecordFile(write(tmp_path, compress(lines(objects).encode())))
     assert [r.value() for r in file] == objects
     assert file.position == file.size
 
 
 def test_places_are_those_of_an_editor(tmp_path):
-    assert [(r.line, r.number) for r in read_records(write(tmp_path, '{"a":1}\n\n{"a":2}\n'))] == [
-        (1, 1),
-        (3, 2),
-    ]
+    assert [(r.line, r.number) for r in RecordFile(write(tmp_path, '{"a":1}\n\n{"a":2}\n'))] == [(1, 1), (3, 2)]
     array = '[\n  {\n   "a": 1\n  },\n\n  {"a": 2}, {"a": 3}\n]\n'
-    assert [(r.line, r.number) for r in read_records(write(tmp_path, array))] == [(2, 1), (6, 2), (6, 3)]
+    assert [(r.line, r.number) for r in RecordFile(write(tmp_path, array))] == [(2, 1), (6, 2), (6, 3)]
 
 
 def test_one_pretty_object_is_one_record(tmp_path):
-    assert [r.value() for r in read_records(write(tmp_path, '{\n "items": [\n  1\n ]\n}'))] == [{"items": [1]}]
+    assert [r.value() for r in RecordFile(write(tmp_path, '{\n "items": [\n  1\n ]\n}'))] == [{"items": [1]}]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +93,7 @@ def test_one_pretty_object_is_one_record(tmp_path):
 )
 def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path, line, message):
     path = write(tmp_path, b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
-    first, bad, last = read_records(path)
+    first, bad, last = RecordFile(path)
     assert (first.value(), last.value()) == ({"a": 1}, {"a": 3})
     with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
         bad.value()
@@ -104,7 +101,7 @@ def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path, line, message
 
 @pytest.mark.parametrize("cut", ['{"a', "{", '{"a": {"items": ['])
 def test_a_first_line_that_is_cut_does_not_hide_the_second(tmp_path, cut):
-    bad, good = read_records(write(tmp_path, cut + '\n{"a": 2}\n'))
+    bad, good = RecordFile(write(tmp_path, cut + '\n{"a": 2}\n'))
     assert good.value() == {"a": 2}
     with pytest.raises(DataError, match=r"in\.jsonl:1: not JSON: .* \(column \d+\), near"):
         bad.value()
@@ -116,15 +113,15 @@ def test_only_a_last_record_is_cut_and_every_cut_is_told(tmp_path, whole, blank)
     """Whatever character a file ends after, the rest of the record is said to be missing; the same text elsewhere is
     wrong, and so is a last one with nothing missing."""
     for end in range(1, len(whole)):
-        good, bad = read_records(write(tmp_path, '{"a": 1}\n' + whole[:end] + blank))
+        good, bad = RecordFile(write(tmp_path, '{"a": 1}\n' + whole[:end] + blank))
         assert good.value() == {"a": 1}
         with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON, the record is cut off"):
             bad.value()
-        bad, _ = read_records(write(tmp_path, whole[:end] + '\n{"a": 1}\n'))
+        bad, _ = RecordFile(write(tmp_path, whole[:end] + '\n{"a": 1}\n'))
         with pytest.raises(DataError, match=r"in\.jsonl:1: not JSON: .* \(column \d+\)"):
             bad.value()
     for wrong in ("{bad", "{bad}", '{"a" 1}'):
-        _, bad = read_records(write(tmp_path, '{"a": 1}\n' + wrong + blank))
+        _, bad = RecordFile(write(tmp_path, '{"a": 1}\n' + wrong + blank))
         with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: .* \(column \d+\)"):
             bad.value()
 
@@ -144,14 +141,14 @@ def test_only_a_last_record_is_cut_and_every_cut_is_told(tmp_path, whole, blank)
     ],
 )
 def test_damage_that_hides_the_next_record_is_the_last_one(tmp_path, text, good, message):
-    *read, bad = read_records(write(tmp_path, text))
+    *read, bad = RecordFile(write(tmp_path, text))
     assert [r.value()["a"] for r in read] == list(range(1, good + 1))
     with pytest.raises(DataError, match=message):
         bad.value()
 
 
 def test_a_byte_that_is_not_utf8_spoils_one_element_of_an_array(tmp_path):
-    first, bad, last = read_records(write(tmp_path, b'[{"a": 1},\n{"a": "\xff"},\n{"a": 3}]'))
+    first, bad, last = RecordFile(write(tmp_path, b'[{"a": 1},\n{"a": "\xff"},\n{"a": 3}]'))
     assert (first.value(), last.value()) == ({"a": 1}, {"a": 3})
     with pytest.raises(DataError, match=r"in\.jsonl:2: not UTF-8 at byte 7"):
         bad.value()
@@ -161,7 +158,7 @@ def test_a_byte_that_is_not_utf8_spoils_one_element_of_an_array(tmp_path):
 @pytest.mark.parametrize("form", [lines, json.dumps], ids=["lines", "array"])
 def test_a_cut_compressed_file_is_named(tmp_path, kind, form):
     data = COMPRESSORS[kind](form([{"n": n, "text": "word " * (n % 50)} for n in range(20000)]).encode())
-    *_, bad = read_records(write(tmp_path, data[: len(data) // 2]))
+    *_, bad = RecordFile(write(tmp_path, data[: len(data) // 2]))
     with pytest.raises(DataError, match="cut compressed file"):
         bad.value()
 
@@ -169,7 +166,7 @@ def test_a_cut_compressed_file_is_named(tmp_path, kind, form):
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "."])
 def test_a_missing_file_is_named(tmp_path, path):
     with pytest.raises(DataError, match="no such file|a folder"):
-        read_records(tmp_path / path)
+        RecordFile(tmp_path / path)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +175,7 @@ def test_a_missing_file_is_named(tmp_path, path):
 def test_memory_does_not_grow_with_the_file(tmp_path, form):
     path = write(tmp_path, form([{"text": "x" * 1000}] * 30_000))
     tracemalloc.start()
-    count = sum(1 for _ in read_records(path))
+    count = sum(1 for _ in RecordFile(path))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert count == 30_000 and path.stat().st_size > 30e6

@@ -24,8 +24,8 @@ from ochat import config as configuration
 from ochat.checkpoint import manifest
 from ochat.data import manifest as data_manifest
 from ochat.data.dataset import TokenDataset
-from ochat.data.input_files import read_records
 from ochat.data.prepare import prepare
+from ochat.data.readers import RecordFile
 from ochat.errors import OchatError
 from ochat.files.checksums import SUMS
 from ochat.files.checksums import expected as sums
@@ -169,7 +169,7 @@ def conversation_lines(place: Path):
 def read_lines(place: Path, content: bytes) -> None:
     path = place / "in.jsonl"
     path.write_bytes(content)
-    for record in read_records(path):
+    for record in RecordFile(path):
         try:
             Conversation.from_dict(record.value())
         except OchatError:

@@ -22,11 +22,11 @@ from ochat import cli
 from ochat import config as configuration
 from ochat.commands.init_base import InitBaseOptions
 from ochat.commands.init_base import main as init_base
-from ochat.data import json_values, records
+from ochat.data import json_values, readers
 from ochat.data import manifest as manifests
 from ochat.data.dataset import TokenDataset
-from ochat.data.input_files import read_records
 from ochat.data.prepare import prepare
+from ochat.data.readers import Record, RecordFile
 from ochat.errors import CheckpointError, ConfigError, DataError, OchatError
 from ochat.files import bounded_json, checksums
 from ochat.model.config import ModelConfig
@@ -278,12 +278,12 @@ def test_no_depth_is_just_deep_enough_to_be_read_and_not_shown():
         nested = b"[" * depth + b"]" * depth
         for line in (b'{"items": [{"role": "user", "content": %s}]}', b'{"items": [], "reward": %s}', b'{"items": %s}'):
             with pytest.raises(DataError):
-                Conversation.from_dict(records.Record("x", 1, 1, line % nested).value())
+                Conversation.from_dict(Record("x", 1, 1, line % nested).value())
 
 
 def test_what_a_record_may_take_is_bounded(base, tmp_path, monkeypatch):
     """In lines, arrays and blanks, plain or compressed; the bound is made small to be met."""
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1 << 20)
     monkeypatch.setattr(json_values, "MAX_RECORD_BYTES", 1 << 20)
     for content, says in (
         (b'{"items": "' + b"x" * (3 << 20), "more than 1 MiB"),
@@ -305,7 +305,7 @@ def test_a_parquet_row_is_bounded_too(base, tmp_path, monkeypatch):
     column = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": row}] for row in rows]
     pyarrow.parquet.write_table(pyarrow.table({"items": column}), tmp_path / "in.parquet")
     assert "in.parquet:2: a row of more than 1 MiB" in prepared(base, tmp_path / "in.parquet", tmp_path / "out")
-    found = [record.error for record in read_records(tmp_path / "in.parquet")]
+    found = [record.error for record in RecordFile(tmp_path / "in.parquet")]
     assert [bool(error) for error in found] == [False, True, False]
 
 
@@ -405,14 +405,14 @@ def test_a_tokenizer_of_another_schema_is_refused(tmp_path, content):
 
 MEASURE = """
 import sys
-from ochat.data.input_files import read_records
+from ochat.data.readers import RecordFile
 
 def peak_mib():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) >> 10
 
-list(read_records(sys.argv[1]))
+list(RecordFile(sys.argv[1]))
 before = peak_mib()
-errors = [record.error for record in read_records(sys.argv[2]) if record.error]
+errors = [record.error for record in RecordFile(sys.argv[2]) if record.error]
 print(errors[-1:], peak_mib() - before)
 """
 

@@ -21,9 +21,10 @@ import msgspec
 
 from ochat import config as configuration
 from ochat.config import ABLATE, Config
-from ochat.data import input_files, prepare
+from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
 from ochat.data.manifest import MANIFEST
+from ochat.data.readers import find_inputs
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.job_runner import Job, cuda_devices, run_jobs, slots
@@ -233,7 +234,7 @@ class AblationDir:
 
 def _content(path: str) -> str:
     """A checksum of the files that an input names. Costs: reads them, about 1 s a GB."""
-    return _digest({str(file): checksums.sha256(file) for file in input_files.find([path]).paths})
+    return _digest({str(file): checksums.sha256(file) for file in find_inputs([path]).paths})
 
 
 def _weights(folder: Path) -> str:

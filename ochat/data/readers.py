@@ -1,68 +1,109 @@
-"""Raw records of an input file with their places, read in bounded memory.
+"""Read the raw records of input files, with their locations, in bounded memory.
 
-    for record in input_files.read_records("chats.jsonl.xz"): record.value()
+    found = find_inputs(["a.jsonl", "chats/"])           # found.paths, found.skipped
+    for record in RecordFile("chats.jsonl.xz"): record.value()
 
-JSON Lines, one JSON array (however large, pretty-printed or on one line), or whole JSON values one after another;
-plain, gzip, xz or zstd; or Parquet (parquet.py). What the file is, is told by its content. A damaged place becomes a
-record with an `error`, so that the caller decides whether to stop; only after damage that hides where the next record
-begins does the file end there.
+A file is JSON Lines, one JSON array (of any size, pretty-printed or on one line), or whole JSON values one after
+another; plain, gzip, xz or zstd; or Parquet. Its content decides which, not its name. A damaged record has an `error`,
+so that the caller decides whether to stop; only damage that hides where the next record begins ends the file there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from ochat.data import compressed
+from ochat.data import compressed, parquet
 from ochat.data.compressed import DAMAGED
 from ochat.data.json_values import MAX_RECORD_BYTES, JsonValues, explain, is_cut, wrong_at
 from ochat.errors import DataError
 
-HEAD_BYTES = 1 << 16  # enough to tell what the file is
+T = TypeVar("T")
+HEAD_BYTES = 1 << 16  # enough to recognise what the file is
 UTF8_BOM = b"\xef\xbb\xbf"
+TEXTS = (".jsonl", ".ndjson", ".json")
+ENDINGS = (*TEXTS, *(text + packed for text in TEXTS for packed in (".gz", ".xz", ".zst")), ".parquet")
+
+
+class InputFiles(NamedTuple):
+    """Files to read, in order, and other files of the input folders, such as a README."""
+
+    paths: list[Path]
+    skipped: list[Path]
+
+
+def find_inputs(inputs: Sequence[str | Path]) -> InputFiles:
+    """The files that `--input` names: files as they are; of a folder all files with known endings, sorted by their
+    paths, the same on every machine, without hidden ones.
+
+    Raises: DataError for a folder without a file to read; a missing file is reported when it is opened.
+    """
+    found = InputFiles([], [])
+    for path in map(Path, inputs):
+        if not path.is_dir():
+            found.paths.append(path)
+            continue
+        files = sorted(_visible_files(path), key=lambda file: file.relative_to(path).parts)
+        known = [file for file in files if file.name.lower().endswith(ENDINGS)]
+        if not known:
+            what = f"only {', '.join(file.name for file in files[:5])}" if files else "no file"
+            raise DataError(f"{path}: nothing to read in this folder ({what}); known endings: {', '.join(ENDINGS)}")
+        found.paths.extend(known)
+        found.skipped.extend(file for file in files if file not in set(known))
+    return found
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it stands in the file; `error` says why there is none."""
+    """One record as the file holds it; `error` says why it cannot be read."""
 
     file: str
-    line: int  # of its first character, from 1
+    line: int  # of its first character, from 1; of Parquet the row
     number: int  # among the file's records, from 1
     data: bytes
     error: str = ""
-    is_last: bool = False  # of its file, as far as that can be read: the only one that can be cut off
+    is_last: bool = False  # of its file, if that can be read: the only one that can be cut off
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.file}:{self.line}"
 
     def value(self) -> dict[str, Any]:
         """The JSON object. Raises DataError "file:line: what is wrong"."""
         if self.error:
-            raise DataError(f"{self.place}: {self.error}")
+            raise DataError(f"{self.location}: {self.error}")
         try:
             value = json.loads(self.data.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{self.place}: not UTF-8 at byte {error.start} of the record: save the file as UTF-8"
+                f"{self.location}: not UTF-8 at byte {error.start} of the record: save the file as UTF-8"
             ) from error
         except json.JSONDecodeError as error:
             why = explain(error) if self.is_last else wrong_at(error)
-            raise DataError(f"{self.place}: {why}") from error
+            raise DataError(f"{self.location}: {why}") from error
         except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested thousandfold
-            raise DataError(f"{self.place}: JSON that cannot be read: {error}") from error
+            raise DataError(f"{self.location}: JSON that cannot be read: {error}") from error
         if not isinstance(value, dict):
-            raise DataError(f"{self.place}: a record must be a JSON object, not {type(value).__name__}")
+            raise DataError(f"{self.location}: a record must be a JSON object, not {type(value).__name__}")
         return value
 
 
 class RecordFile:
-    """The records of one file; `position` of `size` bytes are read. Raises DataError if there is no such file."""
+    """The records of one file, in order; `position` of `size` bytes are read. Memory: one record and a few megabytes.
+
+    Raises: DataError if there is no such file; ConfigError for Parquet where pyarrow is missing.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -72,8 +113,20 @@ class RecordFile:
             what = "a folder" if self.path.is_dir() else "no such file"
             raise DataError(f"{self.name}: {what}; an input is a JSON Lines, JSON or Parquet file")
         self.size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            self._is_parquet = file.read(len(parquet.MAGIC)) == parquet.MAGIC
+        if self._is_parquet:
+            parquet.check_installed(self.name)
 
     def __iter__(self) -> Iterator[Record]:
+        return self._parquet_rows() if self._is_parquet else self._texts()
+
+    def _parquet_rows(self) -> Iterator[Record]:
+        for row, data, error, share in parquet.rows(self.path):
+            self.position = int(self.size * share)
+            yield Record(self.name, row, row, data, error)
+
+    def _texts(self) -> Iterator[Record]:
         with self.path.open("rb") as raw:
             chunks = self._chunks(raw)
             try:
@@ -111,6 +164,21 @@ class RecordFile:
             yield replace(last, is_last=True)
 
 
+def parse_records(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[Record, T]]:
+    """The records of a file, or of all files in a folder, each with what `parse` makes of it.
+
+    Raises: DataError naming file and line, also for one that `parse` raises.
+    """
+    for file in find_inputs([path]).paths:
+        for record in RecordFile(file):
+            value = record.value()
+            try:
+                parsed = parse(value)
+            except DataError as error:
+                raise DataError(f"{record.location}: {error}") from None
+            yield record, parsed
+
+
 def _split_lines(head: bytes, chunks: Iterator[bytes]) -> Iterator[tuple[bytes, str]]:
     """(line without its end, ""), or (what there is of it, error) for the last one that can be read."""
     parts: list[bytes] = []
@@ -136,7 +204,7 @@ def _split_lines(head: bytes, chunks: Iterator[bytes]) -> Iterator[tuple[bytes, 
 def _is_json_lines(head: bytes) -> bool:
     """False for an array, and for a value whose first line is only its beginning, as when JSON is pretty-printed."""
     lines = [line.strip() for line in head.split(b"\n")]
-    written = [line for line in lines[:-1] if line]  # whole lines: the last one may go on in the next chunk
+    written = [line for line in lines[:-1] if line]  # the last line may be incomplete
     if head.lstrip().startswith(b"["):
         return False
     if len(written) < 2:
