@@ -159,17 +159,6 @@ def test_gradients_of_several_micro_batches_are_added_up_in_fp32():
     torch.testing.assert_close(weight.grad, sum(part.float() for part in parts), rtol=1e-6, atol=0)
 
 
-def test_moments_on_the_host_are_rounded_as_on_the_card(monkeypatch):
-    monkeypatch.setattr(optim, "PIECE", 100)
-    models = [small_model(BF16) for _ in range(2)]
-    optimizers = [build(model, host_moments=on_host) for model, on_host in zip(models, (False, True), strict=True)]
-    for model, optimizer in zip(models, optimizers, strict=True):
-        give_gradients(model, 1)
-        optim.update(optimizer, lr=1e-3, clip=1.0, loss=GOOD)
-    for ours, theirs in zip(*map(everything, models, optimizers), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 @pytest.fixture(scope="module")
 def narrow(world):
     """The lines of a run of bf16 with checkpoints after 3 and 6 steps."""

@@ -138,12 +138,14 @@ def test_a_bad_step_changes_no_bit_and_the_next_ones_are_as_if_it_had_not_been(b
         assert torch.equal(ours, theirs)
 
 
-def test_moments_in_host_memory_come_and_go_in_pieces_and_change_nothing(monkeypatch):
+@pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
+def test_moments_in_host_memory_come_and_go_in_pieces_and_change_nothing(monkeypatch, moment_dtype):
     monkeypatch.setattr(optim, "PIECE", 4)  # of 15, 3, 3 and 3 elements
     adamw, models, optimizers = ochat_kernels.load("reference").adamw, [], []
     for host_moments in (False, True):
         model = model_with_gradients()
-        optimizer = optim.build(model, OptimConfig(), adamw, host_moments=host_moments)
+        config = OptimConfig(moment_dtype=moment_dtype)
+        optimizer = optim.build(model, config, adamw, host_moments=host_moments)
         optim.start_state(optimizer, 2)
         gradients = keep_gradients(model)
         for _ in range(3):
