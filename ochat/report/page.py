@@ -61,7 +61,7 @@ def render(contents: Contents, reload_s: float | None = None) -> str:
         evidence=evidence,
         figures=Markup(f"[{','.join(figures)}]"),  # plotly escapes < and > in its JSON
         tables=[*ablation_tables, *_swaps(contents, notes)],
-        bad_steps=list(filter(None, map(tables.bad_steps, runs))),
+        nonfinite_steps=list(filter(None, map(tables.nonfinite_steps, runs))),
         samples=[(run.name, found) for run in runs if (found := tables.samples(run))],
         notes=notes,
         plotly=Markup(get_plotlyjs()),

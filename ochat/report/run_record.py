@@ -112,19 +112,15 @@ class RunRecord:
         self.metrics.refresh()
         self.config_text = self._text(layout.CONFIG)
         config = self._parsed(layout.CONFIG, tomllib.loads)
-        self.settings: dict[str, Any] = dict(
-            configuration.flatten(configuration.with_new_names(config))
-        )  # by dotted name
+        named = configuration.with_new_names(config)
+        self.settings: dict[str, Any] = dict(configuration.flatten(named))  # by dotted name
         self.plan, self.swap = (self._parsed(name, json.loads) for name in (layout.PLAN, layout.SWAP))
         self.evaluations: list[Evaluation] = read_evaluations(self.folder)
         self.best_by = expert_class(self.folder, self.evaluations)
         self.best = best_evaluation(self.evaluations, self.best_by)
         self.samples = jsonl.read_lines(self.folder / layout.SAMPLES)
-        self.bad_steps = [
-            line
-            for name in (layout.EARLIER_NONFINITE, layout.NONFINITE)
-            for line in jsonl.read_lines(self.folder / name)
-        ]
+        names = layout.EARLIER_NONFINITE, layout.NONFINITE
+        self.nonfinite_steps = [line for name in names for line in jsonl.read_lines(self.folder / name)]
         if self.metrics.num_unreadable:
             self.notes.append(f"{self.metrics.num_unreadable:,} lines of metrics.jsonl could not be read")
 

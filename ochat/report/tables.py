@@ -93,13 +93,13 @@ def differences(runs: Sequence[RunRecord]) -> Table | None:
     return Table("Differences of configuration", headings, rows, 1 + len(runs), note=note)
 
 
-def bad_steps(run: RunRecord) -> Table | None:
+def nonfinite_steps(run: RunRecord) -> Table | None:
     """The steps that were skipped for a non-finite loss or gradient, and what they were computed on."""
-    if not run.bad_steps:
+    if not run.nonfinite_steps:
         return None
     rows = [
         [f"{int(line['step']):,}", *(str(line.get(key, "-"))[:40] for key in ("loss", "grad_norm")), _places(line)]
-        for line in run.bad_steps
+        for line in run.nonfinite_steps
     ]
     note = f"The first {MAX_ROWS} of {len(rows):,}; nonfinite_steps.jsonl has all." if len(rows) > MAX_ROWS else ""
     headings = ["step", "loss", "gradient norm", "computed on"]
@@ -161,7 +161,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     seconds = int(np.nansum(run.metrics["step_s"]))
     hours, minutes = seconds // 3600, seconds // 60 % 60
     facts["time in steps"] = f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds % 60:02} s"
-    return facts | {"skipped steps": f"{len(run.bad_steps):,}"}
+    return facts | {"skipped steps": f"{len(run.nonfinite_steps):,}"}
 
 
 def _last(values: Any) -> float:
