@@ -1,18 +1,20 @@
-"""The chat template (Jinja) of an exported model: a server that renders and tokenises a whole chat gets training's ids.
+"""Writes an exported model's chat template (Jinja), with which a server gets training's ids for a whole chat.
 
     text = render(template, tokenizer); verify(out_dir, template, tokenizer)
 
 Training tokenises each segment alone, a server the rendered string as a whole. Where a prefix and its content could
-grow together, the template writes what keeps them apart: a blank (which is SentencePiece's dummy prefix), or a boundary
-that the exported tokenizer drops.
+merge, the template separates them: by a blank (which is SentencePiece's dummy prefix), or by a boundary that the
+exported tokenizer drops.
 """
 
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +28,6 @@ from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 from ochat.text.tokenizer_json import BOUNDARY
 
-_SOURCE = """\
-{%- set chosen = condition if condition is defined and condition is not none else @default@ -%}
-{%- for message in messages -%}
-  {%- if message['content'] is not string -%}
-    {{- raise_exception('The content of a message must be text.') -}}
-  {%- endif -%}
-  {%- for mark in @marks@ -%}
-    {%- if mark in message['content'] -%}
-      {{- raise_exception('A message contains ' ~ mark ~ ', which this model reserves; remove it.') -}}
-    {%- endif -%}
-  {%- endfor -%}
-{%- endfor -%}
-{{- @bos@ -}}
-{%- for message in messages -%}
-  {%- set content = message['content'] -%}
-  {%- if message['role'] == 'system' and loop.first -%}
-    {%- if content -%}{{- @system@ ~ @join_system@ ~ content ~ @eot@ -}}{%- endif -%}
-  {%- elif message['role'] == 'user' -%}
-    {{- @user@ -}}{%- if content -%}{{- @join_user@ ~ content -}}{%- endif -%}{{- @eot@ -}}
-  {%- elif message['role'] == 'assistant' -%}
-    {{- @assistant@ -}}{%- if content -%}{{- @join_assistant@ ~ content -}}{%- endif -%}{{- @eot@ -}}
-  {%- else -%}
-    {{- raise_exception('Roles are user and assistant, and system in front; this one is ' ~ message['role']) -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- @assistant@ -}}{%- endif -%}
-"""
-
-
-@dataclass(frozen=True)
-class Joint:
-    """What stands between a prefix and content that is not empty."""
-
-    boundary: str  # always, before blanks (where content starts with one), never
-    lead: str  # behind the boundary
-
-    def expression(self) -> str:
-        """The joint as a Jinja expression over `content`."""
-        lead, mark = _quoted(self.lead), _quoted(BOUNDARY + self.lead)
-        if self.boundary == "before blanks":
-            return f"({mark} if content[:1] | trim == '' else {lead})"
-        return mark if self.boundary == "always" else lead
-
 
 def render(template: Template, tokenizer: Tokenizer) -> str:
     """The Jinja source of the chat template.
@@ -78,9 +37,9 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
     Raises: ConfigError if the tokenizer lacks a special token of the template.
     """
     template.check(tokenizer)
-    joints = {role: _joint(template, role, tokenizer) for role in ("user", "assistant", "system")}
-    uses_boundary = any(joint.boundary != "never" for joint in joints.values())
-    values = {
+    joints = {f"join_{role}": _joint(template, role, tokenizer) for role in ("user", "assistant", "system")}
+    uses_boundary = any(BOUNDARY in joint for joint in joints.values())
+    values = joints | {
         "default": _quoted(template.default_condition),
         "marks": json.dumps(_marks(tokenizer, uses_boundary), ensure_ascii=False),
         "bos": _quoted(template.bos_token(tokenizer) or ""),
@@ -88,18 +47,15 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
         "user": _prefix_expression(template, "user"),
         "assistant": _prefix_expression(template, "assistant"),
         "system": _quoted(template.system_prefix()),
-        "join_user": joints["user"].expression(),
-        "join_assistant": joints["assistant"].expression(),
-        "join_system": joints["system"].expression(),
     }
-    return re.sub(r"@(\w+)@", lambda match: values[match[1]], _SOURCE)
+    source = (resources.files("ochat.text") / "templates" / "chat_template.jinja").read_text("utf-8")
+    return re.sub(r"@(\w+)@", lambda match: values[match[1]], source)
 
 
 def _prefix_expression(template: Template, role: str) -> str:
     before, after = template.prefix.split("{role}")
-    carries = template.condition_roles == "both" or (template.condition_roles == "assistant" and role == "assistant")
     name = template.roles[role]
-    named = f"(chosen ~ {_quoted(' ' + name)}) | trim" if carries else _quoted(name.strip())
+    named = f"(chosen ~ {_quoted(' ' + name)}) | trim" if template.carries_condition(role) else _quoted(name.strip())
     return f"{_quoted(before)} ~ ({named}) ~ {_quoted(after)}"
 
 
@@ -116,14 +72,17 @@ def _marks(tokenizer: Tokenizer, uses_boundary: bool) -> list[str]:
     return [*sorted(mark for marks in families for mark in marks), *([BOUNDARY] if uses_boundary else [])]
 
 
-def _joint(template: Template, role: str, tokenizer: Tokenizer) -> Joint:
+def _joint(template: Template, role: str, tokenizer: Tokenizer) -> str:
+    """What comes between a prefix and `content` that is not empty, as a Jinja expression."""
     prefix = template.system_prefix() if role == "system" else template.role_prefix(role, "")
     tail = tokenizer.split_at_specials(prefix)[-1]
     if not tail:
-        return Joint("never", "")  # a special token, or nothing, stands before the content
+        return _quoted("")  # a special token, or nothing, is in front of the content
     if tokenizer.has_dummy_prefix:
-        return Joint("always" if _grows_across_blanks(tokenizer) else "never", " ")
-    return Joint("before blanks" if tail.endswith("\n") and _splits_after(tail, tokenizer) else "always", "")
+        return _quoted(BOUNDARY + " " if _grows_across_blanks(tokenizer) else " ")
+    if tail.endswith("\n") and _splits_after(tail, tokenizer):
+        return f"({_quoted(BOUNDARY)} if content[:1] | trim == '' else {_quoted('')})"
+    return _quoted(BOUNDARY)
 
 
 def _grows_across_blanks(tokenizer: Tokenizer) -> bool:
@@ -158,41 +117,24 @@ def verify(
     """
     folder = Path(out_dir)
     exported = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    source = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    chat = _environment().from_string(source)
-    _compare_texts(exported, tokenizer, folder)
-    for conversation in probes() if conversations is None else conversations:
-        for open_end in (False, True):
-            _compare(chat, exported, template, tokenizer, conversation, open_end, folder)
-
-
-def _compare_texts(exported: tokenizers.Tokenizer, tokenizer: Tokenizer, folder: Path) -> None:
+    chat = _environment().from_string(
+        json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
+    )
     exported.encode_special_tokens = True
     for text in (*_AWKWARD, *list(tokenizer.special_tokens)[:8]):
-        served, trained = exported.encode(text, add_special_tokens=False).ids, tokenizer.encode(text)
-        if served != trained:
-            raise CheckpointError(f"{folder}: tokenizer.json gives {served} for {text!r}, training {trained}")
+        _compare(exported, text, tokenizer.encode(text), folder)
     exported.encode_special_tokens = False
+    for conversation in probes() if conversations is None else conversations:
+        variables, (ids, _) = chat_variables(conversation), template.encode(conversation, tokenizer)
+        opening = tokenizer.encode_with_specials(template.role_prefix("assistant", conversation.condition))
+        _compare(exported, chat.render(**variables), ids, folder)
+        _compare(exported, chat.render(**variables, add_generation_prompt=True), ids + opening, folder)
 
 
-def _compare(
-    chat: jinja2.Template,
-    exported: tokenizers.Tokenizer,
-    template: Template,
-    tokenizer: Tokenizer,
-    conversation: Conversation,
-    open_end: bool,
-    folder: Path,
-) -> None:
-    text = chat.render(**chat_variables(conversation), add_generation_prompt=open_end)
+def _compare(exported: tokenizers.Tokenizer, text: str, trained: list[int], folder: Path) -> None:
     served = exported.encode(text, add_special_tokens=False).ids
-    trained, _ = template.encode(conversation, tokenizer)
-    if open_end:
-        trained += tokenizer.encode_with_specials(template.role_prefix("assistant", conversation.condition))
     if served != trained:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(served, trained, strict=False)) if a != b), min(len(served), len(trained))
-        )
+        at = len(os.path.commonprefix([served, trained]))
         raise CheckpointError(
             f"{folder}: the exported tokenizer and chat template give other ids than training from token {at} on "
             f"({served[at : at + 4]} instead of {trained[at : at + 4]}) for {text!r}"
@@ -218,19 +160,8 @@ def _refuse(message: str) -> None:
 
 
 _BLANKS = (
-    "",
-    " ",
-    "  two blanks",
-    "\n",
-    "\n\nlines",
-    " \n x",
-    "\t",
-    "\u00a0x",
-    "\u2028x",
-    "\x1cx",
-    "\r\nx",
-    "trailing \n\n",
-)
+    "", " ", "  two blanks", "\n", "\n\nlines", " \n x", "\t", "\u00a0x", "\u2028x", "\x1cx", "\r\nx", "trailing \n\n",
+)  # fmt: skip
 _TEXTS = ("Hello", "User: hi", "12345", "a\x00b", "😀 漢字", "\u0301accent", "\u200dz", "▁", "▁ x")
 _AWKWARD = (*_BLANKS, *_TEXTS, ":)", ")", "'s", "-- -", "<", "|>", "//")
 

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
+from msgspec import Meta
 
 from ochat import overrides
 from ochat.errors import ConfigError
@@ -24,7 +25,6 @@ from ochat.text.conversation import Conversation, Message, default_weight
 from ochat.text.tokenizer import Tokenizer
 
 ALIASES = {"openchat_3.5": "openchat_v3.2_mistral"}
-CONDITION_ROLES = ("both", "assistant", "none")
 ConditionsMode = Literal["both", "assistant", "ignore"]
 
 
@@ -61,32 +61,43 @@ class Template:
     """How turns are written. `prefix` holds `{role}`, which stands for "CONDITION ROLE" without surrounding blanks."""
 
     name: str
-    context: int  # tokens a conversation may have
+    context: Annotated[int, Meta(ge=1)]  # tokens a conversation may have
     roles: dict[str, str]  # user, assistant: the text in `{role}`; system too, "" or absent: its text stands bare
     prefix: str
-    eot: str  # the special token after content
-    special_tokens: tuple[str, ...] = ()  # those that stand in `prefix`
+    eot: Annotated[str, Meta(min_length=1)]  # the special token after content
+    special_tokens: tuple[str, ...] = ()  # those in `prefix`
     bos: str = "auto"  # auto: the tokenizer's, if it has one; "": none; else the token
     default_condition: str = ""  # at inference, where none is given
-    condition_roles: str = "both"  # which prefixes carry the condition: both, assistant, none
+    condition_roles: Literal["both", "assistant", "none"] = "both"  # which prefixes carry the condition
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], place: str = "template") -> Template:
         """A template from its TOML data (or from `to_dict`). Raises: ConfigError naming the key."""
-        _check_keys(data, place)
-        values: dict[str, Any] = data | {"special_tokens": tuple(data.get("special_tokens", ()))}
+        hints, values = get_type_hints(cls, include_extras=True), {}
+        for key, value in data.items():
+            if key not in hints:
+                close = difflib.get_close_matches(key, hints, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
+                raise ConfigError(f"{place}: unknown key {key!r}; {hint}")
+            values[key] = overrides.build(hints[key], value, f"{place}: {key}")
+        for key in ("name", "context", "roles", "prefix", "eot"):
+            if key not in data:
+                raise ConfigError(f"{place}: {key} is missing")
         template = cls(**values)
-        _check_values(template, place)
+        _check(template, place)
         return template
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back as an equal template."""
         return asdict(self) | {"special_tokens": list(self.special_tokens)}
 
+    def carries_condition(self, role: str) -> bool:
+        """Whether the prefix of this role holds the condition."""
+        return role in {"both": ("user", "assistant"), "assistant": ("assistant",), "none": ()}[self.condition_roles]
+
     def role_prefix(self, role: str, condition: str) -> str:
         """The text before a message of this role, for example "GPT4 User:"."""
-        carries = self.condition_roles == "both" or (self.condition_roles == "assistant" and role == "assistant")
-        named = f"{condition} {self.roles[role]}" if carries and role != "system" else self.roles[role]
+        named = f"{condition} {self.roles[role]}" if self.carries_condition(role) else self.roles[role]
         return self.prefix.replace("{role}", named.strip())
 
     def system_prefix(self) -> str:
@@ -217,50 +228,15 @@ def _folder() -> Any:
     return resources.files("ochat.text") / "templates"
 
 
-_TYPES: dict[str, type] = {
-    "name": str,
-    "context": int,
-    "roles": dict,
-    "prefix": str,
-    "eot": str,
-    "special_tokens": list,
-    "bos": str,
-    "default_condition": str,
-    "condition_roles": str,
-}
-_REQUIRED = ("name", "context", "roles", "prefix", "eot")
-
-
-def _check_keys(data: dict[str, Any], place: str) -> None:
-    for key, value in data.items():
-        if key not in _TYPES:
-            close = difflib.get_close_matches(key, _TYPES, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(_TYPES)}"
-            raise ConfigError(f"{place}: unknown key {key!r}; {hint}")
-        if not isinstance(value, _TYPES[key]) or isinstance(value, bool):
-            raise ConfigError(f"{place}: {key} has the wrong type, {type(value).__name__}")
-    for key in _REQUIRED:
-        if key not in data:
-            raise ConfigError(f"{place}: {key} is missing")
-
-
-def _check_values(template: Template, place: str) -> None:
+def _check(template: Template, place: str) -> None:
+    """Raises: ConfigError for values that each have their type but make no template."""
     roles = template.roles
     if not {"user", "assistant"} <= set(roles) <= {"user", "assistant", "system"}:
         raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {sorted(roles)}")
-    if not all(isinstance(text, str) for text in (*roles.values(), *template.special_tokens)):
-        raise ConfigError(f"{place}: roles and special_tokens hold text only")
     if not (roles["user"].strip() and roles["assistant"].strip()):
         raise ConfigError(f"{place}: roles.user and roles.assistant must not be blank")
-    if template.context < 1:
-        raise ConfigError(f"{place}: context must be at least 1, not {template.context}")
     if template.prefix.count("{role}") != 1:
         raise ConfigError(f"{place}: prefix must hold {{role}} exactly once; it is {template.prefix!r}")
-    if not template.eot:
-        raise ConfigError(f"{place}: eot must name the special token that ends a turn")
-    if template.condition_roles not in CONDITION_ROLES:
-        known = ", ".join(CONDITION_ROLES)
-        raise ConfigError(f"{place}: condition_roles {template.condition_roles!r} is not one of {known}")
     for token in template.special_tokens:
         if token not in template.prefix:
-            raise ConfigError(f"{place}: special token {token!r} does not stand in prefix {template.prefix!r}")
+            raise ConfigError(f"{place}: special token {token!r} is not in prefix {template.prefix!r}")
