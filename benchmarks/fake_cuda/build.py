@@ -18,6 +18,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 USERS = ("libc10_cuda", "libtorch_cuda", "libtorch_python", "libtorch_cpu", "libtorch_cuda_linalg", "libtorch_nvshmem")
 RUNTIME = re.compile(r"(__)?(cuda|cublas|cusparse|nccl|cupti)[A-Za-z0-9_]*")  # whose functions are replaced
+NVML = re.compile(rb"\bnvml[A-Z]\w+")  # torch opens this library and looks all of these up
 DRIVER = re.compile(r"\bcu[A-Z][A-Za-z0-9]+(?:_v\d+)?\b")
 
 
@@ -38,6 +39,8 @@ def build(folder: Path, packages: Path) -> dict[str, str]:
     link(runtime, parts, {name for name in wanted if RUNTIME.fullmatch(name)}, headers)
     names = set(DRIVER.findall((headers[0] / "cuda.h").read_text("utf-8"))) | {n for n in wanted if DRIVER.match(n)}
     link(driver, [HERE / "driver.c"], names, headers)
+    found_nvml = NVML.findall((packages / "torch" / "lib" / "libc10_cuda.so").read_bytes())
+    link(folder / "libnvidia-ml.so.1", [], {name.decode() for name in found_nvml}, headers)
     return {"LD_PRELOAD": str(runtime), "LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}
 
 
@@ -50,7 +53,8 @@ def undefined(library: Path) -> list[str]:
 def link(out: Path, sources: list[Path], wanted: Iterable[str], headers: list[Path]) -> None:
     """A library of the sources; other functions that are `wanted` do nothing and return 0."""
     objects = [_compiled(source, out.parent, headers) for source in sources]
-    listed = subprocess.run(["nm", "--defined-only", *objects], check=True, capture_output=True, text=True).stdout
+    command = ["nm", "--defined-only", *objects] if objects else ["true"]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     made = {fields[2] for fields in map(str.split, listed.splitlines()) if len(fields) == 3 and fields[1] == "T"}
     rest = out.parent / f"{out.name}.c"
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(set(wanted) - made)), "utf-8")
