@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.data.loader import LoaderStats
 from ochat.errors import DataError
-from ochat.model.config import ModelConfig
 from ochat.packing import multipack
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from ochat.data.loader import LoaderStats
+    from ochat.model.config import ModelConfig
 
 PIECE = 2**22  # sequences looked at together
 LONGEST = 2**24  # a count is kept of every length: 128 MiB of them
@@ -120,6 +123,8 @@ def pack(
 
     `flops`: by length; `supervised`: the share of tokens that is supervised.
     """
+    from ochat.data.loader import LoaderStats
+
     if len(flops) > token_budget + 1:
         lengths = np.minimum(lengths, token_budget)
     plan = multipack.plan(
