@@ -33,28 +33,11 @@ CORPUS = 4 * tuple(
 
 # what users write and tokenizers stumble over
 _BLANKS = (
-    "",
-    " ",
-    "  ",
-    "\n",
-    " \n",
-    "\n\n\n x",
-    "\t a",
-    "\u00a0",
-    "\u2028",
-    " " * 77,
-    "\r\n\r\n",
-    "\u2581",
-    " \u2581 x",
-)
+    "", " ", "  ", "\n", " \n", "\n\n\n x", "\t a", "\u00a0", "\u2028", " " * 77, "\r\n\r\n", "\u2581", " \u2581 x",
+)  # fmt: skip
 _SCRIPTS = (
-    "\u0301",
-    "e\u0301",
-    "\u00e9",
-    "\U0001f600\u200d\U0001f600",
-    "\u6f22\u5b57\u304b\u306a",
-    "\u0645\u0631\u062d",
-)
+    "\u0301", "e\u0301", "\u00e9", "\U0001f600\u200d\U0001f600", "\u6f22\u5b57\u304b\u306a", "\u0645\u0631\u062d",
+)  # fmt: skip
 _SIGNS = ("a\x00b", ":)", "isn't", "1234567", "x" * 300, "\ufeff", "\uffff", "\U0010ffff", "[INST]", "<0x0A>")
 _MARKS = ("<s>", "</s>", "<unk>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "a<|end_of_turn|>b")
 NASTY = (*_BLANKS, *_SCRIPTS, *_SIGNS, *_MARKS, "<|im_start|>user\nhi<|im_end|>")

@@ -26,7 +26,7 @@ from ochat.model.safetensors_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
 from ochat.text import tokenizer as tokenizers
 
-# what a folder may hold beside weights and config.json that belongs to its tokenizer or to generation
+# what a folder may hold in addition to weights and config.json that belongs to its tokenizer or to generation
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "generation_config.json",

@@ -97,7 +97,7 @@ _INVISIBLE = ("\u200d", "\u200b", "\ufeff", "\ufffd", "\ue000", "\x00", "\x1b", 
 
 
 def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
-    """Whether content that starts with no blank keeps its ids directly behind `tail`, which ends in a newline."""
+    """Whether content that starts with no blank keeps its ids directly after `tail`, which ends in a newline."""
     if any(re.search(r"\n[^\s▁]", piece) for piece in tokenizer.pieces):
         return False
     head = tokenizer.encode(tail)

@@ -3,8 +3,8 @@
     items = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     Conversation.from_dict({"items": items, "condition": "GPT4"})
 
-Every fault of a record is a DataError that names the field; nothing is guessed or cut. Metadata beside the fields
-(`id`, `source`) is left out, but not what looks like a field's name misspelt.
+Every fault of a record is a DataError that names the field; nothing is guessed or cut. Other keys (`id`, `source`) are
+metadata and are left out, unless one looks like a field's name misspelt.
 """
 
 from __future__ import annotations
@@ -22,14 +22,9 @@ ROLES = ("user", "assistant")
 MISSPELT = 0.8  # difflib's ratio: `itemz`, `wieght` and `conditions` reach it, `id`, `edition` and `title` do not
 LONGEST_MISSPELT = 40  # a key of megabytes is no field's name, and difflib would take minutes to say so
 _KINDS: dict[type, str] = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
+    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list",
     dict: "an object",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

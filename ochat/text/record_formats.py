@@ -21,25 +21,15 @@ from ochat.text.conversation import (
     text_field,
 )
 
-_SYNONYMS = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
+_SYNONYMS = dict.fromkeys(("human", "user", "prompter"), "user")
+_SYNONYMS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
+_SYNONYMS |= {"system": "system"}
 
 
 def convert(record: Any, format: str = "auto", default_condition: str = "") -> Conversation:
-    """The conversation in a record of `format`: openchat, messages, sharegpt, alpaca, or auto (told by its keys).
+    """The conversation in a record of `format`: openchat, messages, sharegpt, alpaca, or auto (known by its keys).
 
-    `default_condition` stands in where the record has no condition, or an empty one.
+    `default_condition` is for records that have no condition, or an empty one.
     Raises: DataError naming the field; ConfigError for an unknown format.
     """
     require_object(record, "record")
@@ -65,18 +55,6 @@ def _detect(record: dict[str, Any]) -> str:
 def _keys(record: dict[str, Any]) -> str:
     shown = ", ".join(repr(key[:40]) for key in list(record)[:8])
     return shown + (", ..." if len(record) > 8 else "") if record else "no keys"
-
-
-def _from_openchat(record: dict[str, Any]) -> dict[str, Any]:
-    return record
-
-
-def _from_messages(record: dict[str, Any]) -> dict[str, Any]:
-    return _from_turns(record, "messages", "role", "content")
-
-
-def _from_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
-    return _from_turns(record, "conversations", "from", "value")
 
 
 def _from_turns(record: dict[str, Any], key: str, role_key: str, text_key: str) -> dict[str, Any]:
@@ -145,8 +123,8 @@ def _kept(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "openchat": _from_openchat,
-    "messages": _from_messages,
-    "sharegpt": _from_sharegpt,
+    "openchat": lambda record: record,
+    "messages": lambda record: _from_turns(record, "messages", "role", "content"),
+    "sharegpt": lambda record: _from_turns(record, "conversations", "from", "value"),
     "alpaca": _from_alpaca,
 }

@@ -46,7 +46,6 @@ class Span(NamedTuple):
         return bool(np.float32(self.own_weight))
 
 
-
 class Segment(NamedTuple):
     """A span before its text is tokenised: the ids of `text`, encoded alone, then `ids`."""
 
@@ -58,11 +57,11 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """How turns are written. `prefix` holds `{role}`, which stands for "CONDITION ROLE" without surrounding blanks."""
+    """How turns are written. `{role}` in `prefix` becomes "CONDITION ROLE" without surrounding blanks."""
 
     name: str
     context: Annotated[int, Meta(ge=1)]  # tokens a conversation may have
-    roles: dict[str, str]  # user, assistant: the text in `{role}`; system too, "" or absent: its text stands bare
+    roles: dict[str, str]  # user, assistant: the text in `{role}`; system too, "" or absent: its text has no prefix
     prefix: str
     eot: Annotated[str, Meta(min_length=1)]  # the special token after content
     special_tokens: tuple[str, ...] = ()  # those in `prefix`
@@ -149,7 +148,7 @@ class Template:
     def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
 
-        The default condition stands in where the conversation has none; `replace(template, default_condition="")` asks
+        The default condition is taken where the conversation has none; `replace(template, default_condition="")` asks
         for none.
         """
         self.check(tokenizer)

@@ -1,4 +1,4 @@
-"""A tokenizer: one of the `tokenizers` library, whatever files it comes from; training and export use the same.
+"""A tokenizer of the `tokenizers` library, from any kind of tokenizer files; training and export use the same one.
 
     tokenizer = load("models/base", added_tokens=("<|end_of_turn|>",)); tokenizer.encode("hello")
 

@@ -1,4 +1,4 @@
-"""Finds the files that make up a tokenizer, and tells what they are by content, not by name.
+"""Finds the files that make up a tokenizer, and decides by content, not by name, what they are.
 
 files = find_tokenizer(Path("models/base")); files.kind, files.tokens
 """
@@ -75,7 +75,7 @@ def _preferred(files: list[TokenizerFiles], folder: Path) -> TokenizerFiles:
 
 
 def _read_file(path: Path) -> TokenizerFiles:
-    """One file and its kind, told by its content."""
+    """One file and its kind, which its content decides."""
     if path.stat().st_size > bounded_json.MAX_BYTES:
         raise ConfigError(f"{path}: {_CANNOT} (it has more than {bounded_json.MAX_BYTES >> 20} MiB)")
     content = path.read_bytes()

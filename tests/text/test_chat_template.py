@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders and tokenises from an export are training's ids, whatever messages hold.
+"""Chat templates: what transformers renders and tokenises from an export are training's ids, for any message.
 
 pytest tests/text/test_chat_template.py
 """

@@ -111,7 +111,7 @@ def test_the_base_has_the_published_size_and_one_row_more(folder, model, tokeniz
 
 
 def test_tokenizer_equals_one_made_by_hand(folder, tokenizer, tmp_path):
-    """SmolLM2: digits one by one, then GPT-2's byte-level BPE. The vocabulary is the file's, the rest stands here."""
+    """SmolLM2: digits one by one, then GPT-2's byte-level BPE, put together here over the file's vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

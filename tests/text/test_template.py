@@ -1,6 +1,7 @@
-"""Templates: golden ids over the real Mistral and Llama-3 tokenizers, and the rules that hold for every template.
+"""Templates: the rules that hold for every one of them, and ids that do not come from this code.
 
-The golden ids were worked out segment by segment with sentencepiece and tiktoken alone, from the rules.
+The ids were worked out segment by segment with sentencepiece and tiktoken alone; tests/laws/test_golden.py has those of
+every template.
 """
 
 from dataclasses import replace
@@ -36,52 +37,12 @@ GOLDEN = [
         [(0.0, 7), (0.5, 4), (0.0, 2), (1.0, 1), (0.0, 10), (-0.25, 3)],
     ),
     (
-        ("openchat_3.5", "mistral", (EOT,), "Math Correct", ""),
-        [("user", "3*4", None), ("assistant", "12", 0.1)],
-        [1, 6960, 3198, 3123, 1247, 28747, 28705, 28770, 28736, 28781, 32000]
-        + [6960, 3198, 3123, 21631, 28747, 28705, 28740, 28750, 32000],
-        [(0.0, 16), (0.1, 4)],
-    ),
-    (
-        ("zephyr_mistral", "mistral", (), "GPT4", "Sys"),
-        [("user", " hi", None), ("assistant", "ok </s>", None)],
-        [1, 523, 28766, 6574, 28766, 28767, 13, 318, 846, 2, 523, 28766, 1838, 28766, 28767, 13, 28705, 12014, 2]
-        + [523, 28766, 489, 11143, 28766, 28767, 13, 3614, 1867, 28713, 28767, 2],
-        [(0.0, 26), (1.0, 5)],
-    ),
-    (
-        ("chatml_8192", "mistral", ("<|im_start|>", "<|im_end|>"), "", "Sys"),
-        [("user", "hi", None), ("assistant", "ok", None)],
-        [1, 32000, 1587, 13, 318, 846, 32001, 32000, 2188, 13, 12014, 32001, 32000, 13892, 13, 3614, 32001],
-        [(0.0, 15), (1.0, 2)],
-    ),
-    (
-        ("openchat_3.6", "llama3", (), "GPT4 Correct", ""),
-        [("user", "Hello, world!", None), ("assistant", "\nHi <|eot_id|>", None)],
-        [128000, 128006, 38, 2898, 19, 41070, 2724, 128007, 271, 9906, 11, 1917, 0, 128009]
-        + [128006, 38, 2898, 19, 41070, 22103, 128007, 271, 198, 13347, 83739, 68, 354, 851, 91, 29, 128009],
-        [(0.0, 22), (1.0, 9)],
-    ),
-    (
         ("openchat_3.6", "llama3", (), "", "Be brief."),
         [("user", " 12345", None), ("assistant", "", 0.5), ("user", "café 😀", None), ("assistant", "漢字", None)],
         [128000, 128006, 2374, 128007, 271, 3513, 10015, 13, 128009, 128006, 1502, 128007, 271, 220, 4513, 1774, 128009]
         + [128006, 72803, 128007, 271, 128009, 128006, 1502, 128007, 271, 936, 59958, 91416, 128009]
         + [128006, 72803, 128007, 271, 115953, 19113, 128009],
         [(0.0, 21), (0.5, 1), (0.0, 12), (1.0, 3)],
-    ),
-    (
-        ("llama3_instruct", "llama3", (), "GPT4", "S"),
-        [("user", "hi", None), ("assistant", "ok\n\n", None)],
-        [128000, 128006, 9125, 128007, 271, 50, 128009, 128006, 882, 128007, 271, 6151, 128009]
-        + [128006, 78191, 128007, 271, 564, 271, 128009],
-        [(0.0, 17), (1.0, 3)],
-    ),
-    (
-        ("openchat_v3.2", "llama3", (EOT,), "GPT4", ""),
-        [("user", ":)", None), ("assistant", " ok", None)],
-        [128000, 38, 2898, 19, 2724, 25, 29589, 128256, 38, 2898, 19, 22103, 25, 5509, 128256],
-        [(0.0, 13), (1.0, 2)],
     ),
 ]
 
