@@ -38,7 +38,7 @@ def main(options: PrepareOptions) -> None:
             "were merged before are still read"
         )
     if options.check and options.input:
-        raise ConfigError("--input and --check: give one of them, each is a command of its own")
+        raise ConfigError("--input and --check: give one of them")
     if options.check:
         checked = manifest.check_files(options.check)
         size = f"{checked.num_files} files, {checked.num_bytes / 1e6:.1f} MB"

@@ -1,9 +1,9 @@
-"""A file's plain content in chunks, whatever it was compressed with; told by its first bytes, not by its name.
+"""Read a file's plain content in chunks, compressed or not; its first bytes tell the format, not its name.
 
 with open("chats.jsonl.xz", "rb") as raw:
     for chunk in chunks(raw, "chats.jsonl.xz"): ...
 
-Memory stays bounded whatever the content expands to: every way of reading says how much it wants at most.
+Memory is bounded even for a small file that expands to gigabytes: every reader asks for a limited amount.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import BinaryIO
 from ochat.errors import ConfigError
 
 CHUNK_BYTES = 1 << 20
-ZSTD_INPUT_BYTES = 1 << 10  # what the library makes of it comes at once: 32 MiB at most, a block of 128 KiB for 4 bytes
+ZSTD_INPUT_BYTES = 1 << 10  # at most 32 MiB come of it, a block of 128 KiB for 4 bytes
 XZ_MEMORY_BYTES = 1 << 28  # four times what `xz -9` needs; a file can ask for 4 GiB
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)  # what reading a cut or damaged file raises
 

@@ -28,7 +28,7 @@ from ochat.data.batch import Example as Example
 from ochat.data.batch import PackedBatch, assemble
 from ochat.data.manifest import MANIFEST, Prepared
 from ochat.data.store import Shard
-from ochat.data.weights import ROLES, WeightRule
+from ochat.data.weights import ROLES, WeightRule, reward_weights
 from ochat.errors import ConfigError, DataError
 from ochat.text.template import Span, Template
 
@@ -84,7 +84,7 @@ class TokenDataset:
         self.sets = self._slices([sum(map(len, of_folder)) for of_folder in opened])
         self.class_ids = self._of_kept(class_ids)
         self.lengths = self._of_kept(self._column(np.int64, Shard.lengths))
-        present = [self.class_names[i] for i in np.flatnonzero(_counts(self.class_ids, len(self.class_names)))]
+        present = [self.class_names[i] for i in np.unique(self.class_ids)]
         self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, present)
         self._check_rewards()
         self.supervised = self._of_kept(self._column(np.int32, lambda shard: shard.count_supervised(self._rule)))
@@ -188,9 +188,7 @@ class TokenDataset:
             return
         rewards = self._of_kept(self._column(np.float32, lambda shard: shard["rewards"]))
         with np.errstate(over="ignore"):
-            wrong = np.flatnonzero(
-                ~np.isfinite(np.exp((rewards.astype(np.float64) - 1) / self._rule.beta).astype(np.float32))
-            )
+            wrong = np.flatnonzero(~np.isfinite(reward_weights(rewards, self._rule.beta).astype(np.float32)))
         if len(wrong):
             first = int(wrong[0])
             what = "no reward" if np.isnan(rewards[first]) else f"the reward {rewards[first]}, whose weight is infinite"
@@ -230,15 +228,6 @@ def _check_alike(sets: Mapping[str, Prepared]) -> None:
                     f"data.mix.{name} ({other}): prepared with another {what} than data.mix.{first} ({path}): prepare "
                     "both with the same base and template"
                 )
-
-
-def _counts(class_ids: NDArray[np.uint16], num_classes: int) -> NDArray[np.int64]:
-    """Sequences of each class; in blocks, because bincount copies what it counts to int64."""
-    blocks = range(0, len(class_ids), 1 << 20)
-    return sum(
-        (np.bincount(class_ids[b : b + (1 << 20)], minlength=num_classes) for b in blocks),
-        np.zeros(num_classes, np.int64),
-    )
 
 
 def _select(

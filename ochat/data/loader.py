@@ -1,4 +1,4 @@
-"""Which micro-batches a rank computes in a step: a pure function of (data, seed, epoch, step), without state.
+"""Choose the micro-batches that a rank computes in a step: a pure function of (data, seed, epoch, step).
 
     loader = Loader(dataset, token_budget=8192, bins_per_step=8, seed=0, epochs=3)
     for step, batches in loader.iterate(start_step=120): ...
@@ -26,7 +26,7 @@ from ochat.packing.multipack import EpochPlanCache, PackPlan
 
 @dataclass(frozen=True)
 class LoaderStats:
-    """What an epoch is made of. Shares are of 1; imbalances are max over mean among the bins of a step (1: equal)."""
+    """Counts of the data and of the packing; imbalance is the largest over the mean cost among the bins of a step."""
 
     num_sequences: int  # in the first epoch
     num_tokens: int  # in the first epoch
@@ -43,17 +43,17 @@ class LoaderStats:
 
     @property
     def supervised_per_step(self) -> float:
-        """Supervised tokens in an average step of the first epoch: what the automatic learning rate goes by."""
+        """Supervised tokens in an average step of the first epoch: the automatic learning rate depends on it."""
         return self.num_supervised / self.steps_per_epoch[0]
 
 
 class Loader:
-    """Plans every epoch once at construction, so that the number of steps is exact before the first.
+    """Makes the steps of a run. Every epoch is planned once at construction, so the number of steps is exact.
 
     `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens and as many documents
     as the run's fullest bin. `pin`: in page-locked memory, from which `PackedBatch.to` copies without waiting.
-    `mixture`: which sequences an epoch takes; without it, all. `costs` (S,) float: the work of each sequence, which the
-    bins of a step share evenly. Memory: two plans, of 8 bytes a sequence each. Raises ConfigError for impossible
+    `mixture`: which sequences an epoch takes; without it, all. `costs` (S,) float: the work of each sequence, which is
+    balanced over the bins of a step. Memory: two plans, each of 8 bytes a sequence. Raises ConfigError for impossible
     settings, DataError for a sequence longer than a bin and for a data set without sequences.
     """
 
@@ -81,7 +81,7 @@ class Loader:
         self.mixture, self.costs = mixture, costs
         self.plan = EpochPlanCache(self._plan)
         counts = [self._count(epoch) for epoch in reversed(range(epochs))]  # so that the first two stay planned
-        self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))  # whatever `max_steps` leaves of them
+        self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))  # before `max_steps` cuts them
         self.pad_to = token_budget if pad else None
         self.num_documents = max(most for _, most in counts) if pad else None
         self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
@@ -133,9 +133,9 @@ class Loader:
         return batch.pin_memory() if self.pin else batch
 
     def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Generator[tuple[int, list[PackedBatch]]]:
-        """(step, batches) from `start_step` on; a thread works `prefetch` steps ahead and ends with the generator.
+        """(step, batches) from `start_step` on; a thread prepares `prefetch` steps ahead and ends with the generator.
 
-        Nothing of earlier steps is read. Another thread plans the next epoch while this one is under way.
+        Nothing of earlier steps is read. Another thread plans the next epoch during the current one.
         """
         ready: queue.Queue = queue.Queue(maxsize=max(prefetch, 1))
         stop = threading.Event()
@@ -165,13 +165,13 @@ class Loader:
                 self._plan_ahead(step)
                 put((step, self.step(step)))
             put(None)
-        except BaseException as error:  # the consumer raises it
+        except BaseException as error:  # raised by the consumer
             put(error)
 
     def _plan_ahead(self, step: int) -> None:
-        """Have the next epoch planned by the time it begins; behind max_steps nothing is."""
+        """Have the next epoch planned before it begins, unless `max_steps` ends the run first."""
         epoch = self.position(step)[0]
-        self.plan(epoch)  # in use, so that it stays when the next one comes
+        self.plan(epoch)  # in use, so the cache keeps it when the next one comes
         following = epoch + 1
         if following < len(self.steps_per_epoch) and self._epoch_starts[following] < self.num_steps:
             self.plan.start(following)

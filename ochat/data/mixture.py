@@ -1,11 +1,10 @@
-"""Several data sets in one run: which conversations of each an epoch trains on. A pure function of (sets, seed, epoch).
+"""Mix data sets: choose the conversations of each that an epoch trains on. A pure function of (sets, seed, epoch).
 
     mixture = Mixture(data, {"chat": MixConfig("data/chat", epochs=0.5), "code": MixConfig("data/code", tokens=10**7)})
-    mixture(epoch)      # places in data, some of them twice where a set is passed over twice
+    mixture(epoch)      # indices into data, some twice if an epoch passes over a set twice
 
-A set is an endless stream of passes, each holding every conversation once in an order of its own; an epoch takes the
-next stretch of it. So half a pass is another half in the next epoch, and no conversation comes a third time before all
-came twice.
+A set is an endless stream of passes, each with every conversation once in a new order; an epoch takes the next piece of
+it. So half a pass is the other half in the next epoch, and no conversation comes a third time before all came twice.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ochat.errors import ConfigError
 
 
 class Mixture:
-    """Calling it with an epoch gives int64 places in `data`, set by set.
+    """Calling it with an epoch gives int64 indices into `data`, set by set.
 
     `shares` says what an epoch takes of each of the data's sets: passes (`epochs`, 1 if nothing is said), `tokens`, or
     a `ratio`: the sets that have one share their tokens in these proportions, as many as use up the first of them.
@@ -52,7 +51,7 @@ class Mixture:
 
 
 def token_budgets(totals: Mapping[str, int], shares: Mapping[str, MixConfig]) -> dict[str, float]:
-    """Tokens that an epoch takes of each set, which holds `totals` tokens."""
+    """Tokens that an epoch takes of each set; `totals`: those it holds."""
     rates = {name: share.ratio for name, share in shares.items() if share.ratio is not None}
     used_up = min((totals[name] / rate for name, rate in rates.items()), default=0.0)
     budgets = {}
@@ -82,4 +81,4 @@ def stretch(lengths: NDArray[np.int64], begin: int, end: int, seed: tuple[int, i
 
 
 def _key(name: str) -> int:
-    return zlib.crc32(name.encode())  # of the name, so that a set added to the others changes nothing in theirs
+    return zlib.crc32(name.encode())  # of the name, so that adding a set changes nothing in the others

@@ -52,20 +52,20 @@ class PrepareOptions:
     base: str = ""  # folder of the base model, or a tokenizer's file; needed to prepare
     template: str = ""  # a built-in template's name, or the path of a .toml; needed to prepare
     output: str = ""  # folder of the data set; needed to prepare
-    # of the records; auto: told by each record's keys
+    # of the records; auto: recognised by each record's keys
     format: Literal["auto", "openchat", "messages", "sharegpt", "alpaca"] = "auto"
-    on_bad: Literal["error", "skip"] = "error"  # a bad record stops everything, or goes to OUTPUT/rejects.jsonl
-    over_long: OverLong = "truncate"  # what becomes of a conversation longer than the context
-    context: int | None = None  # tokens a conversation may have; left out: the template's
+    on_bad: Literal["error", "skip"] = "error"  # a bad record stops everything, or is written to OUTPUT/rejects.jsonl
+    over_long: OverLong = "truncate"  # what to do with a conversation longer than the context
+    context: int | None = None  # most tokens of a conversation; default: the template's
     conditions: Literal["both", "assistant", "ignore"] = "both"  # which roles' prefixes carry the condition
     default_condition: str = ""  # the class of records that name none
     # share of the prompts (say 0.05) whose conversations go to OUTPUT-held-out instead, for evaluation; all answers to
     # one prompt (system text and first user message) stay together, on every machine and in every order
     held_out: float = 0.0
-    # i/n: take only every n-th record, from the i-th on. On 8 machines: the same command with 1/8 ... 8/8, each with an
-    # --output of its own; then train with all of them: data.path = ["data/1", ..., "data/8"]
+    # i/n: take only every n-th record, from the i-th on. On 8 machines: the same command with 1/8 ... 8/8, each with
+    # its own --output; then train with all of them: data.path = ["data/1", ..., "data/8"]
     shard: str = "1/1"
-    # processes that tokenise; 0: this one alone; left out: one per core, or this one alone for a small input
+    # processes that tokenise; 0: only this one; default: one per core, or only this one for a small input
     workers: int | None = None
     overwrite: bool = False  # replace a data set that is at OUTPUT
     progress: bool = True  # show a progress bar

@@ -1,11 +1,11 @@
-"""From what a span carries (role, own weight, class, reward) to the weight its tokens train with.
+"""Turn what a span carries (role, own weight, class, reward) into the weight that its tokens train with.
 
     rule = WeightRule(config.weights, config.classes, class_names=("GPT4", "GPT3"))
     rule(own, roles, class_ids, rewards, num_tokens)  -> (n,) float32, one weight per span
 
-A span is supervised if its own weight is not 0; a missing weight counts as 1 for the assistant and 0 for everybody
-else. So an explicit 0 keeps an answer out of training whatever the source, and a class decides how much an answer
-counts, never which ones do.
+A span is supervised if its own weight is not 0; a missing weight counts as 1 for the assistant and 0 for all other
+roles. So an explicit 0 keeps an answer out of training for every source, and a class decides how much an answer counts,
+never which answers do.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import math
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from ochat.config import ClassConfig, WeightsConfig
 from ochat.errors import ConfigError
 from ochat.text.conversation import default_weight
 
-ROLES = ("bos", "system", "prefix", "user", "assistant")  # a shard's span_roles are places in this list
+ROLES = ("bos", "system", "prefix", "user", "assistant")  # a shard's span_roles are indices into it
 ASSISTANT = ROLES.index("assistant")
 DEFAULT_WEIGHTS = np.array([default_weight(role) for role in ROLES], np.float32)
 
@@ -39,7 +39,7 @@ def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
         weight = float(config.weight)
     else:
         assert config.reward is not None
-        weight = float(_reward_weights(np.float64(config.reward), default_beta if config.beta is None else config.beta))
+        weight = float(reward_weights(np.float64(config.reward), default_beta if config.beta is None else config.beta))
     if not math.isfinite(weight):
         raise ConfigError(f"[classes.{name}] gives the weight {weight}: a finite number is needed")
     return weight
@@ -90,7 +90,7 @@ class WeightRule:
         if self.source == "classes":
             weights = np.where(supervised, np.copysign(1, weights) * self.by_class[class_ids], 0)
         elif self.source == "reward":
-            weights = np.where(supervised, np.copysign(1, weights) * _reward_weights(rewards, self.beta), 0)
+            weights = np.where(supervised, np.copysign(1, weights) * reward_weights(rewards, self.beta), 0)
         elif self.source == "none":
             weights = supervised
         if self.per_message_mean:
@@ -98,7 +98,8 @@ class WeightRule:
         return np.asarray(weights, np.float32)
 
 
-def _reward_weights(rewards, beta: float):
+def reward_weights(rewards: ArrayLike, beta: float) -> NDArray[np.float64]:
+    """exp((reward - 1) / beta) of each reward. Raises ConfigError unless beta is positive."""
     if not beta > 0:
         raise ConfigError(f"beta is {beta}: a positive number is needed")
     with np.errstate(over="ignore"):  # the caller names the class or the record of an infinite weight

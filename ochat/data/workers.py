@@ -70,7 +70,7 @@ def encode_all(batches: Iterable[Batch], encoder: Encode, num_workers: int) -> I
         for batch, position in batches:
             yield encoder(batch), position
         return
-    # spawn: a fork would copy the locks of this process's threads in whatever state they are
+    # spawn: a fork would copy the locks of this process's threads in an unknown state
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (encoder,))
     waiting: deque[tuple[Future[Encoded], Batch]] = deque()

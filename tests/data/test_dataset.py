@@ -56,7 +56,7 @@ def test_columns_say_what_examples_say(mixed, options):
 
 
 def test_classes_change_weights_and_nothing_else(mixed):
-    """Every supervised token takes its class's weight, whatever its own was; an own 0 stays 0."""
+    """Every supervised token takes its class's weight in place of its own; an own 0 stays 0."""
     plain, weighed = TokenDataset(mixed), TokenDataset(mixed, classes=TABLE)
     for own, by_class in zip(plain, weighed, strict=True):
         assert own.input_ids.tolist() == by_class.input_ids.tolist()

@@ -1,4 +1,4 @@
-"""Laws of the held-out split: a prompt has one side, whatever else changes: pytest tests/data/test_held_out.py"""
+"""Laws of the held-out split: a prompt has one side, however the rest changes: pytest tests/data/test_held_out.py"""
 
 import json
 import math

@@ -193,7 +193,7 @@ def test_the_next_epoch_is_planned_in_a_thread_and_two_plans_are_kept(data, monk
     assert makers == [(epoch, f"plan of epoch {epoch}") for epoch in (2, 3, 4)]
 
 
-def test_no_epoch_behind_the_last_step_is_planned_again(data, monkeypatch):
+def test_no_epoch_after_the_last_step_is_planned_again(data, monkeypatch):
     planned, into_the_second = [], load(data).steps_per_epoch[0] + 1
     loader = load(data, epochs=5, max_steps=into_the_second)
     monkeypatch.setattr(multipack, "plan", lambda *_, epoch, **__: planned.append(epoch))

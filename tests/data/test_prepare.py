@@ -317,6 +317,6 @@ def test_a_worker_that_dies_names_where_it_was():
         list(encode_all([(batch, 0)], Killer(), 1))
 
 
-def test_a_first_token_is_nobodys_label():
+def test_a_first_token_is_never_a_label():
     assert num_supervised([Span(3, "assistant", None), Span(5, "user", None), Span(6, "user", 0.5)]) == 3
     assert num_supervised([Span(1, "assistant", 1.0)]) == 0

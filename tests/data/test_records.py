@@ -1,4 +1,4 @@
-"""Laws of reading records: whatever the file's form, the same records at the right places; damage is named."""
+"""Laws of reading records: every form of a file gives the same records at the right places; damage is named."""
 
 import gzip
 import json
@@ -110,7 +110,7 @@ def test_a_first_line_that_is_cut_does_not_hide_the_second(tmp_path, cut):
 @pytest.mark.parametrize("blank", ["", "\n", "\n \n"])
 @pytest.mark.parametrize("whole", ['{"a": ["x", -1.5e+3, true, {"b": "\\u00e9"}]}'])
 def test_only_a_last_record_is_cut_and_every_cut_is_told(tmp_path, whole, blank):
-    """Whatever character a file ends after, the rest of the record is said to be missing; the same text elsewhere is
+    """After whichever character a file ends, the rest of the record is said to be missing; the same text elsewhere is
     wrong, and so is a last one with nothing missing."""
     for end in range(1, len(whole)):
         good, bad = RecordFile(write(tmp_path, '{"a": 1}\n' + whole[:end] + blank))

@@ -87,7 +87,7 @@ def test_evening_keeps_every_sequence_budget_and_limit(pairs, num_bins, limit, i
     placed = after != UNASSIGNED
     assert (totals(after[placed], lengths[placed], num_bins) <= BUDGET).all()
     if is_strict:
-        assert (placed == (bin_of != UNASSIGNED)).all(), "nobody is put back where no bin is over"
+        assert (placed == (bin_of != UNASSIGNED)).all(), "none is put back if no bin is over"
 
 
 @pytest.mark.parametrize("is_strict", [False, True])
