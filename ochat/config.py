@@ -121,7 +121,7 @@ class ClassConfig(Section, frozen=True):
     """1 for the experts, less for the others"""
     weight: float | None = None
     """loss weight of the class's answers, instead of a reward"""
-    beta: float | None = None
+    beta: Positive | None = None
     """for this class's reward; without it: weights.beta"""
 
 

@@ -244,8 +244,6 @@ def _select(
         return None
     kept = np.ones(len(class_ids), bool) if not only_class else class_ids == names.index(only_class)
     for name, share in subsample.items():
-        if not 0 <= share <= 1:
-            raise ConfigError(f"data.subsample of class {name!r} is {share}: a share from 0 to 1 is needed")
         members = np.flatnonzero(class_ids == names.index(name))
         order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(members))
         kept[members[order[round(share * len(members)) :]]] = False

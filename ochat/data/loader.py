@@ -8,9 +8,9 @@ Rank r of R takes the bins r, r + R, ... of every step; the steps are the same o
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -73,7 +73,13 @@ class Loader:
         mixture: Mixture | None = None,
         costs: NDArray[np.floating] | None = None,
     ) -> None:
-        _check_settings(bins_per_step, epochs, max_steps, rank, world)
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        if bins_per_step < 1 or bins_per_step % world:
+            nearest = max(round(bins_per_step / world), 1) * world
+            raise ConfigError(
+                f"data.bins_per_step is {bins_per_step}, which {world} processes cannot share evenly: "
+                f"use a multiple of {world}, such as {nearest}"
+            )
         _check_lengths(dataset, token_budget)
         self.dataset = dataset
         self.token_budget, self.bins_per_step, self.seed = token_budget, bins_per_step, seed
@@ -135,38 +141,26 @@ class Loader:
     def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Generator[tuple[int, list[PackedBatch]]]:
         """(step, batches) from `start_step` on; a thread prepares `prefetch` steps ahead and ends with the generator.
 
-        Nothing of earlier steps is read. Another thread plans the next epoch during the current one.
+        Nothing of earlier steps is read. Another thread plans the next epoch during the current one. Raises what making
+        a step raised.
         """
-        ready: queue.Queue = queue.Queue(maxsize=max(prefetch, 1))
-        stop = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(start_step, ready, stop), daemon=True, name="loader")
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
-            thread.join()
-
-    def _produce(self, start_step: int, ready: queue.Queue, stop: threading.Event) -> None:
-        def put(item) -> None:
-            while not stop.is_set():
-                try:
-                    return ready.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
+        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        waiting: deque[tuple[int, Future[list[PackedBatch]]]] = deque()
         try:
             for step in range(start_step, self.num_steps):
-                if stop.is_set():
-                    return
-                self._plan_ahead(step)
-                put((step, self.step(step)))
-            put(None)
-        except BaseException as error:  # raised by the consumer
-            put(error)
+                waiting.append((step, pool.submit(self._prepare, step)))
+                if len(waiting) > prefetch:
+                    ready, future = waiting.popleft()
+                    yield ready, future.result()
+            while waiting:
+                ready, future = waiting.popleft()
+                yield ready, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _prepare(self, step: int) -> list[PackedBatch]:
+        self._plan_ahead(step)
+        return self.step(step)
 
     def _plan_ahead(self, step: int) -> None:
         """Have the next epoch planned before it begins, unless `max_steps` ends the run first."""
@@ -191,21 +185,6 @@ class Loader:
             imbalance_mean=float(imbalance.mean()) if len(imbalance) else 1.0,
             imbalance_worst=float(imbalance.max()) if len(imbalance) else 1.0,
         )
-
-
-def _check_settings(bins_per_step: int, epochs: int, max_steps: int, rank: int, world: int) -> None:
-    if bins_per_step < 1 or bins_per_step % world:
-        nearest = max(round(bins_per_step / world), 1) * world
-        raise ConfigError(
-            f"data.bins_per_step is {bins_per_step}, which {world} processes cannot share evenly: "
-            f"use a multiple of {world}, such as {nearest}"
-        )
-    if epochs < 1:
-        raise ConfigError(f"data.epochs is {epochs}: at least 1 is needed")
-    if max_steps < 0:
-        raise ConfigError(f"data.max_steps is {max_steps}: give a number of steps, or 0 for all epochs")
-    if not 0 <= rank < world:
-        raise ConfigError(f"rank {rank} of {world} processes does not exist")
 
 
 def _check_lengths(dataset: TokenDataset, token_budget: int) -> None:

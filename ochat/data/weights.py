@@ -31,15 +31,13 @@ def own_weights(own: NDArray[np.float32], roles: NDArray[np.uint8]) -> NDArray[n
 
 
 def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
-    """`weight`, or `exp((reward - 1) / beta)`. Raises ConfigError unless one of them is given and the result finite."""
-    if (config.reward is None) == (config.weight is None):
-        both = "both" if config.reward is not None else "neither of them"
-        raise ConfigError(f"[classes.{name}] needs exactly one of reward and weight, and has {both}")
+    """`weight`, or `exp((reward - 1) / beta)`; the configuration has exactly one of them. Raises ConfigError unless the
+    result is finite."""
     if config.weight is not None:
         weight = float(config.weight)
     else:
-        assert config.reward is not None
-        weight = float(reward_weights(np.float64(config.reward), default_beta if config.beta is None else config.beta))
+        assert config.reward is not None, "the configuration checks it"
+        weight = float(reward_weights(config.reward, default_beta if config.beta is None else config.beta))
     if not math.isfinite(weight):
         raise ConfigError(f"[classes.{name}] gives the weight {weight}: a finite number is needed")
     return weight
@@ -64,8 +62,6 @@ class WeightRule:
         self.beta = config.beta
         self.per_message_mean = config.per_message_mean
         self.needs_reward = self.source == "reward"
-        if not (math.isfinite(config.beta) and config.beta > 0):
-            raise ConfigError(f"weights.beta is {config.beta}: a positive number is needed")
         table = {name: class_weight(entry, name, config.beta) for name, entry in classes.items()}
         if self.source == "classes":
             _check_complete(table, names if present is None else tuple(present))
@@ -99,9 +95,7 @@ class WeightRule:
 
 
 def reward_weights(rewards: ArrayLike, beta: float) -> NDArray[np.float64]:
-    """exp((reward - 1) / beta) of each reward. Raises ConfigError unless beta is positive."""
-    if not beta > 0:
-        raise ConfigError(f"beta is {beta}: a positive number is needed")
+    """exp((reward - 1) / beta) of each reward."""
     with np.errstate(over="ignore"):  # the caller names the class or the record of an infinite weight
         return np.exp((np.asarray(rewards, np.float64) - 1) / beta)
 

@@ -106,7 +106,6 @@ def test_selection_keeps_order_and_is_nested(mixed):
     [
         ({"only_class": "GPT5"}, r"no class 'GPT5' \(its classes: .*'GPT4'"),
         ({"subsample": {"gpt4": 0.5}}, "no class 'gpt4'"),
-        ({"subsample": {"GPT4": 1.5}}, "share from 0 to 1"),
         ({"only_class": "GPT4", "subsample": {"GPT4": 0.0}}, "leave no conversation"),
         ({"classes": {"GPT4": ClassConfig(weight=1.0)}}, "class 'GPT3'"),
     ],
