@@ -1,5 +1,4 @@
-"""One thread (the tests' models are tiny, and threads that wait for each other cost more than they bring), Triton's
-interpreter where there is no card, and the small world."""
+"""Set up all tests: one thread (faster for tiny models), Triton's interpreter without a GPU, and the small world."""
 
 import os
 

@@ -2,8 +2,8 @@
 
     done = pool.run(2, "tests.pool:train", "config.toml", "--run.dir=runs/a");  done.returncode, done.stdout
 
-Each worker gets the environment that torchrun would set, with a port of its own for every call, and the function joins
-and leaves the process group itself. A worker that exits is replaced. Tests of kills and launchers use torchrun.
+Each worker gets the environment that torchrun would set, with a fresh port for every call; the function joins and
+leaves the process group itself. A worker that exits is replaced. Tests of kills and launchers use torchrun.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a process of several ends: pytest tests/distributed/test_leave.py"""
+"""How one of several processes exits: pytest tests/distributed/test_leave.py"""
 
 import os
 import subprocess
@@ -41,18 +41,18 @@ def run(world: int, *arguments: str, stdout: int = subprocess.PIPE) -> subproces
 
 
 @pytest.mark.parametrize(("arguments", "exit_code"), [((), 0), (("fail",), 1), (("disk",), 1)])
-def test_one_of_several_says_all_it_has_to_say_and_is_not_taken_down(arguments, exit_code):
+def test_one_of_several_flushes_its_output_and_skips_interpreter_shutdown(arguments, exit_code):
     done = run(2, *arguments)
     assert (done.returncode, done.stdout.split("\n")) == (exit_code, ["trained", "goodbye", ""])
     assert ("wrong" in done.stderr) == bool(exit_code) and "Traceback" not in done.stderr
 
 
-def test_a_process_alone_ends_as_any_other():
+def test_a_process_alone_shuts_down_normally():
     assert run(1).stdout.split("\n") == ["trained", "goodbye", "taken down", ""]
     assert run(1, "fail").returncode == 1
 
 
-def test_nobody_has_to_listen():
+def test_a_closed_output_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
     done = run(2, stdout=writer)

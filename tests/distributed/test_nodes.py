@@ -1,4 +1,4 @@
-"""Several machines: the recipes of configs/launch, really started, here and on two hosts with a network of theirs."""
+"""Several machines: the scripts of configs/launch are started, here and on two hosts with a network between them."""
 
 import contextlib
 import os
@@ -91,7 +91,7 @@ def hosts():
     for i, name in enumerate(names, start=1):
         steps += [f"-n {name} address add 10.77.0.{i}/24 dev eth0", f"-n {name} link set eth0 up"]
         steps += [f"-n {name} link set lo up"]
-        folder = Path("/etc/netns") / name  # its hosts file stands for /etc/hosts there
+        folder = Path("/etc/netns") / name  # mounted over /etc/hosts in this namespace
         folder.mkdir(parents=True)
         (folder / "hosts").write_text(table)
     try:

@@ -54,7 +54,7 @@ def everything(model, optimizer):
 
 
 def final_loss(config, steps=50, lr=1e-4):
-    """After learning one batch by heart, in steps that are smaller than half the distance of two bf16 numbers."""
+    """After overfitting one batch with updates smaller than half the distance between two bf16 numbers."""
     model = small_model(getattr(torch, config.master_dtype))
     optimizer = build(model, config)
     ids = torch.randint(260, (4, 24), generator=torch.Generator().manual_seed(1)).tolist()
@@ -74,7 +74,7 @@ def test_bf16_learns_what_fp32_learns_and_only_with_stochastic_rounding(monkeypa
     assert abs(final_loss(OptimConfig(moment_dtype="bfloat16")) - exact) < 0.02 * gained
     assert abs(final_loss(NARROW) - exact) < 0.02 * gained
     monkeypatch.setattr(reference_adamw, "stochastic_round", lambda x, bits: x.to(BF16))
-    assert final_loss(NARROW) - exact > 0.5 * gained  # the trap: to nearest, most updates are lost
+    assert final_loss(NARROW) - exact > 0.5 * gained  # rounded to nearest, most updates are lost
 
 
 def test_a_resumed_run_draws_the_same_bits_also_after_a_bad_step():
@@ -193,7 +193,7 @@ def test_moments_may_change_their_dtype_and_weights_may_not(world, narrow, tmp_p
 
 
 def test_two_processes_learn_the_same(world, narrow, tmp_path):
-    """And one goes on from their checkpoint. Their sums of gradients are others, so the curves agree in kind only."""
+    """One process continues. Gradients are summed in another order, so the curves only agree roughly."""
     more = ["--data.max_steps=3", *BOTH]
     tiny.train_on_ranks(world, tmp_path / "two", 2, *more)
     found = load_file(tmp_path / "two" / "checkpoints" / "step_3" / "optimizer-00001-of-00002.safetensors")

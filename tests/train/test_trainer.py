@@ -1,5 +1,4 @@
-"""Laws of a run: the same curve on any number of processes, bitwise the same after a stop, and plain words when it
-cannot go on."""
+"""Laws of a run: the same curve on any number of processes, bitwise the same after a stop, and clear refusals."""
 
 import json
 import os
