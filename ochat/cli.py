@@ -1,8 +1,8 @@
 """`ochat COMMAND ...`: the table of commands, their parser and their exit codes.
 
-`ochat` alone lists the commands, `ochat COMMAND --help` says what each takes, every configuration key included. A
-command is one module, imported only when it is asked for: an options dataclass and `main(options)`; or
-`main(options, overrides)` where the module has a SCHEMA, the configuration that `--section.key=value` options change.
+`ochat` alone lists the commands, `ochat COMMAND --help` says what each takes, every configuration key included. Command
+NAME is ochat/commands/NAME.py, imported only when it is asked for: an options dataclass and `main(options)`; or
+`main(options, overrides)` and a SCHEMA, the configuration that `--section.key=value` options change.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import signal
 import sys
 import typing
 from collections.abc import Collection, Mapping, Sequence
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -28,41 +27,19 @@ from ochat.config import Section
 from ochat.console import complain, configure_logging
 from ochat.errors import OchatError, UsageError
 
-
-class Command(NamedTuple):
-    """Where a command lives: a module with an options dataclass and `main`."""
-
-    module: str
-    options: str
-    purpose: str
-    positional: bool = True  # required options are given by position
-
-
 COMMANDS = {
-    "init-base": Command(
-        "ochat.commands.init_base",
-        "InitBaseOptions",
-        "make a base folder: from GGUF, from a Hugging Face folder, or random",
-    ),
-    "prepare": Command(
-        "ochat.commands.prepare",
-        "PrepareOptions",
-        "turn conversations into a data set of token ids and weights",
-        False,
-    ),
-    "plan": Command("ochat.commands.plan", "PlanOptions", "show what a run will do: steps, packing, learning rate"),
-    "train": Command("ochat.commands.train", "TrainOptions", "train on one process (many: torchrun -m ochat.train)"),
-    "export": Command("ochat.commands.export", "ExportOptions", "write a checkpoint as a Hugging Face folder"),
-    "generate": Command("ochat.commands.generate", "GenerateOptions", "answer prompts under a condition"),
-    "eval": Command("ochat.commands.eval", "EvalOptions", "measure held-out answers under every class's prefix"),
-    "answer": Command("ochat.commands.answer", "AnswerOptions", "answer AlpacaEval, MT-bench and Vicuna-bench"),
-    "report": Command("ochat.commands.report", "ReportOptions", "show runs as one HTML file"),
-    "represent": Command(
-        "ochat.commands.represent", "RepresentOptions", "map conversations of each class as models see them"
-    ),
-    "ablate": Command("ochat.commands.ablate", "AblateOptions", "train the paper's variants and compare them"),
+    "init-base": "make a base folder: from GGUF, from a Hugging Face folder, or random",
+    "prepare": "turn conversations into a data set of token ids and weights",
+    "plan": "show what a run will do: steps, packing, learning rate",
+    "train": "train on one process (many: torchrun -m ochat.train)",
+    "export": "write a checkpoint as a Hugging Face folder",
+    "generate": "answer prompts under a condition",
+    "eval": "measure held-out answers under every class's prefix",
+    "answer": "answer AlpacaEval, MT-bench and Vicuna-bench",
+    "report": "show runs as one HTML file",
+    "represent": "map conversations of each class as models see them",
+    "ablate": "train the paper's variants and compare them",
 }
-
 REMOVED = {  # commands of earlier versions, and what replaces them
     "agieval": "`ochat agieval` is gone: lm-eval scores AGIEval and other multiple choice on an export. "
     "Run `ochat export RUN OUT`, then `lm_eval run --model hf --model_args pretrained=OUT --apply_chat_template "
@@ -108,16 +85,15 @@ def call(name: str, arguments: Sequence[str]) -> None:
     if name not in COMMANDS:
         raise UsageError(_unknown(name))
     configure_logging()
-    command = COMMANDS[name]
-    module = importlib.import_module(command.module)
-    kind = getattr(module, command.options)
+    module = importlib.import_module(f"ochat.commands.{name.replace('-', '_')}")
+    kind = getattr(module, "".join(map(str.title, name.split("-"))) + "Options")  # init-base: InitBaseOptions
     schema = getattr(module, "SCHEMA", None)
     if schema is None:
-        module.main(parse(kind, arguments, f"ochat {name}", positional=command.positional))
+        module.main(parse(kind, arguments, f"ochat {name}"))
         return
     own, options = overrides.split(arguments)
     if {"-h", "--help"} & set(own):
-        kind = _with_keys(kind, module)
+        kind = _with_keys(kind, schema)
     hidden = getattr(module, "HIDDEN", {})
     module.main(parse(kind, own, f"ochat {name}", use_underscores=True, hidden=hidden), options)
 
@@ -127,7 +103,6 @@ def parse(
     arguments: Sequence[str],
     prog: str,
     *,
-    positional: bool = True,
     use_underscores: bool = False,
     hidden: Mapping[str, Collection[str]] | None = None,
 ) -> Any:
@@ -140,8 +115,8 @@ def parse(
 
     required = [field for field in dataclasses.fields(kind) if _is_required(field)]
     style = [tyro.conf.UseAppendAction, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName]
-    style += [tyro.conf.PositionalRequiredArgs] if positional else []
-    plain = _gather(kind, arguments, len(required) if positional else 0)
+    style += [tyro.conf.PositionalRequiredArgs]
+    plain = _gather(kind, arguments, len(required))
     with _help_registry(hidden or {}):
         return tyro.cli(kind, prog=prog, args=plain, config=tuple(style), use_underscores=use_underscores)
 
@@ -193,12 +168,12 @@ def _gather(kind: type, arguments: Sequence[str], num_positional: int) -> list[s
     return [*(f"{flag}={value}" for flag, values in many.items() for value in values), *single, *words]
 
 
-def _with_keys(kind: type, module: ModuleType) -> type:
+def _with_keys(kind: type, schema: type) -> type:
     """The options dataclass with every configuration key of the command's schema, for its help."""
     import tyro
 
-    keys = typing.Annotated[module.SCHEMA, tyro.conf.arg(name="")]
-    field = ("keys", keys, dataclasses.field(default=module.SCHEMA()))
+    keys = typing.Annotated[schema, tyro.conf.arg(name="")]
+    field = ("keys", keys, dataclasses.field(default=schema()))
     return dataclasses.make_dataclass(
         kind.__name__, [field], bases=(kind,), namespace={"__doc__": kind.__doc__}, frozen=True
     )
@@ -257,8 +232,8 @@ def _unknown(name: str) -> str:
 
 def _print_usage(console: Console) -> None:
     console.print("usage: ochat COMMAND ...\n")
-    for name, command in COMMANDS.items():
-        console.print(f"  [bold]{name:<10}[/] {escape(command.purpose)}")
+    for name, purpose in COMMANDS.items():
+        console.print(f"  [bold]{name:<10}[/] {escape(purpose)}")
     console.print("\n`ochat COMMAND --help` says what each takes.")
 
 
