@@ -1,6 +1,8 @@
 """Laws of the prepared data set: weights by the configuration, selection, damage: pytest tests/data/test_dataset.py"""
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,32 +10,27 @@ import pytest
 from ochat.config import ClassConfig, WeightsConfig
 from ochat.data import manifest, store_writer
 from ochat.data.dataset import TokenDataset
-from ochat.data.prepare import prepare
 from ochat.errors import ConfigError, DataError
 from ochat.text import template
-from tests.tiny_text import conversations, write_base, write_lines
+from tests.tiny_text import conversations
 
 TEMPLATE = "openchat_v3.2"
 TABLE = {"GPT4": ClassConfig(reward=1.0), "GPT3": ClassConfig(weight=0.25)}
 
 
-def build(folder, records, **options):
-    base = write_base(folder / "base")
-    prepare([write_lines(folder / "in.jsonl", records)], base, TEMPLATE, folder / "data", progress=False, **options)
-    return folder / "data"
+@pytest.fixture(scope="module")
+def build(prepare_into):
+    """build(folder, records) -> the folder of a data set."""
+    return lambda folder, records: Path(prepare_into(folder / "data", records).output)
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
+def mixed(build, tmp_path_factory):
     """300 conversations of two classes in several shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "SHARD_TOKENS", 8_000)
         patch.setattr("ochat.data.workers.BATCH_RECORDS", 50)
         return build(tmp_path_factory.mktemp("mixed"), conversations(seed=5, count=300))
-
-
-def test_shards_are_several(mixed):
-    assert len(TokenDataset(mixed).manifest["shards"]) > 2
 
 
 @pytest.mark.parametrize(
@@ -65,7 +62,7 @@ def test_classes_change_weights_and_nothing_else(mixed):
     assert plain.fingerprint == weighed.fingerprint
 
 
-def test_a_message_mean_gives_every_message_its_weight_once(tmp_path):
+def test_a_message_mean_gives_every_message_its_weight_once(build, tmp_path):
     items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 9}]
     items += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b" * 4, "weight": 0.5}]
     data = TokenDataset(build(tmp_path, [{"items": items}]), weights=WeightsConfig(per_message_mean=True))
@@ -73,7 +70,7 @@ def test_a_message_mean_gives_every_message_its_weight_once(tmp_path):
     assert [w for w in weights if w] == pytest.approx([0.1] * 10 + [0.1] * 5)  # content and end of turn
 
 
-def test_rewards_are_each_conversations_own(tmp_path):
+def test_rewards_are_each_conversations_own(build, tmp_path):
     items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     path = build(tmp_path, [{"items": items, "reward": 0.4}, {"items": items, "reward": 1.0}])
     data = TokenDataset(path, weights=WeightsConfig("reward", beta=0.5))
@@ -81,7 +78,7 @@ def test_rewards_are_each_conversations_own(tmp_path):
 
 
 @pytest.mark.parametrize("extra, message", [({}, "no reward"), ({"reward": 1e4}, "infinite")])
-def test_a_reward_that_gives_no_weight_is_named(tmp_path, extra, message):
+def test_a_reward_that_gives_no_weight_is_named(build, tmp_path, extra, message):
     items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     path = build(tmp_path, [{"items": items, "reward": 0.4}, {"items": items} | extra])
     with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
@@ -122,35 +119,18 @@ def test_template_and_fingerprint(mixed):
     assert data.fingerprint in prints and len(prints) == 3
 
 
-def copied(source, target):
-    target.mkdir()
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
-
-
 def test_damage_is_refused_with_the_files_name(mixed, tmp_path):
-    shard = "shard-00001.safetensors"
-
-    path = copied(mixed, tmp_path / "a")
-    data = bytearray((path / shard).read_bytes())
-    data[-3] ^= 1
-    (path / shard).write_bytes(data)
-    with pytest.raises(DataError, match=f"{shard}.*has changed"):
-        manifest.check_files(path)
-    (path / shard).write_bytes(data[:-1])
-    with pytest.raises(DataError, match=rf"{shard}: \d+ bytes instead of"):
-        TokenDataset(path)
-    (path / shard).write_bytes(b"\xff" * len(data))
-    with pytest.raises(DataError, match=f"{shard}: damaged"):
-        TokenDataset(path)
-    (path / shard).unlink()
-    with pytest.raises(DataError, match=f"{shard}: missing"):
-        TokenDataset(path)
-
-
-def test_a_whole_set_verifies(mixed):
     assert manifest.check_files(mixed).num_files > 3
+    folder = shutil.copytree(mixed, tmp_path / "a")
+    path = folder / "shard-00001.safetensors"
+    content = path.read_bytes()
+    for damaged, message in ((content[:-1], r"\d+ bytes instead of"), (b"\xff" * len(content), "damaged")):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=f"{path.name}: {message}"):
+            TokenDataset(folder)
+    path.unlink()
+    with pytest.raises(DataError, match=f"{path.name}: missing"):
+        TokenDataset(folder)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +138,7 @@ def test_a_whole_set_verifies(mixed):
     [({"version": 99}, "version 99"), ({"format": "x"}, "not the manifest"), ({"roles": ["user"]}, "roles")],
 )
 def test_another_format_is_refused(mixed, tmp_path, change, message):
-    path = copied(mixed, tmp_path / "a")
+    path = shutil.copytree(mixed, tmp_path / "a")
     manifest.write(path / "manifest.json", manifest.read(path) | change)
     with pytest.raises(DataError, match=message):
         TokenDataset(path)

@@ -2,12 +2,10 @@
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -71,10 +69,6 @@ def test_the_side_is_the_same_everywhere():
     chat = Conversation((Message("user", "Hello"),), system="Be brief.")
     assert prompt_position(chat) == GOLDEN
     assert is_held_out(chat, GOLDEN + 1e-9) and not is_held_out(chat, GOLDEN)
-    code = "from ochat.data.encode import *; from ochat.text.conversation import *\n"
-    code += "print(prompt_position(Conversation((Message('user', 'Hello'),), system='Be brief.')))"
-    env = os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[2])}
-    assert float(subprocess.check_output([sys.executable, "-c", code], env=env)) == GOLDEN
 
 
 GOLDEN = 0.8600217475585472

@@ -15,24 +15,17 @@ from ochat.data import manifest, prepare, store_writer, workers
 from ochat.data.dataset import TokenDataset
 from ochat.data.workers import InputShare
 from ochat.errors import ConfigError, DataError
-from tests.tiny_text import conversations, write_base, write_lines
+from tests.tiny_text import conversations, write_lines
 
 TEMPLATE = "openchat_v3.2"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
-def make(base, tmp_path):
+def make(prepare_into, tmp_path):
     """make(name, records, **options) -> the folder of a data set."""
 
     def prepared(name, records, **options):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        source = write_lines(tmp_path / f"{name}.jsonl", records)
-        prepare.prepare([source], base, TEMPLATE, tmp_path / name, progress=False, **options)
+        prepare_into(tmp_path / name, records, f"{name.rpartition('/')[2]}.jsonl", **options)
         return tmp_path / name
 
     return prepared

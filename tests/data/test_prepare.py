@@ -23,25 +23,15 @@ from ochat.errors import ConfigError, DataError
 from ochat.text import template, tokenizer
 from ochat.text.conversation import Conversation
 from ochat.text.template import Span
-from tests.tiny_text import conversations, write_base, write_lines
+from tests.tiny_text import conversations, write_lines
 
 TEMPLATE = "openchat_v3.2"
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
-def make(base, tmp_path):
+def make(prepare_into, tmp_path):
     """make(records, **options) -> report of preparing them into tmp_path/out."""
-
-    def prepare_records(records, name="in.jsonl", **options):
-        path = write_lines(tmp_path / name, records)
-        return prepare([path], base, TEMPLATE, tmp_path / "out", progress=False, **options)
-
-    return prepare_records
+    return lambda records, **options: prepare_into(tmp_path / "out", records, **options)
 
 
 def trimmed(ids, weights):
