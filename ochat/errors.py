@@ -1,25 +1,26 @@
-"""The tree of errors a user can meet. Each message says what was wrong, where, and what to do; none carries a
-traceback's job.
+"""Errors that a user can cause and fix. Each message says what was wrong, where, and what to do.
 
-`python -m ochat ...` prints the message alone and exits with `exit_code`. So it does for an OSError, which names its
-path; every other exception is a fault of ours and keeps its traceback.
+A command prints the message alone and exits with `exit_code`; it treats an OSError, which names its path, the same way.
+Every other exception is a bug and keeps its traceback.
 """
+
+from __future__ import annotations
 
 
 class OchatError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and fix."""
 
-    exit_code = 1  # of the command that it ends
+    exit_code = 1  # of the command
 
 
 class UsageError(OchatError):
-    """A command line that cannot be read."""
+    """A command line that cannot be parsed."""
 
     exit_code = 2
 
 
 class ConfigError(OchatError):
-    """A setting, an option or a model configuration that cannot be honoured."""
+    """A setting, an option or a model configuration that cannot be used."""
 
 
 class DataError(OchatError):
@@ -38,7 +39,7 @@ class NonFiniteError(OchatError):
 
 class RanksError(OchatError):
     """Another process of the run is gone or hangs, or all wait for each other; names it and the step. The same command
-    goes on from the newest checkpoint."""
+    resumes from the newest checkpoint."""
 
     exit_code = 3
 
@@ -49,7 +50,7 @@ class ServerError(OchatError):
 
 
 def message(error: OchatError | OSError) -> str:
-    """What a user reads: of an OSError its paths and the reason."""
+    """The text of an error; for an OSError its paths and the reason."""
     if isinstance(error, OchatError):
         return str(error)
     where = " -> ".join(str(path) for path in (error.filename, error.filename2) if path is not None)

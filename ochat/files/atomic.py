@@ -27,7 +27,7 @@ MAX_NAME_BYTES = 255  # of every file system in use
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Raises ConfigError unless each file could be written; None stands for no file."""
+    """Raises ConfigError unless each file could be written; None means no file."""
     for path in filter(None, paths):
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise ConfigError(f"{path}: cannot be written; name a file in a folder that exists")

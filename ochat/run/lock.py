@@ -29,7 +29,7 @@ NFS_S = 10.0  # in which a file that one machine has written is seen by the othe
 
 
 class FolderLock:
-    """Held while it is entered; on a file system without locks the run goes on unlocked, with a warning.
+    """Held while it is entered; on a file system without locks the run continues unlocked, with a warning.
 
     `option`: the option that chooses the folder, for the message about a folder in use.
     """

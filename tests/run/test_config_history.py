@@ -47,20 +47,20 @@ def test_a_start_before_the_first_checkpoint_leaves_nothing_of_the_earlier(keep,
     assert configuration.load(tmp_path / "config.toml") == config(2e-3)
 
 
-def test_the_same_settings_are_not_told(keep, tmp_path):
+def test_the_same_settings_are_not_logged(keep, tmp_path):
     keep(tmp_path, config(), 0)
     again = config()
     again = replace(again, run=replace(again.run, resume="auto", resume_mismatched=True, dir="elsewhere"))
     assert keep(tmp_path, again, 40) == [] and names(tmp_path) == ["config.toml"]
 
 
-def test_other_settings_are_told_and_the_earlier_stay(keep, tmp_path):
+def test_other_settings_are_logged_and_the_earlier_are_kept(keep, tmp_path):
     keep(tmp_path, config(GPT4=1.0, GPT3=0.1), 0)
     earlier = (tmp_path / "config.toml").read_text()
     (said,) = keep(tmp_path, config(2e-3, GPT4=1.0, Human=0.5), 40)
     assert said.startswith("settings differ from step 41 on; config.until_step_40.toml keeps the earlier ones: ")
-    told = said.split("ones: ")[1].split(", ")
-    assert told == [
+    logged = said.split("ones: ")[1].split(", ")
+    assert logged == [
         "classes.Human.reward 0.5 (was not set)",
         "optim.lr 0.002 (was 0.001)",
         "classes.GPT3.reward not set (was 0.1)",
@@ -91,8 +91,8 @@ def test_a_run_that_is_over_keeps_what_it_was_made_with(tmp_path, capsys):
     tiny.train(world, run, "--data.max_steps=3")
     before = (run / "config.toml").read_text()
     tiny.train(world, run, "--data.max_steps=3", "--optim.lr=0.5")
-    told = " ".join(capsys.readouterr().out.split())
-    assert "config.toml stays as the run was made; not used: optim.lr 0.5 (was 0.003)" in told
+    logged = " ".join(capsys.readouterr().out.split())
+    assert "config.toml stays as the run was made; not used: optim.lr 0.5 (was 0.003)" in logged
     assert (run / "config.toml").read_text() == before
     tiny.train(world, run, "--data.max_steps=5", "--optim.lr=0.005")
     assert (run / "config.until_step_3.toml").read_text() == before

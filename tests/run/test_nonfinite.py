@@ -86,7 +86,7 @@ def curve(lines):
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-def test_bad_steps_change_no_bit_are_named_and_the_run_goes_on(poisoned, nan_for_z, tmp_path, capsys):
+def test_nonfinite_steps_change_no_bit_and_are_named(poisoned, nan_for_z, tmp_path, capsys):
     run_dir = tmp_path / "run"
     lines = tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=2", *SAVE_ALL)
     assert skipped(lines) == BAD and [line["step"] for line in lines] == list(range(1, 10))
@@ -127,7 +127,7 @@ def test_neither_reading_metrics_seldom_nor_a_restart_changes_a_skipping_run(poi
         assert end.keys() == ends[0].keys() and all(torch.equal(end[name], ends[0][name]) for name in end)
 
 
-def test_the_first_bad_step_ends_a_run_unless_it_is_told_otherwise(poisoned, nan_for_z, tmp_path):
+def test_the_first_nonfinite_step_ends_a_run_by_default(poisoned, nan_for_z, tmp_path):
     what = (
         r"step 1: loss nan, gradient norm nan; computed on bin 0: .*conversations\.jsonl:54, .*bin 3: .* resumes from "
     )

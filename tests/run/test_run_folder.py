@@ -56,7 +56,7 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_kill_leaves_no_l
     assert refused.returncode and refused.stderr.count("another run works there") == 1
     assert "trainer.py" not in refused.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before
-    assert hf_folder.export(run_dir, run_dir.parent / "out") % 5 == 0  # of a run that goes on
+    assert hf_folder.export(run_dir, run_dir.parent / "out") % 5 == 0  # of a run that is training
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     done = layout.step_of(layout.checkpoint_folders(run_dir)[-1])
@@ -175,10 +175,10 @@ def test_processes_in_other_working_directories_share_the_first_ones_folder(worl
     assert len(tiny.metrics(tmp_path / "0" / "runs" / "a")) == 2 and not list((tmp_path / "1").iterdir())
 
 
-def test_processes_that_see_other_folders_are_told(world, tmp_path):
+def test_processes_that_see_other_folders_are_refused(world, tmp_path):
     """The second process has another disk mounted at the place of the run folder, as another machine would."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("a mount of one's own takes root")
+        pytest.skip("a private mount needs root")
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     other = f'exec unshare --mount sh -c \'mount -t tmpfs tmpfs {run_dir}; exec "$@"\' sh "$@"'

@@ -1,0 +1,122 @@
+"""Files appear whole or not at all, and untrusted ones are read within bounds: pytest tests/files"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from ochat.errors import CheckpointError, ConfigError
+from ochat.files import atomic, bounded_json, checksums
+from ochat.files.jsonl import JsonlWriter, read_lines
+from tests import tiny
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole_and_leaves_no_temporary(tmp_path):
+    atomic.write_json(tmp_path / "a.json", {"é": 1})
+    atomic.write_json(tmp_path / "a.json", {"é": 2})
+    assert (tmp_path / "a.json").read_text("utf-8") == '{\n  "é": 2\n}\n' and names(tmp_path) == ["a.json"]
+
+
+def test_a_folder_replaces_a_damaged_one(tmp_path):
+    for name, content in (("step_1", "old"), (".step_1.tmp", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(content)
+    atomic.replace_dir(tmp_path / ".step_1.tmp", tmp_path / "step_1")
+    assert names(tmp_path) == ["step_1"] and (tmp_path / "step_1" / "file").read_text() == "new"
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    for name in (".step_1.tmp", ".step_2.old", "step_3", ".other.tmp"):
+        (tmp_path / name).mkdir()
+    atomic.remove_leftovers(tmp_path, "step_")
+    assert names(tmp_path) == [".other.tmp", "step_3"]
+
+
+def test_a_staging_folder_goes_with_an_error_and_stays_once_renamed(tmp_path):
+    with pytest.raises(RuntimeError), atomic.staging_dir(tmp_path / "a") as folder:
+        (folder / "file").touch()
+        raise RuntimeError
+    assert names(tmp_path) == []
+    with atomic.staging_dir(tmp_path / "a") as folder:
+        folder.rename(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_staging_folder_goes_with_sigterm(tmp_path):
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom ochat.files import atomic\n"
+        "with atomic.staging_dir(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "a")]
+    with subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and os.path.isdir(process.stdout.readline().strip())
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("output", ["..", "file/a"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, output):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError), atomic.staging_dir(tmp_path / output):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "is_right"), [("a.json", True), ("", False), ("a/b", False), ("..", True), ("x" * 256, False), (3, False)]
+)
+def test_names_of_files(name, is_right):
+    assert atomic.is_file_name(name) is is_right
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "metrics.jsonl"
+    writer = JsonlWriter(path)
+    writer.append([{"step": 1}])
+    full = JsonlWriter(path)
+    full.path = type(path)("/dev/full")
+    full.append([{"step": 2}])
+    full.append([{"step": 3}])
+    assert caplog.text.count("cannot be written") == 1
+    full.path = path
+    full.append([{"step": 4}])
+    assert [line["step"] for line in read_lines(path)] == [1, 2, 3, 4]
+
+
+def test_only_complete_lines_with_a_step_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\nnonsense\n[1]\n{"loss": 2}\n{"step": NaN}\n{"step": 2}\n{"step": 3}')
+    assert [line["step"] for line in read_lines(path)] == [1, 2] and read_lines(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize(
+    ("content", "needle"),
+    [
+        (b"[1]", "a JSON object is expected"),
+        (b"{", "not valid JSON"),
+        (b'{"a": "\\ud800"}', "not valid JSON"),
+        (b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}", "nested more than"),
+    ],
+)
+def test_untrusted_json_is_refused_with_advice(tmp_path, content, needle):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=needle) as error:
+        bounded_json.read_object(tmp_path / "a.json", ConfigError, "fetch it again")
+    assert str(error.value).endswith("fetch it again")
+
+
+def test_a_changed_file_is_named(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    checksums.write(tmp_path)
+    checksums.compare(checksums.expected(tmp_path))
+    (tmp_path / "b.safetensors").write_bytes(b"c")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: damaged"):
+        checksums.compare(checksums.expected(tmp_path))
