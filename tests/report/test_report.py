@@ -207,7 +207,7 @@ def test_several_runs_lie_over_each_other(tmp_path):
     assert curves["two"] == ([*range(1, 21)], [0.5] * 20)
     assert set(drawn(both, "Loss: GPT4")) == {"one", "two"} == set(drawn(both, "Gradient norm"))
     looks = [(t["line"].get("dash"), t["marker"]["symbol"]) for t in both.charts["Loss: all"]]
-    assert len(set(looks)) == 2 and len({dash for dash, _ in looks}) == 2  # told apart without colour
+    assert len(set(looks)) == 2 and len({dash for dash, _ in looks}) == 2  # distinct without colour
     differences = both.text[both.text.index("Differences of configuration") :]
     differences = differences[: differences.index("Training")]
     assert "optim.lr" in differences and "weights.source" in differences and "run.seed" not in differences
