@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from ochat.data import manifest
 from ochat.data.manifest import AGAIN, Prepared
 from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import DataError
+from ochat.files.safetensors_file import SafetensorsFile
 
 COLUMNS: dict[str, Any] = {
     "offsets": np.int64,
@@ -128,12 +128,8 @@ def _open(one: Prepared, entry: dict[str, Any], class_ids: dict[str, int]) -> Sh
     """One shard, whose classes have their places in `class_ids`."""
     classes, files = manifest.names(one.manifest, entry)
     path = manifest.file_path(one.folder, entry)
-    try:
-        with safe_open(path, framework="pt") as file:  # which maps the file; NumPy's way would copy it
-            names: list[str] = file.keys()
-            columns = {name: file.get_tensor(name).numpy() for name in names}
-    except SafetensorError as error:
-        raise DataError(f"{path}: damaged ({error}): {AGAIN}") from error
+    file = SafetensorsFile(path, DataError, AGAIN)
+    columns = {name: file.read(name).numpy() for name in file.names}  # views of the mapped file
     if problem := _find_damage(columns, len(classes)):
         raise DataError(f"{path}: damaged ({problem}): {AGAIN}")
     return Shard(path, columns, np.array([class_ids[name] for name in classes], np.uint16), files)

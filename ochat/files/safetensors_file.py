@@ -37,7 +37,7 @@ class SafetensorsFile:
             self._file = safe_open(path, framework="pt", device="cpu")  # offsets tile the file, and shapes fit them
             _check_header(path)
         except (SafetensorError, OSError, ValueError) as problem:
-            raise error(f"{path} is damaged or cut off ({problem}); {advice}") from None
+            raise error(f"{path}: damaged or cut off ({problem}); {advice}") from None
         self.names: list[str] = self._file.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -78,14 +78,14 @@ def write_header(path, header, size=None):
 def test_a_header_that_lies_is_refused(tmp_path, header):
     """Sizes, offsets, types and names, the library's checks and ours together."""
     write_header(tmp_path / "model.safetensors", header)
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
         TensorFiles.open(tmp_path)
 
 
 @pytest.mark.parametrize("size", [2**64 - 1, 2**63, 2**40, 10**8 + 1])
 def test_the_length_of_a_header_is_not_believed(tmp_path, size):
     write_header(tmp_path / "model.safetensors", {"a": F32}, size)
-    with pytest.raises(CheckpointError, match="model.safetensors is damaged"):
+    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
         TensorFiles.open(tmp_path)
 
 

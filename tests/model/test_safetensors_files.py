@@ -67,7 +67,7 @@ def test_a_missing_shard_is_named(sharded):
 def test_a_file_that_was_cut_off_is_named(sharded, kept):
     content = (sharded / SECOND).read_bytes()
     (sharded / SECOND).write_bytes(content[:kept])
-    with pytest.raises(CheckpointError, match=f"{SECOND} is damaged or cut off"):
+    with pytest.raises(CheckpointError, match=f"{SECOND}: damaged or cut off"):
         TensorFiles.open(sharded)
 
 
