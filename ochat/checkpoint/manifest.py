@@ -55,7 +55,7 @@ class Manifest:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
         if record.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {record.get('format')!r:.40}; this ochat reads format {FORMAT}")
-        if record.pop("sha256", None) != _digest(record):
+        if record.pop("sha256", None) != digest(record):
             raise CheckpointError(f"{path}: damaged (its checksum differs); take another checkpoint")
         try:
             record.setdefault("skipped", 0)  # before steps could be skipped
@@ -69,7 +69,7 @@ class Manifest:
         """Writes `manifest.json` into the folder and waits until it is on the disk."""
         record = {"format": FORMAT} | asdict(self)
         del record["folder"]
-        record["sha256"] = _digest(record)
+        record["sha256"] = digest(record)
         atomic.write_json(self.folder / MANIFEST, record, indent=1)
 
     def check_sizes(self) -> None:
@@ -137,6 +137,7 @@ def copy_serving_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _digest(record: dict[str, Any]) -> str:
+def digest(record: dict[str, Any]) -> str:
+    """The sha256 of a record, which manifest.json holds as well."""
     content = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
     return hashlib.sha256(content).hexdigest()

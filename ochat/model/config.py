@@ -1,8 +1,8 @@
-"""The shape of a model: read from a Hugging Face `config.json`, written back to one, its parameters and FLOPs counted.
+"""The model configuration: read from and written to a Hugging Face `config.json`; parameter and FLOP counts.
 
     config = ModelConfig.load("path/to/base");  config.num_parameters()
 Llama 1/2/3/3.1/3.2, Mistral, Qwen2 and Qwen3. A setting that would change the computation and is not implemented is
-refused by name: a model that trains with half of its settings ignored looks fine and is wrong.
+refused by name: a model trained with ignored settings would be silently wrong.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Picks the device of a command that runs a model."""
+"""Pick the device of a command that runs a model."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The model families and what their `config.json` may say: what is read, what is harmless, what is refused.
+"""Model families: which keys of a `config.json` are read, ignored as harmless, or refused.
 
     family = find(Fields(json.load(open("config.json")), "config.json"));  refuse_unimplemented(fields, family)
-Defaults and odd rules are those of transformers' own classes: a silent config means the same model here and there.
+Defaults and special rules are those of transformers' classes, so a missing key means the same model in both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ochat.files.bounded_json import REQUIRED, Fields, shown
 
 @dataclass(frozen=True)
 class Family:
-    """What a model type fixes, or assumes where its config is silent (the values of transformers)."""
+    """What a model type fixes, or assumes where a key is missing (the values of transformers)."""
 
     architecture: str
     max_position_embeddings: int
@@ -78,7 +78,7 @@ def find(fields: Fields) -> Family:
 
 
 def refuse_unimplemented(fields: Fields, family: Family) -> None:
-    """Everything that would change a logit and that nothing here computes."""
+    """Raises: ConfigError for every setting that would change a logit and is not implemented."""
     record = fields.record
     if (activation := record.get("hidden_act") or "silu") != "silu":
         raise fields.fail("hidden_act", f" is {shown(activation)}; only 'silu' is implemented")
@@ -116,7 +116,7 @@ def sizes(fields: Fields, family: Family) -> dict[str, Any]:
 
 
 def windows(fields: Fields, family: Family) -> tuple[int | None, ...]:
-    """Per layer, as the family's code in transformers decides it; empty where no layer has a window."""
+    """Each layer's window, by the rules of transformers; empty if no layer has one."""
     num_layers = fields.integer("num_hidden_layers", most=MOST["num_hidden_layers"])
     types = fields.record.get("layer_types")
     window = _window(fields, family)

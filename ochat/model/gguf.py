@@ -24,7 +24,7 @@ READ_KEYS = {
     "llama.attention.key_length", "llama.attention.value_length", "llama.rope.freq_base",
     "llama.rope.dimension_count", "llama.vocab_size",
 }  # fmt: skip
-# GGUF's name for a tensor -> Hugging Face's; a block's names stand behind "blk.N." and "model.layers.N."
+# GGUF's name of a tensor -> Hugging Face's; a block's names follow "blk.N." and "model.layers.N."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MODEL_NAMES = {
     "token_embd.weight": EMBEDDING,
@@ -60,7 +60,7 @@ class GGUFFile:
         self._tensors = {hf_name(tensor.name, self.path): tensor for tensor in reader.tensors}
 
     def config(self) -> dict[str, Any]:
-        """The Hugging Face `config.json` that this file's metadata amounts to."""
+        """The Hugging Face `config.json` that says what this file's metadata say."""
         heads, hidden = self._value("llama.attention.head_count"), self._value("llama.embedding_length")
         head_dim = self.metadata.get("llama.attention.key_length", hidden // heads)
         for name in ("llama.rope.dimension_count", "llama.attention.value_length"):

@@ -1,4 +1,4 @@
-"""Hugging Face's names of tensors in and out: our fused parameters are theirs laid end to end along the rows.
+"""Load and save models under Hugging Face's tensor names: our fused parameters are theirs concatenated along rows.
 
     model = load("path/to/base", dtype="float32");  save("out", model.config, model.named_parameters(), "bfloat16")
 `hf_parts` is the one table of names: blocks.0.attn.qkv.weight = q_proj, k_proj, v_proj; blocks.0.mlp.gate_up.weight =
@@ -39,8 +39,8 @@ def load(
     device: str | torch.device = "cpu",
     kernels: str = "reference",
 ) -> Transformer:
-    """The model of a Hugging Face folder, every tensor's name and shape checked before one is read, and the files'
-    checksums where there are any.
+    """The model of a Hugging Face folder. Checks every tensor's name and shape before reading one, and the files'
+    checksums if there are any.
 
     Raises: ConfigError for a config or a folder that cannot be used, CheckpointError naming file and tensor for wrong
     weights.
@@ -68,7 +68,7 @@ def read_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
 
 
 def check_weights(directory: str | Path, config: ModelConfig) -> None:
-    """Refuse a folder whose weights cannot be loaded, for the price of its files' headers.
+    """Refuse a folder whose weights cannot be loaded. Costs: reads its files' headers.
 
     Raises: as read_tensors; an untied head under a config that ties it is found by read_tensors alone.
     """
@@ -76,7 +76,7 @@ def check_weights(directory: str | Path, config: ModelConfig) -> None:
 
 
 def open_tensors(directory: str | Path, config: ModelConfig) -> TensorFiles:
-    """The folder's files, whose tensors have the names, shapes and dtypes that `config` asks for. Raises: as
+    """The folder's files, checked to have the names, shapes and dtypes that `config` asks for. Raises: as
     check_weights."""
     files = TensorFiles.open(directory)
     wanted = {part.name: part.shape for parts in parameter_parts(config).values() for part in parts}
@@ -144,7 +144,7 @@ def save(
 
 
 def hf_parts(config: ModelConfig, name: str) -> tuple[HFTensor, ...]:
-    """The Hugging Face tensors that, laid end to end along dimension 0, are our parameter `name`. Raises: KeyError."""
+    """The Hugging Face tensors whose concatenation along dimension 0 is our parameter `name`. Raises: KeyError."""
     return parameter_parts(config)[name]
 
 
@@ -211,7 +211,7 @@ def _plan_shards(config: ModelConfig, itemsize: int, max_shard_bytes: int) -> li
 def _fill_shards(
     config: ModelConfig, plan: list[set[str]], named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield each file's tensors as soon as they and those of the files before are there."""
+    """Yield each file's tensors once they and those of earlier files are known."""
     parts, pairs, waiting = parameter_parts(config), iter(named_tensors), dict[str, dict[str, Tensor]]()
     for shard in plan:
         while not shard <= waiting.keys():

@@ -1,9 +1,9 @@
-"""Low-rank adapters on frozen weights, and rows of the embedding and the head that are trained whole.
+"""LoRA: low-rank adapters on frozen weights, and rows of the embedding and the head that are trained in full.
 
     attach(model, config.lora, token_ids=(32000,))      # a model in the dtype of the computation, before it is wrapped
 
-A linear becomes y = x W^T + b + (alpha / r) (x A^T) B^T, A (r, in), B (out, r), with its own A and B for each of the
-Hugging Face linears that ours fuses: just what PEFT trains. Letters: T packed tokens, r rank, P adapted parts of a
+A linear becomes y = x W^T + b + (alpha / r) (x A^T) B^T, A (r, in), B (out, r), with an A and a B for each of the
+Hugging Face linears that ours fuses: what PEFT trains. Letters: T packed tokens, r rank, P adapted parts of a
 fused linear, n tokens whose rows are trained, R supervised rows, H hidden, V vocabulary.
 """
 
@@ -25,7 +25,7 @@ from ochat.model.transformer import Linear, Transformer
 
 
 class TargetLinear(NamedTuple):
-    """One Hugging Face linear among those that a linear of ours is made of."""
+    """One of the Hugging Face linears that a linear of ours fuses."""
 
     name: str  # model.layers.0.self_attn.q_proj
     rows: int
@@ -35,7 +35,7 @@ class TargetLinear(NamedTuple):
 class Adapter(nn.Module):
     """x (T, in), y (T, out) -> y + (alpha / r) (x A^T) B^T of every adapted part, by two skinny products for all.
 
-    `a` (P r, in) and `b` (adapted rows, r) hold the parts' own end to end. The second product takes the parts' B as one
+    `a` (P r, in) and `b` (adapted rows, r) are the parts' concatenated. The second product takes the parts' B as one
     block-diagonal matrix (out, P r): its zeros multiply a product by P that is r / H of the linear's.
     """
 
@@ -61,8 +61,8 @@ class Adapter(nn.Module):
 class TokenRows(nn.Module):
     """The rows of n tokens in a frozen (V, H) weight, trained in full; `weight` (n, H).
 
-    A base has never trained the row of a token that was added to it, nor of one that only its instructed sibling uses:
-    frozen, such an end of turn could not be learnt.
+    A base has never trained the row of a token that was added to it, or that only its instruction-tuned version uses:
+    a frozen end-of-turn token could not be learned.
     """
 
     def __init__(self, ids: tuple[int, ...], size: int) -> None:
@@ -85,7 +85,7 @@ class TokenRows(nn.Module):
 
     @torch.no_grad()
     def write(self, weight: Tensor) -> None:
-        """Puts the rows where they belong in `weight` (V, H)."""
+        """Writes the rows into `weight` (V, H)."""
         weight.index_copy_(0, self.places(weight.device), self.weight.to(weight.dtype))
 
     def loss_term(
@@ -109,9 +109,9 @@ class TokenRows(nn.Module):
 
 
 def attach(model: Transformer, config: LoraConfig, token_ids: tuple[int, ...]) -> None:
-    """Freezes all of a model and adds what is trained instead, in fp32 and without values.
+    """Freezes a model and adds what is trained instead, in fp32 and uninitialised.
 
-    `token_ids`: whose rows of the embedding and the head are trained too; tied ones share them.
+    `token_ids`: whose rows of the embedding and the head are trained too; a tied head shares them.
     """
     model.requires_grad_(False)
     for name, parts in adapted_parts(model.config, config.targets).items():

@@ -1,4 +1,4 @@
-"""Adapters as PEFT keeps them, and merged into their base: names, adapter_config.json, adapter_model.safetensors.
+"""Write adapters as PEFT files (adapter_config.json, adapter_model.safetensors), or merge them into their base.
 
     adapter_config = AdapterConfig.read(folder);  save(out, model_config, adapter_config, adapter)
     hf.save(out, model_config, merged_parameters(base_files, model_config, adapter_config, adapter), "bfloat16")
@@ -29,9 +29,9 @@ EMBEDDINGS = {"embed": "model.embed_tokens", "head": "lm_head"}
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What the tensors of an adapter mean."""
+    """What adapter_config.json says of an adapter."""
 
-    base: str  # path of the folder that it was trained on
+    base: str  # path of the base it was trained on
     rank: int
     alpha: float
     targets: tuple[str, ...]  # q_proj, ...
@@ -72,7 +72,7 @@ class AdapterConfig:
 
 
 def save(folder: Path, config: ModelConfig, adapter_config: AdapterConfig, adapter: Mapping[str, Tensor]) -> None:
-    """What PeftModel.from_pretrained loads, in fp32: adapter_config.json and adapter_model.safetensors.
+    """Writes what PeftModel.from_pretrained loads, in fp32.
 
     Raises: KeyError for a tensor that `adapter` lacks; OSError.
     """

@@ -1,7 +1,7 @@
-"""Rotary position embedding: its settings in a `config.json`, its frequencies, and the cos/sin tables the kernels take.
+"""Rotary position embedding: settings from a `config.json`, frequencies, and the cos/sin tables of the kernels.
 
     cos, sin = cos_sin(position_ids, inv_freq(RopeConfig(theta=500000.0), head_dim=128))
-A pair (i, i + D/2) of a head turns by the angle position * inv_freq[i] (the "rotate halves" layout of Hugging Face).
+A pair (i, i + D/2) of a head is rotated by position * inv_freq[i] (the "rotate halves" layout of Hugging Face).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCALING_KEYS = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Base and scaling of the frequencies; only the fields that `kind` uses have a meaning."""
+    """Base and scaling of the frequencies; `kind` decides which fields are used."""
 
     theta: float = DEFAULT_THETA
     kind: str = "default"  # a key of SCALING_KEYS
@@ -83,7 +83,7 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
 
 
 def _from_table(record: Mapping[str, Any], key: str, where: str) -> RopeConfig:
-    """One of the two tables; `rope_theta` may stand in it or beside it."""
+    """One of the two tables; `rope_theta` may be in it or at the top level."""
     table, outer = record[key], Fields(record, where)
     if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
         raise outer.fail(key, f" is {shown(table)}; expected one table of numbers for all layers")

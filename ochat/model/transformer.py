@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """q, k and v in one product, rotation, attention within each document, the way out."""
+    """q, k and v by one product, rotation, attention within each document, output projection."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: SelectiveRecompute) -> None:
         super().__init__()
@@ -106,11 +106,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Takes and gives (x, residual): the last branch's output and the stream that it is yet to be added to.
+    """Takes and returns (x, residual): the last branch's output, and the residual stream to which it is not yet added.
 
-    The addition happens inside the next norm (one kernel); residual is None before the first block. With `rows` (R,),
-    what follows attention is done for these alone, and both results are (R, H): of the others nobody needs more than
-    keys and values.
+    The next norm adds them (one kernel); residual is None before the first block. With `rows` (R,), what follows
+    attention is computed for these only, and both results are (R, H): of the other rows only keys and values are used.
     """
 
     def __init__(self, config: ModelConfig, layer: int, ops: SelectiveRecompute) -> None:
@@ -129,9 +128,9 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states to logits (T, V) fp32, or to whatever `function` makes of them and the weight.
+    """Hidden states to logits (T, V) fp32, or to the result of `function(hidden, weight)`.
 
-    The function runs inside forward so that a wrapper that gathers the weight around forward (FSDP) has it whole.
+    The function runs inside forward because FSDP gathers the weight around forward.
     """
 
     def __init__(self, size: int, num_rows: int) -> None:
@@ -155,10 +154,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, ops: ModuleType) -> None:
         super().__init__()
         self.config = config
-        # what backward makes again instead of keeping it. "elementwise": results of norms, RoPE and SwiGLU, no product;
-        # "block": all but a block's inputs
+        # what backward recomputes. "elementwise": results of norms, RoPE and SwiGLU, no matrix product; "block":
+        # everything except a block's inputs
         self.recompute = "none"
-        self.offload_activations = False  # with "block": those inputs wait in (pinned) host memory
+        self.offload_activations = False  # with "block": its inputs wait in (pinned) host memory
         self.activation_offload = ActivationOffload()
         self.compute_dtype: torch.dtype | None = None  # None: that of the parameters
         self.inv_freq = rope.inv_freq(config.rope, config.head_dim)  # (D/2,) fp32; no buffer: to_empty() would wipe it
@@ -179,8 +178,8 @@ class Transformer(nn.Module):
     ) -> Any:
         """Logits (T, V) fp32, or `head(hidden, weight)` where given: hidden (T, H) after the last norm, weight (V, H).
 
-        Args: input_ids and position_ids (T,) int64; attend: the batch's attention; rows (R,) int64, each once: the only
-        rows that are wanted, in their order, R in place of T. Costs: ModelConfig.flops_per_step, less the last block's
+        Args: input_ids and position_ids (T,) int64; attend: the batch's attention; rows (R,) int64, distinct: the only
+        rows of the result, in this order. Costs: ModelConfig.flops_per_step, less the last block's
         out, gate, up and down for all other rows.
         """
         if self.recompute not in RECOMPUTE:
@@ -189,15 +188,15 @@ class Transformer(nn.Module):
             self.inv_freq = self.inv_freq.to(input_ids.device)
         cos, sin = rope.cos_sin(position_ids, self.inv_freq)
         x, residual = self.embed(input_ids, self.compute_dtype or self.embed.weight.dtype), None
-        wanted = [*[None] * (len(self.blocks) - 1), rows]
-        for i, (block, picked) in enumerate(zip(self.blocks, wanted, strict=True)):
+        rows_of = [*[None] * (len(self.blocks) - 1), rows]  # only the last block's results are picked
+        for i, (block, picked) in enumerate(zip(self.blocks, rows_of, strict=True)):
             x, residual = self._run(i, partial(block, cos=cos, sin=sin, attend=attend, rows=picked), x, residual)
         self.activation_offload.wait()
         return self.head(self.norm(x, residual)[0], head)
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-        """[(len_i, V) fp32] of id lists, packed in one call. For checks: it holds all logits at once.
+        """[(len_i, V) fp32] of id lists, packed in one call. For tests: it holds all logits at once.
 
         Raises: DataError for an id outside the vocabulary.
         """
@@ -219,14 +218,14 @@ class Transformer(nn.Module):
             parameter.copy_(drawn)
 
     def _run(self, index: int, block: Callable[..., Any], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One block; where it is recomputed whole, `x` and `residual` are all that is kept of it."""
+        """One block; with recompute = "block" only `x` and `residual` are kept for backward."""
         if self.recompute == "none" or not torch.is_grad_enabled():
             return block(x, residual)
         if self.recompute == "elementwise":
             with self.ops.recomputing():
                 return block(x, residual)
         with self.activation_offload.block(index) if self.offload_activations else nullcontext():
-            # a block draws nothing, so there is no state of generators to keep
+            # a block draws no random numbers, so no generator state is kept
             return checkpoint(  # type: ignore[return-value]
                 block, x, residual, use_reentrant=False, preserve_rng_state=False
             )
@@ -236,23 +235,23 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Transformer:
-        """to(), to_empty() and the like give every module a new Parameter: tie again."""
+        """Ties again: to(), to_empty() and the like give every module a new Parameter."""
         super()._apply(fn, recurse)
         self._tie()
         return self
 
 
 def _pick(x: Tensor, rows: Tensor | None) -> Tensor:
-    """The rows of x (T, n) that are wanted; index_select, because the backward of x[rows] would sort them."""
+    """x[rows] for x (T, n), by index_select, because the backward of x[rows] would sort the rows."""
     return x if rows is None else x.index_select(0, rows)
 
 
 def pack_ids(
     model: Transformer, sequences: Sequence[Sequence[int]], device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor, PackedAttention]:
-    """input_ids (T,), position_ids (T,) and the attention of id lists laid end to end.
+    """input_ids (T,), position_ids (T,) and the attention of packed id lists.
 
-    `device`: where they are wanted, if not beside the embeddings. Raises: DataError for an id outside the vocabulary.
+    `device`: of the results; default: that of the embeddings. Raises: DataError for an id outside the vocabulary.
     """
     for index, sequence in enumerate(sequences):
         for token in sequence:

@@ -126,7 +126,7 @@ def test_a_manifest_that_lies_under_a_right_checksum_is_refused(run, key, change
     record = json.loads(path.read_text())
     record[key] = change(record[key])
     del record["sha256"]
-    path.write_text(json.dumps(record | {"sha256": manifest._digest(record)}))
+    path.write_text(json.dumps(record | {"sha256": manifest.digest(record)}))
     with pytest.raises(CheckpointError, match=f"manifest.json: .*{says}"):
         Manifest.read(path.parent)
 
@@ -401,7 +401,7 @@ def test_no_manifest_does_anything_but_load_or_raise(world, alone, data):
     else:
         record[key] = data.draw(HOSTILE)
         del record["sha256"]
-        content = json.dumps(record | {"sha256": manifest._digest(record)}).encode()
+        content = json.dumps(record | {"sha256": manifest.digest(record)}).encode()
     (folder / "manifest.json").write_bytes(content)
     try:
         Manifest.read(folder).check_sizes()

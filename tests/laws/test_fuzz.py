@@ -212,7 +212,7 @@ def checkpoint_manifests(place: Path):
 def read_checkpoint_manifest(place: Path, record) -> None:
     path = place / "checkpoint" / layout.MANIFEST
     record.pop("sha256", None)
-    path.write_text(json.dumps(record | {"sha256": manifest._digest(record)}))
+    path.write_text(json.dumps(record | {"sha256": manifest.digest(record)}))
     found = manifest.Manifest.read(place / "checkpoint")
     found.check_sizes()
     for name in found.files:
