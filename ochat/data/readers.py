@@ -18,14 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
-from ochat.data import compressed, parquet
+from ochat.data import compressed
 from ochat.data.compressed import DAMAGED
 from ochat.data.json_values import MAX_RECORD_BYTES, JsonValues, explain, is_cut, wrong_at
-from ochat.errors import DataError
+from ochat.errors import ConfigError, DataError
 
 T = TypeVar("T")
 HEAD_BYTES = 1 << 16  # enough to recognise what the file is
 UTF8_BOM = b"\xef\xbb\xbf"
+PARQUET_MAGIC = b"PAR1"
+PARQUET_BATCH_ROWS = 256
+LARGE_BATCH_BYTES = 1 << 20  # of columns, where a text that many rows share counts once
 TEXTS = (".jsonl", ".ndjson", ".json")
 ENDINGS = (*TEXTS, *(text + packed for text in TEXTS for packed in (".gz", ".xz", ".zst")), ".parquet")
 
@@ -114,15 +117,19 @@ class RecordFile:
             raise DataError(f"{self.name}: {what}; an input is a JSON Lines, JSON or Parquet file")
         self.size = self.path.stat().st_size
         with self.path.open("rb") as file:
-            self._is_parquet = file.read(len(parquet.MAGIC)) == parquet.MAGIC
+            self._is_parquet = file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
         if self._is_parquet:
-            parquet.check_installed(self.name)
+            try:
+                import pyarrow.parquet  # noqa: F401
+            except ImportError as error:
+                why = "reading Parquet needs the package pyarrow: pip install 'ochat-crlft[data]'"
+                raise ConfigError(f"{self.name}: {why}") from error
 
     def __iter__(self) -> Iterator[Record]:
-        return self._parquet_rows() if self._is_parquet else self._texts()
+        return self._rows() if self._is_parquet else self._texts()
 
-    def _parquet_rows(self) -> Iterator[Record]:
-        for row, data, error, share in parquet.rows(self.path):
+    def _rows(self) -> Iterator[Record]:
+        for row, data, error, share in _parquet_rows(self.path):
             self.position = int(self.size * share)
             yield Record(self.name, row, row, data, error)
 
@@ -214,3 +221,47 @@ def _is_json_lines(head: bytes) -> bool:
     except (ValueError, RecursionError) as error:
         return not (is_cut(error) and not str(error).startswith("Unterminated") and not written[1].startswith(b"{"))
     return True
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes, str, float]]:
+    """The rows of a Parquet file: (row from 1, its JSON, error or "", share of the file that is read); damage ends it.
+
+    Row groups are read in small batches; the rows of a large batch become objects one at a time, because a few bytes of
+    a file can expand to thousands of long texts.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    number, group = 0, -1
+    # what a damaged file makes the library raise, or Python for impossible values (a date in the year 10000000)
+    damaged = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            num_rows = max(file.metadata.num_rows, 1)
+            for group in range(file.num_row_groups):
+                for row in _parquet_objects(file, group):
+                    number += 1
+                    data = json.dumps(_without_null(row), default=str).encode()
+                    is_large = len(data) > MAX_RECORD_BYTES
+                    error = f"a row of more than {MAX_RECORD_BYTES >> 20} MiB" if is_large else ""
+                    yield number, b"" if is_large else data, error, min(number / num_rows, 1)
+    except damaged as error:
+        where = f" in row group {group}" if group >= 0 else ""
+        yield number + 1, b"", f"damaged or cut Parquet file{where}: {error}", 1
+        return
+    if number == 0:
+        yield 1, b"", "the file is empty", 1
+
+
+def _parquet_objects(file: Any, group: int) -> Iterator[dict[str, Any]]:
+    for batch in file.iter_batches(PARQUET_BATCH_ROWS, row_groups=[group]):
+        at_once = PARQUET_BATCH_ROWS if batch.nbytes < LARGE_BATCH_BYTES else 1
+        for first in range(0, batch.num_rows, at_once):
+            yield from batch.slice(first, at_once).to_pylist()
+
+
+def _without_null(value: Any) -> Any:
+    """Without null fields: Parquet has no other way to leave one out."""
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value

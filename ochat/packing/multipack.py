@@ -4,7 +4,7 @@
     plan.bin(0), plan.num_steps, plan.efficiency()
 
 The epoch is shuffled once and packed in windows of a few hundred bins or one step (windows.py). Bins are full, so steps
-are few; sequences are exchanged between bins until their costs are alike (rebalance.py), so the ranks of a step work
+are few; sequences are exchanged between bins until their costs are alike (kernels.py), so the ranks of a step work
 equally long; a window is a random sample and spreads its bins evenly over its steps, so every step is a fair sample.
 Memory: 4 bytes a sequence in addition to the plan.
 """

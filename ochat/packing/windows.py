@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.packing.bins import UNASSIGNED, assign_balanced, first_fit_decreasing
 from ochat.packing.candidates import (
     GOOD_COST,
     GOOD_FILL,
@@ -24,7 +23,7 @@ from ochat.packing.candidates import (
     Stream,
     Window,
 )
-from ochat.packing.rebalance import rebalance
+from ochat.packing.kernels import UNASSIGNED, assign_balanced, first_fit_decreasing, rebalance
 
 MOSTLY_PLACED, MOST_OFFERS = 0.98, 8  # share of the offered tokens that must find a place, and offers made
 COST_TOLERANCE = 3e-3  # by which a bin may cost more than the mean of its window

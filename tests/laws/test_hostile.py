@@ -300,7 +300,7 @@ def test_a_parquet_row_is_bounded_too(base, tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr("ochat.data.parquet.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("ochat.data.readers.MAX_RECORD_BYTES", 1 << 20)
     rows = ["x", "y" * (2 << 20), "z"]
     column = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": row}] for row in rows]
     pyarrow.parquet.write_table(pyarrow.table({"items": column}), tmp_path / "in.parquet")

@@ -1,12 +1,11 @@
-"""Laws of the packer's compiled loops, where the plan alone would not show them: pytest tests/packing/test_bins.py"""
+"""Laws of the packer's kernels, where the plan alone would not show them: pytest tests/packing/test_kernels.py"""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ochat.packing.bins import UNASSIGNED, assign_balanced, first_fit_decreasing
-from ochat.packing.rebalance import rebalance
+from ochat.packing.kernels import UNASSIGNED, assign_balanced, first_fit_decreasing, rebalance
 
 BUDGET = 32
 PAIRS = st.lists(st.tuples(st.integers(1, BUDGET), st.floats(0, 9, width=32)), max_size=40)
