@@ -27,7 +27,7 @@ from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.data.readers import RecordFile
 from ochat.errors import OchatError
-from ochat.files.checksums import SUMS
+from ochat.files.checksums import SUMS, first_changed
 from ochat.files.checksums import expected as sums
 from ochat.model import hf
 from ochat.model.config import ModelConfig
@@ -215,8 +215,7 @@ def read_checkpoint_manifest(place: Path, record) -> None:
     path.write_text(json.dumps(record | {"sha256": manifest.digest(record)}))
     found = manifest.Manifest.read(place / "checkpoint")
     found.check_sizes()
-    for name in found.files:
-        found.check_file(name)
+    first_changed(found.checksums())
 
 
 def headers(place: Path):
