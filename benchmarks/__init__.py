@@ -1,1 +1,1 @@
-"""Programs that measure; nothing imports them but their tests. See README.md beside this file."""
+"""Programs that measure; only their tests import them. See README.md in this folder."""

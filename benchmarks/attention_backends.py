@@ -96,7 +96,7 @@ def _cudnn(documents: Documents, window: int | None) -> Attend:
 
 
 def _flex(documents: Documents, window: int | None) -> Attend:
-    """flex_attention with the mask of the documents' blocks, compiled where there is a card."""
+    """flex_attention with the mask of the documents' blocks, compiled on a GPU."""
     flex = import_module("torch.nn.attention.flex_attention")
     sizes = documents.cu_seqlens.diff()
     document = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)  # (T,)

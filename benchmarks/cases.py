@@ -27,7 +27,7 @@ class Model:
     K: int
     D: int
     V: int
-    L: int = 1  # layers whose parameters one optimizer step takes: about 900 million elements, whatever the model has
+    L: int = 1  # layers whose parameters one optimizer step takes: about 900 million elements for each model
 
     def layer_shapes(self) -> list[tuple[int, ...]]:
         """Of the parameters of one layer: fused qkv, output, fused gate/up, down, two norms."""
@@ -86,7 +86,7 @@ class Cost(NamedTuple):
 
 
 def cost(case: Case, which: str) -> Cost:
-    """The floor of one pass of a case; a backward pass counts what the forward one need not leave behind.
+    """The floor of one pass of a case; a backward pass counts what it must read and write itself.
 
     rms_norm 2 + 3 passes over (T, H); add_rms_norm 4 + 4; rope 2 + 2 over (T, (N + K) D) and the angles twice; swiglu
     3 + 5 over (T, F); the head 2 R H V FLOPs forward, 6 with gradients; adamw each state, parameter and gradient once.

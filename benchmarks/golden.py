@@ -51,7 +51,7 @@ RENAMED = {  # a key of the older commit -> its later name
     "optim.master": "optim.master_dtype",
     "optim.state": "optim.moment_dtype",
 }
-RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options beside the common ones
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, options in addition to the common ones
     "one process": (1, {"optim.clip": 0.5}),
     "two processes": (2, {"parallel.replicate": 2}),
     "sharded": (2, {"parallel.reshard": "block", "parallel.reduce": "micro_batch", "parallel.offload": "all",

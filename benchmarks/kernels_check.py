@@ -252,10 +252,10 @@ def write_csv(kernels: list[CompiledKernel], path: Path) -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels_check", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    cards = list(SHARED_KIB)
-    parser.add_argument("--arch", type=int, nargs="+", choices=cards, default=cards, help="compute capabilities")
+    archs = list(SHARED_KIB)
+    parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs, help="compute capabilities")
     parser.add_argument("--out", type=Path, help="a folder for the table as CSV")
-    parser.add_argument("--quick", action="store_true", help="one operator and one card")
+    parser.add_argument("--quick", action="store_true", help="one operator, one architecture")
     if INTERPRETED:
         parser.error("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     return parser.parse_args(arguments)

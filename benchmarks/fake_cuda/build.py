@@ -72,7 +72,7 @@ def _compiled(source: Path, folder: Path, headers: list[Path]) -> Path:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("which folder? python -m benchmarks.fake_cuda.build FOLDER")
-    import torch  # not before it is needed: with the card preloaded it takes seconds
+    import torch  # not before it is needed: with the fake library preloaded it takes seconds
 
     try:
         variables = build(Path(sys.argv[1]).resolve(), packages=Path(torch.__file__).parents[1])

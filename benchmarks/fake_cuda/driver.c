@@ -10,19 +10,9 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *contex
 CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = (CUmodule)16; return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction f, const CUlaunchConfig *config) { *count = 16; return CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult error, const char **text) { *text = "an error of the fake CUDA device"; return CUDA_SUCCESS; }
-
 CUresult cuDeviceGetCount(int *count) { *count = num_devices(); return CUDA_SUCCESS; }
-
-CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *is_active) {
-  *flags = 0;
-  *is_active = 1;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  *function = (CUfunction)16;
-  return CUDA_SUCCESS;
-}
+CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *is_active) { *flags = 0; *is_active = 1; return CUDA_SUCCESS; }
+CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = (CUfunction)16; return CUDA_SUCCESS; }
 
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   *value = device_attribute(attribute, 1024);

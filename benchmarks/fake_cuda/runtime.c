@@ -2,7 +2,7 @@
  *
  * Preloaded before torch (build.py), it answers for libcudart. Memory is address space that the host backs when it is
  * touched; copies up to COPY_BYTES are made, so that what a program sends and fetches is what it gets, larger ones are
- * only taken note of. Streams and events are in order at once. What build.py finds that torch wants besides returns 0.
+ * only recorded. Streams and events complete at once. Other functions that torch needs return 0 (build.py).
  */
 #define _GNU_SOURCE
 #include <cuda.h>
@@ -68,7 +68,7 @@ static void *reserve(size_t size) {
   return p == MAP_FAILED ? NULL : p;
 }
 
-/* ---- the card ---- */
+/* ---- the device ---- */
 
 cudaError_t cudaGetDeviceCount(int *count) { *count = num_devices(); return cudaSuccess; }
 cudaError_t cudaGetDevice(int *device) { *device = current_device; return cudaSuccess; }
@@ -108,7 +108,7 @@ cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
   return cudaSuccess;
 }
 
-/* Addresses of the card, with nothing behind them; NULL where they are used up. The caller holds the mutex. */
+/* Device addresses without memory; NULL when they are used up. The caller holds the mutex. */
 static void *addresses(size_t size) {
   if (!space) next_free = space = reserve(SPACE);
   if (!space || next_free + size > space + SPACE) return NULL;
@@ -125,16 +125,10 @@ cudaError_t cudaMalloc(void **p, size_t size) {
   return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
-cudaError_t cudaFree(void *p) {
-  size_t size = take(&device_blocks, p);
-  if (size) madvise(p, size, MADV_DONTNEED);
-  return cudaSuccess;
-}
-
+cudaError_t cudaFree(void *p) { size_t size = take(&device_blocks, p); if (size) madvise(p, size, MADV_DONTNEED); return cudaSuccess; }
 cudaError_t cudaMallocAsync(void **p, size_t size, cudaStream_t stream) { return cudaMalloc(p, size); }
 cudaError_t cudaFreeAsync(void *p, cudaStream_t stream) { return cudaFree(p); }
 cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) { return cudaMalloc(p, 512); }
-
 cudaError_t cudaHostRegister(void *p, size_t size, unsigned flags) { add(&host_blocks, p, size); return cudaSuccess; }
 cudaError_t cudaHostUnregister(void *p) { take(&host_blocks, p); return cudaSuccess; }
 
@@ -143,11 +137,7 @@ cudaError_t cudaHostAlloc(void **p, size_t size, unsigned flags) {
   return *p ? cudaHostRegister(*p, size, flags) : cudaErrorMemoryAllocation;
 }
 
-cudaError_t cudaFreeHost(void *p) {
-  size_t size = take(&host_blocks, p);
-  if (size) munmap(p, size);
-  return cudaSuccess;
-}
+cudaError_t cudaFreeHost(void *p) { size_t size = take(&host_blocks, p); if (size) munmap(p, size); return cudaSuccess; }
 
 cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p) {
   memset(a, 0, sizeof *a);
@@ -164,10 +154,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyK
   return cudaSuccess;
 }
 
-cudaError_t cudaMemset(void *p, int value, size_t size) {
-  if (size <= COPY_BYTES) memset(p, value, size);
-  return cudaSuccess;
-}
+cudaError_t cudaMemset(void *p, int value, size_t size) { if (size <= COPY_BYTES) memset(p, value, size); return cudaSuccess; }
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   return cudaMemcpy(to, from, size, kind);
@@ -222,9 +209,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaSuccess;
 }
 
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
-  return cudaEventRecord(event, stream);
-}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) { return cudaEventRecord(event, stream); }
 
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
   struct timespec *a = (struct timespec *)start, *b = (struct timespec *)end;

@@ -30,7 +30,7 @@ HIGH_1, HIGH_2 = tl.constexpr(definition.HIGH_1), tl.constexpr(definition.HIGH_2
 @triton.jit
 def random_words(key, start, lanes):
     """For the elements start + lanes: 32 random bits for the two moments, and 16 for the parameter. Some 16 integer
-    operations an element; a Philox would take about 100, more than a card has time for while it moves the bytes."""
+    operations an element; a Philox would take about 100, more than a GPU has time for while it moves the bytes."""
     element = start + lanes  # a block that starts anywhere may cross a multiple of 2^32
     high = (element >> 32).to(tl.uint32)
     word_1 = key.to(tl.uint32) + high * HIGH_1
@@ -55,7 +55,7 @@ def round_with(x, bits, dtype: tl.constexpr):
 
 @triton.jit
 def block_of(table_ptr, column, start, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to element `start` of the tensor whose address stands in this column."""
+    """Pointer to element `start` of the tensor whose address is in this column."""
     pointer = tl.load(table_ptr + column).to(tl.pointer_type(dtype)) + start  # pyright: ignore[reportArgumentType]
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -161,7 +161,7 @@ def _programs(sizes: tuple[tuple[int, int], ...], device: torch.device, stream: 
 
 
 def _stream(device: torch.device) -> int:
-    """The number of the stream that work is queued in; 0 without a card."""
+    """The number of the stream that work is queued in; 0 without a GPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 

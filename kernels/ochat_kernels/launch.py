@@ -1,7 +1,7 @@
-"""How every Triton kernel is started: on the card, in Triton's interpreter, or only noted for a compiler's check.
+"""Start every Triton kernel: on the GPU, in Triton's interpreter, or only recorded for a compiler's check.
 
     TRITON_INTERPRET=1 (before the import) runs kernels on CPU tensors, slowly; `with record() as launches:` runs none.
-Launchers say what a kernel needs; nothing else in the package starts one or picks a card or a stream.
+Launchers describe what a kernel needs; only this file starts one and picks a device and a stream.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def record() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], *, num_warps: int = 4, num_stages: int = 1
 ) -> None:
-    """Starts `kernel` over `grid` programs on the current stream of its tensors' card (none for an empty grid); waits
+    """Starts `kernel` over `grid` programs on the current stream of its tensors' GPU (none for an empty grid); waits
     for nothing."""
     if 0 in grid:
         return
@@ -91,14 +91,14 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the card; that of an H200 where there is no card."""
+    """Streaming multiprocessors of the GPU; those of an H200 without one."""
     if device.type != "cuda":
         return UNKNOWN_CARD_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _card_of(arguments: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Triton launches on the current card, whatever the tensors are on."""
+    """Triton launches on the current device, so make that of the tensors current."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return nullcontext()

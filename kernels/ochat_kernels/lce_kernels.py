@@ -93,7 +93,7 @@ def lce_stats_kernel(
     ahead = tl.zeros([BLOCK_V], tl.int32)
     for start in range(0, V, BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
-        # the mask ends at the stride, which 16 divides, so that loads stay wide whatever V is
+        # the mask ends at the stride, which 16 divides, so that loads stay wide for every V
         z = tl.load(z_ptr + v, mask=v < stride_zn, other=0.0).to(tl.float32)
         z = _capped(z, cap, HAS_CAP)
         z = tl.where(v < V, z, float("-inf"))

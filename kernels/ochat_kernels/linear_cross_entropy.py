@@ -28,7 +28,7 @@ from ochat_kernels.reference_loss import (
 LOGITS_BYTES = 2**31  # of a chunk: 8192 rows of a vocabulary of 128k in bf16
 CHUNK_ROWS = (1024, 8192)  # fewer rows: adding dW up in fp32 costs more than its product; more: only memory
 ROW_ALIGNMENT = 128  # rows of a tile of a matrix product
-COLUMN_ALIGNMENT = 64  # columns: every row of logits starts on a 128-byte line, whatever V is
+COLUMN_ALIGNMENT = 64  # columns: every row of logits starts on a 128-byte line, for every V
 
 _transforms: WeakValueDictionary[str, WeightTransform] = WeakValueDictionary()  # an operator's arguments are plain
 
@@ -87,7 +87,7 @@ def lce_fwd(
 
 
 class _Gradients:
-    """dhidden and dW as they grow; tensors of no elements where nobody wants them."""
+    """dhidden and dW as they grow; empty tensors where no gradient is needed."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool):
         self.wanted = want_hidden or want_weight
@@ -185,10 +185,10 @@ def linear_cross_entropy(
     logit_softcap and weight_transform: as in the definition (reference_loss.py).
     Returns: LossOutput; gradients flow from loss_sum to hidden and weight.
     Raises: ValueError for shapes, dtypes, devices and options that do not fit; a label outside the vocabulary makes the
-    loss NaN on a card (in the interpreter, a ValueError).
+    loss NaN on a GPU (in the interpreter, a ValueError).
     Costs: 6 R H V FLOPs, all in forward (2 R H V where nothing wants a gradient); memory: a chunk of logits, dW in
-    fp32, dhidden; beside the products 3 chunk x V elements are moved (one read more where the L2 does not hold a row).
-    No sync with `rows` given, else one.
+    fp32, dhidden; the kernel moves 3 chunk x V elements (one read more where the L2 does not hold a row). No sync with
+    `rows` given, else one.
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
     check_softcap(logit_softcap)

@@ -179,7 +179,7 @@ def check_softcap(cap: float | None) -> None:
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
-    """ValueError for a label outside the vocabulary, on a CPU; on a card the look would cost a synchronisation."""
+    """ValueError for a label outside the vocabulary, on a CPU; on a GPU the look would cost a synchronisation."""
     if labels.device.type != "cpu":
         return
     wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size))

@@ -63,7 +63,7 @@ def rms_norm_bwd_kernel(
             dweight += product
         weight = tl.load(weight_ptr + h, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         along = tl.sum(product * weight[None, :], axis=1, keep_dims=True) / H
-        # Kept over the reduction, the rows beside their sums spill (seen at H = 16384) or halve the programs that fit:
+        # Kept over the reduction, the rows and their sums spill (seen at H = 16384) or halve the programs that fit:
         # they are read again, from L1. Other cache hints than above, or the compiler makes one load of the two.
         dy = tl.load(dy_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         weight = tl.load(weight_ptr + h, mask=inside, other=0.0).to(tl.float32)
@@ -93,12 +93,12 @@ def rms_norm_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of x (..., H) and of weight (H,) (empty unless asked for) from that of y.
 
-    x is what was normalised; `grad_sum`, where there is one, is the gradient that reaches x beside the norm.
+    x is what was normalised; `grad_sum`, where there is one, is the gradient that reaches x without passing the norm.
     """
     dx = x.new_empty(x.shape)
     grad, x, weight = _matrix(grad), _matrix(x), rows_of(weight)
     grad_sum = None if grad_sum is None else _matrix(grad_sum)
-    # by the wider of the two: a weight in fp32 beside eight elements of x in bf16 spills
+    # by the wider of the two: a weight in fp32 with eight elements of x in bf16 spills
     rows, block, warps = _tile(x.shape[1], max(x.element_size(), weight.element_size()))
     T, H = x.shape
     programs = _programs(T, rows, warps, x.device)
@@ -145,7 +145,7 @@ def _tile(H: int, itemsize: int) -> tuple[int, int, int]:
 
 
 def _programs(T: int, rows: int, warps: int, device: torch.device) -> int:
-    """Programs of the backward: as many as the card runs at once, never more than there are tiles.
+    """Programs of the backward: as many as the GPU runs at once, never more than there are tiles.
 
     Compiled for sm_90, a tile of one row takes up to 64 registers a thread, one of several rows up to 105.
     """

@@ -1,4 +1,4 @@
-"""How kernels round fp32 to the dtype that they store: to nearest even, as the card's own conversion does."""
+"""How kernels round fp32 to the dtype that they store: to nearest even, as the GPU's own conversion does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 `x` in `dtype`. Triton's interpreter cuts bf16 off where a card rounds, so there it is rounded first."""
+    """fp32 `x` in `dtype`. Triton's interpreter cuts bf16 off where a GPU rounds, so there it is rounded first."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)

@@ -11,7 +11,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Memory that nobody wrote reads as NaN, so that an element that a kernel leaves out shows."""
+    """Unwritten memory reads as NaN, so that an element that a kernel leaves out shows."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -175,7 +175,7 @@ def test_a_skipped_step_does_not_count_in_the_corrections(function, device):
     step=st.integers(1, 10**6),
 )
 @settings(max_examples=20, deadline=None)
-def test_views_of_one_buffer_and_nothing_beside_them(sizes, gaps, dtypes, seed, step):
+def test_views_of_one_buffer_and_nothing_else(sizes, gaps, dtypes, seed, step):
     parts = [
         lists([n], d, CPU_OR_CUDA, seed=seed % 97 + i) for i, (n, d) in enumerate(zip(sizes, dtypes, strict=False))
     ]
@@ -240,7 +240,7 @@ def test_bits_follow_from_seed_step_and_place(device):
 @pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
 @pytest.mark.parametrize("first", [0, 2**32 - 1500])
 def test_parts_of_a_tensor_are_rounded_as_within_the_whole(function, first, device):
-    """In any order and company, told their tensor's id and where in it they begin, also across element 2^32."""
+    """In any order and company, given their tensor's id and offset, also across element 2^32."""
     values = lists([3000, 64], (BF16, FP32, BF16), device)
     whole = run(function, values, seed=5, ids=[4, 7], offsets=[first, 0])
     cuts = [(0, 0, 1000), (0, 1000, 2001), (0, 2001, 3000), (1, 0, 64)]

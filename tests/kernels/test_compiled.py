@@ -1,5 +1,5 @@
 """The check of compiled kernels: it passes on a good one, and names one that spills, one that does not compile, and
-one that nobody launches."""
+one that no case launches."""
 
 import os
 import subprocess

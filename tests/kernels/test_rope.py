@@ -58,7 +58,7 @@ def test_any_strides(device):
     q = random(3, 5, 8, dtype=torch.float32, device=device).transpose(0, 1)  # heads first in memory
     k = random(5, 8, 2, dtype=torch.float32, device=device).transpose(1, 2)  # no dense dimension at the end
     assert_rope(q, k)
-    columns = torch.stack(angles(5, 8, device), dim=-1)  # cos and sin beside each other: neither is contiguous
+    columns = torch.stack(angles(5, 8, device), dim=-1)  # cos and sin interleaved: neither is contiguous
     cos, sin = columns.unbind(-1)
     torch.testing.assert_close(rope.rope(q, k, cos, sin), reference.rope(q, k, cos, sin))
 
