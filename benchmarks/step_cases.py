@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import ochat_kernels
+import tokenizers
 import torch
 from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers
 
-from benchmarks import golden_probe, loader
+from benchmarks import loader
 from benchmarks.cases import MODELS, Model
 from ochat import config as configuration
 from ochat.model import hf
@@ -186,7 +188,18 @@ def write_base(world: World, device: torch.device) -> None:
 
 def write_tokenizer(folder: Path) -> None:
     """A tokenizer of bytes with the template's end of turn."""
-    golden_probe.write_bytes_tokenizer(folder, "<|end_of_turn|>")
+    write_bytes_tokenizer(folder, "<|end_of_turn|>")
+
+
+def write_bytes_tokenizer(folder: Path, *special: str) -> None:
+    """A tokenizer of 256 bytes, BOS, EOS and the `special` tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", *special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}', "utf-8")
 
 
 def draw_parameters(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

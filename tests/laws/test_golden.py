@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import golden_probe
+from benchmarks import step_cases
 from ochat.text import template as templates
 from ochat.text import tokenizer as text_tokenizers
 from ochat.text.conversation import Conversation
+from tests.laws import golden_plans
 
 FILE = Path(__file__).with_name("golden_integers.json")
 CACHE = Path(__file__).parents[2] / ".cache" / "tokenizers"
@@ -33,7 +34,7 @@ CONVERSATIONS = {
 
 
 def bytes_tokenizer(folder: Path) -> Path:
-    golden_probe.write_bytes_tokenizer(folder)
+    step_cases.write_bytes_tokenizer(folder)
     return folder
 
 
@@ -63,7 +64,7 @@ def test_ids_and_weights_of_every_template(name, tmp_path):
 
 
 def test_plans():
-    assert golden_probe.plans() == json.loads(FILE.read_text("utf-8"))["plans"]
+    assert golden_plans.plans() == json.loads(FILE.read_text("utf-8"))["plans"]
 
 
 def write(folder: Path) -> None:
@@ -71,7 +72,7 @@ def write(folder: Path) -> None:
     ids = {name: encoded(path) for name, path in {"bytes": bytes_tokenizer(folder), **REAL}.items()}
     lines = [f'"{tokenizer}": {{\n' + ",\n".join(f'"{name}": {json.dumps(cases)}' for name, cases in of_each.items())
              + "\n}" for tokenizer, of_each in ids.items()]  # fmt: skip
-    plans = ",\n".join(f'"{name}": {json.dumps(plan)}' for name, plan in golden_probe.plans().items())
+    plans = ",\n".join(f'"{name}": {json.dumps(plan)}' for name, plan in golden_plans.plans().items())
     text = f'{{"plans": {{\n{plans}\n}},\n"ids": {{\n' + ",\n".join(lines) + "\n}}\n"
     json.loads(text)
     FILE.write_text(text, "utf-8")
