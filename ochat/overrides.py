@@ -78,7 +78,9 @@ def apply(tree: dict[str, Any], option: str, schema: Any) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
         value = text
-    tree[path[-1]] = text if _kind(schema, path) is str and not isinstance(value, str) else value
+    kind = _kind(schema, path)
+    takes_text = str in (kind, *typing.get_args(kind))
+    tree[path[-1]] = text if takes_text and not _is_valid(kind, value) else value
 
 
 def build(kind: type[T], value: Any, where: str = "", renamed: Mapping[str, str] | None = None) -> T:
@@ -145,6 +147,14 @@ def _kind(schema: Any, path: Sequence[str]) -> Any:
         else:
             schema = typing.get_type_hints(schema).get(key) if isinstance(schema, type) else None
     return schema
+
+
+def _is_valid(kind: Any, value: Any) -> bool:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _parts(kind: Any, value: Any, where: str, renamed: Mapping[str, str]) -> Iterator[tuple[Any, Any, str]]:
