@@ -23,7 +23,8 @@ class EvalOptions:
     """Measures held-out answers under each class's prefix, and answers prompts."""
 
     model: Path  # an exported folder, a run (its newest checkpoint) or a checkpoint
-    data: Path  # a prepared data set, or a file or folder of conversations as `ochat prepare` reads them
+    # a prepared data set, several (the shards of one input), or conversations in files as `ochat prepare` reads them
+    data: tuple[Path, ...]
     # classes whose prefixes are tried and that answer prompts; left out: those of the data; "": no class
     conditions: tuple[str, ...] = ()
     only_class: str | None = None  # measure the answers of this class alone
@@ -55,6 +56,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
 
     Raises: ConfigError, DataError and CheckpointError; before the model is loaded for all that can be known by then.
     """
+    from ochat.data.dataset import shown_paths
     from ochat.evaluate import (
         held_out,
         prompts,
@@ -67,6 +69,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     from ochat.text import tokenizer as tokenizers
     from ochat.text.openchat_json import read_description, warn_of_unknown_class
 
+    if not options.data:
+        raise ConfigError("DATA is missing: name a prepared data set, or files of conversations, after MODEL")
     device = find_device(options.device)
     if (options.prompts is None) != (options.answers is None):
         raise ConfigError("--prompts FILE and --answers FILE go together: give both, or neither")
@@ -88,7 +92,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         sums = swap.swap_matrix(model, template, tokenizer, conversations, conditions, advance)
     record = {
         "model": str(folder),
-        "data": str(options.data),
+        "data": shown_paths(options.data),
         "template": template.name,
         "dtype": options.dtype,
         "conditions": list(conditions),

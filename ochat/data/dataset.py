@@ -203,6 +203,11 @@ def folder_list(paths: Paths) -> list[Path]:
     return [Path(paths)] if isinstance(paths, str | Path) else list(map(Path, paths))
 
 
+def shown_paths(paths: Paths) -> str:
+    """The folders in a message."""
+    return ", ".join(map(str, folder_list(paths)))
+
+
 def _fingerprint(prepared: list[Prepared]) -> dict[str, Any]:
     """What identifies joined sets; of one folder as of the same shards in several."""
     first, manifests = prepared[0].manifest, [one.manifest for one in prepared]

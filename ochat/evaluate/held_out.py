@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ochat.data.batch import Example
-from ochat.data.dataset import TokenDataset
+from ochat.data.dataset import Paths, TokenDataset, folder_list, shown_paths
 from ochat.data.encode import num_supervised
 from ochat.data.manifest import MANIFEST
 from ochat.data.readers import parse_records
@@ -76,15 +77,16 @@ class HeldOut:
         return ids, weights, is_own
 
 
-def is_prepared(path: Path) -> bool:
-    """Whether `path` is what `ochat prepare` wrote."""
-    return (path / MANIFEST).is_file()
+def is_prepared(data: Paths) -> bool:
+    """Whether this is what `ochat prepare` wrote, one folder or the shards of one input."""
+    return all((folder / MANIFEST).is_file() for folder in folder_list(data))
 
 
-def template_of(path: Path, of_model: Template | None, tokenizer: Tokenizer) -> Template:
+def template_of(data: Paths, of_model: Template | None, tokenizer: Tokenizer) -> Template:
     """The template of a prepared data set. Raises: ConfigError where the model speaks another, or has another
     tokenizer."""
-    dataset = TokenDataset(path)
+    dataset = TokenDataset(data)
+    path = dataset.path
     if dataset.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
         raise ConfigError(
             f"{path}: prepared with another tokenizer than the model's; prepare it with the model's base, or give the "
@@ -98,13 +100,13 @@ def template_of(path: Path, of_model: Template | None, tokenizer: Tokenizer) -> 
     return dataset.template
 
 
-def choose_template(data: Path, folder: Path, name: str | None, tokenizer: Tokenizer) -> Template:
+def choose_template(data: Paths, folder: Path, name: str | None, tokenizer: Tokenizer) -> Template:
     """The template of a prepared data set, which must be the model's too; of other data the model's, or the one called
     `name`. `folder`: the model's. Raises: ConfigError."""
     if not is_prepared(data):
         template = load_template(folder, name)
     elif name is not None:
-        raise ConfigError(f"--template {name}: {data} is prepared, and has its own; leave it out")
+        raise ConfigError(f"--template {name}: {shown_paths(data)} is prepared, and has its own; leave it out")
     else:
         template = template_of(data, load_template(folder, None) if read_description(folder) else None, tokenizer)
     template.check(tokenizer)
@@ -129,19 +131,24 @@ def choose_conditions(
     return conditions
 
 
-def read_held_out(path: Path, template: Template, tokenizer: Tokenizer) -> list[HeldOut]:
+def read_held_out(data: Paths, template: Template, tokenizer: Tokenizer) -> list[HeldOut]:
     """The conversations with something supervised, of a prepared data set or of files as `ochat prepare` reads.
 
     Raises: DataError naming file and line of a record that is none, and where nothing is supervised.
     """
-    if is_prepared(path):
-        each = _of_dataset(TokenDataset(path))
+
+    def parse(value: dict[str, Any]) -> HeldOut:
+        return HeldOut.of(record_formats.convert(value), template, tokenizer)
+
+    if is_prepared(data):
+        each = _of_dataset(TokenDataset(data))
     else:
-        parsed = parse_records(path, lambda value: HeldOut.of(record_formats.convert(value), template, tokenizer))
-        each = (held_out for _, held_out in parsed)
+        each = (held_out for path in folder_list(data) for _, held_out in parse_records(path, parse))
     found = [held_out for held_out in each if num_supervised(held_out.spans)]
     if not found:
-        raise DataError(f"{path}: no conversation there has anything supervised: there is nothing to measure")
+        raise DataError(
+            f"{shown_paths(data)}: no conversation there has anything supervised: there is nothing to measure"
+        )
     return found
 
 

@@ -30,7 +30,7 @@ def chats(world):
 
 
 def run(model, data, **more):
-    return evaluate(EvalOptions(model, data, dtype="float32", **more))
+    return evaluate(EvalOptions(model, (data,), dtype="float32", **more))
 
 
 @pytest.fixture(scope="module")

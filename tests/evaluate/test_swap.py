@@ -130,6 +130,10 @@ def test_a_prepared_set_reads_as_its_conversations(tmp_path):
     tokenizer, template = tokenizers.load(base), templates.load("openchat_v3.2")
     prepared, plain = (read_held_out(path, template, tokenizer) for path in (tmp_path / "data", file))
     assert len(prepared) == len(plain) > 50
+    parts = [tmp_path / str(i) for i in (1, 2)]
+    for i, part in enumerate(parts, start=1):
+        prepare([file], base, "openchat_v3.2", part, on_bad="skip", progress=False, shard=f"{i}/2")
+    assert len(read_held_out(parts, template, tokenizer)) == len(plain)
     for one, other in zip(prepared, plain, strict=True):
         assert one.condition == other.condition
         for a, b in zip(*(each.under(["GPT4", "x"], template, tokenizer) for each in (one, other)), strict=True):

@@ -85,7 +85,7 @@ def test_it_gives_what_undisturbed_runs_give(killed, tmp_path):
         train(configuration.load(folder / "configs" / f"{name}.toml", [f"--run.dir={tmp_path / name}"]))
         held_out = folder / "data" / ("plain-held-out" if name.startswith("sft") else "condition-held-out")
         conditions = () if name.startswith("sft") else ("GPT4", "GPT3")
-        alone = evaluate(EvalOptions(tmp_path / name, held_out, conditions, dtype="float32"))
+        alone = evaluate(EvalOptions(tmp_path / name, (held_out,), conditions, dtype="float32"))
         assert results[name]["classes"] == json.loads(json.dumps(alone["classes"]))
         lines = [[line["loss"] for line in tiny.metrics(at / name)] for at in (folder / "runs", tmp_path)]
         assert lines[0] == lines[1] and len(lines[0]) == STEPS == results[name]["steps"]
