@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ochat.errors import ConfigError, DataError
-from ochat.evaluate.answer_log import AnswerLog
+from ochat.evaluate.answer import AnswerLog
 
 ABOUT = {"model": "mine", "condition": None, "sizes": (1, 2)}
 

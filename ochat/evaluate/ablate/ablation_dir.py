@@ -193,7 +193,7 @@ class AblationDir:
         try:
             self._refuse_change(was, now)
         except ConfigError:
-            if any(self.folder.glob("runs/*/metrics.jsonl")):
+            if any(self.folder.glob(f"runs/*/{layout.METRICS}")):
                 raise
             shutil.rmtree(self.folder / "data", ignore_errors=True)
             was = {}

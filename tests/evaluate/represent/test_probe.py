@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ochat.evaluate import intervals
+from ochat.evaluate.represent import measure
 from ochat.evaluate.represent import probe as probes
-from ochat.evaluate.represent import projection
 
 stats = pytest.importorskip("scipy.stats", reason="the extra `report` is not installed")
 pytest.importorskip("sklearn")
@@ -155,8 +155,8 @@ def test_the_interval_is_wilsons_of_prompts():
 def test_maps_keep_two_heaps_apart_and_are_the_same_by_seed():
     pytest.importorskip("umap")
     states, labels, _ = made_up(0, 60, 30, apart=12)
-    points, explained = projection.pca(states)
-    assert projection.silhouette(points, labels, "euclidean") > 0.7 and explained[0] > 0.5 > explained[1]
-    found = projection.umap(states, "euclidean", seed=1)
-    assert found.shape == (60, 2) and projection.silhouette(found, labels, "euclidean") > 0.7
-    assert (found == projection.umap(states, "euclidean", seed=1)).all()
+    points, explained = measure.pca(states)
+    assert measure.silhouette(points, labels, "euclidean") > 0.7 and explained[0] > 0.5 > explained[1]
+    found = measure.umap(states, "euclidean", seed=1)
+    assert found.shape == (60, 2) and measure.silhouette(found, labels, "euclidean") > 0.7
+    assert (found == measure.umap(states, "euclidean", seed=1)).all()

@@ -22,7 +22,7 @@ from ochat.evaluate import held_out
 from ochat.evaluate.represent import (
     compared_models,
     hidden_states,
-    projection,
+    measure,
     sample,
 )
 from ochat.export.hf_folder import export
@@ -52,7 +52,7 @@ def small(world, alone, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """UMAP takes ten seconds to compile; test_probe.py has it for real."""
-    monkeypatch.setattr(projection, "umap", lambda found, distance, seed: found[:, :2] + seed)
+    monkeypatch.setattr(measure, "umap", lambda found, distance, seed: found[:, :2] + seed)
 
 
 def read(world, chats, per_class=20, classes=()):
