@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,10 +146,9 @@ def test_a_failure_is_a_row_and_ours_a_fault(tmp_path, world, monkeypatch):
     case = dataclasses.replace(CASE, implementations=("ours", "padded"))
 
     def outcome():
-        rows = Collected()
-        return train_step.run([[case]], session(tmp_path), world, rows), {
-            row["implementation"]: row for row in rows.rows
-        }
+        rows = []
+        is_good = train_step.run([[case]], session(tmp_path), world, SimpleNamespace(add=rows.append))
+        return is_good, {row["implementation"]: row for row in rows}
 
     is_good, rows = outcome()
     assert is_good and rows["padded"]["status"] == "failed" and rows["padded"]["note"] == "ModuleNotFoundError: no peer"
@@ -158,19 +158,13 @@ def test_a_failure_is_a_row_and_ours_a_fault(tmp_path, world, monkeypatch):
     assert not outcome()[0]
 
 
-class Collected:
-    def __init__(self):
-        self.rows = []
-
-    def add(self, row):
-        self.rows.append(row)
-
-
 def test_without_time_the_rows_say_so(tmp_path, world):
-    rows = Collected()
+    rows = []
     late = session(tmp_path, deadline=time.monotonic() - 1.0)
-    assert train_step.run([[dataclasses.replace(CASE, implementations=PEERS)]], late, world, rows)
-    assert [row["status"] for row in rows.rows] == ["skipped"] * len(PEERS)
+    assert train_step.run(
+        [[dataclasses.replace(CASE, implementations=PEERS)]], late, world, SimpleNamespace(add=rows.append)
+    )
+    assert [row["status"] for row in rows] == ["skipped"] * len(PEERS)
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):
