@@ -16,18 +16,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ochat import config as configuration
 from ochat.checkpoint import manifest
+from ochat.checkpoint.verify import verify_checkpoint
 from ochat.data import manifest as data_manifest
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.data.readers import RecordFile
+from ochat.distributed.processes import Ranks
 from ochat.errors import OchatError
-from ochat.files.checksums import SUMS, first_changed
+from ochat.files.checksums import SUMS
 from ochat.files.checksums import expected as sums
 from ochat.model import hf
 from ochat.model.config import ModelConfig
@@ -148,7 +151,7 @@ def place(world, tmp_path_factory):
     for path in [*(folder / "sharded").glob("model*"), folder / "sharded" / SUMS]:
         path.unlink()
     hf.save(folder / "sharded", model.config, model.named_parameters(), "float32", max_shard_bytes=30_000)
-    small = {"a": __import__("torch").ones(2, 3), "b": __import__("torch").zeros(4)}
+    small = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
     (folder / "small").mkdir()
     save_file(small, folder / "small" / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -213,9 +216,7 @@ def read_checkpoint_manifest(place: Path, record) -> None:
     path = place / "checkpoint" / layout.MANIFEST
     record.pop("sha256", None)
     path.write_text(json.dumps(record | {"sha256": manifest.digest(record)}))
-    found = manifest.Manifest.read(place / "checkpoint")
-    found.check_sizes()
-    first_changed(found.checksums())
+    verify_checkpoint(place / "checkpoint", Ranks(0, 1, torch.device("cpu"), None))
 
 
 def headers(place: Path):
