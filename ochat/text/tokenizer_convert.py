@@ -12,6 +12,7 @@ import binascii
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -122,15 +123,12 @@ def read_tiktoken(files: TokenizerFiles) -> ReadTokenizer:
 
     Raises: ConfigError for ranks of another model.
     """
-    lines = [line.split() for line in files.content.splitlines() if line]
-    if len(lines) != LLAMA3_RANKS:
+    num_ranks = sum(1 for line in files.content.splitlines() if line)
+    if num_ranks != LLAMA3_RANKS:
         raise ConfigError(
-            f"{files.path}: {len(lines)} tiktoken ranks, but only Llama 3's {LLAMA3_RANKS}; use a tokenizer.json"
+            f"{files.path}: {num_ranks} tiktoken ranks, but only Llama 3's {LLAMA3_RANKS}; use a tokenizer.json"
         )
-    letters = byte_letters()
-    ranks = {binascii.a2b_base64(token).decode("latin-1").translate(letters): int(rank) for token, rank in lines}
-    # ignore_merges: tiktoken takes a word that is a token as one, even where no merges lead to it
-    model = tokenizers.Tokenizer(models.BPE(ranks, _merges(ranks), ignore_merges=True))
+    model = tokenizers.Tokenizer(_tiktoken_bpe(files.content))
     split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -145,6 +143,15 @@ def read_tiktoken(files: TokenizerFiles) -> ReadTokenizer:
     model.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in names.values()])
     _set_bos(model, LLAMA3_SPECIALS[0])
     return ReadTokenizer(model, tokens, LLAMA3_SPECIALS[0], LLAMA3_SPECIALS[1])
+
+
+@lru_cache(maxsize=1)  # a second of work; a command may load a tokenizer several times
+def _tiktoken_bpe(content: bytes) -> models.BPE:
+    letters = byte_letters()
+    lines = (line.split() for line in content.splitlines() if line)
+    ranks = {binascii.a2b_base64(token).decode("latin-1").translate(letters): int(rank) for token, rank in lines}
+    # ignore_merges: tiktoken takes a word that is a token as one, even where no merges lead to it
+    return models.BPE(ranks, _merges(ranks), ignore_merges=True)
 
 
 def _merges(ranks: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,5 +1,5 @@
 """transformers serve with an exported model gives the same answers as the model in this process, under each class:
-pytest -m slow tests/evaluate/test_served.py"""
+pytest -m slow tests/export/test_served.py"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pickle
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ochat.errors import ConfigError, DataError
@@ -111,6 +111,7 @@ def test_prefix_ids_are_those_of_live_text_however_many_there_are(tokenizer, mon
 @given(text=texts)
 def test_transformers_gives_the_same_ids(tokenizer, served, text):
     """Special tokens are text if asked; by default they are live, and BOS comes first where the family has one."""
+    assume(BOUNDARY not in text)  # which an export drops
     ids = tokenizer.encode(text)
     assert served(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == ids
     if not any(token in text for token in tokenizer.special_tokens):
