@@ -17,7 +17,7 @@ from ochat.data.encode import is_held_out, prompt_position
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message
 from tests import tiny
-from tests.tiny_text import write_base, write_lines
+from tests.tiny_text import write_lines
 
 TEMPLATE = "openchat_v3.2"
 texts = st.text(max_size=10)
@@ -91,8 +91,8 @@ def prompts(folder, records):
     ]
 
 
-def test_prepare_splits_without_losing_or_leaking(tmp_path):
-    base, records = write_base(tmp_path / "base"), list(pairs(300))
+def test_prepare_splits_without_losing_or_leaking(base, tmp_path):
+    records = list(pairs(300))
     source = write_lines(tmp_path / "in.jsonl", records)
     report = prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.2, progress=False)
     train, held = prompts(tmp_path / "out", records), prompts(tmp_path / "out-held-out", records)
@@ -109,13 +109,13 @@ def test_prepare_splits_without_losing_or_leaking(tmp_path):
     assert sorted(prompts(held_parts, shuffled)) == sorted(held), "in another order, on three machines"
 
 
-def test_a_split_that_leaves_nothing_is_an_error(tmp_path):
-    base, source = write_base(tmp_path / "base"), write_lines(tmp_path / "in.jsonl", list(pairs(3)))
+def test_a_split_that_leaves_nothing_is_an_error(base, tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", list(pairs(3)))
     with pytest.raises(DataError, match=r"--held-out 1e-06 holds out none of 6 conversations"):
         prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=1e-6, progress=False)
     with pytest.raises(DataError, match="no conversation is left to train on"):
         prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=1 - 1e-6, progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "in.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 5, math.nan])
@@ -125,12 +125,12 @@ def test_an_impossible_share_is_named(tmp_path, share):
 
 
 @pytest.mark.parametrize("way", ["out", "out-held-out"])
-def test_a_set_in_the_way_of_either_side_is_kept(tmp_path, way):
-    base, source = write_base(tmp_path / "base"), write_lines(tmp_path / "in.jsonl", list(pairs(30)))
-    prepare.prepare([source], base, TEMPLATE, tmp_path / way, progress=False)
+def test_a_set_in_the_way_of_either_side_is_kept(prepare_into, tmp_path, way):
+    records = list(pairs(30))
+    prepare_into(tmp_path / way, records)
     with pytest.raises(ConfigError, match=f"{way}: a data set is there already"):
-        prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.3, progress=False)
-    prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.3, overwrite=True, progress=False)
+        prepare_into(tmp_path / "out", records, held_out=0.3)
+    prepare_into(tmp_path / "out", records, held_out=0.3, overwrite=True)
     manifest = json.loads((tmp_path / "out-held-out" / "manifest.json").read_text())
     assert manifest["held_out"] == {"share": 0.3, "side": "held-out"} and manifest["counts"]["kept"] < 60
 
@@ -155,9 +155,9 @@ prepare.prepare([source], base, "openchat_v3.2", output, held_out=float(share), 
 
 
 @pytest.mark.parametrize("is_there", [False, True])
-def test_a_kill_between_the_two_sets_leaves_no_mixture(tmp_path, is_there):
+def test_a_kill_between_the_two_sets_leaves_no_mixture(base, tmp_path, is_there):
     """Before each rename: where the training set is, both are, and of one split; else both can be made again."""
-    base, source = write_base(tmp_path / "base"), write_lines(tmp_path / "in.jsonl", list(pairs(100)))
+    source = write_lines(tmp_path / "in.jsonl", list(pairs(100)))
     for moment in range(1, 6):
         folder = tmp_path / str(moment)
         folder.mkdir()

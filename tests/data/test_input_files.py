@@ -67,11 +67,11 @@ def test_parquet_prepares_to_what_json_lines_do(tmp_path):
     assert texts[0] == texts[1] and tables[0] == tables[1]
 
 
-def test_a_bad_row_is_named_by_its_number(tmp_path):
+def test_a_bad_row_is_named_by_its_number(base, tmp_path):
     rows = [{"items": [{"role": "assistant", "content": "x"}]}, {"items": [{"role": "judge", "content": "x"}]}]
     path = write_parquet(tmp_path / "in.parquet", rows)
     with pytest.raises(DataError, match=r"in\.parquet:2: items\[0\]\.role: .*judge"):
-        prepare.prepare([path], write_base(tmp_path / "base"), "openchat_v3.2", tmp_path / "out", progress=False)
+        prepare.prepare([path], base, "openchat_v3.2", tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.98])

@@ -16,7 +16,7 @@ from ochat.model.config import ModelConfig
 from ochat.plan import run_facts
 from ochat.train import build
 from tests import tiny
-from tests.tiny_text import conversations, write_base, write_lines
+from tests.tiny_text import conversations, write_base
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array)
 
@@ -70,15 +70,14 @@ def test_a_half_is_another_half_in_the_next_epoch_and_with_another_seed():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two sets over one base; the second has a class of its own, which the first's numbering does not know."""
+def folders(prepare_into, tmp_path_factory):
+    """Two sets over one base; the second has a class that the first does not know."""
     folder = tmp_path_factory.mktemp("mixture")
-    base = write_base(folder / "base")
     for name, seed, count, names in (("chat", 1, 90, ("GPT4", "GPT3")), ("code", 2, 60, ("coder", "GPT4"))):
         records = conversations(seed, count)
         for record in records:
             record["condition"] = names[record["condition"] == "GPT3"]
-        prepare([write_lines(folder / f"{name}.jsonl", records)], base, "openchat_v3.2", folder / name, progress=False)
+        prepare_into(folder / name, records, f"{name}.jsonl")
     return {name: folder / name for name in ("chat", "code")}
 
 
@@ -108,14 +107,10 @@ def test_weights_and_selection_hold_across_sets(folders):
     assert {float(w) for example in data for w in example.loss_weights} == {0.0, 1.0}
     for name, part in data.sets.items():
         inside = whole.sets[name]
-        assert (
-            (inside.start <= data.indices[part]) & (data.indices[part] < inside.stop)
-        ).all() and part.stop > part.start
-    assert (
-        sum(part.stop - part.start for part in data.sets.values())
-        == len(data)
-        == round(0.5 * (whole.class_ids == whole.class_names.index("GPT4")).sum())
-    )
+        taken = data.indices[part]
+        assert len(taken) and inside.start <= taken.min() <= taken.max() < inside.stop
+    half = round(0.5 * (whole.class_ids == whole.class_names.index("GPT4")).sum())
+    assert sum(part.stop - part.start for part in data.sets.values()) == len(data) == half
     mixture = Mixture(data, mix(folders, {"chat": {"epochs": 2}}))
     assert np.bincount(mixture(0)).tolist() == [2] * data.sets["chat"].stop + [1] * (len(data) - data.sets["chat"].stop)
 
@@ -139,15 +134,11 @@ def test_what_is_taken_of_a_set_depends_on_no_other(folders):
     assert ours[ours < 90].tolist() == Mixture(alone, {"chat": shares["chat"]}, seed=5)(1).tolist()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"chat": {"epochs": 0.5}, "code": {"epochs": 2.0}},
-        {"chat": {"tokens": 900}},
-        {"chat": {"ratio": 3}, "code": {"ratio": 1}},
-    ],
-)
+MIXES = [{}, {"chat": {"epochs": 0.5}, "code": {"epochs": 2.0}}]
+MIXES += [{"chat": {"tokens": 900}}, {"chat": {"ratio": 3}, "code": {"ratio": 1}}]
+
+
+@pytest.mark.parametrize("options", MIXES)
 def test_the_loader_trains_on_the_mixture(folders, options):
     data = TokenDataset(folders)
     mixture = Mixture(data, mix(folders, options), seed=1)

@@ -60,29 +60,14 @@ def test_another_epoch_and_another_seed_give_another_order():
     assert len(orders) == 4
 
 
-@pytest.mark.parametrize(
-    "lengths, steps",
-    [
-        ([], 0),
-        ([1], 1),
-        ([BUDGET], 1),
-        ([BUDGET] * 4, 1),
-        ([BUDGET] * 9, 3),
-        ([16] * 16, 1),
-        ([16] * 17, 2),
-        ([1, 2], 1),
-    ],
-    ids=[
-        "empty",
-        "one",
-        "one full",
-        "one full step",
-        "partial last step",
-        "all equal",
-        "one too many",
-        "fewer than bins",
-    ],
-)
+SETS = {  # lengths, steps
+    "empty": ([], 0), "one": ([1], 1), "one full": ([BUDGET], 1), "one full step": ([BUDGET] * 4, 1),
+    "partial last step": ([BUDGET] * 9, 3), "all equal": ([16] * 16, 1), "one too many": ([16] * 17, 2),
+    "fewer than bins": ([1, 2], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lengths, steps", SETS.values(), ids=SETS)
 def test_small_and_extreme_sets(lengths, steps):
     packed = make(lengths)
     check_laws(packed, lengths)
@@ -186,10 +171,8 @@ def test_costs_that_lengths_do_not_explain_are_evened_too():
 
 def test_types_of_lengths_and_costs_change_nothing():
     lengths = chat_lengths(5000)
-    plans = [
-        make(lengths.astype(kind), 8, budget=32768, costs=lengths.astype(other))
-        for kind, other in [(np.int64, np.float64), (np.int32, np.float32), (np.uint16, np.int64)]
-    ]
+    kinds = [(np.int64, np.float64), (np.int32, np.float32), (np.uint16, np.int64)]
+    plans = [make(lengths.astype(a), 8, budget=32768, costs=lengths.astype(b)) for a, b in kinds]
     for other in plans[1:]:
         assert (other.indices == plans[0].indices).all()
         assert (other.bin_tokens == plans[0].bin_tokens).all()
