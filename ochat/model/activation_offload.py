@@ -84,7 +84,10 @@ class ActivationOffload:
             return
         with self._side_stream(device) as stream:
             value = self.buffers[key].to(device, non_blocking=True, copy=True)
-            self._arriving[key] = value, None if stream is None else stream.record_event()
+            arrived = None if stream is None else torch.cuda.Event()
+            if arrived is not None:
+                arrived.record(stream)
+            self._arriving[key] = value, arrived
 
     @contextmanager
     def _side_stream(self, device: torch.device) -> Iterator[torch.cuda.Stream | None]:
