@@ -239,8 +239,8 @@ def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, na
     assert "{None}" not in shown and "(default: )" not in shown
     listed = shown.replace("│", " ")  # of the box, where there is one
     for field in options.__dataclass_fields__:
-        flags = f"--{field.replace('_', '-')}", field.upper()
-        entry = re.search(rf"^  ({'|'.join(flags)})\b.*?(?=^  \S|^ *$)", listed, re.MULTILINE | re.DOTALL)
+        flags = f"--{field.replace('_', '-')}", field.upper(), rf"\[{field.upper()}\]"
+        entry = re.search(rf"^  ({'|'.join(flags)})[ ,].*?(?=^  \S|^ *$)", listed, re.MULTILINE | re.DOTALL)
         assert entry is not None, flags
         described = entry[0].split("(default")[0].split()[1:]
         assert len([word for word in described if word.strip(";:,.").islower()]) >= 2, flags
