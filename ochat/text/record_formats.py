@@ -21,9 +21,11 @@ from ochat.text.conversation import (
     text_field,
 )
 
-_SYNONYMS = dict.fromkeys(("human", "user", "prompter"), "user")
-_SYNONYMS |= dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "bot", "model"), "assistant")
-_SYNONYMS |= {"system": "system"}
+_SYNONYMS: dict[str, str] = {
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant", "model": "assistant",
+    "system": "system",
+}  # fmt: skip
 
 
 def convert(record: Any, format: str = "auto", default_condition: str = "") -> Conversation:
