@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.model import lora
 from ochat.model.config import ModelConfig
-from ochat.plan import memory, memory_lora, roofline
+from ochat.plan import memory, roofline
 from ochat.plan.gpus import GpuSpec
 from ochat.plan.layout import Layout
 from ochat.plan.memory import GIB, MemoryUse
@@ -80,9 +80,7 @@ class PlanInputs:
 
     def memory(self, layout: Layout) -> MemoryUse:
         """Memory of the GPU that needs most."""
-        if self.lora.rank:
-            return memory_lora.predict(self.model, layout, self.lora)
-        return memory.predict(self.model, layout)
+        return memory.predict(self.model, layout, self.lora)
 
     def speed(self, gpu: GpuSpec, layout: Layout) -> Speed:
         """Time of a step on such GPUs."""

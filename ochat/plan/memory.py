@@ -1,11 +1,12 @@
 """Predict the memory that a step needs on one GPU: every tensor that the model's code keeps, at the fullest moment.
 
     use = predict(model, Layout(token_budget=8192, supervised=4096, recompute="block", ranks=8, shard=8))
+    use = predict(model, Layout(token_budget=4096, supervised=2048, recompute="block"), LoraConfig(rank=16))
     use.total / GIB, use.activations
 
 Letters: T token_budget, R of them supervised, H hidden, F FFN, N and K query and key/value heads, D head dim, V
-vocabulary, L blocks, P parameters, B those of one block, E = V H, s GPUs that share a copy of the model, e bytes of an
-activation.
+vocabulary, L blocks, P parameters, B those of one block, E = V H, A parameters of all adapters, s GPUs that share a
+copy of the model, e bytes of an activation.
 
 What backward keeps of a block (the operators of kernels/ochat_kernels, torch's varlen attention):
   norms      e T 2H + 4 T 2      the two streams and their rstd
@@ -21,6 +22,10 @@ recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after R
 "block" keeps e T 2H, the block's inputs (nothing on the GPU if they are offloaded), and all of the above for the one
 block in backward.
 Outside the blocks: 8 T ids, 4 T D angles; the last norm's e R H + 4 R + e H; the head's dhidden e R H and dW 4 E.
+
+With adapters (LoRA) the frozen weights have the dtype of the computation, e P / s, and matmuls read them: no casts, no
+gradients, no dW. Backward also keeps x A^T of each adapted linear and the casts of its A and its block-diagonal B, but
+not the input of a linear without adapter.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from ochat.config import LoraConfig
+from ochat.model import lora
 from ochat.model.attention import varlen_groups_heads
 from ochat.model.config import ModelConfig
 from ochat.plan.layout import Layout
@@ -36,6 +43,8 @@ GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's context, kernels, workspaces of matmuls
 NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
 FRAGMENTATION = 0.04  # share of a step's allocations lost between the allocator's blocks: an upper bound
+ADAPTED_TOKENS = 4  # assumed: rows of embedding and head that are trained with adapters
+EVERY_WEIGHT = LoraConfig()  # of rank 0: no adapters
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class MemoryUse:
         return sum(dataclasses.astuple(self))
 
 
-def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
+def predict(model: ModelConfig, layout: Layout, adapters: LoraConfig = EVERY_WEIGHT) -> MemoryUse:
     """Memory of the fullest of five moments of a step, with an allowance for what is not derived.
 
     At every moment: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on
@@ -71,20 +80,27 @@ def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
     FSDP gathers: in `head` e E, which stay until the step's last micro-batch, else 3 e B (this block, the next, a
     buffer) and 8 B of gradients being reduced; with reshard = "step" e P at any time. Tied embeddings hold the head's
     gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
+    With adapters, at every moment: e P / s + 4 A / s, moments 8 A / s, gradients 4 A. `head` needs the larger of the
+    logits of a chunk of rows and, for the rows of tokens, 2 e R H of hidden states and of the labels' weights; `block`
+    no gradients of weights, 3 e B gathered; `end` does not occur.
     """
-    uses = [head_moment(model, layout), *(block_moment(model, layout, layer) for layer in fullest_layers(model))]
-    return max((*uses, end_moment(model, layout)), key=lambda use: use.total)
+    moments = [head_moment(model, layout, adapters)]
+    moments += [block_moment(model, layout, layer, adapters) for layer in fullest_layers(model)]
+    moments += [] if adapters.rank else [end_moment(model, layout)]
+    return max(moments, key=lambda use: use.total)
 
 
-def saved_bytes(model: ModelConfig, at: Layout) -> int:
+def saved_bytes(model: ModelConfig, at: Layout, adapters: LoraConfig = EVERY_WEIGHT) -> int:
     """Bytes held between forward and backward of a micro-batch on one process, without parameters and the batch."""
-    casts = 0 if at.recompute == "block" else model.num_layers * cast_bytes(model, at)
-    inside = sum(kept_of_block(model, at, is_last=layer == model.num_layers - 1) for layer in range(model.num_layers))
     first = at.token_budget * model.hidden_size * at.itemsize if at.recompute == "block" else 0  # has no residual yet
-    return casts + inside - first + _kept_outside(model, at) + 4 * model.head_params()
+    kept = _kept(model, at, model.num_layers, adapters) - first + _kept_outside(model, at, adapters)
+    casts = 0 if at.recompute == "block" else model.num_layers * cast_bytes(model, at)
+    return kept if adapters.rank else kept + casts + 4 * model.head_params()
 
 
-def block_saved_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
+def block_saved_bytes(
+    model: ModelConfig, at: Layout, adapters: LoraConfig = EVERY_WEIGHT, *, is_last: bool = False
+) -> int:
     """What backward keeps of one block, without weights; with recompute = "block", while that block is in backward."""
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     H, F, remakes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
@@ -98,7 +114,22 @@ def block_saved_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) 
         before += 2 * q - product - kv * (not remakes)
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
-    return at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
+    inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
+    return inside + at.itemsize * (_adapter_elements(model, at, adapters, is_last=is_last) if adapters.rank else 0)
+
+
+def _adapter_elements(model: ModelConfig, at: Layout, adapters: LoraConfig, *, is_last: bool) -> int:
+    """What backward keeps of a block's adapters, less the inputs of linears without one."""
+    adapted, count, attended = lora.adapted_parts(model, adapters.targets), 0, model.num_heads * model.head_dim
+    sizes = {"attn.qkv": model.hidden_size, "attn.out": attended, "mlp.gate_up": model.hidden_size}
+    for name, size_in in (sizes | {"mlp.down": model.intermediate_size}).items():
+        rows = at.supervised if is_last and name != "attn.qkv" else at.token_budget
+        parts = adapted.get(f"blocks.0.{name}", [])
+        columns = adapters.rank * sum(part.is_adapted for part in parts)
+        count += columns * (rows * bool(parts) + size_in + sum(part.rows for part in parts))
+        if not parts:  # attention keeps its output anyway, but not the rows picked from it
+            count -= rows * size_in * (is_last if name == "attn.out" else at.recompute != "elementwise")
+    return count
 
 
 def cast_bytes(model: ModelConfig, at: Layout) -> int:
@@ -116,22 +147,24 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
     return itemsize * rows * (columns + 2 * model.hidden_size)
 
 
-def head_moment(model: ModelConfig, at: Layout) -> MemoryUse:
+def head_moment(model: ModelConfig, at: Layout, adapters: LoraConfig = EVERY_WEIGHT) -> MemoryUse:
     """Memory in the backward of the head, when all activations exist."""
     E, stream = model.head_params(), at.supervised * model.hidden_size * at.itemsize
-    chunk = chunk_bytes(model, at.supervised, at.itemsize)
-    # dW is freed before a cast for fp32 masters, but not before one for sums of micro-batches
-    passing = at.itemsize * E + 4 * E * (at.master_itemsize < at.gradient_itemsize)
-    casts = model.num_layers * cast_bytes(model, at) if at.recompute != "block" and at.ranks == 1 else 0
-    # on one process the head's cast is freed before dW is cast into the gradient
-    read = at.itemsize * E * (at.has_casts or at.ranks > 1)
-    weights, working = max((read, chunk), (at.itemsize * E if at.ranks > 1 else 0, passing), key=sum)
-    weights = gathered_bytes(model, at) if at.gathers_once else weights
-    return _use(
-        model, at, gradients=_gradients(model, at, 0.0), weights=casts + weights,
-        activations=_kept(model, at, model.num_layers - 1, has_last=True) + _kept_outside(model, at),
-        working=working + 4 * E + 2 * stream,
-    )  # fmt: skip
+    chunk, gathered = chunk_bytes(model, at.supervised, at.itemsize), at.itemsize * E * (at.ranks > 1)
+    if adapters.rank:
+        weights, working = gathered, max(chunk, 2 * stream)
+    else:
+        # dW is freed before a cast for fp32 masters, but not before one for sums of micro-batches
+        passing = at.itemsize * E + 4 * E * (at.master_itemsize < at.gradient_itemsize)
+        # on one process the head's cast is freed before dW is cast into the gradient
+        read = at.itemsize * E * (at.has_casts or at.ranks > 1)
+        weights, working = max((read, chunk), (gathered, passing), key=sum)
+        weights = gathered_bytes(model, at) if at.gathers_once else weights
+        weights += model.num_layers * cast_bytes(model, at) if at.recompute != "block" and at.ranks == 1 else 0
+        working += 4 * E
+    kept = 0 if at.offload_activations else _kept(model, at, model.num_layers, adapters)
+    activations = kept + _kept_outside(model, at, adapters)
+    return _use(model, at, adapters, 0, weights, activations, working + 2 * stream)
 
 
 def fullest_layers(model: ModelConfig) -> set[int]:
@@ -140,23 +173,23 @@ def fullest_layers(model: ModelConfig) -> set[int]:
     return {last, max(last - 1, 0), 0}
 
 
-def block_moment(model: ModelConfig, at: Layout, layer: int) -> MemoryUse:
+def block_moment(model: ModelConfig, at: Layout, layer: int, adapters: LoraConfig = EVERY_WEIGHT) -> MemoryUse:
     """Memory in the backward of one block, after the backward of all later blocks."""
-    T, E, B = at.token_budget, model.head_params(), _block_matrices(model)
-    later = model.num_layers - 1 - layer
-    is_last, done = later == 0, E + later * B
-    activations = _kept(model, at, layer) + block_saved_bytes(model, at, is_last=is_last)
-    activations += T * (8 + 4 * model.head_dim)
+    E, B, later = model.head_params(), _block_matrices(model), model.num_layers - 1 - layer
+    is_last = later == 0
+    held = min(layer, 1) if at.offload_activations else layer  # offloaded: in backward the previous block is fetched
+    activations = _kept(model, at, held, adapters) + block_saved_bytes(model, at, adapters, is_last=is_last)
+    activations += at.token_budget * (8 + 4 * model.head_dim)
     working = passing_bytes(model, at, is_last=is_last)
-    if at.ranks > 1:
+    if adapters.rank:
+        weights = 3 * at.itemsize * B * (at.ranks > 1)
+    elif at.ranks > 1:
         weights = gathered_bytes(model, at) if at.gathers_once else 3 * at.itemsize * B + gathered_bytes(model, at)
         working += 2 * at.reduce_itemsize * B + at.itemsize * E * model.tie_embeddings
     else:
         weights = cast_bytes(model, at) * (1 if at.recompute == "block" else layer + 1)
         working += 4 * E * (model.tie_embeddings and at.micro_batches > 1)
-    return _use(
-        model, at, gradients=_gradients(model, at, done), weights=weights, activations=activations, working=working
-    )
+    return _use(model, at, adapters, E + later * B, weights, activations, working)
 
 
 def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
@@ -165,18 +198,37 @@ def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
     adds = E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
     working = adds + max(at.master_itemsize * at.token_budget * model.hidden_size, E * model.tie_embeddings)
     weights = gathered_bytes(model, at) if at.ranks > 1 else 0
-    gradients = _gradients(model, at, model.num_parameters())
-    return _use(model, at, gradients=gradients, weights=weights, activations=0, working=working)
+    return _use(model, at, EVERY_WEIGHT, model.num_parameters(), weights, 0, working)
 
 
-def _use(model: ModelConfig, at: Layout, **bytes_of: float) -> MemoryUse:
-    """A moment with what exists at every moment, and the allowance."""
-    share = model.num_parameters() / at.shard
-    masters = at.master_itemsize * share * (at.offload != "all")
-    moments = 2 * at.state_itemsize * share * (at.offload == "none")
-    lost = FRAGMENTATION * sum(bytes_of.values())
-    allowance = CONTEXT_BYTES + NCCL_BYTES * (at.ranks > 1) + lost
-    return MemoryUse(masters=masters, moments=moments, allowance=allowance, **bytes_of)
+def _use(
+    model: ModelConfig,
+    at: Layout,
+    adapters: LoraConfig,
+    done: float,
+    weights: float,
+    activations: float,
+    working: float,
+) -> MemoryUse:
+    """A moment with what exists at every moment, and the allowance; `done` parameters have their gradient."""
+    trained, masters = model.num_parameters(), at.master_itemsize * model.num_parameters()
+    gradients = _gradients(model, at, done)
+    if adapters.rank:
+        rows = ADAPTED_TOKENS * (1 if model.tie_embeddings else 2) * (adapters.tokens == "template")
+        trained = lora.num_parameters(model, adapters) + rows * model.hidden_size
+        masters = at.itemsize * model.num_parameters() + 4 * trained
+        gradients = 4 * trained / (at.shard if at.reduce == "micro_batch" or at.micro_batches == 1 else 1)
+        weights = gathered_bytes(model, at) if at.gathers_once else weights
+    lost = FRAGMENTATION * (gradients + weights + activations + working)
+    return MemoryUse(
+        masters=masters / at.shard * (at.offload != "all"),
+        moments=2 * at.state_itemsize * trained / at.shard * (at.offload == "none"),
+        gradients=gradients,
+        weights=weights,
+        activations=activations,
+        working=working,
+        allowance=CONTEXT_BYTES + NCCL_BYTES * (at.ranks > 1) + lost,
+    )
 
 
 def gathered_bytes(model: ModelConfig, at: Layout) -> float:
@@ -202,18 +254,13 @@ def _gradients(model: ModelConfig, at: Layout, done: float) -> float:
     return whole + at.gradient_itemsize * model.num_parameters() / at.shard * (at.offload != "all")
 
 
-def _kept(model: ModelConfig, at: Layout, others: int, *, has_last: bool = False) -> float:
-    """Bytes kept of `others` blocks, and of the last one if asked, before their backward."""
-    if at.offload_activations:  # in backward the previous block is fetched
-        return 0.0 if has_last else min(others, 1) * kept_of_block(model, at)
-    return others * kept_of_block(model, at) + (kept_of_block(model, at, is_last=True) if has_last else 0)
-
-
-def kept_of_block(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
-    """What is held of one block from its forward to its backward, without weights."""
+def _kept(model: ModelConfig, at: Layout, num_blocks: int, adapters: LoraConfig) -> int:
+    """Bytes kept of the first blocks before their backward, without weights."""
     if at.recompute == "block":
-        return 2 * at.token_budget * model.hidden_size * at.itemsize
-    return block_saved_bytes(model, at, is_last=is_last)
+        return num_blocks * 2 * at.token_budget * model.hidden_size * at.itemsize
+    has_last = num_blocks == model.num_layers
+    inside = (num_blocks - has_last) * block_saved_bytes(model, at, adapters)
+    return inside + has_last * block_saved_bytes(model, at, adapters, is_last=True)
 
 
 def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> float:
@@ -223,9 +270,9 @@ def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> f
     return at.itemsize * (rows * 2 * F + at.token_budget * H + again)
 
 
-def _kept_outside(model: ModelConfig, at: Layout) -> int:
+def _kept_outside(model: ModelConfig, at: Layout, adapters: LoraConfig) -> int:
     """Bytes kept outside the blocks, without dW."""
-    cast = at.itemsize * model.hidden_size * at.has_casts
+    cast = at.itemsize * model.hidden_size * (at.has_casts and not adapters.rank)
     T, R = at.token_budget, at.supervised
     return T * (8 + 4 * model.head_dim) + R * (4 + 2 * at.itemsize * model.hidden_size) + cast
 

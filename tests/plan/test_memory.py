@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from ochat.checkpoint import manifest
-from ochat.config import OptimConfig, ParallelConfig, TrainConfig
+from ochat.config import LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.model.attention import PackedAttention
@@ -30,6 +30,8 @@ MODELS = {"8B": LLAMA_8B, "1B": LLAMA_1B, "qwen3": QWEN3, "small vocabulary": SM
 CU_SEQLENS = 4 * 3  # the batch's own
 UNTIED = ModelConfig("llama", 512, 64, 96, 2, 4, 2, 16)
 REFERENCE = ochat_kernels.load("reference")
+LLAMA_8B_WHOLE = dataclasses.replace(LLAMA_8B, num_layers=32)
+ADAPTERS_TOLERANCE = 0.01  # the first block, and what few tokens' rows take, are followed roughly
 GRADIENT_TOLERANCE = 0.02  # of the peak: the order in which backward frees a block's tensors is followed roughly
 
 
@@ -162,3 +164,25 @@ def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_
     last = LLAMA_8B.num_layers - 1
     blocks = [memory.block_moment(LLAMA_8B, each, last) for each in (block, offloaded)]
     assert blocks[0].activations - blocks[1].activations == inputs * (last - 1)  # the next one is there
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("adapters", [LoraConfig(rank=16), LoraConfig(rank=64, targets=("q_proj", "v_proj"))])
+def test_what_backward_keeps_of_adapters_is_what_the_model_keeps(recompute, adapters):
+    at = Layout(4096, supervised=1024, recompute=recompute)
+    counted = FakeStep(LLAMA_8B, 4096, recompute, adapters, supervised=1024).saved_bytes()
+    assert memory.saved_bytes(LLAMA_8B, at, adapters) == pytest.approx(counted, rel=ADAPTERS_TOLERANCE)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_the_peak_of_a_step_of_adapters_is_the_one_predicted(recompute, derived_only):
+    adapters = LoraConfig(rank=16)
+    use = memory.predict(LLAMA_8B, Layout(8192, supervised=8192, recompute=recompute), adapters)
+    peak = FakeStep(LLAMA_8B, 8192, recompute, adapters).peak_bytes(2)
+    assert use.total - use.moments == pytest.approx(peak, rel=ADAPTERS_TOLERANCE)
+
+
+def test_adapters_of_8b_train_on_a_gpu_of_24_gb():
+    """With room for a micro-batch of 4096 tokens, all of them supervised; 23.6 GiB are what a process sees."""
+    use = memory.predict(LLAMA_8B_WHOLE, Layout(4096, 8, "block", supervised=4096), LoraConfig(rank=16))
+    assert 2 * LLAMA_8B_WHOLE.num_parameters() / memory.GIB < use.total / memory.GIB < 23.6

@@ -5,14 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from ochat.config import LoraConfig
+from ochat.model import lora
 from ochat.model.config import ModelConfig
 from ochat.plan import roofline
-from ochat.plan.gpus import (
-    ATTENTION_LENGTHS,
-    FLASH_3_HOPPER,
-    GPUS,
-    attention_rate,
-)
+from ochat.plan.gpus import ATTENTION_LENGTHS, FLASH_3_HOPPER, GPUS, attention_rate
 from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
 from ochat.plan.roofline import Workload
@@ -164,3 +161,14 @@ def test_narrow_masters_and_moments_cost_what_they_move():
     assert parts().memory_bound - parts(**narrow).memory_bound == pytest.approx(12 * P / copy)  # casts there and back
     bus = parts(**narrow, offload="optimizer").optimizer - parts(**narrow).optimizer
     assert bus == pytest.approx(8 * P / roofline.HOST_BANDWIDTH)
+
+
+def test_frozen_weights_save_a_third_of_the_products():
+    model, full = MODELS["8B"], predict(length=1024, share=0.5)
+    adapters = lora.num_parameters(model, LoraConfig(rank=16))
+    ours = predict(length=1024, share=0.5, adapters=adapters)
+    assert adapters == 41_943_040  # as PEFT counts them
+    share = 2 / 3 + adapters / model.matmul_params()
+    assert ours.matmul == pytest.approx(full.matmul * share, rel=1e-3)  # what the last block is spared apart
+    assert ours.attention == full.attention and ours.optimizer < 0.01 * full.optimizer
+    assert ours.mfu < full.mfu
