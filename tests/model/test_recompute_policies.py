@@ -1,4 +1,4 @@
-"""Every train.recompute computes the same; elementwise repeats no product; auto takes the least that fits.
+"""Every recompute policy computes the same; elementwise repeats no matrix product.
 
     pytest tests/model/test_recompute_policies.py
 What each keeps is known to the byte in tests/plan/test_memory.py.
@@ -13,26 +13,19 @@ from types import SimpleNamespace
 import ochat_kernels
 import pytest
 import torch
-from msgspec import structs
 from torch.utils.flop_counter import FlopCounterMode
 
-from ochat.config import BaseConfig, Config, DataConfig, LoraConfig, ParallelConfig, TrainConfig
+from ochat.config import LoraConfig, ParallelConfig, TrainConfig
 from ochat.distributed.processes import Ranks
-from ochat.errors import ConfigError
 from ochat.model import lora
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer, pack_ids
-from ochat.plan.forecast import PlanInputs
-from ochat.plan.memory import GIB
-from ochat.train import resolve as choices
 from ochat.train import sharding
 
 CONFIG = ModelConfig("qwen3", 67, 24, 40, 3, 4, 2, 8, qk_norm=True, windows=(None, 6, 6), tie_embeddings=True)
 PLAIN = dataclasses.replace(CONFIG, model_type="llama", qk_norm=False, qkv_bias=True, mlp_bias=True, windows=())
 IDS = [[i % 67 for i in range(start, start + length)] for start, length in ((3, 9), (5, 1), (7, 30), (9, 9))]
 ROWS = torch.tensor([1, 2, 11, 30, 48])
-LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128)
-CARD, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
 def build(config=CONFIG, kernels="reference", dtype=torch.float32, adapters=False) -> Transformer:
@@ -113,7 +106,7 @@ def compiled():
         torch._dynamo.reset()
         model = build(PLAIN)
         train = TrainConfig(recompute=policy, compile=True)
-        sharding.wrap(model, Ranks(0, 1, CPU, None), train, ParallelConfig(), torch.float32)
+        sharding.wrap(model, Ranks(0, 1, torch.device("cpu"), None), train, ParallelConfig(), torch.float32)
         return model
 
     yield wrap
@@ -138,43 +131,3 @@ def test_compiled_blocks_compute_the_same_under_every_policy_and_keep_less(compi
         for parameter, gradient in zip(model.parameters(), wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
     assert kept["block"] < kept["elementwise"] < 0.85 * kept["none"], kept
-
-
-def resolve(room_gib: float, monkeypatch, device=CARD, **train) -> tuple[str, str]:
-    config = Config(
-        base=BaseConfig("base"), data=DataConfig("data", token_budget=8192, bins_per_step=8), train=TrainConfig(**train)
-    )
-    monkeypatch.setattr(choices, "usable_bytes", lambda _: room_gib * GIB)
-    eight = SimpleNamespace(
-        device=device, world=8, all_gather_json=lambda record: [record, {"room": record["room"] + GIB}]
-    )
-    chosen = structs.replace(config.train, kernels="triton")
-    sections = config.data, chosen, config.optim, config.parallel, config.lora
-    return choices.recompute(LLAMA_8B, eight, *sections)  # type: ignore[arg-type]
-
-
-def test_auto_takes_the_least_that_every_card_has_room_for(monkeypatch):
-    """8B on 8 cards, as tests/plan/test_forecast.py knows its memory."""
-    taken = [resolve(room, monkeypatch)[0] for room in range(40, 200)]
-    assert taken == sorted(taken, key=["block", "elementwise", "none"].index) and set(taken) == set(RECOMPUTE)
-    for policy in RECOMPUTE[:2]:
-        room = 40 + taken.index(policy)  # the least in GiB that it is taken in
-        needs = float(resolve(room, monkeypatch)[1].split(f"{policy} needs ")[1].split()[0])
-        assert room - 1 < needs <= room
-    assert resolve(10, monkeypatch)[0] == "block"  # nothing fits: what needs the least
-
-
-def test_auto_keeps_everything_on_a_cpu_and_leaves_what_is_asked_for(monkeypatch):
-    assert resolve(10, monkeypatch, device=CPU)[0] == "none"
-    assert resolve(1000, monkeypatch, device=CPU, offload_activations=True)[0] == "block"
-    for asked in RECOMPUTE:
-        assert resolve(10, monkeypatch, recompute=asked) == (asked, asked)
-
-
-def test_a_compiler_is_not_told_to_make_the_result_of_a_kernel_again(monkeypatch):
-    assert {resolve(room, monkeypatch, compile=True)[0] for room in range(40, 200, 4)} == {"none", "block"}
-    with pytest.raises(ConfigError, match="train.kernels = 'reference'"):
-        resolve(100, monkeypatch, recompute="elementwise", compile=True)
-    train, others = TrainConfig(compile=True, kernels="reference"), [None] * 4
-    inputs = PlanInputs(LLAMA_8B, None, 0, None, train, *others[1:])  # type: ignore[arg-type]
-    assert inputs.policies == RECOMPUTE

@@ -1,6 +1,6 @@
 """A file of a data set or of a base that is cut, changed or gone stops a run before its first step, by name.
 
-pytest tests/checkpoint/test_damage.py
+pytest tests/train/test_verify.py
 """
 
 import hashlib
