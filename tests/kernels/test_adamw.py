@@ -89,11 +89,11 @@ def assert_unrelated(x: Tensor, y: Tensor) -> None:
 
 
 @pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_fp32_is_torchs_adamw(function, weight_decay, device):
+@pytest.mark.parametrize(("weight_decay", "eps"), [(0.0, 1e-6), (0.1, 1.0)])
+def test_fp32_is_torchs_adamw(function, weight_decay, eps, device):
     ours = lists(SIZES, (FP32, FP32, FP32), device)
     theirs = [torch.nn.Parameter(p.clone()) for p in ours.params]
-    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": weight_decay}
+    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": eps, "weight_decay": weight_decay}
     optimizer = torch.optim.AdamW(theirs, **options)
     for moment in (*ours.exp_avgs, *ours.exp_avg_sqs):
         moment.zero_()
@@ -113,11 +113,6 @@ def test_fp32_is_torchs_adamw(function, weight_decay, device):
 @pytest.mark.parametrize("dtypes", COMBINATIONS, ids=str)
 def test_every_combination_of_dtypes(dtypes, device):
     assert_step(lists(SIZES, dtypes, device))
-
-
-@pytest.mark.parametrize(("step", "eps", "lr"), [(1, 1e-8, 1e-2), (1, 1.0, 0.5), (1000, 1e-5, 0.0)])
-def test_corrections_and_epsilon(step, eps, lr, device):
-    assert_step(lists(SIZES, (FP32, FP32, FP32), device), step=step, eps=eps, lr=lr)
 
 
 @pytest.mark.parametrize("dtypes", [(FP32, BF16, FP32), (BF16, BF16, BF16)])
@@ -251,23 +246,6 @@ def test_parts_of_a_tensor_are_rounded_as_within_the_whole(function, first, devi
         assert torch.equal(torch.cat(pieces[:0:-1]), expected[0]) and torch.equal(pieces[0], expected[1])
 
 
-def test_small_updates_move_bf16_parameters(device):
-    size, steps, lr = 1024, 200, 1e-4
-    grads = [torch.ones(size, dtype=BF16, device=device)]
-    fp32, bf16 = (
-        Lists([torch.ones(size, dtype=dtype, device=device)], grads, *([torch.zeros_like(grads[0])] for _ in "mv"))
-        for dtype in (FP32, BF16)
-    )
-    for step in range(1, steps + 1):
-        for function, values in ((reference.adamw, fp32), (adamw.adamw, bf16)):
-            function(*values, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, step=step, seed=3)
-    exact, stochastic = (values.params[0].double().mean().item() for values in (fp32, bf16))
-    assert torch.tensor(1 - lr).to(BF16) == 1  # rounded to nearest, no step would move anything
-    assert abs(exact - (1 - steps * lr)) < 2e-3
-    sigma = (steps * lr * 2**-8 / size) ** 0.5  # a step moves an element by 2^-8 with probability lr / 2^-8
-    assert abs(stochastic - exact) < 4 * sigma
-
-
 @triton.jit
 def _round_kernel(x_ptr, bits_ptr, y_ptr, N: tl.constexpr):
     lanes = tl.arange(0, N)
@@ -383,17 +361,14 @@ def test_under_compile(dtypes, device):
         assert torch.equal(got, expected)
 
 
-def test_parameters_that_require_gradients(device):
-    values = lists([16], (FP32, FP32, FP32), device)
-    version = values.params[0].requires_grad_()._version
-    adamw.adamw(*values, **ANY)
-    assert values.params[0].is_leaf and values.params[0]._version > version
-
-
 def test_what_the_operator_registers(device):
+    """The parameters are written in place, those that require gradients too."""
     values, one = lists([48, 5], (BF16, BF16, BF16), device), torch.ones((), device=device)
     arguments = (*values, one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7, [4, 5], [0, 9])
     torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
+    version = values.params[0].requires_grad_()._version
+    adamw.adamw(*values, **ANY)
+    assert values.params[0].is_leaf and values.params[0]._version > version
 
 
 @pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
@@ -425,9 +400,5 @@ def test_refuses(function, change, message):
         arguments[name] = edit(arguments.get(name))
     with pytest.raises(ValueError, match=message):
         function(**(ANY | arguments))
-
-
-def test_refuses_another_device():
-    tensors = [[torch.ones(4, device="meta")] for _ in range(4)]
     with pytest.raises(ValueError, match=r"params\[0\] is on meta: the Triton kernels expect"):
-        adamw.adamw(*tensors, **ANY)
+        adamw.adamw(*[[torch.ones(4, device="meta")] for _ in range(4)], **ANY)

@@ -11,7 +11,7 @@ from tests.numerics import assert_close
 
 CPU_OR_CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-5
-SHAPES = [(1, 1), (3, 7), (5, 64), (2, 1031), (2, 4096)]
+SHAPES = [(1, 1), (3, 7), (5, 64), (2, 1031), (2, 4096), (1, rms_norm.MAX_H)]
 
 
 def norm(x, weight):
@@ -78,44 +78,23 @@ def test_any_leading_dimensions(shape, device):
     assert_op(add_norm, add_norm_definition, [x, residual, weight])
 
 
-def test_the_longest_row(device):
-    assert_op(add_norm, add_norm_definition, list(draw(1, rms_norm.MAX_H, dtype=torch.bfloat16, device=device)))
-
-
-def test_rows_and_weights_of_any_stride(device):
-    x, residual, weight = draw(4, 10, dtype=torch.bfloat16, device=device)
-    columns = torch.stack((weight, torch.zeros_like(weight)), 1)[:, 0]
-    wide = [strided_rows(x, padding=3), strided_rows(residual, padding=5), columns]
-    assert_op(add_norm, add_norm_definition, wide)
-    assert_op(norm, norm_definition, [wide[0], columns])
-
-
-def test_heads_of_a_fused_product(device):
-    """q and k as views of one matrix, whose leading dimensions no one stride spans."""
-    heads = random(3, 5, 8, dtype=torch.bfloat16, device=device)[:, 1:3]
-    weight = draw(8, dtype=torch.bfloat16, device=device)[2]
-    truth, expected = norm_definition(heads.double(), weight.double()), norm_definition(heads, weight)
-    assert_close(norm(heads, weight), expected, truth, ATOL[torch.bfloat16] * 4)
-    assert_close(norm(heads.flatten(0, 1), weight).view(heads.shape), expected, truth, ATOL[torch.bfloat16] * 4)
-
-
-def test_transposed_inputs_and_expanded_gradients(device):
-    x, residual, weight = (t.requires_grad_() for t in draw(6, 5, device=device))
-    y, total = add_norm(x.reshape(5, 6).T, residual.reshape(5, 6).T, weight)
-    (y.sum() + total[:, :1].expand(6, 5).sum()).backward()
-    twins = [t.detach().clone().requires_grad_() for t in (x, residual, weight)]
-    y, total = add_norm_definition(twins[0].reshape(5, 6).T, twins[1].reshape(5, 6).T, twins[2])
-    (y.sum() + total[:, :1].expand(6, 5).sum()).backward()
-    for tensor, twin in zip((x, residual, weight), twins, strict=True):
-        torch.testing.assert_close(tensor.grad, twin.grad)
-
-
-def test_gradients_of_any_stride(device):
-    """Each of the two in a matrix of its own width, as where the outputs were columns of one."""
-    leaves = [t.requires_grad_() for t in draw(4, 10, device=device)]
-    upstream = [strided_rows(random(4, 10, dtype=torch.float32, device=device, seed=s), padding=s) for s in (3, 5)]
-    got, expected = (torch.autograd.grad(f(*leaves), leaves, upstream) for f in (add_norm, add_norm_definition))
-    torch.testing.assert_close(got, expected)
+@pytest.mark.parametrize("layout", ["rows apart", "heads of a fused product", "transposed"])
+def test_inputs_and_gradients_of_any_stride(layout, device):
+    """Each tensor in a matrix of its own width, or q and k in one that no single stride spans."""
+    x, residual, weight = draw(4, 3, 10, device=device)
+    weight = torch.stack((weight, torch.zeros_like(weight)), 1)[:, 0]
+    lay_out = {
+        "rows apart": strided_rows,
+        "heads of a fused product": lambda x, padding: strided_rows(x.transpose(1, 2), padding).transpose(1, 2),
+        "transposed": lambda x, padding: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    }[layout]
+    leaves = [t.requires_grad_() for t in (lay_out(x, padding=3), lay_out(residual, padding=5), weight)]
+    upstream = [lay_out(random(4, 3, 10, dtype=torch.float32, device=device, seed=s), padding=s) for s in (3, 5)]
+    for of_sum in (upstream[1], upstream[1][..., :1].expand(4, 3, 10)):
+        results = [(f(*leaves), [upstream[0], of_sum]) for f in (add_norm, add_norm_definition)]
+        torch.testing.assert_close(results[0][0], results[1][0])
+        torch.testing.assert_close(*(torch.autograd.grad(outputs, leaves, given) for outputs, given in results))
+    torch.testing.assert_close(norm(leaves[0], weight), norm_definition(leaves[0], weight))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -231,7 +210,7 @@ def test_refuses(x, weight, message):
         add_norm(x, x, weight)
 
 
-@pytest.mark.parametrize("residual", [torch.zeros(2, 5), torch.zeros(1, 4), torch.zeros(2, 4).bfloat16()])
-def test_refuses_another_residual(residual, device):
-    with pytest.raises(ValueError, match="residual is .*: expected the same as x"):
-        add_norm(torch.zeros(2, 4, device=device), residual.to(device), torch.ones(4, device=device))
+def test_refuses_another_residual(device):
+    for residual in (torch.zeros(2, 5), torch.zeros(1, 4), torch.zeros(2, 4).bfloat16()):
+        with pytest.raises(ValueError, match="residual is .*: expected the same as x"):
+            add_norm(torch.zeros(2, 4, device=device), residual.to(device), torch.ones(4, device=device))
