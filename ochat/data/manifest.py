@@ -1,6 +1,6 @@
 """The manifest of a prepared data set: which files it has, how they were made, and whether they are still the same.
 
-    manifest = read(Path("data/train"))                      # a checked dict
+    manifest = read_manifest(Path("data/train"))             # a checked dict
     sets = read_together([Path("data/1"), Path("data/2")])   # the shards of one input, as `data.path` lists them
     check_files("data/train")                                # what `ochat prepare --check` runs
 
@@ -88,7 +88,7 @@ class Checked(NamedTuple):
     num_bytes: int
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished data set. Raises DataError for a folder that holds none, for another version and for
     content that is not what was written."""
     path = folder / MANIFEST
@@ -117,12 +117,12 @@ def read(folder: Path) -> dict[str, Any]:
 
 def read_together(folders: Sequence[Path]) -> list[Prepared]:
     """The sets in order, as parts of one. Raises ConfigError for sets that do not belong together and for one that is
-    given twice, DataError as `read` does and for a `--shard` that is missing."""
+    given twice, DataError as `read_manifest` does and for a `--shard` that is missing."""
     places = [os.path.abspath(folder) for folder in folders]
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise ConfigError(f"{folder}: listed {places.count(place)} times; list every data set once")
-    sets = [Prepared(folder, read(folder)) for folder in folders]
+    sets = [Prepared(folder, read_manifest(folder)) for folder in folders]
     for one in sets:
         _check_same(sets[0], one)
     if len(sets) > 1:
@@ -130,7 +130,7 @@ def read_together(folders: Sequence[Path]) -> list[Prepared]:
     return sets
 
 
-def write(path: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write it with its own digest, and wait until it is on the disk."""
     atomic.write_json(path, manifest | {"digest": digest(manifest)})
 
@@ -167,7 +167,7 @@ def listed_checksums(folder: str | Path) -> dict[Path, str]:
 
     Raises DataError naming the first file that is missing or has another size. Reads no shard.
     """
-    manifest = read(Path(folder))
+    manifest = read_manifest(Path(folder))
     described = [*manifest["shards"], *manifest.get("others", [])]
     return {file_path(Path(folder), one): one["sha256"] for one in described}
 

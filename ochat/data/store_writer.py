@@ -114,7 +114,7 @@ class StoreWriter:
         known = {shard["file"] for shard in self._shards}
         others = [manifests.describe_file(path) for path in sorted(self.folder.iterdir()) if path.name not in known]
         described |= {"roles": list(ROLES), "files": list(self._file_ids), "shards": self._shards, "others": others}
-        manifests.write(self.folder / MANIFEST, described)
+        manifests.write_manifest(self.folder / MANIFEST, described)
 
     def _write_shard(self) -> None:
         # each column's parts are freed before the next column is joined, so memory holds only the token ids twice

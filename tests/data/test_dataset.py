@@ -139,7 +139,7 @@ def test_damage_is_refused_with_the_files_name(mixed, tmp_path):
 )
 def test_another_format_is_refused(mixed, tmp_path, change, message):
     path = shutil.copytree(mixed, tmp_path / "a")
-    manifest.write(path / "manifest.json", manifest.read(path) | change)
+    manifest.write_manifest(path / "manifest.json", manifest.read_manifest(path) | change)
     with pytest.raises(DataError, match=message):
         TokenDataset(path)
 

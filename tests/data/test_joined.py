@@ -43,7 +43,7 @@ def chat(text, condition):
 
 def merge(folders, output):
     """What `ochat prepare --merge` of an earlier release wrote: a manifest that refers to the sets' shards."""
-    sets = [manifest.read(folder) for folder in folders]
+    sets = [manifest.read_manifest(folder) for folder in folders]
     shards = []
     for part, (folder, each) in enumerate(zip(folders, sets, strict=True)):
         shards += [s | {"file": os.path.relpath(folder / s["file"], output), "part": part} for s in each["shards"]]
@@ -52,7 +52,7 @@ def merge(folders, output):
         record[key] = list(dict.fromkeys(name for each in sets for name in each[key]))
     record["parts"] = [{key: each[key] for key in ("classes", "files")} for each in sets]
     output.mkdir()
-    manifest.write(output / "manifest.json", record | {"version": 2, "shards": shards})
+    manifest.write_manifest(output / "manifest.json", record | {"version": 2, "shards": shards})
     return output
 
 

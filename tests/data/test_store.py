@@ -93,7 +93,7 @@ def write(folder, vocab_size, seed, at_once=60):
 def written(request, tmp_path_factory):
     """A folder of four shards, and what was written there."""
     folder = write(tmp_path_factory.mktemp("store") / "data", request.param, seed=request.param, at_once=17)
-    assert len(manifest.read(folder)["shards"]) == 4
+    assert len(manifest.read_manifest(folder)["shards"]) == 4
     return folder, draw_sequences(request.param, request.param)
 
 
@@ -151,9 +151,9 @@ def damage(folder, change):
     columns = {name: column.copy() for name, column in load_file(path).items()}
     change(columns)
     save_file(columns, path)
-    record = manifest.read(folder)
+    record = manifest.read_manifest(folder)
     record["shards"][0] |= manifest.describe_file(path)
-    manifest.write(folder / "manifest.json", record)
+    manifest.write_manifest(folder / "manifest.json", record)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def write_sparse(folder, num_sequences):
     shard = {"file": path.name, "sha256": "0" * 64, "bytes": path.stat().st_size, "sequences": num_sequences}
     record = MANIFEST | {"format": "ochat-tokens", "version": 1, "classes": ["GPT4", "GPT3"], "files": ["a"]}
     record |= {"roles": list(ROLES), "shards": [shard | {"tokens": num_tokens}]}
-    manifest.write(folder / "manifest.json", record)
+    manifest.write_manifest(folder / "manifest.json", record)
     return folder
 
 

@@ -203,7 +203,7 @@ def read_data_shard(place: Path, content: bytes) -> None:
     (folder / "shard-00000.safetensors").write_bytes(content)
     record = json.loads((place / "good.json").read_text())
     record["shards"][0]["bytes"] = len(content)
-    data_manifest.write(folder / data_manifest.MANIFEST, record)
+    data_manifest.write_manifest(folder / data_manifest.MANIFEST, record)
     data = TokenDataset(folder)
     data.batch(range(min(3, len(data))))
 

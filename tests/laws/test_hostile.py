@@ -220,12 +220,12 @@ def test_a_hostile_configuration_is_refused(tmp_path, text):
     ],
 )
 def test_a_manifest_that_lies_is_refused(world, tmp_path, change):
-    manifest = manifests.read(world.data)
+    manifest = manifests.read_manifest(world.data)
     for shard in manifest["shards"]:
         os.link(world.data / shard["file"], tmp_path / shard["file"])
     if isinstance(change.get("shards"), list) and change["shards"][0]:
         change = change | {"shards": [manifest["shards"][0] | change["shards"][0]]}
-    manifests.write(tmp_path / manifests.MANIFEST, manifest | change)
+    manifests.write_manifest(tmp_path / manifests.MANIFEST, manifest | change)
     with pytest.raises((DataError, ConfigError), match="manifest.json"):
         TokenDataset(tmp_path)
 

@@ -103,9 +103,9 @@ def test_lengths_are_planned_as_a_data_set_of_such_lengths_is(world, tmp_path, c
 def test_what_prepare_cut_is_repeated(world, capsys, tmp_path):
     data = tmp_path / "cut"
     shutil.copytree(world.data, data)
-    manifest = manifests.read(data)
+    manifest = manifests.read_manifest(data)
     manifest["counts"]["truncated"] = 7
-    manifests.write(data / manifests.MANIFEST, manifest)
+    manifests.write_manifest(data / manifests.MANIFEST, manifest)
     assert "7 conversations were longer than the context" in say(capsys, world.config, f"--data.path={data}")
     mix = [f'--data.mix.{name}.path="{path}"' for name, path in (("whole", world.data), ("cut", data))]
     assert f"7 conversations of {data} were longer" in say(capsys, world.config, "--data.path=", *mix)
