@@ -52,7 +52,8 @@ def main(options: ReportOptions) -> None:
         console.print(f"writing {output} while a run is live; Ctrl-C ends this")
         run_record.follow(runs, write)
     else:
-        run_record.refresh(runs)
+        for run in runs:
+            run.refresh()
         write(is_live=False)
     console.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
 

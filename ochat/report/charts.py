@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from ochat.checkpoint.best import ALL, loss_label
-from ochat.report.curves import Points, moving_mean, thin
 from ochat.report.run_record import RunRecord, class_label, class_names
 
 MAX_POINTS, MIN_POINTS = 1600, 200  # of a curve; several runs share the maximum, so that a page stays below 8 MB
@@ -34,6 +34,7 @@ DRAWN = (
 )
 SHARE = ".3~p"  # a tick format
 
+Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # (n,) steps and values; NaN: no value
 Read = Callable[[RunRecord], Points]
 
 
@@ -217,3 +218,27 @@ def _mark_best(found: go.Figure, run: RunRecord) -> None:
     label = f"best of {loss_label(run.best_by)}: step {run.best.step}"
     marker = {"symbol": "star", "size": 15, "color": "#d29922", "line": {"width": 1, "color": COLORS[-1]}}
     found.add_trace(scatter(label, [run.best.step], [run.best.losses[run.best_by]], 7, mode="markers", marker=marker))
+
+
+def thin(x: NDArray[np.float64], y: NDArray[np.float64], most: int) -> Points:
+    """At most `most` of the points, unchanged and in order: the first, the last, and each stretch's extremes."""
+    if len(x) <= most:
+        return x, y
+    kept = {0, len(y) - 1}
+    for start, end in pairwise(np.linspace(0, len(y), max(most // 2, 1)).astype(int)):
+        stretch = y[start:end]
+        if np.isfinite(stretch).any():
+            kept |= {start + int(np.nanargmin(stretch)), start + int(np.nanargmax(stretch))}
+    places = sorted(kept)
+    return x[places], y[places]
+
+
+def moving_mean(y: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """(n,): the mean of the finite values at most window / 2 places away; NaN where there is none."""
+    is_finite = np.isfinite(y)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(is_finite, y, 0.0))])
+    counts = np.concatenate([[0.0], np.cumsum(is_finite)])
+    places = np.arange(len(y))
+    low, high = np.maximum(places - window // 2, 0), np.minimum(places + window // 2 + 1, len(y))
+    with np.errstate(invalid="ignore"):
+        return (sums[high] - sums[low]) / (counts[high] - counts[low])

@@ -10,7 +10,6 @@ import json
 import math
 import time
 import tomllib
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,54 +33,20 @@ Name = str | tuple[str, ...]
 
 
 class Metrics:
-    """Columns of metrics.jsonl by name; a class's by ("classes", class, key). Costs 8 bytes a number."""
+    """Columns of metrics.jsonl by name; a class's by ("classes", class, key)."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._reset()
-
-    def _reset(self) -> None:
-        self.num_lines, self.num_unreadable = 0, 0
-        self._columns: dict[Name, array[float]] = {}
-        self._inode, self._end = 0, 0
-
-    def refresh(self) -> None:
-        """Read the whole lines that are new, or all of a file that was replaced or cut (a resumed run). Raises:
-        OSError."""
-        if not self.path.exists():
-            return self._reset()
-        with self.path.open("rb") as file:
-            state = self.path.stat()
-            if state.st_ino != self._inode or state.st_size < self._end:
-                self._reset()
-            self._inode = state.st_ino
-            file.seek(self._end)
-            for text in file:
-                if not text.endswith(b"\n"):
-                    break
-                self._end += len(text)
-                if line := jsonl.parse_line(text):
-                    self._add(line)
-                else:
-                    self.num_unreadable += bool(text.strip())
+        """Raises: OSError."""
+        content = path.read_bytes() if path.exists() else b""
+        texts = [text for text in content.split(b"\n")[:-1] if text.strip()]  # after the last line end: half a line
+        self._rows = [dict(_numbers(line)) for text in texts if (line := jsonl.parse_line(text))]
+        self.num_unreadable = len(texts) - len(self._rows)
+        names = dict.fromkeys(name[1] for row in self._rows for name in row if isinstance(name, tuple))
+        self.classes = list(names)  # in the order in which they first occur
 
     def __getitem__(self, name: Name) -> NDArray[np.float64]:
-        """(n,); all NaN for a name that no line has."""
-        return self._padded(np.array(self._columns.get(name, ())))
-
-    def classes(self) -> list[str]:
-        """In the order in which they first occur."""
-        return list(dict.fromkeys(name[1] for name in self._columns if isinstance(name, tuple)))
-
-    def _padded(self, column: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.pad(column, (0, self.num_lines - len(column)), constant_values=np.nan)
-
-    def _add(self, line: dict[str, Any]) -> None:
-        for name, value in _numbers(line):
-            column = self._columns.setdefault(name, array("d"))
-            column.extend([math.nan] * (self.num_lines - len(column)))
-            column.append(value)
-        self.num_lines += 1
+        """(n,); NaN where a line has no such number."""
+        return np.array([row.get(name, math.nan) for row in self._rows])
 
 
 def _numbers(line: dict[str, Any]) -> Iterator[tuple[Name, float]]:
@@ -95,21 +60,20 @@ def _numbers(line: dict[str, Any]) -> Iterator[tuple[Name, float]]:
 
 
 class RunRecord:
-    """One run; `refresh` reads what is new."""
+    """One run; empty until `refresh`."""
 
     def __init__(self, folder: Path, name: str) -> None:
         """Raises: ConfigError for a folder that holds no run."""
         if not any((folder / file).is_file() for file in (layout.CONFIG, layout.METRICS)):
             raise ConfigError(f"{folder}: no run is there; name a run folder, with config.toml and metrics.jsonl")
         self.folder, self.name = folder, name
-        self.metrics = Metrics(folder / layout.METRICS)
         self.notes: list[str] = []  # what could not be read
 
     def refresh(self) -> None:
-        """Read what is new since the last time. Raises: OSError."""
+        """Read every file anew. Raises: OSError."""
         self.notes = []
         self.is_live = lock.is_held(self.folder)
-        self.metrics.refresh()
+        self.metrics = Metrics(self.folder / layout.METRICS)
         self.config_text = self._text(layout.CONFIG)
         config = self._parsed(layout.CONFIG, tomllib.loads)
         named = configuration.with_new_names(config)
@@ -202,7 +166,7 @@ def named(folders: Sequence[Path]) -> list[RunRecord]:
 
 def class_names(runs: Sequence[RunRecord]) -> list[str]:
     """Every class, trained or measured, in one order for all charts and tables: the first run's expert first."""
-    trained = [name for run in runs for name in run.metrics.classes()]
+    trained = [name for run in runs for name in run.metrics.classes]
     measured = [name for run in runs for each in run.evaluations for name in each.losses]
     names = list(dict.fromkeys(name for name in (*trained, *measured) if name != ALL))
     return sorted(names, key=lambda name: name != runs[0].best_by)
@@ -221,15 +185,10 @@ def follow(runs: Sequence[RunRecord], write: Callable[[bool], None], *, every_s:
             stamps = [run.stamp() for run in runs]
             if stamps != seen:
                 seen = stamps
-                refresh(runs)
+                for run in runs:
+                    run.refresh()
                 if not any(run.is_live for run in runs):
                     break
                 write(True)
             time.sleep(every_s)
     write(False)
-
-
-def refresh(runs: Sequence[RunRecord]) -> None:
-    """Read what is new in every run."""
-    for run in runs:
-        run.refresh()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from ochat import cli
 from ochat.commands import report as report_module
 from ochat.commands.report import ReportOptions
 from ochat.errors import ConfigError, DataError
-from ochat.report import curves, run_record
+from ochat.report import run_record
 from ochat.report.run_record import Metrics
 from tests import tiny
 
@@ -202,9 +201,9 @@ def test_several_runs_lie_over_each_other(tmp_path):
         tmp_path / "two", 20, config="[optim]\nlr = 2e-3\n[run]\nseed = 1\n[weights]\nsource = 'none'\n", loss=0.5
     )
     both = report(one, two)
-    curves = drawn(both, "Loss: all")
-    assert curves["one"] == ([*range(1, 31)], [line(step)["loss"] for step in range(1, 31)])
-    assert curves["two"] == ([*range(1, 21)], [0.5] * 20)
+    compared = drawn(both, "Loss: all")
+    assert compared["one"] == ([*range(1, 31)], [line(step)["loss"] for step in range(1, 31)])
+    assert compared["two"] == ([*range(1, 21)], [0.5] * 20)
     assert set(drawn(both, "Loss: GPT4")) == {"one", "two"} == set(drawn(both, "Gradient norm"))
     looks = [(t["line"].get("dash"), t["marker"]["symbol"]) for t in both.charts["Loss: all"]]
     assert len(set(looks)) == 2 and len({dash for dash, _ in looks}) == 2  # distinct without colour
@@ -267,28 +266,16 @@ def test_a_run_that_lacks_files_is_shown_as_far_as_it_goes(tmp_path, missing):
     assert ("No step has been logged yet" in found.text) == (missing == "metrics.jsonl")
 
 
-def test_a_live_file_is_read_on_and_a_cut_one_anew(tmp_path):
+def test_a_column_has_a_gap_where_a_line_lacks_the_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    columns = Metrics(path)
-    columns.refresh()
-    assert columns.num_lines == 0
-    first, second = (json.dumps(line(step)) + "\n" for step in (1, 2))
-    path.write_text(first + second[:50])
-    columns.refresh()
-    assert columns["step"].tolist() == [1]
+    assert Metrics(path)["step"].tolist() == []
+    write_lines(path, [line(1), line(2), {"step": 3, "new": 7}])
     with path.open("a") as file:
-        file.write(second[50:] + json.dumps({"step": 3, "new": 7}) + "\n")
-    columns.refresh()
-    assert columns["step"].tolist() == [1, 2, 3]
+        file.write(json.dumps(line(4))[:50])
+    columns = Metrics(path)
+    assert columns["step"].tolist() == [1, 2, 3] and columns.classes == ["GPT4", "GPT3"]
     assert np.isnan(columns["new"]).tolist() == [True, True, False] and columns["new"][2] == 7
     assert np.isnan(columns["classes", "GPT4", "loss"]).tolist() == [False, False, True]
-    (tmp_path / "other").write_text(first * 9)  # a resumed run writes a new file in its place, here a longer one
-    os.replace(tmp_path / "other", path)
-    columns.refresh()
-    assert columns["step"].tolist() == [1] * 9
-    os.truncate(path, len(first) * 2)
-    columns.refresh()
-    assert columns["step"].tolist() == [1] * 2
 
 
 numbers = st.one_of(st.floats(-1e6, 1e6), st.just(math.nan))
@@ -298,7 +285,7 @@ numbers = st.one_of(st.floats(-1e6, 1e6), st.just(math.nan))
 def test_a_thinned_curve_keeps_its_ends_and_extremes(values, half):
     y = np.array(values)
     x = np.arange(len(y), dtype=float)
-    xs, ys = curves.thin(x, y, 2 * half)
+    xs, ys = charts.thin(x, y, 2 * half)
     assert len(xs) == len(ys) <= max(2 * half, 0) and xs.tolist() == sorted(set(xs))
     assert np.array_equal(ys, y[xs.astype(int)], equal_nan=True)
     assert xs[0] == 0 and xs[-1] == len(y) - 1
@@ -311,7 +298,7 @@ def test_a_thinned_curve_keeps_its_ends_and_extremes(values, half):
 @given(st.lists(numbers, min_size=1, max_size=60), st.integers(0, 10))
 def test_the_moving_mean_is_the_mean_of_the_neighbours(values, half):
     y = np.array(values)
-    for place, mean in enumerate(curves.moving_mean(y, 2 * half + 1)):
+    for place, mean in enumerate(charts.moving_mean(y, 2 * half + 1)):
         near = y[max(place - half, 0) : place + half + 1]
         near = near[np.isfinite(near)]
         assert np.isnan(mean) if not len(near) else mean == pytest.approx(near.mean(), abs=1e-6)
