@@ -26,19 +26,16 @@ from ochat.plan.lengths import LengthCounts
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from ochat.data.dataset import TokenDataset
-    from ochat.data.loader import Loader, LoaderStats
+    from ochat.data.loader import Loader
     from ochat.model.config import ModelConfig
-    from ochat.plan.forecast import PlanInputs
-
-    Measured = tuple[dict[str, str], LengthCounts, LoaderStats, float]  # facts, what is trained on, FLOPs of an epoch
 
 SCHEMA = Config
+MAX_COUNT = 10**5  # of GPUs and of nodes
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
-PREDICTED = (
-    "Predicted, not measured: FLOPs and bytes over what the GPUs reach, with FlashAttention-2, which torch's varlen "
-    "attention runs (formulas: ochat/plan/memory.py, roofline.py). Kernels that fall short make it slower."
-)
 NO_SPEED = "train.dtype = float32: no GPU is predicted; the rates that predictions rest on are those of bfloat16"
+
+MAX_COUNT = 10**5  # of GPUs and of nodes
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -66,90 +63,54 @@ class PlanOptions:
 def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     """Print the plan of a training command line. Raises: OchatError."""
     from ochat.model.config import ModelConfig
-    from ochat.plan import run_facts
-    from ochat.plan.forecast import PlanInputs
+    from ochat.plan import run_facts, tables
+    from ochat.plan.forecast import PlanInputs, forecast
     from ochat.plan.roofline import Workload
-    from ochat.train import schedule
+    from ochat.train import build, schedule
 
-    _check(options)
+    if options.card not in ("", *GPUS):
+        raise UsageError(f"--card {options.card}: expected one of {', '.join(GPUS)}")
+    if not 0 < options.supervised <= 1:
+        raise UsageError(f"--supervised {options.supervised}: expected a share above 0, up to 1")
+    nodes, gpus = _counts("--nodes", options.nodes), options.gpus and _counts("--gpus", options.gpus)
     instead = [f"--data.path={options.lengths}", "--data.mix={}"] if options.lengths else []
     config, console = configuration.load(options.config, [*overrides, *instead]), Console(highlight=False)
     model = ModelConfig.load(config.base.path)
     notes = check_base(config.base.path, model)
-    measure = measure_lengths if options.lengths else measure_data
-    described, counts, stats, flops = measure(config, model, options, notes, console)
+    data = None if options.lengths else build.open_dataset(config)
+    lengths = data.lengths if data else length_files.read(options.lengths)
+    counts = LengthCounts.of(lengths)
+    console.print(counts.text(), end="\n\n")
+    notes += run_facts.data_notes(data.prepared) if data else run_facts.budget_notes(counts, config.data.token_budget)
+    notes += run_facts.context_notes(counts, model.max_position_embeddings)
+    if data:
+        loader = open_checked(config, data, model)
+        stats, flops = loader.stats(), run_facts.epoch_flops(loader, model)
+        counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
+        described = run_facts.describe_data(loader, model, weights_source=config.weights.source)
+    else:
+        with waiting(f"packing {len(lengths):,} sequences"):
+            stats, flops = length_files.pack(lengths, model, config.data, options.supervised, config.run.seed)
+        counts = counts.cut(config.data.token_budget)
+        described = run_facts.describe_lengths(stats, model, options.lengths, options.supervised)
     rate = schedule.choose_lr(
         config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
         vocab_size=model.vocab_size, lora=config.lora.rank > 0,
     )  # fmt: skip
-    steps = run_facts.describe_steps(stats, config.data, flops, rate.reason)
-    console.print(facts(f"plan of {config.run.dir}", described | steps))
+    described |= run_facts.describe_steps(stats, config.data, flops, rate.reason)
+    console.print(facts(f"plan of {config.run.dir}", described))
     for note in notes:
         console.print(f"[yellow]note[/] {escape(note)}")
+    if config.train.dtype != "bfloat16":
+        return console.print(f"\n{NO_SPEED}", soft_wrap=True)
     workload = Workload(counts, stats.num_supervised / counts.num_tokens, stats.fill, stats.imbalance_mean)
     sections = config.data, config.train, config.optim, config.parallel, config.lora
-    show(PlanInputs(model, workload, stats.num_steps, *sections), options, console)
-
-
-def measure_data(config: Config, model: ModelConfig, _: PlanOptions, notes: list[str], console: Console) -> Measured:
-    """What a run takes from its data set. Prints the lengths; extends `notes`."""
-    from ochat.plan import run_facts
-    from ochat.train import build
-
-    data = build.open_dataset(config)
-    counts = LengthCounts.of(data.lengths)
-    console.print(counts.text(), end="\n\n")
-    notes += run_facts.data_notes(data.prepared) + run_facts.context_notes(counts, model.max_position_embeddings)
-    loader = open_checked(config, data, model)
-    counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
-    described = run_facts.describe_data(loader, model, weights_source=config.weights.source)
-    return described, counts, loader.stats(), run_facts.epoch_flops(loader, model)
-
-
-def measure_lengths(
-    config: Config, model: ModelConfig, options: PlanOptions, notes: list[str], console: Console
-) -> Measured:
-    """What a run takes from sequences of which only the lengths are known. Prints the lengths; extends `notes`."""
-    from ochat.plan import run_facts
-
-    data, share, lengths = config.data, options.supervised, length_files.read(options.lengths)
-    counts = LengthCounts.of(lengths)
-    console.print(counts.text(), end="\n\n")
-    notes += run_facts.budget_notes(counts, data.token_budget)
-    notes += run_facts.context_notes(counts, model.max_position_embeddings)
-    flops = length_files.flops_of_length(model, counts.longest, share)
-    with waiting(f"packing {len(lengths):,} sequences"):
-        stats = length_files.pack(
-            lengths, flops, share, token_budget=data.token_budget, bins_per_step=data.bins_per_step,
-            seed=config.run.seed, epochs=data.epochs, max_steps=data.max_steps,
-        )  # fmt: skip
-    counts = counts.cut(data.token_budget)
-    described = {
-        "model": run_facts.describe_model(model),
-        "data": f"{stats.num_sequences:,} sequences of {options.lengths}, {stats.num_tokens:,} tokens",
-        "supervised": f"{share:.0%} of the tokens: assumed (--supervised)",
-    }
-    return described, counts, stats, float(counts.counts @ flops[: len(counts.counts)].astype(float))
-
-
-def show(planned: PlanInputs, options: PlanOptions, console: Console) -> None:
-    """Print predicted memory and speed on each kind and number of GPUs."""
-    from ochat.plan import tables
-    from ochat.plan.forecast import forecast
-
-    if planned.train.dtype != "bfloat16":
-        console.print(f"\n{NO_SPEED}", soft_wrap=True)
-        return
-    few = "1" if planned.optim.in_backward else "1,8" if options.nodes == "1" else "8"  # in_backward: one process
-    gpus = [GPUS[options.card]] if options.card else list(GPUS.values())
-    sizes = [(n, nodes) for nodes in _counts(options.nodes) for n in _counts(options.gpus or few)]
-    found = [forecast(planned, gpu, gpus=n, nodes=nodes) for n, nodes in sizes for gpu in gpus]
-    console.print(f"\n[dim]{escape(PREDICTED)}[/]\n")
-    console.print(tables.memory_table(found, planned.data.token_budget), f"[dim]{tables.MEMORY_LEGEND}[/]\n", sep="\n")
-    console.print(tables.speed_table(found), "", tables.time_table(found), f"[dim]{tables.TIME_LEGEND}[/]\n", sep="\n")
-    console.print(tables.recompute_table(found))
-    for note in tables.notes(found, planned):
-        console.print(f"[yellow]note[/] {escape(note)}")
+    inputs = PlanInputs(model, workload, stats.num_steps, *sections)
+    if not gpus:  # updates in backward need one process
+        gpus = [1] if config.optim.in_backward else [1, 8] if nodes == [1] else [8]
+    cards = [GPUS[options.card]] if options.card else list(GPUS.values())
+    found = [forecast(inputs, card, gpus=n, nodes=m) for m in nodes for n in gpus for card in cards]
+    console.print("", *tables.shown(found, inputs), sep="\n")
 
 
 def check_base(path: str, model: ModelConfig) -> list[str]:
@@ -174,18 +135,9 @@ def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Load
     return build.open_loader(config, data, model)
 
 
-def _counts(text: str) -> list[int]:
-    """The numbers of a list such as 1,8,64; 0 for a word that is none."""
-    return [int(word) if word.isdecimal() else 0 for word in text.split(",")]
-
-
-def _check(options: PlanOptions) -> None:
-    most, several = 10**5, "whole numbers from 1 up, such as 8 or 1,8,64"
-    for is_right, option, value, expected in (
-        (options.card in ("", *GPUS), "--card", options.card, f"one of {', '.join(GPUS)}"),
-        (all(1 <= n <= most for n in _counts(options.gpus or "1")), "--gpus", options.gpus, several),
-        (all(1 <= n <= most for n in _counts(options.nodes)), "--nodes", options.nodes, several),
-        (0 < options.supervised <= 1, "--supervised", options.supervised, "a share above 0, up to 1"),
-    ):
-        if not is_right:
-            raise UsageError(f"{option} {value}: expected {expected}")
+def _counts(option: str, text: str) -> list[int]:
+    """The numbers of a list such as 1,8,64. Raises: UsageError."""
+    words = text.split(",")
+    if not all(word.isdecimal() and 1 <= int(word) <= MAX_COUNT for word in words):
+        raise UsageError(f"{option} {text}: expected whole numbers from 1 up, such as 8 or 1,8,64")
+    return [int(word) for word in words]

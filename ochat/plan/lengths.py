@@ -1,7 +1,7 @@
 """Count the sequences of each length, and pack sequences of which only the lengths are known.
 
     lengths = read("lengths.npy");  counts = LengthCounts.of(lengths);  counts.percentile(50);  counts.text()
-    stats = pack(lengths, flops, token_budget=8192, bins_per_step=64, supervised=0.5)
+    stats, flops = pack(lengths, model, config.data, supervised=0.5, seed=0)
 
 Counting takes memory that does not grow with the number of sequences: a mapped file is read in pieces.
 """
@@ -19,6 +19,7 @@ from ochat.errors import DataError
 from ochat.packing import multipack
 
 if TYPE_CHECKING:  # torch takes seconds to import
+    from ochat.config import DataConfig
     from ochat.data.loader import LoaderStats
     from ochat.model.config import ModelConfig
 
@@ -108,39 +109,33 @@ def read(path: str | Path) -> NDArray:
     return lengths
 
 
-def flops_of_length(model: ModelConfig, longest: int, supervised: float) -> NDArray[np.float32]:
-    """(longest + 1,) training FLOPs of a sequence by its length, of which a share is supervised."""
-    n = np.arange(longest + 1, dtype=np.float64)
-    per_token = model.flops_per_step(1, 0, 0) + supervised * model.flops_per_step(0, 0, 1)
-    return (per_token * n + model.flops_per_step(0, 1, 0) * n**2).astype(np.float32)
-
-
 def pack(
-    lengths: NDArray, flops: NDArray, supervised: float, *,
-    token_budget: int, bins_per_step: int, seed: int, epochs: int, max_steps: int,
-) -> LoaderStats:  # fmt: skip
-    """Pack the first epoch as a run would, sequences longer than a bin cut to it; other epochs count the same.
+    lengths: NDArray, model: ModelConfig, data: DataConfig, supervised: float, seed: int
+) -> tuple[LoaderStats, float]:
+    """Statistics and FLOPs of the first epoch, packed as a run would, sequences longer than a bin cut to it.
 
-    `flops`: by length; `supervised`: the share of tokens that is supervised.
+    Other epochs count the same. `supervised`: the share of tokens that is supervised.
     """
     from ochat.data.loader import LoaderStats
 
-    if len(flops) > token_budget + 1:
-        lengths = np.minimum(lengths, token_budget)
-    plan = multipack.plan(
-        lengths, token_budget=token_budget, bins_per_step=bins_per_step, seed=seed, epoch=0, costs=flops[lengths]
-    )
-    imbalance, steps, num_tokens = plan.cost_imbalance(), plan.num_steps * epochs, int(lengths.sum(dtype=np.int64))
-    return LoaderStats(
+    lengths = np.minimum(lengths, data.token_budget)
+    n = np.arange(data.token_budget + 1, dtype=np.float64)
+    per_token = model.flops_per_step(1, 0, 0) + supervised * model.flops_per_step(0, 0, 1)
+    flops = (per_token * n + model.flops_per_step(0, 1, 0) * n**2).astype(np.float32)  # of a sequence by its length
+    shape = {"token_budget": data.token_budget, "bins_per_step": data.bins_per_step}
+    plan = multipack.plan(lengths, **shape, seed=seed, epoch=0, costs=flops[lengths])
+    imbalance, steps, num_tokens = plan.cost_imbalance(), plan.num_steps * data.epochs, int(lengths.sum(dtype=np.int64))
+    stats = LoaderStats(
         num_sequences=len(lengths),
         num_tokens=num_tokens,
         num_supervised=round(supervised * num_tokens),
-        num_steps=min(steps, max_steps or steps),
-        steps_per_epoch=(plan.num_steps,) * epochs,
+        num_steps=min(steps, data.max_steps or steps),
+        steps_per_epoch=(plan.num_steps,) * data.epochs,
         fill=plan.efficiency(),
         imbalance_mean=float(imbalance.mean()) if len(imbalance) else 1.0,
         imbalance_worst=float(imbalance.max()) if len(imbalance) else 1.0,
     )
+    return stats, float(np.bincount(lengths, minlength=len(flops)) @ flops.astype(float))
 
 
 def _edges(shortest: int, longest: int, num_ranges: int) -> list[int]:

@@ -36,6 +36,15 @@ def describe_data(loader: Loader, model: ModelConfig, *, weights_source: str) ->
     }
 
 
+def describe_lengths(stats: LoaderStats, model: ModelConfig, path: str, supervised: float) -> dict[str, str]:
+    """The facts of the model and of sequences of which only the lengths are known."""
+    return {
+        "model": describe_model(model),
+        "data": f"{stats.num_sequences:,} sequences of {path}, {stats.num_tokens:,} tokens",
+        "supervised": f"{supervised:.0%} of the tokens: assumed (--supervised)",
+    }
+
+
 def epoch_flops(loader: Loader, model: ModelConfig) -> float:
     """FLOPs of the first epoch."""
     dataset = loader.dataset

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from ochat.plan.forecast import POLICIES, Forecast, PlanInputs, rounded_up
 from ochat.plan.memory import GIB
 from ochat.plan.roofline import PARTS
 
-MEMORY_COLUMNS = {
-    "state": lambda use: use.masters + use.moments,
-    "gradients": lambda use: use.gradients,
-    "weights": lambda use: use.weights,
-    "activations": lambda use: use.activations,
-    "working": lambda use: use.working,
-    "allowance": lambda use: use.allowance,
-    "total": lambda use: use.total,
-}
+PREDICTED = (
+    "Predicted, not measured: FLOPs and bytes over what the GPUs reach, with FlashAttention-2, which torch's varlen "
+    "attention runs (formulas: ochat/plan/memory.py, roofline.py). Kernels that fall short make it slower."
+)
+MEMORY_PARTS = ("gradients", "weights", "activations", "working", "allowance", "total")
 MEMORY_LEGEND = (
     "state: master weights and both moments; weights: casts or gathered blocks that matmuls read; working: the head's "
     "logits and gradients in flight; allowance: assumed for CUDA, NCCL and fragmentation"
@@ -37,51 +34,54 @@ SAVINGS = (
 )
 
 
-def memory_table(forecasts: Sequence[Forecast], token_budget: int) -> Table:
-    """What the memory of one GPU goes to: a line for each number of GPUs and each resolved recompute."""
-    table = _table(f"planned memory of a GPU in GiB, token_budget {token_budget:,}", "GPUs", "recompute",
-                   *MEMORY_COLUMNS)  # fmt: skip
-    table.padding = (0, 1, 0, 0)
-    uses = {(each.ranks, each.recompute): each.use for each in forecasts}
-    for (ranks, recompute), use in uses.items():
-        table.add_row(f"{ranks:,}", recompute, *(f"{part(use) / GIB:,.1f}" for part in MEMORY_COLUMNS.values()))
-    return table
+def shown(forecasts: Sequence[Forecast], inputs: PlanInputs) -> list[Table | str]:
+    """What `ochat plan` prints of memory and speed: tables, legends and notes."""
+    budget, gpu = f"token_budget {inputs.data.token_budget:,}", ("GPUs", "card")
+    memory = {(each.ranks, each.recompute): _memory_cells(each) for each in forecasts}  # the same on each kind of GPU
+    fitting = [each for each in forecasts if each.fits]
+    names = [TIME_COLUMNS.get(part, part) for part in PARTS]
+    speed = ("memory", "fits", "tokens/s", "a GPU", "MFU", "a step", "the run")
+    return [
+        f"[dim]{PREDICTED}[/]", "",
+        _table(f"planned memory of a GPU in GiB, {budget}", ("GPUs", "recompute", "state", *MEMORY_PARTS),
+               memory.values(), 1),
+        f"[dim]{MEMORY_LEGEND}[/]", "",
+        _table("as configured", (*gpu, *speed), map(_speed_cells, forecasts)), "",
+        _table("a step's time, %", (*gpu, *names), map(_time_cells, fitting), 1),
+        f"[dim]{TIME_LEGEND}[/]", "",
+        _table("train.recompute: GiB and tokens/s of a GPU", (*gpu, *POLICIES, "largest token_budget"),
+               map(_recompute_cells, forecasts)),
+        *(f"[yellow]note[/] {escape(note)}" for note in notes(forecasts, inputs)),
+    ]  # fmt: skip
 
 
-def speed_table(forecasts: Sequence[Forecast]) -> Table:
-    """Whether the run fits as it is configured, and how fast it would be."""
-    table = _table("as configured", "GPUs", "card", "memory", "fits", "tokens/s", "a GPU", "MFU", "a step", "the run")
-    for each in forecasts:
-        room = f"{each.use.total / GIB:,.0f}/{each.gpu.memory_gib:.0f} GiB"
-        rate, step = each.speed.tokens_per_s, each.speed.step_seconds
-        speed = rounded(rate), rounded(rate / each.ranks), f"{each.speed.mfu:.0%}", duration(step)
-        cells = ("yes", *speed, duration(each.run_seconds)) if each.fits else ("[red]no[/]", *["-"] * 5)
-        table.add_row(f"{each.ranks:,}", each.gpu.name, room, *cells)
-    return table
+def _memory_cells(each: Forecast) -> list[str]:
+    bytes_of = [each.use.masters + each.use.moments, *(getattr(each.use, part) for part in MEMORY_PARTS)]
+    return [f"{each.ranks:,}", each.recompute, *(f"{size / GIB:,.1f}" for size in bytes_of)]
 
 
-def time_table(forecasts: Sequence[Forecast]) -> Table:
-    """The share of a step that each part takes."""
-    table = _table("a step's time, %", "GPUs", "card", *(TIME_COLUMNS.get(part, part) for part in PARTS))
-    table.padding = (0, 1, 0, 0)
-    for each in filter(lambda each: each.fits, forecasts):
-        shares = [getattr(each.speed, part) / each.speed.step_seconds for part in PARTS]
-        table.add_row(f"{each.ranks:,}", each.gpu.name, *(f"{100 * share:.1f}" for share in shares))
-    return table
+def _speed_cells(each: Forecast) -> list[str]:
+    cells = [f"{each.ranks:,}", each.gpu.name, f"{each.use.total / GIB:,.0f}/{each.gpu.memory_gib:.0f} GiB"]
+    if not each.fits:
+        return [*cells, "[red]no[/]", *["-"] * 5]
+    rate, seconds = each.speed.tokens_per_s, each.speed.step_seconds
+    cells += ["yes", rounded(rate), rounded(rate / each.ranks), f"{each.speed.mfu:.0%}"]
+    return [*cells, duration(seconds), duration(each.run_seconds)]
 
 
-def recompute_table(forecasts: Sequence[Forecast]) -> Table:
+def _time_cells(each: Forecast) -> list[str]:
+    shares = [getattr(each.speed, part) / each.speed.step_seconds for part in PARTS]
+    return [f"{each.ranks:,}", each.gpu.name, *(f"{100 * share:.1f}" for share in shares)]
+
+
+def _recompute_cells(each: Forecast) -> list[str]:
     """What each train.recompute needs and brings, the run's own in bold; and the largest micro-batch that fits."""
-    table = _table("train.recompute: GiB and tokens/s of a GPU", "GPUs", "card", *POLICIES, "largest token_budget")
-    for each in forecasts:
-        cells = []
-        for policy, (use, speed) in each.policies.items():
-            rate = f"{rounded(speed.tokens_per_s / each.ranks):>7}" if each.has_room(use) else "no"
-            cell = f"{use.total / GIB:,.0f} {rate}"
-            cells.append(f"[bold]{cell}[/]" if policy == each.recompute else cell)
-        largest = f"{each.largest_budget:,}" if each.largest_budget else "none"
-        table.add_row(f"{each.ranks:,}", each.gpu.name, *cells, largest)
-    return table
+    cells = [f"{each.ranks:,}", each.gpu.name]
+    for policy, (use, speed) in each.policies.items():
+        rate = f"{rounded(speed.tokens_per_s / each.ranks):>7}" if each.has_room(use) else "no"
+        cell = f"{use.total / GIB:,.0f} {rate}"
+        cells.append(f"[bold]{cell}[/]" if policy == each.recompute else cell)
+    return [*cells, f"{each.largest_budget:,}" if each.largest_budget else "none"]
 
 
 def notes(forecasts: Sequence[Forecast], inputs: PlanInputs) -> list[str]:
@@ -101,10 +101,12 @@ def notes(forecasts: Sequence[Forecast], inputs: PlanInputs) -> list[str]:
     return found
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], gap: int = 2) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, gap, 0, 0), header_style="dim")
     for name in columns:
         table.add_column(name, justify="left" if name in ("card", "fits", "recompute") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
