@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ochat_kernels
-import torch
-
 from ochat.checkpoint.load import open_checkpoint
 from ochat.checkpoint.verify import verify_weights
 from ochat.export.merge import whole_parameters
 from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.model.safetensors_files import torch_dtype
 from ochat.model.transformer import Transformer
 from ochat.run import layout
 from ochat.text.openchat_json import read_description
@@ -42,14 +38,7 @@ def open_model(source: Path, *, dtype: str, device: str, base: str = "") -> Tran
     manifest = open_checkpoint(source)
     verify_weights(manifest)
     config = ModelConfig.load(manifest.folder)
-    with torch.device("meta"):
-        model = Transformer(config, ochat_kernels.load("reference"))
-    model.to(torch_dtype(dtype)).to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in whole_parameters(manifest, config, base):
-            parameters[name].copy_(value)
-    return model
+    return hf.build(config, whole_parameters(manifest, config, base), dtype=dtype, device=device)
 
 
 def _is_trained(source: Path) -> bool:

@@ -1,8 +1,8 @@
 """Load and save models under Hugging Face's tensor names: our fused parameters are theirs concatenated along rows.
 
     model = load("path/to/base", dtype="float32");  save("out", model.config, model.named_parameters(), "bfloat16")
-`hf_parts` is the one table of names: blocks.0.attn.qkv.weight = q_proj, k_proj, v_proj; blocks.0.mlp.gate_up.weight =
-gate_proj, up_proj; everything else has one part.
+`parameter_parts` is the one table of names: blocks.0.attn.qkv.weight = q_proj, k_proj, v_proj;
+blocks.0.mlp.gate_up.weight = gate_proj, up_proj; everything else has one part.
 """
 
 from __future__ import annotations
@@ -48,12 +48,26 @@ def load(
     config, target = ModelConfig.load(directory), torch_dtype(dtype)
     files = read_tensors(directory, config)
     checksums.compare(checksums.expected(Path(directory)))
+    values = ((name, read_parameter(files, config, name)) for name in parameter_parts(config))
+    return build(config, values, dtype=target, device=device, kernels=kernels)
+
+
+@torch.no_grad()
+def build(
+    config: ModelConfig,
+    named_values: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    kernels: str = "reference",
+) -> Transformer:
+    """A model with the values of all its parameters, which may come one at a time. Raises: ConfigError for a dtype."""
     with torch.device("meta"):
         model = Transformer(config, ochat_kernels.load(kernels))
-    model.to(target).to_empty(device=device)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(read_parameter(files, config, name))
+    model.to(torch_dtype(dtype)).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for name, value in named_values:
+        parameters[name].copy_(value)
     return model
 
 
@@ -97,7 +111,7 @@ def read_parameter(files: TensorFiles, config: ModelConfig, name: str) -> Tensor
 
     Raises: CheckpointError where a value is NaN or infinite.
     """
-    parts = [check_finite(files.read(part.name), files.location(part.name)) for part in hf_parts(config, name)]
+    parts = [check_finite(files.read(part.name), files.location(part.name)) for part in parameter_parts(config)[name]]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -112,7 +126,7 @@ def read_rows(
     if name == "embed.weight":
         _check_tied_head(files, config, start, stop)
     first = 0  # row of the part in our parameter
-    for part in hf_parts(config, name):
+    for part in parameter_parts(config)[name]:
         low, high = max(start, first), min(stop, first + part.shape[0])
         if low < high:
             rows = files.rows(part.name, low - first, high - first)
@@ -143,13 +157,9 @@ def save(
     )
 
 
-def hf_parts(config: ModelConfig, name: str) -> tuple[HFTensor, ...]:
-    """The Hugging Face tensors whose concatenation along dimension 0 is our parameter `name`. Raises: KeyError."""
-    return parameter_parts(config)[name]
-
-
 def parameter_parts(config: ModelConfig) -> dict[str, tuple[HFTensor, ...]]:
-    """Every parameter of ours, in the order of Transformer.named_parameters(), and its parts."""
+    """Every parameter of ours, in the order of Transformer.named_parameters(), and the Hugging Face tensors whose
+    concatenation along dimension 0 it is."""
     hidden, vocab = config.hidden_size, config.vocab_size
     parts = {"embed.weight": (HFTensor("model.embed_tokens.weight", (vocab, hidden)),)}
     for layer in range(config.num_layers):
