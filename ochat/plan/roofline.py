@@ -112,7 +112,9 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     parts["imbalance"] = (workload.imbalance - 1) * device
     step = {name: count * seconds for name, seconds in parts.items()}
     step["communication"] += layout.reduces * _exposed(_reduce_seconds(model, gpu, layout), busy)
-    update = _update_bytes(layout) / gpu.copy_bandwidth + _moments_over_bus(layout)
+    moved = 2 * layout.master_itemsize + 4 * layout.state_itemsize + 2 * layout.gradient_itemsize  # bytes a parameter
+    over_bus = 4 * layout.state_itemsize / HOST_BANDWIDTH if layout.offload == "optimizer" else 0.0  # there and back
+    update = moved / gpu.copy_bandwidth + over_bus
     step["optimizer"] = layout.trained(model) / layout.shard * update
     real = workload.fill * layout.token_budget * count * layout.ranks
     flops = model.flops_per_step(1, 0, 0) * real + model.flops_per_step(0, 0, 1) * real * workload.supervised_share
@@ -184,42 +186,25 @@ def _cast_bytes(model: ModelConfig, layout: Layout, count: int) -> float:
     return weights * P / layout.shard + 4 * e * P + adds
 
 
-def _update_bytes(layout: Layout) -> int:
-    """Of a parameter that AdamW reads and writes, with the norm's look at its gradient."""
-    return 2 * layout.master_itemsize + 4 * layout.state_itemsize + 2 * layout.gradient_itemsize
-
-
-def _moments_over_bus(layout: Layout) -> float:
-    """Seconds a parameter, there and back."""
-    return 4 * layout.state_itemsize / HOST_BANDWIDTH if layout.offload == "optimizer" else 0.0
-
-
 def _gather_seconds(model: ModelConfig, gpu: GpuSpec, layout: Layout, count: int) -> float:
-    L = model.num_layers
-    rings = (L + 2) / count if layout.reshard == "step" else 2 * L + 1 + 1 / count
-    return _gathered(model, layout, count) / _link(gpu, layout, layout.shard) + rings * (layout.shard - 1) * HOP_SECONDS
+    """Seconds in which a GPU receives the weights of one of `count` micro-batches."""
+    P, E, L, is_tied = model.num_parameters(), model.head_params(), model.num_layers, model.tie_embeddings
+    if layout.reshard == "step":
+        gathered, rings = P / count, (L + 2) / count
+    else:
+        gathered = 2 * (P - E * (1 if is_tied else 2)) + E / count + E * (not is_tied)
+        rings = 2 * L + 1 + 1 / count
+    size = layout.itemsize * gathered * (1 - 1 / layout.shard)
+    return size / _link(gpu, layout, layout.shard) + rings * (layout.shard - 1) * HOP_SECONDS
 
 
 def _reduce_seconds(model: ModelConfig, gpu: GpuSpec, layout: Layout) -> float:
-    scattered, summed = _reduced(model, layout)
-    hops = layout.shard - 1 + 2 * (layout.ranks // layout.shard - 1)
-    rings = (model.num_layers + 2) * hops * HOP_SECONDS
-    return scattered / _link(gpu, layout, layout.shard) + summed / _link(gpu, layout, layout.ranks) + rings
-
-
-def _gathered(model: ModelConfig, layout: Layout, count: int) -> float:
-    """Bytes that a GPU receives in a micro-batch, where a step has `count` of them."""
-    P, E, is_tied = model.num_parameters(), model.head_params(), model.tie_embeddings
-    blocks = P - E * (1 if is_tied else 2)
-    gathered = P / count if layout.reshard == "step" else 2 * blocks + E / count + E * (not is_tied)
-    return layout.itemsize * gathered * (1 - 1 / layout.shard)
-
-
-def _reduced(model: ModelConfig, layout: Layout) -> tuple[float, float]:
-    """Bytes of gradients that a GPU sends: scattered over a group's ranks, then summed over the groups."""
+    """Seconds in which gradients are scattered over a group's ranks, then summed over the groups."""
     P, groups = layout.trained(model), layout.ranks // layout.shard
     scattered = layout.reduce_itemsize * P * (1 - 1 / layout.shard)
-    return scattered, 2 * layout.reduce_itemsize * P / layout.shard * (1 - 1 / groups)
+    summed = 2 * layout.reduce_itemsize * P / layout.shard * (1 - 1 / groups)
+    rings = (model.num_layers + 2) * (layout.shard - 1 + 2 * (groups - 1)) * HOP_SECONDS
+    return scattered / _link(gpu, layout, layout.shard) + summed / _link(gpu, layout, layout.ranks) + rings
 
 
 def _link(gpu: GpuSpec, layout: Layout, members: int) -> float:

@@ -58,8 +58,10 @@ def describe_model(model: ModelConfig) -> str:
 
 def describe_steps(stats: LoaderStats, data: DataConfig, flops: float, lr_reason: str) -> dict[str, str]:
     """Steps, packing, work and learning rate; `flops`: of an epoch."""
+    epochs = stats.steps_per_epoch
+    each = ", ".join(f"{steps:,}" for steps in epochs[:8]) + " ..." * (len(epochs) > 8)
     return {
-        "steps": f"{stats.num_steps:,} of {_epochs(stats.steps_per_epoch)}",
+        "steps": f"{stats.num_steps:,} of {sum(epochs):,} in {len(epochs)} epoch{'s' * (len(epochs) > 1)} ({each})",
         "step": f"{data.bins_per_step} bins of {data.token_budget:,} tokens: "
         f"{stats.tokens_per_step:,.0f} real, {stats.supervised_per_step:,.0f} supervised on average",
         "packing": f"fill {stats.fill:.2%}{LOW_FILL * (stats.fill < 0.5)}; work of a step's bins, max over mean: "
@@ -129,8 +131,3 @@ def context_notes(counts: LengthCounts, context: int) -> list[str]:
         f"{over:,} sequences ({over / counts.num_sequences:.2%}) are longer than the base model's context of "
         f"{context:,} tokens (max_position_embeddings), up to {counts.longest:,}"
     ]
-
-
-def _epochs(steps_per_epoch: Sequence[int]) -> str:
-    shown = ", ".join(f"{steps:,}" for steps in steps_per_epoch[:8]) + " ..." * (len(steps_per_epoch) > 8)
-    return f"{sum(steps_per_epoch):,} in {len(steps_per_epoch)} epoch{'s' * (len(steps_per_epoch) > 1)} ({shown})"

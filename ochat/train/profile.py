@@ -15,7 +15,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -195,9 +194,9 @@ def sync_points(events: Sequence[FunctionEvent]) -> list[SyncPoint]:
         if len(names) == 1:  # torch links a call to its operator alone: one outside any is placed by its time
             around = [e for e in events if e.thread == steps[0].thread and e is not event and holds(e, event)]
             names = [e.name for e in sorted(around, key=lambda e: (e.time_range.start, -e.time_range.end))] + names
-        frames = [match[0] for name in names if (match := OURS.search(name))]
-        if not frames or "ochat/train/profile.py" not in frames[-1]:
-            found[event.name, _operator(names), _place(names, frames)].append(span.elapsed_us() / 1e6)
+        operator, place = _call(names)
+        if "ochat/train/profile.py" not in place:
+            found[event.name, operator, place].append(span.elapsed_us() / 1e6)
     points = [SyncPoint(*key, len(times), sum(times)) for key, times in found.items()]
     return sorted(points, key=lambda point: -point.seconds)
 
@@ -211,18 +210,13 @@ def _chain(event: FunctionEvent) -> list[FunctionEvent]:
 
 
 def holds(outer: FunctionEvent, inner: FunctionEvent) -> bool:
-    return (
-        outer.time_range.start <= inner.time_range.start and inner.time_range.end <= outer.time_range.end
-    )  # fmt: skip
+    """Whether one ran within the other."""
+    return outer.time_range.start <= inner.time_range.start and inner.time_range.end <= outer.time_range.end
 
 
 def _part(chain: Sequence[FunctionEvent]) -> str:
-    return [*PATTERNS, ELEMENTWISE][min(_rank(event.name) for event in chain)]
-
-
-@cache
-def _rank(name: str) -> int:
-    return next((i for i, pattern in enumerate(PATTERNS.values()) if re.search(pattern, name)), len(PATTERNS))
+    names = "\n".join(event.name for event in chain)  # ^ and $ match at the ends of each
+    return next((part for part, pattern in PATTERNS.items() if re.search(pattern, names, re.MULTILINE)), ELEMENTWISE)
 
 
 def _union(spans: Sequence[tuple[float, float]]) -> float:
@@ -234,17 +228,14 @@ def _union(spans: Sequence[tuple[float, float]]) -> float:
     return covered
 
 
-def _operator(names: Sequence[str]) -> str:
-    """What Python called: the outermost operator below its innermost frame."""
-    frames = [i for i, name in enumerate(names) if PYTHON.search(name) or name.startswith(STEP)]
-    below = names[frames[-1] + 1 : -1] if frames else names[:-1]
-    return below[0] if below else ""
-
-
-def _place(names: Sequence[str], frames: Sequence[str]) -> str:
-    """The innermost line of ochat; in backward, which has none, the autograd node."""
+def _call(names: Sequence[str]) -> tuple[str, str]:
+    """What Python called, the outermost operator below its innermost frame; and the innermost line of ochat, or in
+    backward, which has none, the autograd node."""
+    frames = [i for i, name in enumerate(names[:-1]) if PYTHON.search(name) or name.startswith(STEP)]
+    operators = [*names[frames[-1] + 1 if frames else 0 : -1], ""]
+    ours = [match[0] for name in names if (match := OURS.search(name))]
     nodes = [name.split(": ")[-1] for name in names if name.startswith("autograd::engine")]
-    return (list(frames) or nodes or ["(not in ochat)"])[-1]
+    return operators[0], (ours or nodes or ["(not in ochat)"])[-1]
 
 
 def _record(
