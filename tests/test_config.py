@@ -1,5 +1,7 @@
 """Configuration: what is written is read back; everything unknown, mistyped or meaningless is refused by name."""
 
+import re
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from ochat import overrides
 from ochat.config import BaseConfig, ClassConfig, Config, DataConfig, MixConfig, RunConfig, SamplesConfig
 from ochat.errors import ConfigError
 
+IN_BACKWARD = "--optim.in_backward=true --optim.clip=0 --data.bins_per_step=1"
 MINIMAL = '[base]\npath = "base"\n[data]\npath = "data"\n'
 
 
@@ -87,17 +90,13 @@ def test_an_option_without_its_value_is_refused(line):
         ("--data.token_budget=8k", "data.token_budget = '8k': expected a whole number above 0"),
         ("--data.token_budget=0", "data.token_budget = 0: expected a whole number above 0"),
         ("--data.token_budget=true", "data.token_budget = True: expected a whole number"),
-        ("--data.token_budget=8192.5", "data.token_budget = 8192.5: expected a whole number"),
         (f"--data.token_budget={2**63}", "data.token_budget = "),
         ("--run.seed=-1", "run.seed = -1: expected a whole number from 0"),
         ("--data.verify=1", "data.verify = 1: expected true or false"),
         ("--train.dtype=float16", "train.dtype = 'float16': expected one of 'bfloat16', 'float32'"),
-        ("--train.dtype=1", "train.dtype = 1: expected one of 'bfloat16', 'float32'"),
         ("--optim.lr=fast", "optim.lr = 'fast': expected a number above 0 or 'auto'"),
-        ("--optim.lr=-1.0", "optim.lr = -1.0: expected a number above 0"),
         ("--optim.lr=nan", "optim.lr = nan: expected"),
         ("--optim.eps=inf", "optim.eps = inf: expected"),
-        ("--optim.betas=[0.9]", "optim.betas = [0.9]: expected an array of 2"),
         ("--optim.betas=[0.9, 1.0]", "optim.betas[1] = 1.0: expected a number from 0 below 1"),
         ("--optim.warmup_ratio=5", "optim.warmup_ratio = 5: expected a number from 0 up to 1"),
         ("--samples.prompts=Hi", "samples.prompts = 'Hi': expected an array, such as"),
@@ -111,22 +110,25 @@ def test_an_option_without_its_value_is_refused(line):
         ("--checkpoint.keep_best=true", "checkpoint.keep_best = True: expected false without data.eval_path"),
         ("--base.path=", "base.path = '': expected a path, for example --base.path=PATH"),
         ("--run.resume_anyway=true", "run.resume_anyway was renamed run.resume_mismatched"),
-        ("--optim.master=bfloat16", "optim.master was renamed optim.master_dtype"),
         ("--data.mix.A.rate=2", "data.mix.A.rate was renamed data.mix.A.ratio"),
         ("--run.dir.x=1", "run.dir = {'x': 1}: expected a string"),
+        ("--base.path.x=1", "path is a value, not a section"),
+        ("--optim.in_backward=true", "optim.clip = 1.0: expected 0 "),
+        (f"{IN_BACKWARD} --data.bins_per_step=2", "data.bins_per_step = 2: expected 1 "),
+        (f"{IN_BACKWARD} --train.max_nonfinite_steps=1", "train.max_nonfinite_steps = 1: expected 0 "),
+        (f"{IN_BACKWARD} --lora.rank=4", "lora.rank = 4: expected 0 "),
+        ("--optim.master_dtype=bfloat16 --train.dtype=float32", 'expected "float32" with train.dtype'),
+        ("--optim.master_dtype=bfloat16 --lora.rank=4", 'expected "float32" with lora.rank'),
+        ("--optim.master_dtype=bfloat16 --parallel.reduce=micro_batch", 'expected "float32" with parallel.reduce'),
+        ("--optim.moment_dtype=bfloat16 --parallel.offload=all", "parallel.offload"),
         ("optim.lr=1", "expected --section.key=value"),
         ("--verbose", "expected --section.key=value"),
     ],
 )
 def test_refusals_name_key_value_and_expectation(toml, option, needle):
     with pytest.raises(ConfigError) as error:
-        configuration.load(toml(), [option])
+        configuration.load(toml(), re.split(" (?=--)", option))
     assert needle in str(error.value)
-
-
-def test_an_option_below_a_value_is_refused(toml):
-    with pytest.raises(ConfigError, match="path is a value, not a section"):
-        configuration.load(toml(), ["--base.path.x=1"])
 
 
 @pytest.mark.parametrize("recompute", ["none", "elementwise"])

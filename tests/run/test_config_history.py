@@ -8,7 +8,6 @@ from msgspec.structs import replace
 from ochat import config as configuration
 from ochat.config import Config
 from ochat.run import config_history
-from tests import tiny
 
 
 def config(lr: float = 1e-3, **classes: float) -> Config:
@@ -33,18 +32,16 @@ def names(folder) -> list[str]:
 
 
 def test_a_first_start_says_nothing(keep, tmp_path):
-    assert keep(tmp_path, config(), 0) == [] and names(tmp_path) == ["config.toml"]
-    assert configuration.load(tmp_path / "config.toml") == config()
+    for lr in (1e-3, 2e-3):  # the second start has no checkpoint of the first
+        assert keep(tmp_path / "runs" / "a", config(lr), 0) == [] and names(tmp_path / "runs" / "a") == ["config.toml"]
+    assert configuration.load(tmp_path / "runs" / "a" / "config.toml") == config(2e-3)
 
 
-def test_the_folder_is_made(keep, tmp_path):
-    assert keep(tmp_path / "runs" / "a", config(), 0) == [] and names(tmp_path / "runs" / "a") == ["config.toml"]
-
-
-def test_a_start_before_the_first_checkpoint_leaves_nothing_of_the_earlier(keep, tmp_path):
+def test_a_finished_run_keeps_the_settings_that_it_was_made_with(keep, tmp_path):
     keep(tmp_path, config(), 0)
-    assert keep(tmp_path, config(2e-3), 0) == [] and names(tmp_path) == ["config.toml"]
-    assert configuration.load(tmp_path / "config.toml") == config(2e-3)
+    (said,) = keep(tmp_path, config(2e-3), 60)
+    assert "optim.lr 0.002 (was 0.001)" in said and names(tmp_path) == ["config.toml"]
+    assert configuration.load(tmp_path / "config.toml") == config()
 
 
 def test_the_same_settings_are_not_logged(keep, tmp_path):
@@ -83,17 +80,3 @@ def test_a_broken_file_stops_nothing(keep, tmp_path, broken):
     (tmp_path / "config.toml").write_text(broken)
     keep(tmp_path, config(), 40)
     assert configuration.load(tmp_path / "config.toml") == config()
-
-
-def test_a_run_that_is_over_keeps_what_it_was_made_with(tmp_path, capsys):
-    world = tiny.make(tmp_path / "world")
-    run = tmp_path / "run"
-    tiny.train(world, run, "--data.max_steps=3")
-    before = (run / "config.toml").read_text()
-    tiny.train(world, run, "--data.max_steps=3", "--optim.lr=0.5")
-    logged = " ".join(capsys.readouterr().out.split())
-    assert "config.toml stays as the run was made; not used: optim.lr 0.5 (was 0.003)" in logged
-    assert (run / "config.toml").read_text() == before
-    tiny.train(world, run, "--data.max_steps=5", "--optim.lr=0.005")
-    assert (run / "config.until_step_3.toml").read_text() == before
-    assert configuration.load(run / "config.toml").optim.lr == 0.005

@@ -132,14 +132,6 @@ def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_built(world, 
     assert not list(full.glob(".probe"))
 
 
-def test_a_folder_without_permission_is_refused(world, tmp_path, no_model):
-    if not os.geteuid():
-        pytest.skip("root may write anywhere")
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\)"):
-        tiny.train(world, tmp_path / "closed" / "run")
-
-
 def test_a_relative_folder_is_resolved_once(world, tmp_path, monkeypatch):
     """A process that changes its working directory on the way still writes to the one folder; missing parents are
     made."""

@@ -71,26 +71,6 @@ def test_clipping_scales_all_gradients_by_one_factor(build, clip, is_scaled):
             torch.testing.assert_close(value, 0.1 * gradients[name] * factor, atol=1e-6, rtol=1e-5)
 
 
-def test_state_that_is_put_back_continues_bitwise(build):
-    model = model_with_gradients()
-    optimizer, gradients = build(model, OptimConfig()), keep_gradients(model)
-    optim.update(optimizer, lr=0.1, clip=1.0, loss=GOOD)
-    twin = model_with_gradients()
-    twin.load_state_dict(model.state_dict())
-    twin_optimizer = build(twin, OptimConfig())
-    optim.start_state(twin_optimizer, 1)
-    saved = {(name, moment): t for name, moment, t in moments(model, optimizer)}
-    assert len(saved) == 2 * len(list(model.parameters()))
-    for name, moment, target in moments(twin, twin_optimizer):
-        target.copy_(saved[name, moment])
-    for each, its_optimizer in ((model, optimizer), (twin, twin_optimizer)):
-        for name, parameter in each.named_parameters():
-            parameter.grad = gradients[name].clone()
-        optim.update(its_optimizer, lr=0.05, clip=1.0, loss=GOOD)
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_parameter_without_gradient_is_left_alone(build):
     model = model_with_gradients()
     optimizer = build(model, OptimConfig())

@@ -49,6 +49,17 @@ def test_auto_keeps_everything_on_a_cpu_and_a_named_policy_stays(monkeypatch):
         assert chosen(10, monkeypatch, recompute=asked) == (asked, asked)
 
 
+def test_kernels_and_attention_follow_the_device(monkeypatch):
+    assert [resolve.kernels(asked, each) for asked in ("auto", "reference") for each in (GPU, CPU)] == [
+        "triton", "reference", "reference", "reference",
+    ]  # fmt: skip
+    for dtype, device, backend in (("bfloat16", GPU, "varlen"), ("float32", GPU, "sdpa"), ("bfloat16", CPU, "sdpa")):
+        assert resolve.attention("auto", device, dtype) == backend
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="train.kernels = 'triton'"):
+        resolve.kernels("triton", CPU)
+
+
 def test_elementwise_is_not_for_compiled_triton_kernels(monkeypatch):
     assert {chosen(room, monkeypatch, compile=True)[0] for room in range(40, 200, 4)} == {"none", "block"}
     with pytest.raises(ConfigError, match="train.kernels = 'reference'"):

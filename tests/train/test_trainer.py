@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError
-from ochat.train import build, resolve
+from ochat.train import build
 from ochat.train.schedule import factor
 from tests import tiny
 
@@ -146,28 +146,6 @@ def test_the_triton_kernels_train_the_same(world, tmp_path, processes, more):
     lines = tiny.metrics(tmp_path / "run")
     for name in ("loss", "grad_norm", "accuracy"):
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-5)
-
-
-def test_kernels_that_the_device_cannot_run_are_refused(world, tmp_path, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ConfigError, match="train.kernels = 'triton', but the run is on a CPU"):
-        tiny.train(world, tmp_path / "run", "--train.kernels=triton")
-
-
-@pytest.mark.parametrize(
-    ("asked", "device", "kernels"),
-    [("auto", "cuda", "triton"), ("auto", "cpu", "reference"), ("reference", "cuda", "reference")],
-)
-def test_one_value_of_the_configuration_decides_the_kernels(asked, device, kernels):
-    assert resolve.kernels(asked, torch.device(device)) == kernels
-
-
-@pytest.mark.parametrize(
-    ("dtype", "device", "backend"),
-    [("bfloat16", "cuda", "varlen"), ("float32", "cuda", "sdpa"), ("bfloat16", "cpu", "sdpa")],
-)
-def test_auto_takes_the_attention_that_computes_in_the_runs_dtype(dtype, device, backend):
-    assert resolve.attention("auto", torch.device(device), dtype) == backend
 
 
 def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):
