@@ -349,57 +349,56 @@ def _without_none(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """Refuses values that are valid on their own and impossible together."""
-    _check_data(config)
-    _check_memory(config)
-    _check_optim(config)
-    values = dict(flatten({name: msgspec.structs.asdict(getattr(config, name)) for name in ("base", "data", "run")}))
-    for name in ("base.path", *(() if config.data.mix else ("data.path",)), "run.dir"):
-        expect(bool(values[name]), name, "", f"a path, for example --{name}=PATH")
-
-
-def _check_data(config: Config) -> None:
     for name, entry in config.classes.items():
         given = _without_none(msgspec.structs.asdict(entry))
         expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
-    data = config.data
-    is_measured = bool(data.eval_path) or not config.checkpoint.keep_best
-    expect(is_measured, "checkpoint.keep_best", True, "false without data.eval_path: nothing would be measured")
-    expect(not (data.path and data.mix), "data.path", data.path, "no path with [data.mix]; make it a set of the mix")
-    for name, share in data.mix.items():
+    for name, share in config.data.mix.items():
         where, given = f"data.mix.{name}", _without_none(msgspec.structs.asdict(share))
         expect(bool(share.path), f"{where}.path", "", "the folder of a data set")
         del given["path"]
         expect(len(given) <= 1, where, given, "at most one of epochs, tokens and ratio")
+    for is_right, key, expected in (*_data_rules(config), *_precision_rules(config), *_in_backward_rules(config)):
+        section, name = key.split(".")
+        expect(is_right, key, getattr(getattr(config, section), name), expected)
 
 
-def _check_memory(config: Config) -> None:
-    train, parallel = config.train, config.parallel
+Rule = tuple[bool, str, str]  # whether it holds, the key that it is about, what is expected of that
+
+
+def _data_rules(config: Config) -> Iterator[Rule]:
+    data, train = config.data, config.train
+    is_measured = bool(data.eval_path) or not config.checkpoint.keep_best
+    yield is_measured, "checkpoint.keep_best", "false without data.eval_path: nothing would be measured"
+    yield not (data.path and data.mix), "data.path", "no path with [data.mix]; make it a set of the mix"
     is_kept = not train.offload_activations or train.recompute in ("auto", "block")
     why = f'false with train.recompute = "{train.recompute}", which keeps more than inputs'
-    expect(is_kept, "train.offload_activations", train.offload_activations, why)
-    is_exact = parallel.reduce_dtype == "float32" or parallel.reduce == "micro_batch"  # else sums would be in bfloat16
-    expect(is_exact, "parallel.reduce_dtype", parallel.reduce_dtype, '"float32" with parallel.reduce = "step"')
+    yield is_kept, "train.offload_activations", why
+    for path, key in (
+        (config.base.path, "base.path"),
+        (data.path or data.mix, "data.path"),
+        (config.run.dir, "run.dir"),
+    ):
+        yield bool(path), key, f"a path, for example --{key}=PATH"
 
 
-def _check_optim(config: Config) -> None:
-    """Combinations of precision and update time that would not do what they say."""
+def _precision_rules(config: Config) -> Iterator[Rule]:
     optim, parallel = config.optim, config.parallel
-    if optim.master_dtype == "bfloat16":
-        for is_right, why in (
-            (config.train.dtype == "bfloat16", 'train.dtype = "float32"'),
-            (config.lora.rank == 0, "lora.rank: frozen weights have no masters"),
-            (parallel.reduce == "step", 'parallel.reduce = "micro_batch", which sums in the gradient\'s bfloat16'),
-        ):
-            expect(is_right, "optim.master_dtype", optim.master_dtype, f'"float32" with {why}')
+    is_exact = parallel.reduce_dtype == "float32" or parallel.reduce == "micro_batch"  # else sums would be in bfloat16
+    yield is_exact, "parallel.reduce_dtype", '"float32" with parallel.reduce = "step"'
+    for is_right, why in (
+        (config.train.dtype == "bfloat16", 'train.dtype = "float32"'),
+        (config.lora.rank == 0, "lora.rank: frozen weights have no masters"),
+        (parallel.reduce == "step", 'parallel.reduce = "micro_batch", which sums in the gradient\'s bfloat16'),
+    ):
+        yield optim.master_dtype == "float32" or is_right, "optim.master_dtype", f'"float32" with {why}'
     for key in ("master_dtype", "moment_dtype"):
         is_right = getattr(optim, key) == "float32" or parallel.offload != "all"
-        why = '"float32" with parallel.offload = "all", which updates on the host'
-        expect(is_right, f"optim.{key}", getattr(optim, key), why)
-    if optim.in_backward:
-        expect(optim.clip == 0, "optim.clip", optim.clip, "0 with optim.in_backward: the norm is known too late")
-        for name, value, most in (
-            ("data.bins_per_step", config.data.bins_per_step, 1),
-            ("train.max_nonfinite_steps", config.train.max_nonfinite_steps, 0),
-            ("lora.rank", config.lora.rank, 0),
-        ):
-            expect(value == most, name, value, f"{most} with optim.in_backward")
+        yield is_right, f"optim.{key}", '"float32" with parallel.offload = "all", which updates on the host'
+
+
+def _in_backward_rules(config: Config) -> Iterator[Rule]:
+    if config.optim.in_backward:
+        yield config.optim.clip == 0, "optim.clip", "0 with optim.in_backward: the norm is known too late"
+        yield config.data.bins_per_step == 1, "data.bins_per_step", "1 with optim.in_backward"
+        yield config.train.max_nonfinite_steps == 0, "train.max_nonfinite_steps", "0 with optim.in_backward"
+        yield config.lora.rank == 0, "lora.rank", "0 with optim.in_backward"

@@ -102,6 +102,10 @@ class Watchdog:
             raise RanksError(f"{self._phase}: the processes cannot reach each other; {self._store_error}") from error
 
     @property
+    def _where(self) -> dict[str, Any]:
+        return {"phase": self._phase, "host": socket.gethostname(), "pid": os.getpid()}
+
+    @property
     def _detection_s(self) -> float:
         """Time after which it is known which process is gone."""
         return self.silent_s + GRACE_S + 3 * BEAT_S
@@ -126,7 +130,8 @@ class Watchdog:
     def _poll(self) -> str:
         """Exchanges states through the store; a problem, or ""."""
         try:
-            return self._check_next_rank()
+            self._write_state()
+            return self._store.get("alarm").decode() if self._store.check(["alarm"]) else self._check_next_rank()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             self._store_error = f"the run's store is gone, which the torchrun of the first machine keeps ({reason})"
@@ -134,9 +139,6 @@ class Watchdog:
             return ""
 
     def _check_next_rank(self) -> str:
-        self._write_state()
-        if self._store.check(["alarm"]):
-            return self._store.get("alarm").decode()
         found = self._read_state(self._next)
         self._silence_s = 0.0 if found != self._last_state else self._silence_s + BEAT_S
         self._last_state = found
@@ -144,16 +146,13 @@ class Watchdog:
         if state["exit"] and state["exit"] != "done" and self._silence_s >= GRACE_S:
             return f"{self._name(self._next, state)} ended in {state['phase']} with {state['exit']}"
         if not state["exit"] and self._silence_s >= self.silent_s:
-            return (
-                f"{self._name(self._next, state)} has not been heard of for {self._silence_s:.0f} s, last in "
-                f"{state['phase']}: it was killed or halted, or its machine is lost"
-            )
+            silent = f"has not been heard of for {self._silence_s:.0f} s, last in {state['phase']}"
+            return f"{self._name(self._next, state)} {silent}: it was killed or halted, or its machine is lost"
         return ""
 
     def _write_state(self) -> None:
         self._beats += 1
-        state = {"beat": self._beats, "phase": self._phase, "exit": self._exit_reason}
-        state |= {"host": socket.gethostname(), "pid": os.getpid()}
+        state = {"beat": self._beats, "exit": self._exit_reason} | self._where
         self._store.set(f"state/{self.rank}", json.dumps(state))
 
     def _read_state(self, rank: int) -> str:
@@ -177,41 +176,33 @@ class Watchdog:
                 self._store.set("alarm", problem)
         faulthandler.dump_traceback_later(DUMP_S + 3 * GRACE_S, exit=True, file=2)  # a driver may block all threads
         done: list[str] = []
-        writer = threading.Thread(target=lambda: done.append(self._try_to_dump(problem)), daemon=True)
+        writer = threading.Thread(target=lambda: done.append(self._dump(problem)), daemon=True)
         writer.start()
         writer.join(DUMP_S)  # the disk itself may hang
         found = done[0] if done else f"; {self.file} is not written after {DUMP_S:g} s"
-        complain(
-            RanksError(
-                f"{problem}. Rank {self.rank} was in {self._phase}{found}. Start the same command again: it continues "
-                "from the newest checkpoint"
-            )
-        )
+        remedy = "Start the same command again: it continues from the newest checkpoint"
+        complain(RanksError(f"{problem}. Rank {self.rank} was in {self._phase}{found}. {remedy}"))
         sys.stdout.flush()
         time.sleep(2 * BEAT_S)  # the others dump their collectives before our exit changes them
         os._exit(RanksError.exit_code)
 
-    def _try_to_dump(self, problem: str) -> str:
-        """Dumps; returns what this rank waits in and the file's name, or why it could not be written."""
+    def _dump(self, problem: str) -> str:
+        """Writes the flight recorder file; says what this rank waits in and the file's name, or why there is none."""
         if self.file is None:
             return ""
+        collectives = flight_records()
+        main = sys._current_frames().get(threading.main_thread().ident or 0)
+        record = {"problem": problem, "rank": self.rank} | self._where
+        record |= {"stack": traceback.format_stack(main), "collectives": collectives}
         try:
-            return f"{self._dump(problem, self.file)}; collectives and stack in {self.file}"
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write_json(self.file, record)
         except OSError as error:
             return f"; {self.file} cannot be written: {error.strerror}"
-
-    def _dump(self, problem: str, file: Path) -> str:
-        """Writes the flight recorder file; returns the collective that this rank waits in. Raises: OSError."""
-        main = sys._current_frames().get(threading.main_thread().ident or 0)
-        record = {"problem": problem, "rank": self.rank, "phase": self._phase, "stack": traceback.format_stack(main)}
-        record |= {"host": socket.gethostname(), "pid": os.getpid(), "collectives": flight_records()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.write_json(file, record)
-        entries = [entry for recorder in record["collectives"].values() for entry in recorder.get("entries", [])]
-        waiting = [entry for entry in entries if not entry.get("retired", True)]
-        if not waiting:
-            return ", in no collective"
-        return f", waiting in {waiting[-1]['profiling_name']} number {waiting[-1]['collective_seq_id']}"
+        entries = [entry for recorder in collectives.values() for entry in recorder.get("entries", [])]
+        waiting = [e for e in entries if not e.get("retired", True)][-1:]
+        names = [f"waiting in {e['profiling_name']} number {e['collective_seq_id']}" for e in waiting]
+        return f", {(names or ['in no collective'])[0]}; collectives and stack in {self.file}"
 
     def _check_launcher(self) -> None:
         """Stops a process whose torchrun was killed; it would keep running unseen and occupy its GPU."""

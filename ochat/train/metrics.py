@@ -14,7 +14,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from ochat.files.jsonl import JsonlWriter
 from ochat.plan import gpus
 from ochat.run.nonfinite import NonFiniteGuard
 
-_SUMS = ("loss", "weight", "correct", "tokens", "supervised", "padded", "square_lengths")
+_COUNTS = ("tokens", "supervised_tokens", "padded_tokens", "square_lengths")
+_SUMS = ("loss", "weight", "correct", *_COUNTS)
+_RATES = ("tokens", "supervised_tokens", "padded_tokens")
 _CLASS_SUMS = ("loss", "weight", "correct", "tokens")
 
 
@@ -60,55 +62,39 @@ class StepMetrics:
 
 def summarise(sums: list[float], class_names: Sequence[str]) -> dict[str, Any]:
     """Loss, accuracy and token counts from the reduced sums of StepMetrics, and the same per class."""
-    total = dict(zip(_SUMS, sums, strict=False))
+    total = dict(zip(_SUMS, sums, strict=False))  # class sums follow
     rows = [sums[i : i + len(_CLASS_SUMS)] for i in range(len(_SUMS), len(sums), len(_CLASS_SUMS))]
-    classes = {}
-    for name, row in zip(class_names, rows, strict=True):
-        loss, weight, correct, tokens = row
-        classes[name] = {"loss": _ratio(loss, weight), "accuracy": _ratio(correct, weight), "tokens": int(tokens)}
-    return {
-        "loss": _ratio(total["loss"], total["weight"]) or 0.0,
-        "accuracy": _ratio(total["correct"], total["weight"]) or 0.0,
-        "tokens": int(total["tokens"]),
-        "supervised_tokens": int(total["supervised"]),
-        "padded_tokens": int(total["padded"]),
-        "square_lengths": total["square_lengths"],
-        "classes": classes,
+    classes = {
+        name: {"loss": _ratio(loss, weight), "accuracy": _ratio(correct, weight), "tokens": int(tokens)}
+        for name, (loss, weight, correct, tokens) in zip(class_names, rows, strict=True)
     }
+    means = {
+        key: _ratio(total[name], total["weight"]) or 0.0 for key, name in (("loss", "loss"), ("accuracy", "correct"))
+    }
+    return means | {name: int(total[name]) for name in _COUNTS} | {"classes": classes}
 
 
 @dataclass
-class _Pending:
-    step: int
-    epoch: int
-    lr: float
-    values: Tensor  # the reduced sums and, last, the gradient norm
-
-
 class MetricsLog:
     """Finished steps on their way to metrics.jsonl; every rank flushes, only the first one writes."""
 
-    def __init__(
-        self,
-        file: JsonlWriter,
-        class_names: Sequence[str],
-        *,
-        flops: Callable[[int, int, int], float],
-        peak_flops: float,
-        device: torch.device,
-        write: bool,
-        nonfinite: NonFiniteGuard,
-    ):
-        """`flops(tokens, sum of squared lengths, supervised tokens)`: of a step; `peak_flops`: of all ranks."""
-        self.file, self.class_names, self.flops, self.peak_flops = file, class_names, flops, peak_flops
-        self.device, self.write, self.nonfinite = device, write, nonfinite
-        self.pending: list[_Pending] = []
-        self.since = time.perf_counter()
+    file: JsonlWriter
+    class_names: Sequence[str]
+    _: KW_ONLY
+    flops: Callable[[int, int, int], float]  # (tokens, sum of squared lengths, supervised tokens): of a step
+    peak_flops: float  # of all ranks
+    device: torch.device
+    write: bool
+    nonfinite: NonFiniteGuard
+
+    def __post_init__(self) -> None:
+        self._pending: list[tuple[int, int, float, Tensor]] = []  # step, epoch, rate, reduced sums and gradient norm
+        self._since = time.perf_counter()
 
     def add(self, step: int, epoch: int, lr: float, sums: Tensor, grad_norm: Tensor) -> None:
         """Add a finished step; its reduced sums and the norm stay on the device."""
         values = torch.cat((sums, grad_norm.detach().double().reshape(1).to(sums.device)))
-        self.pending.append(_Pending(step, epoch, lr, values))
+        self._pending.append((step, epoch, lr, values))
 
     def flush(self) -> list[dict[str, Any]]:
         """Read the pending steps from the device, write their lines and return them; times are means over these steps.
@@ -116,18 +102,19 @@ class MetricsLog:
         A step whose loss or gradient norm is not finite was not applied: its line says `"skipped": true`. Raises:
         NonFiniteError for the first such step beyond train.max_nonfinite_steps, after writing those before it.
         """
-        if not self.pending:
+        if not self._pending:
             return []
-        rows = torch.stack([p.values for p in self.pending]).tolist()
-        seconds = (time.perf_counter() - self.since) / len(rows)
-        steps = [(self._line(p, row, seconds), is_finite(row)) for p, row in zip(self.pending, rows, strict=True)]
-        self.pending, self.since = [], time.perf_counter()
+        rows = torch.stack([values for *_, values in self._pending]).tolist()
+        seconds = (time.perf_counter() - self._since) / len(rows)
+        steps = [self._line(*stamp, row, seconds) for (*stamp, _), row in zip(self._pending, rows, strict=True)]
+        self._pending, self._since = [], time.perf_counter()
         lines: list[dict[str, Any]] = []
         try:
-            for line, is_good in steps:
-                if not is_good:
+            for line, row in zip(steps, rows, strict=True):
+                if not (math.isfinite(row[0]) and math.isfinite(row[-1])):  # as optim.update decides
                     self.nonfinite.add(line["step"], line["loss"], line["grad_norm"])
-                lines.append(line if is_good else _valid(line) | {"skipped": True})
+                    line = _valid(line) | {"skipped": True}
+                lines.append(line)
         finally:
             if self.write:
                 self.file.append(lines)
@@ -135,33 +122,15 @@ class MetricsLog:
 
     def restart_clock(self) -> None:
         """Exclude the time since the last flush (an evaluation, a checkpoint) from the next steps' times."""
-        self.since = time.perf_counter()
+        self._since = time.perf_counter()
 
-    def _line(self, pending: _Pending, row: list[float], seconds: float) -> dict[str, Any]:
+    def _line(self, step: int, epoch: int, lr: float, row: list[float], seconds: float) -> dict[str, Any]:
         means = summarise(row[:-1], self.class_names)
-        work = self.flops(means["tokens"], int(means.pop("square_lengths")), means["supervised_tokens"])
-        return {
-            "step": pending.step,
-            "epoch": pending.epoch,
-            "loss": means["loss"],
-            "accuracy": means["accuracy"],
-            "lr": pending.lr,
-            "grad_norm": row[-1],
-            "tokens_per_s": means["tokens"] / seconds,
-            "supervised_tokens_per_s": means["supervised_tokens"] / seconds,
-            "padded_tokens_per_s": means["padded_tokens"] / seconds,
-            "mfu": work / seconds / self.peak_flops,
-            "peak_mem_gib": peak_memory_gib(self.device),
-            "step_s": seconds,
-            "tokens": means["tokens"],
-            "supervised_tokens": means["supervised_tokens"],
-            "classes": means["classes"],
-        }
-
-
-def is_finite(row: list[float]) -> bool:
-    """Whether a step was applied; optim.update decides by the same two numbers, the loss sum and the norm."""
-    return math.isfinite(row[0]) and math.isfinite(row[-1])
+        work = self.flops(*(means[name] for name in ("tokens", "square_lengths", "supervised_tokens")))
+        line = {"step": step, "epoch": epoch, "loss": means["loss"], "accuracy": means["accuracy"], "lr": lr}
+        line |= {"grad_norm": row[-1]} | {f"{name}_per_s": means[name] / seconds for name in _RATES}
+        line |= {"mfu": work / seconds / self.peak_flops, "peak_mem_gib": peak_memory_gib(self.device)}
+        return line | {"step_s": seconds} | {name: means[name] for name in ("tokens", "supervised_tokens", "classes")}
 
 
 def _valid(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,13 +37,8 @@ class Trackers:
         self._open.close()
 
     def _tensorboard(self, run_dir: Path) -> Write:
-        try:
-            from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "log.tensorboard = true needs the package tensorboard (pip install 'ochat-crlft[log]')"
-            ) from None
-        writer = SummaryWriter(str(run_dir / layout.TENSORBOARD))
+        module = _imported("torch.utils.tensorboard.writer", "log.tensorboard = true needs the package tensorboard")
+        writer = module.SummaryWriter(str(run_dir / layout.TENSORBOARD))
         self._open.callback(writer.close)
 
         def write(step: int, numbers: dict[str, float]) -> None:
@@ -51,18 +47,19 @@ class Trackers:
 
         return write
 
-    def _wandb(self, project: str, run_dir: Path, config_toml: str) -> Write:
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ImportError:
-            raise ConfigError(
-                f"log.wandb = {project!r} needs the package wandb (pip install 'ochat-crlft[log]')"
-            ) from None
-        run = wandb.init(
-            project=project, name=run_dir.name, dir=str(run_dir), config={"toml": config_toml}, resume="allow"
-        )
+    def _wandb(self, project: str, run_dir: Path, toml: str) -> Write:
+        wandb = _imported("wandb", f"log.wandb = {project!r} needs the package wandb")
+        names = {"project": project, "name": run_dir.name, "dir": str(run_dir)}
+        run = wandb.init(**names, config={"toml": toml}, resume="allow")
         self._open.callback(run.finish)
         return lambda step, numbers: run.log(numbers, step=step)
+
+
+def _imported(name: str, need: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"{need} (pip install 'ochat-crlft[log]')") from None
 
 
 def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -76,7 +76,7 @@ def test_mfu_and_rates_are_of_the_time_since_the_last_flush(tmp_path, monkeypatc
 
 
 def test_lines_past_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path, caplog):
-    """Also within a character. In an answer, U+2028, U+2029 and U+0085 end lines of a text, but not of a file of JSON lines."""
+    """Also within a character. U+2028, U+2029 and U+0085 end no line of JSON lines."""
     path = tmp_path / "samples.jsonl"
     lines = [{"step": step, "answer": "a\u2028b\u2029c\x85d\x1ce\r\u00fc"} for step in (1, 2)]
     JsonlWriter(path).append(lines)
