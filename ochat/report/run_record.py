@@ -40,13 +40,16 @@ class Metrics:
         content = path.read_bytes() if path.exists() else b""
         texts = [text for text in content.split(b"\n")[:-1] if text.strip()]  # after the last line end: half a line
         self._rows = [dict(_numbers(line)) for text in texts if (line := jsonl.parse_line(text))]
+        self._columns: dict[Name, NDArray[np.float64]] = {}
         self.num_unreadable = len(texts) - len(self._rows)
         names = dict.fromkeys(name[1] for row in self._rows for name in row if isinstance(name, tuple))
         self.classes = list(names)  # in the order in which they first occur
 
     def __getitem__(self, name: Name) -> NDArray[np.float64]:
         """(n,); NaN where a line has no such number."""
-        return np.array([row.get(name, math.nan) for row in self._rows])
+        if name not in self._columns:
+            self._columns[name] = np.array([row.get(name, math.nan) for row in self._rows])
+        return self._columns[name]
 
 
 def _numbers(line: dict[str, Any]) -> Iterator[tuple[Name, float]]:
