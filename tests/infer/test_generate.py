@@ -12,10 +12,11 @@ from tests.model_families import FAMILIES, make, random_ids
 LENGTHS = (11, 1, 20, 4)
 
 
-@pytest.fixture
-def model(tmp_path):
-    make("mistral", tmp_path)
-    return hf.load(tmp_path, dtype="float32")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistral")
+    make("mistral", folder)
+    return hf.load(folder, dtype="float32")
 
 
 @torch.no_grad()
@@ -78,7 +79,6 @@ def test_draws_follow_the_distribution():
     [
         ({"top_k": 2}, [1, 3]),
         ({"top_k": 99}, [0, 1, 2, 3, 4]),
-        ({"top_p": 0.5}, [1]),
         ({"top_p": 0.7}, [1, 3]),
         ({"top_p": 1e-9}, [1]),
         ({"top_k": 2, "top_p": 0.72}, [1]),  # of the two that are left, the first has 0.73
@@ -88,12 +88,6 @@ def test_draws_follow_the_distribution():
 def test_only_the_kept_tokens_are_drawn(options, kept):
     shares = draw(torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5]), 1000, **options)  # 0.08 0.55 0.03 0.20 0.13
     assert shares.nonzero().flatten().tolist() == kept
-
-
-def test_answers_end_with_the_context(model):
-    context = model.config.max_position_embeddings
-    answers = generate(model, random_ids(context - 3, 2), max_new_tokens=8, stop_ids=())
-    assert [len(answer) for answer in answers] == [3, 8]
 
 
 def test_the_cache_holds_the_longest_sequence_there_can_be_and_no_more(model, monkeypatch):
@@ -112,31 +106,24 @@ def test_the_cache_holds_the_longest_sequence_there_can_be_and_no_more(model, mo
     generate(model, [short], max_new_tokens=10**9, stop_ids={alone[1][4]})
     assert capacities == [context, context, 22, context]
     assert together == alone and [len(answer) for answer in alone] == [3, 20]
-
-
-def test_no_prompts_no_answers(model):
     assert generate(model, [], max_new_tokens=8, stop_ids=()) == []
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "error", "needle"),
     [
-        ({"temperature": -0.1}, "temperature = -0.1"),
-        ({"temperature": float("nan")}, "temperature = nan"),
-        ({"top_p": 0.0}, "top_p = 0.0"),
-        ({"top_p": 1.1}, "top_p = 1.1"),
-        ({"top_k": -1}, "top_k = -1"),
-        ({"max_new_tokens": 0}, "max_new_tokens = 0"),
-        ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
-        ({"prompts": [[1] * 256]}, "prompt 0 has 256 tokens, but the model's context is 256"),
+        ({"temperature": -0.1}, ConfigError, "temperature = -0.1"),
+        ({"temperature": float("nan")}, ConfigError, "temperature = nan"),
+        ({"top_p": 0.0}, ConfigError, "top_p = 0.0"),
+        ({"top_p": 1.1}, ConfigError, "top_p = 1.1"),
+        ({"top_k": -1}, ConfigError, "top_k = -1"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens = 0"),
+        ({"prompts": [[1], []]}, ConfigError, "prompt 1"),
+        ({"prompts": [[1] * 256]}, ConfigError, "prompt 0 .*256 .*256"),
+        ({"prompts": [[97]]}, DataError, "97"),  # outside the vocabulary
     ],
 )
-def test_settings_out_of_range_are_refused(model, options, named):
+def test_bad_settings_and_prompts_are_named(model, options, error, needle):
     settings = {"prompts": [[1, 2]], "max_new_tokens": 4, "stop_ids": ()} | options
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(error, match=needle):
         generate(model, settings.pop("prompts"), **settings)
-
-
-def test_ids_outside_the_vocabulary_are_refused(model):
-    with pytest.raises(DataError, match="token id 97"):
-        generate(model, [[97]], max_new_tokens=1, stop_ids=())
