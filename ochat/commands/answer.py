@@ -6,6 +6,8 @@ ochat answer mine question.jsonl model_answer/mine.jsonl --format mt_bench --end
 
 from __future__ import annotations
 
+import math
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,10 +15,13 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.evaluate.questions import Format, read_questions
+from ochat.errors import ConfigError
+from ochat.evaluate import answer_files
+from ochat.evaluate.answer_files import Format
 from ochat.files import checksums
 
 MAX_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "vicuna_bench": 1024}
+LEAST = {"concurrent": 1, "requests_per_minute": 0, "retries": 0, "timeout_s": 1}  # of an endpoint's options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +52,20 @@ class AnswerOptions:
 def main(options: AnswerOptions) -> None:
     """The command `ochat answer`."""
     # torch takes seconds to import; --help does without
-    from ochat.evaluate import answer_files
     from ochat.evaluate.answer import answer
     from ochat.evaluate.model_client import EndpointAnswerer, LocalAnswerer
     from ochat.model.device import find_device
 
     answer_files.check_output(options.output)
-    questions = read_questions(options.questions, options.format, limit=options.limit, temperature=options.temperature)
+    limits = {"limit": options.limit, "temperature": options.temperature}
+    questions = answer_files.read_questions(options.questions, options.format, **limits)
     given = options.max_new_tokens
     most = MAX_NEW_TOKENS[options.format] if given is None else given
+    _check_least("max_new_tokens", most, 1)
     if options.endpoint:
+        _check_endpoint(options.endpoint)
+        for key, least in LEAST.items():
+            _check_least(key, getattr(options, key), least)
         keys = ("condition", "seed", "concurrent", "requests_per_minute", "retries", "timeout_s")
         more = {key: getattr(options, key) for key in keys}
         answerer = EndpointAnswerer(options.endpoint, options.model, max_new_tokens=most, **more)
@@ -71,3 +80,18 @@ def main(options: AnswerOptions) -> None:
     num_cut = sum(each.is_cut for _, each in answered)
     cut = f"{num_cut:,} of them cut short by --max-new-tokens or the context" if num_cut else "none of them cut short"
     Console(highlight=False).print(f"{len(answered):,} answers in {escape(str(options.output))}, {cut}", soft_wrap=True)
+
+
+def _check_endpoint(endpoint: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not (is_address and endpoint.isascii() and endpoint.isprintable() and " " not in endpoint):
+        raise ConfigError(f"--endpoint {endpoint}: an address is needed, such as http://127.0.0.1:8000/v1")
+
+
+def _check_least(name: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")

@@ -19,9 +19,8 @@ from typing import Any
 
 from ochat.console import bar
 from ochat.errors import ConfigError, DataError
-from ochat.evaluate.answer_files import Answer, check_output, write_answers
+from ochat.evaluate.answer_files import Answer, Format, Question, check_output, write_answers
 from ochat.evaluate.model_client import Answerer
-from ochat.evaluate.questions import Format, Question
 
 log = logging.getLogger(__name__)
 _BEGIN = b'{"about":'

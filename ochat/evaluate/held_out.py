@@ -9,7 +9,7 @@ Every segment is tokenised alone, so exchanging the prefixes' ids gives the same
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -141,7 +141,8 @@ def read_held_out(data: Paths, template: Template, tokenizer: Tokenizer) -> list
         return HeldOut.of(record_formats.convert(value), template, tokenizer)
 
     if is_prepared(data):
-        each = _of_dataset(TokenDataset(data))
+        dataset = TokenDataset(data)
+        each = (HeldOut(one.input_ids, dataset.spans(index), one.condition) for index, one in enumerate(dataset))
     else:
         each = (held_out for path in folder_list(data) for _, held_out in parse_records(path, parse))
     found = [held_out for held_out in each if num_supervised(held_out.spans)]
@@ -166,11 +167,6 @@ def select(conversations: Sequence[HeldOut], only_class: str | None, limit: int 
         if only_class in (None, each.condition) and (limit is None or seen[each.condition] <= limit):
             taken.append(each)
     return taken
-
-
-def _of_dataset(dataset: TokenDataset) -> Iterator[HeldOut]:
-    for index, example in enumerate(dataset):
-        yield HeldOut(example.input_ids, dataset.spans(index), example.condition)
 
 
 def _turns(template: Template) -> Template:

@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ochat.errors import ConfigError, ServerError
-from ochat.evaluate.answer_files import Answer
-from ochat.evaluate.questions import Question
+from ochat.evaluate.answer_files import Answer, Question
 from ochat.export.open_model import folder_of, open_model
 from ochat.files import checksums
 from ochat.infer.generate import generate
@@ -40,16 +37,6 @@ log = logging.getLogger(__name__)
 QUESTIONS_PER_BATCH = 16  # each holds a cache of keys and values as long as the batch's longest
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 KEY = "OPENAI_API_KEY"
-
-
-class Answerer(Protocol):
-    """Answers questions. `about`: plain data that identifies the model and its settings."""
-
-    about: dict[str, Any]
-
-    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
-        """Each question with its answer, in any order, as soon as it is known."""
-        ...
 
 
 def turn_seed(seed: int, key: str, turn: int) -> int:
@@ -83,16 +70,10 @@ class EndpointAnswerer:
         retries: int = 10,
         timeout_s: float = 600.0,
     ) -> None:
-        """Raises: ConfigError for options out of range, and where the package openai is missing."""
-        _check_max_new_tokens(max_new_tokens)
-        _check_endpoint(endpoint)
-        _check_least("concurrent", concurrent, 1)
-        _check_least("requests_per_minute", requests_per_minute, 0)
-        _check_least("retries", retries, 0)
-        _check_least("timeout_s", timeout_s, 1)
+        """Raises: ConfigError for an unreadable key, and where the package openai is missing."""
         self.endpoint, self.model, self.seed, self.max_new_tokens = endpoint, model, seed, max_new_tokens
         self.concurrent = concurrent
-        self.about = {"model": model, "condition": condition}
+        self.about: dict[str, Any] = {"model": model, "condition": condition}
         self._extra = {} if condition is None else {"chat_template_kwargs": {"condition": condition}}
         self._interval_s = 60 / requests_per_minute if requests_per_minute else 0.0
         self._next_start, self._lock = 0.0, threading.Lock()
@@ -201,14 +182,13 @@ class LocalAnswerer:
         base: str = "",
     ) -> None:
         """Raises: ConfigError and CheckpointError, for what can be known before the weights are read."""
-        _check_max_new_tokens(max_new_tokens)
         self.source, self.max_new_tokens, self.seed = source, max_new_tokens, seed
         self.dtype, self.device, self.base = dtype, device, base
         self.folder = folder_of(source)
         self.tokenizer = tokenizers.load(self.folder)
         self.template = self._template(template, condition)
-        self.about = {"model": fingerprint(self.folder), "condition": self.template.default_condition}
-        self.about |= {"template": self.template.name, "dtype": dtype}
+        self.about: dict[str, Any] = {"model": fingerprint(self.folder), "condition": self.template.default_condition}
+        self.about |= {"template": self.template.name, "dtype": dtype}  # what decides the answers
         self._model: Transformer | None = None
 
     def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
@@ -282,21 +262,4 @@ def _key() -> str:
     return key
 
 
-def _check_max_new_tokens(most: int) -> None:
-    if most < 1:
-        raise ConfigError(f"--max-new-tokens {most}: at least 1 is needed")
-
-
-def _check_endpoint(endpoint: str) -> None:
-    try:
-        parts = urllib.parse.urlsplit(endpoint)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not (is_address and endpoint.isascii() and endpoint.isprintable() and " " not in endpoint):
-        raise ConfigError(f"--endpoint {endpoint}: an address is needed, such as http://127.0.0.1:8000/v1")
-
-
-def _check_least(name: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
+Answerer = LocalAnswerer | EndpointAnswerer

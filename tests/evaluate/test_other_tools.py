@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from ochat.commands.answer import AnswerOptions, main
-from ochat.export.hf_folder import export
 from ochat.model import hf
 from ochat.text.conversation import Conversation, Message
 from ochat.text.template import load as load_template
 from ochat.text.tokenizer import load as load_tokenizer
 from tests import tiny
 from tests.chat_stub import ChatStub
+from tests.evaluate.conftest import read_lines
+from tests.tiny_text import write_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TOOLS = tiny.ROOT / ".cache" / "tools"
@@ -78,49 +79,42 @@ def run(name: str, *arguments: object, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def model(world, alone, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tools") / "mine"
-    export(world.folder / "alone", folder, dtype="float32")
-    return folder
+def answer(model: Path, questions: Path, output: Path, **more: str) -> None:
+    main(AnswerOptions(model=str(model), questions=questions, output=output, max_new_tokens=6, dtype="float32", **more))
 
 
-def test_lm_eval_scores_an_export_as_we_do(model, tmp_path):
+def test_lm_eval_scores_an_export_as_we_do(exported, tmp_path):
     """Each choice's log-likelihood is ours, after the prompt that the template writes for the default class."""
-    (tmp_path / "exam.jsonl").write_text("".join(json.dumps(each) + "\n" for each in EXAM))
+    write_lines(tmp_path / "exam.jsonl", EXAM)
     (tmp_path / "exam.yaml").write_text(TASK.format(data=tmp_path / "exam.jsonl"))
-    options = [f"--model_args=pretrained={model},dtype=float32", "--apply_chat_template", "--include_path=."]
+    options = [f"--model_args=pretrained={exported},dtype=float32", "--apply_chat_template", "--include_path=."]
     options += ["--tasks=exam", "--device=cpu", "--output_path=out", "--log_samples"]
     run("open", "-m", "lm_eval", "run", "--model=hf", *options, cwd=tmp_path)
     (samples,) = (tmp_path / "out").rglob("samples_exam*.jsonl")
     (results,) = (tmp_path / "out").rglob("results*.json")
-    ours, tokenizer, template = hf.load(model, dtype="float32"), load_tokenizer(model), load_template("openchat_v3.2")
+    ours, tokenizer, template = (
+        hf.load(exported, dtype="float32"),
+        load_tokenizer(exported),
+        load_template("openchat_v3.2"),
+    )
     num_right = 0
-    for line, record in zip(samples.read_text().splitlines(), EXAM, strict=True):
+    for line, record in zip(read_lines(samples), EXAM, strict=True):
         question = f"{record['passage'] or ''}Q: {record['question']} Answer Choices: {' '.join(record['options'])}"
         asked = Conversation((Message("user", f"{question}\nThe answer is"),), "GPT4")
         prompt = template.encode_prompt(asked, tokenizer)
         (logits,) = ours.logits([prompt])
         wanted = torch.log_softmax(logits[-1], 0)[[tokenizer.encode(letter)[-1] for letter in LETTERS]]
-        found = [float(response[0]) for response in json.loads(line)["filtered_resps"]]
+        found = [float(response[0]) for response in line["filtered_resps"]]
         torch.testing.assert_close(torch.tensor(found), wanted, atol=1e-4, rtol=1e-4)
         num_right += LETTERS[int(wanted.argmax())] == record["label"]
     assert json.loads(results.read_text())["results"]["exam"]["acc,none"] == num_right / len(EXAM)
 
 
-def test_alpaca_eval_judges_our_file_against_another(model, tmp_path):
+def test_alpaca_eval_judges_our_file_against_another(exported, tmp_path):
     """Its GPT-4 annotator, answered by a stub that prefers our outputs wherever they are shown."""
     instructions = [f"{i}+1" for i in range(4)]
     (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": each, "dataset": "x"} for each in instructions]))
-    main(
-        AnswerOptions(
-            model=str(model),
-            questions=tmp_path / "alpaca.json",
-            output=tmp_path / "mine.json",
-            max_new_tokens=6,
-            dtype="float32",
-        )
-    )
+    answer(exported, tmp_path / "alpaca.json", tmp_path / "mine.json")
     theirs = [{"instruction": each, "output": "THEIRS", "generator": "other"} for each in instructions]
     (tmp_path / "theirs.json").write_text(json.dumps(theirs))
 
@@ -143,21 +137,12 @@ def test_alpaca_eval_judges_our_file_against_another(model, tmp_path):
     assert board[""] == "mine" and board["win_rate"] == "100.0" and board["n_total"] == "4"
 
 
-def test_fastchat_reads_our_answers_and_makes_its_matches(model, tmp_path):
+def test_fastchat_reads_our_answers_and_makes_its_matches(exported, tmp_path):
     lines = [{"question_id": i, "category": "math", "turns": [f"{i}+{i}", "1+1"]} for i in (81, 82)]
-    (tmp_path / "question.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = write_lines(tmp_path / "question.jsonl", lines)
     for condition in ("GPT4", "GPT3"):
-        main(
-            AnswerOptions(
-                model=str(model),
-                questions=tmp_path / "question.jsonl",
-                output=tmp_path / "model_answer" / f"{condition}.jsonl",
-                format="mt_bench",
-                condition=condition,
-                max_new_tokens=6,
-                dtype="float32",
-            )
-        )
+        output = tmp_path / "model_answer" / f"{condition}.jsonl"
+        answer(exported, file, output, format="mt_bench", condition=condition)
     program = """if True:
         import json
         from fastchat.llm_judge import gen_judgment as judgment
@@ -174,5 +159,5 @@ def test_fastchat_reads_our_answers_and_makes_its_matches(model, tmp_path):
     found = json.loads(run("open", "-c", program, cwd=tmp_path).strip().splitlines()[-1])
     assert found["models"] == ["GPT3", "GPT4"] and found["matches"] == 2
     for name, turns in found["turns"].items():
-        written = (tmp_path / "model_answer" / f"{name}.jsonl").read_text().splitlines()
-        assert turns == [json.loads(line)["choices"][0]["turns"] for line in written]
+        written = read_lines(tmp_path / "model_answer" / f"{name}.jsonl")
+        assert turns == [line["choices"][0]["turns"] for line in written]

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +133,9 @@ class AblationDir:
     def _result(self, run: Run) -> dict[str, Any]:
         measured = bounded_json.read_object(self.measured(run), ConfigError, "remove it, and the run is made again")
         last = last_step(Path(run.config.run.dir))
-        return {
-            "run": run.name,
-            "variant": run.variant.name,
-            "title": run.variant.title,
-            "seed": run.seed,
-            "steps": last.get("step"),
-            "loss": last.get("loss"),
-            "conditions": measured["conditions"],
-            "interval": measured["interval"],
-            "classes": measured["classes"],
-        }
+        named = {"run": run.name, "variant": run.variant.name, "title": run.variant.title, "seed": run.seed}
+        named |= {"steps": last.get("step"), "loss": last.get("loss")}
+        return named | {key: measured[key] for key in ("conditions", "interval", "classes")}
 
     def _prepare(self, run: Run) -> None:
         """The run's training and held-out sets, from files or by holding out a share."""
@@ -153,21 +144,18 @@ class AblationDir:
             return
         output.parent.mkdir(parents=True, exist_ok=True)
         files, share = variants.held_out(self.options)
-        self._prepare_one(run, self.options.input, output, share)
-        if files:
-            self._prepare_one(run, files, held_out)
-
-    def _prepare_one(self, run: Run, inputs: Sequence[str], output: Path, share: float = 0.0) -> None:
-        prepare.prepare(
-            [variants.of_seed(name, run.seed) for name in inputs],
-            run.config.base.path,
-            self.options.template,
-            output,
-            context=self.options.context,
-            conditions=MODES[run.variant.data],
-            held_out=share,
-            overwrite=True,
-        )
+        for inputs, folder, part in ((self.options.input, output, share), (files, held_out, 0.0)):
+            if inputs:
+                prepare.prepare(
+                    [variants.of_seed(name, run.seed) for name in inputs],
+                    run.config.base.path,
+                    self.options.template,
+                    folder,
+                    context=self.options.context,
+                    conditions=MODES[run.variant.data],
+                    held_out=part,
+                    overwrite=True,
+                )
 
     def _check_classes(self, run: Run) -> None:
         for is_held_out in (False, True):
@@ -222,12 +210,13 @@ class AblationDir:
 
     def _settings(self) -> dict[str, Any]:
         base = msgspec.structs.replace(self.base, base=configuration.BaseConfig(""))
-        found: dict[str, Any] = {}
-        for section, values in msgspec.to_builtins(base).items():
-            if section not in FREE_SECTIONS:
-                found |= {f"{section}.{key}": value for key, value in values.items()}
-        found |= {
-            f"{ABLATE}.{key}": value for key, value in msgspec.structs.asdict(self.options).items() if key not in FREE
+        sections = msgspec.to_builtins(base) | {ABLATE: msgspec.structs.asdict(self.options)}
+        free = {ABLATE: FREE} | {section: tuple(sections[section]) for section in FREE_SECTIONS}
+        found = {
+            f"{section}.{key}": value
+            for section, values in sections.items()
+            for key, value in values.items()
+            if key not in free.get(section, ())
         }
         return json.loads(json.dumps(found))  # as it is read back
 

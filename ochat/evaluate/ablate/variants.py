@@ -99,7 +99,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its folder."""
-        return run_name(self.variant, self.seed)
+        return f"{self.variant.name}-seed{self.seed}"
 
 
 def read_config(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
@@ -153,11 +153,6 @@ def data_folder(options: AblateConfig, base: Config, seed: int, which: str) -> P
 def held_out(options: AblateConfig) -> tuple[tuple[str, ...], float]:
     """The held-out files, and the share of the input that is held out where there are none."""
     return ((), float(options.held_out)) if isinstance(options.held_out, float | int) else (options.held_out, 0.0)
-
-
-def run_name(variant: Variant, seed: int) -> str:
-    """What a run's folder, log and configuration are called."""
-    return f"{variant.name}-seed{seed}"
 
 
 def of_seed(text: str, seed: int) -> str:

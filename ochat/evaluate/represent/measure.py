@@ -3,29 +3,39 @@
 row = measure(
     load, compared, sample, "GPT4", tokenizer, view="own_all", distance="cosine", num_permutations=200, seed=0
 )
+
+A conversation is the mean over its tokens of the last layer's hidden states, after the final norm: the states that the
+head multiplies, transformers' `hidden_states[-1]`. Letters: T packed tokens, H hidden.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ochat.console import bar
-from ochat.evaluate.represent import hidden_states
+from ochat.data.batch import Example
 from ochat.evaluate.represent.compared_models import ComparedModel
 from ochat.evaluate.represent.probe import probe
 from ochat.evaluate.represent.sample import Sample
-from ochat.model.transformer import Transformer
+from ochat.evaluate.swap import passes
+from ochat.model.transformer import Transformer, pack_ids
 from ochat.text.tokenizer import Tokenizer
 
 Distance = Literal["cosine", "euclidean"]
 Floats = NDArray[np.float32]
 NEIGHBOURS = 15  # UMAP's own default
+TOKENS = ("all", "answers")
+# under which prefixes a conversation is read, and over which of its tokens the mean is taken
+VIEWS = ("own_all", "own_answers", "one_all", "one_answers", "words")
 
 
 def measure(
@@ -45,16 +55,79 @@ def measure(
     `load` gives the model, which is freed before anything is computed from its states.
     """
     with bar(f"{compared.label}: states", len(sample.labels) * (1 + compared.names_classes)) as advance:
-        states = hidden_states.views(load(), compared, sample, one_prefix, tokenizer, advance)
+        states = views(load(), compared, sample, one_prefix, tokenizer, advance)
     row: dict[str, Any] = {"label": compared.label, "source": str(compared.source), "template": compared.template.name}
     row |= {"names_classes": compared.names_classes, "views": {}}
-    with bar(f"{compared.label}: probes and map", len(hidden_states.VIEWS) + 1) as advance:
-        for name in hidden_states.VIEWS:
+    with bar(f"{compared.label}: probes and map", len(VIEWS) + 1) as advance:
+        for name in VIEWS:
             row["views"][name] = numbers(states[name], sample, distance, num_permutations, seed)
             advance(1)
         points = {"pca": pca(states[view])[0], "umap": umap(states[view], distance, seed)}
     row["silhouette_umap"] = silhouette(points["umap"], sample.labels, "euclidean")
     return row | {"points": {name: found.tolist() for name, found in points.items()}}
+
+
+def views(
+    model: Transformer,
+    compared: ComparedModel,
+    sample: Sample,
+    one_prefix: str,
+    tokenizer: Tokenizer,
+    advance: Callable[[int], object] = lambda num_conversations: None,
+) -> dict[str, Floats]:
+    """The sample's states (n, H) in each of VIEWS. Costs: a forward pass of all conversations under their own prefixes,
+    and, where prefixes name classes, one under the one prefix."""
+    own, one = sample.written(one_prefix, compared.template, tokenizer)
+    of_own = pooled(model, own, advance)
+    of_one = pooled(model, one, advance) if compared.names_classes else of_own
+    found = {f"own_{tokens}": of_own[tokens] for tokens in TOKENS}
+    found |= {f"one_{tokens}": of_one[tokens] for tokens in TOKENS}
+    return found | {"words": words(model, own)}
+
+
+@torch.no_grad()
+def pooled(
+    model: Transformer, examples: Sequence[Example], advance: Callable[[int], object] = lambda num_conversations: None
+) -> dict[str, Floats]:
+    """{"all": means over all tokens, "answers": over the tokens of weight other than 0}, (n, H) fp32 each, in order.
+
+    Conversations run packed and sorted by length, without the head. Costs: a forward pass of all tokens, 2 n H numbers.
+    Raises: DataError for a token id outside the vocabulary.
+    """
+    states = {tokens: np.empty((len(examples), model.config.hidden_size), np.float32) for tokens in TOKENS}
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    for run in passes(len(examples[i].input_ids) for i in order):
+        places = [order[i] for i in run]
+        batch = [examples[i] for i in places]
+        input_ids, position_ids, attend = pack_ids(model, [each.input_ids.tolist() for each in batch])
+        means = model(input_ids, position_ids, attend, partial(_means, batch))
+        for tokens, found in zip(TOKENS, means, strict=True):
+            states[tokens][places] = found.cpu().numpy()
+        advance(len(places))
+    return states
+
+
+@torch.no_grad()
+def words(model: Transformer, examples: Sequence[Example]) -> Floats:
+    """Means of the answers' input embeddings, (n, H) fp32: which words they contain, without order or context."""
+    weight = model.embed.weight
+    means = []
+    for each in examples:
+        ids = torch.from_numpy(each.input_ids[each.loss_weights != 0]).to(weight.device)
+        means.append(model.embed(ids, torch.float32).mean(0))
+    return torch.stack(means).cpu().numpy()
+
+
+def _means(batch: Sequence[Example], hidden: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    """(S, H) fp32 over all tokens and over the answers'. A mean a conversation: sums by index are atomic additions on
+    CUDA, in another order each time."""
+    lengths = [len(each.input_ids) for each in batch]
+    is_answer = np.concatenate([each.loss_weights != 0 for each in batch])
+    rows = torch.from_numpy(np.flatnonzero(is_answer)).to(hidden.device)
+    counts = [int((each.loss_weights != 0).sum()) for each in batch]
+    parts = (hidden.split(lengths), hidden.index_select(0, rows).split(counts))
+    whole, answers = (torch.stack([part.float().mean(0) for part in each]) for each in parts)
+    return whole, answers
 
 
 def numbers(states: Floats, sample: Sample, distance: Distance, num_permutations: int, seed: int) -> dict[str, Any]:

@@ -31,9 +31,9 @@ seeds = [3, 5]
 
 
 @pytest.fixture(scope="package")
-def file(world, tmp_path_factory):
+def file(world, chats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
-    named = {"base": world.base, "chats": world.folder / "conversations.jsonl", "folder": folder / "ablation"}
+    named = {"base": world.base, "chats": chats, "folder": folder / "ablation"}
     path = folder / "ablation.toml"
     path.write_text(TOML.format(**{name: json.dumps(str(value)) for name, value in named.items()}, steps=STEPS))
     return path

@@ -1,4 +1,4 @@
-"""A killed ablation resumes and gives what undisturbed runs give; whatever would spoil a comparison is refused."""
+"""A killed ablation resumes and gives what undisturbed runs give; what would spoil a comparison is refused."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from ochat.evaluate.ablate.ablation_dir import AblationDir, last_step
 from ochat.train.trainer import train
 from tests import tiny
 from tests.checkpoint.test_checkpoint_faults import descendants, wait_for
+from tests.evaluate.ablate.conftest import STEPS
+from tests.evaluate.conftest import read_lines
 
 pytest.importorskip("scipy", reason="the extra `report` is not installed")
-STEPS = 12
 
 
 def arguments(file, folder, *more):
@@ -39,12 +40,6 @@ def opened(file, folder, *more):
     ablation = AblationDir(*variants.read_config(file, [f"--ablate.dir={folder}", *more]))
     ablation.open()
     return ablation
-
-
-def begin(folder):
-    """Pretend that a run has made a step."""
-    (folder / "runs" / "c-rlft-seed3").mkdir(parents=True)
-    (folder / "runs" / "c-rlft-seed3" / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
 @pytest.fixture(scope="module")
@@ -74,17 +69,15 @@ def test_a_killed_ablation_leaves_no_process_and_repeats_nothing(killed):
     folder, alive, stamp, printed = killed
     assert not alive
     assert (folder / "runs" / "c-rlft-seed3" / "measured.json").stat().st_mtime_ns == stamp
-    assert "2 runs of 12 steps, 1 to do" in printed and "sft-seed3 done" in printed
-    assert "resuming from" in (folder / "logs" / "sft-seed3.log").read_text()
+    assert "1 to do" in printed and "resuming from" in (folder / "logs" / "sft-seed3.log").read_text()
 
 
 def test_it_gives_what_undisturbed_runs_give(killed, tmp_path):
     folder = killed[0]
-    results = {record["run"]: record for record in map(json.loads, (folder / "results.jsonl").open())}
-    for name in ("c-rlft-seed3", "sft-seed3"):
+    results = {record["run"]: record for record in read_lines(folder / "results.jsonl")}
+    for name, data, conditions in (("c-rlft-seed3", "condition", ("GPT4", "GPT3")), ("sft-seed3", "plain", ())):
         train(configuration.load(folder / "configs" / f"{name}.toml", [f"--run.dir={tmp_path / name}"]))
-        held_out = folder / "data" / ("plain-held-out" if name.startswith("sft") else "condition-held-out")
-        conditions = () if name.startswith("sft") else ("GPT4", "GPT3")
+        held_out = folder / "data" / f"{data}-held-out"
         alone = evaluate(EvalOptions(tmp_path / name, (held_out,), conditions, dtype="float32"))
         assert results[name]["classes"] == json.loads(json.dumps(alone["classes"]))
         lines = [[line["loss"] for line in tiny.metrics(at / name)] for at in (folder / "runs", tmp_path)]
@@ -97,9 +90,7 @@ def test_a_finished_ablation_prints_its_table_again_and_trains_nothing(killed, f
     written = (folder / "table.json").read_text()
     for more in (["--table"], []):
         cli.call("ablate", arguments(file, folder, *more))
-        shown = capsys.readouterr().out
-        assert f"wrote {folder / 'table.md'}" in shown
-        assert shown.split("exact match")[1] == printed.split("exact match")[1] and "only SFT" in shown
+        assert capsys.readouterr().out.split("exact match")[1] == printed.split("exact match")[1]
         assert (folder / "table.json").read_text() == written
     assert not (folder / "runs" / "sft-seed3" / "checkpoints").exists()
     assert (folder / "runs" / "sft-seed3" / "export" / "openchat.json").is_file()
@@ -107,59 +98,53 @@ def test_a_finished_ablation_prints_its_table_again_and_trains_nothing(killed, f
 
 
 @pytest.mark.parametrize(
-    ("more", "named"),
+    ("more", "needle"),
     [
-        (["--optim.lr=2e-2"], "optim.lr is 0.02, and was 0.01 when"),
+        (["--optim.lr=2e-2"], "optim.lr is 0.02, and was 0.01"),
         (["--classes.GPT3.weight=0.2"], "classes.GPT3 is .*0.2"),
         (["--ablate.held_out=0.5"], "ablate.held_out is 0.5"),
         (["--ablate.limit=3"], "ablate.limit is 3"),
-        (["--table", "--ablate.expert=GPT5"], "ablate.expert is 'GPT5', and was 'GPT4' when"),
-        (["--table", "--ablate.expert=GPT3", "--ablate.suboptimal=GPT4"], "ablate.expert is 'GPT3', and was 'GPT4'"),
+        (["--table", "--ablate.expert=GPT5"], "ablate.expert is 'GPT5', and was 'GPT4'"),
     ],
 )
-def test_a_changed_setting_is_named(killed, file, more, named):
+def test_a_changed_setting_is_named(killed, file, more, needle):
     for old in ("ablation.json", "laboratory.json"):  # the second was its name in earlier versions
         os.replace(killed[0] / "ablation.json", killed[0] / old)
-        with pytest.raises(ConfigError, match=named):
+        with pytest.raises(ConfigError, match=needle):
             cli.call("ablate", arguments(file, killed[0], *more))
         os.replace(killed[0] / old, killed[0] / "ablation.json")
 
 
-def test_changed_data_and_another_base_are_named_but_not_a_moved_one(file, world, tmp_path):
-    chats, folder = tmp_path / "chats.jsonl", tmp_path / "ablation"
-    lines = (world.folder / "conversations.jsonl").read_text().splitlines(keepends=True)
-    chats.write_text("".join(lines))
-    data = f'--ablate.input=["{chats}"]'
-    opened(file, folder, data)
-    begin(folder)
-    opened(file, folder, data, "--ablate.seeds=[8]", "--ablate.jobs=3", "--run.deterministic=true")
+def test_changed_data_and_another_base_are_named_but_not_a_moved_one(file, world, chats, tmp_path):
+    copy, data = tmp_path / "chats.jsonl", f'--ablate.input=["{tmp_path / "chats.jsonl"}"]'
+    shutil.copy(chats, copy)
+    opened(file, tmp_path, data)
+    (tmp_path / "runs" / "c-rlft-seed3").mkdir(parents=True)
+    (tmp_path / "runs" / "c-rlft-seed3" / "metrics.jsonl").write_text('{"step": 1}\n')  # as if it had made a step
+    opened(file, tmp_path, data, "--ablate.seeds=[8]", "--ablate.jobs=3", "--run.deterministic=true")
     shutil.copytree(world.base, tmp_path / "moved")
-    opened(file, folder, data, f"--base.path={tmp_path / 'moved'}")
-    init_base.main(
-        InitBaseOptions(
-            tmp_path / "other", random=world.folder / "model.json", tokenizer=world.base, seed=1, dtype="float32"
-        )
-    )
-    with pytest.raises(ConfigError, match=r"the checksum of the base is '\w+', and was"):
-        opened(file, folder, data, f"--base.path={tmp_path / 'other'}")
-    chats.write_text("".join(lines[:-1]))
-    with pytest.raises(ConfigError, match=r"the content of .*chats.jsonl is '\w+', and was"):
-        opened(file, folder, data)
+    opened(file, tmp_path, data, f"--base.path={tmp_path / 'moved'}")
+    random = {"random": world.folder / "model.json", "tokenizer": world.base}
+    init_base.main(InitBaseOptions(tmp_path / "other", **random, seed=1, dtype="float32"))
+    with pytest.raises(ConfigError, match="checksum of the base"):
+        opened(file, tmp_path, data, f"--base.path={tmp_path / 'other'}")
+    copy.write_text("".join(copy.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match="content of .*chats.jsonl"):
+        opened(file, tmp_path, data)
 
 
 def test_before_the_first_step_a_mistake_can_be_corrected(file, tmp_path):
-    with pytest.raises(ConfigError, match="no such class"):
+    with pytest.raises(ConfigError, match="ablate.expert = 'GPT5'"):
         opened(file, tmp_path, "--ablate.expert=GPT5")
-    few, many = (num_held_out(opened(file, tmp_path, f"--ablate.held_out={share}")) for share in (0.3, 0.8))
+    few, many = (
+        len(TokenDataset(ablation.data(ablation.runs[0], is_held_out=True)))
+        for ablation in (opened(file, tmp_path, f"--ablate.held_out={share}") for share in (0.3, 0.8))
+    )
     assert many > 1.5 * few
 
 
-def num_held_out(ablation):
-    return len(TokenDataset(ablation.data(ablation.runs[0], is_held_out=True)))
-
-
 def test_a_table_without_an_ablation_is_an_error(file, tmp_path):
-    with pytest.raises(ConfigError, match="nothing: no ablation was begun there"):
+    with pytest.raises(ConfigError, match="nothing"):
         cli.call("ablate", arguments(file, tmp_path / "nothing", "--table"))
     assert not (tmp_path / "nothing").exists()
 

@@ -50,7 +50,6 @@ def test_the_table_is_means_over_seeds_and_differences_by_seed():
     assert single["exact"]["expert"]["interval"] == [0.1, 0.2] and single["exact"]["above_ours"]["interval"] is None
     text = table.markdown(record)
     assert "| C-RLFT | 3 | 91.0 [88.5, 93.5] |" in text and "-70.0 [-70.0, -70.0]" in text
-    assert "t interval over seeds, 95%; of one seed percentile bootstrap, 95%" in text
     shown = io.StringIO()
     console = Console(file=shown, width=80)
     for each in table.tables(record):

@@ -14,8 +14,7 @@ from ochat.evaluate.ablate.ablation_dir import AblationDir
 from ochat.model.config import ModelConfig
 from ochat.text.tokenizer import load as load_tokenizer
 from ochat.train import build
-
-STEPS = 12
+from tests.evaluate.ablate.conftest import STEPS
 
 
 def flat(config):
@@ -72,42 +71,39 @@ def test_what_a_variant_trains_on(file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "named"),
+    ("more", "needle"),
     [
-        (["--ablate.seed=[1]"], "unknown key 'ablate.seed'; did you mean 'seeds'"),
-        (['--ablate.variants=["rlft"]'], r"ablate.variants\[0\] = 'rlft': expected one of 'c-rlft'"),
-        (["--ablate.held_out=chats.jsonl"], "ablate.held_out = 'chats.jsonl': expected an array, .* or a number"),
-        (["--ablate.held_out=[]"], "ablate.held_out = .*: expected files of held-out conversations, or a share"),
-        (["--ablate.suboptimal=GPT4"], "expected the name of another class"),
-        (["--ablate.seeds=[1, 1]"], "ablate.seeds = .*each once"),
-        (["--ablate.subsample=[1.0]"], "ablate.subsample = 1.0"),
-        (["--optim.lr=auto"], "optim.lr = 'auto': expected a number"),
-        (["--data.max_steps=0"], "data.max_steps = 0: expected the steps"),
-        (["--data.path=x"], "data.path: `ochat ablate` sets it"),
-        (["--run.dir=x"], "run.dir: `ochat ablate` sets it"),
-        (["--weights.source=none"], "weights.source = 'none'"),
+        ("--ablate.seed=[1]", "'ablate.seed'.*'seeds'"),
+        ('--ablate.variants=["rlft"]', "ablate.variants.*'rlft'.*'c-rlft'"),
+        ("--ablate.held_out=chats.jsonl", "ablate.held_out = 'chats.jsonl'"),
+        ("--ablate.held_out=[]", "ablate.held_out"),
+        ("--ablate.suboptimal=GPT4", "ablate.suboptimal"),
+        ("--ablate.seeds=[1, 1]", "ablate.seeds"),
+        ("--ablate.subsample=[1.0]", "ablate.subsample = 1.0"),
+        ("--optim.lr=auto", "optim.lr = 'auto'"),
+        ("--data.max_steps=0", "data.max_steps = 0"),
+        ("--data.path=x", "data.path.*ochat ablate"),
+        ("--run.dir=x", "run.dir.*ochat ablate"),
+        ("--weights.source=none", "weights.source = 'none'"),
     ],
 )
-def test_wrong_options_are_named(file, more, named):
-    with pytest.raises(ConfigError, match=named):
-        variants.read_config(file, more)
+def test_wrong_options_are_named(file, more, needle):
+    with pytest.raises(ConfigError, match=needle):
+        variants.read_config(file, [more])
 
 
 def test_the_section_belongs_to_ablate_alone(file, tmp_path):
-    with pytest.raises(ConfigError, match=r"has a section \[ablate\], which is for `ochat ablate"):
-        configuration.load(file)
     (tmp_path / "plain.toml").write_text(file.read_text().split("[ablate]")[0])
-    with pytest.raises(ConfigError, match=r"no section \[ablate\]"):
-        variants.read_config(tmp_path / "plain.toml")
+    for read, path in ((configuration.load, file), (variants.read_config, tmp_path / "plain.toml")):
+        with pytest.raises(ConfigError, match=r"section \[ablate\]"):
+            read(path)
 
 
 def test_help_lists_every_key_that_it_takes(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.call("ablate", ["--help"])
     shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and "[ablate]" in shown
-    for key in msgspec.structs.fields(variants.AblateConfig):
-        assert f"ablate.{key.name}" in shown
-    assert "--data.token_budget " in shown and "--run.deterministic " in shown
-    for key in ("run.dir", "run.seed", "data.mix", "data.path", "data.epochs"):
-        assert f"--{key} " not in shown and f"--{key}." not in shown
+    assert stopped.value.code == 0 and "--data.token_budget " in shown and "--run.deterministic " in shown
+    assert all(f"ablate.{key.name}" in shown for key in msgspec.structs.fields(variants.AblateConfig))
+    hidden = [f"--{section}.{key}" for section, keys in variants.SET_HERE.items() for key in keys]
+    assert not [key for key in hidden if f"{key} " in shown or f"{key}." in shown]

@@ -58,11 +58,10 @@ def test_states_are_standardised_by_the_training_folds():
     states, _, _ = made_up(0, 40, 16)
     states[:, 3] = 7  # says nothing, and has no deviation
     train, test = probes.standardised(states[:30], states[30:])
-    assert train.dtype == np.float32 and train.shape == (30, 17) and (train[:, -1] == 1).all()
-    assert np.abs(train[:, :-1].mean(0)).max() < 1e-6 and (train[:, 3] == 0).all() and (test[:, 3] == 0).all()
-    assert np.delete(train[:, :-1], 3, axis=1).std(0) * np.sqrt(16) == pytest.approx(1, abs=1e-5)
-    wanted = (states[30:, 0] - states[:30, 0].mean()) / states[:30, 0].std() / 4
-    assert test[:, 0] == pytest.approx(wanted, abs=1e-5)
+    deviations = np.where(np.arange(16) == 3, 1, states[:30].std(0)) * 4
+    for found, of in ((train, states[:30]), (test, states[30:])):
+        assert found.dtype == np.float32 and (found[:, -1] == 1).all() and (found[:, 3] == 0).all()
+        assert found[:, :-1] == pytest.approx((of - states[:30].mean(0)) / deviations, abs=1e-5)
 
 
 def test_no_fold_splits_a_prompt_and_classes_are_spread_alike():
@@ -108,17 +107,15 @@ def test_p_values_of_random_labels_are_uniform(per_prompt):
     assert np.mean(np.array(values) <= 0.5) > 0.2
 
 
-def test_separated_classes_have_the_smallest_p_value_there_is():
-    found = probes.probe(*made_up(0, apart=8), num_permutations=99, seed=0)
-    assert (found.accuracy, found.p_value) == (1.0, 1 / 100)
-    assert found.interval[1] == 1 and found.interval[0] == pytest.approx(1 / (1 + intervals.Z**2 / 60))
-    assert 0.35 < found.permuted < 0.6
-    three = probes.probe(*made_up(0, n=90, classes=3, apart=8), num_permutations=19, seed=0)
-    assert three.accuracy == 1.0 and 0.2 < three.permuted < 0.45
+@pytest.mark.parametrize(("n", "classes", "count", "chance"), [(60, 2, 99, (0.35, 0.6)), (90, 3, 19, (0.2, 0.45))])
+def test_separated_classes_have_the_smallest_p_value_there_is(n, classes, count, chance):
+    found = probes.probe(*made_up(0, n, classes=classes, apart=8), num_permutations=count, seed=0)
+    assert (found.accuracy, found.p_value) == (1.0, 1 / (1 + count)) and chance[0] < found.permuted < chance[1]
+    assert found.interval == (pytest.approx(1 / (1 + intervals.Z**2 / n)), 1)
 
 
 def test_what_no_permutation_can_change_has_a_p_value_of_one():
-    """Both answers to a prompt look the same: whatever is predicted, one of them is right."""
+    """Both answers to a prompt look the same: one of them is right for any prediction."""
     states, labels, prompts = made_up(0, per_prompt=2)
     found = probes.probe(states[prompts], labels, prompts, num_permutations=19, seed=0)
     assert (found.accuracy, found.permuted, found.p_value) == (0.5, 0.5, 1.0)
@@ -145,8 +142,7 @@ def test_permuted_labels_keep_prompts_and_folds_together():
 def test_the_interval_is_wilsons_of_prompts():
     alone, pairs = np.arange(50), np.arange(100) // 2
     wanted = stats.binomtest(40, 50).proportion_ci(0.95, method="wilson")
-    assert probes.wilson(0.8, alone) == pytest.approx(tuple(wanted), abs=1e-6)
-    assert probes.wilson(0.8, pairs) == pytest.approx(tuple(wanted), abs=1e-6)
+    assert probes.wilson(0.8, alone) == probes.wilson(0.8, pairs) == pytest.approx(tuple(wanted), abs=1e-6)
     low, high = probes.wilson(0.8, np.append(alone, np.full(50, 7)))  # half of all answers are to one prompt
     assert low < wanted.low and high > wanted.high
 
