@@ -16,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ochat.errors import RanksError
 
+KEYS = "ochat"
 POLL_S = 0.05
 START_S = 600.0  # machines of one job may start far apart
 
@@ -27,7 +28,7 @@ def launch_store() -> Store:
     """
     store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
     launch_id = _hand_out_id(store, world) if rank == 0 else _request_id(store, rank)
-    return PrefixStore(f"ochat/{launch_id}", store)
+    return PrefixStore(f"{KEYS}/{launch_id}", store)
 
 
 def _hand_out_id(store: Store, world: int) -> str:
@@ -38,10 +39,11 @@ def _hand_out_id(store: Store, world: int) -> str:
         if time.monotonic() > deadline:
             raise RanksError(_absent(sorted(missing)))
         for rank in sorted(missing):
-            if store.check([_confirmed(launch_id, rank)]):
+            if store.check([f"{KEYS}/confirmed/{launch_id}/{rank}"]):
                 missing.discard(rank)
-            elif store.check([_request(rank)]):  # may be that of a process which is gone: nothing reads the reply
-                store.set(_reply(store.get(_request(rank)).decode()), launch_id)
+            elif store.check([request := f"{KEYS}/request/{rank}"]):
+                # may be that of a process which is gone: nothing reads the reply
+                store.set(f"{KEYS}/reply/{store.get(request).decode()}", launch_id)
         time.sleep(POLL_S)
     return launch_id
 
@@ -49,25 +51,13 @@ def _hand_out_id(store: Store, world: int) -> str:
 def _request_id(store: Store, rank: int) -> str:
     """Other ranks: requests with a nonce, and accepts the reply to that nonce only."""
     nonce = uuid.uuid4().hex
-    store.set(_request(rank), nonce)
+    store.set(f"{KEYS}/request/{rank}", nonce)
     try:
-        launch_id = store.get(_reply(nonce)).decode()
+        launch_id = store.get(f"{KEYS}/reply/{nonce}").decode()
     except RuntimeError:  # the store's time-out
         raise RanksError(_absent([0])) from None
-    store.set(_confirmed(launch_id, rank), "")
+    store.set(f"{KEYS}/confirmed/{launch_id}/{rank}", "")
     return launch_id
-
-
-def _request(rank: int) -> str:
-    return f"ochat/request/{rank}"
-
-
-def _reply(nonce: str) -> str:
-    return f"ochat/reply/{nonce}"
-
-
-def _confirmed(launch_id: str, rank: int) -> str:
-    return f"ochat/confirmed/{launch_id}/{rank}"
 
 
 def _absent(ranks: list[int]) -> str:

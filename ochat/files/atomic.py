@@ -120,21 +120,18 @@ def _make(folder: Path, output: Path) -> None:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(
-            f"{output}: cannot be written ({error.filename}: {error.strerror}); name a folder that can"
-        ) from None
+        why = f"{error.filename}: {error.strerror}"
+        raise ConfigError(f"{output}: cannot be written ({why}); name a folder that can") from None
 
 
 def _is_another_process(number: int) -> bool:
-    if number == os.getpid():
-        return False
     try:
         os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
     except PermissionError:  # another user's
         return True
-    return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return number != os.getpid()
 
 
 @contextmanager

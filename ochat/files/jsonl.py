@@ -31,9 +31,8 @@ class JsonlWriter:
             self.flush()
         except OSError as error:
             if not self._is_refused:
-                log.warning(
-                    "%s cannot be written (%s); its lines wait in memory for the next time", self.path, error.strerror
-                )
+                what = "%s cannot be written (%s); its lines wait in memory for the next time"
+                log.warning(what, self.path, error.strerror)
             self._is_refused = True
 
     def flush(self) -> None:

@@ -108,9 +108,8 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
     optim.check(config.optim, ranks.world)
     model_config = ModelConfig.load(config.base.path)
     if config.data.verify:
-        verify.data(
-            [*(share.path for share in config.data.mix.values()), config.data.path, config.data.eval_path], ranks
-        )
+        sets = [*(share.path for share in config.data.mix.values()), config.data.path, config.data.eval_path]
+        verify.data(sets, ranks)
     place = {"rank": ranks.rank, "world": ranks.world, "pad": ranks.device.type == "cuda"}
     dataset = open_dataset(config)
     loader = open_loader(config, dataset, model_config, **place)
@@ -220,24 +219,18 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
     sharding.wrap(model, ranks, config.train, config.parallel, dtype)
     model = model.to_empty(device="cpu" if config.parallel.offload == "all" else ranks.device)
     run = identity.identity(inputs.loader, model_config, config.data, config.run.seed) | adapters.identity()
-    return RunModel(ops, adapters, model, build_optimizer(config, model, ops, ranks), run)
-
-
-def build_optimizer(
-    config: Config, model: Transformer, ops: ModuleType, ranks: Ranks
-) -> torch.optim.AdamW | optim.FusedAdamW:
-    """AdamW over the trainable parameters: our operator where it is faster or the only one that can, else torch's."""
     offload = config.parallel.offload
     is_ours = config.train.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
     is_ours |= offload == "optimizer" or optim.needs_kernel(config.optim)
-    return optim.build(
+    optimizer = optim.build(
         model,
         config.optim,
-        ops.adamw if is_ours else None,
+        ops.adamw if is_ours else None,  # where it is faster or the only one that can, else torch's
         host_moments=offload == "optimizer",
         micro_batches=config.data.bins_per_step // ranks.world,
         seed=config.run.seed,
     )
+    return RunModel(ops, adapters, model, optimizer, run)
 
 
 def open_outputs(
@@ -246,8 +239,13 @@ def open_outputs(
     """Everything that the run writes, continued after the checkpoint `found`; None: from the start."""
     config, run_dir, class_names = resolved.config, Path(resolved.config.run.dir), inputs.dataset.class_names
     lines = {name: JsonlWriter(run_dir / name) for name in layout.LINES}
+    settings = configuration.dump(resolved.asked)
     if ranks.is_first:
-        write_settings(resolved, inputs, parts, found)
+        step, num_steps = found.step if found else 0, inputs.loader.num_steps
+        config_history.record_config(run_dir, settings, step=step, num_steps=num_steps)
+        shutil.rmtree(run_dir / layout.SERVING, ignore_errors=True)  # every checkpoint carries a copy
+        serving.write(run_dir / layout.SERVING, inputs.template, inputs.tokenizer, class_names)
+        parts.adapters.write_config(run_dir / layout.SERVING)
         for file in lines.values():
             metrics.truncate_after(file.path, found.step if found else -1)  # -1: an evaluation before step 1 too
 
@@ -283,15 +281,5 @@ def open_outputs(
         write=ranks.is_first,
         nonfinite=nonfinite,
     )
-    trackers = Trackers(config.log, run_dir, configuration.dump(resolved.asked), enabled=ranks.is_first)
+    trackers = Trackers(config.log, run_dir, settings, enabled=ranks.is_first)
     return RunOutputs(lines, checkpointer, metrics_log, trackers, StepDisplay(inputs.loader.num_steps))
-
-
-def write_settings(resolved: Resolved, inputs: RunInputs, parts: RunModel, found: Manifest | None) -> None:
-    """Write the run's configuration, and the serving files that every checkpoint carries a copy of."""
-    run_dir, step = Path(resolved.config.run.dir), found.step if found else 0
-    settings = configuration.dump(resolved.asked)
-    config_history.record_config(run_dir, settings, step=step, num_steps=inputs.loader.num_steps)
-    shutil.rmtree(run_dir / layout.SERVING, ignore_errors=True)
-    serving.write(run_dir / layout.SERVING, inputs.template, inputs.tokenizer, inputs.dataset.class_names)
-    parts.adapters.write_config(run_dir / layout.SERVING)

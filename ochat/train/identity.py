@@ -22,6 +22,7 @@ from ochat.run.nonfinite import Bins
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 
+PLAN_STATS = ("num_steps", "steps_per_epoch", "fill", "imbalance_mean", "imbalance_worst")
 PLAN_POINTS = 1000  # points of the balance curve in plan.json
 
 
@@ -77,15 +78,8 @@ def write_plan(folder: Path, loader: Loader, facts: dict[str, str]) -> None:
     stats, imbalance = loader.stats(), loader.plan(0).cost_imbalance()
     each = max(math.ceil(len(imbalance) / PLAN_POINTS), 1)
     worst = [float(imbalance[first : first + each].max()) for first in range(0, len(imbalance), each)]
-    record = {
-        "num_steps": stats.num_steps,
-        "steps_per_epoch": list(stats.steps_per_epoch),
-        "fill": stats.fill,
-        "imbalance_mean": stats.imbalance_mean,
-        "imbalance_worst": stats.imbalance_worst,
-        "imbalance": {"steps_each": each, "worst": worst},
-        "facts": facts,
-    }
+    record: dict[str, Any] = {name: getattr(stats, name) for name in PLAN_STATS}
+    record |= {"imbalance": {"steps_each": each, "worst": worst}, "facts": facts}
     atomic.write_json(folder / PLAN, record)
 
 

@@ -142,10 +142,8 @@ def build(
 def check(config: OptimConfig, num_processes: int) -> None:
     """Raises: ConfigError for a choice that does not work on so many processes."""
     if config.in_backward and num_processes > 1:
-        raise ConfigError(
-            f"optim.in_backward = true needs one process, and these are {num_processes}; on several, each holds no "
-            "more than its shard of the moments anyhow"
-        )
+        why = "on several, each holds no more than its shard of the moments anyhow"
+        raise ConfigError(f"optim.in_backward = true needs one process, and these are {num_processes}; {why}")
 
 
 def needs_kernel(config: OptimConfig) -> bool:
