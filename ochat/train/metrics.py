@@ -68,8 +68,9 @@ def summarise(sums: list[float], class_names: Sequence[str]) -> dict[str, Any]:
         name: {"loss": _ratio(loss, weight), "accuracy": _ratio(correct, weight), "tokens": int(tokens)}
         for name, (loss, weight, correct, tokens) in zip(class_names, rows, strict=True)
     }
-    means = {
-        key: _ratio(total[name], total["weight"]) or 0.0 for key, name in (("loss", "loss"), ("accuracy", "correct"))
+    means: dict[str, Any] = {
+        "loss": _ratio(total["loss"], total["weight"]) or 0.0,
+        "accuracy": _ratio(total["correct"], total["weight"]) or 0.0,
     }
     return means | {name: int(total[name]) for name in _COUNTS} | {"classes": classes}
 
@@ -106,7 +107,10 @@ class MetricsLog:
             return []
         rows = torch.stack([values for *_, values in self._pending]).tolist()
         seconds = (time.perf_counter() - self._since) / len(rows)
-        steps = [self._line(*stamp, row, seconds) for (*stamp, _), row in zip(self._pending, rows, strict=True)]
+        steps = [
+            self._line(step, epoch, lr, row, seconds)
+            for (step, epoch, lr, _), row in zip(self._pending, rows, strict=True)
+        ]
         self._pending, self._since = [], time.perf_counter()
         lines: list[dict[str, Any]] = []
         try:

@@ -121,20 +121,15 @@ def test_a_bad_step_changes_no_bit_and_the_next_ones_are_as_if_it_had_not_been(b
 @pytest.mark.parametrize("moment_dtype", ["float32", "bfloat16"])
 def test_moments_in_host_memory_come_and_go_in_pieces_and_change_nothing(monkeypatch, moment_dtype):
     monkeypatch.setattr(optim, "PIECE", 4)  # of 15, 3, 3 and 3 elements
-    adamw, models, optimizers = ochat_kernels.load("reference").adamw, [], []
+    results = []
     for host_moments in (False, True):
-        model = model_with_gradients()
-        config = OptimConfig(moment_dtype=moment_dtype)
-        optimizer = optim.build(model, config, adamw, host_moments=host_moments)
+        model, config = model_with_gradients(), OptimConfig(moment_dtype=moment_dtype)
+        optimizer = optim.build(model, config, ochat_kernels.load("reference").adamw, host_moments=host_moments)
         optim.start_state(optimizer, 2)
-        gradients = keep_gradients(model)
-        for _ in range(3):
-            for name, parameter in model.named_parameters():
-                parameter.grad = gradients[name].clone()
-            optim.update(optimizer, lr=0.1, clip=0.5, loss=torch.tensor(1.0))
-        models.append(model)
-        optimizers.append(optimizer)
-    for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    for (_, _, ours), (_, _, theirs) in zip(*map(moments, models[::-1], optimizers[::-1]), strict=True):
+        for step in range(3):
+            for parameter, gradient in zip(model.parameters(), gradients_of(step), strict=True):
+                parameter.grad = gradient
+            optim.update(optimizer, lr=0.1, clip=0.5, loss=GOOD)
+        results.append([*model.parameters(), *(t for _, _, t in moments(model, optimizer))])
+    for theirs, ours in zip(*results, strict=True):
         assert torch.equal(ours, theirs) and ours.any() and ours.device.type == "cpu"
