@@ -37,7 +37,6 @@ from benchmarks import golden_probe, step_cases
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "a965333"
 CACHE = ROOT / ".cache"
-EOT = "<|end_of_turn|>"
 STEPS = 20
 JOB = "1"  # change it with anything that changes the results of a commit
 MODEL = {
@@ -105,8 +104,8 @@ class Job:
         sources = {"bytes": self.folder / "tokenizer"} | {name: path for name, path in real.items() if path.exists()}
         for name, source in sources.items():
             base = self.folder / "base" / name
-            self.ochat("init-base", "--random", self.folder / "model.json", "--tokenizer", source, "--add-token", EOT,
-                       "--dtype", "float32", base)  # fmt: skip
+            self.ochat("init-base", "--random", self.folder / "model.json", "--tokenizer", source, "--add-token",
+                       step_cases.END_OF_TURN, "--dtype", "float32", base)  # fmt: skip
             for part in ("train", "held_out") if name == "bytes" else ("held_out",):
                 data = self.folder / "data" / (part if name == "bytes" else f"{name}_{part}")
                 self.ochat("prepare", "--input", self.folder / f"{part}.jsonl", "--base", base, "--template",

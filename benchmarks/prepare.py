@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import tokenizers
 
@@ -34,13 +32,6 @@ COLUMNS = [
     *("mtokens_per_s", "mtokens_per_cpu_s"),
 ]
 TEXTS_PER_CALL = 4096  # all of them in one call would need 150 bytes a token
-
-
-class Mark(NamedTuple):
-    """One measurement."""
-
-    wall_s: float
-    cpu_s: float
 
 
 def main() -> None:
@@ -71,28 +62,21 @@ def measure(path: Path, base: str, template: str, repeats: int, workers: int) ->
             "encode_batch_fast": lambda: [library.encode_batch_fast(part, add_special_tokens=False) for part in parts],
             "ochat prepare": lambda: prepare(path, base, template, f"{folder}/out", workers),
         }
-        marks: dict[str, list[Mark]] = {label: [] for label in calls}
-        for _ in range(repeats):
-            for label, call in calls.items():
-                marks[label].append(timed(call))
+        rounds = [{label: timed(call) for label, call in calls.items()} for _ in range(repeats)]
     num_tokens = sum(len(e.ids) for part in parts for e in library.encode_batch_fast(part, add_special_tokens=False))
     about = csv_file.stamp_cpu(COLUMNS) | {
         "cores": len(os.sched_getaffinity(0)), "library": f"tokenizers {version('tokenizers')}", "template": template,
         "load": os.getloadavg()[0], "input": path.name, "mb": path.stat().st_size / 1e6, "tokenizer": Path(base).name,
     }  # fmt: skip
-    for label, taken in marks.items():
-        yield about | {"implementation": label, "texts": len(texts)} | summary(taken, num_tokens)
-
-
-def summary(marks: list[Mark], num_tokens: int) -> dict:
-    """Medians of the measurements and tokens per second."""
-    median_s, p20_s, p80_s = csv_file.spread([mark.wall_s for mark in marks]).values()
-    median_cpu_s = csv_file.percentile([mark.cpu_s for mark in marks], 50)
-    return {
-        "repeats": len(marks), "mtokens": num_tokens / 1e6, "median_s": median_s, "p20_s": p20_s, "p80_s": p80_s,
-        "median_cpu_s": median_cpu_s, "mtokens_per_s": num_tokens / 1e6 / median_s,
-        "mtokens_per_cpu_s": num_tokens / 1e6 / median_cpu_s,
-    }  # fmt: skip
+    for label in calls:
+        walls_s, cpus_s = zip(*(each[label] for each in rounds), strict=True)
+        median_s, p20_s, p80_s = csv_file.spread(walls_s).values()
+        median_cpu_s, mtokens = csv_file.percentile(cpus_s, 50), num_tokens / 1e6
+        yield about | {
+            "implementation": label, "texts": len(texts), "repeats": repeats, "mtokens": mtokens,
+            "median_s": median_s, "p20_s": p20_s, "p80_s": p80_s, "median_cpu_s": median_cpu_s,
+            "mtokens_per_s": mtokens / median_s, "mtokens_per_cpu_s": mtokens / median_cpu_s,
+        }  # fmt: skip
 
 
 def texts_of(path: Path) -> list[str]:
@@ -114,16 +98,11 @@ def prepare(path: Path, base: str, template: str, output: str, workers: int) -> 
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def timed(call: Callable[[], object]) -> Mark:
+def timed(call: Callable[[], object]) -> tuple[float, float]:
     """Seconds on the clock, and processor seconds of this process and of those that it started."""
-    begin, before = time.perf_counter(), _cpu_seconds()
+    begin, before = time.perf_counter(), sum(os.times()[:4])
     call()
-    return Mark(time.perf_counter() - begin, _cpu_seconds() - before)
-
-
-def _cpu_seconds() -> float:
-    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return time.perf_counter() - begin, sum(os.times()[:4]) - before
 
 
 if __name__ == "__main__":

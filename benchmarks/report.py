@@ -32,14 +32,12 @@ def write(rows: list[Row], file: TextIO = sys.stdout) -> None:
     if not rows:
         console.print("nothing was measured")
         return
-    stamp = [f"{name} {rows[0][name]}" for name in ("device", "torch", "triton", "driver", "commit", "date")]
-    console.print(", ".join(line for line in stamp if not line.endswith(" ")))
+    _print_stamp(console, rows[0], "device", "torch", "triton", "driver", "commit", "date")
     for name, unit in (("ceiling_tflop_per_s", "TFLOP/s"), ("ceiling_gb_per_s", "GB/s")):
         console.print(f"ceiling {unit}: {', '.join(sorted({row[name] for row in rows if row[name]}))}")
     for operator in dict.fromkeys(row["operator"] for row in rows):
         console.print(_table(operator, [row for row in rows if row["operator"] == operator and row["median_ms"]]))
-    for operator, name, note in sorted({(r["operator"], r["implementation"], r["note"]) for r in rows if r["note"]}):
-        console.print(f"not measured: {operator} {name}: {note}", markup=False)
+    _print_unmeasured(console, [row for row in rows if row["note"]], "operator")
     for each in compare([row for row in rows if row["operator"] == "attention"]):
         ahead = f", {each.margin:.0%} ahead of {each.runner_up}" if each.runner_up else ""
         fastest = f"fastest: {each.fastest}, {each.times_baseline:.2f} x the baseline{ahead}"
@@ -48,11 +46,8 @@ def write(rows: list[Row], file: TextIO = sys.stdout) -> None:
 
 def _table(operator: str, rows: list[Row]) -> Table:
     """A line a measurement; `x ours` is its time over the baseline's (ours) in the same group."""
-    table = Table(title=operator, title_justify="left")
-    for name in ("case", "pass", "implementation"):
-        table.add_column(name, no_wrap=True)
-    for name in ("ms", "p20-p80", "TFLOP/s", "GB/s", "of floor", "x ours", "peak GiB", "max error"):
-        table.add_column(name, justify="right", no_wrap=True)
+    numbers = ("ms", "p20-p80", "TFLOP/s", "GB/s", "of floor", "x ours", "peak GiB", "max error")
+    table = _empty_table(operator, ("case", "pass", "implementation"), numbers)
     ours = {(row["group"], row["pass"]): float(row["median_ms"]) for row in rows if _is_baseline(row)}
     for row in rows:
         own, median_ms = ours.get((row["group"], row["pass"])), float(row["median_ms"])
@@ -112,13 +107,10 @@ def _is_baseline(row: Row) -> bool:
 def write_steps(rows: list[Row], file: TextIO = sys.stdout) -> None:
     """Who trains how fast, case by case; the reason where there is no number."""
     console = Console(file=file, width=PLAIN_WIDTH)
-    names = ("device", "cpu", "cores", "torch", "transformers", "driver", "commit", "date")
-    console.print(", ".join(f"{name} {rows[0][name]}" for name in names if rows[0][name]))
-    table = Table(title="whole steps", title_justify="left")
-    for name in ("model", "micro-batches", "options", "implementation"):
-        table.add_column(name, no_wrap=True)
-    for name in ("real tokens/s", "p20-p80", "supervised", "padded", "MFU", "peak GiB", "ours is x", "loss differs"):
-        table.add_column(name, justify="right", no_wrap=True)
+    _print_stamp(console, rows[0], "device", "cpu", "cores", "torch", "transformers", "driver", "commit", "date")
+    names = ("model", "micro-batches", "options", "implementation")
+    numbers = ("real tokens/s", "p20-p80", "supervised", "padded", "MFU", "peak GiB", "ours is x", "loss differs")
+    table = _empty_table("whole steps", names, numbers)
     for row in (row for row in rows if row["tokens_per_s"]):
         table.add_row(
             row["model"], f"{row['bins_per_step']} x {row['token_budget']}", row["options"],
@@ -131,10 +123,23 @@ def write_steps(rows: list[Row], file: TextIO = sys.stdout) -> None:
             f"{float(row['loss_difference']):.1e}" if row["loss_difference"] else "",
         )  # fmt: skip
     console.print(table)
-    for model, name, note in sorted(
-        {(r["model"], r["implementation"], r["note"]) for r in rows if not r["tokens_per_s"]}
-    ):
-        console.print(f"not measured: {model} {name}: {note}", markup=False)
+    _print_unmeasured(console, [row for row in rows if not row["tokens_per_s"]], "model")
+
+
+def _print_stamp(console: Console, row: Row, *names: str) -> None:
+    console.print(", ".join(f"{name} {row[name]}" for name in names if row[name]))
+
+
+def _empty_table(title: str, names: tuple[str, ...], numbers: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in names + numbers:
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
+    return table
+
+
+def _print_unmeasured(console: Console, rows: list[Row], what: str) -> None:
+    for subject, name, note in sorted({(row[what], row["implementation"], row["note"]) for row in rows}):
+        console.print(f"not measured: {subject} {name}: {note}", markup=False)
 
 
 if __name__ == "__main__":

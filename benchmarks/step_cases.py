@@ -49,6 +49,9 @@ IN_BACKWARD = (*BF16, "--optim.in_backward=true", "--optim.clip=0.0")  # no grad
 CLASSES = ("--classes.GPT4.weight=1.0", "--classes.GPT3.weight=0.1")  # the drawn conversations name no weights
 
 
+END_OF_TURN = "<|end_of_turn|>"  # the template's
+
+
 @dataclass(frozen=True)
 class Peer:
     """How a peer keeps its state."""
@@ -137,7 +140,8 @@ def options(case: Case, settings: dict[str, Any]) -> list[str]:
 def make_world(case: Case, folder: Path, device: torch.device, num_steps: int) -> World:
     """A base with drawn weights and enough drawn conversations for `num_steps`, under `folder`."""
     world = World(folder / "base", folder / "data", model_config(case), CLASSES)
-    write_base(world, device)
+    hf.save(world.base, world.model, draw_parameters(world.model, device), "bfloat16")
+    write_bytes_tokenizer(world.base, END_OF_TURN)
     write_data(world, case, num_steps)
     return world
 
@@ -178,17 +182,6 @@ def predict(case: Case, gpu: GpuSpec, gpus: int = 1) -> Forecast:
     sections = config.data, config.train, config.optim, config.parallel, config.lora
     inputs = PlanInputs(model_config(case), workload, plan.num_steps, *sections)
     return forecast.forecast(inputs, gpu, gpus=gpus, nodes=1)
-
-
-def write_base(world: World, device: torch.device) -> None:
-    """A Hugging Face folder in bf16: weights drawn on the device, one at a time, and a tokenizer of bytes."""
-    hf.save(world.base, world.model, draw_parameters(world.model, device), "bfloat16")
-    write_tokenizer(world.base)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of bytes with the template's end of turn."""
-    write_bytes_tokenizer(folder, "<|end_of_turn|>")
 
 
 def write_bytes_tokenizer(folder: Path, *special: str) -> None:

@@ -16,6 +16,7 @@ from msgspec import structs
 from ochat import cli
 from ochat import config as configuration
 from ochat.config import ClassConfig, Config, MixConfig
+from ochat.errors import ConfigError
 from ochat.evaluate.ablate.variants import SET_HERE
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,7 @@ def test_forms_of_a_repeated_option(line, many):
         (OSError(28, "No space left on device"), 1, "OSError: No space left on device"),
         (OSError("/some/where: cannot be written"), 1, "OSError: /some/where: cannot be written"),
         (OSError(18, "Invalid cross-device link", "a", None, "b"), 1, "OSError: a -> b: Invalid cross-device link"),
+        (ConfigError("run.toml: not readable as TOML"), 1, "ConfigError: run.toml: not readable as TOML"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

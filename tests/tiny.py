@@ -15,9 +15,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-
+from benchmarks import step_cases
 from ochat import config as configuration
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
@@ -27,18 +25,10 @@ from tests import pool
 ROOT = Path(__file__).parents[1]
 EOT = "<|end_of_turn|>"
 MODEL = {
-    "model_type": "llama",
-    "vocab_size": 260,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-}
+    "model_type": "llama", "vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
+    "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
 TOML = """
 [base]
 path = {base}
@@ -83,15 +73,9 @@ def make(
 
 def write_base(folder: Path, base: Path, model: dict) -> None:
     """A random model with a byte-level tokenizer of 256 bytes, BOS, EOS and the end of turn."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
     source = folder / "tokenizer"
     source.mkdir(parents=True)
-    tokenizer.save(str(source / "tokenizer.json"))
-    (source / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    step_cases.write_bytes_tokenizer(source)
     (folder / "model.json").write_text(json.dumps(MODEL | model))
     init_base.main(
         InitBaseOptions(base, random=folder / "model.json", tokenizer=source, add_token=(EOT,), dtype="float32")

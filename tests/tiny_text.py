@@ -7,22 +7,13 @@ import json
 import random
 from pathlib import Path
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-
-SPECIALS = ("<s>", "</s>", "<|end_of_turn|>")
+from benchmarks import step_cases
 
 
 def write_base(folder: Path) -> Path:
-    """A folder with a tokenizer.json whose ids are 256 bytes and SPECIALS."""
+    """A folder with a tokenizer.json of 256 bytes, BOS, EOS and the end of turn."""
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {char: number for number, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    model = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.decoder = decoders.ByteLevel()
-    model.add_special_tokens(list(SPECIALS))
-    model.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    step_cases.write_bytes_tokenizer(folder, step_cases.END_OF_TURN)
     return folder
 
 

@@ -62,7 +62,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     world = World(folder / "base", folder / "data", step_cases.model_config(case), CLASSES)
     world.base.mkdir()
     (world.base / "config.json").write_text(json.dumps(world.model.to_hf()), encoding="utf-8")
-    step_cases.write_tokenizer(world.base)
+    step_cases.write_bytes_tokenizer(world.base, step_cases.END_OF_TURN)
     step_cases.write_data(world, case, STEPS + 1)
     (folder / "run.toml").touch()
     settings = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run", "optim.lr": 1e-5}
