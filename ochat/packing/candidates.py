@@ -19,19 +19,6 @@ SPARE_STEPS = 1.5e-3  # share of an epoch's steps that a generous window may ass
 
 
 @dataclass(frozen=True)
-class BinLimits:
-    """What a bin and a step may hold; `max_sequences` is the most in a bin."""
-
-    budget: int
-    bins_per_step: int
-    max_sequences: int
-
-    @property
-    def step_room(self) -> int:
-        return self.budget * self.bins_per_step
-
-
-@dataclass(frozen=True)
 class Window:
     """Packed bins; the stream is unchanged until `Stream.take`."""
 
@@ -49,39 +36,45 @@ class Window:
 
 
 class Stream:
-    """What is left of the epoch: `order[head:]`; before `head` are the bins' sequences."""
+    """What is left of the epoch: `order[head:]`; before `head` are the bins' sequences.
 
-    def __init__(self, order: NDArray, lengths: NDArray, costs: NDArray | None, limits: BinLimits) -> None:
-        self.order, self.lengths, self.costs, self.limits = order, lengths, costs, limits
-        self.head = 0
-        self.num_tokens = int(lengths.sum(dtype=np.int64))
+    A bin holds `budget` tokens and `max_sequences` sequences at most.
+    """
+
+    def __init__(
+        self,
+        order: NDArray,
+        lengths: NDArray,
+        costs: NDArray | None,
+        budget: int,
+        bins_per_step: int,
+        max_sequences: int,
+    ) -> None:
+        self.order, self.lengths, self.costs = order, lengths, costs
+        self.budget, self.bins_per_step, self.max_sequences = budget, bins_per_step, max_sequences
+        self.head, self.num_tokens = 0, int(lengths.sum(dtype=np.int64))
         self.steps_allowed = self.num_steps() + int(SPARE_STEPS * self.num_steps())
 
     def __len__(self) -> int:
         return len(self.order) - self.head
 
-    def next(self, count: int) -> NDArray:
-        """The next `count` sequences, or as many as there are."""
-        return self.order[self.head : self.head + count]
-
     def num_steps(self) -> int:
         """The fewest steps that may hold the rest."""
-        limits = self.limits
-        return max(
-            -(-self.num_tokens // limits.step_room), -(-len(self) // (limits.bins_per_step * limits.max_sequences))
-        )
+        bins = max(-(-self.num_tokens // self.budget), -(-len(self) // self.max_sequences))
+        return -(-bins // self.bins_per_step)
 
     def target(self, num_steps: int, is_generous: bool) -> int:
         """Tokens that the next `num_steps` steps should hold: full but for a slack, if the steps left can afford it."""
         steps_left = max(self.num_steps(), self.steps_allowed if is_generous else 0)
-        free = 1 - self.num_tokens / (steps_left * self.limits.step_room)
-        return int(num_steps * self.limits.step_room * (1 - min(max(free, LEAST_SLACK), MOST_SLACK)))
+        step_room = self.budget * self.bins_per_step
+        free = 1 - self.num_tokens / (steps_left * step_room)
+        return int(num_steps * step_room * (1 - min(max(free, LEAST_SLACK), MOST_SLACK)))
 
     def take_candidates(self, num_steps: int, offered: int) -> tuple[NDArray, int]:
         """The next sequences of together `offered` tokens, followed by the pool; and the number of the former."""
-        most = num_steps * self.limits.bins_per_step * self.limits.max_sequences
+        most = num_steps * self.bins_per_step * self.max_sequences
         num_own, total = self._prefix(offered, most)
-        seen = self.next(num_own + POOL).copy()
+        seen = self.order[self.head : self.head + num_own + POOL].copy()
         if num_own < most:
             _fill_gap(seen, self.lengths[seen].astype(np.int64), num_own, offered - total)
         return seen, num_own
@@ -105,10 +98,10 @@ class Stream:
         members = window.seen[window.members]
         is_left = np.ones(len(window.seen), bool)
         is_left[window.members] = False
-        self.next(len(window.seen))[:] = np.concatenate([members, window.seen[is_left]])
+        self.order[self.head : self.head + len(is_left)] = np.concatenate([members, window.seen[is_left]])
         self.head += len(members)
         self.num_tokens -= window.num_tokens
-        self.steps_allowed -= len(window.counts) // self.limits.bins_per_step
+        self.steps_allowed -= len(window.counts) // self.bins_per_step
         return members
 
 

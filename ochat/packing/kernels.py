@@ -38,19 +38,13 @@ def assign_balanced(lengths, extra, longest_first, num_bins, max_sequences, cost
     Holds up to num_bins * max_sequences sequences.
     """
     bin_of = np.full(len(lengths), UNASSIGNED, np.int32)
-    counts = np.zeros(num_bins, np.int64)
-    tokens = np.zeros(num_bins, np.int64)
+    counts, tokens = np.zeros(num_bins, np.int64), np.zeros(num_bins, np.int64)
     extras = np.zeros(num_bins, np.float32)
-    level = np.empty(num_bins)
     done = 0
     while done < len(lengths):
         priority = cost_priority * (1 - done / len(lengths))
-        least = np.inf
-        for b in range(num_bins):
-            level[b] = tokens[b] + priority * extras[b]
-            if counts[b] < max_sequences:
-                least = min(least, level[b])
-        bins = np.flatnonzero((counts < max_sequences) & (level < least + lengths[longest_first[done]]))
+        level, has_room = tokens + priority * extras, counts < max_sequences
+        bins = np.flatnonzero(has_room & (level < level[has_room].min() + lengths[longest_first[done]]))
         members = longest_first[done : done + len(bins)]
         if len(lengths) - done <= LAST_ROUNDS * num_bins:
             bins = bins[np.argsort(tokens[bins], kind="mergesort")]
@@ -102,8 +96,7 @@ def _lay_out(lengths, extra, bin_of, num_bins, max_sequences):
     for b in bin_of:
         counts[b] += 1  # UNASSIGNED is the last
     starts = np.zeros(num_bins + 2, np.int64)
-    for b in range(num_bins):
-        starts[b + 1] = starts[b] + min(counts[b] + SPARE_SLOTS, max_sequences)
+    starts[1:-1] = np.cumsum(np.minimum(counts[:-1] + SPARE_SLOTS, max_sequences))
     starts[num_bins + 1] = starts[num_bins] + len(lengths) + 1
     tokens = np.zeros(starts[-1], np.float32)
     extras = np.zeros(starts[-1], np.float32)
@@ -116,9 +109,8 @@ def _lay_out(lengths, extra, bin_of, num_bins, max_sequences):
     return starts, counts, tokens, extras, sequence
 
 
-@njit(
-    cache=True, nogil=True, fastmath={"nnan", "nsz"}
-)  # lets the minimum be vectorised; nothing that rounds differently elsewhere
+# this fastmath lets the minimum be vectorised, and rounds nothing differently
+@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
 def _best_exchange(tokens, extras, from_a, to_a, from_b, to_b, want_tokens, want_extra, weight, slope, least, most):
     """Slots (a, b) whose difference comes nearest to what is wanted, `least` to `most` tokens of it; or (-1, -1)."""
     best = want_tokens * want_tokens * weight + want_extra * want_extra
@@ -171,11 +163,9 @@ def _exchange(starts, counts, tokens, extras, sequence, bin_a, a, bin_b, b):
 
 @njit(cache=True, nogil=True)
 def _enforce_budget(starts, counts, tokens, extras, sequence, bin_tokens, b, budget):
-    """Exchange with what is in no bin, or drop there, so that the bin keeps the most that is within its budget."""
+    """Exchange with what is in no bin, or drop there, so that the bin, over its budget, keeps the most within it."""
     outside = len(counts) - 1
-    longest = 0.0
-    for a in range(starts[b], starts[b] + counts[b]):
-        longest = max(longest, np.float64(tokens[a]))
+    longest = tokens[starts[b] : starts[b] + counts[b]].max()
     while bin_tokens[b] > budget:
         over = bin_tokens[b] - budget
         end = starts[outside] + counts[outside]
@@ -202,16 +192,12 @@ def rebalance(lengths, extra, bin_of, num_bins, budget, max_sequences, slope, sl
     bin, int32, and their number in each bin, int64. Work: at most EFFORT pairs of slots for each sequence.
     """
     starts, counts, tokens, extras, sequence = _lay_out(lengths, extra, bin_of, num_bins, max_sequences)
-    bin_tokens = np.zeros(num_bins)
-    bin_extras = np.zeros(num_bins)
+    bin_tokens, bin_extras = np.zeros(num_bins), np.zeros(num_bins)
     for b in range(num_bins):
         for slot in range(starts[b], starts[b + 1]):
             bin_tokens[b] += tokens[slot]
             bin_extras[b] += extras[slot]
-    mean_tokens, mean_extra = 0.0, 0.0
-    for b in range(num_bins):
-        mean_tokens += bin_tokens[b] / num_bins
-        mean_extra += bin_extras[b] / num_bins
+    mean_tokens, mean_extra = (bin_tokens / num_bins).sum(), (bin_extras / num_bins).sum()
 
     tried, passes, stride = 0, 0, 1
     while tried < EFFORT * len(lengths) and num_bins > 1:
@@ -231,33 +217,25 @@ def rebalance(lengths, extra, bin_of, num_bins, budget, max_sequences, slope, sl
             tried += PAIR_COST + (to_a - from_a) * (to_b - from_b)
             unit = scale / OVER_WEIGHT if is_over else scale
             more = bin_tokens[high] - bin_tokens[low]
+            more_extra = bin_extras[high] - bin_extras[low] + cost_of_token * more
+            least = np.float32(-1e9 if is_loose else min(bin_tokens[high] - budget, 0.0))
+            most = np.float32(1e9 if is_loose else budget - bin_tokens[low])
+            want, want_extra = np.float32(more / 2), np.float32(more_extra / 2)
+            weight, price = np.float32(1 / unit**2), np.float32(cost_of_token)
             a, b = _best_exchange(
-                tokens,
-                extras,
-                from_a,
-                to_a,
-                from_b,
-                to_b,
-                np.float32(more / 2),
-                np.float32((bin_extras[high] - bin_extras[low] + cost_of_token * more) / 2),
-                np.float32(1 / unit**2),
-                np.float32(cost_of_token),
-                np.float32(-1e9 if is_loose else min(bin_tokens[high] - budget, 0.0)),
-                np.float32(1e9 if is_loose else budget - bin_tokens[low]),
+                tokens, extras, from_a, to_a, from_b, to_b, want, want_extra, weight, price, least, most
             )
-            if a < 0:
-                continue
-            given, given_extra = np.float64(tokens[a]) - tokens[b], np.float64(extras[a]) - extras[b]
-            bin_tokens[high] -= given
-            bin_tokens[low] += given
-            bin_extras[high] -= given_extra
-            bin_extras[low] += given_extra
-            _exchange(starts, counts, tokens, extras, sequence, high, a, low, b)
+            if a >= 0:
+                for sums, values in ((bin_tokens, tokens), (bin_extras, extras)):
+                    given = np.float64(values[a]) - values[b]
+                    sums[high] -= given
+                    sums[low] += given
+                _exchange(starts, counts, tokens, extras, sequence, high, a, low, b)
         passes += 1
         if num_bad == 0 and not is_loose:
             break
 
-    for b in range(num_bins):
+    for b in np.flatnonzero(bin_tokens > budget):
         _enforce_budget(starts, counts, tokens, extras, sequence, bin_tokens, b, budget)
     members = sequence[: starts[num_bins]]
     return members[members != EMPTY], counts[:num_bins]

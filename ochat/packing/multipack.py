@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ochat.errors import ConfigError, DataError
-from ochat.packing.candidates import BinLimits
+from ochat.packing.candidates import Stream
 from ochat.packing.windows import pack_stream
 
 KEPT = 2  # plans in an EpochPlanCache: the current epoch's and the next one's, however many epochs there are
@@ -71,15 +71,19 @@ def plan(
     is dropped: a last step may have empty bins. About 0.5 us a sequence, at most some 3 us. Raises DataError for a
     length that no bin holds, ConfigError for settings.
     """
-    _check_settings(token_budget, bins_per_step, seed, epoch, max_sequences)
+    settings = {"token_budget": token_budget, "bins_per_step": bins_per_step, "max_sequences": max_sequences}
+    for name, value in (settings | {"seed": seed, "epoch": epoch}).items():
+        least = 1 if name in settings else 0
+        if value is not None and value < least:
+            raise ConfigError(f"{name} is {value}: at least {least} is needed")
     sizes = _check_lengths(lengths, token_budget)
     work = _check_costs(costs, len(sizes))
-    limits = BinLimits(token_budget, bins_per_step, max_sequences or max(len(sizes), 1))
     rng = np.random.default_rng([seed, epoch])
     order = np.arange(len(sizes), dtype=np.int32 if len(sizes) < 1 << 31 else np.int64)
     rng.shuffle(order)
 
-    windows = list(pack_stream(order, sizes, work, limits, rng))
+    stream = Stream(order, sizes, work, token_budget, bins_per_step, max_sequences or max(len(sizes), 1))
+    windows = list(pack_stream(stream, rng))
     counts, bin_tokens, bin_costs = (np.concatenate(part) for part in zip(NO_BINS, *windows, strict=True))
     return PackPlan(
         indices=order.astype(np.int64),
@@ -130,28 +134,15 @@ class EpochPlanCache:
             future.set_exception(error)
 
 
-def _check_settings(budget: int, bins_per_step: int, seed: int, epoch: int, max_sequences: int | None) -> None:
-    for name, value, least in (
-        ("token_budget", budget, 1),
-        ("bins_per_step", bins_per_step, 1),
-        ("seed", seed, 0),
-        ("epoch", epoch, 0),
-        ("max_sequences", 1 if max_sequences is None else max_sequences, 1),
-    ):
-        if value < least:
-            raise ConfigError(f"{name} is {value}: at least {least} is needed")
-
-
 def _check_lengths(lengths: ArrayLike, budget: int) -> NDArray:
     sizes = np.asarray(lengths)
     if sizes.ndim != 1 or (len(sizes) and not np.issubdtype(sizes.dtype, np.integer)):
         raise DataError(f"lengths must be one list of whole numbers, not {sizes.dtype} of shape {sizes.shape}")
     if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= budget:
         wrong = np.flatnonzero((sizes < 1) | (sizes > budget))
-        first = int(wrong[0])
         raise DataError(
-            f"sequence {first} has {sizes[first]} tokens, outside 1 ... {budget} (token_budget); {len(wrong)} such: "
-            "raise the budget, or truncate or drop the sequence"
+            f"sequence {wrong[0]} has {sizes[wrong[0]]} tokens, outside 1 ... {budget} (token_budget); {len(wrong)} "
+            "such: raise the budget, or truncate or drop the sequence"
         )
     return sizes
 

@@ -1,6 +1,6 @@
 """Cut the epoch's shuffled stream into windows and pack them one after another.
 
-    for counts, tokens, costs in pack_stream(order, lengths, costs, limits, rng): ...      `order` ends up in bin order
+    for counts, tokens, costs in pack_stream(stream, rng): ...      `stream.order` ends up in bin order
 
 A window spreads its sequences evenly over its bins and exchanges them between bins until tokens fit and costs are
 alike. If lengths are so near the budget that this leaves room, it packs tightly instead. Bins then go to steps in
@@ -15,14 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.packing.candidates import (
-    GOOD_COST,
-    GOOD_FILL,
-    MOST_SLACK,
-    BinLimits,
-    Stream,
-    Window,
-)
+from ochat.packing.candidates import GOOD_COST, GOOD_FILL, MOST_SLACK, Stream, Window
 from ochat.packing.kernels import UNASSIGNED, assign_balanced, first_fit_decreasing, rebalance
 
 MOSTLY_PLACED, MOST_OFFERS = 0.98, 8  # share of the offered tokens that must find a place, and offers made
@@ -51,19 +44,20 @@ STRATEGIES = (
 )
 
 
-def pack_stream(
-    order: NDArray, lengths: NDArray, costs: NDArray | None, limits: BinLimits, rng: np.random.Generator
-) -> Generator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]]:
-    """Bring `order` (S,) into bin order; yields each window's (sequences, tokens, cost) of its bins, in whole steps."""
-    stream, strategy = Stream(order, lengths, costs, limits), 0
+def pack_stream(stream: Stream, rng: np.random.Generator) -> Generator[tuple[NDArray, NDArray, NDArray]]:
+    """Bring the stream into bin order; yields each window's (sequences, tokens, cost) of its bins, in whole steps."""
+    costs, strategy = stream.lengths if stream.costs is None else stream.costs, 0
     while len(stream):
         window, strategy = _next_window(stream, strategy)
-        window = _shuffle_bins(window, limits.bins_per_step, rng)
+        window = _shuffle_bins(window, stream.bins_per_step, rng)
         members = stream.take(window)
-        bin_of = np.repeat(np.arange(len(window.counts)), window.counts)
-        tokens = np.bincount(bin_of, lengths[members], len(window.counts))
-        work = np.bincount(bin_of, (lengths if costs is None else costs)[members], len(window.counts))
-        yield window.counts, tokens.astype(np.int64), work.astype(np.float64)
+        tokens = _bin_sums(stream.lengths[members], window.counts)
+        yield window.counts, tokens.astype(np.int64), _bin_sums(costs[members], window.counts)
+
+
+def _bin_sums(values: NDArray, counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sum of `values` (n,) in each bin, of `counts` values."""
+    return np.bincount(np.repeat(np.arange(len(counts)), counts), values, len(counts)).astype(np.float64)
 
 
 def _next_window(stream: Stream, first_strategy: int) -> tuple[Window, int]:
@@ -90,7 +84,7 @@ def _is_pointless(stream: Stream, strategy: Strategy, num_steps: int, best_fill:
 
 def _window_steps(stream: Stream, strategy: Strategy) -> int:
     """Whole steps of a window, and those that are left after it where they are too few for another."""
-    wanted, left = -(-strategy.num_bins // stream.limits.bins_per_step), stream.num_steps()
+    wanted, left = -(-strategy.num_bins // stream.bins_per_step), stream.num_steps()
     return left if 2 * left <= 3 * wanted else wanted
 
 
@@ -115,7 +109,7 @@ def _pack_window(stream: Stream, num_steps: int, strategy: Strategy) -> Window:
 
 def _pack_tokens(stream: Stream, num_steps: int, strategy: Strategy, offered: int) -> Window:
     """The stream's next `offered` tokens in `num_steps` steps."""
-    limits, num_bins = stream.limits, num_steps * stream.limits.bins_per_step
+    num_bins, budget, max_sequences = num_steps * stream.bins_per_step, stream.budget, stream.max_sequences
     seen, num_own = stream.take_candidates(num_steps, offered)
     lengths = stream.lengths[seen].astype(np.int32)
     own = lengths[:num_own]
@@ -123,18 +117,17 @@ def _pack_tokens(stream: Stream, num_steps: int, strategy: Strategy, offered: in
     bin_of = np.full(len(seen), UNASSIGNED, np.int32)
     longest_first = _longest_first(own)
     if strategy.is_tight:
-        bin_of[:num_own] = first_fit_decreasing(own, longest_first, num_bins, limits.budget, limits.max_sequences)
+        bin_of[:num_own] = first_fit_decreasing(own, longest_first, num_bins, budget, max_sequences)
     else:
         cost_priority = strategy.cost_priority / slope if slope else 0.0
-        bin_of[:num_own] = assign_balanced(
-            own, extra[:num_own], longest_first, num_bins, limits.max_sequences, cost_priority
-        )
-    slack = min(max(limits.budget - int(own.sum(dtype=np.int64)) / num_bins, 1.0), MOST_SLACK * limits.budget)
+        bin_of[:num_own] = assign_balanced(own, extra[:num_own], longest_first, num_bins, max_sequences, cost_priority)
+    slack = min(max(budget - int(own.sum(dtype=np.int64)) / num_bins, 1.0), MOST_SLACK * budget)
     members, counts = rebalance(
-        lengths, extra, bin_of, num_bins, limits.budget, limits.max_sequences, slope, slack, strategy.is_tight
+        lengths, extra, bin_of, num_bins, budget, max_sequences, slope, slack, strategy.is_tight
     )
     members = members.astype(np.int64)
-    worst_cost = _worst_cost(extra[members] + slope * lengths[members], counts)
+    costs = _bin_sums(extra[members] + slope * lengths[members], counts)
+    worst_cost = float(costs.max() / costs.mean()) if costs.any() else 1.0
     return Window(seen, members, counts, int(lengths[members].sum(dtype=np.int64)), worst_cost)
 
 
@@ -145,11 +138,6 @@ def _fill(stream: Stream, num_steps: int, target: int, tokens: int) -> float:
     return 1.0 if tokens == stream.num_tokens else 0.99 * tokens / stream.num_tokens
 
 
-def _worst_cost(costs: NDArray, counts: NDArray[np.int64]) -> float:
-    sums = np.bincount(np.repeat(np.arange(len(counts)), counts), costs, len(counts))
-    return float(sums.max() / sums.mean()) if sums.any() else 1.0
-
-
 def _longest_first(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
     """Order by falling length, equal ones in the stream's order: the same on every machine."""
     shorter_by = lengths.max(initial=0) - lengths
@@ -158,13 +146,9 @@ def _longest_first(lengths: NDArray[np.int32]) -> NDArray[np.int64]:
     return np.argsort(shorter_by, kind="stable")
 
 
-def _extra_costs(
-    stream: Stream, seen: NDArray, lengths: NDArray, num_own: int, num_bins: int
-) -> tuple[NDArray[np.float32], float]:
+def _extra_costs(stream: Stream, seen: NDArray, lengths: NDArray, num_own: int, num_bins: int) -> tuple[NDArray, float]:
     """Costs beyond slope * length in units of the tolerance, and the slope, which leaves none over on average."""
-    if stream.costs is None:
-        return np.zeros(len(seen), np.float32), 0.0
-    costs = stream.costs[seen].astype(np.float64)
+    costs = np.zeros(len(seen)) if stream.costs is None else stream.costs[seen].astype(np.float64)
     total = float(np.cumsum(costs[:num_own])[-1]) if num_own else 0.0  # one after another: rounds alike everywhere
     if total <= 0:
         return np.zeros(len(seen), np.float32), 0.0
@@ -179,8 +163,7 @@ def _shuffle_bins(window: Window, bins_per_step: int, rng: np.random.Generator) 
     by_count = rng.permutation(num_bins)
     by_count = by_count[np.argsort(-window.counts[by_count], kind="stable")]
     order = np.empty(num_bins, np.int64)
-    num_steps = num_bins // bins_per_step
-    places = rng.permuted(np.arange(num_bins).reshape(num_steps, bins_per_step).T, axis=1).ravel()  # step by round
+    places = rng.permuted(np.arange(num_bins).reshape(-1, bins_per_step).T, axis=1).ravel()  # step by round
     places = places[np.argsort(places >= num_filled, kind="stable")]
     order[places] = by_count
     starts = np.cumsum(window.counts) - window.counts
