@@ -26,7 +26,7 @@ from ochat.errors import CheckpointError
 from ochat.text.conversation import Conversation, Message
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
-from ochat.text.tokenizer_json import BOUNDARY
+from ochat.text.tokenizer_convert import BOUNDARY
 
 
 def render(template: Template, tokenizer: Tokenizer) -> str:
@@ -106,10 +106,7 @@ def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
 
 
 def verify(
-    out_dir: str | Path,
-    template: Template,
-    tokenizer: Tokenizer,
-    conversations: Iterable[Conversation] | None = None,
+    out_dir: str | Path, template: Template, tokenizer: Tokenizer, conversations: Iterable[Conversation] | None = None
 ) -> None:
     """Render conversations with the exported chat template, tokenise with the exported tokenizer, compare ids.
 
@@ -117,9 +114,8 @@ def verify(
     """
     folder = Path(out_dir)
     exported = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    chat = _environment().from_string(
-        json.loads((folder / "tokenizer_config.json").read_text("utf-8"))["chat_template"]
-    )
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    chat = _environment().from_string(config["chat_template"])
     exported.encode_special_tokens = True
     for text in (*_AWKWARD, *list(tokenizer.special_tokens)[:8]):
         _compare(exported, text, tokenizer.encode(text), folder)
@@ -169,11 +165,9 @@ _AWKWARD = (*_BLANKS, *_TEXTS, ":)", ")", "'s", "-- -", "<", "|>", "//")
 def probes() -> list[Conversation]:
     """Conversations whose contents start and end in awkward ways, over several turns, systems and conditions."""
     conditions = ("", "GPT4", "Math Correct", " blanks ", "é:")
-    count = len(_AWKWARD)
-    conversations = []
+    count, conversations = len(_AWKWARD), []
     for i in range(count):
-        texts = [_AWKWARD[(i * 5 + k) % count] for k in range(4)]
-        items = tuple(Message(("user", "assistant")[k % 2], text) for k, text in enumerate(texts))
+        items = tuple(Message(("user", "assistant")[k % 2], _AWKWARD[(i * 5 + k) % count]) for k in range(4))
         system = "" if i % 3 == 0 else _AWKWARD[(i * 7 + 4) % count]
         conversations.append(Conversation(items, conditions[i % len(conditions)], system))
     return [*conversations, replace(conversations[1], items=conversations[1].items[:1])]

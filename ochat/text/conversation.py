@@ -65,8 +65,8 @@ class Conversation:
 
     def to_dict(self) -> dict[str, Any]:
         """The record that `from_dict` reads back as an equal conversation."""
-        record: dict[str, Any] = {"items": [_message_dict(m) for m in self.items]}
-        record |= {"condition": self.condition, "system": self.system}
+        items = [{key: value for key, value in vars(m).items() if value is not None} for m in self.items]
+        record = {"items": items, "condition": self.condition, "system": self.system}
         return record if self.reward is None else record | {"reward": self.reward}
 
 
@@ -84,11 +84,6 @@ def _message(item: Any, place: str) -> Message:
         raise DataError(f"{place}.role: unknown role {role[:40]!r}; {hint}")
     content = text_field(item, "content", f"{place}.content", required=True)
     return Message(role, content, number_field(item, "weight", f"{place}.weight"))
-
-
-def _message_dict(message: Message) -> dict[str, Any]:
-    record: dict[str, Any] = {"role": message.role, "content": message.content}
-    return record if message.weight is None else record | {"weight": message.weight}
 
 
 def require_object(value: Any, place: str) -> None:
@@ -131,11 +126,16 @@ def text_field(record: dict[str, Any], key: str, place: str, *, required: bool =
     value = record[key]
     if not isinstance(value, str):
         raise DataError(f"{place}: expected text, got {describe(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: a lone surrogate at character {error.start}; it is no valid Unicode text") from None
+    check_unicode(value, f"{place}: ")
     return value
+
+
+def check_unicode(text: str, place: str = "") -> None:
+    """Raises: DataError, which begins with `place`, for a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}a lone surrogate at character {error.start}; it is no valid Unicode text") from None
 
 
 def number_field(record: dict[str, Any], key: str, place: str) -> float | None:

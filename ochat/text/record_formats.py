@@ -21,11 +21,9 @@ from ochat.text.conversation import (
     text_field,
 )
 
-_SYNONYMS: dict[str, str] = {
-    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
-    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "bot": "assistant", "model": "assistant",
-    "system": "system",
-}  # fmt: skip
+_ASSISTANTS = ("gpt", "assistant", "chatgpt", "bing", "bard", "bot", "model")
+_SYNONYMS = {"human": "user", "user": "user", "prompter": "user"} | dict.fromkeys(_ASSISTANTS, "assistant")
+_SYNONYMS["system"] = "system"
 
 
 def convert(record: Any, format: str = "auto", default_condition: str = "") -> Conversation:
@@ -38,9 +36,10 @@ def convert(record: Any, format: str = "auto", default_condition: str = "") -> C
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format {format!r}: unknown; known: auto, {', '.join(FORMATS)}")
     refuse_misspelt(record, ("condition", "reward", "system"), "record")
-    plain = FORMATS[_detect(record) if format == "auto" else format](record)
+    kept = {key: record[key] for key in ("condition", "reward") if key in record}
+    plain = kept | FORMATS[_detect(record) if format == "auto" else format](record)
     if plain.get("condition", "") == "":
-        plain = plain | {"condition": default_condition}
+        plain["condition"] = default_condition
     return Conversation.from_dict(plain)
 
 
@@ -68,12 +67,16 @@ def _from_turns(record: dict[str, Any], key: str, role_key: str, text_key: str) 
         refuse_misspelt(turn, ("weight",), place)
         item = {"role": _role(turn, role_key, place), "content": _content(turn, text_key, place)}
         if item["role"] == "system":
-            system = _leading_system(system, item["content"], i, f"{place}.{role_key}")
+            if i:
+                raise DataError(f"{place}.{role_key}: a system message after the first message cannot be expressed")
+            if system:
+                raise DataError(f"{place}.{role_key}: the record has a `system` field as well; keep one of the two")
+            system = item["content"]
         else:
             items.append(item | {"weight": number_field(turn, "weight", f"{place}.weight")})
     if not items:
         raise DataError(f"{key}: only a system message; a conversation needs a user or assistant message")
-    return {"items": items, "system": system} | _kept(record, ("condition", "reward"))
+    return {"items": items, "system": system}
 
 
 def _role(turn: dict[str, Any], key: str, place: str) -> str:
@@ -103,25 +106,13 @@ def _content(turn: dict[str, Any], key: str, place: str) -> str:
     return "".join(texts)
 
 
-def _leading_system(known: str, text: str, index: int, place: str) -> str:
-    if index:
-        raise DataError(f"{place}: a system message after the first message cannot be expressed")
-    if known:
-        raise DataError(f"{place}: the record has a `system` field as well; keep one of the two")
-    return text
-
-
 def _from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
     instruction = text_field(record, "instruction", "instruction", required=True)
     extra = text_field(record, "input", "input")
     question = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
     answer = {"role": "assistant", "content": text_field(record, "output", "output", required=True)}
     items = [question, answer | {"weight": number_field(record, "weight", "weight")}]
-    return {"items": items, "system": text_field(record, "system", "system")} | _kept(record, ("condition", "reward"))
-
-
-def _kept(record: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: record[key] for key in keys if key in record}
+    return {"items": items, "system": text_field(record, "system", "system")}
 
 
 FORMATS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -43,14 +43,9 @@ class SentencePieceModel:
 
 def parse(content: bytes) -> SentencePieceModel:
     """Interpret a model file. Raises: ValueError if it is none."""
-    pieces, trainer, normalizer = [], {}, {}
-    for field, value in _fields(content):
-        if field == 1 and isinstance(value, bytes):
-            pieces.append(_piece(value))
-        elif field == 2 and isinstance(value, bytes):
-            trainer = dict(_fields(value))
-        elif field == 3 and isinstance(value, bytes):
-            normalizer = dict(_fields(value))
+    messages = [(field, value) for field, value in _fields(content) if isinstance(value, bytes)]
+    pieces = [_piece(value) for field, value in messages if field == 1]
+    trainer, normalizer = (dict(_fields(dict(messages).get(field, b""))) for field in (2, 3))
     if not pieces or not (normalizer or trainer):
         raise ValueError("no SentencePiece vocabulary")
     return SentencePieceModel(

@@ -137,8 +137,11 @@ class Template:
     def segments(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         """The conversation as segments in order, of which only the texts are left to tokenise."""
         self.check(tokenizer)
-        segments = self._opening(conversation, tokenizer)
-        eot = (tokenizer.special_tokens[self.eot],)
+        bos, eot = self.bos_token(tokenizer), (tokenizer.special_tokens[self.eot],)
+        segments = [] if bos is None else [Segment("bos", None, "", (tokenizer.special_tokens[bos],))]
+        if conversation.system:
+            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
+            segments.append(Segment("system", None, conversation.system, eot))
         for message in conversation.items:
             prefix = self.role_prefix(message.role, conversation.condition)
             segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(prefix)))
@@ -160,25 +163,15 @@ class Template:
         ids += tokenizer.encode_with_specials(self.role_prefix("assistant", conversation.condition))
         return ids + tokenizer.encode(items[-1].content)
 
-    def _opening(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
-        bos, eot = self.bos_token(tokenizer), tokenizer.special_tokens[self.eot]
-        segments = [] if bos is None else [Segment("bos", None, "", (tokenizer.special_tokens[bos],))]
-        if conversation.system:
-            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
-            segments.append(Segment("system", None, conversation.system, (eot,)))
-        return segments
-
 
 def join(segments: Sequence[Segment], encoded: Mapping[str, Sequence[int]]) -> tuple[list[int], list[Span]]:
     """Ids and spans of `segments`; `encoded`: the ids of each text. A segment without tokens leaves no span."""
     ids: list[int] = []
     spans: list[Span] = []
     for role, weight, text, tail in segments:
-        begin = len(ids)
-        if text:
-            ids += encoded[text]
-        ids += tail
-        if len(ids) > begin:
+        own = [*(encoded[text] if text else ()), *tail]
+        if own:
+            ids += own
             spans.append(Span(len(ids), role, weight))
     return ids, spans
 

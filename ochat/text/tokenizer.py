@@ -10,21 +10,21 @@ same ids (tokenizer_convert.py), in about a second.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from ochat.errors import ConfigError, DataError, OchatError
+from ochat.errors import ConfigError, OchatError
 from ochat.files import atomic
-from ochat.text.added_tokens import AddedToken
-from ochat.text.tokenizer_convert import read_sentencepiece, read_tiktoken
-from ochat.text.tokenizer_files import TokenizerFiles, find_tokenizer
-from ochat.text.tokenizer_json import BOUNDARY, for_server, read_json
+from ochat.text.conversation import check_unicode
+from ochat.text.tokenizer_convert import BOUNDARY, for_server, read_json, read_sentencepiece, read_tiktoken
+from ochat.text.tokenizer_files import AddedToken, TokenizerFiles, find_tokenizer
 
 MAX_PREFIXES = 4096  # ids of role prefixes that are kept: a template's roles times the data's classes
 
@@ -104,13 +104,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; special tokens written in it are text. Raises: DataError for a lone surrogate."""
-        _check_unicode(text)
+        check_unicode(text)
         return self.model.encode(text, add_special_tokens=False).ids if text else []
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores. Raises: DataError if any of them cannot be encoded."""
         for text in texts:
-            _check_unicode(text)
+            check_unicode(text)
         encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)  # a third faster: no offsets
         return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
 
@@ -140,20 +140,17 @@ class Tokenizer:
 
         An id that it does not know (a padded embedding row, say) becomes U+FFFD.
         """
-        return "".join(self._decode_stretches(ids, skip_special))
+        names = dict.fromkeys(self._special_names, "") if skip_special else self._special_names
+        texts = []
+        for is_ordinary, stretch in itertools.groupby(ids, self._is_ordinary):
+            if is_ordinary:
+                texts.append(self.model.decode(list(stretch), skip_special_tokens=False))
+            else:
+                texts += [names.get(i, "\ufffd") for i in stretch]
+        return "".join(texts)
 
-    def _decode_stretches(self, ids: Sequence[int], skip_special: bool) -> Iterator[str]:
-        stretch: list[int] = []
-        for i in ids:
-            name = self._special_names.get(i)
-            known = name is not None or (i >= 0 and self.model.id_to_token(i) is not None)
-            if known and name is None:
-                stretch.append(i)
-                continue
-            yield self.model.decode(stretch, skip_special_tokens=False)
-            stretch = []
-            yield "\ufffd" if name is None else "" if skip_special else name
-        yield self.model.decode(stretch, skip_special_tokens=False)
+    def _is_ordinary(self, token_id: int) -> bool:
+        return token_id not in self._special_names and token_id >= 0 and self.model.id_to_token(token_id) is not None
 
     def token_id(self, token: str) -> int | None:
         """The id of a special token or a vocabulary entry, None if there is none."""
@@ -217,10 +214,3 @@ class Tokenizer:
         atomic.write_json(folder / "special_tokens_map.json", names)
         if self.content:
             (folder / "tokenizer.model").write_bytes(self.content)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"a lone surrogate at character {error.start}; it is no valid Unicode text") from None

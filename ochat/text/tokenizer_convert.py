@@ -1,14 +1,16 @@
-"""Converts SentencePiece BPE models and Llama 3's tiktoken ranks to a `tokenizers.Tokenizer` with the same ids.
+"""Makes a `tokenizers.Tokenizer` of a SentencePiece BPE model, Llama 3's tiktoken ranks or a tokenizer.json.
 
     read_sentencepiece(find_tokenizer(Path("models/mistral")), added_tokens=()).model
 
 SentencePiece merges by score and tiktoken by rank, whichever two parts give a token; so each split of a token into two
-others becomes a merge. Merges recovered from the vocabulary in any narrower way give other ids.
+others becomes a merge. Merges recovered from the vocabulary in any narrower way give other ids. An export writes the
+tokenizer.json that `for_server` makes of such a tokenizer.
 """
 
 from __future__ import annotations
 
 import binascii
+import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -21,8 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ochat.errors import ConfigError
 from ochat.text import sentencepiece_model as spm
-from ochat.text.added_tokens import AddedToken
-from ochat.text.tokenizer_files import TokenizerFiles
+from ochat.text.tokenizer_files import AddedToken, TokenizerFiles
 
 # Llama 3's pre-tokenizer, from its published tokenizer
 LLAMA3_PATTERN = (
@@ -37,6 +38,10 @@ LLAMA3_SPECIALS = {
 
 # pieces that a SentencePiece vocabulary lists as user-defined but which are marks of a chat format, so never content
 _CHAT_MARK = re.compile(r"<\|[^\s<>|]+\|>|<(start|end)_of_(turn|image)>|\[/?[A-Z_]+\]")
+
+# what an exported tokenizer splits at and drops: two Unicode noncharacters, which no text holds
+BOUNDARY = "\ufdd0\ufdd1"
+_BOUNDARY_SPLIT = {"type": "Split", "pattern": {"String": BOUNDARY}, "behavior": "Removed", "invert": False}
 
 
 @dataclass(frozen=True)
@@ -178,3 +183,47 @@ def _set_bos(model: tokenizers.Tokenizer, bos: str | None) -> None:
         single, pair = [bos, "$A"], [bos, "$A", "$B:1"]
         tokens = [(bos, model.token_to_id(bos))]
         model.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
+
+
+def read_json(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
+    """A tokenizer.json without truncation, padding and export's boundary, its special tokens found by their bare text.
+
+    `added_tokens` that it has are special. BOS is the one that its post-processor sets where no file names one.
+    """
+    spec = _without_boundary(files.tokenizer_json) | {"truncation": None, "padding": None}
+    bare = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+    spec["added_tokens"] = [
+        entry | bare if entry.get("special") or entry["content"] in added_tokens else entry
+        for entry in spec.get("added_tokens") or []
+    ]
+    names = files.names
+    if not names and not (files.path.parent / "tokenizer_config.json").exists():
+        first = ((spec.get("post_processor") or {}).get("single") or [{}])[0]
+        names = {"bos": first["SpecialToken"]["id"]} if "SpecialToken" in first else {}
+    model = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    return ReadTokenizer(model, files.tokens, names.get("bos"), names.get("eos"))
+
+
+def for_server(spec: dict[str, Any], *, boundary: bool) -> dict[str, Any]:
+    """The tokenizer.json for a server, which tokenises a whole chat where training tokenises each segment alone.
+
+    A dummy prefix comes at every section. `boundary`: the text is first split at BOUNDARY, which is dropped.
+    """
+    pre = spec["pre_tokenizer"] and _at_every_section(spec["pre_tokenizer"])
+    if boundary:
+        pre = {"type": "Sequence", "pretokenizers": [_BOUNDARY_SPLIT, *([pre] if pre else [])]}
+    return spec | {"pre_tokenizer": pre}
+
+
+def _at_every_section(step: dict[str, Any]) -> dict[str, Any]:
+    if "pretokenizers" in step:
+        return step | {"pretokenizers": [_at_every_section(each) for each in step["pretokenizers"]]}
+    return step | {"prepend_scheme": "always"} if step.get("prepend_scheme") == "first" else step
+
+
+def _without_boundary(spec: dict[str, Any]) -> dict[str, Any]:
+    pre = spec.get("pre_tokenizer")
+    steps = pre.get("pretokenizers") if isinstance(pre, dict) else None
+    if not steps or steps[0].get("pattern") != _BOUNDARY_SPLIT["pattern"]:
+        return spec
+    return spec | {"pre_tokenizer": steps[1] if len(steps) > 1 else None}

@@ -1,24 +1,38 @@
 """Finds the files that make up a tokenizer, and decides by content, not by name, what they are.
 
-files = find_tokenizer(Path("models/base")); files.kind, files.tokens
+    files = find_tokenizer(Path("models/base")); files.kind, files.tokens
+
+The tokens that a folder adds to its vocabulary come from tokenizer.json, tokenizer_config.json
+(`added_tokens_decoder`) and added_tokens.json; the names of BOS and EOS from tokenizer_config.json and
+special_tokens_map.json.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ochat.errors import ConfigError, how_to_fetch
 from ochat.files import bounded_json
 from ochat.text import sentencepiece_model
-from ochat.text.added_tokens import AddedToken, read_added_tokens, read_names
 
 KINDS = ("sentencepiece", "tiktoken", "json")  # in this order of preference where a folder holds several
 _CANNOT = "is no SentencePiece model, no tokenizer.json and no file of tiktoken ranks"
+MOST_IDS = 1 << 24  # many times the largest published vocabulary
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a folder declares in addition to its vocabulary."""
+
+    text: str
+    id: int
+    special: bool
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ def find_tokenizer(path: Path) -> TokenizerFiles:
     """The tokenizer at `path`, a file or a folder. Raises: ConfigError."""
     if path.is_file():
         main = _read_file(path)
-        return main if main.kind != "json" else _with(main, names=read_names(path.parent))
+        return main if main.kind != "json" else replace(main, names=_read_names(path.parent))
     if not path.is_dir():
         raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {how_to_fetch(path)}")
     files = _candidates(path)
@@ -46,11 +60,7 @@ def find_tokenizer(path: Path) -> TokenizerFiles:
     if main.kind == "sentencepiece" and _is_of_another_vocabulary(spec, main.content):
         log.warning("%s: tokenizer.json is no conversion of the SentencePiece model there: not used", path)
         spec = {}
-    return _with(main, tokens=read_added_tokens(path, spec), names=read_names(path))
-
-
-def _with(main: TokenizerFiles, **changes: Any) -> TokenizerFiles:
-    return TokenizerFiles(**(vars(main) | changes))
+    return replace(main, tokens=_read_added_tokens(path, spec), names=_read_names(path))
 
 
 def _candidates(folder: Path) -> list[TokenizerFiles]:
@@ -104,3 +114,41 @@ def _is_of_another_vocabulary(spec: dict[str, Any], content: bytes) -> bool:
         return False
     pieces = sentencepiece_model.parse(content).pieces
     return 2 * sum(vocab.get(piece.text) == i for i, piece in enumerate(pieces)) < len(pieces)
+
+
+def _read_added_tokens(folder: Path, tokenizer_json: dict[str, Any]) -> tuple[AddedToken, ...]:
+    """The added tokens of all the folder's files, each once, by id; `tokenizer_json`: that file's content, {} if none.
+
+    Raises: ConfigError where two files disagree, or for an id that no vocabulary has.
+    """
+    found: dict[str, AddedToken] = {}
+    for token in _declared(folder, tokenizer_json):
+        if not 0 <= token.id < MOST_IDS:
+            raise ConfigError(f"{folder}: token {token.text!r} has the id {token.id}; at most {MOST_IDS:,} are in use")
+        known = found.setdefault(token.text, token)
+        if known.id != token.id:
+            raise ConfigError(f"{folder}: token {token.text!r} has id {known.id} in one file and {token.id} in another")
+        found[token.text] = AddedToken(token.text, token.id, known.special or token.special)
+    return tuple(sorted(found.values(), key=lambda token: token.id))
+
+
+def _read_names(folder: Path) -> dict[str, str]:
+    """The tokens that the folder's files name as "bos" and "eos". Raises: ConfigError for a damaged file."""
+    config = _read_if_there(folder / "special_tokens_map.json") | _read_if_there(folder / "tokenizer_config.json")
+    entries = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
+    texts = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
+    return {role: text for role, text in texts.items() if isinstance(text, str) and text}
+
+
+def _declared(folder: Path, tokenizer_json: dict[str, Any]) -> Iterator[AddedToken]:
+    for entry in tokenizer_json.get("added_tokens") or []:
+        yield AddedToken(entry["content"], int(entry["id"]), bool(entry.get("special", False)))
+    decoder = _read_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    for token_id, entry in decoder.items():
+        yield AddedToken(entry["content"], int(token_id), bool(entry.get("special", False)))
+    for text, token_id in _read_if_there(folder / "added_tokens.json").items():
+        yield AddedToken(text, int(token_id), False)
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return bounded_json.read_object(path, ConfigError, "fetch it again") if path.is_file() else {}
