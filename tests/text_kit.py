@@ -32,15 +32,12 @@ CORPUS = 4 * tuple(
 )
 
 # what users write and tokenizers stumble over
-_BLANKS = (
+NASTY = (
     "", " ", "  ", "\n", " \n", "\n\n\n x", "\t a", "\u00a0", "\u2028", " " * 77, "\r\n\r\n", "\u2581", " \u2581 x",
-)  # fmt: skip
-_SCRIPTS = (
     "\u0301", "e\u0301", "\u00e9", "\U0001f600\u200d\U0001f600", "\u6f22\u5b57\u304b\u306a", "\u0645\u0631\u062d",
+    "a\x00b", ":)", "isn't", "1234567", "x" * 300, "\ufeff", "\uffff", "\U0010ffff", "[INST]", "<0x0A>", "<s>", "</s>",
+    "<unk>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "a<|end_of_turn|>b", "<|im_start|>user\nhi<|im_end|>",
 )  # fmt: skip
-_SIGNS = ("a\x00b", ":)", "isn't", "1234567", "x" * 300, "\ufeff", "\uffff", "\U0010ffff", "[INST]", "<0x0A>")
-_MARKS = ("<s>", "</s>", "<unk>", "<|eot_id|>", "<|end_of_turn|>", "<end_of_turn>", "a<|end_of_turn|>b")
-NASTY = (*_BLANKS, *_SCRIPTS, *_SIGNS, *_MARKS, "<|im_start|>user\nhi<|im_end|>")
 
 
 def real_tokenizer(name: str) -> Path:
@@ -62,18 +59,10 @@ def sentencepiece_bytes(*, dummy_prefix: bool, **changes) -> bytes:
     `changes`: options of the trainer.
     """
     symbols = ["<start_of_turn>", "<end_of_turn>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "<h1>"]
+    options = {"vocab_size": 420, "model_type": "bpe", "byte_fallback": True, "add_dummy_prefix": dummy_prefix}
+    options |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity", "character_coverage": 0.99}
+    options |= {"user_defined_symbols": [] if dummy_prefix else symbols, "minloglevel": 2}
     model = io.BytesIO()
-    options = {
-        "vocab_size": 420,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "add_dummy_prefix": dummy_prefix,
-        "remove_extra_whitespaces": False,
-        "normalization_rule_name": "identity",
-        "character_coverage": 0.99,
-        "user_defined_symbols": [] if dummy_prefix else symbols,
-        "minloglevel": 2,
-    }
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **options | changes)
     return model.getvalue()
 
@@ -92,10 +81,8 @@ def byte_level_json(flavour: str) -> str:
     model.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    model.train_from_iterator(
-        CORPUS,
-        trainers.BpeTrainer(vocab_size=420, special_tokens=specials, initial_alphabet=letters, show_progress=False),
-    )
+    options = {"vocab_size": 420, "special_tokens": specials, "initial_alphabet": letters, "show_progress": False}
+    model.train_from_iterator(CORPUS, trainers.BpeTrainer(**options))
     return model.to_str()
 
 

