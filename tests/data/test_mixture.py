@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.step_cases import END_OF_TURN, write_bytes_tokenizer
 from ochat import config as configuration
 from ochat.config import ClassConfig, MixConfig
 from ochat.data.dataset import TokenDataset
@@ -16,7 +17,7 @@ from ochat.model.config import ModelConfig
 from ochat.plan import run_facts
 from ochat.train import build
 from tests import tiny
-from tests.tiny_text import conversations, write_base
+from tests.tiny_text import conversations
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array)
 
@@ -158,7 +159,9 @@ def test_the_loader_trains_on_the_mixture(folders, options):
 def others(world, tmp_path_factory):
     """The world's conversations prepared with another tokenizer, and with another template."""
     folder, source = tmp_path_factory.mktemp("others"), world.folder / "conversations.jsonl"
-    prepare([source], write_base(folder / "base"), "openchat_v3.2", folder / "tokenizer", progress=False)
+    (folder / "base").mkdir()
+    write_bytes_tokenizer(folder / "base", END_OF_TURN, "<|another|>")
+    prepare([source], folder / "base", "openchat_v3.2", folder / "tokenizer", progress=False)
     prepare([source], world.base, "openchat_v3.2", folder / "template", conditions="ignore", progress=False)
     return folder
 
