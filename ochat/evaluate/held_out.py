@@ -27,7 +27,7 @@ from ochat.errors import ConfigError, DataError
 from ochat.text import record_formats
 from ochat.text.conversation import Conversation
 from ochat.text.openchat_json import load_template, read_description
-from ochat.text.template import Span, Template
+from ochat.text.template import Span, Template, check_condition
 from ochat.text.tokenizer import Tokenizer
 
 
@@ -126,8 +126,7 @@ def choose_conditions(
         return ("",)
     conditions = tuple(dict.fromkeys(asked or sorted({each.condition for each in conversations})))
     for condition in conditions:
-        if condition and len(tokenizer.split_at_specials(condition)) > 1:
-            raise ConfigError(f"the class {condition!r} spells a special token; no prefix can carry it")
+        check_condition(condition, tokenizer)
     return conditions
 
 

@@ -211,9 +211,14 @@ def with_default_condition(template: Template, condition: str, tokenizer: Tokeni
     it."""
     if condition and template.condition_roles == "none":
         raise ConfigError(f"--condition: the template {template.name} has none in its prefixes; leave it out")
-    if len(tokenizer.split_at_specials(condition)) > 1:
-        raise ConfigError(f"--condition: the class {condition!r} spells a special token; no prefix can carry it")
+    check_condition(condition, tokenizer, "--condition: ")
     return replace(template, default_condition=condition)
+
+
+def check_condition(condition: str, tokenizer: Tokenizer, option: str = "") -> None:
+    """Raise ConfigError, which starts with `option`, if the class spells a special token."""
+    if len(tokenizer.split_at_specials(condition)) > 1:
+        raise ConfigError(f"{option}the class {condition!r} spells a special token; no prefix can carry it")
 
 
 def _folder() -> Any:

@@ -17,7 +17,7 @@ from ochat.evaluate import held_out
 from ochat.export.open_model import folder_of
 from ochat.text import tokenizer as tokenizers
 from ochat.text.openchat_json import load_template, read_description
-from ochat.text.template import Template
+from ochat.text.template import Template, check_condition
 from ochat.text.tokenizer import Tokenizer
 
 
@@ -68,8 +68,7 @@ def one_prefix(
     defaults = [each.template.default_condition for each in compared if each.names_classes]
     if name is None:
         return next((each for each in defaults if each), classes[0])
-    if len(tokenizer.split_at_specials(name)) > 1:
-        raise ConfigError(f"--one-prefix: the class {name!r} spells a special token; no prefix can carry it")
+    check_condition(name, tokenizer, "--one-prefix: ")
     return name
 
 
