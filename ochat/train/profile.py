@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +27,9 @@ from torch.profiler import profile as profiler
 
 from ochat.config import Config
 from ochat.data.batch import PackedBatch
-from ochat.model import lora
-from ochat.plan import gpus, roofline
+from ochat.plan import gpus
+from ochat.plan.forecast import PlanInputs
 from ochat.plan.gpus import GpuSpec
-from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
 from ochat.plan.roofline import Workload
 from ochat.run import layout as run_layout
@@ -56,17 +54,6 @@ PATTERNS = {  # the first that a name, or one around it, matches
 STEP = "ProfilerStep"
 PYTHON = re.compile(r"\.py\(\d+\): |^<built-in ")
 OURS = re.compile(r"ochat/.*\.py\(\d+\): .*")
-
-
-@dataclass(frozen=True)
-class SyncPoint:
-    """Calls at one place in which the host waited for the device."""
-
-    call: str  # cudaStreamSynchronize, ...
-    operator: str  # aten::item, ...
-    place: str  # ochat/train/metrics.py(120): flush
-    count: int
-    seconds: float
 
 
 def profile(config: Config) -> list[Table | str]:
@@ -94,8 +81,9 @@ def record(trainer: Trainer) -> list[Table | str]:
     if not trainer.ranks.is_first:
         return []
     seconds = {part: total / RECORDED for part, total in part_seconds(events).items()}
-    shown = report(seconds, rooflines(trainer, batches), sync_points(events_with_stacks))
-    return [*shown, f"traces of every process: {path.parent}"]
+    shown = report(seconds, rooflines(trainer, batches))
+    waits = sync_points(events_with_stacks) or ["The host never waited for the device."]
+    return [*shown, *waits, f"traces of every process: {path.parent}"]
 
 
 def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, float]:
@@ -107,17 +95,13 @@ def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, f
     tokens, computed = sum(b.num_tokens for b in all_batches), sum(b.input_ids.shape[0] for b in all_batches)
     supervised = sum(b.num_supervised for b in all_batches)
     workload = Workload(LengthCounts.of(lengths), supervised / tokens, tokens / computed)
+    sections = config.data, config.train, config.optim, config.parallel, config.lora
+    inputs = PlanInputs(model, workload, STEPS, *sections)
+    layout = inputs.layout(ranks.world, torch.cuda.device_count() or 1, computed // len(all_batches))
+    tflops, unlimited = trainer.resolved.peak_flops / 1e12, float("inf")
+    matmul_only = GpuSpec("", 0.0, tflops, tflops, (tflops,) * 4, unlimited, unlimited, unlimited)
     known = gpus.lookup(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
-    layout = Layout(
-        token_budget=computed // len(all_batches),
-        bins_per_step=len(all_batches) // len(batches) * ranks.world,
-        recompute=config.train.recompute,
-        ranks=ranks.world,
-        shard=ranks.shard[1],
-        itemsize=4 if config.train.dtype == "float32" else 2,
-        adapters=lora.num_parameters(model, config.lora),
-    )
-    least = roofline.predict(model, known or _matmul_only(trainer.resolved.peak_flops), workload, layout)
+    least = inputs.speed(known or matmul_only, layout)
     again = config.train.recompute == "block"
     found = {
         MATMUL: least.matmul * (1 + again / layout.matmuls_of_weight),
@@ -132,24 +116,19 @@ def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, f
     return found | {OPTIMIZER: least.optimizer, COMMUNICATION: least.communication}
 
 
-def report(seconds: dict[str, float], least: dict[str, float], waits: Sequence[SyncPoint]) -> list[Table | str]:
-    """The parts of a mean step next to their rooflines, and a line for each place where the host waited."""
-    total, is_whole = sum(seconds.values()), ELEMENTWISE in least
+def report(seconds: dict[str, float], least: dict[str, float]) -> list[Table | str]:
+    """The parts of a mean step next to their rooflines, and what a roofline is."""
     table = Table("part", box=None, padding=(0, 3, 0, 0), title=f"a step, mean of {RECORDED}", title_justify="left")
     for column in ("ms", "share", "roofline ms", "times roofline"):
         table.add_column(column, justify="right")
+    total, whole, is_whole = sum(seconds.values()), sum(least.values()), ELEMENTWISE in least
     for part in PARTS:
         limit = least.get(part)
         cells = (f"{1e3 * limit:,.2f}", f"{seconds[part] / limit:.2f}") if limit else ("", "")
         table.add_row(part, f"{1e3 * seconds[part]:,.2f}", f"{seconds[part] / total:.1%}", *cells)
-    whole = sum(least.values())
     ratio = f"{total / whole:.2f}" if is_whole else ""
     table.add_row("step", f"{1e3 * total:,.2f}", "100.0%", f"{1e3 * whole:,.2f}", ratio)
-    lines = [
-        f"waited {1e3 * wait.seconds:,.2f} ms in {wait.count} x {wait.call}, {wait.operator} at {wait.place}"
-        for wait in waits
-    ]
-    return [table, ROOFLINE if is_whole else ROOFLINE_OF_MATMUL, *(lines or ["The host never waited for the device."])]
+    return [table, ROOFLINE if is_whole else ROOFLINE_OF_MATMUL]
 
 
 def part_seconds(events: Sequence[FunctionEvent]) -> dict[str, float]:
@@ -182,8 +161,9 @@ def part_seconds(events: Sequence[FunctionEvent]) -> dict[str, float]:
     return found | {IDLE: (end - start - covered) / 1e6}
 
 
-def sync_points(events: Sequence[FunctionEvent]) -> list[SyncPoint]:
-    """Where the host waited for the device within the steps, the longest first. Places need events with stacks."""
+def sync_points(events: Sequence[FunctionEvent]) -> list[str]:
+    """A line for each place where the host waited for the device within the steps, the longest first. Places need
+    events with stacks."""
     steps = [e for e in events if e.name.startswith(STEP) and e.device_type == DeviceType.CPU]
     found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for event in (e for e in events if e.name.startswith("cu") and "Synchronize" in e.name):
@@ -197,8 +177,10 @@ def sync_points(events: Sequence[FunctionEvent]) -> list[SyncPoint]:
         operator, place = _call(names)
         if "ochat/train/profile.py" not in place:
             found[event.name, operator, place].append(span.elapsed_us() / 1e6)
-    points = [SyncPoint(*key, len(times), sum(times)) for key, times in found.items()]
-    return sorted(points, key=lambda point: -point.seconds)
+    return [
+        f"waited {1e3 * sum(times):,.2f} ms in {len(times)} x {call}, {operator} at {place}"
+        for (call, operator, place), times in sorted(found.items(), key=lambda item: -sum(item[1]))
+    ]
 
 
 def _chain(event: FunctionEvent) -> list[FunctionEvent]:
@@ -266,9 +248,3 @@ def _step(trainer: Trainer, steps: Iterator[tuple[int, list[PackedBatch]]]) -> l
     if trainer.steps_done % trainer.config.train.log_every == 0:
         trainer.metrics.flush()
     return batches
-
-
-def _matmul_only(peak: float) -> GpuSpec:
-    """A device of which only the peak rate is known."""
-    tflops, unknown = peak / 1e12, float("inf")
-    return GpuSpec("", 0.0, tflops, tflops, (tflops,) * 4, unknown, unknown, unknown)
