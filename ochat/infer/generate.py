@@ -2,6 +2,8 @@
 
     new_ids = generate(model, [[1, 5, 9], [1, 7]], max_new_tokens=64, stop_ids={2})
 An answer does not depend on the other prompts, sampled or not: each prompt has its own random draws.
+
+Letters: B sequences, C capacity, L layers, N query heads, K key/value heads, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ochat.errors import ConfigError
-from ochat.infer.kv_cache import KVCache
+from ochat.model.attention import Attend
+from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
+from ochat.overrides import expect
 
 
 @torch.no_grad()
@@ -41,22 +45,38 @@ def generate(
     id outside the vocabulary. Costs: a synchronisation per token.
     """
     sampler = Sampler(temperature, top_p, top_k, seed, len(prompts))
-    room = _room(prompts, max_new_tokens, model.config.max_position_embeddings)
+    expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number >= 1")
+    lengths, context = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
+    _check_lengths(lengths, context)
     if not prompts:
         return []
     input_ids, position_ids, attend = pack_ids(model, prompts, device)
-    cache = _cache(model, prompts, room, input_ids.device)
+    capacity = min(max(lengths) + max_new_tokens, context)
+    dtype = model.compute_dtype or model.embed.weight.dtype
+    cache = KVCache(model.config, lengths, capacity, dtype, input_ids.device)
     last = cache.lengths.cumsum(0) - 1  # rows of the prompts' last tokens
     logits = model(input_ids, position_ids, cache.storing(attend), lambda x, weight: F.linear(x[last], weight).float())
     answers: list[list[int]] = [[] for _ in prompts]
-    open_answers = set(range(len(prompts)))
+    open_answers = list(range(len(prompts)))
     while True:
         tokens = sampler(logits)
-        _append(answers, open_answers, tokens.tolist(), frozenset(stop_ids), room)
+        said = tokens.tolist()
+        open_answers = [index for index in open_answers if said[index] not in stop_ids]
+        for index in open_answers:
+            answers[index].append(said[index])
+        open_answers = [i for i in open_answers if len(answers[i]) < min(max_new_tokens, context - lengths[i])]
         if not open_answers:
             return answers
         logits = model(tokens, cache.lengths, cache)
         cache.advance()
+
+
+def _check_lengths(lengths: Sequence[int], context: int) -> None:
+    for index, length in enumerate(lengths):
+        if not length:
+            raise ConfigError(f"prompt {index} has no tokens; a model needs at least one to start from")
+        if length >= context:
+            raise ConfigError(f"prompt {index} has {length} tokens, but the model's context is {context}; shorten it")
 
 
 class Sampler:
@@ -66,9 +86,9 @@ class Sampler:
     def __init__(
         self, temperature: float, top_p: float, top_k: int, seed: int | Sequence[int], num_sequences: int
     ) -> None:
-        _check_range("temperature", temperature, math.isfinite(temperature) and temperature >= 0, "a number >= 0")
-        _check_range("top_p", top_p, 0 < top_p <= 1, "a number in (0, 1]")
-        _check_range("top_k", top_k, top_k >= 0, "a whole number >= 0")
+        expect(math.isfinite(temperature) and temperature >= 0, "temperature", temperature, "a number >= 0")
+        expect(0 < top_p <= 1, "top_p", top_p, "a number in (0, 1]")
+        expect(top_k >= 0, "top_k", top_k, "a whole number >= 0")
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         own = [(seed, index) for index in range(num_sequences)] if isinstance(seed, int) else [(s, 0) for s in seed]
         seeds = [(value * 1_000_003 + index) % 2**63 for value, index in own]
@@ -89,38 +109,60 @@ class Sampler:
         return order.gather(-1, chosen).squeeze(-1)
 
 
-def _append(
-    answers: list[list[int]], open_answers: set[int], tokens: list[int], stop_ids: frozenset[int], room: list[int]
-) -> None:
-    """Give each open answer its token, and close those that it ends."""
-    for index in sorted(open_answers):
-        if tokens[index] in stop_ids:
-            open_answers.discard(index)
-            continue
-        answers[index].append(tokens[index])
-        if len(answers[index]) == room[index]:
-            open_answers.discard(index)
+class KVCache:
+    """Keys and values of sequences that grow token by token: an `attend` for one new token per sequence. It holds
+    2 * L * B * C * K * D numbers.
 
+    `lengths` (B,) int64: tokens held per sequence, which is also the position of the next one.
+    """
 
-def _room(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> list[int]:
-    """How many tokens each answer may have."""
-    _check_range("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "a whole number >= 1")
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ConfigError(f"prompt {index} has no tokens; a model needs at least one to start from")
-        if len(prompt) >= context:
-            raise ConfigError(
-                f"prompt {index} has {len(prompt)} tokens, but the model's context is {context}; shorten it"
-            )
-    return [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    def __init__(
+        self,
+        config: ModelConfig,
+        lengths: Sequence[int],
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (config.num_layers, len(lengths), capacity, config.num_kv_heads, config.head_dim)
+        # Zeros, not empty: a masked value has weight 0, and 0 times a stray NaN would be NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
+        self.longest = max(lengths)  # on the host: how much of the capacity a call has to look at
+        self.rows = torch.arange(len(lengths), device=device)
 
+    def storing(self, attend: Attend) -> Attend:
+        """`attend` over the packed prompts, `lengths` tokens of each sequence; keys and values are kept on the way."""
+        rows = self.rows.repeat_interleave(self.lengths)
+        starts = (self.lengths.cumsum(0) - self.lengths)[rows]
+        places = torch.arange(len(rows), device=rows.device) - starts
 
-def _cache(model: Transformer, prompts: Sequence[Sequence[int]], room: list[int], device: torch.device) -> KVCache:
-    lengths = [len(prompt) for prompt in prompts]
-    capacity = max(length + more for length, more in zip(lengths, room, strict=True))
-    return KVCache(model.config, lengths, capacity, model.compute_dtype or model.embed.weight.dtype, device)
+        def attend_and_store(layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+            self.keys[layer, rows, places] = k
+            self.values[layer, rows, places] = v
+            return attend(layer, q, k, v, window)
 
+        return attend_and_store
 
-def _check_range(name: str, value: float, is_right: bool, expected: str) -> None:
-    if not is_right:
-        raise ConfigError(f"{name} = {value!r}; expected {expected}")
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """One new token per sequence sees all that is held of its own: q (B, N, D), k and v (B, K, D) -> (B, N, D)."""
+        self.keys[layer, self.rows, self.lengths] = k
+        self.values[layer, self.rows, self.lengths] = v
+        end = self.longest + 1
+        keys, values = (held[layer, :, :end].transpose(1, 2) for held in (self.keys, self.values))  # (B, K, end, D)
+        mask = self._seen(end, window)[:, None, None, :]
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask, enable_gqa=True)[:, :, 0]
+
+    def advance(self) -> None:
+        """After all layers took the token. A full sequence writes over its last place: its answer has ended, and it
+        goes along with the others."""
+        last = self.keys.shape[2] - 1
+        self.lengths = (self.lengths + 1).clamp(max=last)
+        self.longest = min(self.longest + 1, last)
+
+    def _seen(self, end: int, window: int | None) -> Tensor:
+        """(B, end) bool: the keys up to the new token's own, the nearest `window` of them if given."""
+        places, own = torch.arange(end, device=self.rows.device)[None, :], self.lengths[:, None]
+        seen = places <= own
+        return seen if window is None else seen & (places > own - window)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ochat.infer.kv_cache import KVCache
+from ochat.infer.generate import KVCache
 from ochat.model import hf
 from ochat.model.transformer import pack_ids
 from tests.model_families import FAMILIES, make, random_ids
