@@ -41,28 +41,23 @@ class EvalOptions:
 
 def main(options: EvalOptions) -> None:
     """The command `ochat eval`."""
-    from ochat.evaluate import swap_report
+    from ochat.evaluate import swap  # torch takes seconds to import; --help does without
 
     record = evaluate(options)
     console = Console(highlight=False)
-    console.print(swap_report.swap_table(record["classes"], record["conditions"]))
+    console.print(swap.swap_table(record["classes"], record["conditions"]))
     for path in filter(None, (options.output, options.answers)):
         console.print(escape(f"wrote {path}"), soft_wrap=True)
 
 
 def evaluate(options: EvalOptions) -> dict[str, Any]:
     """The content of --output, after it and the answers are written: model, data, conditions, how intervals are made,
-    and `classes` (swap_report.summarise).
+    and `classes` (swap.summarise).
 
     Raises: ConfigError, DataError and CheckpointError; before the model is loaded for all that can be known by then.
     """
     from ochat.data.dataset import shown_paths
-    from ochat.evaluate import (
-        held_out,
-        prompts,
-        swap,
-        swap_report,
-    )
+    from ochat.evaluate import held_out, intervals, prompts, swap
     from ochat.export.open_model import folder_of, open_model
     from ochat.model.config import ModelConfig
     from ochat.model.device import find_device
@@ -96,8 +91,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "template": template.name,
         "dtype": options.dtype,
         "conditions": list(conditions),
-        "interval": {"level": swap_report.LEVEL, "method": swap_report.METHOD, "resamples": swap_report.RESAMPLES},
-        "classes": swap_report.summarise(sums, conditions),
+        "interval": {"level": intervals.LEVEL, "method": swap.METHOD, "resamples": swap.RESAMPLES},
+        "classes": swap.summarise(sums, conditions),
     }
     if options.output:
         atomic.write_json(options.output, record)

@@ -37,3 +37,9 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
         half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
         interval = [mean - half, mean + half]
     return {"mean": mean, "interval": interval, "values": list(values)}
+
+
+def shown(value: float, ends: Sequence[float] | None, form: str, scale: float = 1, join: str = " ") -> str:
+    """A value times `scale` and, where there is one, its interval: "31.0 [25.6, 36.9]"."""
+    text, *texts = (format(scale * each, form) for each in (value, *(ends or ())))
+    return f"{text}{join}[{', '.join(texts)}]" if texts else text

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from ochat.data.prepare import prepare
 from ochat.errors import DataError
 from ochat.evaluate import swap
-from ochat.evaluate import swap_report as matrices
 from ochat.evaluate.held_out import HeldOut, read_held_out
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer, pack_ids
@@ -172,7 +171,7 @@ def test_exact_is_what_greedy_decoding_says(setting):
             for prompt, answer, stop in asked[own]
         ]
         assert found[own].exact.tolist() == said and 4 <= np.sum(said) <= 20
-    summary = matrices.summarise(found, names)["good"]["prefixes"]["good"]
+    summary = swap.summarise(found, names)["good"]["prefixes"]["good"]
     assert summary["exact"] == found["good"].exact[:, 0].mean()
 
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from ochat.evaluate import swap_report
+from ochat.evaluate import swap
 from ochat.evaluate.swap import Sums
 
 CONDITIONS = ("own", "other")
@@ -28,11 +28,11 @@ def draw(seed: int, count: int) -> Sums:
 
 
 def cells(sums: Sums) -> dict:
-    return swap_report.summarise({"own": sums}, CONDITIONS)["own"]["prefixes"]
+    return swap.summarise({"own": sums}, CONDITIONS)["own"]["prefixes"]
 
 
 def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(swap_report, "RESAMPLES", 400)
+    monkeypatch.setattr(swap, "RESAMPLES", 400)
     ends = [cells(draw(seed, 100))["own"]["nll_interval"] for seed in range(300)]
     # three standard errors of 300 draws are 0.038; the percentiles of 100 fall a bit short
     assert 0.90 <= np.mean([low <= TRUE_NLL <= high for low, high in ends]) <= 0.98
@@ -67,7 +67,7 @@ def test_the_same_matrix_gives_the_same_record_and_one_conversation_no_interval(
     sums = draw(2, 30)
     assert json.dumps(cells(sums)) == json.dumps(cells(sums))
     assert cells(draw(2, 1))["own"]["nll_interval"] is None
-    other = swap_report.summarise({"stranger": sums}, CONDITIONS)["stranger"]["prefixes"]["own"]
+    other = swap.summarise({"stranger": sums}, CONDITIONS)["stranger"]["prefixes"]["own"]
     assert other["nll_above_own"] is None and other["nll_above_own_interval"] is None
 
 
