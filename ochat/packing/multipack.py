@@ -15,13 +15,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ochat import background
 from ochat.errors import ConfigError, DataError
-from ochat.packing.candidates import Stream
-from ochat.packing.windows import pack_stream
+from ochat.packing.windows import Stream, pack_stream
 
 KEPT = 2  # plans in an EpochPlanCache: the current epoch's and the next one's, however many epochs there are
 NO_BINS = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))  # counts, tokens, costs of an empty set
@@ -85,53 +86,26 @@ def plan(
     stream = Stream(order, sizes, work, token_budget, bins_per_step, max_sequences or max(len(sizes), 1))
     windows = list(pack_stream(stream, rng))
     counts, bin_tokens, bin_costs = (np.concatenate(part) for part in zip(NO_BINS, *windows, strict=True))
-    return PackPlan(
-        indices=order.astype(np.int64),
-        bin_offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
-        num_steps=len(counts) // bins_per_step,
-        token_budget=token_budget,
-        bins_per_step=bins_per_step,
-        bin_tokens=bin_tokens,
-        bin_costs=bin_costs,
-    )
+    indices, bin_offsets = order.astype(np.int64), np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    num_steps = len(counts) // bins_per_step
+    return PackPlan(indices, bin_offsets, num_steps, token_budget, bins_per_step, bin_tokens, bin_costs)
 
 
 class EpochPlanCache:
     """`cache(epoch)` is that epoch's plan, made by `make` once while it is kept; two are kept. Thread-safe."""
 
     def __init__(self, make: Callable[[int], PackPlan]) -> None:
-        self._make = make
         self._lock = threading.Lock()
-        self._kept: dict[int, Future[PackPlan]] = {}  # in order of their last use
+        self._begun = lru_cache(KEPT)(lambda epoch: background.start(lambda: make(epoch), f"plan of epoch {epoch}"))
 
     def __call__(self, epoch: int) -> PackPlan:
-        """The plan; waits for a thread that is making it. Raises what making it raised."""
-        future, is_new = self._claim(epoch)
-        if is_new:
-            self._run(epoch, future)
-        return future.result()
+        """The plan, once it is made. Raises what making it raised."""
+        return self.start(epoch).result()
 
-    def start(self, epoch: int) -> None:
-        """Make the plan in a thread, unless it is there or being made."""
-        future, is_new = self._claim(epoch)
-        if is_new:
-            threading.Thread(target=self._run, args=(epoch, future), daemon=True, name=f"plan of epoch {epoch}").start()
-
-    def _claim(self, epoch: int) -> tuple[Future[PackPlan], bool]:
-        """The epoch's place, and whether the caller is the one to fill it."""
-        with self._lock:
-            is_new = epoch not in self._kept
-            future = self._kept.pop(epoch, None) or Future()
-            self._kept[epoch] = future
-            for oldest in list(self._kept)[:-KEPT]:
-                del self._kept[oldest]
-            return future, is_new
-
-    def _run(self, epoch: int, future: Future[PackPlan]) -> None:
-        try:
-            future.set_result(self._make(epoch))
-        except BaseException as error:  # raised in the thread that asks for the plan
-            future.set_exception(error)
+    def start(self, epoch: int) -> Future[PackPlan]:
+        """The plan to come, which a thread makes unless it is there or being made."""
+        with self._lock:  # two threads that ask at once would start it twice
+            return self._begun(epoch)
 
 
 def _check_lengths(lengths: ArrayLike, budget: int) -> NDArray:
