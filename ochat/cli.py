@@ -7,9 +7,11 @@ NAME is ochat/commands/NAME.py, imported only when it is asked for: an options d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 
 from ochat import config as configuration
 from ochat import overrides
@@ -93,49 +96,40 @@ def call(name: str, arguments: Sequence[str]) -> None:
         return
     own, options = overrides.split(arguments)
     if {"-h", "--help"} & set(own):
-        kind = _with_keys(kind, schema)
-    hidden = getattr(module, "HIDDEN", {})
-    module.main(parse(kind, own, f"ochat {name}", use_underscores=True, hidden=hidden), options)
+        with contextlib.suppress(SystemExit):
+            parse(kind, ["--help"], f"ochat {name}")
+        _print_keys(Console(highlight=False), schema, "", getattr(module, "HIDDEN", {}))
+        sys.exit(0)
+    module.main(parse(kind, own, f"ochat {name}"), options)
 
 
-def parse(
-    kind: type,
-    arguments: Sequence[str],
-    prog: str,
-    *,
-    use_underscores: bool = False,
-    hidden: Mapping[str, Collection[str]] | None = None,
-) -> Any:
+def parse(kind: type, arguments: Sequence[str], prog: str) -> Any:
     """The options dataclass `kind` from a command line; exits after --help and where it cannot be parsed.
 
-    A repeatable option takes `--flag a b`, `--flag a --flag b` and mixes of both. `hidden`: configuration keys, by
-    section, that help leaves out. Raises: UsageError where an option that takes one value is given twice.
+    A repeatable option takes `--flag a b`, `--flag a --flag b` and mixes of both. Raises: UsageError where an option
+    that takes one value is given twice.
     """
     import tyro  # here: 0.1 s that `ochat` alone does without
 
-    required = [field for field in dataclasses.fields(kind) if _is_required(field)]
-    style = [tyro.conf.UseAppendAction, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName]
-    style += [tyro.conf.PositionalRequiredArgs]
-    plain = _gather(kind, arguments, len(required))
-    with _help_registry(hidden or {}):
-        return tyro.cli(kind, prog=prog, args=plain, config=tuple(style), use_underscores=use_underscores)
+    style = (
+        tyro.conf.UseAppendAction, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName,
+        tyro.conf.PositionalRequiredArgs,
+    )  # fmt: skip
+    return tyro.cli(kind, prog=prog, args=_gather(kind, arguments), config=style)
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _gather(kind: type, arguments: Sequence[str], num_positional: int) -> list[str]:
+def _gather(kind: type, arguments: Sequence[str]) -> list[str]:
     """The arguments with each value of a repeatable option after a flag of its own, then what is positional.
 
     Where positional arguments are missing, a repeatable option's last values are they: `--prompt Hi MODEL` works.
     """
-    hints = typing.get_type_hints(kind)
+    hints, missing = typing.get_type_hints(kind), dataclasses.MISSING
     flags = {f"--{name.replace('_', '-')}": typing.get_origin(hint) or hint for name, hint in hints.items()}
-    flags |= {f"--no-{flag[2:]}": bool for flag, each in flags.items() if each is bool}
+    flags |= {f"--no-{flag[2:]}": bool for flag, each in flags.items() if each is bool} | {"-h": bool, "--help": bool}
+    num_positional = sum(each.default is each.default_factory is missing for each in dataclasses.fields(kind))
     many: dict[str, list[str]] = {}
-    single: list[str] = []
-    seen: list[str] = []
+    seen: set[str] = set()  # of the flags that take one value or none
+    single: list[str] = []  # those, and the values that follow
     words: list[str] = []
     into = words
     for argument in arguments:
@@ -145,20 +139,20 @@ def _gather(kind: type, arguments: Sequence[str], num_positional: int) -> list[s
             continue
         name, equals, value = argument.partition("=")
         flag = f"--{name[2:].replace('_', '-')}" if name.startswith("--") else name
-        if flag not in flags and flag not in ("-h", "--help"):
+        if flag not in flags:
             near = difflib.get_close_matches(flag, flags, n=1)
             raise UsageError(f"no option {name}{f'; did you mean {near[0]}?' if near else ''}; --help lists all")
-        if flags.get(flag) is tuple:
+        if flag in seen:
+            raise UsageError(f"{flag} is given twice, but takes one value; give it once")
+        if flags[flag] is tuple:
             into = many[flag] = many.pop(flag, [])
             into += [value] if equals else []
-            into = words if equals else into
         else:
-            seen.append(flag)
+            seen.add(flag)
             single.append(flag + equals + value)
-            into = words if equals or flags.get(flag) is bool else single
-    for flag in seen:
-        if seen.count(flag) > 1 and flag not in ("-h", "--help"):
-            raise UsageError(f"{flag} is given {seen.count(flag)} times, but takes one value; give it once")
+            into = single
+        if equals or flags[flag] is bool:
+            into = words
     for flag, values in reversed(many.items()):
         if not values:
             raise UsageError(f"{flag} needs a value")
@@ -168,58 +162,27 @@ def _gather(kind: type, arguments: Sequence[str], num_positional: int) -> list[s
     return [*(f"{flag}={value}" for flag, values in many.items() for value in values), *single, *words]
 
 
-def _with_keys(kind: type, schema: type) -> type:
-    """The options dataclass with every configuration key of the command's schema, for its help."""
-    import tyro
+def _print_keys(console: Console, section: type[Section], prefix: str, hidden: Mapping[str, Collection[str]]) -> None:
+    """Each key of a configuration with what it takes, what it is for and its default as TOML, section by section.
 
-    keys = typing.Annotated[schema, tyro.conf.arg(name="")]
-    field = ("keys", keys, dataclasses.field(default=schema()))
-    return dataclasses.make_dataclass(
-        kind.__name__, [field], bases=(kind,), namespace={"__doc__": kind.__doc__}, frozen=True
-    )
-
-
-def _help_registry(hidden: Mapping[str, Collection[str]]) -> Any:
-    """How help shows a section of the configuration: each key with its values in TOML, explanation and default."""
-    import tyro
-    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
-
-    registry = ConstructorRegistry()
-    hidden_of = {_section_of(field.type): hidden.get(field.name, ()) for field in _fields(configuration.Config)}
-
-    @registry.struct_rule
-    def section(info: StructTypeInfo) -> StructConstructorSpec | None:
-        if not (isinstance(info.type, type) and issubclass(info.type, Section)):
-            return None
-        explained = configuration.explanations(info.type)
-        fields = []
-        for field in _fields(info.type):
-            nested, is_table = _section_of(field.type), typing.get_origin(field.type) is dict
-            name = f"{field.name}.NAME" if is_table else field.name
-            if field.name in hidden_of.get(info.type, ()):
-                continue
-            if nested:
-                kind, default = typing.Annotated[nested, tyro.conf.arg(name=name)], nested()
-                text = " ".join((nested.__doc__ or "").split())
-            else:
-                value = "" if is_table or field.default is None else overrides.to_toml(field.default)
-                hint = f"(default: {value})" if value else ""
-                shown = tyro.conf.arg(name=name, metavar=overrides.metavar(field.type), help_behavior_hint=hint)
-                kind, default, text = typing.Annotated[str, shown], value, explained[field.name]
-            fields.append(StructFieldSpec(field.name, typing.cast(type, kind), default=default, helptext=text))
-        return StructConstructorSpec(instantiate=lambda **_: None, fields=tuple(fields))
-
-    return registry
-
-
-def _fields(section: type[Section]) -> tuple[msgspec.structs.FieldInfo, ...]:
-    return msgspec.structs.fields(section)
-
-
-def _section_of(kind: Any) -> type[Section] | None:
-    """The section that a key of a section is, or that each table of it is."""
-    kind = typing.get_args(kind)[1] if typing.get_origin(kind) is dict else kind
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+    `hidden`: keys, by section, that are left out.
+    """
+    explained, sections = configuration.explanations(section), {}
+    for field in msgspec.structs.fields(section):
+        is_table = typing.get_origin(field.type) is dict
+        kind = typing.get_args(field.type)[1] if is_table else field.type
+        name = f"{prefix}{field.name}{'.NAME' * is_table}"
+        if field.name in hidden.get(prefix.rstrip("."), ()):
+            continue
+        if isinstance(kind, type) and issubclass(kind, Section):
+            sections[name] = kind
+            continue
+        default = "" if is_table or field.default is None else f" (default: {overrides.to_toml(field.default)})"
+        console.print(f"  [bold]--{name}[/]  {escape(overrides.in_words(kind))}")
+        console.print(Padding.indent(escape(explained[field.name] + default), 6))
+    for name, kind in sections.items():
+        console.print(f"\n[bold]{escape(f'[{name}]')}[/]  {escape(inspect.getdoc(kind) or '')}")
+        _print_keys(console, kind, f"{name}.", hidden)
 
 
 def _unknown(name: str) -> str:

@@ -14,6 +14,8 @@ import inspect
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,12 +42,12 @@ Recompute = Literal["auto", "none", "elementwise", "block"]
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-RENAMED = {
-    "run.resume_anyway": "run.resume_mismatched",
-    "train.max_bad_steps": "train.max_nonfinite_steps",
-    "optim.master": "optim.master_dtype",
-    "optim.state": "optim.moment_dtype",
-    "data.mix.*.rate": "data.mix.*.ratio",
+RENAMED = {  # keys of earlier versions, `*` for a table's name
+    "run.resume_anyway": "resume_mismatched",
+    "train.max_bad_steps": "max_nonfinite_steps",
+    "optim.master": "master_dtype",
+    "optim.state": "moment_dtype",
+    "data.mix.*.rate": "ratio",
 }
 
 
@@ -301,19 +303,18 @@ def read(path: str | Path, options: Sequence[str] = (), schema: Any = Config) ->
 
 def from_tree(tree: dict[str, Any]) -> Config:
     """The configuration that tables of TOML hold. Raises: ConfigError that names what is wrong."""
-    config = overrides.build(Config, tree, renamed=RENAMED)
+    config = overrides.build(Config, with_new_names(tree))
     _check(config)
     return config
 
 
-def load_recorded(path: Path) -> Config:
-    """The configuration in a run folder's config.toml, whose keys may be of earlier versions. Raises: ConfigError."""
-    return from_tree(with_new_names(read(path)))
-
-
-def with_new_names(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tables of a configuration with the keys of earlier versions renamed."""
-    return overrides.rename(tree, RENAMED)
+def with_new_names(tree: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """The tables of a configuration with the keys of earlier versions under their new names."""
+    changed = {}
+    for key, value in tree.items():
+        new = next((new for old, new in RENAMED.items() if fnmatchcase(where + key, old)), key)
+        changed[new] = with_new_names(value, f"{where}{key}.") if isinstance(value, dict) else value
+    return changed
 
 
 def dump(config: Config) -> str:
@@ -354,51 +355,35 @@ def _check(config: Config) -> None:
         expect((entry.reward is None) != (entry.weight is None), f"classes.{name}", given, "either reward or weight")
     for name, share in config.data.mix.items():
         where, given = f"data.mix.{name}", _without_none(msgspec.structs.asdict(share))
-        expect(bool(share.path), f"{where}.path", "", "the folder of a data set")
-        del given["path"]
+        expect(bool(given.pop("path")), f"{where}.path", "", "the folder of a data set")
         expect(len(given) <= 1, where, given, "at most one of epochs, tokens and ratio")
-    for is_right, key, expected in (*_data_rules(config), *_precision_rules(config), *_in_backward_rules(config)):
-        section, name = key.split(".")
-        expect(is_right, key, getattr(getattr(config, section), name), expected)
+    for key, path in (
+        ("base.path", config.base.path), ("data.path", config.data.path or config.data.mix), ("run.dir", config.run.dir)
+    ):  # fmt: skip
+        expect(bool(path), key, path, f"a path, for example --{key}=PATH")
+    for is_bound, key, wanted, why in _rules(config):
+        value = attrgetter(key)(config)
+        expect(not is_bound or value == wanted, key, value, f"{overrides.to_toml(wanted)} with {why}")
 
 
-Rule = tuple[bool, str, str]  # whether it holds, the key that it is about, what is expected of that
-
-
-def _data_rules(config: Config) -> Iterator[Rule]:
-    data, train = config.data, config.train
-    is_measured = bool(data.eval_path) or not config.checkpoint.keep_best
-    yield is_measured, "checkpoint.keep_best", "false without data.eval_path: nothing would be measured"
-    yield not (data.path and data.mix), "data.path", "no path with [data.mix]; make it a set of the mix"
-    is_kept = not train.offload_activations or train.recompute in ("auto", "block")
-    why = f'false with train.recompute = "{train.recompute}", which keeps more than inputs'
-    yield is_kept, "train.offload_activations", why
-    for path, key in (
-        (config.base.path, "base.path"),
-        (data.path or data.mix, "data.path"),
-        (config.run.dir, "run.dir"),
-    ):
-        yield bool(path), key, f"a path, for example --{key}=PATH"
-
-
-def _precision_rules(config: Config) -> Iterator[Rule]:
-    optim, parallel = config.optim, config.parallel
-    is_exact = parallel.reduce_dtype == "float32" or parallel.reduce == "micro_batch"  # else sums would be in bfloat16
-    yield is_exact, "parallel.reduce_dtype", '"float32" with parallel.reduce = "step"'
-    for is_right, why in (
-        (config.train.dtype == "bfloat16", 'train.dtype = "float32"'),
-        (config.lora.rank == 0, "lora.rank: frozen weights have no masters"),
-        (parallel.reduce == "step", 'parallel.reduce = "micro_batch", which sums in the gradient\'s bfloat16'),
-    ):
-        yield optim.master_dtype == "float32" or is_right, "optim.master_dtype", f'"float32" with {why}'
-    for key in ("master_dtype", "moment_dtype"):
-        is_right = getattr(optim, key) == "float32" or parallel.offload != "all"
-        yield is_right, f"optim.{key}", '"float32" with parallel.offload = "all", which updates on the host'
-
-
-def _in_backward_rules(config: Config) -> Iterator[Rule]:
-    if config.optim.in_backward:
-        yield config.optim.clip == 0, "optim.clip", "0 with optim.in_backward: the norm is known too late"
-        yield config.data.bins_per_step == 1, "data.bins_per_step", "1 with optim.in_backward"
-        yield config.train.max_nonfinite_steps == 0, "train.max_nonfinite_steps", "0 with optim.in_backward"
-        yield config.lora.rank == 0, "lora.rank", "0 with optim.in_backward"
+def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
+    """Where the first holds, the key has the value that follows; and why."""
+    in_backward, train, parallel = config.optim.in_backward, config.train, config.parallel
+    keeps_more = f'train.recompute = "{train.recompute}", which keeps more than inputs'
+    on_host = 'parallel.offload = "all", which updates on the host'
+    summed = 'parallel.reduce = "micro_batch", which sums in the gradient\'s bfloat16'
+    return (
+        (bool(config.data.mix), "data.path", "", "[data.mix]; make it a set of the mix"),
+        (not config.data.eval_path, "checkpoint.keep_best", False, "no data.eval_path: nothing would be measured"),
+        (train.recompute in ("none", "elementwise"), "train.offload_activations", False, keeps_more),
+        (parallel.reduce == "step", "parallel.reduce_dtype", "float32", 'parallel.reduce = "step"'),
+        (train.dtype == "float32", "optim.master_dtype", "float32", 'train.dtype = "float32"'),
+        (config.lora.rank > 0, "optim.master_dtype", "float32", "lora.rank: frozen weights have no masters"),
+        (parallel.reduce == "micro_batch", "optim.master_dtype", "float32", summed),
+        (parallel.offload == "all", "optim.master_dtype", "float32", on_host),
+        (parallel.offload == "all", "optim.moment_dtype", "float32", on_host),
+        (in_backward, "optim.clip", 0, "optim.in_backward: the norm is known too late"),
+        (in_backward, "data.bins_per_step", 1, "optim.in_backward"),
+        (in_backward, "train.max_nonfinite_steps", 0, "optim.in_backward"),
+        (in_backward, "lora.rank", 0, "optim.in_backward"),
+    )

@@ -9,11 +9,11 @@ what was expected and, for an unknown key, the nearest known one.
 from __future__ import annotations
 
 import difflib
-import re
+import functools
 import reprlib
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ from ochat.errors import ConfigError
 
 T = TypeVar("T")
 MAX_BYTES = 1 << 22  # a configuration has a few thousand
+BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}  # of numbers
+HIGHEST_NAMED = 2**31  # a bound beyond this is the largest value of a type
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -74,37 +76,24 @@ def apply(tree: dict[str, Any], option: str, schema: Any) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"option {option!r}: {parent} is a value, not a section")
+    kind = functools.reduce(_key_type, path, schema)
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
+        if str in (kind, *typing.get_args(kind)):
+            msgspec.convert(value, kind)
+    except (ValueError, RecursionError, msgspec.ValidationError):  # no TOML, or of another type
         value = text
-    kind = _kind(schema, path)
-    takes_text = str in (kind, *typing.get_args(kind))
-    tree[path[-1]] = text if takes_text and not _is_valid(kind, value) else value
+    tree[path[-1]] = value
 
 
-def build(kind: type[T], value: Any, where: str = "", renamed: Mapping[str, str] | None = None) -> T:
-    """TOML's `value` as the type `kind`. Raises: ConfigError naming `where`, the dotted name, and the value.
-
-    `renamed`: keys of earlier versions and their new names, `*` for a table's name.
-    """
+def build(kind: type[T], value: Any, where: str = "") -> T:
+    """TOML's `value` as the type `kind`. Raises: ConfigError naming `where`, the dotted name, and the value."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError:  # its path lacks the names of tables: find the part that is wrong
-        for part, item, name in _parts(kind, value, where, renamed or {}):
-            build(part, item, name, renamed)
-        expect(False, where or "the file", value, _described(inspect.type_info(kind)))
+        _build_parts(kind, value, where)
+        expect(False, where or "the file", value, in_words(kind))
         raise
-
-
-def rename(tree: dict[str, Any], renamed: Mapping[str, str], where: str = "") -> dict[str, Any]:
-    """The tables with the keys of earlier versions under their new names."""
-    changed = {}
-    for key, value in tree.items():
-        name = _join(where, key)
-        new = next((new.rpartition(".")[2] for old, new in renamed.items() if _matches(name, old)), key)
-        changed[new] = rename(value, renamed, name) if isinstance(value, dict) else value
-    return changed
 
 
 def to_toml(value: Any) -> str:
@@ -114,9 +103,9 @@ def to_toml(value: Any) -> str:
     return tomli_w.dumps({"": value}).partition(" = ")[2].rstrip()
 
 
-def metavar(kind: Any) -> str:
-    """A type as help shows it: words that a key takes, or the kind of value."""
-    return _metavar(inspect.type_info(kind))
+def in_words(kind: Any) -> str:
+    """A type as help and refusals name it, for example "a whole number above 0"."""
+    return _in_words(inspect.type_info(kind))
 
 
 def expect(condition: bool, where: str, value: Any, expected: str) -> None:
@@ -129,109 +118,62 @@ def expect(condition: bool, where: str, value: Any, expected: str) -> None:
 
 def _path(name: str) -> list[str]:
     """The parts of a dotted name."""
+    path: list[str] = []
     try:
-        tree, path = tomllib.loads(f"{name} = 0"), []
+        tree = tomllib.loads(f"{name} = 0")
     except (ValueError, RecursionError):
         return name.split(".")
-    while isinstance(tree, dict):
-        (key, tree), *_ = tree.items()
+    while tree:
+        [(key, tree)] = tree.items()
         path.append(key)
     return path
 
 
-def _kind(schema: Any, path: Sequence[str]) -> Any:
-    """The type of the key at `path`; None where the schema has none."""
-    for key in path:
-        if typing.get_origin(schema) is dict:
-            schema = typing.get_args(schema)[1]
-        else:
-            schema = typing.get_type_hints(schema).get(key) if isinstance(schema, type) else None
-    return schema
+def _key_type(kind: Any, key: str) -> Any:
+    """The type of a table's key; None where `kind` is no table or has no such key."""
+    if typing.get_origin(kind) is dict:
+        return typing.get_args(kind)[1]
+    return typing.get_type_hints(kind, include_extras=True).get(key) if _is_struct(kind) else None
 
 
-def _is_valid(kind: Any, value: Any) -> bool:
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError:
-        return False
-    return True
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
-def _parts(kind: Any, value: Any, where: str, renamed: Mapping[str, str]) -> Iterator[tuple[Any, Any, str]]:
-    """What a table or array holds: type, value and dotted name of each part. Raises: ConfigError for unknown keys."""
+def _build_parts(kind: Any, value: Any, where: str) -> None:
+    """Builds what a table or array holds. Raises: ConfigError for a part that is wrong and for an unknown key."""
     if typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict and isinstance(value, dict):
-        yield from ((args[1], item, _join(where, key)) for key, item in value.items())
-    elif origin is tuple and isinstance(value, list) and (args[-1] is Ellipsis or len(args) == len(value)):
-        yield from ((args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    elif isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict):
-        hints = typing.get_type_hints(kind, include_extras=True)
-        for key in value:
-            if key not in hints:
-                raise ConfigError(_unknown(where, key, list(hints), renamed))
-        yield from ((hints[key], item, _join(where, key)) for key, item in value.items())
+    args = typing.get_args(kind)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            name = f"{where}.{key}" if where else key
+            if (part := _key_type(kind, key)) is not None:
+                build(part, item, name)
+            elif _is_struct(kind):
+                near = difflib.get_close_matches(key, kind.__struct_fields__, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.__struct_fields__)}"
+                raise ConfigError(f"unknown {'key' if where else 'section'} {name!r}; {hint}")
+    elif typing.get_origin(kind) is tuple and isinstance(value, list) and (... in args or len(value) == len(args)):
+        for place, item in enumerate(value):
+            build(args[0], item, f"{where}[{place}]")
 
 
-def _unknown(where: str, key: str, known: Sequence[str], renamed: Mapping[str, str]) -> str:
-    name = _join(where, key)
-    for old, new in renamed.items():
-        if _matches(name, old):
-            return f"{name} was renamed {_join(where, new.rpartition('.')[2])}"
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
-    return f"unknown {'key' if where else 'section'} {name!r}; {hint}"
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) is not None
-
-
-def _join(where: str, key: str) -> str:
-    return f"{where}.{key}" if where else key
-
-
-def _metavar(kind: Any) -> str:
+def _in_words(kind: inspect.Type) -> str:
     match kind:
-        case inspect.Metadata():
-            return _metavar(kind.type)
         case inspect.UnionType():
-            return "|".join(_metavar(each) for each in kind.types if not isinstance(each, inspect.NoneType))
-        case inspect.LiteralType():
-            return "{" + ",".join(map(str, kind.values)) + "}"
-        case inspect.DictType():
-            return _metavar(kind.value_type)
-    names = {inspect.IntType: "INT", inspect.FloatType: "FLOAT", inspect.BoolType: "{true,false}"}
-    return names.get(type(kind), "ARRAY" if "Tuple" in type(kind).__name__ else "TEXT")
-
-
-def _described(kind: Any) -> str:
-    """A type in words."""
-    match kind:
-        case inspect.Metadata():
-            return _described(kind.type)
-        case inspect.UnionType():
-            return " or ".join(_described(each) for each in kind.types if not isinstance(each, inspect.NoneType))
+            return " or ".join(_in_words(each) for each in kind.types if not isinstance(each, inspect.NoneType))
         case inspect.LiteralType():
             return ("one of " if len(kind.values) > 1 else "") + ", ".join(map(repr, kind.values))
         case inspect.IntType() | inspect.FloatType():
-            what = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
-            return f"{what} {_bounds(kind)}".strip()
+            limits = {word: getattr(kind, name) for name, word in BOUNDS.items()}
+            named = [
+                f" {word} {limit}" for word, limit in limits.items() if limit is not None and limit < HIGHEST_NAMED
+            ]
+            return ("a whole number" if isinstance(kind, inspect.IntType) else "a number") + "".join(named)
         case inspect.VarTupleType():
-            least = " of at least one" if kind.min_length else ""
-            return (
-                f'an array{least}, such as ["a", "b"]'
-                if isinstance(kind.item_type, inspect.StrType)
-                else f"an array{least}"
-            )
+            example = ', such as ["a", "b"]' if isinstance(kind.item_type, inspect.StrType) else ""
+            return f"an array{' of at least one' if kind.min_length else ''}{example}"
         case inspect.TupleType():
             return f"an array of {len(kind.item_types)}"
-    names = {inspect.StrType: "a string", inspect.BoolType: "true or false"}
-    return names.get(type(kind), "a table")
-
-
-def _bounds(kind: Any) -> str:
-    above = f"above {kind.gt}" if kind.gt is not None else f"from {kind.ge}" if kind.ge is not None else ""
-    below = f"below {kind.lt}" if kind.lt is not None else f"up to {kind.le}" if (kind.le or 9) < 2**31 else ""
-    return f"{above} {below}".strip()
+    return {inspect.StrType: "a string", inspect.BoolType: "true or false"}.get(type(kind), "a table")

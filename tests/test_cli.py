@@ -59,20 +59,10 @@ def test_every_value_arrives_in_order(data, runs):
     assert parse([*arguments, "M"]) == parse(["M", *arguments]) == wanted_options
 
 
-@pytest.mark.parametrize(
-    ("line", "many"),
-    [
-        ("--many a --many b M", "ab"),
-        ("--many a b M", "ab"),
-        ("--many a b M --one 3", "ab"),
-        ("--many=a M --many=b", "ab"),
-        ("--flag M --many a", "a"),
-        ("--many -5 - M", ["-5", "-"]),
-    ],
-)
-def test_forms_of_a_repeated_option(line, many):
+@pytest.mark.parametrize("line", ["--many a b M --one 3", "--many=a M --many=b", "--flag M --many a b"])
+def test_what_is_positional_may_stand_between_options(line):
     options = parse(line.split())
-    assert (options.model, options.many) == (Path("M"), tuple(many))
+    assert (options.model, options.many) == (Path("M"), ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -103,8 +93,8 @@ def test_what_a_user_or_a_disk_does_needs_no_traceback(monkeypatch, capsys, rais
         (["genrate", "--prompt", "Hi"], "no command 'genrate'; did you mean generate?"),
         (["generate", "M", "--promt", "Hi"], "did you mean --prompt?"),
         (["generate", "M", "--prompt"], "--prompt needs a value"),
-        (["prepare", "--base", "a", "--base=b"], "--base is given 2 times"),
-        (["prepare", "--no-progress", "--no-progress"], "--no-progress is given 2 times"),
+        (["prepare", "--base", "a", "--base=b"], "--base is given twice"),
+        (["prepare", "--no-progress", "--no-progress"], "--no-progress is given twice"),
         (["train"], "Missing from ochat train"),
         (["train", "a.toml", "b.toml"], "Unrecognized"),
         (["plan", "a.toml", "--gpus=x"], "--gpus"),
@@ -138,15 +128,17 @@ def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, 
     sections = {field.name: field.type for field in structs.fields(Config) if field.name != "classes"}
     tables = {"classes.NAME": ClassConfig, "data.mix.NAME": MixConfig}
     hidden = {f"{section}.{key}" for section, keys in SET_HERE.items() for key in keys} if name == "ablate" else set()
-    text = " ".join(shown.replace("│", " ").split())
+    text = " ".join(shown.split())
     for section, kind in (sections | tables).items():
         for key, explanation in configuration.explanations(kind).items():
             known = f"{section}.{key}" not in hidden and (name != "ablate" or section != "data.mix.NAME")
             shown_as = "subsample.NAME" if key == "subsample" else key
             assert known is (f" --{section}.{shown_as} " in text) or key == "mix", key
             assert not known or explanation in text or key == "mix"
-    assert "--train.recompute {auto,block,elementwise,none}" in text and "(default: [0.9, 0.95])" in text
-    assert "--parallel.offload {all,none,optimizer}|{true,false}" in text and "--optim.lr FLOAT|{auto}" in text
+    assert (
+        "--train.recompute one of 'auto', 'block', 'elementwise', 'none'" in text and "(default: [0.9, 0.95])" in text
+    )
+    assert "--optim.lr a number above 0 or 'auto' " in text and "[train] How a step is computed" in text
 
 
 @pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n not in ("train", "plan", "ablate")])

@@ -133,7 +133,7 @@ def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, 
 def _class_weights(run_dir: Path) -> dict[str, float]:
     """The classes' weights by the run's configuration; empty where it does not say."""
     try:
-        config = configuration.load_recorded(run_dir / layout.CONFIG)
+        config = configuration.load(run_dir / layout.CONFIG)
         if config.weights.source not in ("auto", "classes"):
             return {}
         return {name: class_weight(entry, name, config.weights.beta) for name, entry in config.classes.items()}

@@ -138,7 +138,7 @@ def test_a_run_keeps_its_best_checkpoint_beside_the_newest_and_exports_it(world,
 
 
 def test_keeping_the_best_needs_held_out_data(world, tmp_path):
-    with pytest.raises(ConfigError, match="keep_best = True: expected false without data.eval_path"):
+    with pytest.raises(ConfigError, match="keep_best = True: expected false with no data.eval_path"):
         tiny.train(world, tmp_path / "run", "--checkpoint.keep_best=true")
 
 

@@ -206,7 +206,7 @@ def test_a_plan_has_a_row_for_each_set(world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.mix.a.path=x"], "data.path = .*no path with"),
+        (["--data.mix.a.path=x"], r"data.path = .*with \[data.mix"),
         (["--data.path=", "--data.mix.a.epochs=1"], "data.mix.a.path"),
         (
             ["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epochs=1", "--data.mix.a.ratio=1"],
