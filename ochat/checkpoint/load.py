@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ochat.checkpoint.manifest import MOMENTS, Manifest
+from ochat.checkpoint.manifest import MOMENTS, Manifest, shard_file
 from ochat.checkpoint.verify import verify_checkpoint
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
@@ -30,6 +31,7 @@ from ochat.model.transformer import Transformer
 from ochat.run.layout import CHECKPOINTS, MANIFEST, checkpoint_folders, step_of
 
 log = logging.getLogger(__name__)
+ADVICE = "take another checkpoint"
 
 
 def find_checkpoint(run_dir: Path, resume: str, ranks: Ranks) -> Manifest | None:
@@ -133,7 +135,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._files: dict[str, SafetensorsFile] = {}
+        self._open = cache(lambda name: SafetensorsFile(manifest.folder / name, CheckpointError, ADVICE))
 
     def read(self, kind: str, stored: str, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """(offset from `start`, CPU tensor) of the pieces that make rows of parameter `name`, from the tensor `stored`
@@ -145,14 +147,8 @@ class ShardReader:
             first, end = held.get(name, (0, 0))
             low, high = max(start, first), min(stop, end)
             if low < high:
-                file = self._open(self.manifest.shard_file(kind, shard))
+                file = self._open(shard_file(kind, shard, len(self.manifest.shards)))
                 yield low - start, file.rows(stored, low - first, high - first)
-
-    def _open(self, name: str) -> SafetensorsFile:
-        if name not in self._files:
-            path = self.manifest.folder / name
-            self._files[name] = SafetensorsFile(path, CheckpointError, "take another checkpoint")
-        return self._files[name]
 
 
 def _named(run_dir: Path, resume: str, ranks: Ranks) -> Manifest:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
+from msgspec import Meta
 
 from ochat.errors import CheckpointError
-from ochat.files import atomic, bounded_json, checksums
+from ochat.files import atomic, bounded_json
 from ochat.run.layout import MANIFEST
 
 FORMAT = 2
@@ -29,18 +31,31 @@ BASE = "base"  # the key of a run's identity that a run of adapters has
 Rows = tuple[int, int]  # first and end of a range of rows
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Parameter(TypedDict):
+    """A whole tensor."""
+
+    shape: Annotated[list[int], Meta(min_length=1)]
+    dtype: str
+
+
+class File(TypedDict):
+    """What a file must be."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
     """The description of one complete checkpoint folder."""
 
     folder: Path
     step: int
     identity: dict[str, Any]
     processes: int  # that trained
-    parameters: dict[str, dict[str, Any]]
-    shards: list[dict[str, Rows]]
-    files: dict[str, dict[str, Any]]
-    skipped: int = 0  # non-finite steps among `step`, which were not applied
+    parameters: dict[str, Parameter]
+    shards: Annotated[list[dict[str, Rows]], Meta(min_length=1)]
+    files: dict[str, File]
+    skipped: Annotated[int, Meta(ge=0)] = 0  # non-finite steps among `step`, which were not applied
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -49,25 +64,22 @@ class Manifest:
         path = folder / MANIFEST
         try:
             record = bounded_json.read_object(path, CheckpointError, "take another checkpoint")
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder}: no {MANIFEST} there, so no complete checkpoint of this format") from None
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror}); take another checkpoint") from None
+            raise CheckpointError(f"{path}: {error.strerror}, so no complete checkpoint; take another one") from None
         if record.get("format") != FORMAT:
             raise CheckpointError(f"{path}: format {record.get('format')!r:.40}; this ochat reads format {FORMAT}")
         if record.pop("sha256", None) != digest(record):
             raise CheckpointError(f"{path}: damaged (its checksum differs); take another checkpoint")
         try:
-            record.setdefault("skipped", 0)  # before steps could be skipped
-            manifest = cls(folder, **{name: record[name] for name in cls.__annotations__ if name != "folder"})
+            manifest = msgspec.convert(record | {"folder": folder}, cls)
             manifest._check()
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: not a checkpoint's manifest ({error!r}); take another one") from None
+        except (msgspec.ValidationError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a checkpoint's manifest ({error}); take another one") from None
         return manifest
 
     def write(self) -> None:
         """Writes `manifest.json` into the folder and waits until it is on the disk."""
-        record = {"format": FORMAT} | asdict(self)
+        record = {"format": FORMAT} | msgspec.structs.asdict(self)
         del record["folder"]
         record["sha256"] = digest(record)
         atomic.write_json(self.folder / MANIFEST, record, indent=1)
@@ -76,10 +88,9 @@ class Manifest:
         """Raises: CheckpointError naming the first file that is missing or has another size. Reads no content."""
         for name, described in self.files.items():
             path = self.folder / name
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
+            if not path.is_file():
                 raise CheckpointError(f"{path}: missing; copy the whole checkpoint, or take another one")
-            if size != described["bytes"]:
+            if (size := path.stat().st_size) != described["bytes"]:
                 raise CheckpointError(
                     f"{path}: {size} bytes instead of {described['bytes']}; copy it again, or take another checkpoint"
                 )
@@ -88,23 +99,15 @@ class Manifest:
         """The sha256 of every file."""
         return {self.folder / name: described["sha256"] for name, described in self.files.items()}
 
-    def shard_file(self, kind: str, shard: int) -> str:
-        """The name of a shard's file of one kind."""
-        return shard_file(kind, shard, len(self.shards))
-
     def _check(self) -> None:
         """Raises unless file names stay in the folder, every shard has its files, and shards tile each parameter."""
-        if not isinstance(self.step, int) or not isinstance(self.identity, dict) or not self.shards:
-            raise ValueError("step, identity and shards are expected")
-        if not isinstance(self.skipped, int) or not 0 <= self.skipped <= self.step:
-            raise ValueError(f"{self.skipped!r} of {self.step} steps cannot have been skipped")
-        for name, described in self.files.items():
-            has_types = isinstance(described["bytes"], int) and isinstance(described["sha256"], str)
-            if not atomic.is_file_name(name) or not has_types:
-                raise ValueError(f"{name!r} is no file of a checkpoint")
-        for kind in KINDS:
-            for shard in range(len(self.shards)):
-                self.files[self.shard_file(kind, shard)]
+        if self.skipped > self.step:
+            raise ValueError(f"{self.skipped} of {self.step} steps cannot have been skipped")
+        if bad := [name for name in self.files if not atomic.is_file_name(name)]:
+            raise ValueError(f"{bad[0]!r} is no file of a checkpoint")
+        count = len(self.shards)
+        if lost := {shard_file(kind, i, count) for kind in KINDS for i in range(count)} - self.files.keys():
+            raise ValueError(f"{min(lost)} is not listed")
         for name, described in self.parameters.items():
             end = 0
             for start, stop in sorted(shard[name] for shard in self.shards if name in shard):
@@ -123,11 +126,6 @@ def shard_file(kind: str, shard: int, num_shards: int) -> str:
 def damaged(path: Path) -> str:
     """The message about a file whose content is not what was written."""
     return f"{path}: damaged (its checksum differs); copy it again, or take another checkpoint"
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """A file's size and checksum."""
-    return {"bytes": path.stat().st_size, "sha256": checksums.sha256(path)}
 
 
 def copy_serving_files(source: Path, target: Path) -> None:

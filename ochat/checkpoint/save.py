@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ochat import background
 from ochat.checkpoint import best
 from ochat.checkpoint.load import dtype_name, stored_tensors
-from ochat.checkpoint.manifest import KINDS, Manifest, copy_serving_files, describe_file, shard_file
-from ochat.checkpoint.pinned_safetensors import PinnedSafetensors
+from ochat.checkpoint.manifest import KINDS, File, Manifest, Parameter, copy_serving_files, shard_file
 from ochat.config import CheckpointConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError, OchatError
-from ochat.files import atomic
+from ochat.files import atomic, checksums
 from ochat.files.jsonl import JsonlWriter
+from ochat.files.safetensors_file import PinnedSafetensors
 from ochat.model.transformer import Transformer
 from ochat.run import layout
 
@@ -75,10 +76,8 @@ class AsyncCheckpointer:
         self.rows = {name: local_shards.row_range(parameter) for name, parameter in self.parameters.items()}
         self.files: dict[str, PinnedSafetensors] = {}  # by kind, laid out at the first save
         self.newest: Path | None = None
-        self._thread: threading.Thread | None = None
-        self._outcome: Outcome | Exception | None = None  # of the thread
+        self._saving: Future[Outcome] | None = None
         self._failed: Outcome | None = None  # the last save, if it failed
-        self._skipped = 0
         if ranks.is_first:
             atomic.remove_leftovers(self.root, layout.STEP_PREFIX)
 
@@ -87,17 +86,15 @@ class AsyncCheckpointer:
 
         Costs: waits for the copy to host memory.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if self._saving is not None and not self._saving.done():
             log.info("the checkpoint of step %d waits until the one before is written", step)
         self.wait()
-        self._skipped = self.skipped_steps()
-        copied = self._attempt(self._copy)
-        self._thread = threading.Thread(target=self._run, args=(step, copied), name=f"save step {step}", daemon=True)
-        self._thread.start()
+        skipped, copied = self.skipped_steps(), self._attempt(self._copy)
+        self._saving = background.start(lambda: self._write(step, skipped, copied), f"save step {step}")
 
     def report_if_done(self) -> None:
         """Logs how a save ended that has ended since the last call; never waits."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._saving is not None and self._saving.done():
             self.wait()
 
     def wait(self) -> None:
@@ -105,13 +102,9 @@ class AsyncCheckpointer:
 
         Raises: any error that is not a disk's: a bug of ours, or of the network where another process is gone.
         """
-        if self._thread is None:
+        if self._saving is None:
             return
-        self._thread.join()
-        self._thread, outcome = None, self._outcome
-        assert outcome is not None
-        if isinstance(outcome, Exception):
-            raise outcome
+        outcome, self._saving = self._saving.result(), None
         if outcome.problem:
             self._failed = outcome
             log.warning(
@@ -163,22 +156,15 @@ class AsyncCheckpointer:
             torch.cuda.current_stream().synchronize()
         return {}
 
-    def _run(self, step: int, copied: dict[str, Any]) -> None:
-        """The thread: sets its outcome, or what the main thread is to raise."""
-        try:
-            self._outcome = self._write(step, copied)
-        except Exception as error:
-            self._outcome = error
-
-    def _write(self, step: int, copied: dict[str, Any]) -> Outcome:
+    def _write(self, step: int, skipped: int, copied: dict[str, Any]) -> Outcome:
         """Writes, agrees, publishes, agrees again. A disk error on any rank is every rank's outcome."""
         started, temporary = time.monotonic(), self.root / f".{layout.checkpoint_name(step)}.tmp"
-        written = self.ranks.all_gather_json(copied or self._attempt(lambda: self.write_shard(temporary)))
+        written = self.ranks.all_gather_json(copied or self._attempt(lambda: self._write_shard(temporary)))
         problem = next((record["problem"] for record in written if "problem" in record), "")
         answer: dict[str, Any] = {}
         if self.ranks.is_first:
             if not problem:
-                answer = self._attempt(lambda: self._publish(step, temporary, written))
+                answer = self._attempt(lambda: self._publish(step, skipped, temporary, written))
             shutil.rmtree(temporary, ignore_errors=True)
         answer = self.ranks.all_gather_json(answer)[0]
         problem = problem or answer.get("problem", "")
@@ -190,7 +176,7 @@ class AsyncCheckpointer:
         except (OSError, OchatError) as error:  # the other ranks wait for it
             return {"problem": f"process {self.ranks.rank}: {type(error).__name__}: {error}"}
 
-    def write_shard(self, folder: Path) -> dict[str, Any]:
+    def _write_shard(self, folder: Path) -> dict[str, Any]:
         """Writes this rank's files; returns their sizes and checksums, and the rows they hold."""
         if not self.writes:
             return {}
@@ -199,7 +185,7 @@ class AsyncCheckpointer:
         files = {name: self.files[kind].write(folder / name) for kind, name in names.items()}
         return {"files": files, "rows": {name: rows for name, rows in self.rows.items() if rows[0] < rows[1]}}
 
-    def _publish(self, step: int, temporary: Path, written: list[dict[str, Any]]) -> dict[str, Any]:
+    def _publish(self, step: int, skipped: int, temporary: Path, written: list[dict[str, Any]]) -> dict[str, Any]:
         """Completes the folder and renames it; only then are `latest` and old checkpoints changed."""
         written = [record for record in written if record]
         atomic.write_json(temporary / "config.json", self.model_config.to_hf())
@@ -207,16 +193,13 @@ class AsyncCheckpointer:
         files = {name: described for record in written for name, described in record["files"].items()}
         for path in sorted(temporary.iterdir()):
             if path.name not in files:
-                files[path.name] = describe_file(path)
+                files[path.name] = File(bytes=path.stat().st_size, sha256=checksums.sha256(path))
                 atomic.fsync(path)
         if lost := [name for name in files if not (temporary / name).is_file()]:
             raise CheckpointError(f"{temporary}: {lost[0]} is not there; all processes need the same run folder")
-        parameters = {
-            name: {"shape": list(parameter.shape), "dtype": dtype_name(parameter)}
-            for name, parameter in self.parameters.items()
-        }
+        whole = {name: Parameter(shape=[*p.shape], dtype=dtype_name(p)) for name, p in self.parameters.items()}
         shards = [record["rows"] for record in written]
-        Manifest(temporary, step, self.identity, self.ranks.world, parameters, shards, files, self._skipped).write()
+        Manifest(temporary, step, self.identity, self.ranks.world, whole, shards, files, skipped).write()
         for lines in self.lines:
             if lines.path.exists():
                 atomic.fsync(lines.path)

@@ -2,17 +2,23 @@
 
     write(path, {"a": torch.zeros(3, 2)});  file = SafetensorsFile(path, CheckpointError, "fetch it again")
     file.rows("a", 0, 2)
-No byte of a tensor is read from the disk before it is used.
+    copy = PinnedSafetensors(tensors);  copy.snapshot(tensors);  written = copy.write(path)
+
+No byte of a tensor is read from the disk before it is used. The format: 8 bytes with the header's length, a JSON
+header, then the tensors end to end.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +28,8 @@ from ochat.files import atomic
 from ochat.files.bounded_json import shown
 
 MAX_HEADER_BYTES = 1 << 25  # a model of a hundred thousand tensors has half of it
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+CHUNK_BYTES = 1 << 24  # hashed while it is still in the processor's cache, then written
 
 
 class SafetensorsFile:
@@ -62,6 +70,45 @@ class SafetensorsFile:
             return self._file.get_slice(name)
         except SafetensorError as problem:
             raise self._error(f"{self.path}: {name} cannot be read ({problem}); {self._advice}") from None
+
+
+class PinnedSafetensors:
+    """A file laid out in (pinned) host memory once, then filled and written many times: its header, and a view for each
+    tensor. Only `snapshot` makes a device wait."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes names, shapes and dtypes from tensors of one dtype, so that each view is aligned; pinned where they are
+        on a card."""
+        header, size = {}, 0
+        for name, tensor in tensors.items():
+            offsets = [size, size := size + tensor.nbytes]
+            header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
+        text += b" " * (-len(text) % 8)
+        start = len(text).to_bytes(8, "little") + text
+        self._is_pinned = any(tensor.is_cuda for tensor in tensors.values())
+        self._buffer = torch.empty(len(start) + size, dtype=torch.uint8, pin_memory=self._is_pinned)
+        first, *parts = self._buffer.split([len(start), *(tensor.nbytes for tensor in tensors.values())])
+        first.copy_(torch.frombuffer(bytearray(start), dtype=torch.uint8))
+        self._views = {n: p.view(t.dtype).view(t.shape) for (n, t), p in zip(tensors.items(), parts, strict=True)}
+
+    @torch.no_grad()
+    def snapshot(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies the tensors; on a card the copies are complete once its stream is synchronised."""
+        for name, view in self._views.items():
+            view.copy_(tensors[name], non_blocking=self._is_pinned)
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """Writes the file and waits until it is on the disk; returns its size and checksum. Raises: OSError."""
+        content, digest = self._buffer.numpy().data, hashlib.sha256()
+        with path.open("wb") as file:
+            for start in range(0, len(content), CHUNK_BYTES):
+                chunk = content[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return {"bytes": len(content), "sha256": digest.hexdigest()}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

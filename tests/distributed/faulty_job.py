@@ -17,7 +17,7 @@ QUICK = ["--parallel.timeout_s=5"]
 FAULTY = """
 import os, sys, time
 from ochat import cli, errors
-from ochat.checkpoint.pinned_safetensors import PinnedSafetensors
+from ochat.files.safetensors_file import PinnedSafetensors
 from ochat.train.trainer import Trainer
 
 plain_step, plain_write = Trainer.step, PinnedSafetensors.write
