@@ -9,10 +9,10 @@ memory.py predicts memory, roofline.py time; here a run's configuration becomes 
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
-from ochat.model import lora
 from ochat.model.config import ModelConfig
 from ochat.plan import memory, roofline
 from ochat.plan.gpus import GpuSpec
@@ -51,7 +51,7 @@ class PlanInputs:
             shard=shard if shard * parallel.replicate == ranks else ranks,
             gpus_per_node=gpus_per_node,
             supervised=round(budget * self.workload.supervised_share),
-            adapters=lora.num_parameters(self.model, self.lora),
+            lora=self.lora,
             itemsize=ITEMSIZE[self.train.dtype],
             master_itemsize=ITEMSIZE[self.optim.master_dtype],
             state_itemsize=ITEMSIZE[self.optim.moment_dtype],
@@ -80,7 +80,7 @@ class PlanInputs:
 
     def memory(self, layout: Layout) -> MemoryUse:
         """Memory of the GPU that needs most."""
-        return memory.predict(self.model, layout, self.lora)
+        return memory.predict(self.model, layout)
 
     def speed(self, gpu: GpuSpec, layout: Layout) -> Speed:
         """Time of a step on such GPUs."""
@@ -93,12 +93,18 @@ class Forecast:
 
     gpu: GpuSpec
     ranks: int
-    use: MemoryUse
-    speed: Speed
     policies: dict[str, tuple[MemoryUse, Speed]]  # with each of POLICIES
     recompute: str  # as configured, or as "auto" resolves here
-    run_seconds: float
+    num_steps: float  # of the run: fewer where bins were rounded up
     largest_budget: int  # the largest token_budget that fits; 0: none
+
+    @property
+    def use(self) -> MemoryUse:
+        return self.policies[self.recompute][0]
+
+    @property
+    def speed(self) -> Speed:
+        return self.policies[self.recompute][1]
 
     @property
     def fits(self) -> bool:
@@ -113,17 +119,13 @@ def forecast(inputs: PlanInputs, gpu: GpuSpec, *, gpus: int, nodes: int) -> Fore
     """The run as configured on `nodes` times `gpus` GPUs."""
     configured = inputs.layout(gpus * nodes, gpus)
     layout = inputs.resolve_recompute(configured, gpu.memory_gib * GIB)
-    speed = inputs.speed(gpu, layout)
-    steps = inputs.num_steps * inputs.data.bins_per_step / layout.bins_per_step  # fewer where bins were rounded up
     policies = [with_policy(layout, policy) for policy in POLICIES]
     return Forecast(
         gpu=gpu,
         ranks=layout.ranks,
-        use=inputs.memory(layout),
-        speed=speed,
         policies={each.recompute: (inputs.memory(each), inputs.speed(gpu, each)) for each in policies},
         recompute=layout.recompute,
-        run_seconds=steps * speed.step_seconds,
+        num_steps=inputs.num_steps * inputs.data.bins_per_step / layout.bins_per_step,
         largest_budget=largest_budget(inputs, gpu, configured),
     )
 
@@ -131,16 +133,13 @@ def forecast(inputs: PlanInputs, gpu: GpuSpec, *, gpus: int, nodes: int) -> Fore
 def largest_budget(inputs: PlanInputs, gpu: GpuSpec, layout: Layout) -> int:
     """The largest token_budget that fits, a multiple of BUDGET_STEP; 0 if none does."""
 
-    def fits(steps: int) -> bool:
+    def is_too_large(budget: int) -> bool:
         room = gpu.memory_gib * GIB
-        tried = inputs.layout(layout.ranks, layout.gpus_per_node, steps * BUDGET_STEP)
-        return inputs.memory(inputs.resolve_recompute(tried, room)).total <= room
+        tried = inputs.layout(layout.ranks, layout.gpus_per_node, budget)
+        return inputs.memory(inputs.resolve_recompute(tried, room)).total > room
 
-    low, high = 0, MAX_BUDGET // BUDGET_STEP + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * BUDGET_STEP
+    budgets = range(BUDGET_STEP, MAX_BUDGET + 1, BUDGET_STEP)
+    return BUDGET_STEP * bisect_left(budgets, True, key=is_too_large)
 
 
 def with_policy(layout: Layout, policy: str) -> Layout:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ochat.config import LoraConfig
+from ochat.model import lora
 from ochat.model.config import ModelConfig
 
 
@@ -23,7 +25,7 @@ class Layout:
     shard: int = 1  # s, ranks that share a copy of the model
     gpus_per_node: int = 8  # G
     supervised: int = 0  # R, rows of a micro-batch that reach the head; for memory only
-    adapters: int = 0  # A, trained parameters of LoRA; 0: all parameters are trained
+    lora: LoraConfig = LoraConfig()  # of rank 0: every parameter is trained
     itemsize: int = 2  # e, bytes of an activation; 4: train.dtype = "float32"
     master_itemsize: int = 4  # 2: optim.master_dtype = "bfloat16"
     state_itemsize: int = 4  # of each moment; 2: optim.moment_dtype = "bfloat16"
@@ -62,8 +64,12 @@ class Layout:
     @property
     def matmuls_of_weight(self) -> int:
         """Forward, the gradient of the input, and that of the weight where it has one."""
-        return 2 if self.adapters else 3
+        return 2 if self.lora.rank else 3
+
+    def adapters(self, model: ModelConfig) -> int:
+        """A, parameters of all adapters."""
+        return lora.num_parameters(model, self.lora)
 
     def trained(self, model: ModelConfig) -> int:
         """Parameters that the optimizer updates."""
-        return self.adapters or model.num_parameters()
+        return self.adapters(model) or model.num_parameters()

@@ -1,7 +1,7 @@
 """Predict the memory that a step needs on one GPU: every tensor that the model's code keeps, at the fullest moment.
 
     use = predict(model, Layout(token_budget=8192, supervised=4096, recompute="block", ranks=8, shard=8))
-    use = predict(model, Layout(token_budget=4096, supervised=2048, recompute="block"), LoraConfig(rank=16))
+    use = predict(model, Layout(token_budget=4096, supervised=2048, recompute="block", lora=LoraConfig(rank=16)))
     use.total / GIB, use.activations
 
 Letters: T token_budget, R of them supervised, H hidden, F FFN, N and K query and key/value heads, D head dim, V
@@ -33,7 +33,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from ochat.config import LoraConfig
 from ochat.model import lora
 from ochat.model.attention import varlen_groups_heads
 from ochat.model.config import ModelConfig
@@ -44,7 +43,6 @@ CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's context, kernels, workspaces of mat
 NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
 FRAGMENTATION = 0.04  # share of a step's allocations lost between the allocator's blocks: an upper bound
 ADAPTED_TOKENS = 4  # assumed: rows of embedding and head that are trained with adapters
-EVERY_WEIGHT = LoraConfig()  # of rank 0: no adapters
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class MemoryUse:
         return sum(dataclasses.astuple(self))
 
 
-def predict(model: ModelConfig, layout: Layout, adapters: LoraConfig = EVERY_WEIGHT) -> MemoryUse:
+def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
     """Memory of the fullest of five moments of a step, with an allowance for what is not derived.
 
     At every moment: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on
@@ -84,23 +82,22 @@ def predict(model: ModelConfig, layout: Layout, adapters: LoraConfig = EVERY_WEI
     logits of a chunk of rows and, for the rows of tokens, 2 e R H of hidden states and of the labels' weights; `block`
     no gradients of weights, 3 e B gathered; `end` does not occur.
     """
-    moments = [head_moment(model, layout, adapters)]
-    moments += [block_moment(model, layout, layer, adapters) for layer in fullest_layers(model)]
-    moments += [] if adapters.rank else [end_moment(model, layout)]
+    last = model.num_layers - 1
+    moments = [head_moment(model, layout)]
+    moments += [block_moment(model, layout, layer) for layer in {last, max(last - 1, 0), 0}]  # the fullest
+    moments += [] if layout.lora.rank else [end_moment(model, layout)]
     return max(moments, key=lambda use: use.total)
 
 
-def saved_bytes(model: ModelConfig, at: Layout, adapters: LoraConfig = EVERY_WEIGHT) -> int:
+def saved_bytes(model: ModelConfig, at: Layout) -> int:
     """Bytes held between forward and backward of a micro-batch on one process, without parameters and the batch."""
     first = at.token_budget * model.hidden_size * at.itemsize if at.recompute == "block" else 0  # has no residual yet
-    kept = _kept(model, at, model.num_layers, adapters) - first + _kept_outside(model, at, adapters)
+    kept = _kept(model, at, model.num_layers) - first + _kept_outside(model, at)
     casts = 0 if at.recompute == "block" else model.num_layers * cast_bytes(model, at)
-    return kept if adapters.rank else kept + casts + 4 * model.head_params()
+    return kept if at.lora.rank else kept + casts + 4 * model.head_params()
 
 
-def block_saved_bytes(
-    model: ModelConfig, at: Layout, adapters: LoraConfig = EVERY_WEIGHT, *, is_last: bool = False
-) -> int:
+def block_saved_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
     """What backward keeps of one block, without weights; with recompute = "block", while that block is in backward."""
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     H, F, remakes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
@@ -115,17 +112,17 @@ def block_saved_bytes(
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
     inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
-    return inside + at.itemsize * (_adapter_elements(model, at, adapters, is_last=is_last) if adapters.rank else 0)
+    return inside + at.itemsize * (_adapter_elements(model, at, is_last=is_last) if at.lora.rank else 0)
 
 
-def _adapter_elements(model: ModelConfig, at: Layout, adapters: LoraConfig, *, is_last: bool) -> int:
+def _adapter_elements(model: ModelConfig, at: Layout, *, is_last: bool) -> int:
     """What backward keeps of a block's adapters, less the inputs of linears without one."""
-    adapted, count, attended = lora.adapted_parts(model, adapters.targets), 0, model.num_heads * model.head_dim
+    adapted, count, attended = lora.adapted_parts(model, at.lora.targets), 0, model.num_heads * model.head_dim
     sizes = {"attn.qkv": model.hidden_size, "attn.out": attended, "mlp.gate_up": model.hidden_size}
     for name, size_in in (sizes | {"mlp.down": model.intermediate_size}).items():
         rows = at.supervised if is_last and name != "attn.qkv" else at.token_budget
         parts = adapted.get(f"blocks.0.{name}", [])
-        columns = adapters.rank * sum(part.is_adapted for part in parts)
+        columns = at.lora.rank * sum(part.is_adapted for part in parts)
         count += columns * (rows * bool(parts) + size_in + sum(part.rows for part in parts))
         if not parts:  # attention keeps its output anyway, but not the rows picked from it
             count -= rows * size_in * (is_last if name == "attn.out" else at.recompute != "elementwise")
@@ -147,11 +144,11 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
     return itemsize * rows * (columns + 2 * model.hidden_size)
 
 
-def head_moment(model: ModelConfig, at: Layout, adapters: LoraConfig = EVERY_WEIGHT) -> MemoryUse:
+def head_moment(model: ModelConfig, at: Layout) -> MemoryUse:
     """Memory in the backward of the head, when all activations exist."""
     E, stream = model.head_params(), at.supervised * model.hidden_size * at.itemsize
     chunk, gathered = chunk_bytes(model, at.supervised, at.itemsize), at.itemsize * E * (at.ranks > 1)
-    if adapters.rank:
+    if at.lora.rank:
         weights, working = gathered, max(chunk, 2 * stream)
     else:
         # dW is freed before a cast for fp32 masters, but not before one for sums of micro-batches
@@ -162,26 +159,20 @@ def head_moment(model: ModelConfig, at: Layout, adapters: LoraConfig = EVERY_WEI
         weights = gathered_bytes(model, at) if at.gathers_once else weights
         weights += model.num_layers * cast_bytes(model, at) if at.recompute != "block" and at.ranks == 1 else 0
         working += 4 * E
-    kept = 0 if at.offload_activations else _kept(model, at, model.num_layers, adapters)
-    activations = kept + _kept_outside(model, at, adapters)
-    return _use(model, at, adapters, 0, weights, activations, working + 2 * stream)
+    kept = 0 if at.offload_activations else _kept(model, at, model.num_layers)
+    activations = kept + _kept_outside(model, at)
+    return _use(model, at, 0, weights, activations, working + 2 * stream)
 
 
-def fullest_layers(model: ModelConfig) -> set[int]:
-    """Blocks in whose backward the most may be held."""
-    last = model.num_layers - 1
-    return {last, max(last - 1, 0), 0}
-
-
-def block_moment(model: ModelConfig, at: Layout, layer: int, adapters: LoraConfig = EVERY_WEIGHT) -> MemoryUse:
+def block_moment(model: ModelConfig, at: Layout, layer: int) -> MemoryUse:
     """Memory in the backward of one block, after the backward of all later blocks."""
     E, B, later = model.head_params(), _block_matrices(model), model.num_layers - 1 - layer
     is_last = later == 0
     held = min(layer, 1) if at.offload_activations else layer  # offloaded: in backward the previous block is fetched
-    activations = _kept(model, at, held, adapters) + block_saved_bytes(model, at, adapters, is_last=is_last)
+    activations = _kept(model, at, held) + block_saved_bytes(model, at, is_last=is_last)
     activations += at.token_budget * (8 + 4 * model.head_dim)
     working = passing_bytes(model, at, is_last=is_last)
-    if adapters.rank:
+    if at.lora.rank:
         weights = 3 * at.itemsize * B * (at.ranks > 1)
     elif at.ranks > 1:
         weights = gathered_bytes(model, at) if at.gathers_once else 3 * at.itemsize * B + gathered_bytes(model, at)
@@ -189,7 +180,7 @@ def block_moment(model: ModelConfig, at: Layout, layer: int, adapters: LoraConfi
     else:
         weights = cast_bytes(model, at) * (1 if at.recompute == "block" else layer + 1)
         working += 4 * E * (model.tie_embeddings and at.micro_batches > 1)
-    return _use(model, at, adapters, E + later * B, weights, activations, working)
+    return _use(model, at, E + later * B, weights, activations, working)
 
 
 def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
@@ -198,13 +189,12 @@ def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
     adds = E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
     working = adds + max(at.master_itemsize * at.token_budget * model.hidden_size, E * model.tie_embeddings)
     weights = gathered_bytes(model, at) if at.ranks > 1 else 0
-    return _use(model, at, EVERY_WEIGHT, model.num_parameters(), weights, 0, working)
+    return _use(model, at, model.num_parameters(), weights, 0, working)
 
 
 def _use(
     model: ModelConfig,
     at: Layout,
-    adapters: LoraConfig,
     done: float,
     weights: float,
     activations: float,
@@ -213,9 +203,9 @@ def _use(
     """A moment with what exists at every moment, and the allowance; `done` parameters have their gradient."""
     trained, masters = model.num_parameters(), at.master_itemsize * model.num_parameters()
     gradients = _gradients(model, at, done)
-    if adapters.rank:
-        rows = ADAPTED_TOKENS * (1 if model.tie_embeddings else 2) * (adapters.tokens == "template")
-        trained = lora.num_parameters(model, adapters) + rows * model.hidden_size
+    if at.lora.rank:
+        rows = ADAPTED_TOKENS * (1 if model.tie_embeddings else 2) * (at.lora.tokens == "template")
+        trained = at.adapters(model) + rows * model.hidden_size
         masters = at.itemsize * model.num_parameters() + 4 * trained
         gradients = 4 * trained / (at.shard if at.reduce == "micro_batch" or at.micro_batches == 1 else 1)
         weights = gathered_bytes(model, at) if at.gathers_once else weights
@@ -254,13 +244,13 @@ def _gradients(model: ModelConfig, at: Layout, done: float) -> float:
     return whole + at.gradient_itemsize * model.num_parameters() / at.shard * (at.offload != "all")
 
 
-def _kept(model: ModelConfig, at: Layout, num_blocks: int, adapters: LoraConfig) -> int:
+def _kept(model: ModelConfig, at: Layout, num_blocks: int) -> int:
     """Bytes kept of the first blocks before their backward, without weights."""
     if at.recompute == "block":
         return num_blocks * 2 * at.token_budget * model.hidden_size * at.itemsize
     has_last = num_blocks == model.num_layers
-    inside = (num_blocks - has_last) * block_saved_bytes(model, at, adapters)
-    return inside + has_last * block_saved_bytes(model, at, adapters, is_last=True)
+    inside = (num_blocks - has_last) * block_saved_bytes(model, at)
+    return inside + has_last * block_saved_bytes(model, at, is_last=True)
 
 
 def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> float:
@@ -270,9 +260,9 @@ def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> f
     return at.itemsize * (rows * 2 * F + at.token_budget * H + again)
 
 
-def _kept_outside(model: ModelConfig, at: Layout, adapters: LoraConfig) -> int:
+def _kept_outside(model: ModelConfig, at: Layout) -> int:
     """Bytes kept outside the blocks, without dW."""
-    cast = at.itemsize * model.hidden_size * (at.has_casts and not adapters.rank)
+    cast = at.itemsize * model.hidden_size * (at.has_casts and not at.lora.rank)
     T, R = at.token_budget, at.supervised
     return T * (8 + 4 * model.head_dim) + R * (4 + 2 * at.itemsize * model.hidden_size) + cast
 

@@ -118,7 +118,7 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     step["optimizer"] = layout.trained(model) / layout.shard * update
     real = workload.fill * layout.token_budget * count * layout.ranks
     flops = model.flops_per_step(1, 0, 0) * real + model.flops_per_step(0, 0, 1) * real * workload.supervised_share
-    flops = flops * layout.matmuls_of_weight / 3 + 6 * layout.adapters * real
+    flops = flops * layout.matmuls_of_weight / 3 + 6 * layout.adapters(model) * real
     flops += workload.attention_per_token(model) * real
     return Speed(
         **step, tokens_per_step=real, flops_per_step=flops, peak_flops=gpu.peak_tflops * 1e12 * layout.ranks
@@ -131,10 +131,10 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
     real, rate, bandwidth = workload.fill * T, gpu.matmul_tflops * 1e12, gpu.copy_bandwidth
     rows = real * workload.supervised_share
     times, weights = layout.matmuls_of_weight, model.matmul_params()
-    flops = (2 * times * weights + 6 * layout.adapters) * T - 2 * times * _after_attention(model) * (T - rows)
+    flops = (2 * times * weights + 6 * layout.adapters(model)) * T - 2 * times * _after_attention(model) * (T - rows)
     matmul = max(flops / rate, times * e * weights / bandwidth)
     attention = workload.attention_seconds(model, gpu) * real
-    dw = 0 if layout.adapters else (12 + e) * E
+    dw = 0 if layout.lora.rank else (12 + e) * E
     head = 2 * times * rows * E / rate + (times * e * rows * model.vocab_size + dw) / bandwidth
     after = model.hidden_size + model.intermediate_size  # an eighth of the elements moved after attention
     picks = (T + 5 * rows) * (model.hidden_size + model.num_heads * model.head_dim) - 8 * after * (T - rows)
@@ -177,7 +177,7 @@ def _cast_bytes(model: ModelConfig, layout: Layout, count: int) -> float:
     and adds up whole gradients."""
     P, e = model.num_parameters(), layout.itemsize
     adds = 12 * layout.trained(model) * (count - 1) / count
-    if layout.adapters:
+    if layout.lora.rank:
         return adds + (4 * e * P if layout.ranks > 1 else 0)
     weights = 4 + e if layout.master_itemsize > e else 0
     if layout.ranks == 1:

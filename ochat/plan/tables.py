@@ -66,7 +66,7 @@ def _speed_cells(each: Forecast) -> list[str]:
         return [*cells, "[red]no[/]", *["-"] * 5]
     rate, seconds = each.speed.tokens_per_s, each.speed.step_seconds
     cells += ["yes", rounded(rate), rounded(rate / each.ranks), f"{each.speed.mfu:.0%}"]
-    return [*cells, duration(seconds), duration(each.run_seconds)]
+    return [*cells, duration(seconds), duration(each.num_steps * seconds)]
 
 
 def _time_cells(each: Forecast) -> list[str]:

@@ -53,7 +53,7 @@ def test_auto_is_as_fast_as_the_best_policy_that_fits():
         auto = forecast.forecast(make_inputs(recompute="auto"), GPUS[name], gpus=8, nodes=1)
         fitting = {policy: rate.tokens_per_s for policy, (use, rate) in auto.policies.items() if auto.has_room(use)}
         assert auto.speed.tokens_per_s == fitting[auto.recompute] == max(fitting.values())
-        assert auto.fits and auto.run_seconds == 100 * auto.speed.step_seconds
+        assert auto.fits and auto.num_steps == 100
         taken.add(auto.recompute)
     assert taken == {"elementwise", "none"}
 
@@ -95,11 +95,6 @@ def test_precision_and_time_of_the_update_reach_memory_and_speed():
     assert (found.use.masters, found.use.moments) == (2 * P, 4 * P)
     assert found.fits and found.largest_budget > 16384
     assert not other.fits and other.speed.optimizer == pytest.approx(2 * found.speed.optimizer)
-
-
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
-def test_a_recipe_can_be_read(file):
-    assert configuration.load(file).base.path
 
 
 @pytest.mark.parametrize("recipe", ["llama3.2_1b", "llama3_8b_8gpu", "llama3_70b"])

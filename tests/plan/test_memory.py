@@ -169,20 +169,20 @@ def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("adapters", [LoraConfig(rank=16), LoraConfig(rank=64, targets=("q_proj", "v_proj"))])
 def test_what_backward_keeps_of_adapters_is_what_the_model_keeps(recompute, adapters):
-    at = Layout(4096, supervised=1024, recompute=recompute)
+    at = Layout(4096, supervised=1024, recompute=recompute, lora=adapters)
     counted = FakeStep(LLAMA_8B, 4096, recompute, adapters, supervised=1024).saved_bytes()
-    assert memory.saved_bytes(LLAMA_8B, at, adapters) == pytest.approx(counted, rel=ADAPTERS_TOLERANCE)
+    assert memory.saved_bytes(LLAMA_8B, at) == pytest.approx(counted, rel=ADAPTERS_TOLERANCE)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_the_peak_of_a_step_of_adapters_is_the_one_predicted(recompute, derived_only):
     adapters = LoraConfig(rank=16)
-    use = memory.predict(LLAMA_8B, Layout(8192, supervised=8192, recompute=recompute), adapters)
+    use = memory.predict(LLAMA_8B, Layout(8192, supervised=8192, recompute=recompute, lora=adapters))
     peak = FakeStep(LLAMA_8B, 8192, recompute, adapters).peak_bytes(2)
     assert use.total - use.moments == pytest.approx(peak, rel=ADAPTERS_TOLERANCE)
 
 
 def test_adapters_of_8b_train_on_a_gpu_of_24_gb():
     """With room for a micro-batch of 4096 tokens, all of them supervised; 23.6 GiB are what a process sees."""
-    use = memory.predict(LLAMA_8B_WHOLE, Layout(4096, 8, "block", supervised=4096), LoraConfig(rank=16))
+    use = memory.predict(LLAMA_8B_WHOLE, Layout(4096, 8, "block", supervised=4096, lora=LoraConfig(rank=16)))
     assert 2 * LLAMA_8B_WHOLE.num_parameters() / memory.GIB < use.total / memory.GIB < 23.6

@@ -166,7 +166,7 @@ def test_narrow_masters_and_moments_cost_what_they_move():
 def test_frozen_weights_save_a_third_of_the_products():
     model, full = MODELS["8B"], predict(length=1024, share=0.5)
     adapters = lora.num_parameters(model, LoraConfig(rank=16))
-    ours = predict(length=1024, share=0.5, adapters=adapters)
+    ours = predict(length=1024, share=0.5, lora=LoraConfig(rank=16))
     assert adapters == 41_943_040  # as PEFT counts them
     share = 2 / 3 + adapters / model.matmul_params()
     assert ours.matmul == pytest.approx(full.matmul * share, rel=1e-3)  # what the last block is spared apart
