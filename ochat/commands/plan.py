@@ -26,16 +26,13 @@ from ochat.plan.lengths import LengthCounts
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from ochat.data.dataset import TokenDataset
-    from ochat.data.loader import Loader
+    from ochat.data.loader import Loader, LoaderStats
     from ochat.model.config import ModelConfig
 
 SCHEMA = Config
 MAX_COUNT = 10**5  # of GPUs and of nodes
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
 NO_SPEED = "train.dtype = float32: no GPU is predicted; the rates that predictions rest on are those of bfloat16"
-
-MAX_COUNT = 10**5  # of GPUs and of nodes
-WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.gguf", "*.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -81,23 +78,30 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     lengths = data.lengths if data else length_files.read(options.lengths)
     counts = LengthCounts.of(lengths)
     console.print(counts.text(), end="\n\n")
-    notes += run_facts.data_notes(data.prepared) if data else run_facts.budget_notes(counts, config.data.token_budget)
-    notes += run_facts.context_notes(counts, model.max_position_embeddings)
+    notes += run_facts.data_notes(data.prepared) if data else []
+    notes += run_facts.length_notes(counts, config.data.token_budget, model.max_position_embeddings)
+
+    def lr_reason(stats: LoaderStats) -> str:
+        return schedule.choose_lr(
+            config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
+            vocab_size=model.vocab_size, lora=config.lora.rank > 0,
+        ).reason  # fmt: skip
+
     if data:
         loader = open_checked(config, data, model)
-        stats, flops = loader.stats(), run_facts.epoch_flops(loader, model)
+        stats, source = loader.stats(), config.weights.source
         counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
-        described = run_facts.describe_data(loader, model, weights_source=config.weights.source)
+        described = run_facts.describe(loader, model, config.data, weights_source=source, lr_reason=lr_reason(stats))
     else:
         with waiting(f"packing {len(lengths):,} sequences"):
             stats, flops = length_files.pack(lengths, model, config.data, options.supervised, config.run.seed)
         counts = counts.cut(config.data.token_budget)
-        described = run_facts.describe_lengths(stats, model, options.lengths, options.supervised)
-    rate = schedule.choose_lr(
-        config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
-        vocab_size=model.vocab_size, lora=config.lora.rank > 0,
-    )  # fmt: skip
-    described |= run_facts.describe_steps(stats, config.data, flops, rate.reason)
+        described = {
+            "model": run_facts.describe_model(model),
+            "data": f"{stats.num_sequences:,} sequences of {options.lengths}, {stats.num_tokens:,} tokens",
+            "supervised": f"{options.supervised:.0%} of the tokens: assumed (--supervised)",
+            **run_facts.describe_steps(stats, config.data, flops, lr_reason(stats)),
+        }
     console.print(facts(f"plan of {config.run.dir}", described))
     for note in notes:
         console.print(f"[yellow]note[/] {escape(note)}")

@@ -37,6 +37,21 @@ class LoaderStats:
     imbalance_mean: float  # of the first epoch's steps, the last one left out; 1 if there is no other
     imbalance_worst: float
 
+    @classmethod
+    def of(cls, plan: PackPlan, num_supervised: int, steps_per_epoch: tuple[int, ...], max_steps: int) -> LoaderStats:
+        """Counts of a run whose first epoch is packed so. `max_steps`: of the run; 0: all."""
+        imbalance, steps = plan.cost_imbalance(), sum(steps_per_epoch)
+        return cls(
+            num_sequences=len(plan.indices),
+            num_tokens=int(plan.bin_tokens.sum()),
+            num_supervised=num_supervised,
+            num_steps=min(steps, max_steps or steps),
+            steps_per_epoch=steps_per_epoch,
+            fill=plan.efficiency(),
+            imbalance_mean=float(imbalance.mean()) if len(imbalance) else 1.0,
+            imbalance_worst=float(imbalance.max()) if len(imbalance) else 1.0,
+        )
+
     @property
     def tokens_per_step(self) -> float:
         return self.num_tokens / self.steps_per_epoch[0]
@@ -173,18 +188,8 @@ class Loader:
     def stats(self) -> LoaderStats:
         """Counts of the data and of the first epoch's plan."""
         plan = self.plan(0)
-        imbalance = plan.cost_imbalance()
         supervised = self.dataset.supervised if self.mixture is None else self.dataset.supervised[plan.indices]
-        return LoaderStats(
-            num_sequences=len(plan.indices),
-            num_tokens=int(plan.bin_tokens.sum()),
-            num_supervised=int(supervised.sum()),
-            num_steps=self.num_steps,
-            steps_per_epoch=self.steps_per_epoch,
-            fill=plan.efficiency(),
-            imbalance_mean=float(imbalance.mean()) if len(imbalance) else 1.0,
-            imbalance_worst=float(imbalance.max()) if len(imbalance) else 1.0,
-        )
+        return LoaderStats.of(plan, int(supervised.sum()), self.steps_per_epoch, self.num_steps)
 
 
 def _check_lengths(dataset: TokenDataset, token_budget: int) -> None:

@@ -9,6 +9,7 @@ Counting takes memory that does not grow with the number of sequences: a mapped 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,13 +82,12 @@ class LengthCounts:
 
     def text(self, width: int = 34, num_ranges: int = 12) -> str:
         """Percentiles, and a bar for each range of lengths; a range is about as wide as the lengths in it are long."""
-        used = np.flatnonzero(self.counts)
-        edges = _edges(int(used[0]), self.longest, num_ranges)
-        found = [int(self.counts[low:high].sum()) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        edges = _edges(int(np.flatnonzero(self.counts)[0]), self.longest, num_ranges)
+        found = np.diff(np.append(0, np.cumsum(self.counts))[np.minimum(edges, len(self.counts))])
         known = ", ".join(f"{name} {self.percentile(p):,}" for name, p in (("p50", 50), ("p90", 90), ("p99", 99)))
         mean = self.num_tokens / self.num_sequences
         lines = [f"tokens a sequence: mean {mean:,.0f}, {known}, max {self.longest:,}"]
-        for count, low, high in zip(found, edges[:-1], edges[1:], strict=True):
+        for count, (low, high) in zip(found, pairwise(edges), strict=True):
             share = f"{count:>13,} {count / self.num_sequences:>7.2%}"
             lines.append(f"{low:>9,} - {high - 1:<9,} {share}  {_bar(count / max(found), width)}".rstrip())
         return "\n".join(lines)
@@ -124,31 +124,21 @@ def pack(
     flops = (per_token * n + model.flops_per_step(0, 1, 0) * n**2).astype(np.float32)  # of a sequence by its length
     shape = {"token_budget": data.token_budget, "bins_per_step": data.bins_per_step}
     plan = multipack.plan(lengths, **shape, seed=seed, epoch=0, costs=flops[lengths])
-    imbalance, steps, num_tokens = plan.cost_imbalance(), plan.num_steps * data.epochs, int(lengths.sum(dtype=np.int64))
-    stats = LoaderStats(
-        num_sequences=len(lengths),
-        num_tokens=num_tokens,
-        num_supervised=round(supervised * num_tokens),
-        num_steps=min(steps, data.max_steps or steps),
-        steps_per_epoch=(plan.num_steps,) * data.epochs,
-        fill=plan.efficiency(),
-        imbalance_mean=float(imbalance.mean()) if len(imbalance) else 1.0,
-        imbalance_worst=float(imbalance.max()) if len(imbalance) else 1.0,
-    )
+    num_supervised = round(supervised * int(lengths.sum(dtype=np.int64)))
+    stats = LoaderStats.of(plan, num_supervised, (plan.num_steps,) * data.epochs, data.max_steps)
     return stats, float(np.bincount(lengths, minlength=len(flops)) @ flops.astype(float))
 
 
-def _edges(shortest: int, longest: int, num_ranges: int) -> list[int]:
+def _edges(shortest: int, longest: int, num_ranges: int) -> NDArray[np.int64]:
     """Round borders from at most `shortest` to above `longest`: 8, 10, 12, 14, 16, 20 ..., or 8, 12, 16, 24 ..., or
     8, 16, 32 ..., the finest that gives at most `num_ranges` ranges."""
-    edges: list[int] = []
+    powers = 2 ** np.arange(longest.bit_length() + 1)[:, None]
     for parts in (4, 2, 1):  # ranges between two powers of two
-        ladder = sorted({2**k + 2**k * i // parts for k in range(longest.bit_length() + 1) for i in range(parts)})
-        low, high = (int(np.searchsorted(ladder, length, "right")) for length in (shortest, longest))
-        edges = ladder[low - 1 : high + 1]
-        if len(edges) - 1 <= num_ranges:
+        ladder = np.unique(powers + powers * np.arange(parts) // parts)
+        low, high = np.searchsorted(ladder, (shortest, longest), "right")
+        if high - low < num_ranges:
             break
-    return edges
+    return ladder[low - 1 : high + 1]
 
 
 def _bar(share: float, width: int) -> str:

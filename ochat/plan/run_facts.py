@@ -19,13 +19,8 @@ def describe(
     loader: Loader, model: ModelConfig, data: DataConfig, *, weights_source: str, lr_reason: str
 ) -> dict[str, str]:
     """All facts of a run; `ochat plan` prints the same as the trainer before its first step."""
-    steps = describe_steps(loader.stats(), data, epoch_flops(loader, model), lr_reason)
-    return describe_data(loader, model, weights_source=weights_source) | steps
-
-
-def describe_data(loader: Loader, model: ModelConfig, *, weights_source: str) -> dict[str, str]:
-    """The facts of the model and the data."""
     dataset, stats = loader.dataset, loader.stats()
+    flops = float(model.flops_per_sequence(dataset.lengths, dataset.supervised)[loader.plan(0).indices].sum())
     return {
         "model": describe_model(model),
         "data": f"{stats.num_sequences:,} conversations, {stats.num_tokens:,} tokens, "
@@ -33,22 +28,8 @@ def describe_data(loader: Loader, model: ModelConfig, *, weights_source: str) ->
         **describe_sets(loader),
         "classes": _describe_classes(dataset, weights_source),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
+        **describe_steps(stats, data, flops, lr_reason),
     }
-
-
-def describe_lengths(stats: LoaderStats, model: ModelConfig, path: str, supervised: float) -> dict[str, str]:
-    """The facts of the model and of sequences of which only the lengths are known."""
-    return {
-        "model": describe_model(model),
-        "data": f"{stats.num_sequences:,} sequences of {path}, {stats.num_tokens:,} tokens",
-        "supervised": f"{supervised:.0%} of the tokens: assumed (--supervised)",
-    }
-
-
-def epoch_flops(loader: Loader, model: ModelConfig) -> float:
-    """FLOPs of the first epoch."""
-    dataset = loader.dataset
-    return float(model.flops_per_sequence(dataset.lengths, dataset.supervised)[loader.plan(0).indices].sum())
 
 
 def describe_model(model: ModelConfig) -> str:
@@ -89,15 +70,12 @@ def describe_sets(loader: Loader) -> dict[str, str]:
 def _describe_classes(dataset: TokenDataset, weights_source: str) -> str:
     """How many conversations each class has and what they weigh; and a note where all classes weigh the same."""
     counts = np.bincount(dataset.class_ids, minlength=len(dataset.class_names))
-    weights = {name: dataset.mean_weight(name) for name, n in zip(dataset.class_names, counts, strict=True) if n}
-    described = ", ".join(
-        f"{name or '(none)'} {counts[dataset.class_names.index(name)]:,} (mean weight {weight:.4g})"
-        for name, weight in weights.items()
-    )
-    is_asked_for = weights_source == "none"
-    if is_asked_for or len(weights) < 2 or not np.allclose(list(weights.values()), next(iter(weights.values()))):
-        return described
-    return f"{described}; all weigh the same, no reward tells them apart: give each one, [classes.NAME] reward = ..."
+    found = [(name, n, dataset.mean_weight(name)) for name, n in zip(dataset.class_names, counts, strict=True) if n]
+    weights = [weight for *_, weight in found]
+    described = ", ".join(f"{name or '(none)'} {n:,} (mean weight {weight:.4g})" for name, n, weight in found)
+    if weights_source != "none" and len(found) > 1 and np.allclose(weights, weights[0]):
+        described += "; all weigh the same, no reward tells them apart: give each one, [classes.NAME] reward = ..."
+    return described
 
 
 def data_notes(prepared: Sequence[tuple[object, dict]]) -> list[str]:
@@ -111,23 +89,17 @@ def data_notes(prepared: Sequence[tuple[object, dict]]) -> list[str]:
     ]
 
 
-def budget_notes(counts: LengthCounts, budget: int) -> list[str]:
-    """Sequences longer than data.token_budget."""
-    if not (over := counts.over(budget)):
-        return []
+def length_notes(counts: LengthCounts, budget: int, context: int) -> list[str]:
+    """Sequences longer than data.token_budget, or with positions that the base model was not trained on."""
     lost = counts.num_tokens - counts.cut(budget).num_tokens
+    limits = {
+        f"data.token_budget = {budget:,}: planned as cut there, which loses {lost:,} tokens "
+        f"({lost / counts.num_tokens:.2%}); training refuses them, so raise the budget, or prepare with a smaller "
+        "--context": budget,
+        f"the base model's context of {context:,} tokens (max_position_embeddings), up to {counts.longest:,}": context,
+    }
     return [
-        f"{over:,} sequences ({over / counts.num_sequences:.2%}) are longer than data.token_budget = {budget:,}: "
-        f"planned as cut there, which loses {lost:,} tokens ({lost / counts.num_tokens:.2%}); training refuses "
-        "them, so raise the budget, or prepare with a smaller --context"
-    ]
-
-
-def context_notes(counts: LengthCounts, context: int) -> list[str]:
-    """Sequences with positions that the base model was not trained on."""
-    if not (over := counts.over(context)):
-        return []
-    return [
-        f"{over:,} sequences ({over / counts.num_sequences:.2%}) are longer than the base model's context of "
-        f"{context:,} tokens (max_position_embeddings), up to {counts.longest:,}"
+        f"{over:,} sequences ({over / counts.num_sequences:.2%}) are longer than {text}"
+        for text, limit in limits.items()
+        if (over := counts.over(limit))
     ]
