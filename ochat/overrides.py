@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import reprlib
 import tomllib
 import typing
@@ -114,6 +115,14 @@ def expect(condition: bool, where: str, value: Any, expected: str) -> None:
         shown = reprlib.Repr()
         shown.maxstring = shown.maxother = shown.maxlong = shown.maxdict = 200
         raise ConfigError(f"{where} = {shown.repr(value)}: expected {expected}")
+
+
+def at_least(options: object, **bounds: float) -> None:
+    """Raises ConfigError for an option of a command below its bound, or not finite. None: it was not given."""
+    for name, least in bounds.items():
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
 
 
 def _path(name: str) -> list[str]:

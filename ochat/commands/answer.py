@@ -6,7 +6,7 @@ ochat answer mine question.jsonl model_answer/mine.jsonl --format mt_bench --end
 
 from __future__ import annotations
 
-import math
+import importlib.util
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,13 @@ from ochat.errors import ConfigError
 from ochat.evaluate import answer_files
 from ochat.evaluate.answer_files import Format
 from ochat.files import checksums
+from ochat.overrides import at_least
 
 MAX_NEW_TOKENS = {"alpaca_eval": 2048, "mt_bench": 1024, "vicuna_bench": 1024}
-LEAST = {"concurrent": 1, "requests_per_minute": 0, "retries": 0, "timeout_s": 1}  # of an endpoint's options
+LEAST = {
+    "limit": 1, "max_new_tokens": 1, "temperature": 0,
+    "concurrent": 1, "requests_per_minute": 0, "retries": 0, "timeout_s": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,37 +56,34 @@ class AnswerOptions:
 def main(options: AnswerOptions) -> None:
     """The command `ochat answer`."""
     # torch takes seconds to import; --help does without
-    from ochat.evaluate.answer import answer
     from ochat.evaluate.model_client import EndpointAnswerer, LocalAnswerer
     from ochat.model.device import find_device
 
     answer_files.check_output(options.output)
+    at_least(options, **LEAST)
     limits = {"limit": options.limit, "temperature": options.temperature}
     questions = answer_files.read_questions(options.questions, options.format, **limits)
-    given = options.max_new_tokens
-    most = MAX_NEW_TOKENS[options.format] if given is None else given
-    _check_least("max_new_tokens", most, 1)
+    most = options.max_new_tokens or MAX_NEW_TOKENS[options.format]
+    shared = {"max_new_tokens": most, "condition": options.condition, "seed": options.seed}
     if options.endpoint:
         _check_endpoint(options.endpoint)
-        for key, least in LEAST.items():
-            _check_least(key, getattr(options, key), least)
-        keys = ("condition", "seed", "concurrent", "requests_per_minute", "retries", "timeout_s")
-        more = {key: getattr(options, key) for key in keys}
-        answerer = EndpointAnswerer(options.endpoint, options.model, max_new_tokens=most, **more)
+        own = {key: getattr(options, key) for key in ("concurrent", "requests_per_minute", "retries", "timeout_s")}
+        answerer = EndpointAnswerer(options.endpoint, options.model, **shared, **own)
     else:
-        more = {key: getattr(options, key) for key in ("condition", "template", "seed", "dtype", "base")}
-        device = find_device(options.device)
-        answerer = LocalAnswerer(Path(options.model), max_new_tokens=most, device=device, **more)
+        own = {key: getattr(options, key) for key in ("template", "dtype", "base")}
+        answerer = LocalAnswerer(Path(options.model), device=find_device(options.device), **shared, **own)
     about = {"questions": checksums.sha256(options.questions), "format": options.format, "seed": options.seed}
-    about |= {"max_new_tokens": most, "temperature": options.temperature}
+    about |= {"max_new_tokens": most, "temperature": options.temperature} | answerer.about
     name = options.name or answer_files.generator_name(options.format, options.model, options.output)
-    answered = answer(answerer, questions, options.output, options.format, about=about, name=name)
-    num_cut = sum(each.is_cut for _, each in answered)
+    answers = answer_files.answer(questions, options.output, options.format, answerer.answers, about=about, name=name)
+    num_cut = sum(each.is_cut for each in answers)
     cut = f"{num_cut:,} of them cut short by --max-new-tokens or the context" if num_cut else "none of them cut short"
-    Console(highlight=False).print(f"{len(answered):,} answers in {escape(str(options.output))}, {cut}", soft_wrap=True)
+    Console(highlight=False).print(f"{len(answers):,} answers in {escape(str(options.output))}, {cut}", soft_wrap=True)
 
 
 def _check_endpoint(endpoint: str) -> None:
+    if importlib.util.find_spec("openai") is None:
+        raise ConfigError("--endpoint needs the package openai: pip install 'ochat-crlft[judge]'")
     try:
         parts = urllib.parse.urlsplit(endpoint)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -90,8 +91,3 @@ def _check_endpoint(endpoint: str) -> None:
         is_address = False
     if not (is_address and endpoint.isascii() and endpoint.isprintable() and " " not in endpoint):
         raise ConfigError(f"--endpoint {endpoint}: an address is needed, such as http://127.0.0.1:8000/v1")
-
-
-def _check_least(name: str, value: float, least: float) -> None:
-    if not (math.isfinite(value) and value >= least):
-        raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")

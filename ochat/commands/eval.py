@@ -16,6 +16,7 @@ from rich.markup import escape
 from ochat.console import bar
 from ochat.errors import ConfigError
 from ochat.files import atomic
+from ochat.overrides import at_least
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     device = find_device(options.device)
     if (options.prompts is None) != (options.answers is None):
         raise ConfigError("--prompts FILE and --answers FILE go together: give both, or neither")
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: at least 1 is needed")
+    at_least(options, max_new_tokens=1, limit=1)
     atomic.check_writable(options.output, options.answers)
     folder = folder_of(options.model)
     tokenizer = tokenizers.load(folder)
@@ -80,8 +80,8 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     for condition in conditions:
         warn_of_unknown_class(condition, read_description(folder).get("classes"))
     conversations = held_out.select(everything, options.only_class, options.limit)
-    asked = prompts.read_prompts(options.prompts, conditions) if options.prompts else []
-    encoded = prompts.encode(asked, template, tokenizer, ModelConfig.load(folder).max_position_embeddings)
+    context = ModelConfig.load(folder).max_position_embeddings
+    asked = prompts.read_prompts(options.prompts, conditions, template, tokenizer, context) if options.prompts else []
     model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
     with bar("conversations", len(conversations) * len(conditions)) as advance:
         sums = swap.swap_matrix(model, template, tokenizer, conversations, conditions, advance)
@@ -97,6 +97,5 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     if options.output:
         atomic.write_json(options.output, record)
     if options.answers:
-        found = prompts.answers(model, asked, encoded, template.eot, tokenizer, options.max_new_tokens)
-        prompts.write_answers(options.answers, found, len(asked))
+        prompts.write_answers(options.answers, asked, model, tokenizer, template.eot, options.max_new_tokens)
     return record

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from ochat.errors import ConfigError
 from ochat.model.device import find_device
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
-from ochat.text.openchat_json import load_template, read_description, warn_of_unknown_class
+from ochat.text.openchat_json import template_as
 
 
 @dataclass(frozen=True)
@@ -53,30 +52,17 @@ def answer(options: GenerateOptions) -> list[str]:
     if not options.prompt:
         raise ConfigError('nothing to answer; give --prompt "..."')
     from ochat.export.open_model import folder_of, open_model  # torch takes seconds to import; a missing prompt
-    from ochat.infer.generate import generate  # should not
+    from ochat.infer.generate import complete  # should not
 
-    device = find_device(options.device)
-    folder = folder_of(options.model)
-    described = read_description(folder)
-    template = load_template(folder, options.template)
-    if options.condition is not None:
-        template = dataclasses.replace(template, default_condition=options.condition)
-    warn_of_unknown_class(template.default_condition, described.get("classes"))
+    device, folder = find_device(options.device), folder_of(options.model)
     tokenizer = tokenizers.load(folder)
-    template.check(tokenizer)
+    template = template_as(folder, options.template, options.condition, tokenizer)
     prompts = [
         template.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
         for prompt in options.prompt
     ]
+    settings = {key: getattr(options, key) for key in ("temperature", "top_p", "top_k", "seed")}
     with waiting("answering"):
-        new_ids = generate(
-            open_model(options.model, dtype=options.dtype, device=device, base=options.base),
-            prompts,
-            max_new_tokens=options.max_new_tokens,
-            stop_ids=[tokenizer.special_tokens[template.eot]],
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            seed=options.seed,
-        )
-    return [tokenizer.decode(ids) for ids in new_ids]
+        model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
+        answers = complete(model, prompts, tokenizer, template.eot, options.max_new_tokens, **settings)
+    return [text for text, _ in answers]

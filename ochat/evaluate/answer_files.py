@@ -1,30 +1,41 @@
 """The benchmarks' files: questions as AlpacaEval, MT-bench and Vicuna-bench publish them, answers as their judges read
-them.
+them, and answers kept until all are there.
 
     questions = read_questions(Path("question.jsonl"), "mt_bench");  questions[0].turns
-    write_answers(Path("model_outputs.json"), "alpaca_eval", [(question, answer), ...], "mine")
+    answers = answer(questions, Path("model_outputs.json"), "alpaca_eval", answerer.answers, about={}, name="mine")
 
 AlpacaEval: a list of {instruction, dataset, ...}; model_outputs.json, a list of {instruction, output, generator,
 dataset}. FastChat: question.jsonl with {question_id, category, turns}; model_answer/NAME.jsonl, {question_id,
 answer_id, model_id, choices: [{index, turns}], tstamp}.
+
+Answers are kept in OUTPUT.partial.jsonl: a second start asks only the questions that are missing. The file's first line
+says how the answers are made; a file that was begun differently is refused.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+import msgspec
+
+from ochat.console import bar
 from ochat.data.readers import parse_records
 from ochat.errors import ConfigError, DataError
-from ochat.files import atomic
+from ochat.files import atomic, bounded_json
 from ochat.run import layout
 from ochat.text.conversation import text_field
 
+log = logging.getLogger(__name__)
+_BEGIN = b'{"about":'
 Format = Literal["alpaca_eval", "mt_bench", "vicuna_bench"]
 # FastChat's own temperatures by category; 0.7 for any other
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(
@@ -43,25 +54,13 @@ class Question:
     record: Mapping[str, Any]  # as it was read
 
 
-@dataclass(frozen=True)
-class Answer:
-    """An answer to each turn of a question."""
+class Answer(msgspec.Struct, frozen=True):
+    """An answer to each turn of a question; a line of the kept answers."""
 
+    key: str  # of the question
     turns: tuple[str, ...]
     is_cut: bool  # max_new_tokens or the context ended one of them
     time_s: float  # seconds since 1970
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data that `from_dict` reads back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, line: dict[str, Any]) -> Answer:
-        """Raises: DataError for missing or ill-typed fields."""
-        try:
-            return cls(tuple(map(str, line["turns"])), bool(line["is_cut"]), float(line["time_s"]))
-        except (LookupError, TypeError, ValueError):
-            raise DataError(f"a kept answer needs the fields turns, is_cut and time_s, got {list(line)}") from None
 
 
 def read_questions(
@@ -69,12 +68,8 @@ def read_questions(
 ) -> list[Question]:
     """The first `limit` questions (None: all) in order, at `temperature` (None: the benchmark's own).
 
-    Raises: ConfigError for a limit or temperature out of range; DataError naming file, line and field.
+    Raises: DataError naming file, line and field.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit}: at least 1 question is needed")
-    if temperature is not None and not (math.isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"--temperature {temperature}: 0 or more is needed")
     found: dict[str, Question] = {}
     for record, (key, turns, own) in parse_records(path, _of_alpaca if form == "alpaca_eval" else _of_fastchat):
         if len(found) == limit:
@@ -105,15 +100,99 @@ def generator_name(form: Format, model: str, output: Path) -> str:
     return folder.name or model
 
 
-def write_answers(path: Path, form: Format, answered: Sequence[tuple[Question, Answer]], name: str) -> None:
-    """Write the answers of the model `name`, in order, in one atomic write. Raises: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def answer(
+    questions: Sequence[Question],
+    output: Path,
+    form: Format,
+    ask: Callable[[Sequence[Question]], Iterable[Answer]],
+    *,
+    about: Mapping[str, Any],
+    name: str,
+) -> list[Answer]:
+    """The answers in the order of the questions, after `output` is written under the model's `name`.
+
+    `about`: plain data that decides the answers; a file of answers that were kept for other data is refused.
+    Raises: ConfigError and DataError for a file in the way; as `ask`.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f"{output.name}.partial.jsonl")
+    with kept_answers(partial, about) as (kept, keep):
+        missing = [question for question in questions if question.key not in kept]
+        if len(missing) < len(questions):
+            log.info("%d of %d questions were answered before", len(questions) - len(missing), len(questions))
+        with bar("questions", len(missing)) as advance:
+            for found in ask(missing):
+                keep(found)
+                advance(1)
+        answers = [kept[question.key] for question in questions]
+        atomic.write_text(output, _written(form, zip(questions, answers, strict=True), name))
+        partial.unlink()
+    return answers
+
+
+@contextmanager
+def kept_answers(path: Path, about: Mapping[str, Any]) -> Iterator[tuple[dict[str, Answer], Callable[[Answer], None]]]:
+    """({key: its last answer}, of this start and earlier ones, and a function that keeps one more).
+
+    Raises: ConfigError for a file of something else, or one that another process writes; DataError naming a damaged
+    line; OSError, for example when the disk is full: the next start drops a torn line.
+    """
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{path}: another process is writing it; wait for it, or end it") from None
+        kept = _read_kept(file, path, msgspec.json.encode({"about": about}))
+
+        def keep(found: Answer) -> None:
+            _append(file, msgspec.json.encode(found))
+            kept[found.key] = found
+
+        yield kept, keep
+
+
+def _read_kept(file: BinaryIO, path: Path, begin: bytes) -> dict[str, Answer]:
+    """The answers of a file that begins with this line, or nearly so, or is given it now."""
+    file.seek(0)
+    content = file.read()
+    *lines, torn = content.split(b"\n")  # a killed process may leave half a line
+    if lines or not (content.startswith(_BEGIN) or _BEGIN.startswith(content)):
+        _refuse_other(path, content.partition(b"\n")[0], json.loads(begin)["about"])
+    os.truncate(file.fileno(), len(content) - len(torn))
+    if not lines:
+        _append(file, begin)
+    kept = {}
+    for number, line in enumerate(lines[1:], start=2):
+        try:
+            found = msgspec.json.decode(line, type=Answer)
+        except msgspec.MsgspecError as error:
+            raise DataError(f"{path}:{number}: not a kept answer ({error}); remove the line, or the file") from None
+        kept[found.key] = found
+    return kept
+
+
+def _append(file: BinaryIO, line: bytes) -> None:
+    file.write(line + b"\n")
+    file.flush()
+
+
+def _refuse_other(path: Path, line: bytes, asked: dict[str, Any]) -> None:
+    """Raises: ConfigError where a file's first line says that it holds something else."""
+    try:
+        begun = msgspec.json.decode(line, type=dict[str, dict[str, Any]])["about"]
+    except (msgspec.MsgspecError, KeyError):
+        raise ConfigError(f"{path}: not a file of kept answers; it is left alone. Name another, or remove it") from None
+    for name in sorted(begun.keys() | asked.keys()):
+        was, now = (bounded_json.shown(each.get(name)) for each in (begun, asked))
+        if begun.get(name) != asked.get(name):
+            raise ConfigError(f"{path}: begun with {name} {was}, now it is {now}; start as before, or remove the file")
+
+
+def _written(form: Format, answered: Iterable[tuple[Question, Answer]], name: str) -> str:
+    """The answers of the model `name`, as the judges read them."""
     if form == "alpaca_eval":
-        outputs = [_model_output(question, answer, name) for question, answer in answered]
-        atomic.write_text(path, json.dumps(outputs, indent=2, ensure_ascii=False) + "\n")
-    else:
-        lines = (json.dumps(_model_answer(*each, name), ensure_ascii=False) + "\n" for each in answered)
-        atomic.write_text(path, "".join(lines))
+        return json.dumps([_model_output(*each, name) for each in answered], indent=2, ensure_ascii=False) + "\n"
+    return "".join(json.dumps(_model_answer(*each, name), ensure_ascii=False) + "\n" for each in answered)
 
 
 def _of_alpaca(value: dict[str, Any]) -> tuple[str | None, tuple[str, ...], float]:

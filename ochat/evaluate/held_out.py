@@ -158,8 +158,6 @@ def select(conversations: Sequence[HeldOut], only_class: str | None, limit: int 
     if only_class is not None and only_class not in classes:
         known = ", ".join(name or "none" for name in classes)
         raise ConfigError(f"--only-class {only_class}: the data has no such class; it has {known}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"--limit {limit}: at least 1 conversation of each class is needed")
     taken, seen = [], Counter[str]()
     for each in conversations:
         seen[each.condition] += 1

@@ -1,7 +1,7 @@
 """Ask a model a benchmark's questions: one in this process, or one that an OpenAI-compatible endpoint serves.
 
-    answerer = LocalAnswerer(Path("models/mine"), condition="GPT4")
-    for question, answer in answerer.answers(questions): ...
+    answerer = LocalAnswerer(Path("models/mine"), max_new_tokens=1024, condition="GPT4")
+    for answer in answerer.answers(questions): ...
 
 An answer depends neither on the other questions nor on an interruption: each turn has a seed of its own. The endpoint's
 key is read from OPENAI_API_KEY. It is sent to that endpoint alone, and never logged or written.
@@ -16,7 +16,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,12 @@ from ochat.errors import ConfigError, ServerError
 from ochat.evaluate.answer_files import Answer, Question
 from ochat.export.open_model import folder_of, open_model
 from ochat.files import checksums
-from ochat.infer.generate import generate
+from ochat.infer.generate import complete
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
-from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
-from ochat.text.conversation import Conversation, Message
-from ochat.text.openchat_json import load_template, read_description, warn_of_unknown_class
-from ochat.text.template import Template
+from ochat.text.conversation import ROLES, Conversation, Message
+from ochat.text.openchat_json import template_as
 
 log = logging.getLogger(__name__)
 QUESTIONS_PER_BATCH = 16  # each holds a cache of keys and values as long as the batch's longest
@@ -70,54 +69,51 @@ class EndpointAnswerer:
         retries: int = 10,
         timeout_s: float = 600.0,
     ) -> None:
-        """Raises: ConfigError for an unreadable key, and where the package openai is missing."""
+        """Needs the package openai. Raises: ConfigError for an unreadable key."""
+        import openai
+
         self.endpoint, self.model, self.seed, self.max_new_tokens = endpoint, model, seed, max_new_tokens
         self.concurrent = concurrent
         self.about: dict[str, Any] = {"model": model, "condition": condition}
         self._extra = {} if condition is None else {"chat_template_kwargs": {"condition": condition}}
         self._interval_s = 60 / requests_per_minute if requests_per_minute else 0.0
         self._next_start, self._lock = 0.0, threading.Lock()
-        self._key = _key()
-        self._client = self._open_client(retries, timeout_s)
-
-    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
-        """`concurrent` questions at a time. After an error or Ctrl-C no question is begun; answers under way are still
-        given, and then the first error is raised. Raises: ServerError."""
-        waiting, failure = iter(questions), None
-        running: dict[Future[Answer], Question] = {}
-        with ThreadPoolExecutor(self.concurrent) as pool:
-            while True:
-                if failure is None:
-                    for question in islice(waiting, self.concurrent - len(running)):
-                        running[pool.submit(self._answer, question)] = question
-                if not running:
-                    break
-                try:
-                    done = wait(running, return_when=FIRST_COMPLETED).done
-                except KeyboardInterrupt as error:
-                    done, failure = set(), failure or error
-                for future in done:
-                    question, error = running.pop(future), future.exception()
-                    if error is None:
-                        yield question, future.result()
-                    failure = failure or error
-        if failure is not None:
-            raise failure
-
-    def _open_client(self, retries: int, timeout_s: float) -> Any:
-        try:
-            import openai
-        except ImportError:
-            raise ConfigError("--endpoint needs the package openai: pip install 'ochat-crlft[judge]'") from None
+        self._key = os.environ.get(KEY, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):  # no request can carry it; it is not quoted
+            raise ConfigError(f"{KEY}: holds characters that no key has; set it again")
         hooks = {"request": [self._before_request], "response": [self._warn]}
-        return openai.OpenAI(
-            base_url=self.endpoint,
+        self._client = openai.OpenAI(
+            base_url=endpoint,
             api_key=self._key or "none",
             max_retries=retries,
             timeout=timeout_s,
             # a redirect could carry the request elsewhere: it is an error
             http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks),
         )
+
+    def answers(self, questions: Sequence[Question]) -> Iterator[Answer]:
+        """`concurrent` questions at a time. After an error or Ctrl-C no question is begun; answers under way are still
+        given, and then the first error is raised. Raises: ServerError."""
+        waiting, failure = iter(questions), None
+        running: set[Future[Answer]] = set()
+        with ThreadPoolExecutor(self.concurrent) as pool:
+            while True:
+                if failure is None:
+                    running |= {
+                        pool.submit(self._answer, each) for each in islice(waiting, self.concurrent - len(running))
+                    }
+                if not running:
+                    break
+                try:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                except KeyboardInterrupt as error:
+                    done, failure = set(), failure or error
+                for future in done:
+                    failure = failure or future.exception()
+                    if future.exception() is None:
+                        yield future.result()
+        if failure is not None:
+            raise failure
 
     def _before_request(self, request: Any) -> None:
         """Keep to requests_per_minute, which counts retries too; send no key where there is none."""
@@ -141,7 +137,7 @@ class EndpointAnswerer:
             choice = self._ask(chat, temperature=question.temperature, **more)
             is_cut |= choice.finish_reason == "length"
             chat.append({"role": "assistant", "content": (choice.message.content or "").strip()})
-        return Answer(tuple(each["content"] for each in chat[1::2]), is_cut, time.time())
+        return Answer(question.key, tuple(each["content"] for each in chat[1::2]), is_cut, time.time())
 
     def _ask(self, chat: list[dict[str, str]], **settings: Any) -> Any:
         """The choice that the server answers with. Raises: ServerError."""
@@ -167,7 +163,7 @@ class EndpointAnswerer:
 
 
 class LocalAnswerer:
-    """A model in this process. Its weights are loaded when the first question is asked."""
+    """A model in this process. Its weights are loaded when questions are asked."""
 
     def __init__(
         self,
@@ -182,84 +178,50 @@ class LocalAnswerer:
         base: str = "",
     ) -> None:
         """Raises: ConfigError and CheckpointError, for what can be known before the weights are read."""
-        self.source, self.max_new_tokens, self.seed = source, max_new_tokens, seed
-        self.dtype, self.device, self.base = dtype, device, base
-        self.folder = folder_of(source)
-        self.tokenizer = tokenizers.load(self.folder)
-        self.template = self._template(template, condition)
-        self.about: dict[str, Any] = {"model": fingerprint(self.folder), "condition": self.template.default_condition}
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self._load = partial(open_model, source, dtype=dtype, device=device, base=base)
+        folder = folder_of(source)
+        self.context = ModelConfig.load(folder).max_position_embeddings
+        self.tokenizer = tokenizers.load(folder)
+        self.template = template_as(folder, template, condition, self.tokenizer)
+        self.about: dict[str, Any] = {"model": fingerprint(folder), "condition": self.template.default_condition}
         self.about |= {"template": self.template.name, "dtype": dtype}  # what decides the answers
-        self._model: Transformer | None = None
 
-    def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
+    def answers(self, questions: Sequence[Question]) -> Iterator[Answer]:
         """In batches of one temperature. Raises: ConfigError naming a question that fills the model's context, before
         the weights are loaded; as open_model."""
-        context = ModelConfig.load(self.folder).max_position_embeddings
         for question in questions:
-            if len(ids := self._prompt(question)) >= context:
-                raise ConfigError(f"{question.place}: {len(ids)} tokens, but the model's context is {context}")
+            if (count := len(self._prompt(question.turns[:1]))) >= self.context:
+                raise ConfigError(f"{question.place}: {count} tokens, but the model's context is {self.context}")
+        if not questions:
+            return
+        model = self._load()
         for temperature in dict.fromkeys(question.temperature for question in questions):
             alike = [question for question in questions if question.temperature == temperature]
             for first in range(0, len(alike), QUESTIONS_PER_BATCH):
-                batch = alike[first : first + QUESTIONS_PER_BATCH]
-                yield from zip(batch, self._answer(batch, temperature), strict=True)
+                yield from self._answer(model, alike[first : first + QUESTIONS_PER_BATCH], temperature)
 
-    def _template(self, name: str | None, condition: str | None) -> Template:
-        template = load_template(self.folder, name)
-        template.check(self.tokenizer)
-        if condition is not None:
-            template = templates.with_default_condition(template, condition, self.tokenizer)
-        warn_of_unknown_class(template.default_condition, read_description(self.folder).get("classes"))
-        return template
+    def _prompt(self, texts: Sequence[str]) -> list[int]:
+        """The ids of what user and assistant say in turns, ready for the next answer."""
+        items = tuple(Message(role, text) for role, text in zip(cycle(ROLES), texts, strict=False))
+        return self.template.encode_prompt(Conversation(items), self.tokenizer)
 
-    def _prompt(self, question: Question, given: Sequence[str] = ()) -> list[int]:
-        """The ids of the turns that `given` answers and of the next one, ready for its answer."""
-        turns = zip(question.turns, (*given, ""), strict=False)
-        items = [Message(role, text) for pair in turns for role, text in zip(("user", "assistant"), pair, strict=True)]
-        return self.template.encode_prompt(Conversation(tuple(items)), self.tokenizer)
-
-    def _answer(self, batch: Sequence[Question], temperature: float) -> list[Answer]:
-        given: list[list[str]] = [[] for _ in batch]
-        cut = [False] * len(batch)
+    def _answer(self, model: Transformer, batch: Sequence[Question], temperature: float) -> Iterator[Answer]:
+        """Turn by turn. A turn that fills the context gets an empty answer that is cut."""
+        said: list[list[str]] = [[] for _ in batch]
+        cut: set[int] = set()
         for turn in range(max(len(question.turns) for question in batch)):
             asked = [index for index, question in enumerate(batch) if turn < len(question.turns)]
-            prompts = [self._prompt(batch[index], given[index]) for index in asked]
-            seeds = [turn_seed(self.seed, batch[index].key, turn) for index in asked]
-            for index, (text, is_cut) in zip(asked, self.complete(prompts, temperature, seeds), strict=True):
-                given[index].append(text)
-                cut[index] |= is_cut
-        return [Answer(tuple(turns), is_cut, time.time()) for turns, is_cut in zip(given, cut, strict=True)]
-
-    def complete(
-        self, prompts: Sequence[list[int]], temperature: float, seeds: Sequence[int]
-    ) -> list[tuple[str, bool]]:
-        """(text, whether it was cut) for each prompt. One that fills the context gets an empty answer that is cut."""
-        if self._model is None:
-            self._model = open_model(self.source, dtype=self.dtype, device=self.device, base=self.base)
-        context = self._model.config.max_position_embeddings
-        fits = [index for index, prompt in enumerate(prompts) if len(prompt) < context]
-        found = generate(
-            self._model,
-            [prompts[index] for index in fits],
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=[self.tokenizer.special_tokens[self.template.eot]],
-            temperature=temperature,
-            seed=[seeds[index] for index in fits],
-        )
-        texts = [("", True)] * len(prompts)
-        for index, ids in zip(fits, found, strict=True):
-            is_cut = len(ids) == min(self.max_new_tokens, context - len(prompts[index]))
-            texts[index] = (self.tokenizer.decode(ids).strip(), is_cut)
-        return texts
-
-
-def _key() -> str:
-    """The key without surrounding blanks. Raises: ConfigError, without quoting it, for a key that no request can
-    carry."""
-    key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{KEY}: holds characters that no key has; set it again")
-    return key
-
-
-Answerer = LocalAnswerer | EndpointAnswerer
+            for index in asked:
+                said[index].append(batch[index].turns[turn])
+            fits = {index: ids for index in asked if len(ids := self._prompt(said[index])) < self.context}
+            seeds = [turn_seed(self.seed, batch[index].key, turn) for index in fits]
+            settings = {"temperature": temperature, "seed": seeds}
+            stop = self.template.eot
+            found = complete(model, list(fits.values()), self.tokenizer, stop, self.max_new_tokens, **settings)
+            answers = dict.fromkeys(asked, ("", True)) | dict(zip(fits, found, strict=True))
+            for index, (text, is_cut) in answers.items():
+                said[index].append(text.strip())
+                cut |= {index} if is_cut else set()
+        for index, question in enumerate(batch):
+            yield Answer(question.key, tuple(said[index][1::2]), index in cut, time.time())

@@ -11,9 +11,8 @@ from pathlib import Path
 from ochat.errors import CheckpointError
 from ochat.files import atomic, bounded_json
 from ochat.text import chat_template
-from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
-from ochat.text.openchat_json import OPENCHAT, load_template, warn_of_unknown_class
+from ochat.text.openchat_json import OPENCHAT, template_as
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 
@@ -44,8 +43,7 @@ def set_default_condition(folder: Path, condition: str) -> None:
     """
     described = bounded_json.read_object(folder / OPENCHAT, CheckpointError, "export the run again")
     tokenizer = tokenizers.load(folder)
-    template = templates.with_default_condition(load_template(folder, None), condition, tokenizer)
-    warn_of_unknown_class(condition, described.get("classes"))
+    template = template_as(folder, None, condition, tokenizer)
     config = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
     rendered = chat_template.render(template, tokenizer)
     atomic.write_json(folder / "tokenizer_config.json", config | {"chat_template": rendered})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,18 @@ from ochat.model.attention import Attend
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.overrides import expect
+from ochat.text.tokenizer import Tokenizer
+
+
+def complete(
+    model: Transformer, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, stop: str, most: int, **settings: Any
+) -> list[tuple[str, bool]]:
+    """(the answer's text, whether it was cut before it reached the token `stop`) of each prompt. An answer has at most
+    `most` tokens. `settings`, errors and costs: as generate."""
+    stop_ids = [tokenizer.special_tokens[stop]]
+    answers = generate(model, prompts, max_new_tokens=most, stop_ids=stop_ids, **settings)
+    room = (min(most, model.config.max_position_embeddings - len(prompt)) for prompt in prompts)
+    return [(tokenizer.decode(ids), len(ids) == count) for ids, count in zip(answers, room, strict=True)]
 
 
 @torch.no_grad()

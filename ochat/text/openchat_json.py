@@ -10,6 +10,7 @@ from ochat.errors import ConfigError, how_to_fetch
 from ochat.files import bounded_json
 from ochat.text import template as templates
 from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 OPENCHAT = "openchat.json"
@@ -31,6 +32,18 @@ def load_template(folder: Path, name: str | None) -> Template:
         return templates.load(model_type)
     except ConfigError as error:
         raise ConfigError(f"{path}: model_type: {error}; or give --template NAME") from None
+
+
+def template_as(folder: Path, name: str | None, condition: str | None, tokenizer: Tokenizer) -> Template:
+    """load_template's, with the class `condition` where a conversation has none (None: the template's own; "": none).
+    Warns of a class that the model was not trained on. Raises: ConfigError, also for a tokenizer that cannot write it.
+    """
+    template = load_template(folder, name)
+    template.check(tokenizer)
+    if condition is not None:
+        template = templates.with_default_condition(template, condition, tokenizer)
+    warn_of_unknown_class(template.default_condition, read_description(folder).get("classes"))
+    return template
 
 
 def read_description(folder: Path) -> dict[str, Any]:

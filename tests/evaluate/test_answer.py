@@ -14,8 +14,7 @@ from ochat import cli
 from ochat.commands.answer import AnswerOptions, main
 from ochat.errors import ConfigError, DataError, ServerError
 from ochat.evaluate import model_client
-from ochat.evaluate.answer import AnswerLog
-from ochat.evaluate.answer_files import generator_name
+from ochat.evaluate.answer_files import Answer, generator_name, kept_answers
 from ochat.text.conversation import Conversation, Message
 from tests import tiny
 from tests.chat_stub import ChatStub, Fault
@@ -115,15 +114,15 @@ def test_an_exports_generator_is_its_run(tmp_path):
 def test_an_interrupted_start_resumes_and_ends_the_same(exported, files, monkeypatch):
     whole = turns_of(ask(exported, files, output=files / "whole.jsonl", seed=5))
     monkeypatch.setattr(model_client, "QUESTIONS_PER_BATCH", 2)
-    real, calls = model_client.LocalAnswerer.complete, []
+    real, calls = model_client.complete, []
 
-    def failing(self, prompts, *rest):
+    def failing(model, prompts, *rest, **settings):
         calls.append(len(prompts))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(self, prompts, *rest)
+        return real(model, prompts, *rest, **settings)
 
-    monkeypatch.setattr(model_client.LocalAnswerer, "complete", failing)
+    monkeypatch.setattr(model_client, "complete", failing)
     with pytest.raises(KeyboardInterrupt):
         ask(exported, files, seed=5)
     before, calls[:] = len(read_lines(files / "out" / PARTIAL)) - 1, [0] * 9
@@ -136,9 +135,9 @@ def test_kept_answers_of_another_model_class_or_questions_are_refused(exported, 
     stub.faults = [Fault(401)] * 9
     with pytest.raises(ServerError, match="OPENAI_API_KEY"):
         ask(stub, files)
-    with pytest.raises(ConfigError, match='model "mine"'):
+    with pytest.raises(ConfigError, match="model 'mine'"):
         ask("another", files, endpoint=stub.endpoint)
-    with pytest.raises(ConfigError, match='condition null.*"GPT3"'):
+    with pytest.raises(ConfigError, match="condition None.*'GPT3'"):
         ask(stub, files, condition="GPT3")
     write_lines(files / "question.jsonl", MT_BENCH[:1])
     with pytest.raises(ConfigError, match="questions"):
@@ -285,9 +284,9 @@ ABOUT = {"model": "mine", "condition": None, "sizes": (1, 2)}
 @pytest.fixture
 def kept(tmp_path):
     """A file of three answers, the last of them to the first question again."""
-    with AnswerLog(tmp_path / "kept", ABOUT) as log:
+    with kept_answers(tmp_path / "kept", ABOUT) as (_, keep):
         for key, text in (("1", "é\n"), ("2", "b"), ("1", "again")):
-            log.append(key, {"text": text})
+            keep(Answer(key, (text,), False, 1.5))
     return tmp_path / "kept"
 
 
@@ -295,11 +294,11 @@ def test_whole_lines_survive_a_cut_anywhere_and_the_last_of_a_key_counts(kept):
     content = kept.read_bytes()
     for cut in range(len(content) + 1):
         kept.write_bytes(content[:cut])
-        with AnswerLog(kept, ABOUT) as log:
-            log.append("3", {"text": "c"})
+        with kept_answers(kept, ABOUT) as (_, keep):
+            keep(Answer("3", ("c",), True, 2.0))
         whole = [{}, {"1": "é\n"}, {"1": "é\n", "2": "b"}, {"1": "again", "2": "b"}]
-        with AnswerLog(kept, ABOUT) as log:
-            texts = {key: line["text"] for key, line in log.found.items()}
+        with kept_answers(kept, ABOUT) as (found, _):
+            texts = {key: answer.turns[0] for key, answer in found.items()}
             assert texts == whole[max(content[:cut].count(b"\n") - 1, 0)] | {"3": "c"}
 
 
@@ -308,14 +307,14 @@ def test_whole_lines_survive_a_cut_anywhere_and_the_last_of_a_key_counts(kept):
 )
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises((ConfigError, DataError)), AnswerLog(tmp_path / "a", ABOUT):
+    with pytest.raises(ConfigError), kept_answers(tmp_path / "a", ABOUT):
         pass
     assert (tmp_path / "a").read_bytes() == content
 
 
 def test_another_process_and_a_damaged_line_are_named(kept):
-    with AnswerLog(kept, ABOUT), pytest.raises(ConfigError, match="another process"):
-        AnswerLog(kept, ABOUT).__enter__()
+    with kept_answers(kept, ABOUT), pytest.raises(ConfigError, match="another process"), kept_answers(kept, ABOUT):
+        pass
     kept.write_text(kept.read_text().replace('"b"', '"b'))
-    with pytest.raises(DataError, match=f"{kept}:3"):
-        AnswerLog(kept, ABOUT).__enter__()
+    with pytest.raises(DataError, match=f"{kept}:3"), kept_answers(kept, ABOUT):
+        pass
