@@ -5,7 +5,7 @@ ochat prepare --input chats.jsonl --base models/base --template openchat_3.5 --o
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat.data import manifest, prepare
-from ochat.data.prepare import COUNTED, PrepareReport
-from ochat.data.rejected import REJECTS
+from ochat.data.prepare import COUNTED, REJECTS, PrepareReport
 from ochat.errors import ConfigError
 
 
@@ -44,8 +43,7 @@ def main(options: PrepareOptions) -> None:
         size = f"{checked.num_files} files, {checked.num_bytes / 1e6:.1f} MB"
         print(f"{checked.folder}: {size}, all as they were written")
     else:
-        settings = {key: value for key, value in asdict(options).items() if key not in ("check", "merge")}
-        print_report(prepare.run(prepare.PrepareOptions(**settings)))
+        print_report(prepare.run(options))
 
 
 def print_report(report: PrepareReport, console: Console | None = None) -> None:

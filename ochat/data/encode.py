@@ -1,6 +1,7 @@
-"""Encode records: parse, read as a conversation, tokenise, fit into the context. What prepare's workers do.
+"""Encode records, here or in a pool of processes: parse, read as a conversation, tokenise, fit into the context.
 
-    encoded = Encoder(tokenizer, template, "auto", "", 4096, "truncate")(batch_of_records)
+    encoder = Encoder(tokenizer, template, "auto", "", 4096, "truncate")
+    for encoded, position in encode_all(readers.batches(files), encoder, num_workers=2): ...
 
 Fitting: trailing tokens of weight 0 are removed (nothing is learnt after them), what is still too long is cut on the
 right, and trailing tokens of weight 0 are removed again. Weights here are the record's own, or the role's default.
@@ -14,14 +15,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter
+import multiprocessing
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ochat.data.readers import Record
-from ochat.data.rejected import Reject, attempt
+from ochat.data.readers import Batch
+from ochat.data.records import Record
 from ochat.data.store_writer import Sequences
 from ochat.data.weights import ROLES
 from ochat.errors import DataError
@@ -32,15 +39,26 @@ from ochat.text.tokenizer import Tokenizer
 
 OverLong = Literal["truncate", "drop", "error"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+MAX_REJECT_CHARACTERS = 2000
 ROLE_IDS = {role: number for number, role in enumerate(ROLES)}
+
+
+class Reject(NamedTuple):
+    """A bad record as rejects.jsonl holds it."""
+
+    file: str
+    line: int
+    reason: str
+    text: str  # its first characters
 
 
 @dataclass
 class Split:
-    """Conversations of one data set. `counts`: class -> kept, truncated, too_long, unsupervised, tokens, supervised."""
+    """Conversations of one data set. `counts`: (class, what) -> how many are kept, truncated, too_long, unsupervised,
+    or how many of their tokens are kept and supervised."""
 
     sequences: Sequences = field(default_factory=Sequences)
-    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 @dataclass
@@ -51,15 +69,12 @@ class Encoded:
     rejects: list[Reject] = field(default_factory=list)
 
 
+Encode = Callable[[list[Record]], Encoded]  # an Encoder: it pickles
+
+
 class _Layout(NamedTuple):
     conversation: Conversation
     segments: list[Segment]
-
-
-class _Joined(NamedTuple):
-    conversation: Conversation
-    ids: list[int]
-    spans: list[Span]
 
 
 @dataclass(frozen=True)
@@ -77,40 +92,42 @@ class Encoder:
     def __call__(self, batch: list[Record]) -> Encoded:
         """Encode records. Bad ones become rejects; only over_long="error" raises (DataError)."""
         encoded = Encoded()
-        layouts = [attempt(record, self._lay_out, record) for record in batch]
-        texts = self._encode_texts([layout for layout in layouts if isinstance(layout, _Layout)])
+        layouts = [self._lay_out(record) for record in batch]
+        segments = [segment for layout in layouts if isinstance(layout, _Layout) for segment in layout.segments]
+        texts = list(dict.fromkeys(segment.text for segment in segments))  # each once, in one call of the library
+        ids_of = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
         for record, layout in zip(batch, layouts, strict=True):
-            joined = layout if isinstance(layout, Reject) else attempt(record, _join, layout, texts)
-            if isinstance(joined, Reject):
-                encoded.rejects.append(joined)
-            else:
-                self._keep(encoded, record, joined)
+            if isinstance(layout, _Layout):
+                ids, spans = join(layout.segments, ids_of)
+                spans = trim(spans)
+                if num_supervised(spans):
+                    self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans)
+                    continue
+                why = "items: no message to learn from; every weight is 0, or there is no assistant message"
+                layout = _reject(record, why)
+            encoded.rejects.append(layout)
         return encoded
 
-    def _lay_out(self, record: Record) -> _Layout:
+    def _lay_out(self, record: Record) -> _Layout | Reject:
         """The record as a conversation and its segments, of which only the texts are left to tokenise."""
-        conversation = record_formats.convert(record.value(), self.format, self.default_condition)
-        _check_numbers(conversation)
-        self._check_condition(conversation.condition)
-        return _Layout(conversation, self.template.segments(conversation, self.tokenizer))
+        try:
+            conversation = record_formats.convert(record.value(), self.format, self.default_condition)
+            _check_numbers(conversation)
+            if conversation.condition and self.template.condition_roles != "none":
+                # the prefix that holds it is encoded with special tokens
+                turns = self.tokenizer.split_at_specials(conversation.condition)
+                if len(turns) > 1:
+                    raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
+            return _Layout(conversation, self.template.segments(conversation, self.tokenizer))
+        except DataError as error:
+            return _reject(record, str(error))
 
-    def _check_condition(self, condition: str) -> None:
-        """Raises DataError if the condition spells a special token: the prefix that holds it is encoded with them."""
-        if condition and self.template.condition_roles != "none":
-            turns = self.tokenizer.split_at_specials(condition)
-            if len(turns) > 1:
-                raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
-
-    def _encode_texts(self, layouts: list[_Layout]) -> dict[str, list[int]]:
-        """text -> its ids, all in one call of the library and each text once."""
-        texts = list(dict.fromkeys(segment.text for layout in layouts for segment in layout.segments))
-        return dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-
-    def _keep(self, encoded: Encoded, record: Record, joined: _Joined) -> None:
+    def _keep(
+        self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
+    ) -> None:
         """Fit one sequence into the context, count it and append it to its split."""
-        conversation, ids, spans = joined
         split = encoded.splits[is_held_out(conversation, self.held_out)]
-        count = split.counts.setdefault(conversation.condition, Counter())
+        name = conversation.condition
         if len(ids) > self.context:
             if self.over_long == "error":
                 raise DataError(
@@ -118,21 +135,23 @@ class Encoder:
                     "--over-long truncate or drop"
                 )
             if self.over_long == "drop":
-                count["too_long"] += 1
+                split.counts[name, "too_long"] += 1
                 return
             spans = trim(cut(spans, self.context))
             if num_supervised(spans) == 0:
-                count["unsupervised"] += 1
+                split.counts[name, "unsupervised"] += 1
                 return
             ids = ids[: spans[-1].end]
-            count["truncated"] += 1
-        count.update(kept=1, tokens=len(ids), supervised=num_supervised(spans))
+            split.counts[name, "truncated"] += 1
+        split.counts.update(
+            {(name, "kept"): 1, (name, "tokens"): len(ids), (name, "supervised"): num_supervised(spans)}
+        )
         sequences = split.sequences
         sequences.input_ids.append(np.array(ids, np.uint32))
         sequences.span_ends.append([span.end for span in spans])
         sequences.span_roles.append([ROLE_IDS[span.role] for span in spans])
         sequences.span_weights.append([math.nan if span.weight is None else span.weight for span in spans])
-        sequences.conditions.append(conversation.condition)
+        sequences.conditions.append(name)
         sequences.rewards.append(math.nan if conversation.reward is None else conversation.reward)
         sequences.lines.append(record.line)
         sequences.files.append(record.file)
@@ -172,13 +191,10 @@ def prompt_position(conversation: Conversation) -> float:
     return int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest()) / 2**64
 
 
-def _join(layout: _Layout, texts: dict[str, list[int]]) -> _Joined:
-    """Ids and spans up to the last supervised token. Raises DataError if there is none."""
-    ids, spans = join(layout.segments, texts)
-    spans = trim(spans)
-    if num_supervised(spans) == 0:
-        raise DataError("items: no message to learn from; every weight is 0, or there is no assistant message")
-    return _Joined(layout.conversation, ids[: spans[-1].end], spans)
+def _reject(record: Record, reason: str) -> Reject:
+    reason = reason.removeprefix(f"{record.location}: ")[:MAX_REJECT_CHARACTERS]
+    text = record.data[: 4 * MAX_REJECT_CHARACTERS].decode("utf-8", "replace")[:MAX_REJECT_CHARACTERS]
+    return Reject(record.file, record.line, reason, text)
 
 
 def _check_numbers(conversation: Conversation) -> None:
@@ -188,3 +204,52 @@ def _check_numbers(conversation: Conversation) -> None:
     for name, number in numbers:
         if number is not None and abs(number) > FLOAT32_MAX:
             raise DataError(f"{name}: {number} is too large, the largest number is {FLOAT32_MAX:.3g}")
+
+
+def encode_all(batches: Iterable[Batch], encoder: Encode, num_workers: int) -> Iterator[tuple[Encoded, int]]:
+    """Encoded batches in the order of their records, a few of them at a time; 0 workers: in this process.
+
+    Raises DataError if a worker dies, naming its records.
+    """
+    if num_workers == 0:
+        for batch, position in batches:
+            yield encoder(batch), position
+        return
+    # spawn: a fork would copy the locks of this process's threads in an unknown state
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (encoder,))
+    waiting: deque[tuple[Future[Encoded], Batch]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((pool.submit(_encode, batch[0]), batch))
+            if len(waiting) > 3 * num_workers:  # enough to keep all workers busy, few enough to stay small
+                yield _result(*waiting.popleft())
+        while waiting:
+            yield _result(*waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[Encoded], batch: Batch) -> tuple[Encoded, int]:
+    records, position = batch
+    try:
+        return future.result(), position
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{records[0].location}: a worker died on this record or one of the {len(records) - 1} after it, mostly "
+            "for lack of memory: try --workers 0, which needs the least"
+        ) from error
+
+
+_worker_encoder: Encode
+
+
+def _start_worker(encoder: Encode) -> None:
+    global _worker_encoder  # a worker process has one encoder, and pickling it per batch would cost more than the work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process per core is enough
+    _worker_encoder = encoder
+
+
+def _encode(batch: list[Record]) -> Encoded:
+    return _worker_encoder(batch)

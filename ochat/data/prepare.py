@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ochat import console
-from ochat.data.encode import Encoder, OverLong
-from ochat.data.readers import RecordFile, find_inputs
-from ochat.data.rejected import RejectLog
+from ochat.data.encode import Encoded, Encoder, OverLong, encode_all
+from ochat.data.readers import RecordFile, batches, find_inputs
 from ochat.data.store_writer import StoreWriter, publish
-from ochat.data.workers import InputShare, batches, encode_all
 from ochat.errors import ConfigError, DataError
+from ochat.files.jsonl import JsonlWriter
 from ochat.text import template, tokenizer
 
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
+REJECTS = "rejects.jsonl"
 HELD_OUT = "-held-out"  # ends the name of the held-out set
 COUNTED = {  # name in the counts -> in words
     "kept": "kept",
@@ -37,7 +37,7 @@ COUNTED = {  # name in the counts -> in words
     "tokens": "tokens",
     "supervised": "supervised",
 }
-Counts = dict[str, Counter[str]]  # class -> counts by the names of COUNTED
+Counts = Counter[tuple[str, str]]  # (class, a name of COUNTED) -> how many
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,26 @@ class PrepareReport:
 
     output: str
     context: int
-    classes: Counts
-    rejected: int
-    elapsed_s: float
+    counts: Counts
+    rejected: int = 0
+    elapsed_s: float = 0.0
     skipped: tuple[str, ...] = ()  # files of input folders that were not read
     held_out: PrepareReport | None = None  # of the held-out set
 
     @cached_property
-    def total(self) -> Counter[str]:
+    def classes(self) -> dict[str, dict[str, int]]:
+        """Counts of each class, in the order of the input."""
+        names = dict.fromkeys(name for name, _ in self.counts)
+        return {name: {column: self.counts[name, column] for column in COUNTED} for name in names}
+
+    @cached_property
+    def total(self) -> dict[str, int]:
         """Counts of all classes together."""
-        return sum(self.classes.values(), Counter())
+        return {column: sum(counts[column] for counts in self.classes.values()) for column in COUNTED}
 
     def to_dict(self) -> dict[str, Any]:
         """Counts alone, without times and paths: equal input gives an equal manifest."""
-        classes = {name: {column: counts[column] for column in COUNTED} for name, counts in self.classes.items()}
-        return {column: self.total[column] for column in COUNTED} | {"rejected": self.rejected, "classes": classes}
+        return self.total | {"rejected": self.rejected, "classes": self.classes}
 
     def summary(self) -> str:
         """One line."""
@@ -117,28 +122,41 @@ def prepare(
 def run(options: PrepareOptions) -> PrepareReport:
     """Prepare, and return the counts."""
     started = time.monotonic()
-    _check_given(options)
-    share = InputShare.parse(options.shard)
+    number, of = _check_given(options)
     inputs = find_inputs(options.input)
     files = [RecordFile(path) for path in inputs.paths]
     encoder = _make_encoder(options)
+    num_bytes, num_workers = sum(file.size for file in files), options.workers
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if num_bytes > SMALL_INPUT_BYTES else 0
+    encoded = encode_all(batches(files, number, of), encoder, num_workers)
+    output = Path(options.output)
+    outputs = [output, output.with_name(output.name + HELD_OUT)] if options.held_out else [output]
+    writers = [StoreWriter(path, encoder.tokenizer.vocab_size, overwrite=options.overwrite) for path in outputs]
     with ExitStack() as stack:
-        writers = [stack.enter_context(writer) for writer in _make_writers(options, encoder.tokenizer.vocab_size)]
-        counts, num_rejected = _write(options, files, encoder, writers, share)
-        elapsed_s = time.monotonic() - started
-        reports = [PrepareReport(str(writer.output), encoder.context, each, 0, elapsed_s)
-                   for writer, each in zip(writers, counts, strict=True)]  # fmt: skip
-        skipped = tuple(map(str, inputs.skipped))
-        report = replace(reports[0], rejected=num_rejected, skipped=skipped, held_out=(*reports, None)[1])
-        if share.of == 1:  # one of many may be empty
+        for writer in writers:
+            stack.enter_context(writer)
+        bar = console.bar("prepare, MiB", num_bytes >> 20) if options.progress else nullcontext(lambda _: None)
+        with bar as advance:
+            counts, num_rejected = _write(options, encoded, writers, advance)
+        held_out = PrepareReport(str(outputs[1]), encoder.context, counts[1]) if options.held_out else None
+        skipped, elapsed_s = tuple(map(str, inputs.skipped)), time.monotonic() - started
+        report = PrepareReport(options.output, encoder.context, counts[0], num_rejected, elapsed_s, skipped, held_out)
+        if of == 1:  # one of many may be empty
             _check_kept(options, report)
-        for writer, each, side in zip(writers, (report, *reports[1:]), ("train", "held-out"), strict=False):
-            writer.seal(_manifest(options, encoder, share, each, side))
+        for writer, each, side in zip(writers, filter(None, (report, held_out)), ("train", "held-out"), strict=False):
+            manifest = _manifest(options, encoder, each)
+            manifest |= {"held_out": {"share": options.held_out, "side": side}} if options.held_out else {}
+            if of > 1:
+                names = [Path(name).name for name in options.input]  # machines may have them in different folders
+                manifest["shard"] = {"number": number, "of": of, "input": names}
+            writer.seal(manifest)
         publish(writers)
     return report
 
 
-def _check_given(options: PrepareOptions) -> None:
+def _check_given(options: PrepareOptions) -> tuple[int, int]:
+    """The numbers of --shard. Raises ConfigError for what is missing or cannot be."""
     for name in ("input", "base", "template"):
         if not getattr(options, name):
             raise ConfigError(f"--{name} is missing: `ochat prepare --help` says what it takes")
@@ -148,6 +166,10 @@ def _check_given(options: PrepareOptions) -> None:
         raise ConfigError(f"--workers {options.workers}: 0 (this process alone) or more")
     if options.context is not None and options.context < 2:
         raise ConfigError(f"--context {options.context}: at least 2 tokens are needed")
+    number, _, of = options.shard.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ConfigError(f"--shard {options.shard}: i/n is needed, with i from 1 to n, such as 3/8")
+    return int(number), int(of)
 
 
 def _make_encoder(options: PrepareOptions) -> Encoder:
@@ -159,38 +181,31 @@ def _make_encoder(options: PrepareOptions) -> Encoder:
     return Encoder(tokens, form, *values)
 
 
-def _make_writers(options: PrepareOptions, vocab_size: int) -> list[StoreWriter]:
-    """Of the data set, and of the held-out one."""
-    output = Path(options.output)
-    outputs = [output] if not options.held_out else [output, output.with_name(output.name + HELD_OUT)]
-    return [StoreWriter(path, vocab_size, overwrite=options.overwrite) for path in outputs]
-
-
 def _write(
-    options: PrepareOptions, files: list[RecordFile], encoder: Encoder, writers: list[StoreWriter], share: InputShare
+    options: PrepareOptions,
+    batches: Iterable[tuple[Encoded, int]],
+    writers: list[StoreWriter],
+    advance: Callable[[int], object],
 ) -> tuple[list[Counts], int]:
     """Everything from records to shards; the counts of each data set, and the number of rejects."""
-    counts: list[Counts] = [{} for _ in writers]
-    num_bytes, done_mib = sum(file.size for file in files), 0
-    num_workers = options.workers
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if num_bytes > SMALL_INPUT_BYTES else 0
-    bar = console.bar("prepare, MiB", num_bytes >> 20) if options.progress else nullcontext(None)
-    with RejectLog(writers[0].folder, options.on_bad) as rejects, bar as advance:
-        for encoded, position in encode_all(batches(files, share), encoder, num_workers):
-            rejects.add(encoded.rejects)
-            for writer, total, split in zip(writers, counts, encoded.splits, strict=False):
-                writer.add(split.sequences)
-                _add_counts(total, split.counts)
-            if advance is not None:
-                advance((position >> 20) - done_mib)
-                done_mib = position >> 20
-    return counts, rejects.count
-
-
-def _add_counts(total: Counts, more: Mapping[str, Counter[str]]) -> None:
-    for name, count in more.items():
-        total.setdefault(name, Counter()).update(count)
+    counts: list[Counts] = [Counter() for _ in writers]
+    num_rejected = done_mib = 0
+    rejects = JsonlWriter(writers[0].folder / REJECTS)
+    if options.on_bad == "skip":
+        rejects.path.touch()
+    for encoded, position in batches:
+        if encoded.rejects and options.on_bad == "error":
+            first = encoded.rejects[0]
+            raise DataError(f"{first.file}:{first.line}: {first.reason} (--on-bad skip leaves bad records out)")
+        rejects.append(reject._asdict() for reject in encoded.rejects)
+        num_rejected += len(encoded.rejects)
+        for writer, total, split in zip(writers, counts, encoded.splits, strict=False):
+            writer.add(split.sequences)
+            total.update(split.counts)
+        advance((position >> 20) - done_mib)
+        done_mib = position >> 20
+    rejects.flush()
+    return counts, num_rejected
 
 
 def _check_kept(options: PrepareOptions, report: PrepareReport) -> None:
@@ -202,9 +217,9 @@ def _check_kept(options: PrepareOptions, report: PrepareReport) -> None:
         raise DataError(f"--held-out {options.held_out} holds out none of {kept} conversations: raise it")
 
 
-def _manifest(options: PrepareOptions, encoder: Encoder, share: InputShare, report: PrepareReport, side: str) -> dict:
+def _manifest(options: PrepareOptions, encoder: Encoder, report: PrepareReport) -> dict[str, Any]:
     tokens = encoder.tokenizer
-    manifest = {
+    return {
         "template": replace(encoder.template, context=encoder.context).to_dict(),
         "conditions": options.conditions,
         "context": encoder.context,
@@ -212,9 +227,3 @@ def _manifest(options: PrepareOptions, encoder: Encoder, share: InputShare, repo
         "tokenizer": {"kind": tokens.kind, "fingerprint": tokens.fingerprint(), "vocab_size": tokens.vocab_size},
         "counts": report.to_dict(),
     }
-    if options.held_out:
-        manifest["held_out"] = {"share": options.held_out, "side": side}
-    if share.of > 1:
-        names = [Path(name).name for name in options.input]  # machines may have them in different folders
-        manifest["shard"] = {"number": share.number, "of": share.of, "input": names}
-    return manifest

@@ -29,7 +29,7 @@ def mixed(build, tmp_path_factory):
     """300 conversations of two classes in several shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "SHARD_TOKENS", 8_000)
-        patch.setattr("ochat.data.workers.BATCH_RECORDS", 50)
+        patch.setattr("ochat.data.readers.BATCH_RECORDS", 50)
         return build(tmp_path_factory.mktemp("mixed"), conversations(seed=5, count=300))
 
 

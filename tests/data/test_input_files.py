@@ -1,7 +1,7 @@
 """Laws of inputs: a folder is its files in order, rows of Parquet are records: pytest tests/data/test_input_files.py"""
 
-import builtins
 import json
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -101,18 +101,12 @@ def test_an_empty_table_is_an_error(tmp_path):
         bad.value()
 
 
-def test_without_pyarrow_the_package_is_named(tmp_path, monkeypatch):
-    path = write_parquet(tmp_path / "in.parquet", [{"n": 1}])
-    real = builtins.__import__
-
-    def without_pyarrow(name, *args):
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", without_pyarrow)
-    with pytest.raises(ConfigError, match=r"in\.parquet: .*pip install 'ochat-crlft\[data\]'"):
-        RecordFile(path)
+@pytest.mark.parametrize(("start", "package"), [(b"PAR1", "pyarrow"), (b"\x28\xb5\x2f\xfd", "zstandard")])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, start, package):
+    (tmp_path / "in").write_bytes(start)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"in: .*{package}: pip install 'ochat-crlft\[data\]'"):
+        RecordFile(tmp_path / "in")
 
 
 def test_parquet_memory_does_not_grow_with_a_row_group(tmp_path):

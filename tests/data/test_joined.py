@@ -11,9 +11,8 @@ from collections import Counter
 import pytest
 
 from ochat.commands.prepare import PrepareOptions, main
-from ochat.data import manifest, prepare, store_writer, workers
+from ochat.data import manifest, prepare, readers, store_writer
 from ochat.data.dataset import TokenDataset
-from ochat.data.workers import InputShare
 from ochat.errors import ConfigError, DataError
 from tests.tiny_text import conversations, write_lines
 
@@ -152,9 +151,9 @@ def test_an_empty_shard_is_a_set_that_joins(make):
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/2/3", "-1/2", "/", "1/0"])
-def test_an_impossible_shard_is_named(text):
+def test_an_impossible_shard_is_named(tmp_path, text):
     with pytest.raises(ConfigError, match=f"--shard {text}: i/n is needed"):
-        InputShare.parse(text)
+        prepare.prepare(["in.jsonl"], "base", TEMPLATE, tmp_path / "out", shard=text)
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
@@ -162,7 +161,7 @@ def test_an_impossible_shard_is_named(text):
 def test_one_changed_byte_is_found(make, tmp_path, name, is_merged, monkeypatch):
     """In every file, even if only a character of a class's name changes."""
     monkeypatch.setattr(store_writer, "SHARD_TOKENS", 100)
-    monkeypatch.setattr(workers, "BATCH_RECORDS", 2)
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 2)
     folder = make("a", [*conversations(seed=3, count=20), {"bad": 1}], on_bad="skip")
     checked = merge([folder], tmp_path / "all") if is_merged else folder
     assert manifest.check_files(checked).num_files == len(list(folder.iterdir())) - is_merged  # without rejects

@@ -15,10 +15,9 @@ from rich.console import Console
 from ochat.commands.prepare import print_report
 from ochat.data import store_writer
 from ochat.data.dataset import TokenDataset
-from ochat.data.encode import num_supervised
+from ochat.data.encode import encode_all, num_supervised
 from ochat.data.prepare import prepare
-from ochat.data.readers import Record
-from ochat.data.workers import encode_all
+from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 from ochat.text import template, tokenizer
 from ochat.text.conversation import Conversation
@@ -202,9 +201,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the backg
 import sys
 from pathlib import Path
 from ochat.data import prepare as module
-from ochat.data.readers import Record
+from ochat.data.records import Record
 record = Record("f", 1, 1, b'{"items": [{"role": "assistant", "content": "x"}]}')
-def batches(files, shard):
+def batches(*_):
     while True:
         yield [record] * 100, 0
 module.batches = batches

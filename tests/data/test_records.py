@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ochat.data import compressed, readers
+from ochat.data import readers, records
 from ochat.data.readers import RecordFile
 from ochat.errors import DataError
 
@@ -52,8 +52,8 @@ def forms(objects):
 def test_every_form_gives_the_same_records(tmp_path_factory, chunk, objects):
     tmp_path = tmp_path_factory.mktemp("records")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressed, "CHUNK_BYTES", chunk)
-        patch.setattr(readers, "HEAD_BYTES", chunk + 8)
+        patch.setattr(readers, "CHUNK_BYTES", chunk)
+        patch.setattr(records, "HEAD_BYTES", chunk + 8)
         for form in forms(objects):
             assert [r.value() for r in RecordFile(write(tmp_path, form))] == objects
 

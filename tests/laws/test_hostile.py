@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from ochat import config as configuration
 from ochat.commands.init_base import InitBaseOptions
 from ochat.commands.init_base import main as init_base
-from ochat.data import json_values, readers
 from ochat.data import manifest as manifests
+from ochat.data import readers, records
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
-from ochat.data.readers import Record, RecordFile
+from ochat.data.readers import RecordFile
+from ochat.data.records import Record
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.files import bounded_json, checksums
 from ochat.model.config import ModelConfig
@@ -277,7 +278,7 @@ def test_no_depth_is_just_deep_enough_to_be_read_and_not_shown():
 def test_what_a_record_may_take_is_bounded(base, tmp_path, monkeypatch):
     """In lines, arrays and blanks, plain or compressed; the bound is made small to be met."""
     monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1 << 20)
-    monkeypatch.setattr(json_values, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
     for content, says in (
         (b'{"items": "' + b"x" * (3 << 20), "more than 1 MiB"),
         (b'[{"items": "' + b"x" * (3 << 20), "more than 1 MiB"),

@@ -13,7 +13,7 @@ import torch
 
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
-from ochat.data import prepare, store_writer, workers
+from ochat.data import prepare, readers, store_writer
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.export.hf_folder import export
 from ochat.files import checksums
@@ -48,7 +48,7 @@ def shard_set(world, tmp_path_factory):
     (folder / "in.jsonl").write_text((world.folder / "conversations.jsonl").read_text() + "{bad\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "SHARD_TOKENS", 400)
-        patch.setattr(workers, "BATCH_RECORDS", 4)
+        patch.setattr(readers, "BATCH_RECORDS", 4)
         options = {"progress": False, "on_bad": "skip"}
         prepare.prepare([folder / "in.jsonl"], world.base, "openchat_v3.2", folder / "data", **options)
     assert len(list((folder / "data").glob("shard-*"))) > 2
