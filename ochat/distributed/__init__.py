@@ -1,1 +1,1 @@
-"""The processes of a run: start, rendezvous, watchdog, signals."""
+"""The processes of a run: start, watchdog, signals."""

@@ -1,12 +1,16 @@
 """Start and stop the processes of a run, and exchange small records between them.
 
-Each process that torchrun starts is one rank. A single process is rank 0 of 1 and has no process group.
+Each process that torchrun starts is one rank. A single process is rank 0 of 1 and has no process group. torchrun's
+store outlives restarts and still holds addresses and NCCL ids of processes of earlier launches. So rank 0 gives a fresh
+launch id to each process that is alive now, and all keys of this launch carry that prefix.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,13 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout  # the groups of a mesh do not inherit it
+from torch.distributed.rendezvous import rendezvous
 
 from ochat.config import ParallelConfig, TrainConfig
-from ochat.distributed.rendezvous import launch_store
-from ochat.errors import ConfigError, OchatError
+from ochat.errors import ConfigError, OchatError, RanksError
 
 DISK_TIMEOUT = timedelta(hours=2)  # for the slowest rank's part of a checkpoint; the watchdog finds dead ranks sooner
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either before its first allocation
+POLL_S, START_S = 0.05, 600.0  # machines of one job may start far apart
 MARGIN_S = 60.0  # torch's own time-outs come so much later than the watchdog's, whose message says more
 
 
@@ -102,7 +107,7 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
     if world == 1:
         return Ranks(rank, world, device, None)
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # it would be a pickle; the watchdog writes JSON
-    store, timeout = launch_store(), timedelta(seconds=parallel.timeout_s + MARGIN_S)
+    store, timeout = _launch_store(), timedelta(seconds=parallel.timeout_s + MARGIN_S)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     mesh = init_device_mesh(device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
@@ -129,3 +134,49 @@ def select_device(name: str) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def _launch_store() -> dist.Store:
+    """A store that only the processes of this launch share.
+
+    Raises: RanksError naming the ranks that have not arrived after START_S.
+    """
+    store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
+    ours = dist.PrefixStore("ochat", store)
+    return dist.PrefixStore(_hand_out_id(ours, world) if rank == 0 else _request_id(ours, rank), ours)
+
+
+def _hand_out_id(store: dist.Store, world: int) -> str:
+    """Rank 0: answers every request with the launch id until each rank has confirmed it."""
+    launch_id, missing = uuid.uuid4().hex, set(range(1, world))
+    deadline = time.monotonic() + START_S
+    while missing:
+        if time.monotonic() > deadline:
+            raise RanksError(_absent(sorted(missing)))
+        for rank in sorted(missing):
+            if store.check([f"confirmed/{launch_id}/{rank}"]):
+                missing.discard(rank)
+            elif store.check([request := f"request/{rank}"]):
+                # may be that of a process which is gone: nothing reads the reply
+                store.set(f"reply/{store.get(request).decode()}", launch_id)
+        time.sleep(POLL_S)
+    return launch_id
+
+
+def _request_id(store: dist.Store, rank: int) -> str:
+    """Other ranks: requests with a nonce, and accepts the reply to that nonce only."""
+    nonce = uuid.uuid4().hex
+    store.set(f"request/{rank}", nonce)
+    try:
+        launch_id = store.get(f"reply/{nonce}").decode()
+    except RuntimeError:  # the store's time-out
+        raise RanksError(_absent([0])) from None
+    store.set(f"confirmed/{launch_id}/{rank}", "")
+    return launch_id
+
+
+def _absent(ranks: list[int]) -> str:
+    return (
+        f"waited {START_S:.0f} s for rank {', '.join(map(str, ranks[:16]))}"
+        f"{' ...' * (len(ranks) > 16)} to start; look for an error in the output of those processes or their machines"
+    )

@@ -28,6 +28,7 @@ from typing import Any
 
 from torch._C import _distributed_c10d as c10d  # the recorders have no public name
 
+from ochat import background
 from ochat.console import complain
 from ochat.distributed.processes import Ranks
 from ochat.errors import RanksError
@@ -36,6 +37,8 @@ from ochat.files import atomic
 log = logging.getLogger(__name__)
 
 FOLDER = "flight_recorder"
+# torch's: the newest collectives of the hosts and, in builds with NCCL, of the GPUs
+RECORDERS = {"host": "_dump_fr_trace_json", "card": "_dump_nccl_trace_json"}
 BEAT_S = 1.0
 SILENT_S = 15.0  # after so long a process counts as gone; torchrun gives the others 30 s
 DUMP_S = 10.0  # after so long a process exits even if its flight recorder file is not written
@@ -51,9 +54,10 @@ class Watchdog:
     def __init__(self, ranks: Ranks, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = ranks.rank, ranks.world, timeout_s
         self.silent_s = min(SILENT_S, timeout_s)
+        self.detection_s = self.silent_s + GRACE_S + 3 * BEAT_S  # after so long it is known which process is gone
         self.file: Path | None = None  # set once this run owns its folder
         self._store: Any = ranks.store and ranks.store.clone()  # a second connection: the main thread's may block
-        self._next = (ranks.rank + 1) % ranks.world
+        self._next, self._place = (ranks.rank + 1) % ranks.world, {"host": socket.gethostname(), "pid": os.getpid()}
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._phase, self._is_timed, self._idle_s = "the start", False, 0.0
         self._last_state, self._silence_s, self._beats, self._exit_reason = "", 0.0, 0, ""
@@ -88,9 +92,9 @@ class Watchdog:
         if self.world == 1:
             return
         if isinstance(error, RuntimeError):
-            self._thread.join(self._detection_s)
+            self._thread.join(self.detection_s)
         self._stopped.set()
-        self._thread.join(self._detection_s)
+        self._thread.join(self.detection_s)
         if self._thread.is_alive():  # it waits for the store, and so would this thread
             self._store_error = self._store_error or "the run's store does not answer"
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -100,15 +104,6 @@ class Watchdog:
                 self._write_state()
         if self._store_error and isinstance(error, RuntimeError):
             raise RanksError(f"{self._phase}: the processes cannot reach each other; {self._store_error}") from error
-
-    @property
-    def _where(self) -> dict[str, Any]:
-        return {"phase": self._phase, "host": socket.gethostname(), "pid": os.getpid()}
-
-    @property
-    def _detection_s(self) -> float:
-        """Time after which it is known which process is gone."""
-        return self.silent_s + GRACE_S + 3 * BEAT_S
 
     def _receive(self, *_: object) -> None:
         """SIGTERM outside of StopSignal: torchrun sends it to all when one has died. The thread finds out which."""
@@ -124,7 +119,7 @@ class Watchdog:
                 problem = self._describe_hang()
             if problem:
                 self._abort(problem)
-            if self._terminated_s > self._detection_s:
+            if self._terminated_s > self.detection_s:
                 os._exit(128 + signal.SIGTERM)
 
     def _poll(self) -> str:
@@ -152,7 +147,7 @@ class Watchdog:
 
     def _write_state(self) -> None:
         self._beats += 1
-        state = {"beat": self._beats, "exit": self._exit_reason} | self._where
+        state = {"beat": self._beats, "exit": self._exit_reason, "phase": self._phase} | self._place
         self._store.set(f"state/{self.rank}", json.dumps(state))
 
     def _read_state(self, rank: int) -> str:
@@ -175,11 +170,10 @@ class Watchdog:
             if self._store is not None and not self._store_error:
                 self._store.set("alarm", problem)
         faulthandler.dump_traceback_later(DUMP_S + 3 * GRACE_S, exit=True, file=2)  # a driver may block all threads
-        done: list[str] = []
-        writer = threading.Thread(target=lambda: done.append(self._dump(problem)), daemon=True)
-        writer.start()
-        writer.join(DUMP_S)  # the disk itself may hang
-        found = done[0] if done else f"; {self.file} is not written after {DUMP_S:g} s"
+        try:
+            found = background.start(lambda: self._dump(problem), "dump").result(DUMP_S)
+        except Exception:  # the disk itself may hang
+            found = f"; {self.file} is not written after {DUMP_S:g} s"
         remedy = "Start the same command again: it continues from the newest checkpoint"
         complain(RanksError(f"{problem}. Rank {self.rank} was in {self._phase}{found}. {remedy}"))
         sys.stdout.flush()
@@ -190,9 +184,11 @@ class Watchdog:
         """Writes the flight recorder file; says what this rank waits in and the file's name, or why there is none."""
         if self.file is None:
             return ""
-        collectives = flight_records()
+        collectives = {
+            name: json.loads(getattr(c10d, dump)()) for name, dump in RECORDERS.items() if hasattr(c10d, dump)
+        }
         main = sys._current_frames().get(threading.main_thread().ident or 0)
-        record = {"problem": problem, "rank": self.rank} | self._where
+        record = {"problem": problem, "rank": self.rank, "phase": self._phase} | self._place
         record |= {"stack": traceback.format_stack(main), "collectives": collectives}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -200,9 +196,9 @@ class Watchdog:
         except OSError as error:
             return f"; {self.file} cannot be written: {error.strerror}"
         entries = [entry for recorder in collectives.values() for entry in recorder.get("entries", [])]
-        waiting = [e for e in entries if not e.get("retired", True)][-1:]
-        names = [f"waiting in {e['profiling_name']} number {e['collective_seq_id']}" for e in waiting]
-        return f", {(names or ['in no collective'])[0]}; collectives and stack in {self.file}"
+        waiting = [e for e in entries if not e.get("retired", True)]
+        names = [f"waiting in {e['profiling_name']} number {e['collective_seq_id']}" for e in waiting[-1:]]
+        return f", {''.join(names) or 'in no collective'}; collectives and stack in {self.file}"
 
     def _check_launcher(self) -> None:
         """Stops a process whose torchrun was killed; it would keep running unseen and occupy its GPU."""
@@ -217,12 +213,6 @@ class Watchdog:
 
     def _name(self, rank: int, state: dict[str, Any]) -> str:
         return f"rank {rank} ({state.get('host', 'never heard of')}, pid {state.get('pid', '-')})"
-
-
-def flight_records() -> dict[str, Any]:
-    """The contents of torch's flight recorders: the newest collectives of the hosts and of the GPUs."""
-    dumps = {"host": "_dump_fr_trace_json", "card": "_dump_nccl_trace_json"}  # the second is in builds with NCCL
-    return {name: json.loads(getattr(c10d, dump)()) for name, dump in dumps.items() if hasattr(c10d, dump)}
 
 
 def _some(names: list[str], most: int = 8) -> str:
