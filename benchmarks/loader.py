@@ -22,7 +22,7 @@ from benchmarks import csv_file
 from ochat.data import batch
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
-from ochat.data.store_writer import Sequences, StoreWriter
+from ochat.data.store_writer import Sequences, StoreWriter, publish
 from ochat.data.weights import ROLES
 from ochat.text import template
 
@@ -135,7 +135,8 @@ def write(
     manifest["context"] = int(lengths.max())
     with StoreWriter(folder, vocab_size) as writer:
         writer.add(sequences)
-        writer.finish(manifest)
+        writer.seal(manifest)
+        publish([writer])
 
 
 if __name__ == "__main__":

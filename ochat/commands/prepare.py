@@ -39,9 +39,9 @@ def main(options: PrepareOptions) -> None:
     if options.check and options.input:
         raise ConfigError("--input and --check: give one of them")
     if options.check:
-        checked = manifest.check_files(options.check)
-        size = f"{checked.num_files} files, {checked.num_bytes / 1e6:.1f} MB"
-        print(f"{checked.folder}: {size}, all as they were written")
+        files = manifest.check_files(options.check)
+        num_bytes = sum(path.stat().st_size for path in files)
+        print(f"{options.check}: {len(files)} files, {num_bytes / 1e6:.1f} MB, all as they were written")
     else:
         print_report(prepare.run(options))
 

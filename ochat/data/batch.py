@@ -80,24 +80,15 @@ class PackedBatch:
 
 
 def pack(
-    examples: Sequence[Example],
-    indices: Sequence[int],
-    class_ids: Sequence[int],
-    *,
-    pad_to: int | None = None,
-    num_documents: int | None = None,
+    examples: Sequence[Example], indices: Sequence[int], class_ids: Sequence[int], **shape: int | None
 ) -> PackedBatch:
     """Lay `examples` end to end, as `assemble` does; `indices` and `class_ids` hold one entry for each."""
     assert len(examples) == len(indices) == len(class_ids), "one index and one class per example"
-    return assemble(
-        np.concatenate([np.zeros(0, np.int64), *(example.input_ids for example in examples)]),
-        np.concatenate([np.zeros(0, np.float32), *(example.loss_weights for example in examples)]),
-        np.array([len(example.input_ids) for example in examples], np.int64),
-        np.array(class_ids, np.int64),
-        tuple(int(index) for index in indices),
-        pad_to=pad_to,
-        num_documents=num_documents,
-    )
+    input_ids = np.concatenate([np.zeros(0, np.int64), *(example.input_ids for example in examples)])
+    loss_weights = np.concatenate([np.zeros(0, np.float32), *(example.loss_weights for example in examples)])
+    lengths = np.array([len(example.input_ids) for example in examples], np.int64)
+    sequences = tuple(int(index) for index in indices)
+    return assemble(input_ids, loss_weights, lengths, np.array(class_ids, np.int64), sequences, **shape)
 
 
 def assemble(

@@ -12,6 +12,7 @@ pages all processes share; a process holds 14 bytes a sequence, 4 more with a se
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import zlib
@@ -73,21 +74,24 @@ class TokenDataset:
         self.prepared = [one for of_set in self.folders.values() for one in of_set]
         self.path, self.manifest = self.prepared[0]
         self.template = Template.from_dict(self.manifest["template"], str(self.path / MANIFEST))
-        self.class_names, opened = store.open_sets(self.prepared)
-        self._shards = [shard for of_folder in opened for shard in of_folder]
+        self.class_names, opened = store.open_sets(self.folders)
+        self._shards = [shard for of_set in opened.values() for shard in of_set]
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._selection = {"only_class": only_class, "subsample": dict(subsample or {}), "seed": seed}
+        self._kept = None
         class_ids = self._column(np.uint16, Shard.class_ids)
         self._kept = _select(self.class_names, class_ids, only_class, subsample or {}, seed)
         if self._kept is not None and not len(self._kept):
             raise ConfigError(f"{self.path}: only_class and subsample leave no conversation of {len(class_ids)}")
-        self.sets = self._slices([sum(map(len, of_folder)) for of_folder in opened])
-        self.class_ids = self._of_kept(class_ids)
-        self.lengths = self._of_kept(self._column(np.int64, Shard.lengths))
+        ends = np.cumsum([0, *(sum(map(len, of_set)) for of_set in opened.values())])
+        places = (ends if self._kept is None else np.searchsorted(self._kept, ends)).tolist()
+        self.sets = {name: slice(*pair) for name, pair in zip(opened, itertools.pairwise(places), strict=True)}
+        self.class_ids = self._column(np.uint16, Shard.class_ids)
+        self.lengths = self._column(np.int64, Shard.lengths)
         present = [self.class_names[i] for i in np.unique(self.class_ids)]
         self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, present)
         self._check_rewards()
-        self.supervised = self._of_kept(self._column(np.int32, lambda shard: shard.count_supervised(self._rule)))
+        self.supervised = self._column(np.int32, lambda shard: shard.count_supervised(self._rule))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -163,30 +167,18 @@ class TokenDataset:
         number = int(np.searchsorted(self._starts, whole, side="right")) - 1
         return self._shards[number], whole - int(self._starts[number])
 
-    def _slices(self, sizes: list[int]) -> dict[str, slice]:
-        """Which examples are each set's; `sizes`: the sequences of each folder, before the selection."""
-        ends = np.cumsum([0, *sizes])
-        places = (ends if self._kept is None else np.searchsorted(self._kept, ends)).tolist()
-        found, first = {}, 0
-        for name, prepared in self.folders.items():
-            found[name] = slice(places[first], places[first := first + len(prepared)])
-        return found
-
     def _column(self, dtype: type, read: Callable[[Shard], NDArray]) -> NDArray:
-        """What `read` gives of each shard, as one column of the whole data set."""
+        """What `read` gives of each shard, as one column of the sequences that are kept."""
         column = np.empty(self._starts[-1], dtype)
         for shard, first in zip(self._shards, self._starts, strict=False):
             column[first : first + len(shard)] = read(shard)
-        return column
-
-    def _of_kept(self, column: NDArray) -> NDArray:
         return column if self._kept is None else column[self._kept]
 
     def _check_rewards(self) -> None:
         """Raises DataError naming the first conversation whose weight the reward field cannot give."""
         if not self._rule.needs_reward:
             return
-        rewards = self._of_kept(self._column(np.float32, lambda shard: shard["rewards"]))
+        rewards = self._column(np.float32, lambda shard: shard["rewards"])
         with np.errstate(over="ignore"):
             wrong = np.flatnonzero(~np.isfinite(reward_weights(rewards, self._rule.beta).astype(np.float32)))
         if len(wrong):

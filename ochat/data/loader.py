@@ -107,7 +107,7 @@ class Loader:
         self.num_documents = max(most for _, most in counts) if pad else None
         self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
         total = int(self._epoch_starts[-1])
-        self.num_steps = min(total, max_steps) if max_steps else total
+        self.num_steps = min(total, max_steps or total)
 
     def _plan(self, epoch: int) -> PackPlan:
         lengths, costs = self.dataset.lengths, self.costs
@@ -174,16 +174,13 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
     def _prepare(self, step: int) -> list[PackedBatch]:
-        self._plan_ahead(step)
-        return self.step(step)
-
-    def _plan_ahead(self, step: int) -> None:
-        """Have the next epoch planned before it begins, unless `max_steps` ends the run first."""
+        """Make a step, and have the next epoch planned before it begins, unless `max_steps` ends the run first."""
         epoch = self.position(step)[0]
         self.plan(epoch)  # in use, so the cache keeps it when the next one comes
         following = epoch + 1
         if following < len(self.steps_per_epoch) and self._epoch_starts[following] < self.num_steps:
             self.plan.start(following)
+        return self.step(step)
 
     def stats(self) -> LoaderStats:
         """Counts of the data and of the first epoch's plan."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple
@@ -35,6 +36,7 @@ HINTS = {
 AGAIN = "copy it again, or prepare the data again"
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]  # what every JSON reader keeps exact
+Names = Annotated[list[str], msgspec.Meta(max_length=MAX_NAMES)]
 
 
 class _Tokenizer(msgspec.Struct):
@@ -51,8 +53,8 @@ class _File(msgspec.Struct):
 
 
 class _Names(msgspec.Struct):
-    classes: list[str]
-    files: list[str]
+    classes: Names
+    files: Names
 
 
 class _InputShare(msgspec.Struct):
@@ -80,14 +82,6 @@ class Prepared(NamedTuple):
     manifest: dict[str, Any]
 
 
-class Checked(NamedTuple):
-    """What `check_files` compared."""
-
-    folder: Path
-    num_files: int
-    num_bytes: int
-
-
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished data set. Raises DataError for a folder that holds none, for another version and for
     content that is not what was written."""
@@ -105,25 +99,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path}: version {manifest.get('version')!r}, this ochat reads {known}: prepare the data again"
         )
     if manifest.get("digest") != digest(manifest):
-        raise DataError(f"{path}: its content has changed since it was written: copy it again, or prepare again")
+        raise DataError(changed(path))
     try:
-        schema = msgspec.convert(manifest, _Schema)
-    except msgspec.ValidationError as error:
+        _check_content(msgspec.convert(manifest, _Schema), "parts" in manifest)
+    except (msgspec.ValidationError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}): {AGAIN}") from None
-    if problem := _find_problem(schema, "parts" in manifest):
-        raise DataError(f"{path}: damaged ({problem}): {AGAIN}")
     return manifest
 
 
 def read_together(folders: Sequence[Path]) -> list[Prepared]:
     """The sets in order, as parts of one. Raises ConfigError for sets that do not belong together and for one that is
     given twice, DataError as `read_manifest` does and for a `--shard` that is missing."""
-    places = [os.path.abspath(folder) for folder in folders]
-    for folder, place in zip(folders, places, strict=True):
-        if places.count(place) > 1:
-            raise ConfigError(f"{folder}: listed {places.count(place)} times; list every data set once")
+    for place, times in Counter(os.path.abspath(folder) for folder in folders).items():
+        if times > 1:
+            raise ConfigError(f"{place}: listed {times} times; list every data set once")
     sets = [Prepared(folder, read_manifest(folder)) for folder in folders]
-    for one in sets:
+    for one in sets[1:]:
         _check_same(sets[0], one)
     if len(sets) > 1:
         _check_complete(sets)
@@ -143,7 +134,7 @@ def digest(manifest: dict[str, Any]) -> str:
 
 def names(manifest: dict[str, Any], shard: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The classes and the input files that the numbers in one of the manifest's shards mean."""
-    owner = manifest["parts"][shard["part"]] if "part" in shard else manifest
+    owner = manifest if shard.get("part") is None else manifest["parts"][shard["part"]]
     return owner["classes"], owner["files"]
 
 
@@ -172,12 +163,15 @@ def listed_checksums(folder: str | Path) -> dict[Path, str]:
     return {file_path(Path(folder), one): one["sha256"] for one in described}
 
 
-def check_files(folder: str | Path) -> Checked:
-    """Read every byte and compare checksums. Raises DataError naming the first file that is missing or has changed."""
+def check_files(folder: str | Path) -> list[Path]:
+    """Read every byte of a data set and compare checksums; its files.
+
+    Raises DataError naming the first one that is missing or has changed.
+    """
     files = listed_checksums(folder)
     if path := checksums.first_changed(files):
         raise DataError(changed(path))
-    return Checked(Path(folder), len(files) + 1, sum(path.stat().st_size for path in files))
+    return [Path(folder) / MANIFEST, *files]
 
 
 def changed(path: Path) -> str:
@@ -185,23 +179,17 @@ def changed(path: Path) -> str:
     return f"{path}: its content has changed since it was written: copy it again, or prepare again"
 
 
-def _find_problem(schema: _Schema, is_merged: bool) -> str:
-    """What the types alone do not say; "" if all is well."""
-    owners = {f"parts[{i}].": part for i, part in enumerate(schema.parts)} | ({} if is_merged else {"": schema})
-    for place, owner in owners.items():
-        for key, listed in (("classes", owner.classes), ("files", owner.files)):
-            if len(listed) > MAX_NAMES:
-                return f"{place}{key}: {len(listed)} names, at most {MAX_NAMES} are possible"
-    for place, owner in {"": schema, **owners}.items():
+def _check_content(schema: _Schema, is_merged: bool) -> None:
+    """Raises ValueError for what the types alone do not say."""
+    for owner in (schema, *schema.parts):
         if len(set(owner.classes)) < len(owner.classes):
-            return f"{place}classes: a name comes twice"
-    for key, files in (("shards", schema.shards), ("others", schema.others)):
-        for i, one in enumerate(files):
-            if not atomic.is_file_name(PurePosixPath(one.file).name if is_merged else one.file):
-                return f"{key}[{i}].file: the name of a file in this folder expected"  # a path only in a merged set
-            if (one.part is None) == is_merged or (is_merged and (one.part or 0) >= len(schema.parts)):
-                return f"{key}[{i}].part: one of {len(schema.parts)} parts expected"
-    return ""
+            raise ValueError("classes: a name comes twice")
+    parts = range(len(schema.parts)) if is_merged else (None,)
+    for one in (*schema.shards, *schema.others):
+        if not atomic.is_file_name(PurePosixPath(one.file).name if is_merged else one.file):
+            raise ValueError(f"{one.file!r}: the name of a file in this folder expected")  # a path only in a merged set
+        if one.part not in parts:
+            raise ValueError(f"{one.file}: part is {one.part}, of {len(schema.parts)} parts")
 
 
 def _check_same(first: Prepared, other: Prepared) -> None:

@@ -15,7 +15,6 @@ import importlib.util
 import itertools
 import json
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -58,20 +57,15 @@ def find_inputs(inputs: Sequence[str | Path]) -> InputFiles:
         if not path.is_dir():
             found.paths.append(path)
             continue
-        files = sorted(_visible_files(path), key=lambda file: file.relative_to(path).parts)
+        inside = [(file, file.relative_to(path).parts) for file in path.rglob("*") if file.is_file()]
+        files = sorted(file for file, parts in inside if not any(part.startswith(".") for part in parts))
         known = [file for file in files if file.name.lower().endswith(ENDINGS)]
         if not known:
             what = f"only {', '.join(file.name for file in files[:5])}" if files else "no file"
             raise DataError(f"{path}: nothing to read in this folder ({what}); known endings: {', '.join(ENDINGS)}")
         found.paths.extend(known)
-        found.skipped.extend(file for file in files if file not in set(known))
+        found.skipped.extend(sorted(set(files) - set(known)))
     return found
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 class RecordFile:

@@ -1,7 +1,7 @@
 """Read the shards of prepared data sets through memory maps, which all processes share.
 
-    class_names, shards = open_sets(manifest.read_together([Path("data/train")]))
-    input_ids, loss_weights = shards[0].read(np.array([3, 5]), rule)
+    class_names, opened = open_sets({"chat": manifest.read_together([Path("data/train")])})
+    input_ids, loss_weights = opened["chat"][0].read(np.array([3, 5]), rule)
 
 A shard is a safetensors file, written by store_writer.py. For its S sequences of T tokens and N spans (a span is a run
 of tokens with one role and one weight) it holds:
@@ -17,7 +17,7 @@ Opening reads headers, offsets and spans, to refuse a damaged file early; it nev
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,16 +31,17 @@ from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import DataError
 from ochat.files.safetensors_file import SafetensorsFile
 
-COLUMNS: dict[str, Any] = {
-    "offsets": np.int64,
-    "span_offsets": np.int64,
-    "span_ends": np.int32,
-    "span_roles": np.uint8,
-    "span_weights": np.float32,
-    "class_ids": np.uint16,
-    "rewards": np.float32,
-    "lines": np.int64,
-    "files": np.uint16,
+COLUMNS = {  # name -> types, length by the letters above
+    "input_ids": ("uint16 or uint32", "T"),
+    "offsets": ("int64", "S+1"),
+    "span_offsets": ("int64", "S+1"),
+    "span_ends": ("int32", "N"),
+    "span_roles": ("uint8", "N"),
+    "span_weights": ("float32", "N"),
+    "class_ids": ("uint16", "S"),
+    "rewards": ("float32", "S"),
+    "lines": ("int64", "S"),
+    "files": ("uint16", "S"),
 }
 BLOCK = 1 << 14  # sequences that one pass over a shard looks at together: what it holds stays small
 
@@ -72,9 +73,8 @@ class Shard:
         """Ids and loss weights, unshifted, of the sequences `at` (n,), one after another."""
         starts, ends = self["offsets"][at], self["offsets"][at + 1]
         spans = self._spans(at, rule)
-        return self["input_ids"][ranges(starts, ends - starts)], np.repeat(
-            spans.loss_weights, spans.ends - spans.begins
-        )
+        ids = self["input_ids"][ranges(starts, ends - starts)]
+        return ids, np.repeat(spans.loss_weights, spans.ends - spans.begins)
 
     def count_supervised(self, rule: WeightRule) -> NDArray[np.int32]:
         """(S,) labels of non-zero weight; the first token of a sequence is never a label."""
@@ -105,17 +105,18 @@ class _Spans(NamedTuple):
     starts: NDArray[np.int64]  # of each sequence: the place of its first span
 
 
-def open_sets(sets: Sequence[Prepared]) -> tuple[tuple[str, ...], list[list[Shard]]]:
+def open_sets(sets: Mapping[str, Sequence[Prepared]]) -> tuple[tuple[str, ...], dict[str, list[Shard]]]:
     """The classes of all data sets together, and the shards of each.
 
     Raises DataError for a file that is missing, has another size than was written, or whose columns do not fit
     together.
     """
-    class_ids: dict[str, int] = {}
-    for one in sets:
-        for name in one.manifest["classes"]:
-            class_ids.setdefault(name, len(class_ids))
-    return tuple(class_ids), [[_open(one, entry, class_ids) for entry in one.manifest["shards"]] for one in sets]
+    classes = dict.fromkeys(name for folders in sets.values() for one in folders for name in one.manifest["classes"])
+    class_ids = {name: number for number, name in enumerate(classes)}
+    return tuple(class_ids), {
+        name: [_open(one, entry, class_ids) for one in folders for entry in one.manifest["shards"]]
+        for name, folders in sets.items()
+    }
 
 
 def ranges(starts: NDArray[np.integer], counts: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -137,20 +138,15 @@ def _open(one: Prepared, entry: dict[str, Any], class_ids: dict[str, int]) -> Sh
 
 def _find_damage(columns: dict[str, NDArray], num_classes: int) -> str:
     """What is wrong with a shard; "" if the tokens, spans and class of every sequence lie within it."""
-    for name, dtype in COLUMNS.items():
-        if name not in columns or columns[name].dtype != dtype or columns[name].ndim != 1:
-            return f"its column {name} is no list of {np.dtype(dtype)}"
-    ids = columns.get("input_ids")
-    if ids is None or ids.dtype not in (np.uint16, np.uint32) or ids.ndim != 1:
-        return "its input_ids are no list of uint16 or uint32"
-    num_sequences, num_spans = len(columns["class_ids"]), len(columns["span_ends"])
-    expected = {"offsets": num_sequences + 1, "span_offsets": num_sequences + 1}
-    expected |= dict.fromkeys(("rewards", "lines", "files"), num_sequences)
-    expected |= dict.fromkeys(("span_roles", "span_weights"), num_spans)
-    for name, length in expected.items():
-        if len(columns[name]) != length:
-            return f"{name} has {len(columns[name])} entries, not {length}"
-    for name, total in (("offsets", len(ids)), ("span_offsets", num_spans)):
+    for name, (types, _) in COLUMNS.items():
+        if name not in columns or str(columns[name].dtype) not in types.split(" or ") or columns[name].ndim != 1:
+            return f"its column {name} is no list of {types}"
+    num_sequences, num_spans, num_tokens = (len(columns[name]) for name in ("class_ids", "span_ends", "input_ids"))
+    lengths = {"T": num_tokens, "N": num_spans, "S": num_sequences, "S+1": num_sequences + 1}
+    for name, (_, letter) in COLUMNS.items():
+        if len(columns[name]) != lengths[letter]:
+            return f"{name} has {len(columns[name])} entries, not {lengths[letter]}"
+    for name, total in (("offsets", num_tokens), ("span_offsets", num_spans)):
         if columns[name][0] != 0 or columns[name][-1] != total:
             return f"{name} does not run from 0 to {total}"
     for first, last in _blocks(num_sequences):

@@ -2,7 +2,8 @@
 
     with StoreWriter(Path("data/train"), vocab_size=32002) as writer:
         writer.add(sequences)
-        writer.finish(manifest)
+        writer.seal(manifest)
+        publish([writer])
 
 Everything is written into a temporary folder next to the destination, which one rename puts in place: a preparation
 that is interrupted leaves nothing that loads.
@@ -68,8 +69,8 @@ def _numbers(names: list[str], known: dict[str, int], what: str) -> NDArray[np.u
 
 
 class StoreWriter:
-    """Collects sequences and writes a shard when there are enough tokens for one; `finish` writes the manifest and
-    publishes the folder. Of several sets that belong together, seal each, then `publish` all.
+    """Collects sequences and writes a shard when there are enough tokens for one; `seal` writes the rest and the
+    manifest, and `publish` gives the folder its name.
 
     Use as a context manager: leaving it by an exception or a SIGTERM removes everything written so far.
     Raises ConfigError for an output that exists, unless it is a data set and `overwrite` is given.
@@ -101,11 +102,6 @@ class StoreWriter:
         if self._num_tokens >= SHARD_TOKENS:
             self._write_shard()
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write what is left and the manifest, then give the folder its name."""
-        self.seal(manifest)
-        publish([self])
-
     def seal(self, manifest: dict[str, Any]) -> None:
         """Write what is left and the manifest, last."""
         if self._num_tokens:
@@ -120,8 +116,8 @@ class StoreWriter:
         # each column's parts are freed before the next column is joined, so memory holds only the token ids twice
         joined = {name: np.concatenate([part.pop(name) for part in self._parts]) for name in list(self._parts[0])}
         self._parts, self._num_tokens = [], 0
-        joined["offsets"] = _offsets(joined.pop("lengths"))
-        joined["span_offsets"] = _offsets(joined.pop("span_counts"))
+        for counts, offsets in (("lengths", "offsets"), ("span_counts", "span_offsets")):
+            joined[offsets] = np.cumsum(np.concatenate([np.zeros(1, np.int64), joined.pop(counts)]))
         path = self.folder / f"shard-{len(self._shards):05d}.safetensors"
         try:
             save_file(joined, path, metadata={"format": FORMAT})
@@ -148,10 +144,6 @@ def publish(writers: Sequence[StoreWriter]) -> None:
         atomic.fsync(writer.output.parent)
     for aside in old.values():
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
 
 
 def _check_destination(output: Path, overwrite: bool) -> None:

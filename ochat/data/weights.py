@@ -25,11 +25,6 @@ ASSISTANT = ROLES.index("assistant")
 DEFAULT_WEIGHTS = np.array([default_weight(role) for role in ROLES], np.float32)
 
 
-def own_weights(own: NDArray[np.float32], roles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The record's weights (n,), with the role's default where none is given (NaN)."""
-    return np.where(np.isnan(own), DEFAULT_WEIGHTS[roles], own).astype(np.float32)
-
-
 def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
     """`weight`, or `exp((reward - 1) / beta)`; the configuration has exactly one of them. Raises ConfigError unless the
     result is finite."""
@@ -81,7 +76,7 @@ class WeightRule:
         `num_tokens` that the span holds, after truncation. With `classes` and `reward` a negative own weight lends
         its sign.
         """
-        weights = own_weights(own, roles)
+        weights = np.where(np.isnan(own), DEFAULT_WEIGHTS[roles], own).astype(np.float32)
         supervised = weights != 0
         if self.source == "classes":
             weights = np.where(supervised, np.copysign(1, weights) * self.by_class[class_ids], 0)

@@ -21,7 +21,7 @@ from ochat.config import ClassConfig, WeightsConfig
 from ochat.data import manifest, store, store_writer
 from ochat.data.batch import pack
 from ochat.data.dataset import TokenDataset
-from ochat.data.store_writer import Sequences, StoreWriter
+from ochat.data.store_writer import Sequences, StoreWriter, publish
 from ochat.data.weights import ASSISTANT, ROLES
 from ochat.errors import DataError
 from ochat.text import template
@@ -85,7 +85,8 @@ def write(folder, vocab_size, seed, at_once=60):
         patch.setattr(store_writer, "SHARD_TOKENS", 1)
         for first in range(0, 60, at_once):
             writer.add(Sequences(**{name: column[first : first + at_once] for name, column in vars(drawn).items()}))
-        writer.finish(MANIFEST)
+        writer.seal(MANIFEST)
+        publish([writer])
     return folder
 
 
@@ -190,7 +191,10 @@ def test_a_sequence_outside_its_columns_is_refused(tmp_path, column, place, valu
         (lambda columns: columns.update(offsets=columns["offsets"][:0]), "offsets has 0 entries, not 61"),
         (lambda columns: columns.update(lines=columns["lines"].astype(np.int32)), "lines is no list of int64"),
         (lambda columns: columns.pop("files"), "files is no list of uint16"),
-        (lambda columns: columns.update(input_ids=columns["input_ids"].astype(np.int64)), "no list of uint16 or"),
+        (
+            lambda columns: columns.update(input_ids=columns["input_ids"].astype(np.int64)),
+            "input_ids is no list of uint16 or",
+        ),
     ],
 )
 def test_columns_that_do_not_fit_together_are_refused(tmp_path, change, message):
