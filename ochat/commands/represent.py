@@ -24,6 +24,7 @@ from rich.console import Console
 
 from ochat.errors import ConfigError
 from ochat.files import atomic
+from ochat.overrides import at_least
 
 PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "umap": "umap-learn"}
 ENDINGS = (".png", ".svg")
@@ -64,9 +65,10 @@ class RepresentOptions:
 
 def main(options: RepresentOptions) -> None:
     """The command `ochat represent`."""
-    from ochat.evaluate.represent import table  # torch takes seconds to import; --help does without
+    record = represent(options)
+    from ochat.evaluate.represent import show  # torch takes seconds to import; --help does without
 
-    Console(highlight=False).print(table.represent_table(represent(options)))
+    Console(highlight=False).print(show.represent_table(record))
 
 
 def represent(options: RepresentOptions) -> dict[str, Any]:
@@ -77,17 +79,18 @@ def represent(options: RepresentOptions) -> dict[str, Any]:
     """
     _check(options)
     from ochat.evaluate import held_out, intervals
-    from ochat.evaluate.represent import compared_models, figure, probe, sample
+    from ochat.evaluate.represent import compared, probe, show
     from ochat.evaluate.represent.measure import measure
     from ochat.export.open_model import open_model
     from ochat.model.device import find_device
 
     device, models = find_device(options.device), (options.model, *options.compare)
     labels = options.labels or [source.resolve().name for source in models]
-    compared, tokenizer = compared_models.find_models(models, labels, options.template, options.data)
-    conversations = held_out.read_held_out(options.data, compared[0].template, tokenizer)
-    drawn = sample.draw(conversations, options.classes, options.per_class, options.seed)
-    one_prefix = compared_models.one_prefix(options.one_prefix, compared, drawn.classes, tokenizer)
+    found, tokenizer = compared.find_models(models, labels, options.template, options.data)
+    at_least(options, per_class=compared.LEAST_PER_CLASS)
+    conversations = held_out.read_held_out(options.data, found[0].template, tokenizer)
+    drawn = compared.draw(conversations, options.classes, options.per_class, options.seed)
+    one_prefix = compared.one_prefix(options.one_prefix, found, drawn.classes, tokenizer)
     per_class, view = int((drawn.labels == 0).sum()), f"{options.prefix}_{options.tokens}"
     how = {"view": view, "distance": options.distance, "num_permutations": options.permutations, "seed": options.seed}
     opened = partial(open_model, dtype=options.dtype, device=device, base=options.base)
@@ -108,11 +111,10 @@ def represent(options: RepresentOptions) -> dict[str, Any]:
             "chance": 1 / len(drawn.classes),
             "interval": {"level": intervals.LEVEL, "method": "Wilson's, of prompts"},
         },
-        "models": [
-            measure(partial(opened, each.source), each, drawn, one_prefix, tokenizer, **how) for each in compared
-        ],
+        "models": [measure(partial(opened, each.source), each, drawn, one_prefix, tokenizer, **how) for each in found],
     }
-    figure.write_figures(options.output, record, drawn.labels)
+    for path in options.output:  # drawn again for each: a second layout of the same figure moves a little
+        show.write_figure(path, record, drawn.labels)
     if options.numbers:
         atomic.write_json(options.numbers, record)
     return record
@@ -125,10 +127,7 @@ def _check(options: RepresentOptions) -> None:
     num_models = 1 + len(options.compare)
     if options.labels and len(options.labels) != num_models:
         raise ConfigError(f"--labels: {len(options.labels)} for {num_models} models; give one for each")
-    if options.seed < 0:
-        raise ConfigError(f"--seed {options.seed}: 0 or more is needed")
-    if options.permutations < LEAST_PERMUTATIONS:
-        raise ConfigError(f"--permutations {options.permutations}: at least {LEAST_PERMUTATIONS} are needed")
+    at_least(options, seed=0, permutations=LEAST_PERMUTATIONS)
     for path in options.output:
         if path.suffix.lower() not in ENDINGS:
             raise ConfigError(f"--output {path}: expected a name that ends in {' or '.join(ENDINGS)}")

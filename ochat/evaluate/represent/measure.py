@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ochat.console import bar
 from ochat.data.batch import Example
-from ochat.evaluate.represent.compared_models import ComparedModel
+from ochat.evaluate.represent.compared import ComparedModel, Sample
 from ochat.evaluate.represent.probe import probe
-from ochat.evaluate.represent.sample import Sample
 from ochat.evaluate.swap import passes
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.text.tokenizer import Tokenizer
@@ -34,8 +30,6 @@ Distance = Literal["cosine", "euclidean"]
 Floats = NDArray[np.float32]
 NEIGHBOURS = 15  # UMAP's own default
 TOKENS = ("all", "answers")
-# under which prefixes a conversation is read, and over which of its tokens the mean is taken
-VIEWS = ("own_all", "own_answers", "one_all", "one_answers", "words")
 
 
 def measure(
@@ -58,9 +52,9 @@ def measure(
         states = views(load(), compared, sample, one_prefix, tokenizer, advance)
     row: dict[str, Any] = {"label": compared.label, "source": str(compared.source), "template": compared.template.name}
     row |= {"names_classes": compared.names_classes, "views": {}}
-    with bar(f"{compared.label}: probes and map", len(VIEWS) + 1) as advance:
-        for name in VIEWS:
-            row["views"][name] = numbers(states[name], sample, distance, num_permutations, seed)
+    with bar(f"{compared.label}: probes and map", len(states) + 1) as advance:
+        for name, found in states.items():
+            row["views"][name] = numbers(found, sample, distance, num_permutations, seed)
             advance(1)
         points = {"pca": pca(states[view])[0], "umap": umap(states[view], distance, seed)}
     row["silhouette_umap"] = silhouette(points["umap"], sample.labels, "euclidean")
@@ -73,22 +67,20 @@ def views(
     sample: Sample,
     one_prefix: str,
     tokenizer: Tokenizer,
-    advance: Callable[[int], object] = lambda num_conversations: None,
+    advance: Callable[[int], object],
 ) -> dict[str, Floats]:
-    """The sample's states (n, H) in each of VIEWS. Costs: a forward pass of all conversations under their own prefixes,
+    """The sample's states (n, H) in each view: under which prefixes a conversation is read, and over which of its
+    tokens the mean is taken. Costs: a forward pass of all conversations under their own prefixes,
     and, where prefixes name classes, one under the one prefix."""
     own, one = sample.written(one_prefix, compared.template, tokenizer)
     of_own = pooled(model, own, advance)
     of_one = pooled(model, one, advance) if compared.names_classes else of_own
-    found = {f"own_{tokens}": of_own[tokens] for tokens in TOKENS}
-    found |= {f"one_{tokens}": of_one[tokens] for tokens in TOKENS}
+    found = {f"{prefix}_{name}": of[name] for prefix, of in (("own", of_own), ("one", of_one)) for name in TOKENS}
     return found | {"words": words(model, own)}
 
 
 @torch.no_grad()
-def pooled(
-    model: Transformer, examples: Sequence[Example], advance: Callable[[int], object] = lambda num_conversations: None
-) -> dict[str, Floats]:
+def pooled(model: Transformer, examples: Sequence[Example], advance: Callable[[int], object]) -> dict[str, Floats]:
     """{"all": means over all tokens, "answers": over the tokens of weight other than 0}, (n, H) fp32 each, in order.
 
     Conversations run packed and sorted by length, without the head. Costs: a forward pass of all tokens, 2 n H numbers.
@@ -98,11 +90,13 @@ def pooled(
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     for run in passes(len(examples[i].input_ids) for i in order):
         places = [order[i] for i in run]
-        batch = [examples[i] for i in places]
-        input_ids, position_ids, attend = pack_ids(model, [each.input_ids.tolist() for each in batch])
-        means = model(input_ids, position_ids, attend, partial(_means, batch))
-        for tokens, found in zip(TOKENS, means, strict=True):
-            states[tokens][places] = found.cpu().numpy()
+        ids = [examples[i].input_ids.tolist() for i in places]
+        hidden = model(*pack_ids(model, ids), lambda hidden, _: hidden)
+        # a mean a conversation: sums by index are atomic additions on CUDA, in another order each time
+        for place, part in zip(places, hidden.split([len(each) for each in ids]), strict=True):
+            answers = torch.from_numpy(np.flatnonzero(examples[place].loss_weights)).to(part.device)
+            for name, tokens in (("all", part), ("answers", part[answers])):
+                states[name][place] = tokens.float().mean(0).cpu().numpy()
         advance(len(places))
     return states
 
@@ -118,18 +112,6 @@ def words(model: Transformer, examples: Sequence[Example]) -> Floats:
     return torch.stack(means).cpu().numpy()
 
 
-def _means(batch: Sequence[Example], hidden: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-    """(S, H) fp32 over all tokens and over the answers'. A mean a conversation: sums by index are atomic additions on
-    CUDA, in another order each time."""
-    lengths = [len(each.input_ids) for each in batch]
-    is_answer = np.concatenate([each.loss_weights != 0 for each in batch])
-    rows = torch.from_numpy(np.flatnonzero(is_answer)).to(hidden.device)
-    counts = [int((each.loss_weights != 0).sum()) for each in batch]
-    parts = (hidden.split(lengths), hidden.index_select(0, rows).split(counts))
-    whole, answers = (torch.stack([part.float().mean(0) for part in each]) for each in parts)
-    return whole, answers
-
-
 def numbers(states: Floats, sample: Sample, distance: Distance, num_permutations: int, seed: int) -> dict[str, Any]:
     """Silhouette of the states and of their PCA, the PCA's shares of the variance, and the probe."""
     points, explained = pca(states)
@@ -138,7 +120,7 @@ def numbers(states: Floats, sample: Sample, distance: Distance, num_permutations
         "silhouette": silhouette(states, sample.labels, distance),
         "silhouette_pca": silhouette(points, sample.labels, "euclidean"),
         "pca_explained": explained,
-        "probe": asdict(probed) | {"interval": list(probed.interval)},
+        "probe": probed,
     }
 
 

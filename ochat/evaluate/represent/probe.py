@@ -1,6 +1,6 @@
 """Measure whether a linear rule can read the class from the hidden states: logistic regression on unseen prompts.
 
-    found = probe(states, labels, prompts, num_permutations=200, seed=0);  found.accuracy, found.p_value
+    found = probe(states, labels, prompts, num_permutations=200, seed=0);  found["accuracy"], found["p_value"]
 
 No fold splits a prompt (scikit-learn's StratifiedGroupKFold): two answers to one prompt are alike for a reason that is
 not their class. States are standardised by the training folds and divided by sqrt(H), so that the penalty |w|^2 / 2
@@ -9,7 +9,7 @@ against the summed loss has the same strength at every width (on standardised st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,33 +22,26 @@ TOLERANCE, MAX_STEPS = 1e-5, 500  # of the solver
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Of n conversations, each classified by a rule that was fitted without its prompt."""
-
-    accuracy: float  # share that is classified correctly
-    interval: tuple[float, float]
-    p_value: float  # (1 + permutations at least as accurate) / (1 + permutations)
-    permuted: float  # mean accuracy under permuted labels
-
-
 def probe(
     states: Floats, labels: NDArray[np.int64], prompts: NDArray[np.int64], *, num_permutations: int, seed: int
-) -> Probe:
+) -> dict[str, Any]:
     """The probe of states (n, H) with labels (n,) from 0 on, answers to prompts (n,), and its permutation test.
 
+    `accuracy`: the share of conversations that a rule fitted without their prompts classifies correctly; `interval`;
+    `p_value`: (1 + permutations at least as accurate) / (1 + permutations); `permuted`: mean accuracy under permuted
+    labels.
     Costs: an SVD of (n, H) and 1 + num_permutations fits of (n, min(n, H)) for each fold.
     """
     folds = folds_of(labels, prompts, seed)
     many = np.vstack([labels, permutations(labels, prompts, folds, num_permutations, seed)])
     accuracies = (out_of_fold(states, many, folds) == many).mean(1)
     at_least = int((accuracies[1:] >= accuracies[0]).sum())
-    return Probe(
-        accuracy=float(accuracies[0]),
-        interval=wilson(float(accuracies[0]), prompts),
-        p_value=(1 + at_least) / (1 + num_permutations),
-        permuted=float(accuracies[1:].mean()),
-    )
+    return {
+        "accuracy": float(accuracies[0]),
+        "interval": list(wilson(float(accuracies[0]), prompts)),
+        "p_value": (1 + at_least) / (1 + num_permutations),
+        "permuted": float(accuracies[1:].mean()),
+    }
 
 
 def folds_of(labels: NDArray[np.int64], prompts: NDArray[np.int64], seed: int) -> NDArray[np.int64]:

@@ -85,7 +85,7 @@ def test_states_that_tell_the_prompt_do_not_tell_the_class():
     labels = np.repeat(random.permutation(np.arange(20) % 2), 6)
     states = (random.normal(size=(20, 50))[prompts] + 0.1 * random.normal(size=(120, 50))).astype(np.float32)
     found = probes.probe(states, labels, prompts, num_permutations=99, seed=0)
-    assert found.accuracy < 0.8 and found.p_value > 0.02
+    assert found["accuracy"] < 0.8 and found["p_value"] > 0.02
     split = np.random.default_rng(0).permutation(np.arange(120) % probes.FOLDS)
     assert (probes.out_of_fold(states, labels[None], split)[0] == labels).mean() == 1  # what grouping keeps from us
 
@@ -101,7 +101,7 @@ def test_p_values_of_random_labels_are_uniform(per_prompt):
         states += 3 * random.normal(size=(48, 6)).astype(np.float32)[prompts]
         if per_prompt == 3:
             labels = random.permutation(np.arange(16) % 2)[prompts]
-        values.append(probes.probe(states, labels, prompts, num_permutations=19, seed=seed).p_value)
+        values.append(probes.probe(states, labels, prompts, num_permutations=19, seed=seed)["p_value"])
     assert min(values) >= 1 / 20
     assert stats.kstest(values, "uniform", alternative="greater").pvalue > 0.01  # not too many small ones
     assert np.mean(np.array(values) <= 0.5) > 0.2
@@ -110,15 +110,15 @@ def test_p_values_of_random_labels_are_uniform(per_prompt):
 @pytest.mark.parametrize(("n", "classes", "count", "chance"), [(60, 2, 99, (0.35, 0.6)), (90, 3, 19, (0.2, 0.45))])
 def test_separated_classes_have_the_smallest_p_value_there_is(n, classes, count, chance):
     found = probes.probe(*made_up(0, n, classes=classes, apart=8), num_permutations=count, seed=0)
-    assert (found.accuracy, found.p_value) == (1.0, 1 / (1 + count)) and chance[0] < found.permuted < chance[1]
-    assert found.interval == (pytest.approx(1 / (1 + intervals.Z**2 / n)), 1)
+    assert (found["accuracy"], found["p_value"]) == (1.0, 1 / (1 + count)) and chance[0] < found["permuted"] < chance[1]
+    assert found["interval"] == [pytest.approx(1 / (1 + intervals.Z**2 / n)), 1]
 
 
 def test_what_no_permutation_can_change_has_a_p_value_of_one():
     """Both answers to a prompt look the same: one of them is right for any prediction."""
     states, labels, prompts = made_up(0, per_prompt=2)
     found = probes.probe(states[prompts], labels, prompts, num_permutations=19, seed=0)
-    assert (found.accuracy, found.permuted, found.p_value) == (0.5, 0.5, 1.0)
+    assert (found["accuracy"], found["permuted"], found["p_value"]) == (0.5, 0.5, 1.0)
 
 
 def test_permuted_labels_keep_prompts_and_folds_together():

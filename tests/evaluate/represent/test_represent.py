@@ -18,7 +18,7 @@ from ochat.commands.represent import RepresentOptions, represent
 from ochat.data.prepare import prepare
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate import held_out
-from ochat.evaluate.represent import compared_models, measure, sample
+from ochat.evaluate.represent import compared, measure
 from ochat.export.hf_folder import export
 from ochat.model import hf
 from ochat.text import template as templates
@@ -58,7 +58,7 @@ def read(world, chats):
     """Twenty conversations of each class, written under their own class and under GPT4, and the base."""
     tokenizer, template = tokenizers.load(world.base), templates.load("openchat_v3.2")
     conversations = held_out.read_held_out(chats, template, tokenizer)
-    drawn = sample.draw(conversations, (), 20, seed=0)
+    drawn = compared.draw(conversations, (), 20, seed=0)
     own, one = drawn.written("GPT4", template, tokenizer)
     model = hf.load(world.base, dtype="float32")
     return SimpleNamespace(
@@ -103,12 +103,12 @@ def test_only_the_prefix_changes_between_own_and_one(read):
 
 
 def test_the_sample_is_even_and_decided_by_the_seed(world, chats, read, tmp_path):
-    first, again, other = (sample.draw(read.all, (), 15, seed) for seed in (0, 0, 1))
+    first, again, other = (compared.draw(read.all, (), 15, seed) for seed in (0, 0, 1))
     ids = [[tuple(each.input_ids) for each in drawn.conversations] for drawn in (first, again, other)]
     assert ids[0] == ids[1] != ids[2] and first.classes == ("GPT3", "GPT4")
     assert [each.condition for each in first.conversations] == ["GPT3"] * 15 + ["GPT4"] * 15
     assert (np.bincount(first.labels) == 15).all()
-    assert (np.bincount(sample.draw(read.all, (), 500, 0).labels) == 20).all()  # the expert class has no more
+    assert (np.bincount(compared.draw(read.all, (), 500, 0).labels) == 20).all()  # the expert class has no more
     # the same prompts under the other class, and all of them after another system text
     records = read_lines(chats)[:30]
     records += [record | {"condition": "GPT4" if record["condition"] == "GPT3" else "GPT3"} for record in records]
@@ -116,7 +116,7 @@ def test_the_sample_is_even_and_decided_by_the_seed(world, chats, read, tmp_path
     path = write_lines(tmp_path / "twins.jsonl", records)
     prepare([path], world.base, "openchat_v3.2", tmp_path / "prepared", progress=False)
     for data in (path, tmp_path / "prepared"):
-        drawn = sample.draw(held_out.read_held_out(data, read.template, read.tokenizer), (), 60, 0)
+        drawn = compared.draw(held_out.read_held_out(data, read.template, read.tokenizer), (), 60, 0)
         assert len(drawn.labels) == 120
         assert drawn.prompts.max() + 1 == len({(r["system"], r["items"][0]["content"]) for r in records})
 
@@ -156,9 +156,9 @@ def test_conversations_and_prepared_data_are_read_alike(world, chats, small):
     """Also data prepared without classes: prefixes are the model's, not the data's."""
 
     def written(model, data, template=None):
-        (compared, *_), tokenizer = compared_models.find_models([model], ["a"], template, data)
-        drawn = sample.draw(held_out.read_held_out(data, compared.template, tokenizer), (), 15, 0)
-        pairs = drawn.written("GPT3", compared.template, tokenizer)
+        (model, *_), tokenizer = compared.find_models([model], ["a"], template, data)
+        drawn = compared.draw(held_out.read_held_out(data, model.template, tokenizer), (), 15, 0)
+        pairs = drawn.written("GPT3", model.template, tokenizer)
         return [example.input_ids.tolist() for each in pairs for example in each]
 
     by_run = [written(small.crlft, data) for data in (chats, world.data, small.plain)]
@@ -219,6 +219,6 @@ def test_a_missing_package_is_named(small, chats, monkeypatch):
 
 
 def test_the_one_prefix_is_the_class_that_models_answer_as(small, chats):
-    found, tokenizer = compared_models.find_models([small.sft, small.crlft], ["a", "b"], None, chats)
-    for name, compared, wanted in ((None, found, "GPT4"), (None, found[:1], "x"), ("y", found, "y")):
-        assert compared_models.one_prefix(name, compared, ("x", "y"), tokenizer) == wanted
+    found, tokenizer = compared.find_models([small.sft, small.crlft], ["a", "b"], None, chats)
+    for name, models, wanted in ((None, found, "GPT4"), (None, found[:1], "x"), ("y", found, "y")):
+        assert compared.one_prefix(name, models, ("x", "y"), tokenizer) == wanted
