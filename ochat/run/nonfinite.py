@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from ochat.errors import NonFiniteError
@@ -18,23 +19,17 @@ Bins = list[list[str]]  # of each bin, "file:line" of its conversations
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class NonFiniteGuard:
     """The non-finite steps of one run, restarts included; every rank counts the same, the first one writes."""
 
-    def __init__(
-        self,
-        budget: int,
-        file: JsonlWriter | None,
-        *,
-        bins_of: Callable[[int], Bins],
-        newest: Callable[[], Path | None],
-        in_backward: bool = False,
-    ) -> None:
-        """`file`: None on ranks other than the first. `bins_of(step)`: what a step was computed on. `newest()`: the
-        checkpoint from which a restart resumes. `in_backward`: weights are updated before the whole step is known."""
-        self.budget, self.file, self.bins_of, self.newest = budget, file, bins_of, newest
-        self.in_backward = in_backward
-        self.count = 0  # a checkpoint keeps it
+    budget: int
+    file: JsonlWriter | None  # None on ranks other than the first
+    _: KW_ONLY
+    bins_of: Callable[[int], Bins]  # what a step was computed on
+    newest: Callable[[], Path | None]  # the checkpoint from which a restart resumes
+    in_backward: bool = False  # weights are updated before the whole step is known
+    count: int = 0  # a checkpoint keeps it
 
     def add(self, step: int, loss: float, grad_norm: float) -> None:
         """Count one more. Raises: NonFiniteError where the budget does not allow it."""
@@ -50,9 +45,9 @@ class NonFiniteGuard:
         log.warning("%s. Skipped, non-finite step %d of at most %d", what, self.count, self.budget)
 
     def _advice(self, newest: Path | None) -> str:
-        place = newest or "the base, for there is no checkpoint"
         remedy = (
-            f"Look at these conversations or lower optim.lr, then start the same command again: it resumes from {place}"
+            "Look at these conversations or lower optim.lr, then start the same command again: it resumes from "
+            f"{newest or 'the base, for there is no checkpoint'}"
         )
         if self.in_backward:
             return (

@@ -11,10 +11,10 @@ what the run will do.
 
 from __future__ import annotations
 
-import logging
+import os
 import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,7 @@ from msgspec import structs
 from ochat import config as configuration
 from ochat.checkpoint.manifest import Manifest
 from ochat.checkpoint.save import AsyncCheckpointer
-from ochat.config import Config
+from ochat.config import Config, LogConfig
 from ochat.console import waiting
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
@@ -36,10 +36,13 @@ from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.export import serving
 from ochat.files.jsonl import JsonlWriter
-from ochat.model import hf
+from ochat.model import hf, lora
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
-from ochat.run import config_history, layout
+from ochat.plan.forecast import PlanInputs
+from ochat.plan.lengths import LengthCounts
+from ochat.plan.roofline import Workload
+from ochat.run import layout
 from ochat.run.nonfinite import NonFiniteGuard
 from ochat.text import tokenizer as tokenizers
 from ochat.text.template import Template
@@ -47,11 +50,8 @@ from ochat.text.tokenizer import Tokenizer
 from ochat.train import identity, metrics, optim, schedule, sharding, verify
 from ochat.train import resolve as choices
 from ochat.train.adapters import Adapters
-from ochat.train.display import StepDisplay
+from ochat.train.display import Display
 from ochat.train.metrics import MetricsLog
-from ochat.train.trackers import Trackers
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class RunModel:
     """What is trained, in memory; load it before use."""
 
     ops: ModuleType
-    adapters: Adapters
+    adapters: Adapters | None  # None: every weight is trained
     model: Transformer
     optimizer: torch.optim.AdamW | optim.FusedAdamW
     identity: dict[str, Any]  # what a checkpoint and the run that resumes from it have in common
@@ -93,11 +93,10 @@ class RunModel:
 class RunOutputs:
     """What a run writes and shows."""
 
-    lines: dict[str, JsonlWriter]  # by name, those of layout.LINES
+    lines: dict[str, JsonlWriter]  # by name, those of layout.LINES; ranks other than the first write nowhere
     checkpointer: AsyncCheckpointer
     metrics: MetricsLog
-    trackers: Trackers
-    display: StepDisplay
+    display: Display
 
 
 def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
@@ -110,12 +109,14 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
     if config.data.verify:
         sets = [*(share.path for share in config.data.mix.values()), config.data.path, config.data.eval_path]
         verify.data(sets, ranks)
-    place = {"rank": ranks.rank, "world": ranks.world, "pad": ranks.device.type == "cuda"}
-    dataset = open_dataset(config)
+    on_gpu = ranks.device.type == "cuda"  # every batch then has data.token_budget tokens; a CPU would compute padding
+    place = {"rank": ranks.rank, "world": ranks.world, "pad": on_gpu, "pin": on_gpu}
+    dataset, held_out, eval_loader = open_dataset(config), None, None
     loader = open_loader(config, dataset, model_config, **place)
-    eval_loader = open_eval_loader(config, open_eval_dataset(config), **place) if config.data.eval_path else None
+    if config.data.eval_path:  # one pass, one bin per rank at a time; the order never changes
+        held_out = open_eval_dataset(config)
+        eval_loader = Loader(held_out, token_budget=loader.token_budget, bins_per_step=ranks.world, **place)
     tokenizer = tokenizers.load(config.base.path)
-    held_out = eval_loader.dataset if eval_loader else None
     identity.check_inputs(dataset, held_out, tokenizer, model_config, config.base.path)
     if not layout.checkpoint_folders(Path(config.run.dir)):  # else it starts from a checkpoint
         hf.check_weights(config.base.path, model_config)
@@ -139,11 +140,9 @@ def open_eval_dataset(config: Config) -> TokenDataset:
     return TokenDataset(config.data.eval_path, classes=config.classes, weights=config.weights)
 
 
-def open_loader(
-    config: Config, dataset: TokenDataset, model: ModelConfig, *, rank: int = 0, world: int = 1, pad: bool = False
-) -> Loader:
-    """The steps of the run; the bins of a step are balanced by the model's FLOPs. `pad`: every batch has
-    data.token_budget tokens, as a GPU needs it; a CPU would compute the padding.
+def open_loader(config: Config, dataset: TokenDataset, model: ModelConfig, **place: Any) -> Loader:
+    """The steps of the run; the bins of a step are balanced by the model's FLOPs. `place`: the Loader's rank, world,
+    pad and pin.
 
     Raises: ConfigError where nothing is supervised, or the bins cannot be divided among the ranks.
     """
@@ -155,7 +154,7 @@ def open_loader(
                 raise ConfigError(
                     f"{section} names {name!r}; the classes of {dataset.path} are {', '.join(dataset.class_names)}"
                 )
-    with nullcontext() if rank else waiting("packing the conversations into steps"):
+    with waiting("packing the conversations into steps"):
         return Loader(
             dataset,
             token_budget=config.data.token_budget,
@@ -163,22 +162,10 @@ def open_loader(
             seed=config.run.seed,
             epochs=config.data.epochs,
             max_steps=config.data.max_steps,
-            rank=rank,
-            world=world,
-            pad=pad,
-            pin=pad and torch.cuda.is_available(),
             mixture=Mixture(dataset, config.data.mix, config.run.seed) if config.data.mix else None,
             costs=model.flops_per_sequence(dataset.lengths, dataset.supervised).astype(np.float32),
+            **place,
         )
-
-
-def open_eval_loader(
-    config: Config, dataset: TokenDataset, *, rank: int = 0, world: int = 1, pad: bool = False
-) -> Loader:
-    """One pass over held-out data, one bin per rank at a time; the order never changes."""
-    pin = pad and torch.cuda.is_available()
-    budget = config.data.token_budget
-    return Loader(dataset, token_budget=budget, bins_per_step=world, rank=rank, world=world, pad=pad, pin=pin)
 
 
 def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
@@ -190,7 +177,9 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     kernels = choices.kernels(config.train.kernels, device)
     attention = choices.attention(config.train.attention, device, config.train.dtype)
     train = structs.replace(config.train, kernels=kernels, attention=attention)
-    recompute, reason = choices.recompute(model, ranks, config.data, train, config.optim, config.parallel, config.lora)
+    fullest = Workload(LengthCounts.of(np.array([config.data.token_budget])), supervised_share=1.0)
+    planned = PlanInputs(model, fullest, 0, config.data, train, config.optim, config.parallel, config.lora)
+    recompute, reason = choices.recompute(planned, ranks)
     lr = schedule.choose_lr(
         config.optim.lr,
         supervised_tokens_per_step=inputs.loader.stats().supervised_per_step,
@@ -211,14 +200,19 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
     """Model, adapters and optimizer of a resolved configuration: sharded and in memory, without values yet."""
     model_config, dtype = inputs.model_config, getattr(torch, config.train.dtype)
     ops = ochat_kernels.load(config.train.kernels)
-    adapters = Adapters.of(config.lora, config.base.path, model_config, inputs.template, inputs.tokenizer)
+    adapters = None
+    if config.lora.rank > 0:
+        adapters = Adapters.of(config.lora, config.base.path, model_config, inputs.template, inputs.tokenizer)
     with torch.device("meta"):
         model = Transformer(model_config, ops).to(getattr(torch, config.optim.master_dtype))
     model.compute_dtype = dtype
-    adapters.attach(model, dtype)
+    if adapters:
+        lora.attach(model.to(dtype), config.lora, adapters.token_ids)
     sharding.wrap(model, ranks, config.train, config.parallel, dtype)
     model = model.to_empty(device="cpu" if config.parallel.offload == "all" else ranks.device)
-    run = identity.identity(inputs.loader, model_config, config.data, config.run.seed) | adapters.identity()
+    run = identity.identity(inputs.loader, model_config, config.data, config.run.seed)
+    if adapters:
+        run |= adapters.identity()
     offload = config.parallel.offload
     is_ours = config.train.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
     is_ours |= offload == "optimizer" or optim.needs_kernel(config.optim)
@@ -238,14 +232,14 @@ def open_outputs(
 ) -> RunOutputs:
     """Everything that the run writes, continued after the checkpoint `found`; None: from the start."""
     config, run_dir, class_names = resolved.config, Path(resolved.config.run.dir), inputs.dataset.class_names
-    lines = {name: JsonlWriter(run_dir / name) for name in layout.LINES}
-    settings = configuration.dump(resolved.asked)
+    lines = {name: JsonlWriter(run_dir / name if ranks.is_first else Path(os.devnull)) for name in layout.LINES}
+    settings, num_steps = configuration.dump(resolved.asked), inputs.loader.num_steps
     if ranks.is_first:
-        step, num_steps = found.step if found else 0, inputs.loader.num_steps
-        config_history.record_config(run_dir, settings, step=step, num_steps=num_steps)
+        identity.record_config(run_dir, settings, step=found.step if found else 0, num_steps=num_steps)
         shutil.rmtree(run_dir / layout.SERVING, ignore_errors=True)  # every checkpoint carries a copy
         serving.write(run_dir / layout.SERVING, inputs.template, inputs.tokenizer, class_names)
-        parts.adapters.write_config(run_dir / layout.SERVING)
+        if parts.adapters:
+            parts.adapters.write_config(run_dir / layout.SERVING)
         for file in lines.values():
             metrics.truncate_after(file.path, found.step if found else -1)  # -1: an evaluation before step 1 too
 
@@ -259,6 +253,7 @@ def open_outputs(
         bins_of=lambda step: identity.bins_of(inputs.loader, step - 1),
         newest=newest,
         in_backward=config.optim.in_backward,
+        count=found.skipped if found else 0,
     )
     checkpointer = AsyncCheckpointer(
         run_dir,
@@ -270,16 +265,15 @@ def open_outputs(
         lines=list(lines.values()),
         skipped_steps=lambda: nonfinite.count,
     )
-    if found:
-        checkpointer.newest, nonfinite.count = found.folder, found.skipped
+    checkpointer.newest = found.folder if found else None
+    model = inputs.model_config
     metrics_log = MetricsLog(
         lines[layout.METRICS],
         class_names,
-        flops=parts.adapters.flops_per_step,
+        flops=partial(lora.flops_per_step, model, config.lora) if parts.adapters else model.flops_per_step,
         peak_flops=resolved.peak_flops * ranks.world,
         device=ranks.device,
-        write=ranks.is_first,
         nonfinite=nonfinite,
     )
-    trackers = Trackers(config.log, run_dir, settings, enabled=ranks.is_first)
-    return RunOutputs(lines, checkpointer, metrics_log, trackers, StepDisplay(inputs.loader.num_steps))
+    display = Display(num_steps, config.log if ranks.is_first else LogConfig(), run_dir, settings)
+    return RunOutputs(lines, checkpointer, metrics_log, display)

@@ -1,32 +1,51 @@
-"""Show a run on the terminal: its facts, its steps, and the results of evaluations, on the first rank only.
+"""Show a run: on the terminal its steps, evaluations and answers; and every number in experiment trackers.
 
 A progress bar stays at the bottom of a terminal; each flush of the metrics logs one line, at most one a second.
+TensorBoard and Weights & Biases get what metrics.jsonl and eval.jsonl hold; they are imported only if configured.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
 from ochat import console
+from ochat.config import LogConfig
+from ochat.errors import ConfigError
+from ochat.run import layout
 
 log = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 240
 
 
-class StepDisplay:
-    """The progress of a run of `num_steps` steps."""
+class Display:
+    """What is seen of a run of `num_steps` steps; ranks other than the first have no trackers and print nothing."""
 
-    def __init__(self, num_steps: int):
+    def __init__(self, num_steps: int, config: LogConfig, run_dir: Path, config_toml: str):
         self.num_steps, self._shown, self._printed = num_steps, 0, 0.0
         self._advance: Callable[[int], object] = lambda count: None
+        self._trackers: list[Callable[[str, float, int], object]] = []  # each takes (name, value, step)
+        self._open = ExitStack()
+        if config.tensorboard:
+            module = _imported("torch.utils.tensorboard.writer", "log.tensorboard = true needs the package tensorboard")
+            writer = module.SummaryWriter(str(run_dir / layout.TENSORBOARD))
+            self._open.callback(writer.close)
+            self._trackers.append(writer.add_scalar)
+        if config.wandb:
+            wandb = _imported("wandb", f"log.wandb = {config.wandb!r} needs the package wandb")
+            names = {"project": config.wandb, "name": run_dir.name, "dir": str(run_dir)}
+            run = wandb.init(**names, config={"toml": config_toml}, resume="allow")
+            self._open.callback(run.finish)
+            self._trackers.append(lambda name, value, step: run.log({name: value}, step=step))
 
     @contextmanager
     def bar(self, done: int) -> Iterator[None]:
@@ -36,7 +55,7 @@ class StepDisplay:
             yield
 
     def steps(self, lines: list[dict[str, Any]]) -> None:
-        """Move the bar, and log the newest of the flushed steps, at most one a second."""
+        """Track the flushed steps, move the bar, and log the newest of them, at most one a second."""
         if not lines:
             return
         newest = lines[-1]["step"]
@@ -45,30 +64,51 @@ class StepDisplay:
         if time.monotonic() - self._printed > 1 or newest == self.num_steps:
             self._printed = time.monotonic()
             log.info(f"step {newest}/{self.num_steps}  {_describe(lines[-1])}")
+        for line in lines:
+            self._track("train", line)
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """Track the held-out numbers of one evaluation, and print them, a row a class."""
+        table = Table(title=f"held out, after step {line['step']}", title_justify="left")
+        for heading in ("class", "loss", "accuracy", "tokens"):
+            table.add_column(heading, justify="left" if heading == "class" else "right")
+        whole = {"loss": line["loss"], "accuracy": line["accuracy"], "tokens": line["supervised_tokens"]}
+        for name, row in [*line["classes"].items(), ("all, weighted", whole)]:
+            table.add_row(escape(name), _number(row["loss"]), _number(row["accuracy"]), f"{row['tokens']:,}")
+        console.show(table)
+        self._track("held_out", line)
+
+    def samples(self, answers: list[dict[str, str]]) -> None:
+        """Print the answers to the sample prompts, each cut to one line; samples.jsonl holds all of them."""
+        for a in answers:
+            text = " / ".join(a["answer"].splitlines())
+            shown = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
+            console.show(f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(shown)}")
+
+    def close(self) -> None:
+        """Flush and close the trackers."""
+        self._open.close()
+
+    def _track(self, kind: str, line: dict[str, Any]) -> None:
+        """Every number of a line that has a `step`, under names such as held_out/classes/GPT4/loss."""
+        for name, value in _numbers(kind, {key: value for key, value in line.items() if key != "step"}):
+            for tracker in self._trackers:
+                tracker(name, value, line["step"])
 
 
-def show_facts(title: str, facts: dict[str, str]) -> None:
-    """Names and texts as two aligned columns."""
-    console.show(console.facts(title, facts))
+def _imported(name: str, need: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ConfigError(f"{need} (pip install 'ochat-crlft[log]')") from None
 
 
-def show_evaluation(line: dict[str, Any]) -> None:
-    """The held-out numbers of one evaluation, a row a class."""
-    table = Table(title=f"held out, after step {line['step']}", title_justify="left")
-    for heading in ("class", "loss", "accuracy", "tokens"):
-        table.add_column(heading, justify="left" if heading == "class" else "right")
-    whole = {"loss": line["loss"], "accuracy": line["accuracy"], "tokens": line["supervised_tokens"]}
-    for name, row in [*line["classes"].items(), ("all, weighted", whole)]:
-        table.add_row(escape(name), _number(row["loss"]), _number(row["accuracy"]), f"{row['tokens']:,}")
-    console.show(table)
-
-
-def show_samples(answers: list[dict[str, str]]) -> None:
-    """The answers to the sample prompts, each cut to one line; samples.jsonl holds all of them."""
-    for a in answers:
-        text = " / ".join(a["answer"].splitlines())
-        shown = text if len(text) <= SAMPLE_CHARACTERS else text[:SAMPLE_CHARACTERS] + " ..."
-        console.show(f"[dim]{escape(a['condition'])}[/dim] {escape(a['prompt'])} [dim]->[/dim] {escape(shown)}")
+def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(f"{prefix}/{key}", item)
+    elif isinstance(value, int | float):
+        yield prefix, float(value)
 
 
 def _describe(line: dict[str, Any]) -> str:

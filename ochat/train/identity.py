@@ -1,29 +1,35 @@
-"""Check that data, tokenizer and model belong together, and record what a run is: its identity and its plan."""
+"""Check that data, tokenizer and model belong together, and record what a run is: its identity, plan and settings."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
+import tomllib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ochat import config as configuration
+from ochat import overrides
 from ochat.config import DataConfig
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.errors import ConfigError
 from ochat.files import atomic
 from ochat.model.config import ModelConfig
-from ochat.run.layout import PLAN
+from ochat.run import layout
 from ochat.run.nonfinite import Bins
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 
 PLAN_STATS = ("num_steps", "steps_per_epoch", "fill", "imbalance_mean", "imbalance_worst")
 PLAN_POINTS = 1000  # points of the balance curve in plan.json
+OF_A_START = ("run.dir", "run.resume", "run.resume_mismatched")  # settings that change no step
+log = logging.getLogger(__name__)
 
 
 def check_inputs(
@@ -80,7 +86,27 @@ def write_plan(folder: Path, loader: Loader, facts: dict[str, str]) -> None:
     worst = [float(imbalance[first : first + each].max()) for first in range(0, len(imbalance), each)]
     record: dict[str, Any] = {name: getattr(stats, name) for name in PLAN_STATS}
     record |= {"imbalance": {"steps_each": each, "worst": worst}, "facts": facts}
-    atomic.write_json(folder / PLAN, record)
+    atomic.write_json(folder / layout.PLAN, record)
+
+
+def record_config(folder: Path, toml: str, *, step: int, num_steps: int) -> None:
+    """Write the settings `toml` as config.toml for a run that has done `step` of its `num_steps` steps.
+
+    Different settings of earlier steps are kept as config.until_step_N.toml, and the differences are logged. A finished
+    run keeps the settings that it was made with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / layout.CONFIG
+    changes = ", ".join(_differences(path, toml)) if step else ""
+    if changes and step == num_steps:
+        log.info("%s stays as the run was made; not used: %s", layout.CONFIG, changes)
+        return
+    if changes:
+        earlier = folder / layout.config_until(step)
+        if not earlier.exists():  # else nothing that was trained after it is left
+            atomic.write_text(earlier, path.read_text(encoding="utf-8"))
+        log.info("settings differ from step %d on; %s keeps the earlier ones: %s", step + 1, earlier.name, changes)
+    atomic.write_text(path, toml)
 
 
 def bins_of(loader: Loader, step: int) -> Bins:
@@ -88,6 +114,20 @@ def bins_of(loader: Loader, step: int) -> Bins:
     epoch, step_in_epoch = loader.position(step)
     plan, first = loader.plan(epoch), step_in_epoch * loader.bins_per_step
     return [[loader.dataset.source_location(int(i)) for i in plan.bin(first + b)] for b in range(loader.bins_per_step)]
+
+
+def _differences(path: Path, toml: str) -> list[str]:
+    """How settings differ from those of a file, as "optim.lr 2e-05 (was 1e-05)"; nothing for a file that has none."""
+    try:
+        tree = configuration.with_new_names(overrides.read_toml(path))
+    except ConfigError:
+        return []
+    old, new = (
+        {name: value for name, value in configuration.flatten(each) if value != {} and name not in OF_A_START}
+        for each in (tree, tomllib.loads(toml))
+    )
+    changed = [name for name in {**new, **old} if old and old.get(name) != new.get(name)]
+    return [f"{name} {new.get(name, 'not set')} (was {old.get(name, 'not set')})" for name in changed]
 
 
 def _digest(content: bytes) -> str:

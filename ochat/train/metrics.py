@@ -77,7 +77,7 @@ def summarise(sums: list[float], class_names: Sequence[str]) -> dict[str, Any]:
 
 @dataclass
 class MetricsLog:
-    """Finished steps on their way to metrics.jsonl; every rank flushes, only the first one writes."""
+    """Finished steps on their way to metrics.jsonl; every rank flushes."""
 
     file: JsonlWriter
     class_names: Sequence[str]
@@ -85,7 +85,6 @@ class MetricsLog:
     flops: Callable[[int, int, int], float]  # (tokens, sum of squared lengths, supervised tokens): of a step
     peak_flops: float  # of all ranks
     device: torch.device
-    write: bool
     nonfinite: NonFiniteGuard
 
     def __post_init__(self) -> None:
@@ -120,8 +119,7 @@ class MetricsLog:
                     line = _valid(line) | {"skipped": True}
                 lines.append(line)
         finally:
-            if self.write:
-                self.file.append(lines)
+            self.file.append(lines)
         return lines
 
     def restart_clock(self) -> None:

@@ -1,4 +1,5 @@
-"""Decide what "auto" means for train.kernels, train.attention and train.recompute on the device of this run.
+"""Decide what "auto" means for train.kernels, train.attention and train.recompute on the device of this run, and make
+torch compute as run.deterministic asks.
 
     kernels("auto", device);  attention("auto", device, "bfloat16");  recompute(...) -> ("block", "block, chosen: ...")
 
@@ -9,18 +10,19 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import torch
 
-from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.model.attention import default_backend
-from ochat.model.config import ModelConfig
 from ochat.plan.forecast import PlanInputs, with_policy
-from ochat.plan.lengths import LengthCounts
 from ochat.plan.memory import CONTEXT_BYTES, GIB
-from ochat.plan.roofline import Workload
+
+# variable -> values that make it deterministic; the first is set if the variable is not
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # otherwise cuBLAS may choose other kernels per stream
+    "NCCL_NVLS_ENABLE": ("0",),  # NVLink switches sum in order of arrival
+}
 
 
 def kernels(asked: str, device: torch.device) -> str:
@@ -41,21 +43,13 @@ def attention(asked: str, device: torch.device, dtype: str) -> str:
     return default_backend(device, getattr(torch, dtype)) if asked == "auto" else asked
 
 
-def recompute(
-    model: ModelConfig,
-    ranks: Ranks,
-    data: DataConfig,
-    train: TrainConfig,
-    optim: OptimConfig,
-    parallel: ParallelConfig,
-    lora: LoraConfig,
-) -> tuple[str, str]:
+def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
     """(policy, what was decided and why), the same on every rank. "auto" is the first of forecast.POLICIES whose
     memory, as `ochat plan` predicts it, every GPU has; `train.kernels` must be resolved.
 
     Raises: ConfigError for "elementwise" where the compiler cannot do it.
     """
-    asked = train.recompute
+    train, asked = inputs.train, inputs.train.recompute
     if asked == "elementwise" and train.compile and train.kernels == "triton":
         raise ConfigError(
             "train.recompute = 'elementwise' with train.compile = true and Triton kernels, into which a compiler "
@@ -65,8 +59,6 @@ def recompute(
         return asked, asked
     if ranks.device.type != "cuda" and not train.offload_activations:
         return "none", "none, chosen: on a CPU memory is seldom short"
-    workload = Workload(LengthCounts.of(np.array([data.token_budget])), supervised_share=1.0)
-    inputs = PlanInputs(model, workload, 0, data, train, optim, parallel, lora)
     room = min(record["room"] for record in ranks.all_gather_json({"room": usable_bytes(ranks.device)}))
     layout = inputs.layout(ranks.world, ranks.world)
     policy = inputs.resolve_recompute(layout, room).recompute
@@ -81,3 +73,27 @@ def usable_bytes(device: torch.device) -> float:
         return float("inf")
     free, total = torch.cuda.mem_get_info(device)
     return min(free + CONTEXT_BYTES, total)
+
+
+def determinism(wanted: bool, *, compiles: bool = False) -> None:
+    """Set up this process for run.deterministic; `wanted` = False undoes it. `compiles`: train.compile.
+
+    Losses and weights are then equal on the same machine, number of processes and versions. CPUs, gloo and our Triton
+    kernels (no atomics, no autotuning) are deterministic without it. Raises: ConfigError for an environment variable
+    with another value. Costs on CUDA: the backward of attention sums in a fixed order (tens of percent of
+    FlashAttention's), index sums sort first, NVLink switches do not sum, and the compiler picks kernels without timing
+    them. Memory use does not change.
+    """
+    torch.use_deterministic_algorithms(wanted)
+    # no code reads uninitialised memory; filling it would cost a pass over all of it
+    torch.utils.deterministic.fill_uninitialized_memory = not wanted  # type: ignore[attr-defined]
+    for name, values in DETERMINISTIC.items() if wanted else ():
+        if os.environ.setdefault(name, values[0]) not in values:
+            raise ConfigError(
+                f"run.deterministic = true, but the environment says {name}={os.environ[name]}; unset it, or set "
+                f"{' or '.join(values)}"
+            )
+    if wanted and compiles:
+        from torch._inductor import config as inductor  # here: slow to import
+
+        inductor.deterministic = True

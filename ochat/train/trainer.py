@@ -18,19 +18,24 @@ import torch
 from msgspec import structs
 from ochat_kernels import LossOutput
 
+from ochat import console
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import Manifest
 from ochat.config import Config
 from ochat.data.batch import PackedBatch
+from ochat.data.loader import Loader
 from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
 from ochat.distributed.signals import StopSignal
 from ochat.distributed.watchdog import Watchdog
 from ochat.export.hf_folder import export
+from ochat.infer.generate import generate
 from ochat.model.attention import PackedAttention
 from ochat.plan import run_facts
-from ochat.run import layout, run_folder
-from ochat.train import build, determinism, display, evaluate, identity, optim, schedule, sharding, verify
+from ochat.run import layout
+from ochat.run.lock import acquire_run_dir
+from ochat.text.conversation import Conversation, Message
+from ochat.train import build, identity, metrics, optim, resolve, schedule, sharding, verify
 from ochat.train.loss import head_loss
 from ochat.train.metrics import StepMetrics
 
@@ -45,13 +50,10 @@ def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
     one non-finite step too many; Interrupted after a signal, once the state is saved. If another process is gone or
     hangs, this process exits as RanksError describes.
     """
-    determinism.apply(config.run.deterministic, compiles=config.train.compile)
+    resolve.determinism(config.run.deterministic, compiles=config.train.compile)
     ranks = processes.start(config.train, config.parallel)
     try:
-        with (
-            Watchdog(ranks, config.parallel.timeout_s) as watchdog,
-            run_folder.acquire_run_dir(config.run, ranks) as run_dir,
-        ):
+        with Watchdog(ranks, config.parallel.timeout_s) as watchdog, acquire_run_dir(config.run, ranks) as run_dir:
             watchdog.set_dump_dir(run_dir)
             claimed = structs.replace(config, run=structs.replace(config.run, dir=str(run_dir)))
             (run or Trainer.run)(Trainer(claimed, ranks, watchdog))
@@ -85,15 +87,15 @@ class Trainer:
         found = checkpoint.find_checkpoint(self.run_dir, run.resume, self.ranks)
         if found is not None and not run.resume_mismatched:
             checkpoint.check_identity(found, self.parts.identity)
-        if found is None or adapters.are_on:
+        if found is None or adapters:
             verify.base(base, self.ranks)
             checkpoint.load_base(base, self.model)
-        if found is None:
-            adapters.start(self.model, run.seed)
-        else:
+        if found is not None:
             log.info(f"resuming from {found.folder}")
             optim.start_state(self.optimizer, found.step, found.skipped)
             checkpoint.load_state(found, self.model, self.optimizer.state)
+        elif adapters:
+            adapters.start(self.model, run.seed)
         return found
 
     def run(self) -> None:
@@ -145,9 +147,7 @@ class Trainer:
         measure = last or is_due(done, self.config.train.eval_every, epoch_end)
         stop = self.stop_signal.requested_anywhere() and not last
         if save or measure or stop or done % self.config.train.log_every == 0:
-            lines = self.metrics.flush()
-            self.outputs.display.steps(lines)
-            self.outputs.trackers.add("train", lines)
+            self.outputs.display.steps(self.metrics.flush())
         if measure:
             self.evaluate()
         if save or stop:
@@ -163,21 +163,48 @@ class Trainer:
     def evaluate(self) -> None:
         """Held-out loss per class and answers to the sample prompts, after the steps done so far."""
         self.watchdog.enter(f"the evaluation after step {self.steps_done}")
-        stamp, inputs, device = {"step": self.steps_done}, self.inputs, self.ranks.device
-        if inputs.eval_loader is not None:
-            line = stamp | evaluate.held_out(self.forward, inputs.eval_loader, self.ranks)
-            self._append(layout.EVAL, [line])
-            display.show_evaluation(line)
-            self.outputs.trackers.add("held_out", [line])
-        samples, classes = self.config.samples, inputs.dataset.class_names
-        answers = evaluate.answer(self.model, inputs.template, inputs.tokenizer, samples, classes, device)
-        self._append(layout.SAMPLES, [stamp | answer for answer in answers])
-        display.show_samples(answers)
+        stamp, outputs = {"step": self.steps_done}, self.outputs
+        if self.inputs.eval_loader is not None:
+            line = stamp | self.held_out(self.inputs.eval_loader)
+            outputs.lines[layout.EVAL].append([line])
+            outputs.display.evaluation(line)
+        answers = self.answers()
+        outputs.lines[layout.SAMPLES].append(stamp | answer for answer in answers)
+        outputs.display.samples(answers)
+
+    @torch.no_grad()
+    def held_out(self, loader: Loader) -> dict[str, Any]:
+        """Loss and accuracy over one pass of the loader and all ranks: {loss, accuracy, supervised_tokens, classes}."""
+        measured = StepMetrics(loader.dataset.class_names, self.ranks.device)
+        for _, batches in loader.iterate():
+            for batch in batches:
+                batch = batch.to(self.ranks.device)
+                measured.add(batch, self.forward(batch))
+        means = metrics.summarise(self.ranks.sum_tensor(measured.to_tensor()).tolist(), loader.dataset.class_names)
+        return {key: means[key] for key in ("loss", "accuracy", "supervised_tokens", "classes")}
+
+    def answers(self) -> list[dict[str, str]]:
+        """Greedy answers to the configured prompts under each condition; all ranks of a sharded model call it."""
+        config, template, tokenizer = self.config.samples, self.inputs.template, self.inputs.tokenizer
+        conditions = config.conditions or self.inputs.dataset.class_names
+        asked = [(prompt, condition) for prompt in config.prompts for condition in conditions]
+        chats = [Conversation((Message("user", prompt, None),), condition=condition) for prompt, condition in asked]
+        answers = generate(
+            self.model,
+            [template.encode_prompt(chat, tokenizer) for chat in chats],
+            max_new_tokens=config.max_new_tokens,
+            stop_ids=[tokenizer.special_tokens[template.eot]],
+            device=self.ranks.device,
+        )
+        return [
+            {"prompt": prompt, "condition": condition, "answer": tokenizer.decode(ids)}
+            for (prompt, condition), ids in zip(asked, answers, strict=True)
+        ]
 
     def finish(self) -> None:
         """Export the trained model from its last checkpoint; every rank waits for it."""
         self.watchdog.enter("the export", timed=False)
-        self.outputs.trackers.close()
+        self.outputs.display.close()
         newest = self.checkpointer.finish()
         if self.ranks.is_first:
             export(newest, self.run_dir / layout.EXPORT, overwrite=True)
@@ -192,19 +219,16 @@ class Trainer:
         config, resolved, inputs = self.config, self.resolved, self.inputs
         source, model = config.weights.source, inputs.model_config
         facts = run_facts.describe(self.loader, model, config.data, weights_source=source, lr_reason=resolved.lr_reason)
-        facts |= self.parts.adapters.facts(self.model) | {
+        facts |= {
+            **(self.parts.adapters.facts(self.model) if self.parts.adapters else {}),
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
             "computation": f"{config.train.dtype}, kernels {config.train.kernels}, attention {config.train.attention}",
             "recompute": resolved.recompute_reason,
             "served as": inputs.template.default_condition or "(no condition)",
             "mfu is of": f"{resolved.peak_flops / 1e12:.4g} TFLOP/s a process, {resolved.peak_source}",
         }
-        display.show_facts(f"run {self.run_dir}", facts)
+        console.show(console.facts(f"run {self.run_dir}", facts))
         identity.write_plan(self.run_dir, self.loader, facts)
-
-    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
-        if self.ranks.is_first and lines:
-            self.outputs.lines[name].append(lines)
 
 
 def is_due(done: int, every: int, epoch_end: bool) -> bool:

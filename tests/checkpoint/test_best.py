@@ -123,7 +123,7 @@ def test_a_run_keeps_its_best_checkpoint_beside_the_newest_and_exports_it(world,
         row = {"loss": loss, "accuracy": 0.5, "tokens": 1}
         return {"loss": loss, "accuracy": 0.5, "supervised_tokens": 1, "classes": {"GPT4": row, "GPT3": row}}
 
-    monkeypatch.setattr("ochat.train.evaluate.held_out", held_out)
+    monkeypatch.setattr("ochat.train.trainer.Trainer.held_out", held_out)
     options = ["--data.max_steps=5", "--checkpoint.every=1", "--train.eval_every=1", "--checkpoint.keep=1"]
     options += [f"--data.eval_path={world.data}", "--checkpoint.keep_best=true"]
     tiny.train(world, tmp_path / "run", *options)

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from ochat import config as configuration
 from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
-from ochat.train import determinism, optim
+from ochat.train import optim, resolve
 from ochat.train.trainer import Trainer
 
 GATHER = re.compile(r"FSDP::all_gather(?: \((.*)\))?")
@@ -74,7 +74,7 @@ def keep_gradients(trainer: WatchedTrainer):
 
 def run(config: configuration.Config, ranks: Ranks, split: int = 0) -> None:
     """One case from its start to its export."""
-    determinism.apply(config.run.deterministic)
+    resolve.determinism(config.run.deterministic)
     trainer, update = WatchedTrainer(config, ranks), optim.update
     trainer.watch(split)
     optim.update = keep_gradients(trainer)

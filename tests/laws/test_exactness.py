@@ -18,7 +18,7 @@ from ochat import config as configuration
 from ochat.data.prepare import prepare
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
-from ochat.train import determinism
+from ochat.train import resolve
 from tests import pool, tiny
 from tests.laws import exactness_worker
 
@@ -175,7 +175,7 @@ def test_two_deterministic_runs_are_bitwise_equal(sparse, reference, launched, p
 @pytest.fixture
 def clean(monkeypatch):
     """The process and its environment as they were."""
-    for name in determinism.ENVIRONMENT:
+    for name in resolve.DETERMINISTIC:
         monkeypatch.delenv(name, raising=False)
     before = torch.are_deterministic_algorithms_enabled()
     yield monkeypatch
@@ -184,13 +184,13 @@ def clean(monkeypatch):
 
 
 def test_a_deterministic_run_sets_what_cuda_needs_or_says_what_is_in_the_way(clean):
-    determinism.apply(True)
+    resolve.determinism(True)
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and os.environ["NCCL_NVLS_ENABLE"] == "0"
     clean.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
     with pytest.raises(ConfigError, match="CUBLAS_WORKSPACE_CONFIG=:0:0; unset it, or set :4096:8 or :16:8"):
-        determinism.apply(True)
-    determinism.apply(False)
+        resolve.determinism(True)
+    resolve.determinism(False)
     assert not torch.are_deterministic_algorithms_enabled()
 
 

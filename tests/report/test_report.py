@@ -376,8 +376,8 @@ def test_an_ablation_is_shown_with_its_intervals(tmp_path):
 
 
 HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom ochat.run.lock import FolderLock\n"
-    "with FolderLock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()\n"
+    "import sys\nfrom pathlib import Path\nfrom ochat.run.lock import folder_lock\n"
+    "with folder_lock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()\n"
 )
 
 

@@ -16,7 +16,7 @@ from ochat import config as configuration
 from ochat.errors import ConfigError, OchatError
 from ochat.export import hf_folder
 from ochat.run import layout
-from ochat.run.lock import FolderLock, is_seen
+from ochat.run.lock import folder_lock, is_seen
 from ochat.train import build
 from ochat.train.trainer import Trainer, train
 from tests import tiny
@@ -68,10 +68,10 @@ def test_a_process_that_was_forked_off_does_not_hold_the_folder(tmp_path):
     program = (
         "import os, sys, time\n"
         "from pathlib import Path\n"
-        "from ochat.run.lock import FolderLock\n"
-        "lock = FolderLock(Path(sys.argv[1])).__enter__()\n"
-        "child = os.fork()\n"
-        "print(child, flush=True) if child else time.sleep(60)\n"
+        "from ochat.run.lock import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    print(child, flush=True) if child else time.sleep(60)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
     with subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE, text=True) as parent:
@@ -79,7 +79,7 @@ def test_a_process_that_was_forked_off_does_not_hold_the_folder(tmp_path):
         parent.wait()
         try:
             os.kill(child, 0)
-            with FolderLock(tmp_path):
+            with folder_lock(tmp_path):
                 assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
         finally:
             os.kill(child, signal.SIGKILL)
@@ -90,8 +90,8 @@ def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with FolderLock(tmp_path) as lock:
-        assert is_seen(tmp_path, lock.token, seconds=0)
+    with folder_lock(tmp_path) as token:
+        assert is_seen(tmp_path, token, seconds=0)
     assert caplog.text.count("cannot be locked (No locks available): a second run could start there") == 1
 
 

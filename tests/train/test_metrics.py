@@ -56,7 +56,7 @@ def test_a_class_without_tokens_has_no_mean():
 
 def metrics_log(path, **change):
     nonfinite = NonFiniteGuard(0, None, bins_of=list, newest=lambda: None)
-    settings = {"flops": lambda *_: 10.0, "peak_flops": 1e3, "device": CPU, "write": True, "nonfinite": nonfinite}
+    settings = {"flops": lambda *_: 10.0, "peak_flops": 1e3, "device": CPU, "nonfinite": nonfinite}
     return MetricsLog(JsonlWriter(path), ["a", "b"], **settings | change)
 
 

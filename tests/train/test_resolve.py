@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from msgspec import structs
@@ -11,7 +12,9 @@ from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE
 from ochat.plan.forecast import PlanInputs
+from ochat.plan.lengths import LengthCounts
 from ochat.plan.memory import GIB
+from ochat.plan.roofline import Workload
 from ochat.train import resolve
 
 LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128)
@@ -26,9 +29,9 @@ def chosen(room_gib: float, monkeypatch, device=GPU, **options) -> tuple[str, st
     eight = SimpleNamespace(
         device=device, world=8, all_gather_json=lambda record: [record, {"room": record["room"] + GIB}]
     )
-    train = structs.replace(config.train, kernels="triton")
-    sections = config.data, train, config.optim, config.parallel, config.lora
-    return resolve.recompute(LLAMA_8B, eight, *sections)  # type: ignore[arg-type]
+    workload = Workload(LengthCounts.of(np.array([data.token_budget])), supervised_share=1.0)
+    sections = config.data, structs.replace(config.train, kernels="triton"), config.optim, config.parallel, config.lora
+    return resolve.recompute(PlanInputs(LLAMA_8B, workload, 0, *sections), eight)  # type: ignore[arg-type]
 
 
 def test_auto_recomputes_the_least_that_fits_on_every_gpu(monkeypatch):

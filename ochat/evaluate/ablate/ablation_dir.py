@@ -30,7 +30,7 @@ from ochat.evaluate.ablate.job_runner import Job, cuda_devices, run_jobs, slots
 from ochat.evaluate.ablate.variants import AblateConfig, Run
 from ochat.files import atomic, bounded_json, checksums, jsonl
 from ochat.run import layout
-from ochat.run.lock import FolderLock
+from ochat.run.lock import folder_lock
 from ochat.text import template as templates
 from ochat.text.template import ConditionsMode
 
@@ -75,7 +75,7 @@ class AblationDir:
     def run(self) -> list[Job]:
         """Train and measure every run that is not done; the jobs that failed. Raises: as `open`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FolderLock(self.folder, f"--{ABLATE}.dir"):
+        with folder_lock(self.folder, f"--{ABLATE}.dir"):
             self.open()
             todo = [run for run in self.runs if not self.measured(run).is_file()]
             counts = len(self.runs), self.base.data.max_steps, len(todo), self.options.jobs

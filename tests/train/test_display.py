@@ -7,35 +7,36 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ochat.config import LogConfig
 from ochat.errors import ConfigError
-from ochat.train.trackers import Trackers
+from ochat.train.display import Display
 
-LINE = {"step": 3, "loss": 1.5, "classes": {"GPT4": {"loss": 0.5, "accuracy": None, "tokens": 7}}}
-
-
-def open_trackers(run_dir, enabled=True, **log):
-    return Trackers(LogConfig(**log), run_dir, "[optim]\nlr = 1e-5\n", enabled=enabled)
+CLASS = {"loss": 0.5, "accuracy": None, "tokens": 7}
+LINE = {"step": 3, "loss": 1.5, "accuracy": 0.25, "supervised_tokens": 7, "classes": {"GPT4": CLASS}}
+NAMES = {"accuracy": 0.25, "classes/GPT4/loss": 0.5, "classes/GPT4/tokens": 7.0, "loss": 1.5, "supervised_tokens": 7.0}
 
 
-def test_tensorboard_gets_every_number_of_the_first_rank(tmp_path):
-    for enabled in (False, True):
+def test_tensorboard_gets_every_number(tmp_path):
+    for options in ({}, {"tensorboard": True}):
         assert not list(tmp_path.iterdir())
-        trackers = open_trackers(tmp_path, enabled=enabled, tensorboard=True)
-        trackers.add("train", [LINE, LINE | {"step": 4, "loss": 1.25}])
-        trackers.close()
+        display = Display(10, LogConfig(**options), tmp_path, "")
+        display.steps([LINE | {"skipped": True}, LINE | {"step": 4, "loss": 1.25, "skipped": True}])
+        display.evaluation(LINE)
+        display.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["train/classes/GPT4/loss", "train/classes/GPT4/tokens", "train/loss"]
+    expected = [f"held_out/{name}" for name in NAMES] + [f"train/{name}" for name in [*NAMES, "skipped"]]
+    assert sorted(events.Tags()["scalars"]) == sorted(expected)
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 1.5), (4, 1.25)]
 
 
 def test_wandb_gets_every_number_of_a_step(tmp_path, monkeypatch):
-    logged = []
+    logged, finished = {}, []
 
     class Run:
         def log(self, numbers, step):
-            logged.append((step, numbers))
+            assert step == 3
+            logged.update(numbers)
 
         def finish(self):
-            logged.append("finished")
+            finished.append(True)
 
     class Wandb:
         @staticmethod
@@ -44,11 +45,10 @@ def test_wandb_gets_every_number_of_a_step(tmp_path, monkeypatch):
             return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    trackers = open_trackers(tmp_path, wandb="mine")
-    trackers.add("held_out", [LINE])
-    trackers.close()
-    expected = {"held_out/loss": 1.5, "held_out/classes/GPT4/loss": 0.5, "held_out/classes/GPT4/tokens": 7.0}
-    assert logged == [(3, expected), "finished"]
+    display = Display(10, LogConfig(wandb="mine"), tmp_path, "[optim]\nlr = 1e-5\n")
+    display.evaluation(LINE)
+    display.close()
+    assert logged == {f"held_out/{name}": value for name, value in NAMES.items()} and finished
 
 
 @pytest.mark.parametrize(("log", "module"), [({"wandb": "mine"}, "wandb"), ({"tensorboard": True}, "tensorboard")])
@@ -56,4 +56,4 @@ def test_a_missing_tracker_is_named(tmp_path, monkeypatch, log, module):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
     with pytest.raises(ConfigError, match=module):
-        open_trackers(tmp_path, **log)
+        Display(10, LogConfig(**log), tmp_path, "")

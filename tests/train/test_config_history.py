@@ -7,7 +7,7 @@ from msgspec.structs import replace
 
 from ochat import config as configuration
 from ochat.config import Config
-from ochat.run import config_history
+from ochat.train import identity
 
 
 def config(lr: float = 1e-3, **classes: float) -> Config:
@@ -21,7 +21,7 @@ def keep(caplog):
 
     def record(folder, settings: Config, step: int, num_steps: int = 60) -> list[str]:
         caplog.clear()
-        config_history.record_config(folder, configuration.dump(settings), step=step, num_steps=num_steps)
+        identity.record_config(folder, configuration.dump(settings), step=step, num_steps=num_steps)
         return caplog.messages
 
     return record
