@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import json
 import os
 import signal
 import sys
@@ -177,7 +178,7 @@ def _print_keys(console: Console, section: type[Section], prefix: str, hidden: M
         if isinstance(kind, type) and issubclass(kind, Section):
             sections[name] = kind
             continue
-        default = "" if is_table or field.default is None else f" (default: {overrides.to_toml(field.default)})"
+        default = "" if is_table or field.default is None else f" (default: {json.dumps(field.default)})"
         console.print(f"  [bold]--{name}[/]  {escape(overrides.in_words(kind))}")
         console.print(Padding.indent(escape(explained[field.name] + default), 6))
     for name, kind in sections.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -363,7 +364,7 @@ def _check(config: Config) -> None:
         expect(bool(path), key, path, f"a path, for example --{key}=PATH")
     for is_bound, key, wanted, why in _rules(config):
         value = attrgetter(key)(config)
-        expect(not is_bound or value == wanted, key, value, f"{overrides.to_toml(wanted)} with {why}")
+        expect(not is_bound or value == wanted, key, value, f"{json.dumps(wanted)} with {why}")
 
 
 def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:

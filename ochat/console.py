@@ -15,18 +15,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from ochat.errors import OchatError, message
@@ -72,23 +63,25 @@ def facts(title: str, values: dict[str, str]) -> Table:
 @contextmanager
 def bar(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], object]]:
     """A progress bar that starts at `done`; call what it yields with the number of items just done."""
-    with _shown(TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(what, total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+    columns = progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
+    with _shown(progress.TextColumn(what, markup=False), *columns) as shown:
+        task = shown.add_task(what, total=total, completed=done)
+        yield lambda count: shown.advance(task, count)
 
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner and the elapsed time, for work that has no steps to count."""
-    with _shown(SpinnerColumn(), TextColumn(what, markup=False), TimeElapsedColumn()) as progress:
-        progress.add_task(what, total=None)
+    columns = progress.TextColumn(what, markup=False), progress.TimeElapsedColumn()
+    with _shown(progress.SpinnerColumn(), *columns) as shown:
+        shown.add_task(what, total=None)
         yield
 
 
-def _shown(*columns: ProgressColumn) -> Progress:
+def _shown(*columns: progress.ProgressColumn) -> progress.Progress:
     console = Console(stderr=True)
     is_hidden = not console.is_terminal or os.environ.get("RANK", "0") != "0"
-    return Progress(*columns, console=console, transient=True, disable=is_hidden)
+    return progress.Progress(*columns, console=console, transient=True, disable=is_hidden)
 
 
 def complain(error: OchatError | OSError) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-import tomli_w
 from msgspec import inspect
 
 from ochat.errors import ConfigError
@@ -95,13 +94,6 @@ def build(kind: type[T], value: Any, where: str = "") -> T:
         _build_parts(kind, value, where)
         expect(False, where or "the file", value, in_words(kind))
         raise
-
-
-def to_toml(value: Any) -> str:
-    """A value as TOML writes it after `key =`."""
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(to_toml, value))}]"
-    return tomli_w.dumps({"": value}).partition(" = ")[2].rstrip()
 
 
 def in_words(kind: Any) -> str:

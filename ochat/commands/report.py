@@ -45,8 +45,8 @@ def main(options: ReportOptions) -> None:
     def write(is_live: bool) -> None:
         advice = "write it again with `ochat eval --output`"
         swaps = {str(path): bounded_json.read_object(path, DataError, advice) for path in options.swap}
-        contents = page.Contents(runs, swaps, ablation.read(options.ablation) if options.ablation else None)
-        atomic.write_text(output, page.render(contents, run_record.REFRESH_S if is_live else None))
+        ablated = ablation.read(options.ablation) if options.ablation else None
+        atomic.write_text(output, page.render(runs, swaps, ablated, run_record.REFRESH_S if is_live else None))
 
     if options.watch:
         console.print(f"writing {output} while a run is live; Ctrl-C ends this")

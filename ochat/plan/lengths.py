@@ -119,14 +119,12 @@ def pack(
     from ochat.data.loader import LoaderStats
 
     lengths = np.minimum(lengths, data.token_budget)
-    n = np.arange(data.token_budget + 1, dtype=np.float64)
-    per_token = model.flops_per_step(1, 0, 0) + supervised * model.flops_per_step(0, 0, 1)
-    flops = (per_token * n + model.flops_per_step(0, 1, 0) * n**2).astype(np.float32)  # of a sequence by its length
+    flops = model.flops_per_sequence(lengths, supervised * lengths)
     shape = {"token_budget": data.token_budget, "bins_per_step": data.bins_per_step}
-    plan = multipack.plan(lengths, **shape, seed=seed, epoch=0, costs=flops[lengths])
+    plan = multipack.plan(lengths, **shape, seed=seed, epoch=0, costs=flops)
     num_supervised = round(supervised * int(lengths.sum(dtype=np.int64)))
     stats = LoaderStats.of(plan, num_supervised, (plan.num_steps,) * data.epochs, data.max_steps)
-    return stats, float(np.bincount(lengths, minlength=len(flops)) @ flops.astype(float))
+    return stats, float(flops.sum())
 
 
 def _edges(shortest: int, longest: int, num_ranges: int) -> NDArray[np.int64]:

@@ -8,8 +8,8 @@ Colours have a contrast of at least 3.8 to both a white and a dark page; the pag
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from ochat.checkpoint.best import ALL, loss_label
+from ochat.files.jsonl import finite_number
 from ochat.report.run_record import RunRecord, class_label, class_names
 
 MAX_POINTS, MIN_POINTS = 1600, 200  # of a curve; several runs share the maximum, so that a page stays below 8 MB
@@ -32,10 +33,10 @@ DRAWN = (
     "Weighted as in training. Faint: each step (of long runs the lowest and highest of each stretch). Bold: mean over "
     "a fortieth of the run. Dotted verticals: ends of epochs. Drag to zoom, double-click to reset."
 )
-SHARE = ".3~p"  # a tick format
+SHARE = {"tickformat": ".3~p"}
+FROM_ZERO = {"rangemode": "tozero"}
 
 Points = tuple[NDArray[np.float64], NDArray[np.float64]]  # (n,) steps and values; NaN: no value
-Read = Callable[[RunRecord], Points]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,6 @@ class Chart:
     title: str
     unit: str
     figure: go.Figure
-    is_crowded: bool = False  # its legend takes several lines
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,9 @@ class Panel:
 
     title: str
     unit: str
-    curves: dict[str, Read]
-    ticks: str = ""  # a tick format of plotly
+    curves: dict[str, str]
+    yaxis: dict[str, str] = field(default_factory=dict)  # settings of plotly
     may_be_log: bool = False
-    is_from_zero: bool = False
     is_noisy: bool = True
     shows_epochs: bool = False
 
@@ -75,11 +74,11 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
     """Every chart that has something to show."""
     names, share, nats = class_names(runs), "share of tokens", "nats a token"
 
-    def trained(key: str) -> dict[str, Read]:
-        return {ALL: column(key)} | {class_label(name): column("classes", name, key) for name in names}
+    def trained(key: str) -> dict[str, str]:
+        return {ALL: key} | {class_label(name): f"classes.{name}.{key}" for name in names}
 
-    def measured(what: str) -> dict[str, Read]:
-        return {class_label(name): held_out(name, what) for name in (ALL, *names)}
+    def measured(what: str) -> dict[str, str]:
+        return {class_label(name): f"{what}.{name}" for name in (ALL, *names)}
 
     rates = {"real": "tokens_per_s", "supervised": "supervised_tokens_per_s", "padded": "padded_tokens_per_s"}
     work = "largest over mean work of a step's bins, first epoch"
@@ -93,22 +92,20 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
             Panel("Held-out accuracy", share, measured("accuracies"), SHARE),
         ],
         ("Optimizer", ""): [
-            Panel("Learning rate", "", {"lr": column("lr")}, ".1e", is_noisy=False),
-            Panel("Gradient norm", "before clipping", {"gradient norm": column("grad_norm")}, may_be_log=True),
+            Panel("Learning rate", "", {"lr": "lr"}, {"tickformat": ".1e"}, is_noisy=False),
+            Panel("Gradient norm", "before clipping", {"gradient norm": "grad_norm"}, may_be_log=True),
         ],
         ("Speed and memory", "Without the time spent in evaluations and checkpoints."): [
-            Panel("Tokens a second", "all processes", {k: column(v) for k, v in rates.items()}, is_from_zero=True),
-            Panel("MFU", "share of the peak", {"MFU": column("mfu")}, SHARE, is_from_zero=True),
-            Panel("Peak memory", "GiB, rank 0", {"memory": column("peak_mem_gib")}, is_from_zero=True, is_noisy=False),
+            Panel("Tokens a second", "all processes", rates, FROM_ZERO),
+            Panel("MFU", "share of the peak", {"MFU": "mfu"}, SHARE | FROM_ZERO),
+            Panel("Peak memory", "GiB, rank 0", {"memory": "peak_mem_gib"}, FROM_ZERO, is_noisy=False),
         ],
         ("Packing", ""): [
-            Panel("Fill", "real tokens over room in the bins", {"fill": lambda run: (run.steps, run.fill)}, SHARE),
-            Panel("Balance", work, {"balance": balance}, is_noisy=False),
+            Panel("Fill", "real tokens over room in the bins", {"fill": "fill"}, SHARE),
+            Panel("Balance", work, {"balance": "balance"}, is_noisy=False),
         ],
     }
     found = [Group(title, note, [*_charts(runs, each)]) for (title, note), each in panels.items()]
-    if len(runs) == 1 and runs[0].best and found[1].charts:
-        _mark_best(found[1].charts[0].figure, runs[0])
     return [group for group in found if group.charts]
 
 
@@ -135,65 +132,61 @@ def figure(traces: Sequence[go.Scatter], xaxis: dict[str, Any], yaxis: dict[str,
     return go.Figure(list(traces), common | axes | layout)
 
 
-def column(*name: str) -> Read:
-    """A column of metrics.jsonl over its steps."""
-    key = name[0] if len(name) == 1 else name
-    return lambda run: (run.steps, run.metrics[key])
-
-
-def held_out(name: str, what: str) -> Read:
-    """A class's held-out `losses` or `accuracies` over the steps of the evaluations."""
-
-    def read(run: RunRecord) -> Points:
-        values = [getattr(each, what).get(name) for each in run.evaluations]
+def _points(run: RunRecord, name: str) -> Points:
+    """A column of metrics.jsonl over its steps; "losses" or "accuracies" of a class, over the steps of the evaluations;
+    "fill"; or "balance", the first epoch's planned imbalance: the worst step of every few."""
+    if name == "balance":
+        planned = run.plan.get("imbalance")
+        try:
+            each, worst = int(planned["steps_each"]), np.array(planned["worst"], float).reshape(-1)  # type: ignore
+            return each * np.arange(1, len(worst) + 1, dtype=float), worst
+        except (LookupError, TypeError, ValueError, OverflowError):
+            return np.zeros(0), np.zeros(0)
+    if name == "fill":  # NaN where the configuration does not say
+        room = [finite_number(run.settings.get(f"data.{key}")) or np.nan for key in ("token_budget", "bins_per_step")]
+        return run.steps, run.metrics["tokens"] / np.prod(room)
+    what, _, of_class = name.partition(".")
+    if what in ("losses", "accuracies"):
+        values = [getattr(each, what).get(of_class) for each in run.evaluations]
         return np.array([each.step for each in run.evaluations], float), np.array(values, float)
-
-    return read
-
-
-def balance(run: RunRecord) -> Points:
-    """The planned imbalance of the first epoch: the worst step of every few."""
-    planned = run.plan.get("imbalance")
-    try:
-        each, worst = int(planned["steps_each"]), np.array(planned["worst"], float).reshape(-1)  # type: ignore
-        return each * np.arange(1, len(worst) + 1, dtype=float), worst
-    except (LookupError, TypeError, ValueError, OverflowError):
-        return np.zeros(0), np.zeros(0)
+    return run.steps, run.metrics[name]
 
 
 def _charts(runs: Sequence[RunRecord], panels: Sequence[Panel]) -> Iterator[Chart]:
-    most = max(MAX_POINTS // len(runs) // 2 * 2, MIN_POINTS)
     for panel in panels:
+        curves = panel.curves.items()
         if len(runs) == 1:
-            drawn = {panel.title: {label: read(runs[0]) for label, read in panel.curves.items()}}
+            drawn = {panel.title: {label: _points(runs[0], name) for label, name in curves}}
         else:
-            single = len(panel.curves) == 1
-            drawn = {panel.title if single else f"{panel.title}: {label}": {run.name: read(run) for run in runs}
-                     for label, read in panel.curves.items()}  # fmt: skip
-        for title, curves in drawn.items():
-            if any(np.isfinite(y).any() for _, y in curves.values()):
-                yield Chart(title, panel.unit, _draw(panel, curves, runs, most), is_crowded=len(curves) > 4)
+            titles = {label: panel.title + f": {label}" * (len(curves) > 1) for label in panel.curves}
+            drawn = {titles[label]: {run.name: _points(run, name) for run in runs} for label, name in curves}
+        for title, each in drawn.items():
+            if any(np.isfinite(y).any() for _, y in each.values()):
+                yield Chart(title, panel.unit, _draw(panel, each, runs))
 
 
-def _draw(panel: Panel, curves: dict[str, Points], runs: Sequence[RunRecord], most: int) -> go.Figure:
+def _draw(panel: Panel, curves: dict[str, Points], runs: Sequence[RunRecord]) -> go.Figure:
     """Curves in a panel's axes; of many noisy points faint, with their moving mean."""
-    traces = []
+    traces, most = [], max(MAX_POINTS // len(runs) // 2 * 2, MIN_POINTS)
     for slot, (label, (x, y)) in enumerate(curves.items()):
         if not np.isfinite(y).any():
             continue
-        is_long, xs_ys = len(x) >= MEAN_FROM, thin(x, y, most)
-        marker = {"maxdisplayed": MARKERS} if is_long else {}
-        if is_long and panel.is_noisy:
+        look = {"marker": {"maxdisplayed": MARKERS}} if len(x) >= MEAN_FROM else {}
+        if len(x) >= MEAN_FROM and panel.is_noisy:
             faint = {"mode": "lines", "line": {"width": 1, "dash": "solid"}, "opacity": 0.3, "showlegend": False}
-            traces.append(scatter(label, *xs_ys, slot, **faint))
-            xs_ys = thin(x, moving_mean(y, max(len(y) // 40, 5) | 1), most)
-            traces.append(scatter(label, *xs_ys, slot, marker=marker, hoverinfo="skip"))
-        else:
-            traces.append(scatter(label, *xs_ys, slot, marker=marker))
+            traces.append(scatter(label, *thin(x, y, most), slot, **faint))
+            y, look["hoverinfo"] = moving_mean(y, max(len(y) // 40, 5) | 1), "skip"
+        traces.append(scatter(label, *thin(x, y, most), slot, **look))
     xaxis = {"title": {"text": "step", "standoff": 4}, "rangemode": "tozero"}
     found = figure(traces, xaxis, _yaxis(panel, [y for _, y in curves.values()]), showlegend=len(curves) > 1)
-    for step in epoch_ends(runs[0]) if panel.shows_epochs and len(runs) == 1 else ():
-        found.add_vline(step, line={"dash": "dot", "width": 1, "color": COLORS[-1]})
+    run, best = runs[0], runs[0].best
+    if len(runs) == 1 and panel.shows_epochs:
+        for step in epoch_ends(run):
+            found.add_vline(step, line={"dash": "dot", "width": 1, "color": COLORS[-1]})
+    if len(runs) == 1 and best and f"losses.{run.best_by}" in panel.curves.values():
+        label = f"best of {loss_label(run.best_by)}: step {best.step}"
+        star = {"symbol": "star", "size": 15, "color": "#d29922", "line": {"width": 1, "color": COLORS[-1]}}
+        found.add_trace(scatter(label, [best.step], [best.losses[run.best_by]], 7, mode="markers", marker=star))
     return found
 
 
@@ -202,22 +195,13 @@ def _yaxis(panel: Panel, columns: Sequence[NDArray[np.float64]]) -> dict[str, An
     values = np.concatenate([y[np.isfinite(y)] for y in columns])
     if panel.may_be_log and values.min() > 0 and values.max() > LOG_RATIO * values.min():
         return {"type": "log", "dtick": 1, "tickformat": "~g", "hoverformat": ".5g"}
-    start = "tozero" if panel.is_from_zero else "normal"
-    return {"tickformat": panel.ticks, "hoverformat": ".5g", "rangemode": start}
+    return {"hoverformat": ".5g"} | panel.yaxis
 
 
 def epoch_ends(run: RunRecord) -> list[float]:
     """The last step of each epoch but the last; empty for a run of very many."""
     ends = run.steps[:-1][np.diff(run.metrics["epoch"]) > 0].tolist() if len(run.steps) else []
     return ends if len(ends) <= MAX_EPOCHS else []
-
-
-def _mark_best(found: go.Figure, run: RunRecord) -> None:
-    """Add a star at the best evaluation, on the curve of the class that it was chosen by."""
-    assert run.best is not None
-    label = f"best of {loss_label(run.best_by)}: step {run.best.step}"
-    marker = {"symbol": "star", "size": 15, "color": "#d29922", "line": {"width": 1, "color": COLORS[-1]}}
-    found.add_trace(scatter(label, [run.best.step], [run.best.losses[run.best_by]], 7, mode="markers", marker=marker))
 
 
 def thin(x: NDArray[np.float64], y: NDArray[np.float64], most: int) -> Points:

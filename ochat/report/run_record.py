@@ -10,7 +10,7 @@ import json
 import math
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,37 +29,36 @@ FILES = (layout.CONFIG, layout.PLAN, *layout.LINES, layout.EARLIER_NONFINITE, la
 MAX_BYTES = 1 << 24  # of the files that are read whole
 REFRESH_S = 5.0  # between two looks at the folders, and between two reloads of the page
 
-Name = str | tuple[str, ...]
-
 
 class Metrics:
-    """Columns of metrics.jsonl by name; a class's by ("classes", class, key)."""
+    """Columns of metrics.jsonl by name; a class's are "classes.NAME.KEY"."""
 
     def __init__(self, path: Path) -> None:
         """Raises: OSError."""
         content = path.read_bytes() if path.exists() else b""
         texts = [text for text in content.split(b"\n")[:-1] if text.strip()]  # after the last line end: half a line
-        self._rows = [dict(_numbers(line)) for text in texts if (line := jsonl.parse_line(text))]
-        self._columns: dict[Name, NDArray[np.float64]] = {}
-        self.num_unreadable = len(texts) - len(self._rows)
-        names = dict.fromkeys(name[1] for row in self._rows for name in row if isinstance(name, tuple))
-        self.classes = list(names)  # in the order in which they first occur
+        lines = [line for text in texts if (line := jsonl.parse_line(text))]
+        self.num_unreadable = len(texts) - len(lines)
+        self._rows = [_numbers(line) for line in lines]
+        self._columns: dict[str, NDArray[np.float64]] = {}
+        self.classes = list(dict.fromkeys(name for line in lines for name in _classes(line)))  # as they first occur
 
-    def __getitem__(self, name: Name) -> NDArray[np.float64]:
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
         """(n,); NaN where a line has no such number."""
         if name not in self._columns:
             self._columns[name] = np.array([row.get(name, math.nan) for row in self._rows])
         return self._columns[name]
 
 
-def _numbers(line: dict[str, Any]) -> Iterator[tuple[Name, float]]:
+def _classes(line: dict[str, Any]) -> dict[str, dict[str, Any]]:
     classes = line.get("classes")
-    rows = classes.items() if isinstance(classes, dict) else ()
-    values: list[tuple[Name, Any]] = list(line.items())
-    values += [
-        (("classes", name, key), value) for name, row in rows if isinstance(row, dict) for key, value in row.items()
-    ]
-    yield from ((name, found) for name, value in values if (found := finite_number(value)) is not None)
+    return {name: row for name, row in classes.items() if isinstance(row, dict)} if isinstance(classes, dict) else {}
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    rows = {"": line} | {f"classes.{name}.": row for name, row in _classes(line).items()}
+    numbers = {prefix + key: finite_number(value) for prefix, row in rows.items() for key, value in row.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 class RunRecord:
@@ -122,12 +121,6 @@ class RunRecord:
             return None
         ends = np.cumsum([0.0, *counts])
         return float(np.interp(step, ends, np.arange(len(ends))))
-
-    @property
-    def fill(self) -> NDArray[np.float64]:
-        """(n,): tokens of a step over the room in its bins; NaN where the configuration does not say."""
-        room = (finite_number(self.settings.get(f"data.{key}")) or np.nan for key in ("token_budget", "bins_per_step"))
-        return self.metrics["tokens"] / np.prod(list(room))
 
     def stamp(self) -> tuple[object, ...]:
         """Changes once there is something new to read."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from ochat.checkpoint.best import ALL, Evaluation, loss_label
 from ochat.errors import DataError
 from ochat.files.jsonl import finite_number
-from ochat.report.run_record import Name, RunRecord, class_label, class_names
+from ochat.report.run_record import RunRecord, class_label, class_names
 
 MAX_ROWS = 200  # of evaluations and of skipped steps
 MAX_PLACES = 12  # of the conversations of a skipped step
@@ -85,8 +86,10 @@ def differences(runs: Sequence[RunRecord]) -> Table | None:
     """The settings that differ between runs."""
     if len(runs) < 2:
         return None
-    names = sorted({name for run in runs for name in run.settings} - {"run.dir"})
-    written = {name: [_setting(run, name) for run in runs] for name in names}
+    settings = [{name: json.dumps(value, ensure_ascii=False, default=str) for name, value in run.settings.items()}
+                for run in runs]  # fmt: skip
+    names = sorted({name for each in settings for name in each} - {"run.dir"})
+    written = {name: [each.get(name, "-") for each in settings] for name in names}
     rows = [[name, *values] for name, values in written.items() if len(set(values)) > 1]
     note = "" if rows else "None: the runs have the same settings."
     headings = ["setting", *(run.name for run in runs)]
@@ -144,14 +147,16 @@ def samples(run: RunRecord) -> list[Sample]:
 
 def _facts(run: RunRecord) -> dict[str, str]:
     """The rows of the summary, by name."""
-    planned = f" of {run.num_planned:,}" if run.num_planned else ""
+    planned, last = f" of {run.num_planned:,}" if run.num_planned else "", itemgetter(-1)
     facts = {"state": run.state, "steps": f"{run.num_done:,}{planned}"}
     announced = run.plan.get("facts")
     for name in ("model", "data", "classes", "computation", "processes", "packing"):
         if isinstance(announced, dict) and isinstance(announced.get(name), str):
             facts[name] = announced[name]
-    last = [f"{class_label(name)} {_over(run, ('classes', name, 'loss'), _last, '.4f')}" for name in class_names([run])]
-    facts["final loss"] = _over(run, "loss", _last, ".4f") + (f" ({', '.join(last)})" if last else "")
+    of_classes = [
+        f"{class_label(name)} {_over(run, f'classes.{name}.loss', last, '.4f')}" for name in class_names([run])
+    ]
+    facts["final loss"] = _over(run, "loss", last, ".4f") + (f" ({', '.join(of_classes)})" if of_classes else "")
     if run.best:
         there = "there" if run.best.checkpoint else "not there"
         loss = f"{run.best.losses[run.best_by]:.4f} of {loss_label(run.best_by)}"
@@ -164,11 +169,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     return facts | {"skipped steps": f"{len(run.nonfinite_steps):,}"}
 
 
-def _last(values: Any) -> float:
-    return values[-1]
-
-
-def _over(run: RunRecord, key: Name, reduce: Any, form: str) -> str:
+def _over(run: RunRecord, key: str, reduce: Any, form: str) -> str:
     values = run.metrics[key]
     found = values[np.isfinite(values)]
     return format(float(reduce(found)), form) if len(found) else "-"
@@ -189,11 +190,6 @@ def _measured(cell: dict[str, Any], key: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _setting(run: RunRecord, name: str) -> str:
-    settings = run.settings
-    return json.dumps(settings[name], ensure_ascii=False, default=str) if name in settings else "-"
 
 
 def _places(line: dict[str, Any]) -> str:

@@ -275,7 +275,7 @@ def test_a_column_has_a_gap_where_a_line_lacks_the_number(tmp_path):
     columns = Metrics(path)
     assert columns["step"].tolist() == [1, 2, 3] and columns.classes == ["GPT4", "GPT3"]
     assert np.isnan(columns["new"]).tolist() == [True, True, False] and columns["new"][2] == 7
-    assert np.isnan(columns["classes", "GPT4", "loss"]).tolist() == [False, False, True]
+    assert np.isnan(columns["classes.GPT4.loss"]).tolist() == [False, False, True]
 
 
 numbers = st.one_of(st.floats(-1e6, 1e6), st.just(math.nan))
