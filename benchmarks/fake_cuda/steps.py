@@ -67,7 +67,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     (folder / "run.toml").touch()
     settings = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run", "optim.lr": 1e-5}
     config = configuration.load(folder / "run.toml", [*step_cases.options(case, settings), *world.options])
-    nothing = [(hf, "check_weights"), (verify, "base"), (checkpoint, "load_base")]  # of weights that are not there
+    nothing = [(hf, "open_tensors"), (verify, "base"), (checkpoint, "load_base")]  # of weights that are not there
     with contextlib.ExitStack() as stack:
         for module, name in nothing:
             stack.enter_context(mock.patch.object(module, name))

@@ -25,7 +25,7 @@ from ochat.checkpoint.verify import verify_checkpoint
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError
-from ochat.files.safetensors_file import SafetensorsFile
+from ochat.files.safetensors_file import open_file
 from ochat.model import hf
 from ochat.model.transformer import Transformer
 from ochat.run.layout import CHECKPOINTS, MANIFEST, checkpoint_folders, step_of
@@ -104,9 +104,9 @@ def load_base(folder: Path, model: Transformer) -> None:
 
     Raises: as hf.open_tensors; CheckpointError for a stored head that differs from the embedding it should be.
     """
-    files, known = hf.open_tensors(folder, model.config), hf.parameter_parts(model.config)
+    stored, known = hf.open_tensors(folder, model.config), hf.parameter_parts(model.config)
     for name, parameter in ((name, p) for name, p in model.named_parameters() if name in known):
-        rows = hf.read_rows(files, model.config, name, *local_shards.row_range(parameter))
+        rows = hf.read_rows(stored, model.config, name, *local_shards.row_range(parameter))
         _fill(local_shards.local_shard(parameter), rows)
 
 
@@ -135,7 +135,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._open = cache(lambda name: SafetensorsFile(manifest.folder / name, CheckpointError, ADVICE))
+        self._open = cache(lambda path: open_file(path, CheckpointError, ADVICE))
 
     def read(self, kind: str, stored: str, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """(offset from `start`, CPU tensor) of the pieces that make rows of parameter `name`, from the tensor `stored`
@@ -147,8 +147,10 @@ class ShardReader:
             first, end = held.get(name, (0, 0))
             low, high = max(start, first), min(stop, end)
             if low < high:
-                file = self._open(shard_file(kind, shard, len(self.manifest.shards)))
-                yield low - start, file.rows(stored, low - first, high - first)
+                path = self.manifest.folder / shard_file(kind, shard, len(self.manifest.shards))
+                if stored not in self._open(path):
+                    raise CheckpointError(f"{path}: does not hold {stored}; {ADVICE}")
+                yield low - start, self._open(path)[stored].rows(low - first, high - first)
 
 
 def _named(run_dir: Path, resume: str, ranks: Ranks) -> Manifest:

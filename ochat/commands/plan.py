@@ -118,12 +118,12 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
 
 
 def check_base(path: str, model: ModelConfig) -> list[str]:
-    """Check the base's weights if there are any; a note if not. Raises: as hf.check_weights."""
+    """Check the base's weights if there are any; a note if not. Raises: as hf.open_tensors."""
     from ochat.model import hf
 
     folder = Path(path)
     if any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
-        hf.check_weights(folder, model)
+        hf.open_tensors(folder, model)
         return []
     return [f"{folder} has a config.json and no weights: enough for a plan, not for training"]
 

@@ -29,7 +29,7 @@ from ochat.data import manifest
 from ochat.data.manifest import AGAIN, Prepared
 from ochat.data.weights import ROLES, WeightRule
 from ochat.errors import DataError
-from ochat.files.safetensors_file import SafetensorsFile
+from ochat.files.safetensors_file import open_file
 
 COLUMNS = {  # name -> types, length by the letters above
     "input_ids": ("uint16 or uint32", "T"),
@@ -129,8 +129,7 @@ def _open(one: Prepared, entry: dict[str, Any], class_ids: dict[str, int]) -> Sh
     """One shard, whose classes have their places in `class_ids`."""
     classes, files = manifest.names(one.manifest, entry)
     path = manifest.file_path(one.folder, entry)
-    file = SafetensorsFile(path, DataError, AGAIN)
-    columns = {name: file.read(name).numpy() for name in file.names}  # views of the mapped file
+    columns = {name: tensor.read().numpy() for name, tensor in open_file(path, DataError, AGAIN).items()}  # mapped
     if problem := _find_damage(columns, len(classes)):
         raise DataError(f"{path}: damaged ({problem}): {AGAIN}")
     return Shard(path, columns, np.array([class_ids[name] for name in classes], np.uint16), files)

@@ -1,7 +1,7 @@
 """Read and write one safetensors file: mapped into memory, its header checked, read by tensor or by rows.
 
-    write(path, {"a": torch.zeros(3, 2)});  file = SafetensorsFile(path, CheckpointError, "fetch it again")
-    file.rows("a", 0, 2)
+    write(path, {"a": torch.zeros(3, 2)});  tensors = open_file(path, CheckpointError, "fetch it again")
+    tensors["a"].rows(0, 2)
     copy = PinnedSafetensors(tensors);  copy.snapshot(tensors);  written = copy.write(path)
 
 No byte of a tensor is read from the disk before it is used. The format: 8 bytes with the header's length, a JSON
@@ -15,6 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +33,41 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 CHUNK_BYTES = 1 << 24  # hashed while it is still in the processor's cache, then written
 
 
-class SafetensorsFile:
-    """An open file. `names`: its tensors, in the order of the header.
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of an open file; as a string, file and tensor for messages."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # the format's name: F32, BF16, ...
+    _file: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name}"
+
+    def read(self) -> Tensor:
+        """A CPU tensor mapped from the file. Do not write to it."""
+        return self._file.get_tensor(self.name)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some rows, mapped like the whole: no other byte is touched."""
+        return self._file.get_slice(self.name)[start:stop]
+
+
+def open_file(path: Path, error: type[OchatError], advice: str) -> dict[str, StoredTensor]:
+    """A file's tensors by name, in the order of its header.
 
     Raises: `error`, ending with `advice`, for a file that is missing, damaged or cut off, or whose header is oversized
-    or names a tensor twice; from every read of a tensor that is not there.
+    or names a tensor twice.
     """
-
-    def __init__(self, path: Path, error: type[OchatError], advice: str) -> None:
-        self.path, self._error, self._advice = path, error, advice
-        try:
-            self._file = safe_open(path, framework="pt", device="cpu")  # offsets tile the file, and shapes fit them
-            _check_header(path)
-        except (SafetensorError, OSError, ValueError) as problem:
-            raise error(f"{path}: damaged or cut off ({problem}); {advice}") from None
-        self.names: list[str] = self._file.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Read from the header."""
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """The format's name: F32, BF16, ..."""
-        return self._slice(name).get_dtype()
-
-    def read(self, name: str) -> Tensor:
-        """A CPU tensor mapped from the file. Do not write to it."""
-        self._slice(name)
-        return self._file.get_tensor(name)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, mapped from the file."""
-        return self._slice(name)[start:stop]
-
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._file.get_slice(name)
-        except SafetensorError as problem:
-            raise self._error(f"{self.path}: {name} cannot be read ({problem}); {self._advice}") from None
+    try:
+        file = safe_open(path, framework="pt", device="cpu")  # offsets tile the file, and shapes fit them
+        _check_header(path)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        return {name: StoredTensor(path, name, tuple(x.get_shape()), x.get_dtype(), file) for name, x in slices.items()}
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise error(f"{path}: damaged or cut off ({problem}); {advice}") from None
 
 
 class PinnedSafetensors:
@@ -111,11 +109,11 @@ class PinnedSafetensors:
         return {"bytes": len(content), "sha256": digest.hexdigest()}
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a file atomically, readable for everyone who may read its folder. Raises: OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata or {"format": "pt"}))
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk
         raise OSError(f"{path}: cannot be written: {error}") from None
     temporary.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files to their owner

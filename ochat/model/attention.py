@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -28,10 +28,14 @@ class Attend(Protocol):
 
 
 class PackedAttention:
-    """Attention of one packed batch; every layer calls the same object.
+    """softmax(q k^T / sqrt(D)) v within each document of one packed batch, (T, N, D) in q's dtype; every layer calls
+    the same object.
 
-    Args: cu_seqlens (S+1,) int32 on the device, from 0 to T, documents of length 0 allowed; max_seqlen: the longest;
-    lengths: the S lengths on the host. Without them `sdpa` reads cu_seqlens once, which synchronises a CUDA device.
+    A token sees itself and those before it in its document; with a `window`, only the nearest so many, itself included.
+    Query head n uses key/value head n // (N / K). Args: cu_seqlens (S+1,) int32 on the device, from 0 to T, documents
+    of length 0 allowed; max_seqlen: the longest; lengths: the S lengths on the host. Without them `sdpa` reads
+    cu_seqlens once, which synchronises a CUDA device. Raises: ConfigError for a backend that is not known or cannot
+    take these tensors.
     """
 
     def __init__(
@@ -49,25 +53,6 @@ class PackedAttention:
             return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen, window)
         assert self.lengths is not None
         return _sdpa(q, k, v, self.lengths, window)
-
-
-def attend(
-    q_TND: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    window: int | None = None,
-    backend: str = "sdpa",
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v within each document: (T, N, D) in q's dtype.
-
-    A token sees itself and those before it in its document; with a `window`, only the nearest so many, itself included.
-    Query head n uses key/value head n // (N / K). Raises: ConfigError for a backend that is not known or cannot take
-    these tensors.
-    """
-    return PackedAttention(cu_seqlens, max_seqlen, backend)(0, q_TND, k_TKD, v_TKD, window)
 
 
 def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -105,7 +90,6 @@ def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
-    varlen_attn = _varlen_function()
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(f"attention = 'varlen' computes in half precision, not {q.dtype}; set it to 'sdpa'")
     options = {}
@@ -115,18 +99,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     span = (-1, 0) if window is None else (window - 1, 0)
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=span, **options)
+    return _varlen_function()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=span, **options)
 
 
 def varlen_groups_heads() -> bool:
-    """Whether several query heads may read one key/value head; torch 2.11 wants as many of these, so they are copied.
-    Raises: ConfigError where torch has no varlen attention."""
+    """Whether several query heads may read one key/value head; torch 2.11 wants as many of these, so they are
+    copied."""
     return "enable_gqa" in inspect.signature(_varlen_function()).parameters
 
 
-def _varlen_function() -> Callable[..., Any]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        raise ConfigError(f"attention = 'varlen' needs torch >= 2.11, not {torch.__version__}; set 'sdpa'") from None
+def _varlen_function() -> Any:
+    from torch.nn.attention.varlen import varlen_attn  # takes a second
+
     return varlen_attn

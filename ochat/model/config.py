@@ -67,10 +67,11 @@ class ModelConfig:
         fields = Fields(record, where)
         family = families.find(fields)
         families.refuse_unimplemented(fields, family)
+        sizes = families.sizes(fields, family)
         attention_bias = fields.flag("attention_bias", False) and family.reads_attention_bias
         config = cls(
             model_type=record["model_type"],
-            **families.sizes(fields, family),
+            **sizes,
             norm_eps=fields.number("rms_norm_eps", 1e-6),
             max_position_embeddings=fields.integer("max_position_embeddings", family.max_position_embeddings),
             tie_embeddings=fields.flag("tie_word_embeddings", False),
@@ -79,7 +80,7 @@ class ModelConfig:
             out_bias=attention_bias,
             mlp_bias=fields.flag("mlp_bias", False),
             qk_norm=family.qk_norm,
-            windows=families.windows(fields, family),
+            windows=families.windows(fields, family, sizes["num_layers"]),
             bos_token_id=fields.integer("bos_token_id", None, least=0),
             eos_token_ids=_eos_token_ids(fields),
             pad_token_id=fields.integer("pad_token_id", None, least=-1),
@@ -95,13 +96,7 @@ class ModelConfig:
         record: dict[str, Any] = {
             "architectures": [family.architecture],
             "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
+            **{key: getattr(self, ours) for ours, (key, _) in families.SIZES.items()},
             "hidden_act": "silu",
             "rms_norm_eps": self.norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
@@ -110,7 +105,7 @@ class ModelConfig:
             "attention_dropout": 0.0,
             "initializer_range": self.initializer_range,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": _one_or_list(self.eos_token_ids),
+            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
             "pad_token_id": self.pad_token_id,
             "use_cache": True,
             "torch_dtype": self.dtype,
@@ -165,29 +160,25 @@ class ModelConfig:
 
 
 def _check_heads(config: ModelConfig, fields: Fields) -> None:
-    if config.num_heads % config.num_kv_heads:
-        raise fields.fail(
-            "num_attention_heads", f" = {config.num_heads} is no multiple of {config.num_kv_heads} kv heads"
-        )
-    if config.head_dim % 2:
-        raise fields.fail("head_dim", f" = {config.head_dim} is odd; rotary embedding needs pairs")
-    is_derived = fields.record.get("head_dim") is None and FAMILIES[config.model_type].head_dim is None
-    if is_derived and config.hidden_size % config.num_heads:
-        raise fields.fail("hidden_size", f" = {config.hidden_size} is no multiple of {config.num_heads} heads")
+    heads, hidden, head_dim = config.num_heads, config.hidden_size, config.head_dim
+    if heads % config.num_kv_heads:
+        raise fields.fail("num_attention_heads", f" = {heads} is no multiple of {config.num_kv_heads} kv heads")
+    if head_dim % 2:
+        raise fields.fail("head_dim", f" = {head_dim} is odd; rotary embedding needs pairs")
+    if fields.record.get("head_dim") is None and FAMILIES[config.model_type].head_dim is None and hidden % heads:
+        raise fields.fail("hidden_size", f" = {hidden} is no multiple of {heads} heads")
 
 
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
-    window = next((size for size in config.windows if size), None)
     if family is FAMILIES["llama"]:
         return {}
+    window = next((size for size in config.windows if size), None)
     if not family.reads_layer_types:
         return {"sliding_window": window}
-    if window is None:
-        return {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers}
-    first = next(layer for layer, size in enumerate(config.windows) if size)
+    first = next((layer for layer, size in enumerate(config.windows) if size), config.num_layers)
+    record = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": first}
     types = ["sliding_attention" if size else "full_attention" for size in config.windows]
-    threshold = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": first}
-    return threshold | {"layer_types": types}
+    return record | ({"layer_types": types} if types else {})
 
 
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
@@ -196,9 +187,3 @@ def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MAX_INTEGER for token in ids):
         raise fields.fail("eos_token_id", f" is {shown(found)}; expected a token id or a list of them")
     return tuple(ids)
-
-
-def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
-    if len(ids) > 1:
-        return list(ids)
-    return ids[0] if ids else None

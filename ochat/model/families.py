@@ -33,16 +33,17 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", 32768, 128, qk_norm=True, reads_attention_bias=True, reads_layer_types=True),
 }
 
-# several times what the largest published models have
-MOST = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 19,
-    "intermediate_size": 1 << 22,
-    "num_hidden_layers": 1 << 12,
-    "num_attention_heads": 1 << 14,
-    "num_key_value_heads": 1 << 14,
-    "head_dim": 1 << 14,
+# our name -> key, and several times what the largest published models have
+SIZES = {
+    "vocab_size": ("vocab_size", 1 << 24),
+    "hidden_size": ("hidden_size", 1 << 19),
+    "intermediate_size": ("intermediate_size", 1 << 22),
+    "num_layers": ("num_hidden_layers", 1 << 12),
+    "num_heads": ("num_attention_heads", 1 << 14),
+    "num_kv_heads": ("num_key_value_heads", 1 << 14),
+    "head_dim": ("head_dim", 1 << 14),
 }
+ONLY = {"hidden_act": "silu", "attention_dropout": 0, "pretraining_tp": 1}
 
 READ_KEYS = frozenset(
     """model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
@@ -80,12 +81,9 @@ def find(fields: Fields) -> Family:
 def refuse_unimplemented(fields: Fields, family: Family) -> None:
     """Raises: ConfigError for every setting that would change a logit and is not implemented."""
     record = fields.record
-    if (activation := record.get("hidden_act") or "silu") != "silu":
-        raise fields.fail("hidden_act", f" is {shown(activation)}; only 'silu' is implemented")
-    if (dropout := record.get("attention_dropout") or 0) != 0:
-        raise fields.fail("attention_dropout", f" is {shown(dropout)}; dropout is not implemented, set it to 0")
-    if (parts := record.get("pretraining_tp") or 1) != 1:
-        raise fields.fail("pretraining_tp", f" is {shown(parts)}; sliced products are not implemented, set it to 1")
+    for key, only in ONLY.items():
+        if (found := record.get(key) or only) != only:
+            raise fields.fail(key, f" is {shown(found)}; only {only!r} is implemented")
     if not family.reads_attention_bias and record.get("attention_bias") not in (None, family.qkv_bias):
         raise fields.fail("attention_bias", f" is {shown(record['attention_bias'])}, against what this model type has")
     if record.get("mlp_bias") and not family.reads_mlp_bias:
@@ -95,29 +93,18 @@ def refuse_unimplemented(fields: Fields, family: Family) -> None:
             raise fields.fail(key, f" = {shown(record[key])} is not implemented; if it changes nothing, remove it")
 
 
-def sizes(fields: Fields, family: Family) -> dict[str, Any]:
-    """The sizes that ModelConfig takes, by its names; MOST bounds what is built of them before any weight is seen."""
-
-    def size(key: str, default: Any = REQUIRED) -> Any:
-        return fields.integer(key, default, most=MOST[key])
-
-    hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
+def sizes(fields: Fields, family: Family) -> dict[str, int]:
+    """The sizes that ModelConfig takes, by its names; their bounds hold before any weight is seen."""
     # Files of Llama 1 and 2 may leave the key/value heads out; the other families' silent defaults fit one size only.
-    kv_default = num_heads if family is FAMILIES["llama"] else REQUIRED
-    return {
-        "vocab_size": size("vocab_size"),
-        "hidden_size": hidden_size,
-        "intermediate_size": size("intermediate_size"),
-        "num_layers": size("num_hidden_layers"),
-        "num_heads": num_heads,
-        "num_kv_heads": size("num_key_value_heads", kv_default),
-        "head_dim": size("head_dim", family.head_dim or hidden_size // num_heads),
-    }
+    silent = {"head_dim": None} | ({"num_kv_heads": None} if family is FAMILIES["llama"] else {})
+    found = {ours: fields.integer(key, silent.get(ours, REQUIRED), most=most) for ours, (key, most) in SIZES.items()}
+    found["num_kv_heads"] = found["num_kv_heads"] or found["num_heads"]
+    found["head_dim"] = found["head_dim"] or family.head_dim or found["hidden_size"] // found["num_heads"]
+    return found
 
 
-def windows(fields: Fields, family: Family) -> tuple[int | None, ...]:
+def windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """Each layer's window, by the rules of transformers; empty if no layer has one."""
-    num_layers = fields.integer("num_hidden_layers", most=MOST["num_hidden_layers"])
     types = fields.record.get("layer_types")
     window = _window(fields, family)
     first = fields.integer("max_window_layers", 28, least=0) if family.reads_layer_types else 0
@@ -137,9 +124,7 @@ def _window(fields: Fields, family: Family) -> int | None:
         return None
     if family is FAMILIES["mistral"]:
         if fields.record.get("use_sliding_window") is False:
-            raise fields.fail(
-                "use_sliding_window", " is false, but unknown to this model type; set sliding_window to null"
-            )
+            raise fields.fail("use_sliding_window", " is false, but unknown here; set sliding_window to null")
         return fields.integer("sliding_window", silent)
     return fields.integer("sliding_window", silent) if fields.flag("use_sliding_window", False) else None
 

@@ -8,7 +8,7 @@ the computation and is not read here is refused by name.
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +16,55 @@ import numpy as np
 import torch
 
 from ochat.errors import CheckpointError, ConfigError
+from ochat.model import hf
+from ochat.model.config import ModelConfig
 
-MAGIC = b"GGUF"
-READ_KEYS = {
-    "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length",
-    "llama.attention.head_count", "llama.attention.head_count_kv", "llama.attention.layer_norm_rms_epsilon",
-    "llama.attention.key_length", "llama.attention.value_length", "llama.rope.freq_base",
-    "llama.rope.dimension_count", "llama.vocab_size",
-}  # fmt: skip
-# GGUF's name of a tensor -> Hugging Face's; a block's names follow "blk.N." and "model.layers.N."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MODEL_NAMES = {
-    "token_embd.weight": EMBEDDING,
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": HEAD,
+# of config.json -> of the metadata
+REQUIRED_KEYS = {
+    "hidden_size": "llama.embedding_length",
+    "intermediate_size": "llama.feed_forward_length",
+    "num_hidden_layers": "llama.block_count",
+    "num_attention_heads": "llama.attention.head_count",
+    "max_position_embeddings": "llama.context_length",
+    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
 }
-BLOCK_NAMES = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
+OPTIONAL_KEYS = {
+    "num_key_value_heads": "llama.attention.head_count_kv",
+    "head_dim": "llama.attention.key_length",
+    "rope_theta": "llama.rope.freq_base",
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
 }
+HEAD_DIM_KEYS = ("llama.rope.dimension_count", "llama.attention.value_length")  # where they are there, they are equal
 # the format's token types that are matched before any splitting
 CONTROL, USER_DEFINED = 3, 4
 
 
-class GGUFFile:
-    """An open GGUF file of the llama architecture; weights stay on disk until `read` asks for them.
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor of an open file; as a string, file and Hugging Face's name for messages."""
 
-    Raises ConfigError for another architecture or a missing `gguf` package, CheckpointError for a damaged file.
+    path: Path
+    name: str
+    heads: int | None  # of q and k, whose rotary pairs llama.cpp interleaves
+    _tensor: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.name}"
+
+    def read(self) -> torch.Tensor:
+        """fp32, dequantised, rotary pairs of q and k back in halves."""
+        from gguf import quants
+
+        weight = np.asarray(quants.dequantize(self._tensor.data, self._tensor.tensor_type), dtype=np.float32)
+        weight = weight if self.heads is None else split_in_halves(weight, self.heads)
+        return torch.from_numpy(np.array(weight, copy=True))
+
+
+class GGUFFile:
+    """An open GGUF file of the llama architecture: `config`, and its `tensors` by Hugging Face's names.
+
+    Raises: ConfigError for another architecture or a missing `gguf` package, CheckpointError for a damaged file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -57,52 +72,47 @@ class GGUFFile:
         reader = _open(self.path)
         self.metadata: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
         _check_architecture(self.metadata, self.path)
-        self._tensors = {hf_name(tensor.name, self.path): tensor for tensor in reader.tensors}
+        stored = {tensor.name: tensor for tensor in reader.tensors}
+        self.config = self._config(stored)
+        self.tensors = self._tensors(stored)
 
-    def config(self) -> dict[str, Any]:
-        """The Hugging Face `config.json` that says what this file's metadata say."""
-        heads, hidden = self._value("llama.attention.head_count"), self._value("llama.embedding_length")
-        head_dim = self.metadata.get("llama.attention.key_length", hidden // heads)
-        for name in ("llama.rope.dimension_count", "llama.attention.value_length"):
-            if self.metadata.get(name, head_dim) != head_dim:
-                raise ConfigError(f"{self.path}: {name} is {self.metadata[name]} but heads have {head_dim} dimensions: "
-                                  f"partial rotary embedding and uneven value heads are not implemented")  # fmt: skip
-        return {
-            "architectures": ["LlamaForCausalLM"],
+    def _config(self, stored: dict[str, Any]) -> ModelConfig:
+        if "token_embd.weight" not in stored:
+            raise CheckpointError(f"{self.path}: {hf.EMBEDDING} is missing: the file is not a whole model")
+        found = {key: self._value(name) for key, name in REQUIRED_KEYS.items()}
+        found |= {key: self.metadata.get(name) for key, name in OPTIONAL_KEYS.items()}
+        record = {key: _shortest(value) if isinstance(value, float) else value for key, value in found.items()}
+        record |= {
             "model_type": "llama",
-            "vocab_size": int(self._tensor(EMBEDDING).shape[-1]),  # GGUF lists the fastest axis first
-            "hidden_size": hidden,
-            "intermediate_size": self._value("llama.feed_forward_length"),
-            "num_hidden_layers": self._value("llama.block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self.metadata.get("llama.attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "max_position_embeddings": self._value("llama.context_length"),
-            "rms_norm_eps": _shortest(self._value("llama.attention.layer_norm_rms_epsilon")),
-            "rope_theta": _shortest(self.metadata.get("llama.rope.freq_base", 10000.0)),
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": HEAD not in self._tensors,
-            "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
+            "vocab_size": int(stored["token_embd.weight"].shape[-1]),  # GGUF lists the fastest axis first
+            "tie_word_embeddings": "output.weight" not in stored,
+            "dtype": "bfloat16",
         }
+        config = ModelConfig.from_hf(record, str(self.path))
+        for name in HEAD_DIM_KEYS:
+            if self.metadata.get(name, config.head_dim) != config.head_dim:
+                raise ConfigError(
+                    f"{self.path}: {name} is {self.metadata[name]} but heads have {config.head_dim} dimensions: "
+                    f"partial rotary embedding and uneven value heads are not implemented"
+                )
+        return config
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by its Hugging Face name: fp32, dequantised, rotary pairs of q and k back in halves."""
-        from gguf import quants
+    def _tensors(self, stored: dict[str, Any]) -> dict[str, GGUFTensor]:
+        from gguf import MODEL_ARCH, get_tensor_name_map
 
-        tensor, config = self._tensor(name), self.config()
-        weight = np.asarray(quants.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-        projection = name.split(".")[-2]
-        if projection in heads:
-            weight = split_in_halves(weight, heads[projection])
-        return torch.from_numpy(np.array(weight, copy=True))
-
-    def location(self, name: str) -> str:
-        """File and tensor, for messages."""
-        return f"{self.path}: {name}"
+        heads, found = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}, {}
+        names = get_tensor_name_map(MODEL_ARCH.LLAMA, self.config.num_layers)
+        for part in (part for parts in hf.parameter_parts(self.config).values() for part in parts):
+            name = names.get_name(part.name, try_suffixes=(".weight",))
+            if name not in stored:
+                raise CheckpointError(f"{self.path}: {part.name} is missing: the file is not a whole model")
+            found[part.name] = GGUFTensor(self.path, part.name, heads.get(part.name.split(".")[-2]), stored.pop(name))
+        for name in stored:
+            raise ConfigError(
+                f"{self.path}: the tensor {name} is not part of a plain Llama and would change its computation; "
+                f"take the model's safetensors and `ochat init-base --hf` instead"
+            )
+        return found
 
     def tokenizer_json(self) -> dict[str, Any]:
         """A `tokenizer.json` (the `tokenizers` package's format) built from the metadata.
@@ -127,22 +137,6 @@ class GGUFFile:
         if key not in self.metadata:
             raise CheckpointError(f"{self.path}: the metadata lack {key}: convert the model again")
         return self.metadata[key]
-
-    def _tensor(self, name: str) -> Any:
-        if name not in self._tensors:
-            raise CheckpointError(f"{self.path}: {name} is missing: the file is not a whole model")
-        return self._tensors[name]
-
-
-def hf_name(name: str, path: Path) -> str:
-    """Hugging Face's name of a GGUF tensor. Raises ConfigError for one that a plain Llama does not have."""
-    block = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    if block and block[2] in BLOCK_NAMES:
-        return f"model.layers.{block[1]}.{BLOCK_NAMES[block[2]]}"
-    if name in MODEL_NAMES:
-        return MODEL_NAMES[name]
-    raise ConfigError(f"{path}: the tensor {name} is not part of a plain Llama and would change its computation; "
-                      f"take the model's safetensors and `ochat init-base --hf` instead")  # fmt: skip
 
 
 def split_in_halves(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -174,11 +168,6 @@ def byte_level_bpe(tokens: list[str], types: list[int], merges: list[list[str]])
 
 
 def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; --gguf wants a GGUF model file")
-    with path.open("rb") as file:
-        if file.read(4) != MAGIC:
-            raise CheckpointError(f"{path}: not a GGUF file (it does not start with {MAGIC.decode()!r})")
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -186,15 +175,16 @@ def _open(path: Path) -> Any:
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:  # what the reader raises on cut or damaged files
-        raise CheckpointError(f"{path}: damaged or cut off ({error}): fetch the file again") from error
+        raise CheckpointError(f"{path}: damaged, cut off or no GGUF file ({error}); fetch it again") from error
 
 
 def _check_architecture(metadata: dict[str, Any], path: Path) -> None:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(f"{path}: general.architecture is {architecture!r}; only 'llama' is implemented")
+    known = {*REQUIRED_KEYS.values(), *OPTIONAL_KEYS.values(), *HEAD_DIM_KEYS, "llama.vocab_size"}
     for key, value in metadata.items():
-        if key.startswith("llama.") and key not in READ_KEYS and value not in (0, "none", False):
+        if key.startswith("llama.") and key not in known and value not in (0, "none", False):
             raise ConfigError(f"{path}: {key} = {value!r} would change the computation and is not implemented; "
                               f"take the model's safetensors and `ochat init-base --hf` instead")  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from ochat.files import atomic, bounded_json, checksums
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.gguf import GGUFFile
-from ochat.model.safetensors_files import TensorFiles, check_finite
 from ochat.model.transformer import Transformer
 from ochat.text import tokenizer as tokenizers
 
@@ -32,14 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 VOCABULARY_PARAMETERS = ("embed.weight", "head.weight")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model to be written: its config and its parameters by our names, one at a time."""
-
-    config: ModelConfig
-    parameters: Iterable[tuple[str, torch.Tensor]]
+Parameters = Iterator[tuple[str, torch.Tensor]]  # (our name, whole tensor), one at a time
 
 
 @dataclass(frozen=True)
@@ -73,68 +65,53 @@ def make_base(
         raise ConfigError(f"{out}: exists already; remove it or name another folder")
     with atomic.staging_dir(out) as folder:
         file = None if gguf is None else GGUFFile(gguf)
-        source = _source(file, hf_folder, random, seed)
+        config, parameters = _source(file, hf_folder, random, seed)
         vocabulary = _write_tokenizer(folder, tokenizer or hf_folder, file, add_tokens)
-        source = _with_vocabulary(source, vocabulary, dtype)
-        hf.save(folder, source.config, source.parameters, source.config.dtype)
-        _write_generation_config(folder, source.config)
+        config = config if dtype == "auto" else replace(config, dtype=dtype)
+        if vocabulary is not None:
+            config = replace(config, vocab_size=max(config.vocab_size, vocabulary.size))
+            parameters = _with_rows(parameters, config.vocab_size, vocabulary)
+        hf.save(folder, config, parameters, config.dtype)
+        _write_generation_config(folder, config)
         checksums.write(folder)
         folder.rename(out)
-    return source.config, vocabulary
+    return config, vocabulary
 
 
 @torch.no_grad()
-def grow(weight: torch.Tensor, rows: int, vocabulary: Vocabulary) -> torch.Tensor:
-    """weight (V, H) with at least `rows` rows, in its dtype: rows beyond V and those of added tokens hold the fp32 mean
-    of the rows that stood for known ids."""
-    before, width = weight.shape
-    grown = weight.new_empty(max(rows, before), width)
-    grown[:before] = weight
-    fresh = [*range(before, len(grown)), *vocabulary.added.values()]
-    if fresh:
-        grown[fresh] = weight[: vocabulary.known].float().mean(dim=0).to(weight.dtype)
-    return grown
+def _with_rows(parameters: Parameters, rows: int, vocabulary: Vocabulary) -> Parameters:
+    """The parameters, embedding and head grown to `rows` rows: rows that are new and those of added tokens hold the
+    fp32 mean of the rows that stood for known ids."""
+    for name, weight in parameters:
+        if name in VOCABULARY_PARAMETERS:
+            grown = weight.new_empty(rows, weight.shape[1])
+            grown[: len(weight)] = weight
+            if fresh := [*range(len(weight), rows), *vocabulary.added.values()]:
+                grown[fresh] = weight[: vocabulary.known].float().mean(dim=0).to(weight.dtype)
+            weight = grown
+        yield name, weight
 
 
-def _source(gguf: GGUFFile | None, folder: Path | None, random: Path | None, seed: int) -> Source:
-    if random is not None:
-        config = ModelConfig.from_hf(_read_json(random), str(random))
-        _check_memory(config, random)
-        model = Transformer(config, ochat_kernels.load("reference"))
-        model.initialize(seed)
-        return Source(config, model.named_parameters())
+def _source(
+    gguf: GGUFFile | None, folder: Path | None, random: Path | None, seed: int
+) -> tuple[ModelConfig, Parameters]:
+    """The source's config, and its parameters by our names, one at a time."""
     if gguf is not None:
-        files = gguf
-        config = ModelConfig.from_hf(gguf.config() | {"dtype": "bfloat16"}, str(gguf.path))
-    else:
-        assert folder is not None
-        config = ModelConfig.load(folder)
-        files = hf.read_tensors(folder, config)
-        checksums.compare(checksums.expected(folder))
-    return Source(config, _parameters(files, config))
+        return gguf.config, hf.read_parameters(gguf.tensors, gguf.config)
+    if folder is not None:
+        return hf.read_model(folder)
+    assert random is not None
+    config = ModelConfig.from_hf(_read_json(random), str(random))
+    _check_memory(config, random)
+    model = Transformer(config, ochat_kernels.load("reference"))
+    model.initialize(seed)
+    return config, iter(model.named_parameters())
 
 
 def _check_memory(config: ModelConfig, path: Path) -> None:
     has_gb, wants_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 4 * config.num_parameters() / 1e9
     if wants_gb > has_gb:
         raise ConfigError(f"{path}: its model takes {wants_gb:,.0f} GB in float32, this machine has {has_gb:,.0f}")
-
-
-def _parameters(files: GGUFFile | TensorFiles, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parts in hf.parameter_parts(config).items():
-        read = [check_finite(files.read(part.name), files.location(part.name)) for part in parts]
-        yield name, torch.cat(read)
-
-
-def _with_vocabulary(source: Source, vocabulary: Vocabulary | None, dtype: str) -> Source:
-    """The source with rows for every id of the tokenizer, to be stored in `dtype`."""
-    config = source.config if dtype == "auto" else replace(source.config, dtype=dtype)
-    if vocabulary is None:
-        return replace(source, config=config)
-    rows = max(config.vocab_size, vocabulary.size)
-    parameters = ((name, grow(tensor, rows, vocabulary) if name in VOCABULARY_PARAMETERS else tensor)
-                  for name, tensor in source.parameters)  # fmt: skip
-    return Source(replace(config, vocab_size=rows), parameters)
 
 
 def _write_tokenizer(

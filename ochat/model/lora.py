@@ -174,9 +174,9 @@ def base_digest(base: Path, model: ModelConfig) -> str:
 
     Costs: a page or two of each tensor is read.
     """
-    files, found = hf.open_tensors(base, model), hashlib.sha256()
-    for part in (part for parts in hf.parameter_parts(model).values() for part in parts):
-        found.update(f"{part.name} {files.dtype(part.name)} {part.shape}".encode())
-        for row in (0, part.shape[0] - 1):
-            found.update(files.rows(part.name, row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
+    stored, found = hf.open_tensors(base, model), hashlib.sha256()
+    for tensor in (stored[part.name] for parts in hf.parameter_parts(model).values() for part in parts):
+        found.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+        for row in (0, tensor.shape[0] - 1):
+            found.update(tensor.rows(row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """Write adapters as PEFT files (adapter_config.json, adapter_model.safetensors), or merge them into their base.
 
     adapter_config = AdapterConfig.read(folder);  save(out, model_config, adapter_config, adapter)
-    hf.save(out, model_config, merged_parameters(base_files, model_config, adapter_config, adapter), "bfloat16")
+    hf.save(out, model_config, merged_parameters(stored_base, model_config, adapter_config, adapter), "bfloat16")
 `adapter` holds the tensors of `lora.attach` under our names. A merged weight is W + (alpha / r) B A in fp32, rounded
 once; any other weight is the base's own.
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ochat.errors import CheckpointError
 from ochat.files import atomic, bounded_json, safetensors_file
+from ochat.files.safetensors_file import StoredTensor
 from ochat.model import hf, lora
 from ochat.model.config import ModelConfig
-from ochat.model.safetensors_files import TensorFiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model"
@@ -89,15 +89,18 @@ def save(folder: Path, config: ModelConfig, adapter_config: AdapterConfig, adapt
 
 
 def merged_parameters(
-    files: TensorFiles, config: ModelConfig, adapter_config: AdapterConfig, adapter: Mapping[str, Tensor]
+    stored: Mapping[str, StoredTensor],
+    config: ModelConfig,
+    adapter_config: AdapterConfig,
+    adapter: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """(our name, whole tensor) of every parameter of the model with its adapter, one at a time.
 
     Raises: KeyError for a tensor that `adapter` lacks. Costs: 2 r FLOPs a weight; one parameter in fp32.
     """
     adapted = lora.adapted_parts(config, adapter_config.targets)
-    for name in hf.parameter_parts(config):
-        whole, module = hf.read_parameter(files, config, name), name.removesuffix(".weight")
+    for name, whole in hf.read_parameters(stored, config):
+        module = name.removesuffix(".weight")
         if module in adapted and module != name:  # not its bias
             whole = whole.to(torch.float32, copy=True)
             for _, rows, a, b in _factors(adapted[module], adapter, module, adapter_config.rank):

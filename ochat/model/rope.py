@@ -17,10 +17,11 @@ from torch import Tensor
 from ochat.files.bounded_json import Fields, shown
 
 DEFAULT_THETA = 10000.0
+WHOLE = "original_max_position_embeddings"  # the one setting that is no fraction
 SCALING_KEYS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", WHOLE),
 }
 
 
@@ -41,11 +42,12 @@ def from_hf(record: Mapping[str, Any], where: str = "config.json") -> RopeConfig
 
     Raises: ConfigError for another scaling type, partial rotation, an unknown setting, or spellings that disagree.
     """
-    _refuse_partial_rotation(Fields(record, where))
-    found = [_from_table(record, key, where) for key in ("rope_scaling", "rope_parameters") if record.get(key)]
+    fields = Fields(record, where)
+    _refuse_partial_rotation(fields)
+    found = [_from_table(fields, key) for key in ("rope_scaling", "rope_parameters") if record.get(key)]
     if len(found) == 2 and found[0] != found[1]:
-        raise Fields(record, where).fail("rope_scaling", " and rope_parameters disagree; keep the right one")
-    return found[0] if found else RopeConfig(theta=Fields(record, where).number("rope_theta", DEFAULT_THETA))
+        raise fields.fail("rope_scaling", " and rope_parameters disagree; keep the right one")
+    return found[0] if found else RopeConfig(fields.number("rope_theta", DEFAULT_THETA))
 
 
 def to_hf(rope: RopeConfig) -> dict[str, Any]:
@@ -82,38 +84,34 @@ def _llama3(frequencies: Tensor, rope: RopeConfig) -> Tensor:
     return torch.where(is_between, mixed, slowed)
 
 
-def _from_table(record: Mapping[str, Any], key: str, where: str) -> RopeConfig:
+def _from_table(outer: Fields, key: str) -> RopeConfig:
     """One of the two tables; `rope_theta` may be in it or at the top level."""
-    table, outer = record[key], Fields(record, where)
+    table = outer.record[key]
     if not isinstance(table, dict) or any(isinstance(value, dict) for value in table.values()):
         raise outer.fail(key, f" is {shown(table)}; expected one table of numbers for all layers")
-    fields = Fields(table, f"{where}: {key}")
+    fields = Fields(table, f"{outer.where}: {key}")
     kind = _kind(fields)
     _refuse_partial_rotation(fields)
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *SCALING_KEYS[kind]}
     for name in table.keys() - known:
         if table[name] is not None:
             raise fields.fail(name, f" = {shown(table[name])} is not implemented for rope type {kind!r}")
-    rope = RopeConfig(_theta(fields, outer), kind, **_scaling(fields, kind))
+    scaling: dict[str, Any] = {
+        name: (fields.integer if name == WHOLE else fields.number)(name) for name in SCALING_KEYS[kind]
+    }
+    rope = RopeConfig(_theta(fields, outer), kind, **scaling)
     if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise fields.fail("high_freq_factor", f" = {rope.high_freq_factor} must be larger than low_freq_factor")
     return rope
 
 
-def _scaling(fields: Fields, kind: str) -> dict[str, Any]:
-    whole = "original_max_position_embeddings"
-    return {name: fields.integer(name) if name == whole else fields.number(name) for name in SCALING_KEYS[kind]}
-
-
 def _kind(fields: Fields) -> str:
-    given = [fields.record[key] for key in ("rope_type", "type") if fields.record.get(key) is not None]
-    names = {name if isinstance(name, str) else shown(name) for name in given}
-    if len(names) > 1:
-        raise fields.fail("rope_type", f" and type disagree: {sorted(map(str, names))}; keep the right one")
-    kind = names.pop() if names else "default"
-    if kind not in SCALING_KEYS:
-        raise fields.fail("rope_type", f" is {kind!r}, which is not implemented ({', '.join(SCALING_KEYS)} are)")
-    return kind
+    given = [fields.record[key] for key in ("rope_type", "type") if fields.record.get(key) is not None] or ["default"]
+    if given[0] != given[-1]:
+        raise fields.fail("rope_type", f" and type disagree: {shown(given)}; keep the right one")
+    if not isinstance(given[0], str) or given[0] not in SCALING_KEYS:
+        raise fields.fail("rope_type", f" is {shown(given[0])}: not implemented ({', '.join(SCALING_KEYS)} are)")
+    return given[0]
 
 
 def _theta(fields: Fields, outer: Fields) -> float:

@@ -1,13 +1,12 @@
 """The weights of a Hugging Face folder: one safetensors file, or several and an index.
 
-    files = TensorFiles.open("path/to/base");  files.read("model.norm.weight")
+    tensors = open_folder("path/to/base");  tensors["model.norm.weight"].read()
 Only safetensors are read: a pickled `.bin` can run code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,55 +15,28 @@ from torch import Tensor
 from ochat.errors import CheckpointError, ConfigError, how_to_fetch
 from ochat.files import atomic, bounded_json, safetensors_file
 from ochat.files.bounded_json import shown
-from ochat.files.safetensors_file import SafetensorsFile
+from ochat.files.safetensors_file import StoredTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADVICE = "fetch it again"
 
 
-@dataclass(frozen=True)
-class TensorFiles:
-    """The open files of a folder, by tensor."""
+def open_folder(directory: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a folder's one file, or of its shards by their index, by name.
 
-    files: Mapping[str, SafetensorsFile]
-
-    @classmethod
-    def open(cls, directory: str | Path) -> TensorFiles:
-        """Maps the folder's one file, or its shards by their index.
-
-        Raises: ConfigError for a hub id or a folder without safetensors (it says how to get them); CheckpointError for
-        a damaged or incomplete set of files.
-        """
-        directory = Path(directory)
-        index = _index(directory)
-        names = sorted(set(index.values())) if index is not None else [SINGLE]
-        opened = [_open_file(directory / name) for name in names]
-        if index is not None:
-            _compare_index(directory / INDEX, index, opened)
-        return cls({tensor: file for file in opened for tensor in file.names})
-
-    def location(self, name: str) -> str:
-        """File and tensor, for messages."""
-        return f"{self.files[name].path}: {name}"
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Read from the file's header."""
-        return self.files[name].shape(name)
-
-    def dtype(self, name: str) -> str:
-        """The format's name: F32, BF16, ..."""
-        return self.files[name].dtype(name)
-
-    def read(self, name: str) -> Tensor:
-        """A CPU tensor whose pages are read from disk when touched. Do not write to it."""
-        return self.files[name].read(name)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, mapped like the whole: no other byte is touched."""
-        return self.files[name].rows(name, start, stop)
+    Raises: ConfigError for a hub id or a folder without safetensors (it says how to get them); CheckpointError for a
+    damaged or incomplete set of files.
+    """
+    directory = Path(directory)
+    index = _index(directory)
+    if index is None:
+        return _open(directory / SINGLE)
+    shards = {name: _open(directory / name) for name in sorted(set(index.values()))}
+    _compare_index(directory / INDEX, index, shards)
+    return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 
 
-def check_finite(tensor: Tensor, location: str) -> Tensor:
+def check_finite(tensor: Tensor, location: object) -> Tensor:
     """The tensor. Raises: CheckpointError naming `location` if a value is NaN or infinite. Costs: 0.05 s a GB."""
     if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):  # NaN becomes both bounds
         raise CheckpointError(f"{location} holds a value that is NaN or infinite; {ADVICE}")
@@ -129,19 +101,17 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_file(path: Path) -> SafetensorsFile:
+def _open(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, but {INDEX} names it; {ADVICE}")
-    return SafetensorsFile(path, CheckpointError, ADVICE)
+    return safetensors_file.open_file(path, CheckpointError, ADVICE)
 
 
-def _compare_index(path: Path, index: Mapping[str, str], opened: Sequence[SafetensorsFile]) -> None:
-    held = {file.path.name: set(file.names) for file in opened}
+def _compare_index(path: Path, index: Mapping[str, str], shards: Mapping[str, Mapping[str, StoredTensor]]) -> None:
     for tensor, name in index.items():
-        if tensor not in held[name]:
+        if tensor not in shards[name]:
             raise CheckpointError(f"{path} says that {name} holds {tensor[:200]}, but it does not; fetch both again")
-    for file in opened:
-        for tensor in file.names:
-            if index.get(tensor) != file.path.name:
-                says = f"says that {index[tensor]} holds" if tensor in index else "does not list"
-                raise CheckpointError(f"{path} {says} {tensor}, which {file.path.name} holds; fetch both again")
+    for name, tensor in ((name, tensor) for name, shard in shards.items() for tensor in shard):
+        if index.get(tensor) != name:
+            says = f"says that {index[tensor]} holds" if tensor in index else "does not list"
+            raise CheckpointError(f"{path} {says} {tensor}, which {name} holds; fetch both again")

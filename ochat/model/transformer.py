@@ -21,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import ConfigError, DataError
 from ochat.model import rope
-from ochat.model.activation_offload import ActivationOffload
 from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
-from ochat.model.recompute import SelectiveRecompute
+from ochat.model.saved_tensors import ActivationOffload, SelectiveRecompute
 
 HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
 RECOMPUTE = ("none", "elementwise", "block")

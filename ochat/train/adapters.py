@@ -47,13 +47,13 @@ class Adapters:
     @torch.no_grad()
     def start(self, model: Transformer, seed: int) -> None:
         """Initialize the adapters: B zero, A random, rows of tokens from the base."""
-        files = hf.open_tensors(self.base, self.model)
+        stored = hf.open_tensors(self.base, self.model)
         for name, parameter in trainable_parameters(model).items():
             if ".lora." in name:
                 value = lora.first_value(name, tuple(parameter.shape), seed)
             else:
                 whole = name.replace("tokens.", "")
-                rows = (hf.read_rows(files, self.model, whole, i, i + 1) for i in self.token_ids)
+                rows = (hf.read_rows(stored, self.model, whole, i, i + 1) for i in self.token_ids)
                 value = torch.cat([piece for pieces in rows for _, piece in pieces])  # (n, H)
             local_shard(parameter).copy_(value[slice(*row_range(parameter))])
 

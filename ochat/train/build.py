@@ -119,7 +119,7 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
     tokenizer = tokenizers.load(config.base.path)
     identity.check_inputs(dataset, held_out, tokenizer, model_config, config.base.path)
     if not layout.checkpoint_folders(Path(config.run.dir)):  # else it starts from a checkpoint
-        hf.check_weights(config.base.path, model_config)
+        hf.open_tensors(config.base.path, model_config)
     return RunInputs(model_config, tokenizer, dataset, loader, eval_loader, identity.served_template(dataset))
 
 

@@ -16,8 +16,8 @@ from benchmarks.attention_backends import BACKENDS, backend
 from benchmarks.cases import MODELS, OPERATORS, Case, cost, make_problem
 from benchmarks.implementations import Implementation
 from benchmarks.timing import Ceilings
-from ochat.model.attention import attend
 from tests.model import test_attention
+from tests.model.test_attention import attend
 
 CPU = torch.device("cpu")
 LLAMA = MODELS["Llama-3-8B"]

@@ -37,7 +37,7 @@ from ochat.files.checksums import SUMS
 from ochat.files.checksums import expected as sums
 from ochat.model import hf
 from ochat.model.config import ModelConfig
-from ochat.model.safetensors_files import INDEX, TensorFiles
+from ochat.model.safetensors_files import INDEX, open_folder
 from ochat.plan import lengths
 from ochat.run import layout
 from ochat.text import tokenizer
@@ -219,9 +219,8 @@ def safetensors_files(place: Path):
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        files = TensorFiles.open(path.parent)
-        for name in files.files:
-            files.shape(name), files.dtype(name), files.read(name)
+        for tensor in open_folder(path.parent).values():
+            tensor.read()
 
     return bytes_of(content) | damaged_json(json.loads(content[8 : 8 + size])).map(join), read
 
@@ -231,7 +230,7 @@ def shard_indices(place: Path):
 
     def read(content: bytes) -> None:
         path.write_bytes(content)
-        hf.check_weights(path.parent, ModelConfig.load(place / "base"))
+        hf.open_tensors(path.parent, ModelConfig.load(place / "base"))
 
     return damaged_json(json.loads(path.read_text())), read
 

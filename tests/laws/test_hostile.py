@@ -30,7 +30,7 @@ from ochat.data.records import Record
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.files import bounded_json, checksums
 from ochat.model.config import ModelConfig
-from ochat.model.safetensors_files import INDEX, TensorFiles
+from ochat.model.safetensors_files import INDEX, open_folder
 from ochat.plan import lengths
 from ochat.text import tokenizer
 from ochat.text.conversation import Conversation
@@ -79,24 +79,24 @@ def test_a_header_that_lies_is_refused(tmp_path, header):
     """Sizes, offsets, types and names, the library's checks and ours together."""
     write_header(tmp_path / "model.safetensors", header)
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
-        TensorFiles.open(tmp_path)
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("size", [2**64 - 1, 2**63, 2**40, 10**8 + 1])
 def test_the_length_of_a_header_is_not_believed(tmp_path, size):
     write_header(tmp_path / "model.safetensors", {"a": F32}, size)
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
-        TensorFiles.open(tmp_path)
+        open_folder(tmp_path)
     write_header(tmp_path / "model.safetensors", json.dumps({"a": F32}).encode() + b" " * (1 << 26))
     with pytest.raises(CheckpointError, match="a header of 67,"):
-        TensorFiles.open(tmp_path)
+        open_folder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "../x.safetensors", "a\0.safetensors", "..", {}])
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, name):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="weight_map\\['a'\\]"):
-        TensorFiles.open(tmp_path)
+        open_folder(tmp_path)
 
 
 def test_a_device_or_a_pipe_is_no_file_of_weights(tmp_path):
@@ -109,10 +109,10 @@ def test_a_device_or_a_pipe_is_no_file_of_weights(tmp_path):
     for target in ("/dev/zero", tmp_path / "pipe", tmp_path):
         link.symlink_to(target)
         with pytest.raises(CheckpointError, match="x.safetensors is missing"):
-            TensorFiles.open(tmp_path / "base")
+            open_folder(tmp_path / "base")
         link.unlink()
     link.symlink_to("../blob")
-    assert list(TensorFiles.open(tmp_path / "base").files) == ["a"]
+    assert list(open_folder(tmp_path / "base")) == ["a"]
 
 
 # config.json, and JSON files in general

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ochat.model.activation_offload import ActivationOffload
+from ochat.model.saved_tensors import ActivationOffload
 
 
 class Square(torch.autograd.Function):

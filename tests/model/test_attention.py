@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat.errors import ConfigError
-from ochat.model.attention import PackedAttention, attend, default_backend
+from ochat.model.attention import PackedAttention, default_backend
 from tests.numerics import assert_close
+
+
+def attend(q, k, v, cu_seqlens, max_seqlen, window=None, backend="sdpa"):
+    return PackedAttention(cu_seqlens, max_seqlen, backend)(0, q, k, v, window)
 
 
 def truth(q, k, v, lengths, window):
@@ -111,13 +115,6 @@ def test_varlen_gets_what_either_signature_wants(monkeypatch, has_gqa, kv_heads,
     found = attend(q, k, v, cu_seqlens, 5, window=window, backend="varlen")
     torch.testing.assert_close(found, attend(q, k, v, cu_seqlens, 5, window=window))
     assert calls == [has_gqa and kv_heads == 2]
-
-
-def test_a_torch_without_varlen_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
-    q, k, v, cu_seqlens = tensors([5], 2, 2, 8, torch.bfloat16)
-    with pytest.raises(ConfigError, match="needs torch >= 2.11"):
-        attend(q, k, v, cu_seqlens, 5, backend="varlen")
 
 
 @pytest.mark.gpu

@@ -41,9 +41,7 @@ def write_model(folder: Path, config: ModelConfig, dtype: str = "float32") -> Pa
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    config = ModelConfig.load(folder)
-    files = hf.read_tensors(folder, config)
-    return {name: hf.read_parameter(files, config, name) for name in hf.parameter_parts(config)}
+    return dict(hf.read_model(folder)[1])
 
 
 def mean(rows: torch.Tensor) -> torch.Tensor:
@@ -133,10 +131,10 @@ def test_gguf_folder(tmp_path):
     file = test_gguf.write(tmp_path / "m.gguf", state=state)
     init_base.main(InitBaseOptions(tmp_path / "out", gguf=file, add_token=(EOT,), dtype="float32"))
     config = ModelConfig.load(tmp_path / "out")
-    files, size = hf.read_tensors(tmp_path / "out", config), test_gguf.CONFIG.vocab_size
+    stored, size = hf.read_tensors(tmp_path / "out", config), test_gguf.CONFIG.vocab_size
     assert config.vocab_size == size + 1
     for name, weight in state.items():
-        assert torch.equal(files.read(name)[: len(weight)], torch.from_numpy(weight)), name
+        assert torch.equal(stored[name].read()[: len(weight)], torch.from_numpy(weight)), name
     tokenizer = tokenizers.load(tmp_path / "out")
     assert (tokenizer.special_tokens[EOT], tokenizer.bos_id, tokenizer.eos_id) == (size, 1, 2)
 

@@ -18,7 +18,7 @@ from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.export.hf_folder import export
 from ochat.files import checksums
 from ochat.model import hf
-from ochat.model.safetensors_files import TensorFiles
+from ochat.model.safetensors_files import open_folder
 from tests import tiny
 
 
@@ -179,8 +179,9 @@ def test_the_hubs_records_of_a_download_are_its_sums(world, base, tmp_path):
 def test_a_value_that_is_not_finite_is_named_with_file_and_tensor(world, base, tmp_path, value):
     files = split(base)
     name = "model.layers.1.mlp.down_proj.weight"
-    place = TensorFiles.open(base).files[name].path.name
-    content, rows = bytearray((base / place).read_bytes()), TensorFiles.open(base).read(name).numpy().tobytes()
+    tensor = open_folder(base)[name]
+    place = tensor.path.name
+    content, rows = bytearray((base / place).read_bytes()), tensor.read().numpy().tobytes()
     at = content.index(rows) + 4 * 100
     content[at : at + 4] = np.float32(value).tobytes()
     (base / place).write_bytes(content)
