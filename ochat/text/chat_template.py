@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from collections.abc import Iterable
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import tokenizers
 
 from ochat.errors import CheckpointError
 from ochat.text.conversation import Conversation, Message
-from ochat.text.template import Template
+from ochat.text.template import FOLDER, Template
 from ochat.text.tokenizer import Tokenizer
 from ochat.text.tokenizer_convert import BOUNDARY
 
@@ -48,7 +46,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
         "assistant": _prefix_expression(template, "assistant"),
         "system": _quoted(template.system_prefix()),
     }
-    source = (resources.files("ochat.text") / "templates" / "chat_template.jinja").read_text("utf-8")
+    source = (FOLDER / "chat_template.jinja").read_text("utf-8")
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], source)
 
 
@@ -105,22 +103,22 @@ def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
     return all(tokenizer.encode(tail + content) == head + tokenizer.encode(content) for content in contents)
 
 
-def verify(
-    out_dir: str | Path, template: Template, tokenizer: Tokenizer, conversations: Iterable[Conversation] | None = None
-) -> None:
-    """Render conversations with the exported chat template, tokenise with the exported tokenizer, compare ids.
+def verify(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
+    """Render awkward conversations with the exported chat template, tokenise with the exported tokenizer, compare ids.
 
-    `conversations`: None for a built-in set of awkward ones. Raises: CheckpointError at the first difference.
+    Raises: CheckpointError at the first difference.
     """
-    folder = Path(out_dir)
     exported = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    chat = _environment().from_string(config["chat_template"])
+    # Jinja as transformers sets it up for chat templates
+    jinja = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    jinja.globals["raise_exception"] = _refuse
+    chat = jinja.from_string(config["chat_template"])
     exported.encode_special_tokens = True
     for text in (*_AWKWARD, *list(tokenizer.special_tokens)[:8]):
         _compare(exported, text, tokenizer.encode(text), folder)
     exported.encode_special_tokens = False
-    for conversation in probes() if conversations is None else conversations:
+    for conversation in _probes():
         variables, (ids, _) = chat_variables(conversation), template.encode(conversation, tokenizer)
         opening = tokenizer.encode_with_specials(template.role_prefix("assistant", conversation.condition))
         _compare(exported, chat.render(**variables), ids, folder)
@@ -144,13 +142,6 @@ def chat_variables(conversation: Conversation) -> dict[str, Any]:
     return {"messages": [*system, *turns], "condition": conversation.condition}
 
 
-def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up for chat templates."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
-    return environment
-
-
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -162,7 +153,7 @@ _TEXTS = ("Hello", "User: hi", "12345", "a\x00b", "😀 漢字", "\u0301accent",
 _AWKWARD = (*_BLANKS, *_TEXTS, ":)", ")", "'s", "-- -", "<", "|>", "//")
 
 
-def probes() -> list[Conversation]:
+def _probes() -> list[Conversation]:
     """Conversations whose contents start and end in awkward ways, over several turns, systems and conditions."""
     conditions = ("", "GPT4", "Math Correct", " blanks ", "é:")
     count, conversations = len(_AWKWARD), []

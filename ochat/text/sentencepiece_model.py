@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+SIZES = {1: 8, 5: 4}  # bytes of a number of these wire types; 0 is a varint, 2 begins with its length
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 BPE = 2
 
@@ -42,7 +43,7 @@ class SentencePieceModel:
 
 
 def parse(content: bytes) -> SentencePieceModel:
-    """Interpret a model file. Raises: ValueError if it is none."""
+    """Interpret a model file. Raises: ValueError or KeyError if it is none."""
     messages = [(field, value) for field, value in _fields(content) if isinstance(value, bytes)]
     pieces = [_piece(value) for field, value in messages if field == 1]
     trainer, normalizer = (dict(_fields(dict(messages).get(field, b""))) for field in (2, 3))
@@ -79,16 +80,11 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
-        wire = key & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-        elif wire in (1, 2, 5):
-            size, at = (8, at) if wire == 1 else (4, at) if wire == 5 else _varint(data, at)
-            if at + size > len(data):
-                raise ValueError("cut off")
-            value, at = data[at : at + size], at + size
-        else:
-            raise ValueError(f"wire type {wire}")
+        value, at = _varint(data, at) if key & 7 in (0, 2) else (SIZES[key & 7], at)
+        if key & 7:
+            value, at = data[at : at + value], at + value
+        if at > len(data):
+            raise ValueError("cut off")
         yield key >> 3, value
 
 

@@ -9,13 +9,12 @@ system text, a prefix, a message - is tokenised alone and the ids are joined: ex
 from __future__ import annotations
 
 import difflib
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib import resources
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
+import msgspec
 import numpy as np
 from msgspec import Meta
 
@@ -24,6 +23,7 @@ from ochat.errors import ConfigError
 from ochat.text.conversation import Conversation, Message, default_weight
 from ochat.text.tokenizer import Tokenizer
 
+FOLDER = Path(__file__).parent / "templates"
 ALIASES = {"openchat_3.5": "openchat_v3.2_mistral"}
 ConditionsMode = Literal["both", "assistant", "ignore"]
 
@@ -72,23 +72,18 @@ class Template:
     @classmethod
     def from_dict(cls, data: dict[str, Any], place: str = "template") -> Template:
         """A template from its TOML data (or from `to_dict`). Raises: ConfigError naming the key."""
-        hints, values = get_type_hints(cls, include_extras=True), {}
-        for key, value in data.items():
-            if key not in hints:
-                close = difflib.get_close_matches(key, hints, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(hints)}"
-                raise ConfigError(f"{place}: unknown key {key!r}; {hint}")
-            values[key] = overrides.build(hints[key], value, f"{place}: {key}")
-        for key in ("name", "context", "roles", "prefix", "eot"):
-            if key not in data:
-                raise ConfigError(f"{place}: {key} is missing")
-        template = cls(**values)
+        hints = get_type_hints(cls, include_extras=True)
+        if unknown := [key for key in data if key not in hints]:
+            raise ConfigError(f"{place}: unknown key {unknown[0]!r}; {_known(unknown[0], hints)}")
+        if missing := [key for key in ("name", "context", "roles", "prefix", "eot") if key not in data]:
+            raise ConfigError(f"{place}: {missing[0]} is missing")
+        template = cls(**{key: overrides.build(hints[key], value, f"{place}: {key}") for key, value in data.items()})
         _check(template, place)
         return template
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back as an equal template."""
-        return asdict(self) | {"special_tokens": list(self.special_tokens)}
+        return msgspec.to_builtins(self)
 
     def carries_condition(self, role: str) -> bool:
         """Whether the prefix of this role holds the condition."""
@@ -180,21 +175,16 @@ def load(name_or_path: str | Path) -> Template:
     """A built-in template by name, or a user's by the path of its .toml. Raises: ConfigError with the known names."""
     text = str(name_or_path)
     name = ALIASES.get(text, text)
-    if name in names():
-        data = tomllib.loads(_folder().joinpath(f"{name}.toml").read_text("utf-8"))
-        return Template.from_dict({"name": name} | data, f"template {name}")
-    path = Path(text)
-    if path.is_file():
-        return Template.from_dict({"name": path.stem} | overrides.read_toml(path), str(path))
-    known = sorted([*names(), *ALIASES])
-    close = difflib.get_close_matches(text, known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(f"template {text!r}: no such name or .toml file; {hint}known: {', '.join(known)}")
+    path = FOLDER / f"{name}.toml" if name in names() else Path(text)
+    if not path.is_file():
+        hint = _known(text, sorted([*names(), *ALIASES]))
+        raise ConfigError(f"template {text!r}: no such name or .toml file; {hint}")
+    return Template.from_dict({"name": path.stem} | overrides.read_toml(path), str(path))
 
 
 def names() -> list[str]:
     """The built-in templates."""
-    return sorted(entry.name.removesuffix(".toml") for entry in _folder().iterdir() if entry.name.endswith(".toml"))
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def with_conditions(template: Template, mode: ConditionsMode) -> Template:
@@ -221,8 +211,10 @@ def check_condition(condition: str, tokenizer: Tokenizer, option: str = "") -> N
         raise ConfigError(f"{option}the class {condition!r} spells a special token; no prefix can carry it")
 
 
-def _folder() -> Any:
-    return resources.files("ochat.text") / "templates"
+def _known(word: str, known: Collection[str]) -> str:
+    """What a wrong word may have meant."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(known)}"
 
 
 def _check(template: Template, place: str) -> None:

@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import tokenizers
 from ochat.errors import ConfigError, OchatError
 from ochat.files import atomic
 from ochat.text.conversation import check_unicode
-from ochat.text.tokenizer_convert import BOUNDARY, for_server, read_json, read_sentencepiece, read_tiktoken
+from ochat.text.tokenizer_convert import BOUNDARY, READERS, for_server
 from ochat.text.tokenizer_files import AddedToken, TokenizerFiles, find_tokenizer
 
 MAX_PREFIXES = 4096  # ids of role prefixes that are kept: a template's roles times the data's classes
@@ -51,10 +51,7 @@ def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
 
 
 def _load(files: TokenizerFiles, added_tokens: tuple[str, ...]) -> Tokenizer:
-    if files.kind == "sentencepiece":
-        read = read_sentencepiece(files, added_tokens)
-    else:
-        read = read_tiktoken(files) if files.kind == "tiktoken" else read_json(files, added_tokens)
+    read = READERS[files.kind](files, added_tokens)
     _add_tokens(read.model, read.tokens, added_tokens, files.path)
     tokenizer = Tokenizer(read.model, read.bos, read.eos, files.kind, b"" if files.kind == "json" else files.content)
     for role, name in (("bos", read.bos), ("eos", read.eos)):
@@ -97,7 +94,8 @@ class Tokenizer:
         self._special_names = {i: token for token, i in self.special_tokens.items()}
         longest_first = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
         self._special_pattern = re.compile(f"({longest_first})" if longest_first else "(?!)")
-        self._prefixes: dict[str, tuple[int, ...]] = {}
+        # ids of a template's prefixes, which come again and again
+        self.prefix_ids = lru_cache(MAX_PREFIXES)(lambda text: tuple(self.encode_with_specials(text)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.bos, self.eos, self.kind, self.content)
@@ -113,15 +111,6 @@ class Tokenizer:
             check_unicode(text)
         encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)  # a third faster: no offsets
         return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
-
-    def prefix_ids(self, text: str) -> tuple[int, ...]:
-        """`encode_with_specials` of a text that comes again and again."""
-        ids = self._prefixes.get(text)
-        if ids is None:
-            if len(self._prefixes) == MAX_PREFIXES:
-                self._prefixes.clear()
-            ids = self._prefixes[text] = tuple(self.encode_with_specials(text))
-        return ids
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of text in which special tokens are live; what is between them is encoded alone."""

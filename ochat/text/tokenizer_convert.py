@@ -1,6 +1,6 @@
 """Makes a `tokenizers.Tokenizer` of a SentencePiece BPE model, Llama 3's tiktoken ranks or a tokenizer.json.
 
-    read_sentencepiece(find_tokenizer(Path("models/mistral")), added_tokens=()).model
+    files = find_tokenizer(Path("models/mistral"));  READERS[files.kind](files, added_tokens=()).model
 
 SentencePiece merges by score and tiktoken by rank, whichever two parts give a token; so each split of a token into two
 others becomes a merge. Merges recovered from the vocabulary in any narrower way give other ids. An export writes the
@@ -10,6 +10,7 @@ tokenizer.json that `for_server` makes of such a tokenizer.
 from __future__ import annotations
 
 import binascii
+import itertools
 import json
 import re
 from collections.abc import Collection, Mapping
@@ -54,12 +55,12 @@ class ReadTokenizer:
     eos: str | None
 
 
-def read_sentencepiece(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
+def _read_sentencepiece(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
     """A SentencePiece BPE; pieces that the folder or `added_tokens` name are special in it.
 
     Raises: ConfigError for a model that cannot be converted with exactly its ids, naming what prevents it.
     """
-    source = spm.parse(files.content)
+    source: spm.SentencePieceModel = files.parsed
     specials = _special_pieces(source, files, added_tokens)
     pieces = [(i, p) for i, p in enumerate(source.pieces) if p.text not in specials]
     symbols = [p.text for _, p in pieces if p.type == spm.USER_DEFINED]
@@ -97,12 +98,9 @@ def _special_pieces(
             if own != token.text:
                 raise ConfigError(f"{files.path}: id {token.id} is {token.text!r} for the folder, here {own!r}")
             named.add(token.text)
-    return {p.text: i for i, p in enumerate(model.pieces) if p.text in named or _is_special(p)}
-
-
-def _is_special(piece: spm.Piece) -> bool:
-    is_mark = piece.type == spm.USER_DEFINED and _CHAT_MARK.fullmatch(piece.text)
-    return piece.type in (spm.CONTROL, spm.UNKNOWN) or bool(is_mark)
+    named |= {p.text for p in model.pieces if p.type in (spm.CONTROL, spm.UNKNOWN)}
+    named |= {p.text for p in model.pieces if p.type == spm.USER_DEFINED and _CHAT_MARK.fullmatch(p.text)}
+    return {p.text: i for i, p in enumerate(model.pieces) if p.text in named}
 
 
 def _refuse_inexact(files: TokenizerFiles, model: spm.SentencePieceModel, has_symbols: bool) -> None:
@@ -123,7 +121,7 @@ def _refuse_inexact(files: TokenizerFiles, model: spm.SentencePieceModel, has_sy
             )
 
 
-def read_tiktoken(files: TokenizerFiles) -> ReadTokenizer:
+def _read_tiktoken(files: TokenizerFiles, _added_tokens: Collection[str]) -> ReadTokenizer:
     """Llama 3: 128,000 byte-pair ranks, then 256 special tokens, whose names the folder may change.
 
     Raises: ConfigError for ranks of another model.
@@ -139,10 +137,8 @@ def read_tiktoken(files: TokenizerFiles) -> ReadTokenizer:
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     model.decoder = decoders.ByteLevel()
-    names, reserved = {}, 0
-    for i in range(LLAMA3_NUM_SPECIALS):
-        names[LLAMA3_RANKS + i] = LLAMA3_SPECIALS.get(i) or f"<|reserved_special_token_{reserved}|>"
-        reserved += i not in LLAMA3_SPECIALS
+    reserved = (f"<|reserved_special_token_{n}|>" for n in itertools.count())
+    names = {LLAMA3_RANKS + i: LLAMA3_SPECIALS.get(i) or next(reserved) for i in range(LLAMA3_NUM_SPECIALS)}
     tokens = tuple(token for token in files.tokens if token.id >= LLAMA3_RANKS)
     names |= {token.id: token.text for token in tokens if token.id in names}
     model.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in names.values()])
@@ -152,7 +148,9 @@ def read_tiktoken(files: TokenizerFiles) -> ReadTokenizer:
 
 @lru_cache(maxsize=1)  # a second of work; a command may load a tokenizer several times
 def _tiktoken_bpe(content: bytes) -> models.BPE:
-    letters = byte_letters()
+    # GPT-2's table: the printable letter for each byte
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, iter(range(256, 512))
+    letters = {byte: byte if byte in printable else next(others) for byte in range(256)}
     lines = (line.split() for line in content.splitlines() if line)
     ranks = {binascii.a2b_base64(token).decode("latin-1").translate(letters): int(rank) for token, rank in lines}
     # ignore_merges: tiktoken takes a word that is a token as one, even where no merges lead to it
@@ -170,13 +168,6 @@ def _merges(ranks: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [pair for _, pair in sorted(merges, key=itemgetter(0))]
 
 
-def byte_letters() -> dict[int, str]:
-    """The printable letter for each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return {byte: chr(byte if byte in printable else next(others)) for byte in range(256)}
-
-
 def _set_bos(model: tokenizers.Tokenizer, bos: str | None) -> None:
     """Servers that ask for special tokens get BOS in front; training's templates write their own."""
     if bos is not None:
@@ -185,12 +176,12 @@ def _set_bos(model: tokenizers.Tokenizer, bos: str | None) -> None:
         model.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
-def read_json(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
+def _read_json(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
     """A tokenizer.json without truncation, padding and export's boundary, its special tokens found by their bare text.
 
     `added_tokens` that it has are special. BOS is the one that its post-processor sets where no file names one.
     """
-    spec = _without_boundary(files.tokenizer_json) | {"truncation": None, "padding": None}
+    spec = _without_boundary(files.parsed) | {"truncation": None, "padding": None}
     bare = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     spec["added_tokens"] = [
         entry | bare if entry.get("special") or entry["content"] in added_tokens else entry
@@ -202,6 +193,9 @@ def read_json(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadToken
         names = {"bos": first["SpecialToken"]["id"]} if "SpecialToken" in first else {}
     model = tokenizers.Tokenizer.from_str(json.dumps(spec))
     return ReadTokenizer(model, files.tokens, names.get("bos"), names.get("eos"))
+
+
+READERS = {"sentencepiece": _read_sentencepiece, "tiktoken": _read_tiktoken, "json": _read_json}  # by kind
 
 
 def for_server(spec: dict[str, Any], *, boundary: bool) -> dict[str, Any]:

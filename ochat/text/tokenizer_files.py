@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ochat.errors import ConfigError, how_to_fetch
 from ochat.files import bounded_json
 from ochat.text import sentencepiece_model
+from ochat.text.sentencepiece_model import Piece
 
 KINDS = ("sentencepiece", "tiktoken", "json")  # in this order of preference where a folder holds several
 _CANNOT = "is no SentencePiece model, no tokenizer.json and no file of tiktoken ranks"
@@ -26,8 +27,7 @@ MOST_IDS = 1 << 24  # many times the largest published vocabulary
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AddedToken:
+class AddedToken(NamedTuple):
     """A token that a folder declares in addition to its vocabulary."""
 
     text: str
@@ -42,7 +42,7 @@ class TokenizerFiles:
     path: Path
     kind: str
     content: bytes
-    tokenizer_json: dict[str, Any] = field(default_factory=dict)  # the main file as JSON, if that is its kind
+    parsed: Any = None  # the content of a tokenizer.json, or a SentencePieceModel
     tokens: tuple[AddedToken, ...] = ()
     names: dict[str, str] = field(default_factory=dict)  # "bos", "eos" -> token
 
@@ -56,8 +56,8 @@ def find_tokenizer(path: Path) -> TokenizerFiles:
         raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {how_to_fetch(path)}")
     files = _candidates(path)
     main = _preferred(files, path)
-    spec = next((file.tokenizer_json for file in files if file.path.name == "tokenizer.json"), {})
-    if main.kind == "sentencepiece" and _is_of_another_vocabulary(spec, main.content):
+    spec = next((f.parsed for f in files if f.path.name == "tokenizer.json" and f.kind == "json"), {})
+    if main.kind == "sentencepiece" and _is_of_another_vocabulary(spec, main.parsed.pieces):
         log.warning("%s: tokenizer.json is no conversion of the SentencePiece model there: not used", path)
         spec = {}
     return replace(main, tokens=_read_added_tokens(path, spec), names=_read_names(path))
@@ -99,20 +99,18 @@ def _read_file(path: Path) -> TokenizerFiles:
     if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?(\n|$)", content):
         return TokenizerFiles(path, "tiktoken", content)
     try:
-        sentencepiece_model.parse(content)
+        return TokenizerFiles(path, "sentencepiece", content, sentencepiece_model.parse(content))
     except (ValueError, KeyError) as error:
         raise ConfigError(f"{path}: {_CANNOT} ({error})") from None
-    return TokenizerFiles(path, "sentencepiece", content)
 
 
-def _is_of_another_vocabulary(spec: dict[str, Any], content: bytes) -> bool:
+def _is_of_another_vocabulary(spec: dict[str, Any], pieces: Sequence[Piece]) -> bool:
     """Whether less than half of the SentencePiece pieces have their ids in a tokenizer.json that has a vocabulary."""
     vocab = (spec.get("model") or {}).get("vocab")
     if isinstance(vocab, list):  # of a unigram model: [piece, score] by id
         vocab = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry[1:]}
     if not isinstance(vocab, dict) or not vocab:
         return False
-    pieces = sentencepiece_model.parse(content).pieces
     return 2 * sum(vocab.get(piece.text) == i for i, piece in enumerate(pieces)) < len(pieces)
 
 
@@ -128,7 +126,7 @@ def _read_added_tokens(folder: Path, tokenizer_json: dict[str, Any]) -> tuple[Ad
         known = found.setdefault(token.text, token)
         if known.id != token.id:
             raise ConfigError(f"{folder}: token {token.text!r} has id {known.id} in one file and {token.id} in another")
-        found[token.text] = AddedToken(token.text, token.id, known.special or token.special)
+        found[token.text] = token._replace(special=known.special or token.special)
     return tuple(sorted(found.values(), key=lambda token: token.id))
 
 
@@ -140,14 +138,12 @@ def _read_names(folder: Path) -> dict[str, str]:
     return {role: text for role, text in texts.items() if isinstance(text, str) and text}
 
 
-def _declared(folder: Path, tokenizer_json: dict[str, Any]) -> Iterator[AddedToken]:
-    for entry in tokenizer_json.get("added_tokens") or []:
-        yield AddedToken(entry["content"], int(entry["id"]), bool(entry.get("special", False)))
+def _declared(folder: Path, tokenizer_json: dict[str, Any]) -> list[AddedToken]:
     decoder = _read_if_there(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    for token_id, entry in decoder.items():
-        yield AddedToken(entry["content"], int(token_id), bool(entry.get("special", False)))
-    for text, token_id in _read_if_there(folder / "added_tokens.json").items():
-        yield AddedToken(text, int(token_id), False)
+    more = _read_if_there(folder / "added_tokens.json")
+    entries = [*((entry["id"], entry) for entry in tokenizer_json.get("added_tokens") or []), *decoder.items()]
+    entries += [(token_id, {"content": text}) for text, token_id in more.items()]
+    return [AddedToken(entry["content"], int(i), bool(entry.get("special", False))) for i, entry in entries]
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

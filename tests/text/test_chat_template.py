@@ -100,13 +100,12 @@ def test_verify_passes_and_finds_a_difference(exported):
     chat_template.verify(folder, template, tokenizer)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    said = [Conversation((Message("user", "\nHi"), Message("assistant", ":)")), "GPT4")]
     trimmed = config["chat_template"].replace("= message['content'] -", "= message['content'] | trim -")
     assert trimmed != config["chat_template"]
     path.write_text(json.dumps(config | {"chat_template": trimmed}))
     try:
         with pytest.raises(CheckpointError, match="other ids than training"):
-            chat_template.verify(folder, template, tokenizer, said)
+            chat_template.verify(folder, template, tokenizer)
     finally:
         path.write_text(json.dumps(config))
 

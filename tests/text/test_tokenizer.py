@@ -104,12 +104,6 @@ def test_lone_surrogates_are_refused(tokenizer):
             encode("a\udc00")
 
 
-def test_prefix_ids_are_those_of_live_text_however_many_there_are(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizers, "MAX_PREFIXES", 3)
-    prefixes = [f"class {i} User:{EOT}" for i in range(5)] * 2
-    assert [list(tokenizer.prefix_ids(p)) for p in prefixes] == [tokenizer.encode_with_specials(p) for p in prefixes]
-
-
 @settings(max_examples=200, deadline=None)
 @given(text=texts)
 def test_transformers_gives_the_same_ids(tokenizer, served, text):
