@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec import structs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -73,12 +74,8 @@ class Transformers:
         self.data = build.open_dataset(config)
         model_config = ModelConfig.load(config.base.path)
         self.loader = build.open_loader(config, self.data, model_config)
-        self.lr = schedule.choose_lr(
-            config.optim.lr,
-            supervised_tokens_per_step=self.loader.stats().supervised_per_step,
-            model_type=model_config.model_type,
-            vocab_size=model_config.vocab_size,
-        ).value
+        lr, _ = schedule.choose_lr(config.optim.lr, self.loader.stats().supervised_per_step, model_config)
+        self.optim = structs.replace(config.optim, lr=lr)
         self.attention = choose_attention(self.device, self.otherwise)
         self.note = f"attention {self.attention}"
         self.model = self.load_model()
@@ -104,12 +101,10 @@ class Transformers:
 
     def update(self) -> None:
         """Clipping and AdamW at the step's learning rate."""
-        options = self.config.optim
-        ratios = {"warmup_ratio": options.warmup_ratio, "min_lr_ratio": options.min_lr_ratio}
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * schedule.factor(self.steps_done, self.loader.num_steps, **ratios)
-        if options.clip > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), options.clip)
+            group["lr"] = schedule.lr_at(self.steps_done, self.loader.num_steps, self.optim)
+        if self.optim.clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.optim.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -82,10 +82,7 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     notes += run_facts.length_notes(counts, config.data.token_budget, model.max_position_embeddings)
 
     def lr_reason(stats: LoaderStats) -> str:
-        return schedule.choose_lr(
-            config.optim.lr, supervised_tokens_per_step=stats.supervised_per_step, model_type=model.model_type,
-            vocab_size=model.vocab_size, lora=config.lora.rank > 0,
-        ).reason  # fmt: skip
+        return schedule.choose_lr(config.optim.lr, stats.supervised_per_step, model, lora=config.lora.rank > 0)[1]
 
     if data:
         loader = open_checked(config, data, model)

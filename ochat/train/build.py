@@ -180,20 +180,12 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     fullest = Workload(LengthCounts.of(np.array([config.data.token_budget])), supervised_share=1.0)
     planned = PlanInputs(model, fullest, 0, config.data, train, config.optim, config.parallel, config.lora)
     recompute, reason = choices.recompute(planned, ranks)
-    lr = schedule.choose_lr(
-        config.optim.lr,
-        supervised_tokens_per_step=inputs.loader.stats().supervised_per_step,
-        model_type=model.model_type,
-        vocab_size=model.vocab_size,
-        lora=config.lora.rank > 0,
-    )
-    decided = structs.replace(
-        config,
-        train=structs.replace(train, recompute=recompute),
-        optim=structs.replace(config.optim, lr=lr.value),
-    )
+    supervised = inputs.loader.stats().supervised_per_step
+    lr, lr_reason = schedule.choose_lr(config.optim.lr, supervised, model, lora=config.lora.rank > 0)
+    train, optimizer = structs.replace(train, recompute=recompute), structs.replace(config.optim, lr=lr)
+    decided = structs.replace(config, train=train, optim=optimizer)
     peak = metrics.peak_flops(device, config.train.peak_tflops, getattr(torch, config.train.dtype))
-    return Resolved(config, decided, reason, lr.reason, *peak)
+    return Resolved(config, decided, reason, lr_reason, *peak)
 
 
 def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:

@@ -13,11 +13,13 @@ import json
 import math
 import resource
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from ochat_kernels import LossOutput
 from torch import Tensor
@@ -106,17 +108,15 @@ class MetricsLog:
             return []
         rows = torch.stack([values for *_, values in self._pending]).tolist()
         seconds = (time.perf_counter() - self._since) / len(rows)
-        steps = [
-            self._line(step, epoch, lr, row, seconds)
-            for (step, epoch, lr, _), row in zip(self._pending, rows, strict=True)
-        ]
-        self._pending, self._since = [], time.perf_counter()
+        pending, self._pending, self._since = self._pending, [], time.perf_counter()
         lines: list[dict[str, Any]] = []
         try:
-            for line, row in zip(steps, rows, strict=True):
+            for (step, epoch, lr, _), row in zip(pending, rows, strict=True):
+                line = self._line(step, epoch, lr, row, seconds)
                 if not (math.isfinite(row[0]) and math.isfinite(row[-1])):  # as optim.update decides
-                    self.nonfinite.add(line["step"], line["loss"], line["grad_norm"])
-                    line = _valid(line) | {"skipped": True}
+                    self.nonfinite.add(step, line["loss"], line["grad_norm"])
+                    # JSON has no NaN and no infinity: msgspec writes null
+                    line = msgspec.json.decode(msgspec.json.encode(line)) | {"skipped": True}
                 lines.append(line)
         finally:
             self.file.append(lines)
@@ -133,13 +133,6 @@ class MetricsLog:
         line |= {"grad_norm": row[-1]} | {f"{name}_per_s": means[name] / seconds for name in _RATES}
         line |= {"mfu": work / seconds / self.peak_flops, "peak_mem_gib": peak_memory_gib(self.device)}
         return line | {"step_s": seconds} | {name: means[name] for name in ("tokens", "supervised_tokens", "classes")}
-
-
-def _valid(value: Any) -> Any:
-    """The value with None for NaN and infinities, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _valid(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def truncate_after(path: Path, last_step: int) -> None:
@@ -173,12 +166,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        (left @ right).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    seconds = timeit.repeat(lambda: (left @ right).sum().item(), number=1, repeat=4)
+    return 2 * size**3 / min(seconds)
 
 
 def _ratio(value: float, weight: float) -> float | None:

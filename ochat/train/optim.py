@@ -8,7 +8,7 @@ Weight decay applies to matrices (embeddings included), never to norms and biase
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -28,29 +28,30 @@ CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 class FusedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's state and result, computed by a multi-tensor kernel that also scales the gradients.
 
-    `adamw`: ochat_kernels' operator. Each rank updates its shard of a sharded parameter. `state`: the moments' dtype.
-    Random bits for rounding to bf16 follow from `seed`, the step and the element's index in the whole model, so a
-    resumed run and runs on other numbers of processes draw the same. `host_moments`: the moments stay in (pinned) host
-    memory and are copied to the GPU piece by piece; each step transfers 4 moments' worth of bytes per parameter, and
-    the host waits for them.
+    `adamw`: ochat_kernels' operator. Each rank updates its shard of a sharded parameter. Random bits for rounding to
+    bf16 follow from `seed`, the step and the element's index in the whole model, so a resumed run and runs on other
+    numbers of processes draw the same. `host_moments`: the moments stay in (pinned) host memory and are copied to the
+    GPU piece by piece; each step transfers 4 moments' worth of bytes per parameter, and the host waits for them.
+    `config.in_backward`: backward updates each parameter as soon as its gradient is complete, and frees the gradient;
+    it is not clipped, and one with a NaN or an infinity updates nothing.
     """
 
     def __init__(
         self,
         groups: list[dict],
         adamw: Callable[..., None],
-        betas: tuple[float, float],
-        eps: float,
+        config: OptimConfig,
         host_moments: bool = False,
-        state: torch.dtype = torch.float32,
         seed: int = 0,
     ):
-        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps})
+        super().__init__(groups, {"lr": 0.0, "betas": config.betas, "eps": config.eps})
+        self.adamw, self.host_moments, self.seed = adamw, host_moments, seed
+        self.state_dtype = getattr(torch, config.moment_dtype)
         self.skipped: Tensor | None = None  # () fp32 on the device: steps counted in the state that were not applied
-        self.adamw, self.host_moments, self.state_dtype, self.seed = adamw, host_moments, state, seed
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.ids = {parameter: i for i, parameter in enumerate(parameters)}
-        self.norms: dict[int, Tensor] | None = None  # with step_in_backward: () fp32 of each gradient, by id
+        self.ids = {parameter: i for i, (_, parameter) in enumerate(self._parameters())}
+        self.norms: dict[int, Tensor] | None = {} if config.in_backward else None  # () fp32 of each gradient, by id
+        for group, parameter in self._parameters() if config.in_backward else ():
+            parameter.register_post_accumulate_grad_hook(partial(self._update_now, group))
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor) -> None:  # type: ignore[override]
@@ -60,21 +61,15 @@ class FusedAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             self._update(group, [p for p in group["params"] if p.grad is not None], grad_scale, skipped)
 
-    def step_in_backward(self) -> None:
-        """Update each parameter in backward as soon as its gradient is complete, then free the gradient.
-
-        The gradient is not clipped; one with a NaN or an infinity does not update its parameter."""
-        self.norms = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(partial(self._update_now, group))
-
     def zero_moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """Both moments of a parameter as zeros, on the host or the device."""
         if not self.host_moments:
             return {moment: torch.zeros_like(parameter, dtype=self.state_dtype) for moment in MOMENTS}
         like = local_shard(parameter)
         return {moment: torch.zeros(like.shape, dtype=self.state_dtype, pin_memory=like.is_cuda) for moment in MOMENTS}
+
+    def _parameters(self) -> Iterator[tuple[dict, Tensor]]:
+        return ((group, parameter) for group in self.param_groups for parameter in group["params"])
 
     @torch.no_grad()
     @record_function("optimizer")
@@ -132,11 +127,7 @@ def build(
     for parameter in parameters:
         if micro_batches > 1 and not isinstance(parameter, DTensor):  # FSDP accumulates in its reduce_dtype
             parameter.grad_dtype = torch.float32
-    state = getattr(torch, config.moment_dtype)
-    optimizer = FusedAdamW(groups, adamw, config.betas, config.eps, host_moments, state, seed)
-    if config.in_backward:
-        optimizer.step_in_backward()
-    return optimizer
+    return FusedAdamW(groups, adamw, config, host_moments, seed)
 
 
 def check(config: OptimConfig, num_processes: int) -> None:

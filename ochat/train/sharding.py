@@ -87,14 +87,10 @@ def _shard(model: Transformer, ranks: Ranks, parallel: ParallelConfig, dtype: to
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch([*passing, *staying[:-1]])
-
-
-def _prefetch(modules: list) -> None:
-    """Let each module gather the next one's weights before its own forward is queued, so that they overlap even if the
-    host is slower than the device. In backward FSDP2 prefetches one module ahead by itself."""
-    for module, following in pairwise(modules):
-        module.set_modules_to_forward_prefetch([following])
+    # each gathers the next one's weights before its own forward is queued, so that they overlap even if the host is
+    # slower than the device; in backward FSDP2 prefetches one module ahead by itself
+    for module, following in pairwise([*passing, *staying[:-1]]):
+        module.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
 
 
 def _reshards(ranks: Ranks, parallel: ParallelConfig) -> bool:

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ochat.config import OptimConfig
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError
 from ochat.train import build
-from ochat.train.schedule import factor
+from ochat.train.schedule import lr_at
 from tests import tiny
 
 LINE = [
@@ -33,7 +34,7 @@ def test_the_loss_falls_and_every_step_has_its_line(world, alone):
     assert alone[-1]["loss"] < 0.75 * alone[0]["loss"]
     for step, line in enumerate(alone):
         assert list(line) == LINE
-        assert line["lr"] == 3e-3 * factor(step, len(alone), warmup_ratio=0.05, min_lr_ratio=0.1)
+        assert line["lr"] == lr_at(step, len(alone), OptimConfig(lr=3e-3, warmup_ratio=0.05, min_lr_ratio=0.1))
         assert line["padded_tokens_per_s"] >= line["tokens_per_s"] > line["supervised_tokens_per_s"] > 0
         assert 0 < line["mfu"] < 1 and line["classes"].keys() == {"GPT4", "GPT3"}
     config = (world.folder / "alone" / "config.toml").read_text()
