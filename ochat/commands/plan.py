@@ -60,7 +60,7 @@ class PlanOptions:
 def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     """Print the plan of a training command line. Raises: OchatError."""
     from ochat.model.config import ModelConfig
-    from ochat.plan import run_facts, tables
+    from ochat.plan import run_facts
     from ochat.plan.forecast import PlanInputs, forecast
     from ochat.plan.roofline import Workload
     from ochat.train import build, schedule
@@ -111,7 +111,7 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
         gpus = [1] if config.optim.in_backward else [1, 8] if nodes == [1] else [8]
     cards = [GPUS[options.card]] if options.card else list(GPUS.values())
     found = [forecast(inputs, card, gpus=n, nodes=m) for m in nodes for n in gpus for card in cards]
-    console.print("", *tables.shown(found, inputs), sep="\n")
+    console.print("", *run_facts.tables(found, inputs), sep="\n")
 
 
 def check_base(path: str, model: ModelConfig) -> list[str]:

@@ -16,8 +16,7 @@ from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Tr
 from ochat.model.config import ModelConfig
 from ochat.plan import memory, roofline
 from ochat.plan.gpus import GpuSpec
-from ochat.plan.layout import Layout
-from ochat.plan.memory import GIB, MemoryUse
+from ochat.plan.memory import GIB, Layout, MemoryUse
 from ochat.plan.roofline import Speed, Workload
 
 BUDGET_STEP = 256  # tokens: resolution of the largest budget that fits

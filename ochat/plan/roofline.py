@@ -14,8 +14,8 @@ import numpy as np
 
 from ochat.model.config import ModelConfig
 from ochat.plan.gpus import GpuSpec, attention_rate
-from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
+from ochat.plan.memory import Layout
 
 OVERLAP = 0.9  # assumed: share of the communication that can overlap with computation
 HOST_BANDWIDTH = 25e9  # assumed: bytes/s to and from pinned host memory, of PCIe 4

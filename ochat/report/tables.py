@@ -153,10 +153,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
     for name in ("model", "data", "classes", "computation", "processes", "packing"):
         if isinstance(announced, dict) and isinstance(announced.get(name), str):
             facts[name] = announced[name]
-    of_classes = [
-        f"{class_label(name)} {_over(run, f'classes.{name}.loss', last, '.4f')}" for name in class_names([run])
-    ]
-    facts["final loss"] = _over(run, "loss", last, ".4f") + (f" ({', '.join(of_classes)})" if of_classes else "")
+    names = {class_label(name): f"classes.{name}.loss" for name in class_names([run])}
+    parts = ", ".join(f"{label} {_over(run, name, last, '.4f')}" for label, name in names.items())
+    facts["final loss"] = _over(run, "loss", last, ".4f") + (f" ({parts})" if parts else "")
     if run.best:
         there = "there" if run.best.checkpoint else "not there"
         loss = f"{run.best.losses[run.best_by]:.4f} of {loss_label(run.best_by)}"

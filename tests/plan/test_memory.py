@@ -17,7 +17,7 @@ from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer
 from ochat.plan import memory
-from ochat.plan.layout import Layout
+from ochat.plan.memory import Layout
 from ochat.train import optim, sharding
 from tests.fake_step import FakeStep
 

@@ -10,8 +10,8 @@ from ochat.model import lora
 from ochat.model.config import ModelConfig
 from ochat.plan import roofline
 from ochat.plan.gpus import ATTENTION_LENGTHS, FLASH_3_HOPPER, GPUS, attention_rate
-from ochat.plan.layout import Layout
 from ochat.plan.lengths import LengthCounts
+from ochat.plan.memory import Layout
 from ochat.plan.roofline import Workload
 
 MODELS = {
