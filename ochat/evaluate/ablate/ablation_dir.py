@@ -29,6 +29,7 @@ from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.job_runner import Job, cuda_devices, run_jobs, slots
 from ochat.evaluate.ablate.variants import AblateConfig, Run
 from ochat.files import atomic, bounded_json, checksums, jsonl
+from ochat.overrides import expect
 from ochat.run import layout
 from ochat.run.lock import folder_lock
 from ochat.text import template as templates
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 IDENTITY, OLD_IDENTITY = "ablation.json", "laboratory.json"
 MEASURED = "measured.json"
 MODES: dict[str, ConditionsMode] = {"condition": "both", "plain": "ignore"}  # `ochat prepare --conditions`
-FREE = ("dir", "seeds", "variants", "subsample", "jobs", "keep_checkpoints")  # keys of [ablate] that change no number
-FREE_SECTIONS = ("run", "checkpoint", "log", "samples")
+FREE_SECTIONS = ("run", "checkpoint", "log", "samples")  # which change no number
+FREE_KEYS = [f"{ABLATE}.{key}" for key in ("dir", "seeds", "variants", "subsample", "jobs", "keep_checkpoints")]
 
 
 class AblationDir:
@@ -56,15 +57,16 @@ class AblationDir:
         Raises: ConfigError naming a setting or a file that has changed since the folder was begun, and a class that the
         data lacks; DataError for a bad record. Costs: reads the input once each time, for its checksums.
         """
-        template = templates.load(self.options.template)
-        if template.condition_roles == "none":
-            raise ConfigError(
-                f"{ABLATE}.template = {template.name!r}: its prefixes name no class, so none can be left out"
-            )
+        name, why = self.options.template, "one whose prefixes name a class, which can be left out"
+        expect(templates.load(name).condition_roles != "none", f"{ABLATE}.template", name, why)
         self._check_identity()
         for run in self.runs:
             self._prepare(run)
-            self._check_classes(run)
+            for path, keys in ((run.data, ("expert", "suboptimal")), (held_out(run), ("expert",))):
+                known = TokenDataset(path).class_names
+                for key in keys:
+                    name, why = getattr(self.options, key), f"a class of {path}: {', '.join(map(repr, known))}"
+                    expect(name in known, f"{ABLATE}.{key}", name, why)
 
     def check(self) -> None:
         """Raises: ConfigError where nothing was begun, and naming a setting that has changed since."""
@@ -77,74 +79,58 @@ class AblationDir:
         self.folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.folder, f"--{ABLATE}.dir"):
             self.open()
-            todo = [run for run in self.runs if not self.measured(run).is_file()]
+            todo = [run for run in self.runs if not (run.folder / MEASURED).is_file()]
             counts = len(self.runs), self.base.data.max_steps, len(todo), self.options.jobs
             log.info("%s: %d runs of %d steps, %d to do, %d at a time", self.folder, *counts)
             devices = [] if self.base.train.device == "cpu" else cuda_devices()
-            jobs = [self.job(run, "cuda" if devices else "cpu") for run in todo]
+            jobs = [self._job(run, "cuda" if devices else "cpu") for run in todo]
             return run_jobs(jobs, slots(self.options.jobs, devices))
 
-    def job(self, run: Run, device: str) -> Job:
+    def results(self) -> list[dict[str, Any]]:
+        """A record of each measured run, in order; results.jsonl holds the same, a line each."""
+        found = []
+        for run in self.runs:
+            if (path := run.folder / MEASURED).is_file():
+                measured = bounded_json.read_object(path, ConfigError, "remove it, and the run is made again")
+                last = last_step(run.folder)
+                record = {"run": run.name, "variant": run.variant.name, "title": run.variant.title, "seed": run.seed}
+                record |= {"steps": last.get("step"), "loss": last.get("loss")}
+                found.append(record | {key: measured[key] for key in ("conditions", "interval", "classes")})
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in found)
+        atomic.write_text(self.folder / "results.jsonl", "".join(lines))
+        return found
+
+    def _job(self, run: Run, device: str) -> Job:
         """The run's two programs: the trainer, and `ochat eval` of the result."""
-        folder, options = Path(run.config.run.dir), self.options
+        options = self.options
         config, output = self.folder / "configs" / f"{run.name}.toml", self.folder / "logs" / f"{run.name}.log"
         for path in (config, output):
             path.parent.mkdir(exist_ok=True)
         atomic.write_text(config, configuration.dump(run.config))
         conditions = [options.expert, options.suboptimal] if run.variant.has_condition else []
         measure = [
-            *("-m", "ochat", "eval", str(folder), str(self.data(run, is_held_out=True))),
+            *("-m", "ochat", "eval", str(run.folder), str(held_out(run))),
             *(f"--conditions={name}" for name in conditions),
             *(() if options.limit is None else (f"--limit={options.limit}",)),
             *(f"--dtype={run.config.train.dtype}", f"--device={device}"),
-            f"--output={self.measured(run)}",
+            f"--output={run.folder / MEASURED}",
         ]
-        return Job(
-            run.name,
-            [("-m", "ochat.train", str(config)), measure],
-            output,
-            run.config.data.max_steps,
-            lambda: last_step(folder).get("step", 0),
-            lambda: self.close(run),
-        )
 
-    def data(self, run: Run, *, is_held_out: bool = False) -> Path:
-        """The prepared set that a run reads, or is measured on."""
-        path = variants.data_folder(self.options, self.base, run.seed, run.variant.data)
-        return path.with_name(path.name + prepare.HELD_OUT) if is_held_out else path
+        def finish() -> None:
+            if not options.keep_checkpoints:
+                shutil.rmtree(run.folder / layout.CHECKPOINTS, ignore_errors=True)
+                (run.folder / layout.LATEST).unlink(missing_ok=True)
 
-    def measured(self, run: Run) -> Path:
-        """The file with a finished run's numbers, as `ochat eval --output` writes it."""
-        return Path(run.config.run.dir) / MEASURED
-
-    def close(self, run: Run) -> None:
-        """Remove a measured run's checkpoints, unless keep_checkpoints is set."""
-        if not self.options.keep_checkpoints:
-            shutil.rmtree(Path(run.config.run.dir) / layout.CHECKPOINTS, ignore_errors=True)
-            (Path(run.config.run.dir) / layout.LATEST).unlink(missing_ok=True)
-
-    def results(self) -> list[dict[str, Any]]:
-        """A record of each measured run, in order; results.jsonl holds the same, a line each."""
-        found = [self._result(run) for run in self.runs if self.measured(run).is_file()]
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in found)
-        atomic.write_text(self.folder / "results.jsonl", "".join(lines))
-        return found
-
-    def _result(self, run: Run) -> dict[str, Any]:
-        measured = bounded_json.read_object(self.measured(run), ConfigError, "remove it, and the run is made again")
-        last = last_step(Path(run.config.run.dir))
-        named = {"run": run.name, "variant": run.variant.name, "title": run.variant.title, "seed": run.seed}
-        named |= {"steps": last.get("step"), "loss": last.get("loss")}
-        return named | {key: measured[key] for key in ("conditions", "interval", "classes")}
+        programs, steps = [("-m", "ochat.train", str(config)), measure], run.config.data.max_steps
+        return Job(run.name, programs, output, steps, lambda: last_step(run.folder).get("step", 0), finish)
 
     def _prepare(self, run: Run) -> None:
         """The run's training and held-out sets, from files or by holding out a share."""
-        output, held_out = self.data(run), self.data(run, is_held_out=True)
-        if all((folder / MANIFEST).is_file() for folder in (output, held_out)):
+        if all((folder / MANIFEST).is_file() for folder in (run.data, held_out(run))):
             return
-        output.parent.mkdir(parents=True, exist_ok=True)
+        run.data.parent.mkdir(parents=True, exist_ok=True)
         files, share = variants.held_out(self.options)
-        for inputs, folder, part in ((self.options.input, output, share), (files, held_out, 0.0)):
+        for inputs, folder, part in ((self.options.input, run.data, share), (files, held_out(run), 0.0)):
             if inputs:
                 prepare.prepare(
                     [variants.of_seed(name, run.seed) for name in inputs],
@@ -156,16 +142,6 @@ class AblationDir:
                     held_out=part,
                     overwrite=True,
                 )
-
-    def _check_classes(self, run: Run) -> None:
-        for is_held_out in (False, True):
-            path = self.data(run, is_held_out=is_held_out)
-            names = TokenDataset(path).class_names
-            for key in ("expert", "suboptimal"):
-                name = getattr(self.options, key)
-                if name not in names and not (is_held_out and key == "suboptimal"):
-                    known = ", ".join(map(repr, names))
-                    raise ConfigError(f"{ABLATE}.{key} = {name!r}: {path} has no such class; it has {known}")
 
     def _begun(self) -> dict[str, Any]:
         """What the folder was begun with; {} for a new one."""
@@ -190,7 +166,7 @@ class AblationDir:
 
     def _refuse_change(self, was: dict[str, Any], now: dict[str, Any]) -> None:
         for name, value in was.items():
-            if name in now and now[name] != value:
+            if now.get(name, value) != value:
                 raise ConfigError(
                     f"{name} is {now[name]!r}, and was {value!r} when {self.folder} was begun: its runs would not "
                     f"compare. Put it back, or choose another {ABLATE}.dir"
@@ -198,27 +174,42 @@ class AblationDir:
 
     def _identity(self) -> dict[str, Any]:
         """Everything that a number of a run depends on, as name -> value."""
-        found = self._settings()
+        found, base = self._settings(), self.base.base.path
         for seed in self.options.seeds:
             texts = (*self.options.input, *variants.held_out(self.options)[0])
             for path in (variants.of_seed(text, seed) for text in texts):
-                found.setdefault(f"the content of {path}", _content(path))
-            base = self.base.base.path
+                if (name := f"the content of {path}") not in found:
+                    found[name] = _content(path)
             whose = f" of seed {seed}" if variants.SEED in base else ""
-            found.setdefault(f"the checksum of the base{whose}", _weights(Path(variants.of_seed(base, seed))))
+            found[f"the checksum of the base{whose}"] = _weights(Path(variants.of_seed(base, seed)))
         return found
 
     def _settings(self) -> dict[str, Any]:
         base = msgspec.structs.replace(self.base, base=configuration.BaseConfig(""))
         sections = msgspec.to_builtins(base) | {ABLATE: msgspec.structs.asdict(self.options)}
-        free = {ABLATE: FREE} | {section: tuple(sections[section]) for section in FREE_SECTIONS}
         found = {
-            f"{section}.{key}": value
+            name: value
             for section, values in sections.items()
             for key, value in values.items()
-            if key not in free.get(section, ())
+            if section not in FREE_SECTIONS and (name := f"{section}.{key}") not in FREE_KEYS
         }
         return json.loads(json.dumps(found))  # as it is read back
+
+
+def held_out(run: Run) -> Path:
+    """The prepared set that a run is measured on."""
+    return run.data.with_name(run.data.name + prepare.HELD_OUT)
+
+
+def last_step(folder: Path, tail_bytes: int = 1 << 16) -> dict[str, Any]:
+    """The newest whole line of a run's metrics; {} where there is none yet. Reads the file's last `tail_bytes`."""
+    path = folder / layout.METRICS
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - tail_bytes))
+        lines = file.read().split(b"\n")[:-1]
+    return next((line for text in reversed(lines) if (line := jsonl.parse_line(text)) is not None), {})
 
 
 def _content(path: str) -> str:
@@ -234,14 +225,3 @@ def _weights(folder: Path) -> str:
 
 def _digest(values: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def last_step(folder: Path, tail_bytes: int = 1 << 16) -> dict[str, Any]:
-    """The newest whole line of a run's metrics; {} where there is none yet. Reads the file's last `tail_bytes`."""
-    path = folder / layout.METRICS
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - tail_bytes))
-        lines = file.read().split(b"\n")[:-1]
-    return next((line for text in reversed(lines) if (line := jsonl.parse_line(text)) is not None), {})

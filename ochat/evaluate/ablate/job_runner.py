@@ -8,14 +8,15 @@ even when it is killed.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from asyncio.subprocess import DEVNULL
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,34 +48,65 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]]) -> list[Jo
 
     Ctrl-C and SIGTERM are passed on to the processes, which save and end; this waits for them. A second one does not.
     """
-    waiting, free, failed = list(jobs), list(slots), []
-    running: list[_Running] = []
-    with bar("steps", sum(job.steps for job in jobs)) as advance, _sigterm_as_ctrl_c():
-        shown = 0
-        try:
-            while waiting or running:
-                while waiting and free:
-                    running.append(_Running(waiting.pop(0), free.pop(0)))
-                time.sleep(POLL_S)
-                for each in [each for each in running if each.has_ended()]:
-                    running.remove(each)
-                    free.append(each.slot)
-                    failed += [each.job] * each.has_failed
-                    what = "failed" if each.has_failed else "done"
-                    seconds, left = time.monotonic() - each.started, len(waiting) + len(running)
-                    log.info("%s %s after %.0f s, %d to go", each.job.name, what, seconds, left)
-                idle = {job.name for job in waiting}
-                under_way = {each.job.name: each.job.steps_done() for each in running}
-                steps = sum(under_way.get(job.name, job.steps) for job in jobs if job.name not in idle)
+    try:
+        return asyncio.run(_run_all(jobs, slots))
+    except asyncio.CancelledError:  # by SIGTERM
+        raise KeyboardInterrupt from None
+
+
+async def _run_all(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]]) -> list[Job]:
+    free, left, failed = asyncio.Queue[Mapping[str, str]](), list(jobs), []
+    for slot in slots:
+        free.put_nowait(slot)
+
+    async def run(job: Job) -> None:
+        slot, started = await free.get(), time.monotonic()
+        has_failed = False
+        for program in job.programs:
+            has_failed = has_failed or await _call(program, job.log, slot) != 0
+        if has_failed:
+            failed.append(job)
+        else:
+            job.finish()
+        left.remove(job)
+        free.put_nowait(slot)
+        what = "failed" if has_failed else "done"
+        log.info("%s %s after %.0f s, %d to go", job.name, what, time.monotonic() - started, len(left))
+
+    main, shown = asyncio.current_task(), 0
+    assert main is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main.cancel)
+    tasks = [asyncio.create_task(run(job)) for job in jobs]
+    try:
+        with bar("steps", sum(job.steps for job in jobs)) as advance:
+            while pending := [task for task in tasks if not task.done()]:
+                done, _ = await asyncio.wait(pending, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # raises what finish() raised
+                steps = sum(job.steps_done() for job in jobs)
                 advance(steps - shown)
                 shown = steps
-        except BaseException:
-            for each in running:
-                each.process.terminate()
-            for each in running:
-                each.process.wait()
-            raise
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     return failed
+
+
+async def _call(program: Sequence[str], output: Path, slot: Mapping[str, str]) -> int:
+    """The program's exit status. Cancelled, it asks the program to end, and waits for it."""
+    tied = ["-c", TIED, *program] if sys.platform == "linux" else program
+    with output.open("ab") as file:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *tied, stdin=DEVNULL, stdout=file, stderr=file, env=os.environ | dict(slot)
+        )
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            await process.wait()
 
 
 def slots(num_jobs: int, devices: Sequence[str]) -> list[dict[str, str]]:
@@ -95,47 +127,3 @@ def cuda_devices() -> list[str]:
 def tail(path: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log."""
     return "\n".join(path.read_text("utf-8", "replace").splitlines()[-lines:])
-
-
-class _Running:
-    """A job that occupies a slot."""
-
-    def __init__(self, job: Job, slot: Mapping[str, str]) -> None:
-        self.job, self.slot, self.started = job, slot, time.monotonic()
-        self._programs = iter(job.programs)
-        self.process = self._start(next(self._programs))
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last program ended with an error."""
-        return bool(self.process.returncode)
-
-    def has_ended(self) -> bool:
-        """Start the next program where one has ended without an error; whether there is none left."""
-        if self.process.poll() is None:
-            return False
-        following = None if self.has_failed else next(self._programs, None)
-        if following is not None:
-            self.process = self._start(following)
-            return False
-        if not self.has_failed:
-            self.job.finish()
-        return True
-
-    def _start(self, program: Sequence[str]) -> subprocess.Popen:
-        tied = ["-c", TIED, *program] if sys.platform == "linux" else program
-        with self.job.log.open("ab") as output:
-            return subprocess.Popen(
-                [sys.executable, *tied], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=os.environ | dict(self.slot),
-            )  # fmt: skip
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Without it SIGTERM would end this process at once, and kill its jobs unsaved."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec.structs import replace
 
@@ -101,6 +101,16 @@ class Run:
         """Of its folder."""
         return f"{self.variant.name}-seed{self.seed}"
 
+    @property
+    def folder(self) -> Path:
+        """What its training writes."""
+        return Path(self.config.run.dir)
+
+    @property
+    def data(self) -> Path:
+        """The prepared set that it reads."""
+        return Path(self.config.data.mix["all"].path)
+
 
 def read_config(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
     """The training configuration that all runs share, and the ablation's options. Raises: ConfigError naming a key."""
@@ -112,7 +122,9 @@ def read_config(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, 
         for key in keys:
             if key in tree.get(section, {}):
                 raise ConfigError(f"{section}.{key}: `ochat ablate` sets it for each of its runs; leave it out")
-    base = configuration.from_tree(_with_data(tree))
+    if isinstance(data := tree.setdefault("data", {}), dict):
+        data["path"] = "set for each run"  # a configuration needs one, or a mix
+    base = configuration.from_tree(tree)
     _check(base, settings)
     return base, settings
 
@@ -144,12 +156,6 @@ def runs(base: Config, options: AblateConfig) -> list[Run]:
     ]
 
 
-def data_folder(options: AblateConfig, base: Config, seed: int, which: str) -> Path:
-    """The folder of a preparation ("condition", "plain"); each seed has its own where a path contains {seed}."""
-    is_drawn = any(SEED in text for text in (base.base.path, *options.input, *held_out(options)[0]))
-    return Path(options.dir) / "data" / (f"seed{seed}-{which}" if is_drawn else which)
-
-
 def held_out(options: AblateConfig) -> tuple[tuple[str, ...], float]:
     """The held-out files, and the share of the input that is held out where there are none."""
     return ((), float(options.held_out)) if isinstance(options.held_out, float | int) else (options.held_out, 0.0)
@@ -161,28 +167,23 @@ def of_seed(text: str, seed: int) -> str:
 
 
 def _config(base: Config, options: AblateConfig, variant: Variant, seed: int) -> Config:
-    data = base.data
+    data, folder = base.data, Path(options.dir)
     tokens = data.max_steps * data.bins_per_step * data.token_budget
-    path = str(data_folder(options, base, seed, variant.data))
+    is_drawn = any(SEED in text for text in (base.base.path, *options.input, *held_out(options)[0]))
+    path = folder / "data" / (f"seed{seed}-{variant.data}" if is_drawn else variant.data)
     return replace(
         base,
-        run=replace(base.run, dir=str(Path(options.dir) / "runs" / f"{variant.name}-seed{seed}"), seed=seed),
+        run=replace(base.run, dir=str(folder / "runs" / f"{variant.name}-seed{seed}"), seed=seed),
         base=replace(base.base, path=of_seed(base.base.path, seed)),
         data=replace(
             data,
             path="",
-            mix={"all": MixConfig(path, tokens=tokens)},
+            mix={"all": MixConfig(str(path), tokens=tokens)},
             only_class=variant.only,
             subsample=dict(variant.subsample),
         ),
         weights=base.weights if variant.has_reward else replace(base.weights, source="none"),
     )
-
-
-def _with_data(tree: dict[str, Any]) -> dict[str, Any]:
-    """A training configuration needs data.path: fill it in, until each run gets its own."""
-    data = tree.get("data", {})
-    return tree | {"data": data | {"path": "set for each run"}} if isinstance(data, dict) else tree
 
 
 def _check(base: Config, options: AblateConfig) -> None:

@@ -20,7 +20,7 @@ from ochat.commands.init_base import InitBaseOptions
 from ochat.data.dataset import TokenDataset
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
-from ochat.evaluate.ablate.ablation_dir import AblationDir, last_step
+from ochat.evaluate.ablate.ablation_dir import AblationDir, held_out, last_step
 from ochat.train.trainer import train
 from tests import tiny
 from tests.checkpoint.test_checkpoint_faults import descendants, wait_for
@@ -137,7 +137,7 @@ def test_before_the_first_step_a_mistake_can_be_corrected(file, tmp_path):
     with pytest.raises(ConfigError, match="ablate.expert = 'GPT5'"):
         opened(file, tmp_path, "--ablate.expert=GPT5")
     few, many = (
-        len(TokenDataset(ablation.data(ablation.runs[0], is_held_out=True)))
+        len(TokenDataset(held_out(ablation.runs[0])))
         for ablation in (opened(file, tmp_path, f"--ablate.held_out={share}") for share in (0.3, 0.8))
     )
     assert many > 1.5 * few

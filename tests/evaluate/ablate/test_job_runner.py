@@ -37,11 +37,12 @@ def test_an_interrupt_waits_until_all_have_saved(tmp_path, number):
     jobs = [python(tmp_path, name, code) for name in ("a", "b")]
 
     def interrupt():
-        if all(job.log.exists() and "ready" in job.log.read_text() for job in jobs):
+        if not sent and all(job.log.exists() and "ready" in job.log.read_text() for job in jobs):
+            sent.append(number)
             signal.raise_signal(number)
         return 0
 
-    before = signal.getsignal(signal.SIGTERM)
+    sent, before = [], signal.getsignal(signal.SIGTERM)
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     try:
         with pytest.raises(KeyboardInterrupt):
