@@ -6,7 +6,6 @@ best_checkpoint(Path("runs/a")).folder
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ochat.errors import CheckpointError, ConfigError, OchatError
 from ochat.files import jsonl
 from ochat.files.jsonl import finite_number
 from ochat.run import layout
-from ochat.text.openchat_json import OPENCHAT
+from ochat.text.openchat_json import read_description
 
 ALL = "all"  # the weighted mean over all classes, where a class is named
 
@@ -53,11 +52,10 @@ def read_evaluations(run_dir: Path) -> list[Evaluation]:
 def expert_class(run_dir: Path, evaluations: Sequence[Evaluation]) -> str:
     """The measured class with the highest weight in the run's [classes]; where they are equal, or the records have
     their own weights, the one that the run serves; else ALL."""
-    measured = {name for each in evaluations for name, loss in each.losses.items() if loss is not None} - {ALL}
-    served = _served_class(run_dir)
-    weights = {name: weight for name, weight in _class_weights(run_dir).items() if name in measured}
-    if weights:
-        return max(weights, key=lambda name: (weights[name], name == served))
+    measured = [name for each in evaluations for name, loss in each.losses.items() if loss is not None and name != ALL]
+    weights, served = _class_weights(run_dir), _served_class(run_dir)
+    if weighed := [name for name in weights if name in measured]:
+        return max(weighed, key=lambda name: (weights[name], name == served))
     return served if served in measured else ALL
 
 
@@ -105,14 +103,11 @@ def loss_label(by: str) -> str:
 
 
 def _evaluation(line: dict[str, Any], kept: dict[int, Path]) -> Evaluation:
-    classes = line.get("classes")
-    rows = classes if isinstance(classes, dict) else {}
-    rows = {ALL: line} | {name: row for name, row in rows.items() if isinstance(row, dict)}
-    step = int(line["step"])
-    losses = {name: finite_number(row.get("loss")) for name, row in rows.items()}
-    return Evaluation(
-        step, losses, {name: finite_number(row.get("accuracy")) for name, row in rows.items()}, kept.get(step)
-    )
+    step, classes = int(line["step"]), line.get("classes")
+    rows = {ALL: line} | (classes if isinstance(classes, dict) else {})
+    rows = {name: row for name, row in rows.items() if isinstance(row, dict)}
+    losses, accuracies = ({n: finite_number(r.get(key)) for n, r in rows.items()} for key in ("loss", "accuracy"))
+    return Evaluation(step, losses, accuracies, kept.get(step))
 
 
 def _gone(run_dir: Path, evaluations: Sequence[Evaluation], chosen: Evaluation, by: str) -> str:
@@ -141,11 +136,9 @@ def _class_weights(run_dir: Path) -> dict[str, float]:
         return {}
 
 
-def _served_class(run_dir: Path) -> str | None:
+def _served_class(run_dir: Path) -> Any:
     """The class that an exported model answers as unless another is asked for."""
     try:
-        described = json.loads((run_dir / layout.SERVING / OPENCHAT).read_text(encoding="utf-8"))
-        served = described["template"]["default_condition"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return read_description(run_dir / layout.SERVING)["template"]["default_condition"]
+    except (OchatError, OSError, LookupError, TypeError):
         return None
-    return served if isinstance(served, str) else None

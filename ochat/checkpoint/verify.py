@@ -7,9 +7,7 @@ Data sets and bases are verified by the same `verify_files` (train/verify.py).
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from ochat.checkpoint.manifest import Manifest, damaged
@@ -18,7 +16,7 @@ from ochat.errors import CheckpointError, OchatError, message
 from ochat.files import checksums
 
 log = logging.getLogger(__name__)
-QUIET_S = 2.0  # reading that takes longer is announced
+QUIET_BYTES = 2e9  # reading more is announced: it takes seconds
 
 
 def verify_checkpoint(folder: Path, ranks: Ranks) -> Manifest:
@@ -54,29 +52,18 @@ def verify_files(
 ) -> int:
     """Compares files with their sha256 and returns their number. Every rank calls it and reads its share of them.
 
-    `damaged`: the message about a file; `what`: what is read, for a note where it takes long. Raises: `error` on all
+    `damaged`: the message about a file; `what`: what is read, for a note where it is large. Raises: `error` on all
     ranks with the first rank's problem.
     """
     problem, files = "", {}
     try:
         files = list_files()
         largest_first = sorted(files, key=lambda path: (-path.stat().st_size, path))
-        with _announced(sum(path.stat().st_size for path in files), what):
-            changed = checksums.first_changed({path: files[path] for path in largest_first[ranks.rank :: ranks.world]})
+        if (num_bytes := sum(path.stat().st_size for path in files)) > QUIET_BYTES:
+            log.info("comparing %.1f GB of %s", num_bytes / 1e9, what)
+        changed = checksums.first_changed({path: files[path] for path in largest_first[ranks.rank :: ranks.world]})
         problem = damaged(changed) if changed else ""
     except (OchatError, OSError) as caught:
         problem = message(caught)
     ranks.raise_on_all_ranks(problem, error)
     return len(files)
-
-
-@contextmanager
-def _announced(num_bytes: int, what: str) -> Iterator[None]:
-    """Logs what is read, if that takes longer than QUIET_S."""
-    timer = threading.Timer(QUIET_S, log.info, [f"comparing {num_bytes / 1e9:,.1f} GB of {what}"])
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

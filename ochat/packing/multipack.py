@@ -112,8 +112,7 @@ def _check_lengths(lengths: ArrayLike, budget: int) -> NDArray:
     sizes = np.asarray(lengths)
     if sizes.ndim != 1 or (len(sizes) and not np.issubdtype(sizes.dtype, np.integer)):
         raise DataError(f"lengths must be one list of whole numbers, not {sizes.dtype} of shape {sizes.shape}")
-    if len(sizes) and not 1 <= sizes.min() <= sizes.max() <= budget:
-        wrong = np.flatnonzero((sizes < 1) | (sizes > budget))
+    if len(wrong := np.flatnonzero((sizes < 1) | (sizes > budget))):
         raise DataError(
             f"sequence {wrong[0]} has {sizes[wrong[0]]} tokens, outside 1 ... {budget} (token_budget); {len(wrong)} "
             "such: raise the budget, or truncate or drop the sequence"
@@ -127,7 +126,6 @@ def _check_costs(costs: ArrayLike | None, num_sequences: int) -> NDArray | None:
     work = np.asarray(costs)
     if work.shape != (num_sequences,):
         raise DataError(f"costs have the shape {work.shape}, lengths ({num_sequences},): one per sequence is needed")
-    if num_sequences and not 0 <= work.min() <= work.max() < np.inf:  # false for NaN too
-        first = np.flatnonzero(~np.isfinite(work) | (work < 0))[0]
-        raise DataError(f"sequence {first} costs {work[first]}: a finite number from 0 up is needed")
+    if len(wrong := np.flatnonzero(~np.isfinite(work) | (work < 0))):
+        raise DataError(f"sequence {wrong[0]} costs {work[wrong[0]]}: a finite number from 0 up is needed")
     return work
