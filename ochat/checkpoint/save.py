@@ -49,6 +49,7 @@ class Outcome:
     seconds: float
 
 
+@dataclass(eq=False)
 class AsyncCheckpointer:
     """Writes checkpoints of one model and its optimizer; every rank has one and all call it at the same steps.
 
@@ -56,29 +57,24 @@ class AsyncCheckpointer:
     kept for the run; pinned where the model is on a card, where torch rounds each file's buffer up to a power of two.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        model: Transformer,
-        optimizer: Any,
-        identity: dict[str, Any],
-        ranks: Ranks,
-        config: CheckpointConfig,
-        *,
-        lines: Sequence[JsonlWriter],
-        skipped_steps: Callable[[], int],
-    ) -> None:
-        self.run_dir, self.root = run_dir, run_dir / layout.CHECKPOINTS
-        self.optimizer, self.model_config, self.identity = optimizer, model.config, identity
-        self.ranks, self.config, self.lines, self.skipped_steps = ranks, config, lines, skipped_steps
-        self.parameters = local_shards.trainable_parameters(model)  # before a forward replaces them by whole ones
-        self.shard, self.num_shards, self.writes = ranks.shard
-        self.rows = {name: local_shards.row_range(parameter) for name, parameter in self.parameters.items()}
+    run_dir: Path
+    model: Transformer
+    optimizer: Any
+    identity: dict[str, Any]
+    ranks: Ranks
+    config: CheckpointConfig
+    lines: Sequence[JsonlWriter]
+    skipped_steps: Callable[[], int]
+
+    def __post_init__(self) -> None:
+        self.root = self.run_dir / layout.CHECKPOINTS
+        self.parameters = local_shards.trainable_parameters(self.model)  # before a forward replaces them by whole ones
+        self.shard, self.num_shards, self.writes = self.ranks.shard
         self.files: dict[str, PinnedSafetensors] = {}  # by kind, laid out at the first save
         self.newest: Path | None = None
         self._saving: Future[Outcome] | None = None
         self._failed: Outcome | None = None  # the last save, if it failed
-        if ranks.is_first:
+        if self.ranks.is_first:
             atomic.remove_leftovers(self.root, layout.STEP_PREFIX)
 
     def save(self, step: int) -> None:
@@ -136,13 +132,13 @@ class AsyncCheckpointer:
         if kind is None or issubclass(kind, OchatError):
             self.wait()
 
-    def _copy(self) -> dict[str, Any]:
+    def _copy(self) -> None:
         """Copies masters and moments to host memory and flushes waiting lines: a checkpoint promises those up to its
         step."""
         for file in self.lines:
             file.flush()
         if not self.writes:
-            return {}
+            return
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         for name, parameter in self.parameters.items():
             for (kind, stored), tensor in stored_tensors(name, parameter, self.optimizer.state[parameter]).items():
@@ -154,25 +150,23 @@ class AsyncCheckpointer:
             self.files[kind].snapshot(tensors[kind])
         if self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        return {}
 
     def _write(self, step: int, skipped: int, copied: dict[str, Any]) -> Outcome:
         """Writes, agrees, publishes, agrees again. A disk error on any rank is every rank's outcome."""
         started, temporary = time.monotonic(), self.root / f".{layout.checkpoint_name(step)}.tmp"
         written = self.ranks.all_gather_json(copied or self._attempt(lambda: self._write_shard(temporary)))
         problem = next((record["problem"] for record in written if "problem" in record), "")
-        answer: dict[str, Any] = {}
+        answer = {"problem": problem} if problem else {}
         if self.ranks.is_first:
-            if not problem:
-                answer = self._attempt(lambda: self._publish(step, skipped, temporary, written))
+            answer = answer or self._attempt(lambda: self._publish(step, skipped, temporary, written))
             shutil.rmtree(temporary, ignore_errors=True)
-        answer = self.ranks.all_gather_json(answer)[0]
-        problem = problem or answer.get("problem", "")
-        return Outcome(step, problem, answer.get("warning", ""), time.monotonic() - started)
+        answer = {"problem": "", "warning": ""} | self.ranks.all_gather_json(answer)[0]
+        return Outcome(step, answer["problem"], answer["warning"], time.monotonic() - started)
 
-    def _attempt(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _attempt(self, work: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """What `work` returns, or its problem."""
         try:
-            return work()
+            return work() or {}
         except (OSError, OchatError) as error:  # the other ranks wait for it
             return {"problem": f"process {self.ranks.rank}: {type(error).__name__}: {error}"}
 
@@ -183,12 +177,13 @@ class AsyncCheckpointer:
         folder.mkdir(parents=True, exist_ok=True)
         names = {kind: shard_file(kind, self.shard, self.num_shards) for kind in KINDS}
         files = {name: self.files[kind].write(folder / name) for kind, name in names.items()}
-        return {"files": files, "rows": {name: rows for name, rows in self.rows.items() if rows[0] < rows[1]}}
+        rows = {name: local_shards.row_range(parameter) for name, parameter in self.parameters.items()}
+        return {"files": files, "rows": {name: (first, end) for name, (first, end) in rows.items() if first < end}}
 
     def _publish(self, step: int, skipped: int, temporary: Path, written: list[dict[str, Any]]) -> dict[str, Any]:
         """Completes the folder and renames it; only then are `latest` and old checkpoints changed."""
         written = [record for record in written if record]
-        atomic.write_json(temporary / "config.json", self.model_config.to_hf())
+        atomic.write_json(temporary / "config.json", self.model.config.to_hf())
         copy_serving_files(self.run_dir / layout.SERVING, temporary)
         files = {name: described for record in written for name, described in record["files"].items()}
         for path in sorted(temporary.iterdir()):
@@ -206,7 +201,7 @@ class AsyncCheckpointer:
         atomic.replace_dir(temporary, self.root / layout.checkpoint_name(step))
         return {"warning": self._attempt(lambda: self._prune(step)).get("problem", "")}
 
-    def _prune(self, step: int) -> dict[str, Any]:
+    def _prune(self, step: int) -> None:
         """Updates `latest`, then removes checkpoints, except the newest `keep` (0: all), those of every
         `keep_every`-th step, and the best so far."""
         atomic.write_text(self.run_dir / layout.LATEST, f"{layout.CHECKPOINTS}/{layout.checkpoint_name(step)}\n")
@@ -216,4 +211,3 @@ class AsyncCheckpointer:
         for number in [n for n in there if n <= step][:-keep] if keep else []:  # a later one is a damaged one
             if number != best_step and (not every or number % every):
                 atomic.remove_dir(there[number])
-        return {}
