@@ -24,7 +24,6 @@ from ochat.commands import report as report_module
 from ochat.commands.report import ReportOptions
 from ochat.errors import ConfigError, DataError
 from ochat.report import run_record
-from ochat.report.run_record import Metrics
 from tests import tiny
 
 pytest.importorskip("plotly")
@@ -41,29 +40,21 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.styles: list[str] = []
-        self.text = ""
+        self.inside: dict[str, list[str]] = {"script": [], "style": [], "text": []}
         self.feed(path.read_text("utf-8"))
         self.close()
         assert self.open == []
+        self.scripts, self.styles, self.text = self.inside["script"], self.inside["style"], "".join(self.inside["text"])
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
         self.open += [tag] if tag not in VOID else []
-        self.scripts += [""] if tag == "script" else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        inside = self.open[-1] if self.open else ""
-        if inside == "script":
-            self.scripts[-1] += data
-        elif inside == "style":
-            self.styles.append(data)
-        else:
-            self.text += data
+        self.inside.get(self.open[-1] if self.open else "text", self.inside["text"]).append(data)
 
     @property
     def charts(self) -> dict[str, list[dict]]:
@@ -158,32 +149,24 @@ def test_every_curve_is_the_run_s_own_numbers(world, alone, reported):
     assert drawn(reported, "Fill")["fill"][1] == [each["tokens"] / room for each in alone]
 
 
-def test_balance_and_state_are_of_the_plan(world, alone, reported):
-    planned = json.loads((world.folder / "alone" / "plan.json").read_text())
-    assert planned["num_steps"] == len(alone) and sum(planned["steps_per_epoch"]) == len(alone)
-    x, y = drawn(reported, "Balance")["balance"]
-    assert y == planned["imbalance"]["worst"] and max(y) == planned["imbalance_worst"]
-    assert len(x) == planned["steps_per_epoch"][0] - 1
-    assert np.mean(y) == pytest.approx(planned["imbalance_mean"])
-    assert f"{len(alone)} of {len(alone)}" in reported.text and "ended" in reported.text
-
-
-def test_the_page_tells_checkpoints_samples_and_configuration(world, alone, reported):
+def test_the_page_tells_the_plan_checkpoints_samples_and_configuration(world, alone, reported):
     run = world.folder / "alone"
-    for each in tiny.metrics(run, "eval.jsonl"):
-        assert f"{each['classes']['GPT4']['loss']:.4f}" in reported.text
-    assert "★ best" in reported.text and f"step_{len(alone)}" in reported.text
-    for each in tiny.metrics(run, "samples.jsonl"):
-        assert each["answer"] in reported.text
-    assert (run / "config.toml").read_text() in reported.text
+    planned = json.loads((run / "plan.json").read_text())
+    x, y = drawn(reported, "Balance")["balance"]
+    assert y == planned["imbalance"]["worst"] and len(x) == planned["steps_per_epoch"][0] - 1
+    assert max(y) == planned["imbalance_worst"] and np.mean(y) == pytest.approx(planned["imbalance_mean"])
+    losses = [f"{each['classes']['GPT4']['loss']:.4f}" for each in tiny.metrics(run, "eval.jsonl")]
+    answers = [each["answer"] for each in tiny.metrics(run, "samples.jsonl")]
+    state = ["ended", f"{len(alone)} of {planned['num_steps']}", "★ best", f"step_{len(alone)}"]
+    for text in (*state, *losses, *answers, (run / "config.toml").read_text()):
+        assert text in reported.text
 
 
 def test_of_many_evaluations_the_best_is_shown_and_marked(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "plan.json").write_text(json.dumps({"steps_per_epoch": [100, 300]}))
-    write_lines(
-        run / "eval.jsonl", [{"step": step, "loss": abs(step - 333) + 0.5, "classes": {}} for step in range(400)]
-    )
+    losses = [{"step": step, "loss": abs(step - 333) + 0.5, "classes": {}} for step in range(400)]
+    write_lines(run / "eval.jsonl", losses)
     (record,) = run_record.named([run])
     record.refresh()
     table = tables.evaluations(record)
@@ -197,9 +180,8 @@ def test_of_many_evaluations_the_best_is_shown_and_marked(tmp_path):
 
 def test_several_runs_lie_over_each_other(tmp_path):
     one = write_run(tmp_path / "one", config="[optim]\nlr = 1e-3\n[run]\nseed = 1\n")
-    two = write_run(
-        tmp_path / "two", 20, config="[optim]\nlr = 2e-3\n[run]\nseed = 1\n[weights]\nsource = 'none'\n", loss=0.5
-    )
+    config = "[optim]\nlr = 2e-3\n[run]\nseed = 1\n[weights]\nsource = 'none'\n"
+    two = write_run(tmp_path / "two", 20, config=config, loss=0.5)
     both = report(one, two)
     compared = drawn(both, "Loss: all")
     assert compared["one"] == ([*range(1, 31)], [line(step)["loss"] for step in range(1, 31)])
@@ -264,18 +246,6 @@ def test_a_run_that_lacks_files_is_shown_as_far_as_it_goes(tmp_path, missing):
     found = report(run)
     assert bool(found.charts) == (missing == "config.toml")
     assert ("No step has been logged yet" in found.text) == (missing == "metrics.jsonl")
-
-
-def test_a_column_has_a_gap_where_a_line_lacks_the_number(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    assert Metrics(path)["step"].tolist() == []
-    write_lines(path, [line(1), line(2), {"step": 3, "new": 7}])
-    with path.open("a") as file:
-        file.write(json.dumps(line(4))[:50])
-    columns = Metrics(path)
-    assert columns["step"].tolist() == [1, 2, 3] and columns.classes == ["GPT4", "GPT3"]
-    assert np.isnan(columns["new"]).tolist() == [True, True, False] and columns["new"][2] == 7
-    assert np.isnan(columns["classes.GPT4.loss"]).tolist() == [False, False, True]
 
 
 numbers = st.one_of(st.floats(-1e6, 1e6), st.just(math.nan))
@@ -344,13 +314,8 @@ def ablated() -> dict:
         found = [m if m is None else {"mean": m, "interval": [m - 0.125, m + 0.25], "values": [m]} for m in means]
         return dict(zip(("expert", "suboptimal", "above_ours"), found, strict=True))
 
-    ours = {
-        "variant": "ours",
-        "title": "C-<b>",
-        "seeds": [0, 1],
-        "exact": cells(0.5, 0.25, None),
-        "nll": cells(1, 2, None),
-    }
+    ours = {"variant": "ours", "title": "C-<b>", "seeds": [0, 1]}
+    ours |= {"exact": cells(0.5, 0.25, None), "nll": cells(1, 2, None)}
     sft = {"variant": "sft", "title": "SFT", "seeds": [0], "exact": cells(0.25, None, -0.25), "nll": cells(3, None, 2)}
     return {"expert": "GPT4", "suboptimal": "GPT3", "rows": [ours, sft]}
 
@@ -364,7 +329,6 @@ def test_an_ablation_is_shown_with_its_intervals(tmp_path):
     expert, suboptimal = found.charts["Exact match of expert answers"]
     assert (expert["x"], expert["y"]) == ([0.5, 0.25], ["C-&lt;b&gt;", "SFT"]) and suboptimal["x"] == [0.25]
     assert expert["error_x"]["array"] == [0.25, 0.25] and expert["error_x"]["arrayminus"] == [0.125, 0.125]
-    assert expert["marker"]["symbol"] != suboptimal["marker"]["symbol"]
     diverged = ablated()
     diverged["rows"][1]["nll"]["expert"]["mean"] = float("nan")
     for broken in ({}, {"rows": 3}, ablated() | {"rows": [{"title": "x"}]}, diverged):
