@@ -228,17 +228,13 @@ def registered():
     """Two of torch's registry, which note when they are switched on and off; "broken" can't be."""
     seen = []
 
-    class Handle:
-        def __init__(self, name):
-            self.name = name
-            seen.append(f"{name} on")
-
-        def remove(self):
-            seen.append(f"{self.name} off")
+    def register(name):
+        seen.append(f"{name} on")
+        return types.SimpleNamespace(remove=lambda: seen.append(f"{name} off"))
 
     registry = torch.nn.attention._registry
-    for name, register in (("A", lambda: Handle("A")), ("B", lambda: Handle("B")), ("broken", absent)):
-        torch.nn.attention.register_flash_attention_impl(name, register_fn=register)
+    for name, load in (("A", lambda: register("A")), ("B", lambda: register("B")), ("broken", absent)):
+        torch.nn.attention.register_flash_attention_impl(name, register_fn=load)
     yield seen
     for name in ("A", "B", "broken"):
         del registry._FLASH_ATTENTION_IMPLS[name]
@@ -248,16 +244,13 @@ def test_torchs_flash_attention_is_active_only_in_its_own_turns(monkeypatch, reg
     """Also after a failure."""
 
     def noting(name, fails=False):
-        def prepare(documents, window):
-            def run(q, k, v):
-                assert torch.nn.attention.current_flash_attention_impl() == name
-                if fails:
-                    raise RuntimeError("no kernel")
-                return attend(q, k, v, documents.cu_seqlens, documents.max_seqlen, window=window)
+        def run(documents, q, k, v):
+            assert torch.nn.attention.current_flash_attention_impl() == name
+            if fails:
+                raise RuntimeError("no kernel")
+            return attend(q, k, v, documents.cu_seqlens, documents.max_seqlen)
 
-            return run
-
-        return prepare
+        return lambda documents, window: lambda *qkv: run(documents, *qkv)
 
     candidates = [backend("sdpa", noting(None)), backend("A", noting("A"), flash="A")]
     candidates += [backend("B", noting("B", True), flash="B"), backend("broken", noting("broken"), flash="broken")]
@@ -272,21 +265,20 @@ def test_torchs_flash_attention_is_active_only_in_its_own_turns(monkeypatch, reg
 def test_a_backend_that_computes_something_else_gets_no_time(monkeypatch):
     """Documents that see each other, a window ignored, NaN, wrong gradients: the row says so."""
 
-    def whole(documents, window):
-        total = int(documents.cu_seqlens[-1])
-        return lambda q, k, v: attend(q, k, v, torch.tensor([0, total], dtype=torch.int32), total, window=window)
-
-    def windowless(documents, window):
-        return lambda q, k, v: attend(q, k, v, documents.cu_seqlens, documents.max_seqlen)
-
-    def nan(documents, window):
-        return lambda q, k, v: q * math.nan + k.sum() + v.sum()
-
     def half_gradient(documents, window):
         plain, where = attention_backends.BACKENDS[0].load(), {"documents": documents, "window": window}
         return lambda q, k, v: 0.5 * ((out := plain({"q": q, "k": k, "v": v} | where)) + out.detach())
 
-    liars = [backend(f.__name__, f) for f in (whole, windowless, nan, half_gradient)]
+    def whole(q, k, v, window):
+        return attend(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q), window=window)
+
+    wrong = {
+        "whole": lambda documents, window: lambda q, k, v: whole(q, k, v, window),
+        "windowless": lambda documents, _: lambda q, k, v: attend(q, k, v, documents.cu_seqlens, documents.max_seqlen),
+        "nan": lambda *_: lambda q, k, v: q * math.nan + k.sum() + v.sum(),
+        "half the gradient": half_gradient,
+    }
+    liars = [backend(name, load) for name, load in wrong.items()]
     rows = measured(monkeypatch, tiny("32", 8), NAMED["sdpa"], *liars)
     for each in liars:
         assert "wrong by" in rows[each.name, "forward"]["note"] and "median_ms" not in rows[each.name, "forward"]

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from operator import attrgetter
 from types import SimpleNamespace
 
 import pytest
@@ -35,14 +36,9 @@ def world(tmp_path_factory) -> World:
 
 def config(world, run_dir):
     (run_dir / "run.toml").touch()
-    settings = {
-        "base.path": world.base, "data.path": world.data, "data.token_budget": 512, "data.bins_per_step": 2,
-        "data.max_steps": STEPS, "optim.lr": 1e-2, "train.dtype": "float32", "train.device": "cpu",
-        "run.dir": run_dir / "run",
-    }  # fmt: skip
-    return configuration.load(
-        run_dir / "run.toml", [f"--{key}={value}" for key, value in settings.items()] + [*world.options]
-    )
+    settings = f"--base.path={world.base} --data.path={world.data} --run.dir={run_dir / 'run'} --data.bins_per_step=2 "
+    settings += f"--data.token_budget=512 --data.max_steps={STEPS} --optim.lr=1e-2 --train.dtype=float32"
+    return configuration.load(run_dir / "run.toml", [*settings.split(), "--train.device=cpu", *world.options])
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +51,8 @@ def trained(world, tmp_path_factory):
         model = runner.trainer.model if kind is Ours else runner.model
         parameters = {name: p.detach() for name, p in model.named_parameters()}
         if kind is not Ours:
-            joined = {}
-            for name, parts in hf.parameter_parts(world.model).items():
-                joined[name] = torch.cat([parameters[part.name] for part in parts])
-            parameters = joined
+            parts = hf.parameter_parts(world.model).items()
+            parameters = {name: torch.cat([parameters[each.name] for each in joined]) for name, joined in parts}
         results[kind.__name__] = runner.losses(), counts, parameters
     return results
 
@@ -70,12 +64,8 @@ def test_everyone_trains_the_same_thing(trained, peer):
     losses, counts, parameters = trained[peer]
     expected_losses, expected_counts, expected = trained["Ours"]
     assert losses == pytest.approx(expected_losses, rel=2e-5)
-    for got, wanted in zip(counts, expected_counts, strict=True):
-        assert (got.tokens, got.supervised, got.square_lengths) == (
-            wanted.tokens,
-            wanted.supervised,
-            wanted.square_lengths,
-        )
+    of_data = attrgetter("tokens", "supervised", "square_lengths")
+    assert list(map(of_data, counts)) == list(map(of_data, expected_counts))
     assert parameters.keys() == expected.keys()
     for name, parameter in parameters.items():
         assert (parameter - expected[name]).abs().mean() < 1e-5, name  # of updates of about 1e-2 a step
@@ -107,9 +97,8 @@ COUNTS = {"tokens": 100, "supervised": 40, "padded": 160, "square_lengths": 900}
 
 def test_rates_by_hand(tmp_path, world):
     """Rounds of two steps in 1, 2 and 4 s with 100 real tokens of 160: medians, spread, MFU by the model's FLOPs."""
-    answers = [
-        COUNTS | {"seconds": s, "cpu_seconds": 2 * s, "peak_gib": g} for s, g in ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))
-    ]
+    taken = ((1.0, 3.0), (2.0, 1.0), (4.0, 2.0))
+    answers = [COUNTS | {"seconds": s, "cpu_seconds": 2 * s, "peak_gib": gib} for s, gib in taken]
     rates = step_worker.rates(answers, session(tmp_path, steps=2), world.model)
     assert (rates["step_s"], rates["tokens_per_s"], rates["supervised_tokens_per_s"]) == (1.0, 50.0, 20.0)
     assert (rates["padded_tokens_per_s"], rates["peak_gib"], rates["cpu_s"]) == (80.0, 3.0, 2.0)
@@ -124,13 +113,9 @@ def taken(losses):
 
 @pytest.mark.parametrize(
     ("name", "losses", "status"),
-    [
-        ("padded", [2.0, 1.0], "ok"),
-        ("padded", [2.0, 1.0002], "disagrees"),
-        ("padded", [2.0, math.nan], "disagrees"),
-        ("liger", [2.0, 1.5], "unweighted"),
-    ],
-)
+    [("padded", [2.0, 1.0], "ok"), ("padded", [2.0, 1.0002], "disagrees"), ("padded", [2.0, math.nan], "disagrees"),
+     ("liger", [2.0, 1.5], "unweighted")],
+)  # fmt: skip
 def test_who_trains_something_else_is_marked(tmp_path, world, name, losses, status):
     who = Start(name, CASE, world, tmp_path)
     row = train_step.describe(who, taken(losses), taken([2.0, 1.0]), session(tmp_path))
@@ -139,32 +124,27 @@ def test_who_trains_something_else_is_marked(tmp_path, world, name, losses, stat
     assert set(row) <= set(train_step.COLUMNS)
 
 
+def outcome(cases, session, world):
+    """Whether the run is a success, and the row of each implementation."""
+    rows = []
+    is_good = train_step.run([cases], session, world, SimpleNamespace(add=rows.append))
+    return is_good, {row["implementation"]: row for row in rows}
+
+
 def test_a_failure_is_a_row_and_ours_a_fault(tmp_path, world, monkeypatch):
-    """Who gave no timed round has a reason; without ours, or with a peer that disagrees, the run is no success."""
+    """Who gave no timed round has a reason; without ours, or with a peer that disagrees, the run is no success. Without
+    time all are skipped."""
+    case, late = dataclasses.replace(CASE, implementations=PEERS), session(tmp_path, deadline=time.monotonic() - 1.0)
+    is_good, rows = outcome([case], late, world)
+    assert is_good and [row["status"] for row in rows.values()] == ["skipped"] * len(PEERS)
     results = {"ours": taken([2.0, 1.0]), "padded": Taken("", [], "ModuleNotFoundError: no peer")}
     monkeypatch.setattr(train_step, "take_turns", lambda starts, session: [results[who.name] for who in starts])
-    case = dataclasses.replace(CASE, implementations=("ours", "padded"))
-
-    def outcome():
-        rows = []
-        is_good = train_step.run([[case]], session(tmp_path), world, SimpleNamespace(add=rows.append))
-        return is_good, {row["implementation"]: row for row in rows}
-
-    is_good, rows = outcome()
+    pair = [dataclasses.replace(CASE, implementations=("ours", "padded"))]
+    is_good, rows = outcome(pair, session(tmp_path), world)
     assert is_good and rows["padded"]["status"] == "failed" and rows["padded"]["note"] == "ModuleNotFoundError: no peer"
-    results["padded"] = taken([2.0, 3.0])
-    assert not outcome()[0]
-    results["ours"] = Taken("", [], "out of memory")
-    assert not outcome()[0]
-
-
-def test_without_time_the_rows_say_so(tmp_path, world):
-    rows = []
-    late = session(tmp_path, deadline=time.monotonic() - 1.0)
-    assert train_step.run(
-        [[dataclasses.replace(CASE, implementations=PEERS)]], late, world, SimpleNamespace(add=rows.append)
-    )
-    assert [row["status"] for row in rows] == ["skipped"] * len(PEERS)
+    for wrong in ({"padded": taken([2.0, 3.0])}, {"ours": Taken("", [], "out of memory"), "padded": taken([2.0, 1.0])}):
+        results |= wrong
+        assert not outcome(pair, session(tmp_path), world)[0]
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):
@@ -207,20 +187,18 @@ def test_drawn_conversations(tmp_path, world):
 
 
 def test_scaling_changes_one_thing_at_a_time():
-    for axis, cases in zip(step_cases.SCALING_AXES.items(), step_cases.scaling(quick=False), strict=True):
+    for (_, name), cases in zip(step_cases.SCALING_AXES.items(), step_cases.scaling(quick=False), strict=True):
         varied = {f.name for f in dataclasses.fields(Case) if len({getattr(case, f.name) for case in cases}) > 1}
-        assert len(cases) > 2 and varied == {axis[1]}
+        assert len(cases) > 2 and varied == {name}
 
 
-@pytest.mark.parametrize(
-    ("there", "works", "chosen"),
-    [("234", "234", "3"), ("24", "24", "2"), ("24", "4", "4"), ("4", "", ""), ("", "234", "")],
-)
-def test_the_peers_attention_is_the_first_that_is_there_and_works(monkeypatch, there, works, chosen):
-    monkeypatch.setattr(step_peers, "is_installed", lambda name: name[-1] in there)
-    monkeypatch.setattr(step_peers, "attention_works", lambda name, device: name[-1] in works)
-    expected = f"flash_attention_{chosen}" if chosen else "flex_attention"
-    assert step_peers.choose_attention(torch.device("cuda"), otherwise="flex_attention") == expected
+def test_the_peers_attention_is_the_first_that_is_there_and_works(monkeypatch):
+    cases = ("234", "234", "3"), ("24", "24", "2"), ("24", "4", "4"), ("4", "", ""), ("", "234", "")
+    for there, works, chosen in cases:
+        monkeypatch.setattr(step_peers, "is_installed", lambda name, there=there: name[-1] in there)
+        monkeypatch.setattr(step_peers, "attention_works", lambda name, device, works=works: name[-1] in works)
+        expected = f"flash_attention_{chosen}" if chosen else "flex_attention"
+        assert step_peers.choose_attention(torch.device("cuda"), otherwise="flex_attention") == expected
     assert step_peers.choose_attention(CPU, otherwise="flex_attention") == "sdpa"
 
 

@@ -132,10 +132,3 @@ def test_a_config_alone_is_a_base_to_look_at_but_broken_weights_are_not(world, b
 def test_wrong_input_is_refused(world, wrong, error, needle):
     with pytest.raises(error, match=needle):
         cli.call("plan", [str(world.config), wrong])
-
-
-def test_help_explains_the_options_and_every_key(capsys):
-    with pytest.raises(SystemExit):
-        cli.call("plan", ["--help"])
-    said = capsys.readouterr().out
-    assert "--lengths" in said and "np.save(" in said and "data.token_budget" in said
