@@ -13,17 +13,17 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ochat.errors import DataError
+from ochat.evaluate import intervals
+from ochat.evaluate.ablate.table import ABOVE, SIDES, TABLE
 from ochat.files import bounded_json
 from ochat.report.charts import Chart, figure, scatter
 from ochat.report.tables import Table
 
-TABLE = "table.json"
 ADVICE = "name a folder of `ochat ablate`, or run it again"
 MEASURES = {
     "exact": ("Exact match of expert answers", "share of prompts", ".1%"),
     "nll": ("nll of expert answers", "nats a token", ".3f"),
 }
-LESS_OURS = "above_ours"  # the difference to C-RLFT
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -42,13 +42,6 @@ def shown(record: dict[str, Any]) -> tuple[list[Chart], list[Table]]:
         raise DataError(f"{record['path']}: not what `ochat ablate` writes ({error!r}); {ADVICE}") from None
 
 
-def _sides(record: dict[str, Any]) -> dict[str, str]:
-    """The columns of a table: whose prefix, and the difference to C-RLFT."""
-    return {side: f"under the prefix of {record[side]}" for side in ("expert", "suboptimal")} | {
-        LESS_OURS: "less C-RLFT"
-    }
-
-
 def _ends(cell: dict[str, Any]) -> tuple[float, float, float]:
     """(mean, low, high); without an interval all are the mean. Raises: ValueError for a value that is not finite."""
     mean, (low, high) = cell["mean"], cell["interval"] or (cell["mean"], cell["mean"])
@@ -60,37 +53,42 @@ def _ends(cell: dict[str, Any]) -> tuple[float, float, float]:
 
 def _chart(record: dict[str, Any], measure: str) -> Chart:
     title, unit, form = MEASURES[measure]
-    traces = [_trace(record["rows"], measure, side, label, slot)
-              for slot, (side, label) in enumerate(_sides(record).items()) if side != LESS_OURS]  # fmt: skip
+    traces = [_trace(record, measure, side, slot) for slot, side in enumerate(SIDES)]
     axis = {"tickformat": ".0%", "range": [-0.03, 1.03]} if form.endswith("%") else {}
     return Chart(title, unit, figure(traces, axis, {"autorange": "reversed", "nticks": 0}, hovermode="closest",
                                      showlegend=True))  # fmt: skip
 
 
-def _trace(rows: list[dict[str, Any]], measure: str, side: str, label: str, slot: int) -> go.Scatter:
-    cells = [(html.escape(row["title"], quote=False), _ends(row[measure][side])) for row in rows if row[measure][side]]
+def _trace(record: dict[str, Any], measure: str, side: str, slot: int) -> go.Scatter:
+    shown = {row["title"]: _ends(row[measure][side]) for row in record["rows"] if row[measure][side]}
     bars = {
         "type": "data", "symmetric": False,
-        "array": [high - mean for _, (mean, _, high) in cells],
-        "arrayminus": [mean - low for _, (mean, low, _) in cells],
+        "array": [high - mean for mean, _, high in shown.values()],
+        "arrayminus": [mean - low for mean, low, _ in shown.values()],
     }  # fmt: skip
-    means, variants = [ends[0] for _, ends in cells], [variant for variant, _ in cells]
+    means, variants = [mean for mean, *_ in shown.values()], [html.escape(title, quote=False) for title in shown]
+    label = _heading(record, side)
     return scatter(label, means, variants, slot, error_x=bars, mode="markers", marker={"size": 10})
+
+
+def _heading(record: dict[str, Any], side: str) -> str:
+    return f"under the prefix of {record[side]}"
 
 
 def _table(record: dict[str, Any], measure: str) -> Table:
     title, unit, form = MEASURES[measure]
-    sides = _sides(record)
+    columns = [(side, form) for side in SIDES] + [(ABOVE, f"+{form}")]
     rows = [
-        [str(row["title"]), f"{len(row['seeds'])}", *(_cell(row[measure][side], form, side) for side in sides)]
+        [row["title"], str(len(row["seeds"])), *(_cell(row[measure][side], each) for side, each in columns)]
         for row in record["rows"]
     ]
+    headings = ["variant", "seeds", *(_heading(record, side) for side in SIDES), "less C-RLFT"]
     note = f"{unit}, mean over seeds [interval]. A variant without a condition has one prefix, which names no class."
-    return Table(f"Ablation: {title}", ["variant", "seeds", *sides.values()], rows, note=note.capitalize())
+    return Table(f"Ablation: {title}", headings, rows, note=note.capitalize())
 
 
-def _cell(cell: dict[str, Any] | None, form: str, side: str) -> str:
+def _cell(cell: dict[str, Any] | None, form: str) -> str:
     if cell is None:
         return "-"
-    mean, low, high = (format(end, "+" * (side == LESS_OURS) + form) for end in _ends(cell))
-    return f"{mean} [{low}, {high}]" if cell["interval"] else mean
+    mean, *ends = _ends(cell)
+    return intervals.shown(mean, ends if cell["interval"] else None, form)

@@ -33,12 +33,10 @@ from ochat.overrides import expect
 from ochat.run import layout
 from ochat.run.lock import folder_lock
 from ochat.text import template as templates
-from ochat.text.template import ConditionsMode
 
 log = logging.getLogger(__name__)
 IDENTITY, OLD_IDENTITY = "ablation.json", "laboratory.json"
 MEASURED = "measured.json"
-MODES: dict[str, ConditionsMode] = {"condition": "both", "plain": "ignore"}  # `ochat prepare --conditions`
 FREE_SECTIONS = ("run", "checkpoint", "log", "samples")  # which change no number
 FREE_KEYS = [f"{ABLATE}.{key}" for key in ("dir", "seeds", "variants", "subsample", "jobs", "keep_checkpoints")]
 
@@ -138,7 +136,7 @@ class AblationDir:
                     self.options.template,
                     folder,
                     context=self.options.context,
-                    conditions=MODES[run.variant.data],
+                    conditions="both" if run.variant.has_condition else "ignore",
                     held_out=part,
                     overwrite=True,
                 )

@@ -44,11 +44,6 @@ class Variant:
     only: str = ""  # data.only_class
     subsample: Mapping[str, float] = field(default_factory=dict)  # data.subsample
 
-    @property
-    def data(self) -> str:
-        """Which of the two preparations it reads."""
-        return "condition" if self.has_condition else "plain"
-
 
 class AblateConfig(Section, frozen=True):
     """The ablation: data, classes, and which runs are made. In input, held_out and base.path, {seed} is replaced by
@@ -170,7 +165,8 @@ def _config(base: Config, options: AblateConfig, variant: Variant, seed: int) ->
     data, folder = base.data, Path(options.dir)
     tokens = data.max_steps * data.bins_per_step * data.token_budget
     is_drawn = any(SEED in text for text in (base.base.path, *options.input, *held_out(options)[0]))
-    path = folder / "data" / (f"seed{seed}-{variant.data}" if is_drawn else variant.data)
+    name = "condition" if variant.has_condition else "plain"
+    path = folder / "data" / (f"seed{seed}-{name}" if is_drawn else name)
     return replace(
         base,
         run=replace(base.run, dir=str(folder / "runs" / f"{variant.name}-seed{seed}"), seed=seed),
