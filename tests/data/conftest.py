@@ -23,3 +23,19 @@ def prepare_into(base):
         return prepare.prepare([path], base, TEMPLATE, folder, **{"progress": False, "workers": 0} | options)
 
     return prepared
+
+
+def examples(data):
+    """What a data set holds, to compare."""
+    return [(tuple(e.input_ids.tolist()), tuple(e.loss_weights.tolist()), e.condition) for e in data]
+
+
+def places(data):
+    """The lines that the examples came from."""
+    return [data.source_location(i) for i in range(len(data))]
+
+
+def chat(answer="yes", condition="GPT4", **extra):
+    """A record of one exchange."""
+    items = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    return {"items": items, "condition": condition} | extra

@@ -12,6 +12,7 @@ from ochat.data import manifest, store_writer
 from ochat.data.dataset import TokenDataset
 from ochat.errors import ConfigError, DataError
 from ochat.text import template
+from tests.data.conftest import chat
 from tests.tiny_text import conversations
 
 TEMPLATE = "openchat_v3.2"
@@ -62,27 +63,14 @@ def test_classes_change_weights_and_nothing_else(mixed):
     assert plain.fingerprint == weighed.fingerprint
 
 
-def test_a_message_mean_gives_every_message_its_weight_once(build, tmp_path):
-    items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 9}]
-    items += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b" * 4, "weight": 0.5}]
-    data = TokenDataset(build(tmp_path, [{"items": items}]), weights=WeightsConfig(per_message_mean=True))
-    weights = data[0].loss_weights.tolist()
-    assert [w for w in weights if w] == pytest.approx([0.1] * 10 + [0.1] * 5)  # content and end of turn
-
-
-def test_rewards_are_each_conversations_own(build, tmp_path):
-    items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    path = build(tmp_path, [{"items": items, "reward": 0.4}, {"items": items, "reward": 1.0}])
-    data = TokenDataset(path, weights=WeightsConfig("reward", beta=0.5))
+def test_rewards_are_each_conversations_own_and_one_that_gives_no_weight_is_named(build, tmp_path):
+    reward = WeightsConfig("reward", beta=0.5)
+    data = TokenDataset(build(tmp_path / "a", [chat(reward=0.4), chat(reward=1.0)]), weights=reward)
     assert [max(e.loss_weights) for e in data] == pytest.approx([math.exp(-1.2), 1.0])
-
-
-@pytest.mark.parametrize("extra, message", [({}, "no reward"), ({"reward": 1e4}, "infinite")])
-def test_a_reward_that_gives_no_weight_is_named(build, tmp_path, extra, message):
-    items = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    path = build(tmp_path, [{"items": items, "reward": 0.4}, {"items": items} | extra])
-    with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
-        TokenDataset(path, weights=WeightsConfig("reward"))
+    for record, message in ((chat(), "no reward"), (chat(reward=1e4), "infinite")):
+        path = build(tmp_path / message, [chat(reward=0.4), record])
+        with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
+            TokenDataset(path, weights=reward)
 
 
 def test_selection_keeps_order_and_is_nested(mixed):
@@ -135,20 +123,22 @@ def test_damage_is_refused_with_the_files_name(mixed, tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"version": 99}, "version 99"), ({"format": "x"}, "not the manifest"), ({"roles": ["user"]}, "roles")],
+    [
+        ({"version": 99}, "version 99"),
+        ({"format": "x"}, "not the manifest"),
+        ({"roles": ["user"]}, "roles"),
+        (b"{", "damaged"),
+        (None, "no manifest.json"),
+        ("no folder", "no such folder"),
+    ],
 )
-def test_another_format_is_refused(mixed, tmp_path, change, message):
-    path = shutil.copytree(mixed, tmp_path / "a")
-    manifest.write_manifest(path / "manifest.json", manifest.read_manifest(path) | change)
+def test_a_folder_that_is_no_data_set_of_this_release_is_refused(mixed, tmp_path, change, message):
+    folder = tmp_path / "data"
+    if change != "no folder":
+        folder.mkdir()
+    if isinstance(change, dict):
+        manifest.write_manifest(folder / "manifest.json", manifest.read_manifest(mixed) | change)
+    elif isinstance(change, bytes):
+        (folder / "manifest.json").write_bytes(change)
     with pytest.raises(DataError, match=message):
-        TokenDataset(path)
-
-
-@pytest.mark.parametrize("content, message", [(None, "no manifest.json"), ("{", "damaged")])
-def test_a_folder_that_is_no_data_set_is_refused(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(DataError, match=message):
-        TokenDataset(tmp_path)
-    with pytest.raises(DataError, match="no such folder"):
-        TokenDataset(tmp_path / "nowhere")
+        TokenDataset(folder)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat.commands import prepare as command
-from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
 from ochat.data.readers import RecordFile, find_inputs
 from ochat.errors import ConfigError, DataError
-from tests.tiny_text import conversations, write_base, write_lines
+from tests.data.conftest import examples, places
+from tests.tiny_text import conversations, write_lines
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -55,41 +55,20 @@ def test_rows_are_the_objects_that_were_written(tmp_path_factory, rows, row_grou
     assert file.position == file.size
 
 
-def test_parquet_prepares_to_what_json_lines_do(tmp_path):
-    base, rows = write_base(tmp_path / "base"), conversations(seed=4, count=700)
-    sources = [write_lines(tmp_path / "in.jsonl", rows), write_parquet(tmp_path / "in.parquet", rows, 300)]
-    texts, tables = [], []
-    for source in sources:
-        prepare.prepare([source], base, "openchat_v3.2", tmp_path / "out", progress=False, overwrite=True)
-        data = TokenDataset(tmp_path / "out")
-        texts.append([(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in data])
-        tables.append([data.source_location(i).rpartition(":")[2] for i in range(len(data))])
-    assert texts[0] == texts[1] and tables[0] == tables[1]
+DAMAGE = {
+    "half": (lambda content: content[: len(content) // 2], 0),
+    "its end": (lambda content: content[: len(content) * 49 // 50], 0),
+    "middle": (lambda content: content[: len(content) // 2] + b"\xff" * 2000 + content[len(content) // 2 + 2000 :], 1),
+}
 
 
-def test_a_bad_row_is_named_by_its_number(base, tmp_path):
-    rows = [{"items": [{"role": "assistant", "content": "x"}]}, {"items": [{"role": "judge", "content": "x"}]}]
-    path = write_parquet(tmp_path / "in.parquet", rows)
-    with pytest.raises(DataError, match=r"in\.parquet:2: items\[0\]\.role: .*judge"):
-        prepare.prepare([path], base, "openchat_v3.2", tmp_path / "out", progress=False)
-
-
-@pytest.mark.parametrize("kept", [0.5, 0.98])
-def test_a_cut_parquet_file_is_named(tmp_path, kept):
-    path = write_parquet(tmp_path / "in.parquet", [{"n": n} for n in range(1000)], 100)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept)])
-    (bad,) = RecordFile(path)
-    with pytest.raises(DataError, match=r"in\.parquet:1: damaged or cut Parquet file"):
-        bad.value()
-
-
-def test_damage_within_a_parquet_file_ends_it_there(tmp_path):
+@pytest.mark.parametrize("lost", DAMAGE)
+def test_damage_ends_a_parquet_file_there(tmp_path, lost):
     path = write_parquet(tmp_path / "in.parquet", [{"text": f"{n} " * 50} for n in range(1000)], 100)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
-    path.write_bytes(content)
+    change, least = DAMAGE[lost]
+    path.write_bytes(change(path.read_bytes()))
     *good, bad = RecordFile(path)
-    assert 0 < len(good) < 1000 and all(r.value()["text"].startswith(f"{r.line - 1} ") for r in good)
+    assert least <= len(good) < 1000 and all(r.value()["text"].startswith(f"{r.line - 1} ") for r in good)
     with pytest.raises(DataError, match=rf"in\.parquet:{len(good) + 1}: damaged or cut Parquet file"):
         bad.value()
 
@@ -123,8 +102,10 @@ def test_parquet_memory_does_not_grow_with_a_row_group(tmp_path):
 
 
 def test_a_folder_is_its_files_in_order(tmp_path):
+    with pytest.raises(DataError, match=r"nothing to read in this folder \(no file\); known endings: \.jsonl"):
+        find_inputs([tmp_path])
     names = ["b/2.jsonl", "b/10.JSON", "a.parquet", "c.jsonl.xz", "b.json.gz", "z.ndjson.zst"]
-    others = ["README.md", "b/notes.txt", "b/model.safetensors"]
+    others = ["README.md", "b/notes.txt", "d/model.safetensors"]
     hidden = [".git/x.jsonl", "b/.x.jsonl", ".DS_Store"]
     for name in [*names, *others, *hidden]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -133,28 +114,24 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     expected = ["a.parquet", "b/10.JSON", "b/2.jsonl", "b.json.gz", "c.jsonl.xz", "z.ndjson.zst"]
     assert found.paths == [*(tmp_path / name for name in expected), tmp_path / "b" / "notes.txt"]
     assert sorted(found.skipped) == sorted(tmp_path / name for name in others)
+    with pytest.raises(DataError, match=r"only model\.safetensors"):
+        find_inputs([tmp_path / "d"])
 
 
-def test_a_folder_with_nothing_to_read_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"nothing to read in this folder \(no file\); known endings: \.jsonl"):
-        find_inputs([tmp_path])
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(DataError, match=r"only notes\.txt"):
-        find_inputs([tmp_path])
-
-
-def test_a_folder_prepares_as_its_files_do(tmp_path, capsys):
-    base, rows = write_base(tmp_path / "base"), conversations(seed=4, count=60)
-    folder = tmp_path / "in"
+def test_a_folder_of_lines_and_rows_prepares_as_one_file_does(base, tmp_path, capsys):
+    rows, folder = conversations(seed=4, count=700), tmp_path / "in"
     folder.mkdir()
-    files = [write_lines(folder / "a.jsonl", rows[:30]), write_parquet(folder / "b.parquet", rows[30:])]
+    write_lines(folder / "a.jsonl", rows[:300])
+    write_parquet(folder / "b.parquet", rows[300:], 150)
     (folder / "README.md").write_text("# The data")
-    options = {"base": str(base), "template": "openchat_v3.2", "progress": False, "overwrite": True}
-    contents = []
-    for inputs in ([str(folder)], list(map(str, files))):
-        command.main(command.PrepareOptions(tuple(inputs), output=str(tmp_path / "out"), **options))
-        contents.append([(e.input_ids.tolist(), e.condition) for e in TokenDataset(tmp_path / "out")])
-    assert contents[0] == contents[1] and len(contents[0]) > 50
+    found, lines = [], []
+    for source in (write_lines(tmp_path / "in.jsonl", rows), folder):
+        options = {"base": str(base), "template": "openchat_v3.2", "output": str(tmp_path / f"out{len(found)}")}
+        command.main(command.PrepareOptions((str(source),), **options, progress=False))
+        found.append(TokenDataset(options["output"]))
+        lines.append([int(place.rpartition(":")[2]) for place in places(found[-1])])
+    assert examples(found[0]) == examples(found[1]) and len(found[1]) > 600
+    assert lines[1] == [line - 300 * (line > 300) for line in lines[0]]
     assert capsys.readouterr().out.count("1 files with unknown endings were not read") == 1
 
 

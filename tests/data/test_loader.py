@@ -29,20 +29,21 @@ def equal(first, second):
     return same and first.sequences == second.sequences and first.weight_sum == second.weight_sum
 
 
+def batches(loader):
+    return [batch for step in range(loader.num_steps) for batch in loader.step(step)]
+
+
 @pytest.mark.parametrize("pad", [False, True])
 def test_an_epoch_holds_every_conversation_once(data, pad):
     loader = load(data, pad=pad)
-    for epoch in range(2):
-        seen, tokens, supervised = [], 0, 0
-        for step in range(loader.num_steps):
-            if loader.position(step)[0] == epoch:
-                for batch in loader.step(step):
-                    seen += batch.sequences
-                    tokens += batch.num_tokens
-                    supervised += batch.num_supervised
-                    assert len(batch.input_ids) <= 512 and (not pad or len(batch.input_ids) == 512)
-        assert sorted(seen) == list(range(len(data)))
-        assert tokens == data.lengths.sum() and supervised == data.supervised.sum()
+    both, first = batches(loader), 4 * loader.steps_per_epoch[0]
+    for epoch in (both[:first], both[first:]):
+        assert sorted(i for batch in epoch for i in batch.sequences) == list(range(len(data)))
+        assert sum(batch.num_tokens for batch in epoch) == data.lengths.sum()
+        assert sum(batch.num_supervised for batch in epoch) == data.supervised.sum()
+        assert all(len(batch.input_ids) == 512 if pad else len(batch.input_ids) <= 512 for batch in epoch)
+    assert both[0].sequences != both[first].sequences
+    assert both[0].sequences != load(data, seed=2).step(0)[0].sequences
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -60,52 +61,37 @@ def test_a_step_depends_on_its_number_alone(data):
     loader = load(data)
     late = list(load(data).iterate(start_step=loader.num_steps - 2))
     assert [step for step, _ in late] == [loader.num_steps - 2, loader.num_steps - 1]
-    for step, batches in late:
-        assert all(equal(a, b) for a, b in zip(batches, loader.step(step), strict=True))
+    for step, made in late:
+        assert all(equal(a, b) for a, b in zip(made, loader.step(step), strict=True))
 
 
-def test_epochs_and_seeds_differ(data):
-    loader = load(data)
-    second = loader.steps_per_epoch[0]
-    assert loader.step(0)[0].sequences != loader.step(second)[0].sequences
-    assert loader.step(0)[0].sequences != load(data, seed=2).step(0)[0].sequences
-
-
-def test_positions_and_epoch_ends(data):
-    loader = load(data, epochs=3)
-    expected = [(epoch, step) for epoch in range(3) for step in range(loader.steps_per_epoch[epoch])]
-    assert [loader.position(step) for step in range(loader.num_steps)] == expected
-    ends = [step for step in range(loader.num_steps) if loader.epoch_end(step)]
-    assert [loader.position(step)[0] for step in ends] == [0, 1, 2] and ends[-1] == loader.num_steps - 1
-    for outside in (-1, loader.num_steps):
-        with pytest.raises(IndexError):
-            loader.position(outside)
-
-
-def test_epochs_of_unequal_length_keep_their_ends(data, monkeypatch):
+def test_positions_and_ends_of_epochs_of_unequal_length(data, monkeypatch):
     whole = multipack.plan
 
     def halved(lengths, *, token_budget, epoch, **options):
         return whole(lengths, token_budget=token_budget if epoch else 2 * token_budget, epoch=epoch, **options)
 
     monkeypatch.setattr(multipack, "plan", halved)
-    loader = load(data)
-    first, second = loader.steps_per_epoch
-    assert first < second
-    assert [step for step in range(loader.num_steps) if loader.epoch_end(step)] == [first - 1, first + second - 1]
-    assert loader.position(first) == (1, 0)
+    loader = load(data, epochs=3)
+    counts = loader.steps_per_epoch
+    assert counts[0] < counts[1]
+    expected = [(epoch, step) for epoch in range(3) for step in range(counts[epoch])]
+    assert [loader.position(step) for step in range(loader.num_steps)] == expected
+    ends = [step for step in range(loader.num_steps) if loader.epoch_end(step)]
+    assert ends == [counts[0] - 1, counts[0] + counts[1] - 1, loader.num_steps - 1]
+    for outside in (-1, loader.num_steps):
+        with pytest.raises(IndexError):
+            loader.position(outside)
 
 
 def test_max_steps_cuts_the_run(data):
-    whole = load(data)
     assert load(data, max_steps=3).num_steps == 3 == len(list(load(data, max_steps=3).iterate()))
-    assert load(data, max_steps=10_000).num_steps == whole.num_steps
+    assert load(data, max_steps=10_000).num_steps == load(data).num_steps
 
 
 def test_stats_are_the_batches(data):
     loader = load(data, epochs=1)
-    stats = loader.stats()
-    tokens = sum(batch.num_tokens for step in range(loader.num_steps) for batch in loader.step(step))
+    stats, tokens = loader.stats(), sum(batch.num_tokens for batch in batches(loader))
     assert stats.num_tokens == tokens and stats.num_sequences == len(data)
     assert stats.fill == tokens / (loader.num_steps * 4 * 512) and stats.steps_per_epoch == (loader.num_steps,)
     assert stats.tokens_per_step == tokens / loader.num_steps
@@ -114,31 +100,25 @@ def test_stats_are_the_batches(data):
 
 def test_fewer_conversations_than_bins_still_make_a_step(data):
     loader = load(data, token_budget=int(data.lengths.sum()) + 1, bins_per_step=400, epochs=1)
-    batches = loader.step(0)
-    assert loader.num_steps == 1 and sum(len(batch.sequences) for batch in batches) == len(data)
-    assert [len(batch.input_ids) for batch in batches[-250:]] == [1] * 250
+    made = loader.step(0)
+    assert loader.num_steps == 1 and sum(len(batch.sequences) for batch in made) == len(data)
+    assert [len(batch.input_ids) for batch in made[-250:]] == [1] * 250
 
 
-def test_padded_batches_have_the_shapes_of_a_run_that_never_recompiles(data):
-    loader = load(data, pad=True, epochs=3)
-    batches = [batch for step in range(loader.num_steps) for batch in loader.step(step)]
-    assert {(*batch.input_ids.shape, *batch.cu_seqlens.shape) for batch in batches} == {(512, loader.num_documents + 1)}
-    assert {batch.max_seqlen for batch in batches} <= {256, 512}  # padding's documents have 256
-    fullest = max(np.count_nonzero(batch.lengths) for batch in batches)
+@pytest.mark.parametrize("is_power_of_two", [True, False])
+def test_padded_batches_have_the_shapes_of_a_run_that_never_recompiles(data, is_power_of_two):
+    budget = 512 if is_power_of_two else int(data.lengths.max()) + 3
+    loader = load(data, pad=True, epochs=3, token_budget=budget)
+    made = batches(loader)
+    assert {(*each.input_ids.shape, *each.cu_seqlens.shape) for each in made} == {(budget, loader.num_documents + 1)}
+    assert {each.max_seqlen for each in made} <= {256, budget}  # padding's documents have 256
+    fullest = max(np.count_nonzero(each.lengths) for each in made)
     assert fullest <= loader.num_documents < fullest + 64
-    for batch in batches:
-        assert batch.max_seqlen >= max(batch.lengths) and sum(batch.lengths) == 512
-        assert batch.cu_seqlens.tolist() == np.cumsum([0, *batch.lengths]).tolist()
-    ranks = [load(data, pad=True, epochs=3, rank=rank, world=4) for rank in range(4)]
+    for each in made:
+        assert budget >= each.max_seqlen >= max(each.lengths) and sum(each.lengths) == budget
+        assert each.cu_seqlens.tolist() == np.cumsum([0, *each.lengths]).tolist()
+    ranks = [load(data, pad=True, epochs=3, token_budget=budget, rank=rank, world=4) for rank in range(4)]
     assert {rank.num_documents for rank in ranks} == {loader.num_documents}
-
-
-def test_a_budget_that_is_no_power_of_two_bounds_max_seqlen(data):
-    budget = int(data.lengths.max()) + 3
-    loader = load(data, pad=True, token_budget=budget)
-    longest = [max(batch.lengths) for step in range(loader.num_steps) for batch in loader.step(step)]
-    found = [batch.max_seqlen for step in range(loader.num_steps) for batch in loader.step(step)]
-    assert max(longest) <= budget and all(a <= b <= budget for a, b in zip(longest, found, strict=True))
 
 
 def test_going_on_reads_nothing_of_earlier_steps(data, monkeypatch):
@@ -199,22 +179,17 @@ def test_a_plan_is_made_once_and_what_it_raises_reaches_who_asks():
 def test_a_pinned_loader_pins_every_tensor(data, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
-    batches = load(data, pin=True).step(0)
-    assert len(pinned) == 7 * len(batches)
-    assert equal(batches[0], load(data).step(0)[0])
+    made = load(data, pin=True).step(0)
+    assert len(pinned) == 7 * len(made) and equal(made[0], load(data).step(0)[0])
 
 
-def test_leaving_early_ends_the_thread(data):
-    before = threading.active_count()
-    steps = load(data).iterate()
+def test_the_thread_ends_when_it_is_left_and_hands_over_an_error(data, monkeypatch):
+    before, loader = threading.active_count(), load(data)
+    steps = loader.iterate()
     next(steps)
     assert threading.active_count() == before + 1
     steps.close()
     assert threading.active_count() == before
-
-
-def test_an_error_in_the_thread_reaches_the_caller(data, monkeypatch):
-    loader = load(data)
     good = loader.step
     monkeypatch.setattr(loader, "step", lambda n: good(n) if n < 2 else 1 / 0)
     steps = loader.iterate()

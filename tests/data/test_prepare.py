@@ -2,12 +2,12 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -22,6 +22,8 @@ from ochat.errors import ConfigError, DataError
 from ochat.text import template, tokenizer
 from ochat.text.conversation import Conversation
 from ochat.text.template import Span
+from tests import tiny
+from tests.data.conftest import chat, examples, places
 from tests.tiny_text import conversations, write_lines
 
 TEMPLATE = "openchat_v3.2"
@@ -42,13 +44,6 @@ def counted(report):
     return [report.total[name] for name in ("kept", "truncated", "too_long", "unsupervised")]
 
 
-def chat(answer="yes", **extra):
-    return {
-        "items": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}],
-        "condition": "GPT4",
-    } | extra
-
-
 @pytest.mark.parametrize("conditions", ["both", "assistant", "ignore"])
 @pytest.mark.parametrize("context", [None, 60])
 def test_examples_are_the_templates_own_cut_and_trimmed(make, base, tmp_path, conditions, context):
@@ -61,9 +56,8 @@ def test_examples_are_the_templates_own_cut_and_trimmed(make, base, tmp_path, co
         num_cut += len(ids) > (context or form.context)
         ids, weights = trimmed(ids[: context or form.context], weights[: context or form.context])
         if ids:
-            expected.append((ids, weights, record["condition"]))
-    data = TokenDataset(tmp_path / "out")
-    assert [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in data] == expected
+            expected.append((tuple(ids), tuple(weights), record["condition"]))
+    assert examples(TokenDataset(tmp_path / "out")) == expected
     total = report.total
     assert total["kept"] == len(expected) and total["tokens"] == sum(len(ids) for ids, _, _ in expected)
     assert total["truncated"] + total["unsupervised"] == num_cut and total["kept"] + total["unsupervised"] == 200
@@ -75,14 +69,13 @@ def test_workers_and_shards_change_nothing(make, tmp_path, monkeypatch):
     """Two processes and many small shards give the examples of one process and one shard."""
     records = conversations(seed=2, count=1500)
     make(records, workers=0)
-    alone = [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in TokenDataset(tmp_path / "out")]
-    places = TokenDataset(tmp_path / "out").source_location(777)
+    alone = TokenDataset(tmp_path / "out")
+    expected = examples(alone), places(alone)
     monkeypatch.setattr(store_writer, "SHARD_TOKENS", 10_000)
     make(records, workers=2, overwrite=True)
     data = TokenDataset(tmp_path / "out")
-    assert len(data.manifest["shards"]) == 3
-    assert [(e.input_ids.tolist(), e.loss_weights.tolist(), e.condition) for e in data] == alone
-    assert data.source_location(777) == places == f"{tmp_path / 'in.jsonl'}:778"
+    assert len(data.manifest["shards"]) == 3 and (examples(data), places(data)) == expected
+    assert places(data)[777] == f"{tmp_path / 'in.jsonl'}:778"
 
 
 def test_equal_input_gives_equal_files(make, tmp_path):
@@ -95,30 +88,30 @@ def test_equal_input_gives_equal_files(make, tmp_path):
 
 def test_several_files_and_a_default_class(base, tmp_path):
     first = write_lines(tmp_path / "a.jsonl", [chat("a"), {"instruction": "b?", "output": "b"}])
+    turns = [{"from": "human", "value": "c?"}, {"from": "gpt", "value": "c"}]
     second = tmp_path / "b.json"
-    second.write_text(
-        json.dumps([{"conversations": [{"from": "human", "value": "c?"}, {"from": "gpt", "value": "c"}]}])
-    )
+    second.write_text(json.dumps([{"conversations": turns}]))
     report = prepare([first, second], base, TEMPLATE, tmp_path / "out", default_condition="GPT3", progress=False)
     data = TokenDataset(tmp_path / "out")
     assert [e.condition for e in data] == ["GPT4", "GPT3", "GPT3"] and data.class_names == ("GPT4", "GPT3")
-    assert [data.source_location(i) for i in range(3)] == [f"{first}:1", f"{first}:2", f"{second}:1"]
+    assert places(data) == [f"{first}:1", f"{first}:2", f"{second}:1"]
     assert report.classes["GPT3"]["kept"] == 2 and report.classes["GPT4"]["kept"] == 1
+
+
+def one(**fields):
+    return json.dumps({"items": [{"role": "assistant", "content": "x"} | fields]})
 
 
 BAD = {
     "not JSON": ("{oops, this is no JSON at all", "not JSON"),
     "no object": ("[1]", "JSON object"),
     "field missing": ('{"items": [{"role": "user"}]}', r"items\[0\]\.content: missing"),
-    "mistyped field": ('{"items": [{"role": "user", "content": 3}]}', r"items\[0\]\.content: expected text"),
-    "unknown role": ('{"items": [{"role": "judge", "content": "x"}]}', r"items\[0\]\.role: .*judge"),
-    "NaN weight": ('{"items": [{"role": "assistant", "content": "x", "weight": NaN}]}', r"items\[0\]\.weight: .*nan"),
-    "huge weight": (
-        '{"items": [{"role": "assistant", "content": "x", "weight": 1e300}]}',
-        r"items\[0\]\.weight: .*too large",
-    ),
-    "nothing supervised": (json.dumps({"items": [{"role": "user", "content": "x"}]}), "no message to learn from"),
-    "lone surrogate": ('{"items": [{"role": "assistant", "content": "\\ud800"}]}', r"items\[0\]\.content: .*surrogate"),
+    "mistyped field": (one(content=3), r"items\[0\]\.content: expected text"),
+    "unknown role": (one(role="judge"), r"items\[0\]\.role: .*judge"),
+    "NaN weight": (one(weight=float("nan")), r"items\[0\]\.weight: .*nan"),
+    "huge weight": (one(weight=1e300), r"items\[0\]\.weight: .*too large"),
+    "nothing supervised": (one(role="user"), "no message to learn from"),
+    "lone surrogate": (one(content="\ud800"), r"items\[0\]\.content: .*surrogate"),
 }
 
 
@@ -150,7 +143,9 @@ def test_empty_input_is_an_error(base, tmp_path, content, on_bad):
 
 
 def test_over_long_conversations_are_cut_dropped_or_refused(make, tmp_path):
-    records = [chat("short"), chat("long " * 20), chat("late", system="s" * 80)]
+    asks = chat("asks")  # a question after the last answer makes no conversation too long
+    asks["items"].append({"role": "user", "content": "x" * 100})
+    records = [asks, chat("long " * 20), chat("late", system="s" * 80)]
     report = make(records, context=70)
     assert counted(report) == [2, 1, 0, 1]
     assert TokenDataset(tmp_path / "out").lengths.tolist()[1] == 70
@@ -159,12 +154,6 @@ def test_over_long_conversations_are_cut_dropped_or_refused(make, tmp_path):
     with pytest.raises(DataError, match=r"in\.jsonl:2: \d+ tokens, the context is 70"):
         make(records, context=70, over_long="error", on_bad="skip", overwrite=True)
     assert len(TokenDataset(tmp_path / "out")) == 1, "what was there before the failure still is"
-
-
-def test_a_trailing_question_does_not_make_a_conversation_too_long(make, tmp_path):
-    record = chat("yes")
-    record["items"].append({"role": "user", "content": "x" * 100})
-    assert make([record], context=60, over_long="error").total["kept"] == 1
 
 
 def test_an_output_in_the_way_is_kept(make, tmp_path):
@@ -181,7 +170,13 @@ def test_a_tokenizer_without_the_templates_token_is_named(base, tmp_path):
         prepare([write_lines(tmp_path / "a.jsonl", [chat()])], base, "openchat_3.6", tmp_path / "out")
 
 
-@pytest.mark.parametrize("options, message", [({"context": 1}, "--context"), ({"workers": -1}, "--workers")])
+SHARES, SHARDS = (-0.1, 1.0, 5, math.nan), ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2", "/", "1/0")
+IMPOSSIBLE = [({"context": 1}, "--context"), ({"workers": -1}, "--workers")]
+IMPOSSIBLE += [({"held_out": share}, f"--held-out {share}") for share in SHARES]
+IMPOSSIBLE += [({"shard": text}, f"--shard {text}: i/n is needed") for text in SHARDS]
+
+
+@pytest.mark.parametrize(("options", "message"), IMPOSSIBLE)
 def test_impossible_options_are_named(make, options, message):
     with pytest.raises(ConfigError, match=message):
         make([chat()], **options)
@@ -208,8 +203,8 @@ def batches(*_):
         yield [record] * 100, 0
 module.batches = batches
 if __name__ == "__main__":
-    module.prepare([sys.argv[1]], sys.argv[2], "openchat_v3.2", sys.argv[3], progress=False,
-    workers=int(sys.argv[4]))
+    source, base, output, workers = sys.argv[1:]
+    module.prepare([source], base, "openchat_v3.2", output, progress=False, workers=int(workers))
 """
 
 
@@ -219,11 +214,8 @@ def test_an_interrupted_prepare_leaves_nothing_that_loads(base, tmp_path, how, w
     script, out = tmp_path / "endless.py", tmp_path / "data" / "out"
     script.write_text(ENDLESS)
     source = write_lines(tmp_path / "in.jsonl", [chat()])
-    root = str(Path(__file__).resolve().parents[2])
-    process = subprocess.Popen(
-        [sys.executable, script, source, base, out, str(workers)],
-        env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, script, source, base, out, str(workers)]
+    process = subprocess.Popen(command, env=tiny.environment(), stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "data").is_dir() or not any((tmp_path / "data").iterdir()):
         assert process.poll() is None and time.monotonic() < deadline, "it never started to write"
@@ -242,26 +234,6 @@ def test_an_interrupted_prepare_leaves_nothing_that_loads(base, tmp_path, how, w
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["out"], "the next prepare sweeps"
 
 
-def test_the_folder_of_a_living_process_stays(base, tmp_path):
-    """Somebody else's is left alone, and so are names that only look alike."""
-    source = write_lines(tmp_path / "in.jsonl", [chat()])
-    kept = [f".out.partial-{os.getppid()}", ".out.partial-x", f".other.partial-{2**22 + 1}"]
-    for name in [*kept, f".out.partial-{2**22 + 1}"]:  # beyond the largest number a process can have
-        (tmp_path / name).mkdir()
-    prepare([source], base, TEMPLATE, tmp_path / "out", progress=False)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "in.jsonl", "out"])
-
-
-@pytest.mark.parametrize("place", ["in.jsonl/below", "in.jsonl/a/b", "", "x" * 300])
-def test_an_output_that_cannot_be_is_named(base, tmp_path, place, monkeypatch):
-    source = write_lines(tmp_path / "in.jsonl", [chat()])
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises((ConfigError, OSError), match=place[:250] or "names no new folder"):
-        prepare([source], base, TEMPLATE, f"{tmp_path}/{place}" if place else "", progress=False)
-    assert not list((tmp_path / "empty").iterdir())
-
-
 @pytest.mark.parametrize("missing", ["meta-llama/Llama-2-7b-hf", "/no/such/folder"])
 def test_a_base_that_is_no_folder_says_how_to_get_one(tmp_path, missing):
     fetched = missing if missing[0] != "/" else "ORG/NAME"
@@ -278,11 +250,11 @@ def test_memory_is_a_few_batches(base, tmp_path, workers, text, counts):
     for count in counts:
         source = write_lines(tmp_path / f"{count}.jsonl", [chat(text)] * count)
         arguments = (str(source), str(base), str(tmp_path / f"out{count}"), str(workers))
-        peaks.append(float(subprocess.check_output([sys.executable, "-c", PEAK_MIB, *arguments], env=ENVIRONMENT)))
+        command = [sys.executable, "-c", PEAK_MIB, *arguments]
+        peaks.append(float(subprocess.check_output(command, env=tiny.environment())))
     assert peaks[1] - peaks[0] < 15, f"{peaks} MiB for {counts} records"
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
 PEAK_MIB = """
 import resource, sys
 from ochat.data import prepare, store_writer

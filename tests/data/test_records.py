@@ -67,44 +67,55 @@ def test_compression_is_told_by_content(tmp_path, compress):
 
 
 def test_places_are_those_of_an_editor(tmp_path):
-    assert [(r.line, r.number) for r in RecordFile(write(tmp_path, '{"a":1}\n\n{"a":2}\n'))] == [(1, 1), (3, 2)]
     array = '[\n  {\n   "a": 1\n  },\n\n  {"a": 2}, {"a": 3}\n]\n'
-    assert [(r.line, r.number) for r in RecordFile(write(tmp_path, array))] == [(2, 1), (6, 2), (6, 3)]
+    for text, wanted in (
+        ('{"a":1}\n\n{"a":2}\n', [(1, 1), (3, 2)]),
+        (array, [(2, 1), (6, 2), (6, 3)]),
+        ('{\n "items": [\n  1\n ]\n}', [(1, 1)]),
+    ):
+        assert [(r.line, r.number) for r in RecordFile(write(tmp_path, text))] == wanted
 
 
-def test_one_pretty_object_is_one_record(tmp_path):
-    assert [r.value() for r in RecordFile(write(tmp_path, '{\n "items": [\n  1\n ]\n}'))] == [{"items": [1]}]
+A, B = {"a": 1}, {"a": 2}
+IN_LINES = {  # a bad line -> what is said of it
+    b'{"a": 1': "not JSON: Expecting ',' delimiter .column 8.,",
+    b'{"a": "x': "not JSON: Unterminated string starting at .column 7.,",
+    b"{bad": "not JSON: Expecting property name .* .column 2., near '{bad'",
+    b'{"a": 1,, "b": 2, "c": 3}': "not JSON: .* near '.*,,",
+    b"hello there, this is no JSON": "not JSON",
+    b'{"a": "\xff\xfe"}': "not UTF-8 at byte 7",
+    b"[1, 2]": "must be a JSON object, not list",
+    b"3": "must be a JSON object, not int",
+    b'{"a": ' + b"9" * 5000 + b"}": "cannot be read",
+    b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}": "cannot be read",
+}
+ELSEWHERE = {  # a text -> its records, and what is said of a bad one
+    b'[{"a": 1},\n {"a": "cut': [A, "2: .*cut off"],
+    b'[{"a": 1},\n {"a": 2}': [A, B, "2: .*no ']'"],
+    b'[{"a": 1},\n {"a": 2},': [A, B, "2: "],
+    b'[{"a": 1}\n {"a": 2}]': [A, "2: .*expected ','"],
+    b'[{"a": 1}]\n {"a": 2}': [A, "2: .*after the end"],
+    b'[{"a": 1},\n {"a": oops this is wrong}]': [A, "2: .*near"],
+    b'[{"a": 1},\n{"a": "\xff"},\n{"a": 2}]': [A, "2: not UTF-8 at byte 7", B],
+    b'{"a\n{"a": 2}\n': [r"1: not JSON: .* \(column \d+\), near", B],
+    b'{\n{"a": 2}\n': [r"1: not JSON: .* \(column \d+\), near", B],
+    b'{"a": {"items": [\n{"a": 2}\n': [r"1: not JSON: .* \(column \d+\), near", B],
+    b"[\n]": ["2: .*empty"],
+    b"": ["1: the file is empty"],
+    b" \n\t\n": ["1: the file is empty"],
+}
+BAD = {b'{"a": 1}\n' + line + b'\n{"a": 2}\n': [A, f"2: .*{said}", B] for line, said in IN_LINES.items()} | ELSEWHERE
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        (b'{"a": 1', "not JSON: Expecting ',' delimiter .column 8.,"),
-        (b'{"a": "x', "not JSON: Unterminated string starting at .column 7.,"),
-        (b"{bad", "not JSON: Expecting property name .* .column 2., near '{bad'"),
-        (b'{"a": 1,, "b": 2, "c": 3}', "not JSON: .* near '.*,,"),
-        (b"hello there, this is no JSON", "not JSON"),
-        (b'{"a": "\xff\xfe"}', "not UTF-8 at byte 7"),
-        (b"[1, 2]", "must be a JSON object, not list"),
-        (b"3", "must be a JSON object, not int"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read"),
-        (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "cannot be read"),
-    ],
-)
-def test_a_bad_line_is_named_and_its_neighbours_are_read(tmp_path, line, message):
-    path = write(tmp_path, b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
-    first, bad, last = RecordFile(path)
-    assert (first.value(), last.value()) == ({"a": 1}, {"a": 3})
-    with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
-        bad.value()
-
-
-@pytest.mark.parametrize("cut", ['{"a', "{", '{"a": {"items": ['])
-def test_a_first_line_that_is_cut_does_not_hide_the_second(tmp_path, cut):
-    bad, good = RecordFile(write(tmp_path, cut + '\n{"a": 2}\n'))
-    assert good.value() == {"a": 2}
-    with pytest.raises(DataError, match=r"in\.jsonl:1: not JSON: .* \(column \d+\), near"):
-        bad.value()
+@pytest.mark.parametrize("text", BAD, ids=range(len(BAD)))
+def test_a_bad_record_is_named_and_its_neighbours_are_read(tmp_path, text):
+    """Damage that hides where the next record begins is the last one."""
+    for record, wanted in zip(RecordFile(write(tmp_path, text)), BAD[text], strict=True):
+        if isinstance(wanted, dict):
+            assert record.value() == wanted
+            continue
+        with pytest.raises(DataError, match=rf"in\.jsonl:{wanted}"):
+            record.value()
 
 
 @pytest.mark.parametrize("blank", ["", "\n", "\n \n"])
@@ -124,34 +135,6 @@ def test_only_a_last_record_is_cut_and_every_cut_is_told(tmp_path, whole, blank)
         _, bad = RecordFile(write(tmp_path, '{"a": 1}\n' + wrong + blank))
         with pytest.raises(DataError, match=r"in\.jsonl:2: not JSON: .* \(column \d+\)"):
             bad.value()
-
-
-@pytest.mark.parametrize(
-    "text, good, message",
-    [
-        ('[{"a": 1},\n {"a": "cut', 1, ":2: .*cut off"),
-        ('[{"a": 1},\n {"a": 2}', 2, ":2: .*no ']'"),
-        ('[{"a": 1},\n {"a": 2},', 2, ":2: "),
-        ('[{"a": 1}\n {"a": 2}]', 1, ":2: .*expected ','"),
-        ('[{"a": 1}]\n {"a": 2}', 1, ":2: .*after the end"),
-        ('[{"a": 1},\n {"a": oops this is wrong}]', 1, ":2: .*near"),
-        ("[\n]", 0, "empty"),
-        ("", 0, ":1: the file is empty"),
-        (" \n\t\n", 0, ":1: the file is empty"),
-    ],
-)
-def test_damage_that_hides_the_next_record_is_the_last_one(tmp_path, text, good, message):
-    *read, bad = RecordFile(write(tmp_path, text))
-    assert [r.value()["a"] for r in read] == list(range(1, good + 1))
-    with pytest.raises(DataError, match=message):
-        bad.value()
-
-
-def test_a_byte_that_is_not_utf8_spoils_one_element_of_an_array(tmp_path):
-    first, bad, last = RecordFile(write(tmp_path, b'[{"a": 1},\n{"a": "\xff"},\n{"a": 3}]'))
-    assert (first.value(), last.value()) == ({"a": 1}, {"a": 3})
-    with pytest.raises(DataError, match=r"in\.jsonl:2: not UTF-8 at byte 7"):
-        bad.value()
 
 
 @pytest.mark.parametrize("kind", ["gz", "xz", "zst"])

@@ -39,17 +39,14 @@ def by_hand(span, source):
     return math.copysign(value, own)
 
 
+@pytest.mark.parametrize("is_mean", [False, True])
 @pytest.mark.parametrize("source", ["record", "classes", "reward", "none"])
 @given(spans=SPANS)
-def test_weights_equal_the_rules_by_hand(source, spans):
-    rule = WeightRule(WeightsConfig(source=source), TABLE, NAMES)
-    assert apply(rule, spans) == pytest.approx([by_hand(span, source) for span in spans], rel=1e-6)
-
-
-@given(spans=SPANS)
-def test_a_message_mean_shares_the_weight_among_its_tokens(spans):
-    shared = apply(WeightRule(WeightsConfig(source="record", per_message_mean=True), {}, NAMES), spans)
-    assert shared == pytest.approx([by_hand(span, "record") / span[-1] for span in spans], rel=1e-6)
+def test_weights_equal_the_rules_by_hand(source, is_mean, spans):
+    """A mean shares a message's weight among its tokens."""
+    rule = WeightRule(WeightsConfig(source=source, per_message_mean=is_mean), TABLE, NAMES)
+    wanted = [by_hand(span, source) / (span[-1] if is_mean else 1) for span in spans]
+    assert apply(rule, spans) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_auto_is_the_table_if_there_is_one():
@@ -57,16 +54,15 @@ def test_auto_is_the_table_if_there_is_one():
     assert WeightRule(WeightsConfig(), TABLE, NAMES).source == "classes"
 
 
-def test_the_default_beta_is_the_papers():
-    """Rewards 1 and 0.1 weigh 1 and 0.1."""
-    answers = [(math.nan, ASSISTANT, 0, math.nan, 5), (math.nan, ASSISTANT, 1, math.nan, 5)]
-    assert apply(WeightRule(WeightsConfig(), TABLE, NAMES), answers) == pytest.approx([1.0, 0.1])
+OWN_BETA = {"GPT4": ClassConfig(weight=2.0), "GPT3": ClassConfig(reward=0.5, beta=0.25)}
 
 
-def test_a_class_may_have_its_own_beta_or_a_plain_weight():
-    table = {"GPT4": ClassConfig(weight=2.0), "GPT3": ClassConfig(reward=0.5, beta=0.25)}
-    answers = [(1.0, ASSISTANT, 0, math.nan, 5), (0.7, ASSISTANT, 1, math.nan, 5)]
-    assert apply(WeightRule(WeightsConfig(), table, NAMES), answers) == pytest.approx([2.0, math.exp(-2)])
+@pytest.mark.parametrize(
+    ("table", "weights"), [(TABLE, [1.0, 0.1]), (OWN_BETA, [2.0, math.exp(-2)])], ids=["the paper's beta", "its own"]
+)
+def test_a_class_weighs_what_its_reward_and_beta_say(table, weights):
+    answers = [(own, ASSISTANT, place, math.nan, 5) for place, own in enumerate((math.nan, 0.7))]
+    assert apply(WeightRule(WeightsConfig(), table, NAMES), answers) == pytest.approx(weights)
 
 
 def test_a_class_without_entry_is_named_unless_none_of_it_is_used():
