@@ -17,6 +17,7 @@ from ochat.data.encode import is_held_out, prompt_position
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message
 from tests import tiny
+from tests.data.conftest import places
 from tests.tiny_text import write_lines
 
 TEMPLATE = "openchat_v3.2"
@@ -70,10 +71,8 @@ def pairs(count):
 
 def prompts(folder, records):
     """Prompts of a data set, by the lines that its examples came from."""
-    data = TokenDataset(folder)
-    return [
-        records[int(data.source_location(i).rpartition(":")[2]) - 1]["items"][0]["content"] for i in range(len(data))
-    ]
+    lines = [int(place.rpartition(":")[2]) for place in places(TokenDataset(folder))]
+    return [records[line - 1]["items"][0]["content"] for line in lines]
 
 
 def test_prepare_splits_without_losing_or_leaking(base, tmp_path):
@@ -96,10 +95,9 @@ def test_prepare_splits_without_losing_or_leaking(base, tmp_path):
 
 def test_a_split_that_leaves_nothing_is_an_error(base, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", list(pairs(3)))
-    with pytest.raises(DataError, match=r"--held-out 1e-06 holds out none of 6 conversations"):
-        prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=1e-6, progress=False)
-    with pytest.raises(DataError, match="no conversation is left to train on"):
-        prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=1 - 1e-6, progress=False)
+    for share, message in ((1e-6, "--held-out 1e-06 holds out none of 6"), (1 - 1e-6, "no conversation is left")):
+        with pytest.raises(DataError, match=message):
+            prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=share, progress=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 

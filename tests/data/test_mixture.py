@@ -17,6 +17,7 @@ from ochat.model.config import ModelConfig
 from ochat.plan import run_facts
 from ochat.train import build
 from tests import tiny
+from tests.data.conftest import examples, places
 from tests.tiny_text import conversations
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array)
@@ -27,28 +28,15 @@ def epochs_of(lengths, budget, count, seed=(0, 1)):
 
 
 @settings(deadline=None)
-@given(LENGTHS, st.floats(0.05, 3.5), st.integers(1, 6))
-def test_no_conversation_comes_again_before_all_came_as_often(lengths, passes, num_epochs):
-    counts = np.zeros(len(lengths), int)
-    for taken in epochs_of(lengths, passes * lengths.sum(), num_epochs):
+@given(LENGTHS, st.floats(0.05, 3.5) | st.sampled_from([1.0, 2.0, 3.0]), st.integers(1, 6))
+def test_every_epoch_takes_its_tokens_and_none_comes_again_before_all_came_as_often(lengths, passes, num_epochs):
+    counts, budget = np.zeros(len(lengths), int), passes * lengths.sum()
+    for taken in epochs_of(lengths, budget, num_epochs):
         np.add.at(counts, taken, 1)
-        assert np.ptp(counts) <= 1
-    assert abs((counts * lengths).sum() - num_epochs * passes * lengths.sum()) < lengths.max()
-
-
-@settings(deadline=None)
-@given(LENGTHS, st.floats(0.05, 3.5), st.integers(0, 6))
-def test_every_epoch_takes_its_tokens(lengths, passes, epoch):
-    budget = passes * lengths.sum()
-    taken = epochs_of(lengths, budget, epoch + 1)[epoch]
-    assert abs(lengths[taken].sum() - budget) < lengths.max() + 1
-
-
-@settings(deadline=None)
-@given(LENGTHS, st.integers(1, 3), st.integers(0, 3))
-def test_whole_passes_take_everything_as_often(lengths, passes, epoch):
-    taken = epochs_of(lengths, passes * lengths.sum(), epoch + 1)[epoch]
-    assert np.bincount(taken, minlength=len(lengths)).tolist() == [passes] * len(lengths)
+        assert np.ptp(counts) <= 1 and abs(lengths[taken].sum() - budget) < lengths.max() + 1
+        if passes.is_integer():
+            assert np.bincount(taken, minlength=len(lengths)).tolist() == [passes] * len(lengths)
+    assert abs((counts * lengths).sum() - num_epochs * budget) < lengths.max()
 
 
 @settings(deadline=None)
@@ -63,11 +51,9 @@ def test_rates_are_kept_until_the_first_set_is_used_up(sets):
 
 def test_a_half_is_another_half_in_the_next_epoch_and_with_another_seed():
     lengths = np.full(100, 7)
-    first, second = epochs_of(lengths, 350, 2)
-    assert sorted([*first, *second]) == list(range(100)) and len(first) == 50
-    assert sorted(first) != sorted(epochs_of(lengths, 350, 1, seed=(1, 1))[0])
-    third, fourth = epochs_of(lengths, 350, 4)[2:]
-    assert sorted([*third, *fourth]) == list(range(100)) and sorted(third) not in (sorted(first), sorted(second))
+    first, second, third, fourth = map(sorted, epochs_of(lengths, 350, 4))
+    assert sorted(first + second) == sorted(third + fourth) == list(range(100)) and len(first) == 50
+    assert third not in (first, second) and first != sorted(epochs_of(lengths, 350, 1, seed=(1, 1))[0])
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +75,11 @@ def mix(folders, options):
 def test_several_sets_are_one_after_the_other_with_classes_united_by_name(folders):
     data, apart = TokenDataset(folders), [TokenDataset(path) for path in folders.values()]
     assert data.class_names[:2] == apart[0].class_names and set(data.class_names) == {"GPT4", "GPT3", "coder"}
-    assert [(part.start, part.stop) for part in data.sets.values()] == [(0, 90), (90, 150)]
-    for ours, theirs in zip(data, [example for each in apart for example in each], strict=True):
-        assert ours.input_ids.tolist() == theirs.input_ids.tolist() and ours.condition == theirs.condition
-        assert ours.loss_weights.tolist() == theirs.loss_weights.tolist()
-    assert data.source_location(90).endswith("code.jsonl:1") and data.source_location(89).endswith("chat.jsonl:90")
-    batch = data.batch([0, 120])
+    assert data.sets == {"chat": slice(0, 90), "code": slice(90, 150)}
+    assert examples(data) == [example for each in apart for example in examples(each)]
+    assert places(data) == [place for each in apart for place in places(each)]
     expected = [data.class_names.index(data[i].condition) for i in (0, 120) for _ in range(data.supervised[i])]
-    assert batch.supervised_classes.tolist() == expected
+    assert data.batch([0, 120]).supervised_classes.tolist() == expected
     assert len({data.fingerprint, *(each.fingerprint for each in apart)}) == 3
 
 
@@ -116,13 +99,9 @@ def test_weights_and_selection_hold_across_sets(folders):
     assert np.bincount(mixture(0)).tolist() == [2] * data.sets["chat"].stop + [1] * (len(data) - data.sets["chat"].stop)
 
 
-def test_a_set_that_the_selection_empties_is_named(folders):
-    data = TokenDataset(folders, only_class="GPT3")
+def test_a_set_without_a_conversation_and_an_epoch_without_one_are_named(folders):
     with pytest.raises(ConfigError, match="data.mix.code: only_class and subsample leave no conversation of it"):
-        Mixture(data, mix(folders, {}))
-
-
-def test_a_budget_below_every_conversation_is_named(folders):
+        Mixture(TokenDataset(folders, only_class="GPT3"), mix(folders, {}))
     mixture = Mixture(TokenDataset(folders), mix(folders, {"chat": {"epochs": 1e-9}, "code": {"epochs": 1e-9}}))
     with pytest.raises(ConfigError, match="epoch 2 takes no conversation"):
         mixture(1)
@@ -142,10 +121,8 @@ MIXES += [{"chat": {"tokens": 900}}, {"chat": {"ratio": 3}, "code": {"ratio": 1}
 @pytest.mark.parametrize("options", MIXES)
 def test_the_loader_trains_on_the_mixture(folders, options):
     data = TokenDataset(folders)
-    mixture = Mixture(data, mix(folders, options), seed=1)
-    loader = Loader(
-        data, token_budget=512, bins_per_step=2, seed=1, epochs=3, mixture=mixture, costs=data.lengths * 2.0
-    )
+    mixture, costs = Mixture(data, mix(folders, options), seed=1), data.lengths * 2.0
+    loader = Loader(data, token_budget=512, bins_per_step=2, seed=1, epochs=3, mixture=mixture, costs=costs)
     seen = {epoch: [] for epoch in range(3)}
     for step, batches in loader.iterate():
         seen[loader.position(step)[0]] += [i for batch in batches for i in batch.sequences]
@@ -155,23 +132,17 @@ def test_the_loader_trains_on_the_mixture(folders, options):
     assert (sorted(seen[0]) == sorted(seen[1])) == (options == {})
 
 
-@pytest.fixture(scope="module")
-def others(world, tmp_path_factory):
-    """The world's conversations prepared with another tokenizer, and with another template."""
-    folder, source = tmp_path_factory.mktemp("others"), world.folder / "conversations.jsonl"
-    (folder / "base").mkdir()
-    write_bytes_tokenizer(folder / "base", END_OF_TURN, "<|another|>")
-    prepare([source], folder / "base", "openchat_v3.2", folder / "tokenizer", progress=False)
-    prepare([source], world.base, "openchat_v3.2", folder / "template", conditions="ignore", progress=False)
-    return folder
-
-
 @pytest.mark.parametrize("what", ["tokenizer", "template"])
-def test_sets_prepared_otherwise_are_refused_by_name(world, others, what):
-    with pytest.raises(
-        ConfigError, match=rf"data\.mix\.odd \(.*{what}\): prepared with another {what}.*data\.mix\.mine"
-    ):
-        TokenDataset({"mine": world.data, "odd": others / what})
+def test_sets_prepared_otherwise_are_refused_by_name(world, tmp_path, what):
+    base, conditions = world.base, "ignore" if what == "template" else "both"
+    if what == "tokenizer":
+        base = tmp_path / "base"
+        base.mkdir()
+        write_bytes_tokenizer(base, END_OF_TURN, "<|another|>")
+    source = world.folder / "conversations.jsonl"
+    prepare([source], base, "openchat_v3.2", tmp_path / "odd", conditions=conditions, progress=False)
+    with pytest.raises(ConfigError, match=rf"data\.mix\.odd .*odd\): prepared with another {what}.*data\.mix\.mine"):
+        TokenDataset({"mine": world.data, "odd": tmp_path / "odd"})
 
 
 def mixed_options(world, *more):
@@ -203,18 +174,18 @@ def test_a_plan_has_a_row_for_each_set(world):
     assert rows.items() <= facts.items() and f"{loader.stats().num_tokens:,} tokens" in facts["data"]
 
 
+ALONE = ["--data.path=", "--data.mix.a.path=x"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--data.mix.a.path=x"], r"data.path = .*with \[data.mix"),
         (["--data.path=", "--data.mix.a.epochs=1"], "data.mix.a.path"),
-        (
-            ["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epochs=1", "--data.mix.a.ratio=1"],
-            "data.mix.a = .*at most one",
-        ),
-        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.tokens=0"], "data.mix.a.tokens = 0"),
-        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.ratio=inf"], "data.mix.a.ratio = inf"),
-        (["--data.path=", "--data.mix.a.path=x", "--data.mix.a.epoch=1"], "did you mean 'epochs'"),
+        ([*ALONE, "--data.mix.a.epochs=1", "--data.mix.a.ratio=1"], "data.mix.a = .*at most one"),
+        ([*ALONE, "--data.mix.a.tokens=0"], "data.mix.a.tokens = 0"),
+        ([*ALONE, "--data.mix.a.ratio=inf"], "data.mix.a.ratio = inf"),
+        ([*ALONE, "--data.mix.a.epoch=1"], "did you mean 'epochs'"),
     ],
 )
 def test_what_a_mixture_cannot_mean_is_refused(world, options, message):

@@ -153,7 +153,7 @@ def test_a_random_model_larger_than_the_machine_is_not_begun(tmp_path):
 )
 def test_a_file_that_is_no_plain_json_object_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(DataError, match="x.json"):
+    with pytest.raises(DataError, match="x.json: .*; fetch it again$"):
         bounded_json.read_object(tmp_path / "x.json", DataError, "fetch it again")
 
 
