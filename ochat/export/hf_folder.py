@@ -19,7 +19,7 @@ from ochat.checkpoint.manifest import Manifest, copy_serving_files
 from ochat.checkpoint.verify import verify_weights
 from ochat.errors import ConfigError
 from ochat.export import serving
-from ochat.export.merge import holds_adapters, whole_parameters
+from ochat.export.open_model import holds_adapters, whole_parameters
 from ochat.files import atomic, checksums
 from ochat.model import hf, peft
 from ochat.model.config import ModelConfig

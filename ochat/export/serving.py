@@ -1,20 +1,35 @@
 """What a server needs in addition to the weights: tokenizer, chat template, generation settings, openchat.json.
 
+    write(folder, template, tokenizer, ("GPT3", "GPT4"));  set_default_condition(folder, "GPT3")
+
 They are written and checked when a run starts, so that a faulty export stops it there and not at its end; every
 checkpoint carries a copy, so that it can be exported without the base.
+
+With the chat template (Jinja) a server gets training's ids for a whole chat. Training tokenises each segment alone, a
+server the rendered string as a whole. Where a prefix and its content could merge, the template separates them: by a
+blank (which is SentencePiece's dummy prefix), or by a boundary that the exported tokenizer drops.
 """
 
 from __future__ import annotations
 
+import json
+import os.path
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import jinja2.sandbox
+from tokenizers import Tokenizer as ServedTokenizer
 
 from ochat.errors import CheckpointError
 from ochat.files import atomic, bounded_json
-from ochat.text import chat_template
 from ochat.text import tokenizer as tokenizers
+from ochat.text.conversation import Conversation, Message
 from ochat.text.openchat_json import OPENCHAT, template_as
-from ochat.text.template import Template
+from ochat.text.template import FOLDER, Template
 from ochat.text.tokenizer import Tokenizer
+from ochat.text.tokenizer_convert import BOUNDARY
 
 
 def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
@@ -22,9 +37,9 @@ def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple
 
     Raises: ConfigError where the tokenizer lacks one of the template's tokens, CheckpointError where ids would differ.
     """
-    rendered = chat_template.render(template, tokenizer)
+    rendered = render(template, tokenizer)
     tokenizer.save(folder, chat_template=rendered, eos_token=template.eot)
-    chat_template.verify(folder, template, tokenizer)
+    verify(folder, template, tokenizer)
     settings = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.special_tokens[template.eot],
@@ -45,7 +60,138 @@ def set_default_condition(folder: Path, condition: str) -> None:
     tokenizer = tokenizers.load(folder)
     template = template_as(folder, None, condition, tokenizer)
     config = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
-    rendered = chat_template.render(template, tokenizer)
+    rendered = render(template, tokenizer)
     atomic.write_json(folder / "tokenizer_config.json", config | {"chat_template": rendered})
-    chat_template.verify(folder, template, tokenizer)
+    verify(folder, template, tokenizer)
     atomic.write_json(folder / OPENCHAT, described | {"template": template.to_dict()})
+
+
+def render(template: Template, tokenizer: Tokenizer) -> str:
+    """The Jinja source of the chat template.
+
+    Its variables: `messages` (system in front is allowed), `add_generation_prompt`, `condition` (undefined: the
+    template's default; "": none). Rendering refuses a message that holds a special token: served, it would be live.
+    Raises: ConfigError if the tokenizer lacks a special token of the template.
+    """
+    template.check(tokenizer)
+    joints = {f"join_{role}": _joint(template, role, tokenizer) for role in ("user", "assistant", "system")}
+    uses_boundary = any(BOUNDARY in joint for joint in joints.values())
+    values = joints | {
+        "default": _quoted(template.default_condition),
+        "marks": json.dumps(_marks(tokenizer, uses_boundary), ensure_ascii=False),
+        "bos": _quoted(template.bos_token(tokenizer) or ""),
+        "eot": _quoted(template.eot),
+        "user": _prefix_expression(template, "user"),
+        "assistant": _prefix_expression(template, "assistant"),
+        "system": _quoted(template.system_prefix()),
+    }
+    source = (FOLDER / "chat_template.jinja").read_text("utf-8")
+    return re.sub(r"@(\w+)@", lambda match: values[match[1]], source)
+
+
+def _prefix_expression(template: Template, role: str) -> str:
+    before, after = template.prefix.split("{role}")
+    name = template.roles[role]
+    named = f"(chosen ~ {_quoted(' ' + name)}) | trim" if template.carries_condition(role) else _quoted(name.strip())
+    return f"{_quoted(before)} ~ ({named}) ~ {_quoted(after)}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _marks(tokenizer: Tokenizer, uses_boundary: bool) -> list[str]:
+    """Strings that no message may hold. Many tokens that differ in a number (reserved_special_token_7) count as one."""
+    stems: dict[str, list[str]] = {}
+    for token in tokenizer.special_tokens:
+        stems.setdefault(re.split(r"\d", token)[0], []).append(token)
+    families = ([stem] if len(tokens) > 8 and len(stem) > 4 else tokens for stem, tokens in stems.items())
+    return [*sorted(mark for marks in families for mark in marks), *([BOUNDARY] if uses_boundary else [])]
+
+
+def _joint(template: Template, role: str, tokenizer: Tokenizer) -> str:
+    """What comes between a prefix and `content` that is not empty, as a Jinja expression."""
+    prefix = template.system_prefix() if role == "system" else template.role_prefix(role, "")
+    tail = tokenizer.split_at_specials(prefix)[-1]
+    if not tail:
+        return _quoted("")  # a special token, or nothing, is in front of the content
+    if tokenizer.has_dummy_prefix:
+        return _quoted(BOUNDARY + " " if _grows_across_blanks(tokenizer) else " ")
+    if tail.endswith("\n") and _splits_after(tail, tokenizer):
+        return f"({_quoted(BOUNDARY)} if content[:1] | trim == '' else {_quoted('')})"
+    return _quoted(BOUNDARY)
+
+
+def _grows_across_blanks(tokenizer: Tokenizer) -> bool:
+    """Whether some vocabulary entry holds "▁" after another character, so that it could span prefix and content."""
+    return any(re.search("[^▁]▁", piece) for piece in tokenizer.pieces)
+
+
+# one of each kind of character that pre-tokenizers tell apart
+_LETTERS = ("a", "Z", "é", "ß", "漢", "ん", "ب", "א", "\u0301", "\u093f", "0", "٣", "²", "½")
+_SIGNS = ("'s", "'", '"', "-", "--", ":", ")", "#", "/", "`", "_", "€", "+", "😀")
+_INVISIBLE = ("\u200d", "\u200b", "\ufeff", "\ufffd", "\ue000", "\x00", "\x1b", "\x7f")
+
+
+def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
+    """Whether content that starts with no blank keeps its ids directly after `tail`, which ends in a newline."""
+    if any(re.search(r"\n[^\s▁]", piece) for piece in tokenizer.pieces):
+        return False
+    head = tokenizer.encode(tail)
+    contents = [start + rest for start in (*_LETTERS, *_SIGNS, *_INVISIBLE) for rest in ("", "b", " b", "7", "\n")]
+    return all(tokenizer.encode(tail + content) == head + tokenizer.encode(content) for content in contents)
+
+
+def verify(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
+    """Render awkward conversations with the exported chat template, tokenise with the exported tokenizer, compare ids.
+
+    Raises: CheckpointError at the first difference.
+    """
+    exported = ServedTokenizer.from_file(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # transformers'
+    chat = environment.from_string(config["chat_template"])
+    exported.encode_special_tokens = True
+    for text in (*_AWKWARD, *list(tokenizer.special_tokens)[:8]):
+        _compare(exported, text, tokenizer.encode(text), folder)
+    exported.encode_special_tokens = False
+    for conversation in _probes():
+        variables, (ids, _) = chat_variables(conversation), template.encode(conversation, tokenizer)
+        opening = tokenizer.encode_with_specials(template.role_prefix("assistant", conversation.condition))
+        _compare(exported, chat.render(**variables), ids, folder)
+        _compare(exported, chat.render(**variables, add_generation_prompt=True), ids + opening, folder)
+
+
+def _compare(exported: ServedTokenizer, text: str, trained: list[int], folder: Path) -> None:
+    served = exported.encode(text, add_special_tokens=False).ids
+    if served != trained:
+        at = len(os.path.commonprefix([served, trained]))
+        raise CheckpointError(
+            f"{folder}: the exported tokenizer and chat template give other ids than training from token {at} on "
+            f"({served[at : at + 4]} instead of {trained[at : at + 4]}) for {text!r}"
+        )
+
+
+def chat_variables(conversation: Conversation) -> dict[str, Any]:
+    """What a server passes to the chat template for this conversation: `messages` and `condition`."""
+    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
+    turns = [{"role": m.role, "content": m.content} for m in conversation.items]
+    return {"messages": [*system, *turns], "condition": conversation.condition}
+
+
+_BLANKS = (
+    "", " ", "  two blanks", "\n", "\n\nlines", " \n x", "\t", "\u00a0x", "\u2028x", "\x1cx", "\r\nx", "trailing \n\n",
+)  # fmt: skip
+_TEXTS = ("Hello", "User: hi", "12345", "a\x00b", "😀 漢字", "\u0301accent", "\u200dz", "▁", "▁ x")
+_AWKWARD = (*_BLANKS, *_TEXTS, ":)", ")", "'s", "-- -", "<", "|>", "//")
+
+
+def _probes() -> list[Conversation]:
+    """Conversations whose contents start and end in awkward ways, over several turns, systems and conditions."""
+    conditions = ("", "GPT4", "Math Correct", " blanks ", "é:")
+    count, conversations = len(_AWKWARD), []
+    for i in range(count):
+        items = tuple(Message(("user", "assistant")[k % 2], _AWKWARD[(i * 5 + k) % count]) for k in range(4))
+        system = "" if i % 3 == 0 else _AWKWARD[(i * 7 + 4) % count]
+        conversations.append(Conversation(items, conditions[i % len(conditions)], system))
+    return [*conversations, replace(conversations[1], items=conversations[1].items[:1])]

@@ -1,6 +1,6 @@
 """Chat templates: what transformers renders and tokenises from an export are training's ids, for any message.
 
-pytest tests/text/test_chat_template.py
+pytest tests/export/test_serving.py
 """
 
 import json
@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ochat.errors import CheckpointError
-from ochat.text import chat_template
+from ochat.export import serving
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
@@ -50,14 +50,14 @@ def exported(request, tmp_path_factory):
     real = kind in ("mistral", "llama3")
     path = text_kit.real_tokenizer(kind) if real else text_kit.small_folder(kind, folder / "base")
     tokenizer, template = tokenizers.load(path, added), templates.load(name)
-    source = chat_template.render(template, tokenizer)
+    source = serving.render(template, tokenizer)
     tokenizer.save(folder / "out", chat_template=source, eos_token=template.eot)
     (folder / "out" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return tokenizer, template, transformers.AutoTokenizer.from_pretrained(folder / "out"), folder / "out"
 
 
 def served_ids(served, conversation, **options):
-    variables = chat_template.chat_variables(conversation) | options
+    variables = serving.chat_variables(conversation) | options
     messages = variables.pop("messages")
     return served.apply_chat_template(messages, tokenize=True, return_dict=False, **variables)
 
@@ -67,7 +67,7 @@ def served_ids(served, conversation, **options):
 def test_served_ids_are_trainings(exported, conversation):
     tokenizer, template, served, _ = exported
     said = [conversation.system, conversation.condition, *(m.content for m in conversation.items)]
-    assume(not any(token in text for token in (*tokenizer.special_tokens, chat_template.BOUNDARY) for text in said))
+    assume(not any(token in text for token in (*tokenizer.special_tokens, serving.BOUNDARY) for text in said))
     assert served_ids(served, conversation) == template.encode(conversation, tokenizer)[0]
     asked = Conversation((*conversation.items, Message("user", "x")), conversation.condition, conversation.system)
     bare = replace(template, default_condition="")
@@ -97,7 +97,7 @@ def test_special_tokens_in_messages_are_refused(exported):
 
 def test_verify_passes_and_finds_a_difference(exported):
     tokenizer, template, _, folder = exported
-    chat_template.verify(folder, template, tokenizer)
+    serving.verify(folder, template, tokenizer)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     trimmed = config["chat_template"].replace("= message['content'] -", "= message['content'] | trim -")
@@ -105,7 +105,7 @@ def test_verify_passes_and_finds_a_difference(exported):
     path.write_text(json.dumps(config | {"chat_template": trimmed}))
     try:
         with pytest.raises(CheckpointError, match="other ids than training"):
-            chat_template.verify(folder, template, tokenizer)
+            serving.verify(folder, template, tokenizer)
     finally:
         path.write_text(json.dumps(config))
 
@@ -114,10 +114,10 @@ def test_the_boundary_is_written_only_where_it_is_needed(exported):
     """Other servers than ours may not know it: SentencePiece needs none, a header that ends in a newline seldom."""
     tokenizer, template, served, folder = exported
     plain = Conversation((Message("user", "Hi"), Message("assistant", "Yo")), "GPT4", "Sys")
-    variables = chat_template.chat_variables(plain)
+    variables = serving.chat_variables(plain)
     text = served.apply_chat_template(variables["messages"], tokenize=False, condition=plain.condition)
     source = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
     if tokenizer.kind == "sentencepiece" and tokenizer.bos == "<s>" and template.name != "gemma_it":
-        assert (chat_template.BOUNDARY in source) == ("<start_of_turn>" in tokenizer.special_tokens)
+        assert (serving.BOUNDARY in source) == ("<start_of_turn>" in tokenizer.special_tokens)
     if tokenizer.kind == "tiktoken" and template.prefix.endswith("\n"):
-        assert chat_template.BOUNDARY in source and chat_template.BOUNDARY not in text
+        assert serving.BOUNDARY in source and serving.BOUNDARY not in text
