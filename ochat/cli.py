@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
+from ochat import __version__, overrides
 from ochat import config as configuration
-from ochat import overrides
 from ochat.config import Section
 from ochat.console import complain, configure_logging
 from ochat.errors import OchatError, UsageError
@@ -61,8 +61,6 @@ def main() -> None:
         sys.exit(0 if arguments else 2)
     name, *rest = arguments
     if name == "--version":
-        from ochat import __version__
-
         print(f"ochat {__version__}")
     else:
         run(name, rest)
@@ -199,7 +197,3 @@ def _print_usage(console: Console) -> None:
     for name, purpose in COMMANDS.items():
         console.print(f"  [bold]{name:<10}[/] {escape(purpose)}")
     console.print("\n`ochat COMMAND --help` says what each takes.")
-
-
-if __name__ == "__main__":
-    main()

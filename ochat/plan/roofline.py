@@ -34,14 +34,15 @@ class Workload:
     fill: float = 1.0  # real tokens over token_budget
     imbalance: float = 1.0  # largest over mean work among the bins of a step
 
-    def attention_per_token(self, model: ModelConfig) -> float:
-        """FLOPs of causal attention, forward and backward, an average token."""
-        return _attention(model, self.lengths, np.ones(self.lengths.longest + 1))
+    def attention_per_token(self, model: ModelConfig, cost: np.ndarray | float = 1.0) -> float:
+        """FLOPs of causal attention, forward and backward, an average token; of each length times its `cost`."""
+        squares = np.arange(self.lengths.longest + 1, dtype=np.float64) ** 2
+        return model.flops_per_step(0, 1, 0) * float(self.lengths.counts @ (squares * cost)) / self.lengths.num_tokens
 
     def attention_seconds(self, model: ModelConfig, gpu: GpuSpec) -> float:
         """Seconds of attention, an average token, at the rate for each document's length; 7 FLOPs are done for 6."""
         rates = attention_rate(gpu, np.arange(self.lengths.longest + 1))
-        return _attention(model, self.lengths, 7 / 6 / (rates * 1e12))
+        return self.attention_per_token(model, 7 / 6 / (rates * 1e12))
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,3 @@ def _link(gpu: GpuSpec, layout: Layout, members: int) -> float:
 
 def _exposed(seconds: float, busy: float) -> float:
     return seconds - min(OVERLAP * seconds, busy)
-
-
-def _attention(model: ModelConfig, lengths: LengthCounts, cost: np.ndarray) -> float:
-    """Sum over documents of FLOPs(len) * cost[len], over the number of tokens."""
-    squares = np.arange(lengths.longest + 1, dtype=np.float64) ** 2
-    return model.flops_per_step(0, 1, 0) * float(lengths.counts @ (squares * cost)) / lengths.num_tokens

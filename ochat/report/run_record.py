@@ -77,9 +77,8 @@ class RunRecord:
         self.is_live = lock.is_held(self.folder)
         self.metrics = Metrics(self.folder / layout.METRICS)
         self.config_text = self._text(layout.CONFIG)
-        config = self._parsed(layout.CONFIG, tomllib.loads)
-        named = configuration.with_new_names(config)
-        self.settings: dict[str, Any] = dict(configuration.flatten(named))  # by dotted name
+        config = configuration.with_new_names(self._parsed(layout.CONFIG, tomllib.loads))
+        self.settings: dict[str, Any] = dict(configuration.flatten(config))  # by dotted name
         self.plan, self.swap = (self._parsed(name, json.loads) for name in (layout.PLAN, layout.SWAP))
         self.evaluations: list[Evaluation] = read_evaluations(self.folder)
         self.best_by = expert_class(self.folder, self.evaluations)
@@ -140,12 +139,12 @@ class RunRecord:
         text = self._text(name)
         try:
             value = parse(text) if text else {}
+            if isinstance(value, dict):
+                return value
+            raise ValueError("no object")
         except (ValueError, RecursionError) as error:
-            value = error
-        if not isinstance(value, dict):
-            self.notes.append(f"{name} could not be read: {value if isinstance(value, Exception) else 'no object'}")
+            self.notes.append(f"{name} could not be read: {error}")
             return {}
-        return value
 
 
 def named(folders: Sequence[Path]) -> list[RunRecord]:
