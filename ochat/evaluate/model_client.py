@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import partial
+from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -53,40 +53,35 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+@dataclass
 class EndpointAnswerer:
     """A model that a server holds. The class goes into the chat template's variable `condition`."""
 
-    def __init__(
-        self,
-        endpoint: str,
-        model: str,
-        *,
-        max_new_tokens: int,
-        condition: str | None = None,
-        seed: int = 0,
-        concurrent: int = 8,
-        requests_per_minute: float = 0.0,
-        retries: int = 10,
-        timeout_s: float = 600.0,
-    ) -> None:
+    endpoint: str
+    model: str
+    max_new_tokens: int
+    condition: str | None
+    seed: int
+    concurrent: int
+    requests_per_minute: float
+    retries: int
+    timeout_s: float
+
+    def __post_init__(self) -> None:
         """Needs the package openai. Raises: ConfigError for an unreadable key."""
         import openai
 
-        self.endpoint, self.model, self.seed, self.max_new_tokens = endpoint, model, seed, max_new_tokens
-        self.concurrent = concurrent
-        self.about: dict[str, Any] = {"model": model, "condition": condition}
-        self._extra = {} if condition is None else {"chat_template_kwargs": {"condition": condition}}
-        self._interval_s = 60 / requests_per_minute if requests_per_minute else 0.0
+        self.about: dict[str, Any] = {"model": self.model, "condition": self.condition}
         self._next_start, self._lock = 0.0, threading.Lock()
         self._key = os.environ.get(KEY, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):  # no request can carry it; it is not quoted
             raise ConfigError(f"{KEY}: holds characters that no key has; set it again")
         hooks = {"request": [self._before_request], "response": [self._warn]}
         self._client = openai.OpenAI(
-            base_url=endpoint,
+            base_url=self.endpoint,
             api_key=self._key or "none",
-            max_retries=retries,
-            timeout=timeout_s,
+            max_retries=self.retries,
+            timeout=self.timeout_s,
             # a redirect could carry the request elsewhere: it is an error
             http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks),
         )
@@ -121,7 +116,7 @@ class EndpointAnswerer:
             request.headers.pop("Authorization", None)
         with self._lock:
             start = max(time.monotonic(), self._next_start)
-            self._next_start = start + self._interval_s
+            self._next_start = start + (60 / self.requests_per_minute if self.requests_per_minute else 0.0)
         time.sleep(max(start - time.monotonic(), 0.0))
 
     def _warn(self, response: Any) -> None:
@@ -143,7 +138,8 @@ class EndpointAnswerer:
         """The choice that the server answers with. Raises: ServerError."""
         import openai
 
-        settings |= {"max_tokens": self.max_new_tokens, "extra_body": self._extra}
+        extra = {} if self.condition is None else {"chat_template_kwargs": {"condition": self.condition}}
+        settings |= {"max_tokens": self.max_new_tokens, "extra_body": extra}
         try:
             choice = self._client.chat.completions.create(model=self.model, messages=list(chat), **settings).choices[0]
             if choice.message.content is None and choice.finish_reason != "length":
@@ -162,30 +158,27 @@ class EndpointAnswerer:
         )
 
 
+@dataclass
 class LocalAnswerer:
     """A model in this process. Its weights are loaded when questions are asked."""
 
-    def __init__(
-        self,
-        source: Path,
-        *,
-        max_new_tokens: int,
-        condition: str | None = None,
-        template: str | None = None,
-        seed: int = 0,
-        dtype: str = "bfloat16",
-        device: str = "cpu",
-        base: str = "",
-    ) -> None:
+    source: Path
+    max_new_tokens: int
+    condition: str | None
+    seed: int
+    template: str | None
+    dtype: str
+    device: str
+    base: str
+
+    def __post_init__(self) -> None:
         """Raises: ConfigError and CheckpointError, for what can be known before the weights are read."""
-        self.max_new_tokens, self.seed = max_new_tokens, seed
-        self._load = partial(open_model, source, dtype=dtype, device=device, base=base)
-        folder = folder_of(source)
+        folder = folder_of(self.source)
         self.context = ModelConfig.load(folder).max_position_embeddings
         self.tokenizer = tokenizers.load(folder)
-        self.template = template_as(folder, template, condition, self.tokenizer)
-        self.about: dict[str, Any] = {"model": fingerprint(folder), "condition": self.template.default_condition}
-        self.about |= {"template": self.template.name, "dtype": dtype}  # what decides the answers
+        self.speaks = template_as(folder, self.template, self.condition, self.tokenizer)
+        self.about: dict[str, Any] = {"model": fingerprint(folder), "condition": self.speaks.default_condition}
+        self.about |= {"template": self.speaks.name, "dtype": self.dtype}  # what decides the answers
 
     def answers(self, questions: Sequence[Question]) -> Iterator[Answer]:
         """In batches of one temperature. Raises: ConfigError naming a question that fills the model's context, before
@@ -195,7 +188,7 @@ class LocalAnswerer:
                 raise ConfigError(f"{question.place}: {count} tokens, but the model's context is {self.context}")
         if not questions:
             return
-        model = self._load()
+        model = open_model(self.source, dtype=self.dtype, device=self.device, base=self.base)
         for temperature in dict.fromkeys(question.temperature for question in questions):
             alike = [question for question in questions if question.temperature == temperature]
             for first in range(0, len(alike), QUESTIONS_PER_BATCH):
@@ -204,7 +197,7 @@ class LocalAnswerer:
     def _prompt(self, texts: Sequence[str]) -> list[int]:
         """The ids of what user and assistant say in turns, ready for the next answer."""
         items = tuple(Message(role, text) for role, text in zip(cycle(ROLES), texts, strict=False))
-        return self.template.encode_prompt(Conversation(items), self.tokenizer)
+        return self.speaks.encode_prompt(Conversation(items), self.tokenizer)
 
     def _answer(self, model: Transformer, batch: Sequence[Question], temperature: float) -> Iterator[Answer]:
         """Turn by turn. A turn that fills the context gets an empty answer that is cut."""
@@ -217,7 +210,7 @@ class LocalAnswerer:
             fits = {index: ids for index in asked if len(ids := self._prompt(said[index])) < self.context}
             seeds = [turn_seed(self.seed, batch[index].key, turn) for index in fits]
             settings = {"temperature": temperature, "seed": seeds}
-            stop = self.template.eot
+            stop = self.speaks.eot
             found = complete(model, list(fits.values()), self.tokenizer, stop, self.max_new_tokens, **settings)
             answers = dict.fromkeys(asked, ("", True)) | dict(zip(fits, found, strict=True))
             for index, (text, is_cut) in answers.items():
