@@ -152,12 +152,22 @@ def place(world, tmp_path_factory):
 # each gives the inputs of a kind, and what reads one of them
 
 
+def through(path: Path, use):
+    """A reader of contents: writes them to the file, then `use`s it."""
+    path.parent.mkdir(exist_ok=True)
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        use()
+
+    return read
+
+
 def conversation_files(place: Path):
     good = [json.dumps(record) for record in conversations(seed=1, count=4)]
     path, lines = place / "in.jsonl", "\n".join(good).encode()
 
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
+    def use() -> None:
         for record in RecordFile(path):
             with contextlib.suppress(OchatError):
                 Conversation.from_dict(record.value())
@@ -165,8 +175,8 @@ def conversation_files(place: Path):
         prepare([path], place / "base", "openchat_v3.2", place / "out", on_bad="skip", workers=0, progress=False)
 
     some = st.lists(st.sampled_from(good).map(json.loads).flatmap(values_of), min_size=1, max_size=3)
-    listed = bytes_of(f"[{','.join(good)}]".encode())
-    return bytes_of(lines) | listed | some.map(lambda items: "\n".join(map(json.dumps, items)).encode()), read
+    some = some.map(lambda items: "\n".join(map(json.dumps, items)).encode())
+    return bytes_of(lines) | bytes_of(f"[{','.join(good)}]".encode()) | some, through(path, use)
 
 
 def data_manifests(place: Path):
@@ -184,17 +194,16 @@ def data_manifests(place: Path):
 def data_shards(place: Path):
     """Of the right size and sum by the manifest, so that only what is in it can be wrong."""
     source, folder = place / "data" / "shard-00000.safetensors", place / "shards"
-    folder.mkdir()
     good = json.loads((place / "data" / data_manifest.MANIFEST).read_text())
 
-    def read(content: bytes) -> None:
-        (folder / source.name).write_bytes(content)
-        shards = [good["shards"][0] | {"bytes": len(content)}, *good["shards"][1:]]
+    def use() -> None:
+        size = (folder / source.name).stat().st_size
+        shards = [good["shards"][0] | {"bytes": size}, *good["shards"][1:]]
         data_manifest.write_manifest(folder / data_manifest.MANIFEST, good | {"shards": shards})
         data = TokenDataset(folder)
         data.batch(range(min(3, len(data))))
 
-    return bytes_of(source.read_bytes()), read
+    return bytes_of(source.read_bytes()), through(folder / source.name, use)
 
 
 def checkpoint_manifests(place: Path):
@@ -217,21 +226,16 @@ def safetensors_files(place: Path):
     def join(text: bytes) -> bytes:
         return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
+    def use() -> None:
         for tensor in open_folder(path.parent).values():
             tensor.read()
 
-    return bytes_of(content) | damaged_json(json.loads(content[8 : 8 + size])).map(join), read
+    return bytes_of(content) | damaged_json(json.loads(content[8 : 8 + size])).map(join), through(path, use)
 
 
 def shard_indices(place: Path):
     path = place / "sharded" / INDEX
-
-    def read(content: bytes) -> None:
-        path.write_bytes(content)
-        hf.open_tensors(path.parent, ModelConfig.load(place / "base"))
-
+    read = through(path, lambda: hf.open_tensors(path.parent, ModelConfig.load(place / "base")))
     return damaged_json(json.loads(path.read_text())), read
 
 
@@ -244,56 +248,37 @@ def model_configs(place: Path):
     for key in ("attention_bias", "mlp_bias"):
         qwen.pop(key)
 
-    def read(content: bytes) -> None:
-        (place / "sharded" / "config.json").write_bytes(content)
+    def use() -> None:
         config = ModelConfig.load(place / "sharded")
         config.num_parameters(), config.to_hf()
 
-    return st.one_of(map(damaged_json, (good, good | {"rope_scaling": scaling}, qwen))), read
+    kinds = map(damaged_json, (good, good | {"rope_scaling": scaling}, qwen))
+    return st.one_of(kinds), through(place / "sharded" / "config.json", use)
 
 
 def run_configurations(place: Path):
-    text = configuration.dump(configuration.load(place / "run" / "config.toml"))
-
-    def read(content: bytes) -> None:
-        (place / "run.toml").write_bytes(content)
-        configuration.dump(configuration.load(place / "run.toml"))
-
+    path, text = place / "run.toml", configuration.dump(configuration.load(place / "run" / "config.toml"))
     lines = st.lists(st.sampled_from(text.splitlines())).map(lambda x: "\n".join(x).encode())
-    return bytes_of(text.encode()) | lines, read
+    return bytes_of(text.encode()) | lines, through(path, lambda: configuration.dump(configuration.load(path)))
 
 
 def tokenizer_files(place: Path):
-    folder = place / "tokenizer"
-    folder.mkdir()
-
-    def read(content: bytes) -> None:
-        (folder / "tokenizer.json").write_bytes(content)
-        tokenizer.load(folder, ("<|end_of_turn|>",)).encode("a b")
-
+    path = place / "tokenizer" / "tokenizer.json"
+    read = through(path, lambda: tokenizer.load(path.parent, ("<|end_of_turn|>",)).encode("a b"))
     return damaged_json(json.loads((place / "base" / "tokenizer.json").read_text())), read
 
 
 def checksum_files(place: Path):
-    folder = place / "sums"
-    folder.mkdir()
-
-    def read(content: bytes) -> None:
-        (folder / SUMS).write_bytes(content)
-        sums(folder)
-
-    return bytes_of(b"".join(b"0" * 64 + b"  " + name + b"\n" for name in (b"model.safetensors", b"config.json"))), read
+    path = place / "sums" / SUMS
+    good = b"".join(b"0" * 64 + b"  " + name + b"\n" for name in (b"model.safetensors", b"config.json"))
+    return bytes_of(good), through(path, lambda: sums(path.parent))
 
 
 def length_files(place: Path):
     plain, packed = io.BytesIO(), io.BytesIO()
     np.save(plain, np.arange(1, 50, dtype=np.int32))
     np.savez(packed, np.arange(1, 50, dtype=np.int32))
-
-    def read(content: bytes) -> None:
-        (place / "x.npy").write_bytes(content)
-        lengths.read(place / "x.npy")
-
+    read = through(place / "x.npy", lambda: lengths.read(place / "x.npy"))
     return bytes_of(plain.getvalue()) | bytes_of(packed.getvalue()), read
 
 
@@ -308,24 +293,18 @@ def kinds(place):
     return {kind.__name__: kind(place) for kind in KINDS}
 
 
-def fuzz(name: str, inputs, read, count: int) -> None:
+@pytest.mark.parametrize(
+    "count", [60, pytest.param(5_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["some", "many"]
+)
+@pytest.mark.parametrize("name", [kind.__name__ for kind in KINDS])
+def test_damage_is_read_or_refused(kinds, name, count):
+    inputs, read = kinds[name]
+    COUNTS.clear()
+
     @settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
     @given(inputs)
     def one(content):
         attempt(name, functools.partial(read, content))
 
     one()
-
-
-@pytest.mark.parametrize("name", [kind.__name__ for kind in KINDS])
-def test_damage_is_read_or_refused(kinds, name):
-    fuzz(name, *kinds[name], 60)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [kind.__name__ for kind in KINDS])
-def test_much_damage_is_read_or_refused(kinds, name):
-    COUNTS.clear()
-    fuzz(name, *kinds[name], 5_000)
     print(dict(COUNTS))
