@@ -314,7 +314,8 @@ def with_new_names(tree: dict[str, Any], where: str = "") -> dict[str, Any]:
     changed = {}
     for key, value in tree.items():
         new = next((new for old, new in RENAMED.items() if fnmatchcase(where + key, old)), key)
-        changed[new] = with_new_names(value, f"{where}{key}.") if isinstance(value, dict) else value
+        is_table = isinstance(value, dict) and where.count(".") < 3  # a file may nest tables without end
+        changed[new] = with_new_names(value, f"{where}{key}.") if is_table else value
     return changed
 
 
