@@ -39,6 +39,8 @@ def test_what_is_written_reads_back_here_and_there(family, tmp_path):
     assert ModelConfig.from_hf(ours.to_hf()) == ours
     (tmp_path / "config.json").write_text(json.dumps(ours.to_hf()))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+    for ids in ([7, 9], 2, None):
+        assert ModelConfig.from_hf(record | {"eos_token_id": ids}).to_hf()["eos_token_id"] == ids
     for key in record.keys() - {"architectures", "dtype", "transformers_version", "_name_or_path", "max_window_layers"}:
         assert theirs[key] == record[key], key
 
@@ -68,36 +70,36 @@ def test_flops_of_a_step_are_those_of_its_products():
 
 
 def test_silent_settings_mean_what_transformers_means():
-    llama1 = {
-        key: LLAMA[key] for key in LLAMA if key not in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings")
-    }
-    assert ModelConfig.from_hf(llama1) == dataclasses.replace(ModelConfig.from_hf(LLAMA), num_kv_heads=4, norm_eps=1e-6)
-    assert ModelConfig.from_hf(LLAMA).rope == RopeConfig(10000.0)
-    assert ModelConfig.from_hf(MISTRAL).windows == (4096, 4096)
-    assert ModelConfig.from_hf(MISTRAL | {"sliding_window": None}).windows == ()
-    assert ModelConfig.from_hf(QWEN2 | {"sliding_window": 7, "use_sliding_window": False}).windows == ()
+    left_out = {"num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"}
+    llama1 = ModelConfig.from_hf({key: value for key, value in LLAMA.items() if key not in left_out})
+    assert llama1 == dataclasses.replace(ModelConfig.from_hf(LLAMA), num_kv_heads=4, norm_eps=1e-6)
+    assert llama1.rope == RopeConfig(10000.0)
     assert ModelConfig.from_hf(QWEN3).head_dim == 128
     assert ModelConfig.from_hf(LLAMA | {"head_dim": 6}).head_dim == 6
 
 
-def test_windows_per_layer():
-    three = {"num_hidden_layers": 3, "sliding_window": 7}
-    qwen2 = QWEN2 | three | {"use_sliding_window": True}
-    assert ModelConfig.from_hf(qwen2 | {"max_window_layers": 1}).windows == (None, 7, 7)
-    assert ModelConfig.from_hf(qwen2 | {"max_window_layers": 3}).windows == ()
-    types = ["sliding_attention", "full_attention", "full_attention"]
-    assert ModelConfig.from_hf(qwen2 | {"layer_types": types}).windows == (7, None, None)
-    config = ModelConfig.from_hf(MISTRAL | three)
-    assert [config.window(layer) for layer in range(3)] == [7, 7, 7]
-    assert ModelConfig.from_hf(LLAMA | {"layer_types": ["full_attention"] * 2}).window(1) is None
+THREE = {"num_hidden_layers": 3, "sliding_window": 7}
+SLIDING = QWEN2 | THREE | {"use_sliding_window": True}
+FIRST_SLIDES = ["sliding_attention", "full_attention", "full_attention"]
 
 
-def test_generation_settings_are_kept():
-    config = ModelConfig.from_hf(LLAMA | {"bos_token_id": 0, "eos_token_id": [7, 9], "pad_token_id": -1})
-    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (0, (7, 9), -1)
-    assert config.to_hf()["eos_token_id"] == [7, 9]
-    assert ModelConfig.from_hf(LLAMA | {"eos_token_id": 2}).to_hf()["eos_token_id"] == 2
-    assert ModelConfig.from_hf(LLAMA).to_hf()["eos_token_id"] is None
+@pytest.mark.parametrize(
+    ("record", "windows"),
+    [
+        (LLAMA | {"layer_types": ["full_attention"] * 2}, ()),
+        (MISTRAL, (4096, 4096)),
+        (MISTRAL | {"sliding_window": None}, ()),
+        (MISTRAL | THREE, (7, 7, 7)),
+        (SLIDING | {"use_sliding_window": False}, ()),
+        (SLIDING | {"max_window_layers": 1}, (None, 7, 7)),
+        (SLIDING | {"max_window_layers": 3}, ()),
+        (SLIDING | {"layer_types": FIRST_SLIDES}, (7, None, None)),
+    ],
+)
+def test_windows_per_layer(record, windows):
+    config = ModelConfig.from_hf(record)
+    assert config.windows == windows
+    assert [config.window(layer) for layer in range(len(windows))] == list(windows)
 
 
 @pytest.mark.parametrize(
@@ -122,15 +124,10 @@ def test_generation_settings_are_kept():
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type is 'dynamic'"),
         (LLAMA, {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters: rope_type is 'yarn'"),
         (LLAMA, {"vocab_size": None}, "vocab_size is missing"),
-        (LLAMA, {"vocab_size": True}, "vocab_size is True"),
-        (LLAMA, {"hidden_size": 32.0}, "hidden_size is 32.0"),
-        (LLAMA, {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         (LLAMA, {"num_key_value_heads": 3}, "num_attention_heads = 4 is no multiple of 3"),
         (LLAMA, {"hidden_size": 34}, "hidden_size = 34 is no multiple of 4"),
         (LLAMA, {"head_dim": 7}, "head_dim = 7 is odd"),
-        (LLAMA, {"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
         (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
-        (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
         (MISTRAL, {"attention_bias": True}, "attention_bias is True"),
         (MISTRAL, {"mlp_bias": True}, "mlp_bias is set"),
@@ -158,13 +155,6 @@ def test_harmless_settings_are_no_obstacle():
         "partial_rotary_factor": 1.0, "rope_scaling": None,
     }  # fmt: skip
     assert ModelConfig.from_hf(LLAMA | harmless) == ModelConfig.from_hf(LLAMA)
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
-def test_a_config_that_is_no_json_object_is_named(text, tmp_path):
-    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match="config.json"):
-        ModelConfig.load(tmp_path)
 
 
 def test_a_missing_config_says_what_a_base_is():

@@ -1,7 +1,8 @@
-"""Every recompute policy computes the same; elementwise repeats no matrix product.
+"""Every recompute policy computes the same, and elementwise repeats no matrix product; the last block does no more than
+needed for rows that are not supervised: pytest tests/model/test_recompute_policies.py
 
-    pytest tests/model/test_recompute_policies.py
-What each keeps is known to the byte in tests/plan/test_memory.py.
+What each policy keeps is known to the byte in tests/plan/test_memory.py. Supervised rows alone are held against the
+plain path, in which every row goes through the whole block and the head leaves out what it does not want.
 """
 
 import dataclasses
@@ -16,11 +17,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ochat.config import LoraConfig, ParallelConfig, TrainConfig
+from ochat.data.batch import Example, pack
 from ochat.distributed.processes import Ranks
 from ochat.model import lora
+from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer, pack_ids
 from ochat.train import sharding
+from ochat.train.loss import head_loss
 
 CONFIG = ModelConfig("qwen3", 67, 24, 40, 3, 4, 2, 8, qk_norm=True, windows=(None, 6, 6), tie_embeddings=True)
 PLAIN = dataclasses.replace(CONFIG, model_type="llama", qk_norm=False, qkv_bias=True, mlp_bias=True, windows=())
@@ -96,6 +100,63 @@ def test_an_operator_runs_once_more_however_many_documents_ask_for_its_result(po
     blocks = PLAIN.num_layers
     assert calls["rope"] == calls["swiglu"] == times * blocks
     assert calls["rms_norm"] + calls["add_rms_norm"] == times * 2 * blocks + 1  # and the model's last
+
+
+def make_batch(share: float):
+    """Documents of which about this share of the tokens is supervised."""
+    draw, examples, lengths = torch.Generator().manual_seed(0), [], (9, 1, 30, 4)
+    for length in lengths:
+        ids = torch.randint(0, 67, (length,), generator=draw)
+        weights = torch.randn(length, generator=draw) * (torch.rand(length, generator=draw) < share)
+        examples.append(Example(ids.numpy(), weights.numpy(), ""))
+    return pack(examples, range(len(lengths)), [0] * len(lengths), pad_to=50)
+
+
+def loss_and_gradients(model: Transformer, batch, *, picks: bool):
+    attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, "sdpa", batch.lengths)
+    head, picked = head_loss(ochat_kernels.load("reference"), batch), slice(None) if picks else batch.supervised_rows
+    out = model(
+        batch.input_ids, batch.position_ids, attend, rows=batch.supervised_rows if picks else None,
+        head=lambda hidden, weight: head(hidden[picked], weight),
+    )  # fmt: skip
+    model.zero_grad()
+    out.loss_sum.backward()
+    return out, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("tied", [False, True])
+def test_supervised_rows_alone_give_loss_and_gradients_of_the_plain_path(tied, recompute):
+    model, batch = build(dataclasses.replace(CONFIG, tie_embeddings=tied), dtype=None).double(), make_batch(0.4)
+    model.recompute = recompute
+    assert 0 < batch.num_supervised < 0.5 * batch.num_tokens
+    (ours, found), (plain, wanted) = (loss_and_gradients(model, batch, picks=picks) for picks in (True, False))
+    torch.testing.assert_close(ours.loss_sum, plain.loss_sum, rtol=1e-12, atol=0)
+    assert torch.equal(ours.correct, plain.correct)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-14, msg=name)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_without_a_supervised_row_every_parameter_has_a_gradient_and_it_is_zero(recompute):
+    """Other processes wait for it."""
+    model = build()
+    model.recompute = recompute
+    out, gradients = loss_and_gradients(model, make_batch(0.0), picks=True)
+    assert out.loss_sum == 0 and out.nll.shape == (0,)
+    for name, gradient in gradients.items():
+        assert gradient is not None and not gradient.any(), name
+
+
+def test_other_rows_are_spared_the_products_after_the_last_blocks_attention():
+    batch, spared = make_batch(0.4), []
+    for picks in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            loss_and_gradients(build(), batch, picks=picks)
+        spared.append(counter.get_total_flops())
+    rows = batch.input_ids.shape[0] - batch.num_supervised
+    weights = CONFIG.hidden_size * (CONFIG.num_heads * CONFIG.head_dim + 3 * CONFIG.intermediate_size)
+    assert spared[1] - spared[0] == 6 * weights * rows
 
 
 @pytest.fixture

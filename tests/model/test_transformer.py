@@ -6,9 +6,8 @@ import ochat_kernels
 import pytest
 import torch
 
-from ochat.errors import ConfigError, DataError
+from ochat.errors import DataError
 from ochat.model import hf
-from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
 from tests import hf_state
@@ -60,32 +59,6 @@ def test_gradients_equal_the_peers(family, tmp_path):
         assert (grad - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max(), name
 
 
-def test_recompute_changes_no_gradient(tmp_path):
-    make("llama3", tmp_path)
-    model = hf.load(tmp_path, dtype="float32")
-    grads = []
-    for recompute in ("none", "block"):
-        model.recompute = recompute
-        model.zero_grad(set_to_none=True)
-        model(*pack_ids(model, random_ids(9, 5))).square().mean().backward()
-        grads.append([parameter.grad.clone() for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_recompute_runs_each_block_twice(tmp_path):
-    make("llama3", tmp_path)
-    model, calls = hf.load(tmp_path, dtype="float32"), []
-    input_ids, position_ids, attend = pack_ids(model, random_ids(9))
-
-    def counting(layer, q, k, v, window):
-        calls.append(layer)
-        return attend(layer, q, k, v, window)
-
-    model.recompute = "block"
-    model(input_ids, position_ids, counting).sum().backward()
-    assert sorted(calls) == [0, 0, 1, 1, 2, 2]
-
-
 @pytest.mark.parametrize("offloads", [False, True])
 def test_inputs_of_blocks_that_wait_on_the_host_leave_the_device(tmp_path, offloads):
     """And come back for the same gradients, bitwise. A copy is what counts, also where the host is the device."""
@@ -104,14 +77,6 @@ def test_inputs_of_blocks_that_wait_on_the_host_leave_the_device(tmp_path, offlo
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
-def test_an_unknown_recompute_is_refused(tmp_path):
-    make("llama2", tmp_path)
-    model = hf.load(tmp_path)
-    model.recompute = "blocks"
-    with pytest.raises(ConfigError, match="recompute = 'blocks'"):
-        model.logits([[1]])
-
-
 def test_wide_masters_compute_what_narrow_parameters_do(tmp_path):
     make("qwen3-mixed", tmp_path)
     narrow, wide = hf.load(tmp_path, dtype="bfloat16"), hf.load(tmp_path, dtype="float32")
@@ -121,15 +86,6 @@ def test_wide_masters_compute_what_narrow_parameters_do(tmp_path):
     wide.compute_dtype = torch.bfloat16
     ids = random_ids(*LENGTHS)
     assert all(torch.equal(a, b) for a, b in zip(narrow.logits(ids), wide.logits(ids), strict=True))
-
-
-def test_the_head_function_gets_hidden_states_and_the_weight(tmp_path):
-    make("llama-tied-odd-head", tmp_path)
-    model = hf.load(tmp_path, dtype="float32")
-    inputs = pack_ids(model, random_ids(6, 3))
-    hidden, weight = model(*inputs, head=lambda hidden, weight: (hidden, weight))
-    assert hidden.shape == (9, 32) and weight is model.embed.weight
-    torch.testing.assert_close(hidden @ weight.T, model(*inputs))
 
 
 def test_tied_weights_stay_tied_wherever_the_model_goes(tmp_path):
@@ -145,16 +101,6 @@ def test_tied_weights_stay_tied_wherever_the_model_goes(tmp_path):
     assert torch.equal(model.inv_freq, wanted) and not model.inv_freq.is_meta
 
 
-def test_initialize_is_a_function_of_the_seed(tmp_path):
-    make("qwen2", tmp_path)
-    models = [Transformer(ModelConfig.load(tmp_path), OPS) for _ in range(3)]
-    for model, seed in zip(models, (0, 0, 1), strict=True):
-        model.initialize(seed)
-    first, same, other = (torch.cat([p.flatten() for p in model.parameters()]) for model in models)
-    assert torch.equal(first, same) and not torch.equal(first, other)
-    assert torch.isfinite(models[0].logits([[1, 2, 3]])[0]).all()
-
-
 def test_ids_outside_the_vocabulary_are_named(tmp_path):
     make("llama2", tmp_path)
     model = hf.load(tmp_path)
@@ -167,9 +113,8 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path):
 def test_empty_sequences_have_empty_logits(tmp_path):
     make("llama2", tmp_path)
     model = hf.load(tmp_path, dtype="float32")
-    assert [logits.shape[0] for logits in model.logits([[], [1, 2], []])] == [0, 2, 0]
+    assert [tuple(logits.shape) for logits in model.logits([[], [1, 2], []])] == [(n, VOCAB_SIZE) for n in (0, 2, 0)]
     assert [tuple(logits.shape) for logits in model.logits([[], []])] == [(0, VOCAB_SIZE)] * 2
-    assert torch.equal(model.logits([[], [1, 2], []])[1], model.logits([[1, 2]])[0])
 
 
 def test_packing_lays_sequences_end_to_end_with_positions_of_their_own(tmp_path):
@@ -179,14 +124,3 @@ def test_packing_lays_sequences_end_to_end_with_positions_of_their_own(tmp_path)
     assert input_ids.tolist() == [5, 6, 7, 8] and position_ids.tolist() == [0, 1, 2, 0]
     assert attend.cu_seqlens.tolist() == [0, 3, 3, 4] and attend.cu_seqlens.dtype == torch.int32
     assert attend.max_seqlen == 3 and attend.backend == "sdpa"
-
-
-def test_padding_documents_change_nothing(tmp_path):
-    make("mistral", tmp_path)
-    model, (ids,) = hf.load(tmp_path, dtype="float32"), random_ids(20)
-    input_ids = torch.tensor(ids + [0] * 12)
-    position_ids = torch.cat([torch.arange(20), torch.arange(4), torch.arange(4), torch.arange(4)])
-    attend = PackedAttention(torch.tensor([0, 20, 24, 28, 32, 32], dtype=torch.int32), 20)
-    with torch.no_grad():
-        padded = model(input_ids, position_ids, attend)[:20]
-    torch.testing.assert_close(padded, model.logits([ids])[0], atol=1e-5, rtol=1e-5)
