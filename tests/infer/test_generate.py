@@ -1,12 +1,14 @@
-"""Greedy answers equal transformers' generate; sampled ones follow the distribution; neighbours change neither."""
+"""Greedy answers equal transformers' generate, token by token with a cache as the whole sequence at once; sampled ones
+follow the distribution; neighbours change neither."""
 
 import pytest
 import torch
 
 from ochat.errors import ConfigError, DataError
 from ochat.infer import generate as generation
-from ochat.infer.generate import Sampler, generate
+from ochat.infer.generate import KVCache, Sampler, generate
 from ochat.model import hf
+from ochat.model.transformer import pack_ids
 from tests.model_families import FAMILIES, make, random_ids
 
 LENGTHS = (11, 1, 20, 4)
@@ -19,18 +21,42 @@ def model(tmp_path_factory):
     return hf.load(folder, dtype="float32")
 
 
-@torch.no_grad()
-def peer_answer(peer, prompt, max_new_tokens, stop_id=None):
-    ids = torch.tensor([prompt])
-    options = {"do_sample": False, "eos_token_id": stop_id, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    return peer.generate(ids, max_new_tokens=max_new_tokens, **options)[0, len(prompt) :].tolist()
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_the_peers(family, tmp_path):
-    peer, prompts = make(family, tmp_path), random_ids(*LENGTHS)
-    answers = generate(hf.load(tmp_path, dtype="float32"), prompts, max_new_tokens=24, stop_ids=())
-    assert answers == [peer_answer(peer, prompt, 24) for prompt in prompts]
+@torch.no_grad()
+def test_greedy_answers_are_the_peers_and_cached_logits_the_whole_sequences(family, tmp_path):
+    peer, ours = make(family, tmp_path), hf.load(tmp_path, dtype="float32")
+    prompts = random_ids(*LENGTHS)
+    answers = generate(ours, prompts, max_new_tokens=24, stop_ids=())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        assert answer == peer.generate(ids, max_new_tokens=24, **options)[0, len(prompt) :].tolist()
+    sequences = random_ids(25, 13, 18)
+    prompts = [sequence[:-12] for sequence in sequences]  # 13, 1 and 6 tokens, then 12 more of each
+    cache = KVCache(ours.config, [len(prompt) for prompt in prompts], 25, torch.float32, "cpu")
+    input_ids, position_ids, attend = pack_ids(ours, prompts)
+    steps = [ours(input_ids, position_ids, cache.storing(attend))[cache.lengths.cumsum(0) - 1]]
+    for offset in range(12):
+        tokens = torch.tensor([sequence[offset - 12] for sequence in sequences])
+        steps.append(ours(tokens, cache.lengths, cache))
+        cache.advance()
+    for found, wanted in zip(torch.stack(steps, dim=1), ours.logits(sequences), strict=True):  # (13, V) each
+        assert (found - wanted[-13:]).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+def test_unwritten_places_are_never_seen():
+    """A large value wherever nothing was stored yet would reach the output through any wrong mask."""
+
+    class Shape:
+        num_layers, num_kv_heads, head_dim = 1, 2, 4
+
+    cache = KVCache(Shape(), [3, 1], 8, torch.float32, "cpu")
+    stored = torch.ones(4, 2, 4)
+    cache.storing(lambda layer, q, k, v, window: q)(0, stored, stored, stored, None)
+    empty = torch.arange(8)[None, :] >= cache.lengths[:, None]
+    cache.values[0][empty] = 1e9
+    new = torch.ones(2, 2, 4)
+    assert torch.allclose(cache(0, new, new, new, None), new)
 
 
 def test_an_answer_ends_before_its_stop_id_while_others_go_on(model):
@@ -66,12 +92,14 @@ def draw(logits, num_draws, **options):
     return torch.bincount(sampler(logits.expand(num_draws, -1)), minlength=logits.shape[-1]) / num_draws
 
 
-def test_draws_follow_the_distribution():
-    logits = torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5])
-    for temperature in (0.5, 1.0, 2.0):
-        wanted = (logits / temperature).softmax(-1)
-        # 4 standard deviations of a share among 4000 draws
-        assert (draw(logits, 4000, temperature=temperature) - wanted).abs().max() < 4 * (0.25 / 4000) ** 0.5
+LOGITS = torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5])  # 0.08 0.55 0.03 0.20 0.13
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_distribution(temperature):
+    wanted = (LOGITS / temperature).softmax(-1)
+    # 4 standard deviations of a share among 4000 draws
+    assert (draw(LOGITS, 4000, temperature=temperature) - wanted).abs().max() < 4 * (0.25 / 4000) ** 0.5
 
 
 @pytest.mark.parametrize(
@@ -86,8 +114,7 @@ def test_draws_follow_the_distribution():
     ],
 )
 def test_only_the_kept_tokens_are_drawn(options, kept):
-    shares = draw(torch.tensor([0.0, 2.0, -1.0, 1.0, 0.5]), 1000, **options)  # 0.08 0.55 0.03 0.20 0.13
-    assert shares.nonzero().flatten().tolist() == kept
+    assert draw(LOGITS, 1000, **options).nonzero().flatten().tolist() == kept
 
 
 def test_the_cache_holds_the_longest_sequence_there_can_be_and_no_more(model, monkeypatch):
@@ -109,14 +136,13 @@ def test_the_cache_holds_the_longest_sequence_there_can_be_and_no_more(model, mo
     assert generate(model, [], max_new_tokens=8, stop_ids=()) == []
 
 
+BAD_SETTINGS = [("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "needle"),
     [
-        ({"temperature": -0.1}, ConfigError, "temperature = -0.1"),
-        ({"temperature": float("nan")}, ConfigError, "temperature = nan"),
-        ({"top_p": 0.0}, ConfigError, "top_p = 0.0"),
-        ({"top_p": 1.1}, ConfigError, "top_p = 1.1"),
-        ({"top_k": -1}, ConfigError, "top_k = -1"),
+        *(({name: value}, ConfigError, f"{name} = {value}") for name, value in BAD_SETTINGS),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens = 0"),
         ({"prompts": [[1], []]}, ConfigError, "prompt 1"),
         ({"prompts": [[1] * 256]}, ConfigError, "prompt 0 .*256 .*256"),

@@ -17,13 +17,12 @@ from ochat.text.openchat_json import load_template
 
 @pytest.fixture
 def model(world, tmp_path):
-    """model(content) -> a folder with the tiny base, and openchat.json of this content (None: without)."""
+    """model(content) -> a folder with the tiny base, and openchat.json of this content."""
     for file in world.base.iterdir():
         (tmp_path / file.name).symlink_to(file)
 
     def describe(content):
-        if content is not None:
-            (tmp_path / "openchat.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        (tmp_path / "openchat.json").write_text(content if isinstance(content, str) else json.dumps(content))
         return tmp_path
 
     return describe
@@ -59,8 +58,7 @@ PLAIN = {"model_type": "openchat_v3.2"}
         ({"step": 3}, {}, "model_type"),
         ({"model_type": "openchat_v9"}, {}, "'openchat_v9'.*openchat_v3.2"),
         ({"model_type": "x", "template": "openchat_v3.2"}, {}, "template"),
-        ({"model_type": "x", "template": {}}, {}, "context"),
-        ({"model_type": "x", "template": {"context": "y"}}, {}, "context"),
+        ({"model_type": "x", "template": {"context": "y"}}, {}, "template: "),
     ],
 )
 def test_a_bad_device_or_description_is_named(model, content, more, needle):
@@ -70,15 +68,12 @@ def test_a_bad_device_or_description_is_named(model, content, more, needle):
     assert more or str(folder) in str(error.value)
 
 
-def test_a_folder_that_is_none_says_how_to_get_one():
-    with pytest.raises(ConfigError, match="hf download org/model --local-dir"):
-        answer(options(Path("org/model")))
-
-
-def test_a_described_template_needs_no_name_of_its_own(model):
+def test_a_described_template_needs_no_name_of_its_own_and_a_missing_folder_says_how_to_get_one(model):
     described = load_template(model(PLAIN), None).to_dict()
     del described["name"]
     assert load_template(model({"model_type": "mine", "template": described}), None).name == "mine"
+    with pytest.raises(ConfigError, match="hf download org/model --local-dir"):
+        answer(options(Path("org/model")))
 
 
 @pytest.mark.parametrize(
