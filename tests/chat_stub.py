@@ -30,9 +30,9 @@ class Request(NamedTuple):
 
 
 class ChatStub:
-    """`answer`: the request's body -> the reply's text, or (text, finish_reason)."""
+    """`answer`: the request's body -> the reply's text."""
 
-    def __init__(self, answer: Callable[[dict[str, Any]], Any]) -> None:
+    def __init__(self, answer: Callable[[dict[str, Any]], str]) -> None:
         self.answer = answer
         self.requests: list[Request] = []
         self.faults: list[Fault | bytes] = []
@@ -50,10 +50,19 @@ class ChatStub:
         self.server.shutdown()
         self.server.server_close()
 
-    def count(self, change: int) -> None:
+    def reply(self, body: dict[str, Any]) -> bytes:
         with self.lock:
-            self.at_once += change
+            self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            message = {"role": "assistant", "content": self.answer(body)}
+        finally:  # before it is sent: the client may send the next request at once
+            with self.lock:
+                self.at_once -= 1
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "stub", "usage": usage}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        return json.dumps(whole | {"choices": [choice]}).encode()
 
 
 class _Server(ThreadingHTTPServer):
@@ -65,38 +74,18 @@ class _Handler(BaseHTTPRequestHandler):
     stub: ChatStub
 
     def do_POST(self) -> None:
-        stub = self.stub
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        with stub.lock:
-            stub.requests.append(Request(time.monotonic(), self.path, headers, body))
-            fault = stub.faults.pop(0) if stub.faults else None
-        if isinstance(fault, Fault):
-            self._send(fault.status, fault.headers, fault.body)
-        elif fault is not None:
-            self._send(200, {}, fault)
-        else:
-            self._reply(body)
+        with self.stub.lock:
+            self.stub.requests.append(Request(time.monotonic(), self.path, headers, body))
+            fault = self.stub.faults.pop(0) if self.stub.faults else None
+        reply = fault if isinstance(fault, Fault) else Fault(200, {}, fault or self.stub.reply(body))
+        self.send_response(reply.status)
+        defaults = {"Content-Length": str(len(reply.body)), "Content-Type": "application/json"}
+        for name, value in (defaults | reply.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(reply.body)
 
     def log_message(self, *_: object) -> None:
         """Keep the tests' output readable."""
-
-    def _reply(self, body: dict[str, Any]) -> None:
-        self.stub.count(1)
-        try:
-            answer = self.stub.answer(body)
-        finally:  # before it is sent: the client may send the next request at once
-            self.stub.count(-1)
-        text, reason = answer if isinstance(answer, tuple) else (answer, "stop")
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-        whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "stub", "choices": [choice]}
-        self._send(200, {}, json.dumps(whole | {"usage": usage}).encode())
-
-    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        defaults = {"Content-Length": str(len(body)), "Content-Type": "application/json"}
-        for name, value in (defaults | headers).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)

@@ -1,5 +1,6 @@
 """The swap matrix equals a loop over conversations and tokens in float64; the prefix asked for is the one that is
-measured, over the same tokens as every other: pytest tests/evaluate/test_swap.py"""
+measured, over the same tokens as every other; intervals hold the truth as often as they say, where tokens of a
+conversation are alike, and pairs are surer than singles: pytest tests/evaluate/test_swap.py"""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from ochat.data.prepare import prepare
 from ochat.errors import DataError
 from ochat.evaluate import swap
 from ochat.evaluate.held_out import HeldOut, read_held_out
+from ochat.evaluate.swap import Sums
 from ochat.infer.generate import generate
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.text import template as templates
@@ -53,10 +55,8 @@ CONVERSATIONS = [
 
 
 def matrix(setting, chats, conditions):
-    model, template, tokenizer = setting
-    return swap.swap_matrix(
-        model, template, tokenizer, [HeldOut.of(each, template, tokenizer) for each in chats], conditions
-    )
+    held_out = [HeldOut.of(each, *setting[1:]) for each in chats]
+    return swap.swap_matrix(*setting, held_out, conditions)
 
 
 def by_hand(setting, conversation: Conversation, prefix: str) -> tuple[int, float, int]:
@@ -77,8 +77,7 @@ def test_equals_a_loop_over_tokens_in_float64(setting, monkeypatch, tokens_per_p
     found = matrix(setting, CONVERSATIONS, prefixes)
     assert list(found) == ["good", "bad"]
     for name, sums in found.items():
-        chats = [each for each in CONVERSATIONS if each.condition == name]
-        for i, conversation in enumerate(chats):
+        for i, conversation in enumerate(each for each in CONVERSATIONS if each.condition == name):
             for j, prefix in enumerate(prefixes):
                 tokens, nll, correct = by_hand(setting, conversation, prefix)
                 assert (sums.tokens[i], sums.correct[i, j]) == (tokens, correct)
@@ -92,11 +91,10 @@ def test_an_exchanged_prefix_is_the_conversation_encoded_anew(tmp_path, name, mo
     template = templates.with_conditions(templates.load(name), mode)
     tokens = ("<|end_of_turn|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     tokenizer = tokenizers.load(write_base(tmp_path / "base"), tokens)
-    chats = [Conversation.from_dict(record) for record in conversations(3, 20)] + CONVERSATIONS
-    for each in chats:
+    names, chats = ["A B", "", "GPT4"], [Conversation.from_dict(record) for record in conversations(3, 20)]
+    for each in chats + CONVERSATIONS:
         if all(message.weight == 0 for message in each.items if message.role == "assistant"):
             continue
-        names = ["A B", "", "GPT4"]
         written = HeldOut.of(each, template, tokenizer).under(names, template, tokenizer)
         for condition, example in zip(names, written, strict=True):
             ids, weights = template.encode(replace(each, condition=condition), tokenizer)
@@ -128,12 +126,11 @@ def test_a_prepared_set_and_its_shards_read_as_its_conversations(tmp_path):
     tokenizer, template = tokenizers.load(base), templates.load("openchat_v3.2")
 
     def read(data):
-        examples = [
-            (each, each.under(["GPT4", "x"], template, tokenizer)) for each in read_held_out(data, template, tokenizer)
-        ]
-        return [
-            (e.condition, *((x.input_ids.tolist(), x.loss_weights.tolist()) for x in under)) for e, under in examples
-        ]
+        found = []
+        for each in read_held_out(data, template, tokenizer):
+            under = each.under(["GPT4", "x"], template, tokenizer)
+            found.append((each.condition, *((x.input_ids.tolist(), x.loss_weights.tolist()) for x in under)))
+        return found
 
     plain = read(file)
     assert read(tmp_path / "data") == plain and len(plain) > 50
@@ -163,13 +160,10 @@ def test_exact_is_what_greedy_decoding_says(setting):
         asked[own].append((prompt, answer, stop))
     found = swap.swap_matrix(model, template, tokenizer, chats, names)
     for own in names:
-        said = [
-            [
-                generate(model, [prompt[name]], max_new_tokens=len(answer) + 1, stop_ids={stop}) == [answer]
-                for name in names
-            ]
-            for prompt, answer, stop in asked[own]
-        ]
+        said = []
+        for prompt, answer, stop in asked[own]:
+            settings = {"max_new_tokens": len(answer) + 1, "stop_ids": {stop}}
+            said.append([generate(model, [prompt[name]], **settings) == [answer] for name in names])
         assert found[own].exact.tolist() == said and 4 <= np.sum(said) <= 20
     summary = swap.summarise(found, names)["good"]["prefixes"]["good"]
     assert summary["exact"] == found["good"].exact[:, 0].mean()
@@ -186,3 +180,64 @@ def test_exact_is_what_greedy_decoding_says(setting):
 def test_nothing_to_measure_is_an_error(setting, chats, conditions, needle):
     with pytest.raises(DataError, match=needle):
         matrix(setting, chats, conditions)
+
+
+CONDITIONS = ("own", "other")
+TRUE_NLL = 2.0
+
+
+def draw(seed: int, count: int) -> Sums:
+    """`count` conversations of skewed lengths, each with a difficulty that all of its tokens share, a gamma of mean
+    TRUE_NLL; the other prefix costs 0.1 more a token."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 200, count) ** 2 // 200 + 1
+    difficulty = rng.gamma(4.0, TRUE_NLL / 4, count)
+    nll = tokens * difficulty
+    other = nll + tokens * (0.1 + rng.normal(0, 0.05, count))
+    correct = rng.binomial(tokens, np.exp(-difficulty))
+    return Sums(tokens, np.stack([nll, other], 1), np.stack([correct, correct], 1))
+
+
+def cells(sums: Sums) -> dict:
+    return swap.summarise({"own": sums}, CONDITIONS)["own"]["prefixes"]
+
+
+def test_an_interval_holds_the_truth_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(swap, "RESAMPLES", 400)
+    ends = [cells(draw(seed, 100))["own"]["nll_interval"] for seed in range(300)]
+    # three standard errors of 300 draws are 0.038; the percentiles of 100 fall a bit short; were tokens taken for
+    # independent draws, it would be far less
+    assert 0.90 <= np.mean([low <= TRUE_NLL <= high for low, high in ends]) <= 0.98
+
+
+def test_the_difference_of_two_prefixes_is_paired():
+    found = cells(draw(1, 100))
+    (low, high), (own_low, own_high) = found["other"]["nll_above_own_interval"], found["own"]["nll_interval"]
+    assert low < 0.1 < high and (high - low) < (own_high - own_low) / 5
+    assert found["own"]["nll_above_own"] == 0 and found["own"]["nll_above_own_interval"] == [0, 0]
+
+
+def test_means_are_over_tokens_and_belong_together():
+    sums = Sums(np.array([1, 3]), np.array([[4.0, 0.0], [0.0, 8.0]]), np.array([[1, 0], [2, 3]]))
+    found = cells(sums)
+    assert [found[name]["nll"] for name in CONDITIONS] == [1.0, 2.0]
+    assert [found[name]["accuracy"] for name in CONDITIONS] == [0.75, 0.75]
+    assert found["other"]["perplexity"] == pytest.approx(np.exp(2)) and found["other"]["nll_above_own"] == 1.0
+    ends = found["other"]
+    assert np.log(ends["perplexity_interval"]) == pytest.approx(ends["nll_interval"], rel=1e-2, abs=1e-6)
+
+
+def test_the_same_matrix_gives_the_same_record_and_one_conversation_no_interval():
+    sums = draw(2, 30)
+    assert cells(sums) == cells(sums) and cells(draw(2, 1))["own"]["nll_interval"] is None
+    other = swap.summarise({"stranger": sums}, CONDITIONS)["stranger"]["prefixes"]["own"]
+    assert other["nll_above_own"] is None and other["nll_above_own_interval"] is None
+
+
+def test_none_or_all_exact_leaves_room_for_the_others():
+    """Of 20 conversations none exact, the truth may be 10 %: it leaves none in one of eight draws."""
+    some = np.array([[3, 0]] * 20)  # all under one prefix, none under the other
+    found = cells(Sums(np.full(20, 3), np.ones((20, 2)), some))
+    for name, share, wanted in (("own", 1.0, [0.8389, 1.0]), ("other", 0.0, [0.0, 0.1611])):
+        assert found[name]["exact"] == share
+        assert found[name]["exact_interval"] == pytest.approx(wanted, abs=1e-4)  # Wilson's, as printed by others

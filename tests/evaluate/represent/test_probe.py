@@ -64,19 +64,6 @@ def test_states_are_standardised_by_the_training_folds():
         assert found[:, :-1] == pytest.approx((of - states[:30].mean(0)) / deviations, abs=1e-5)
 
 
-def test_no_fold_splits_a_prompt_and_classes_are_spread_alike():
-    random = np.random.default_rng(0)
-    for seed in range(5):
-        prompts = random.integers(0, 60, size=200)
-        labels = random.integers(0, 2, size=200)
-        folds = probes.folds_of(labels, prompts, seed)
-        assert set(folds) == set(range(probes.FOLDS))
-        for prompt in set(prompts):
-            assert len(set(folds[prompts == prompt])) == 1
-        shares = [labels[folds == fold].mean() for fold in range(probes.FOLDS)]
-        assert max(shares) - min(shares) < 0.1
-
-
 def test_states_that_tell_the_prompt_do_not_tell_the_class():
     """Each prompt has its own place and one class: without grouping, a neighbour on the other side would give it away;
     the rule may not be better than chance, and a test that took each answer for an independent one would say it is."""
