@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,7 @@ class LoaderStats:
         return self.num_supervised / self.steps_per_epoch[0]
 
 
+@dataclass(eq=False)
 class Loader:
     """Makes the steps of a run. Every epoch is planned once at construction, so the number of steps is exact.
 
@@ -72,42 +73,37 @@ class Loader:
     settings, DataError for a sequence longer than a bin and for a data set without sequences.
     """
 
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        *,
-        token_budget: int,
-        bins_per_step: int,
-        seed: int = 0,
-        epochs: int = 1,
-        max_steps: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        pad: bool = False,
-        pin: bool = False,
-        mixture: Mixture | None = None,
-        costs: NDArray[np.floating] | None = None,
-    ) -> None:
-        assert 0 <= rank < world, f"rank {rank} of {world}"
-        if bins_per_step < 1 or bins_per_step % world:
-            nearest = max(round(bins_per_step / world), 1) * world
+    dataset: TokenDataset
+    _: KW_ONLY
+    token_budget: int
+    bins_per_step: int
+    seed: int = 0
+    epochs: int = 1
+    max_steps: int = 0
+    rank: int = 0
+    world: int = 1
+    pad: bool = False
+    pin: bool = False
+    mixture: Mixture | None = None
+    costs: NDArray[np.floating] | None = None
+
+    def __post_init__(self) -> None:
+        bins, world = self.bins_per_step, self.world
+        assert 0 <= self.rank < world, f"rank {self.rank} of {world}"
+        if bins < 1 or bins % world:
             raise ConfigError(
-                f"data.bins_per_step is {bins_per_step}, which {world} processes cannot share evenly: "
-                f"use a multiple of {world}, such as {nearest}"
+                f"data.bins_per_step is {bins}, which {world} processes cannot share evenly: "
+                f"use a multiple of {world}, such as {max(round(bins / world), 1) * world}"
             )
-        _check_lengths(dataset, token_budget)
-        self.dataset = dataset
-        self.token_budget, self.bins_per_step, self.seed = token_budget, bins_per_step, seed
-        self.rank, self.world, self.pin = rank, world, pin
-        self.mixture, self.costs = mixture, costs
+        _check_lengths(self.dataset, self.token_budget)
         self.plan = EpochPlanCache(self._plan)
-        counts = [self._count(epoch) for epoch in reversed(range(epochs))]  # so that the first two stay planned
+        counts = [self._count(epoch) for epoch in reversed(range(self.epochs))]  # so that the first two stay planned
         self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))  # before `max_steps` cuts them
-        self.pad_to = token_budget if pad else None
-        self.num_documents = max(most for _, most in counts) if pad else None
+        self.pad_to = self.token_budget if self.pad else None
+        self.num_documents = max(most for _, most in counts) if self.pad else None
         self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
         total = int(self._epoch_starts[-1])
-        self.num_steps = min(total, max_steps or total)
+        self.num_steps = min(total, self.max_steps or total)
 
     def _plan(self, epoch: int) -> PackPlan:
         lengths, costs = self.dataset.lengths, self.costs

@@ -98,14 +98,6 @@ class PrepareReport:
         """Counts alone, without times and paths: equal input gives an equal manifest."""
         return self.total | {"rejected": self.rejected, "classes": self.classes}
 
-    def summary(self) -> str:
-        """One line."""
-        dropped = ", ".join(
-            f"{self.total[name]} dropped ({COUNTED[name]})" for name in ("too_long", "unsupervised") if self.total[name]
-        )
-        kept = f"{self.total['kept']} kept, {self.total['truncated']} of them truncated"
-        return f"{kept}, {dropped or 'none dropped'}, {self.rejected} rejected"
-
 
 def prepare(
     inputs: Sequence[str | Path], base: str | Path, template: str, output: str | Path, **options: Any
@@ -211,7 +203,9 @@ def _write(
 def _check_kept(options: PrepareOptions, report: PrepareReport) -> None:
     """Raises DataError if nothing is left."""
     if not report.total["kept"]:
-        raise DataError(f"{', '.join(options.input)}: no conversation is left to train on; {report.summary()}")
+        why = [f"{report.total[name]} dropped ({COUNTED[name]})" for name in ("too_long", "unsupervised")]
+        what = ", ".join([*why, f"{report.rejected} rejected"])
+        raise DataError(f"{', '.join(options.input)}: no conversation is left to train on; {what}")
     if report.held_out and not report.held_out.total["kept"]:
         kept = report.total["kept"]
         raise DataError(f"--held-out {options.held_out} holds out none of {kept} conversations: raise it")

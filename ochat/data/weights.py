@@ -11,7 +11,7 @@ never which answers do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -49,18 +49,17 @@ class WeightRule:
         self,
         config: WeightsConfig,
         classes: Mapping[str, ClassConfig],
-        class_names: Iterable[str],
-        present: Iterable[str] | None = None,
+        class_names: Sequence[str],
+        present: Sequence[str] | None = None,
     ) -> None:
-        names = tuple(class_names)
         self.source = config.source if config.source != "auto" else ("classes" if classes else "record")
         self.beta = config.beta
         self.per_message_mean = config.per_message_mean
         self.needs_reward = self.source == "reward"
         table = {name: class_weight(entry, name, config.beta) for name, entry in classes.items()}
         if self.source == "classes":
-            _check_complete(table, names if present is None else tuple(present))
-        self.by_class = np.array([table.get(name, np.nan) for name in names] or [np.nan], np.float32)
+            _check_complete(table, class_names if present is None else present)
+        self.by_class = np.array([table.get(name, np.nan) for name in class_names] or [np.nan], np.float32)
 
     def __call__(
         self,
@@ -78,10 +77,10 @@ class WeightRule:
         """
         weights = np.where(np.isnan(own), DEFAULT_WEIGHTS[roles], own).astype(np.float32)
         supervised = weights != 0
-        if self.source == "classes":
-            weights = np.where(supervised, np.copysign(1, weights) * self.by_class[class_ids], 0)
-        elif self.source == "reward":
-            weights = np.where(supervised, np.copysign(1, weights) * reward_weights(rewards, self.beta), 0)
+        if self.source in ("classes", "reward"):
+            by_reward = self.source == "reward"
+            given = reward_weights(rewards, self.beta) if by_reward else self.by_class[class_ids]
+            weights = np.where(supervised, np.copysign(1, weights) * given, 0)
         elif self.source == "none":
             weights = supervised
         if self.per_message_mean:
@@ -95,7 +94,7 @@ def reward_weights(rewards: ArrayLike, beta: float) -> NDArray[np.float64]:
         return np.exp((np.asarray(rewards, np.float64) - 1) / beta)
 
 
-def _check_complete(table: Mapping[str, float], present: tuple[str, ...]) -> None:
+def _check_complete(table: Mapping[str, float], present: Sequence[str]) -> None:
     if not table:
         raise ConfigError('weights.source is "classes", but the configuration has no [classes.NAME] section')
     missing = [name for name in present if name not in table]
