@@ -1,6 +1,6 @@
 """A training step of any size without a card and without its memory: fake tensors that have shapes and nothing else.
 
-    step = FakeStep(model_config, token_budget=8192, recompute="none");  step.saved_bytes();  step.peak_bytes(2)
+    step = FakeStep(model_config, Layout(8192, supervised=4096));  step.saved_bytes();  step.peak_bytes()
 The real model, the Triton operators (their fake kernels) and torch's varlen attention run; every storage is counted.
 """
 
@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ochat.config import LoraConfig
 from ochat.model import lora
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
+from ochat.plan.memory import Layout
 from ochat.train.loss import head_loss
 
 
@@ -52,43 +52,29 @@ class Living(TorchDispatchMode):
 
 
 class FakeStep:
-    """Forward and backward of one process over micro-batches of `token_budget` tokens, two documents each."""
+    """Forward and backward of one process over micro-batches of two documents each, laid out as a plan's Layout."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        token_budget: int,
-        recompute: str,
-        adapters: LoraConfig | None = None,
-        supervised: int | None = None,
-        masters: torch.dtype = torch.float32,
-    ) -> None:
-        self.mode, self.tokens = FakeTensorMode(), token_budget
-        self.supervised = token_budget if supervised is None else supervised
+    def __init__(self, config: ModelConfig, at: Layout) -> None:
+        self.at, self.mode, self.living = at, FakeTensorMode(), Living()
         self.ops = ochat_kernels.load("triton")
-        self.living = Living()
         with self.mode, self.living:
-            self.model = self._build(config, adapters, masters)
-        self.model.compute_dtype, self.model.recompute = torch.bfloat16, recompute
-
-    def _build(self, config: ModelConfig, adapters: LoraConfig | None, masters: torch.dtype) -> Transformer:
-        torch.set_default_dtype(torch.bfloat16 if adapters else masters)
-        try:
-            model = Transformer(config, self.ops)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        if adapters:
-            lora.attach(model, adapters, (5,))
-        return model
+            torch.set_default_dtype(torch.bfloat16 if at.lora.rank or at.master_itemsize == 2 else torch.float32)
+            try:
+                self.model = Transformer(config, self.ops)
+            finally:
+                torch.set_default_dtype(torch.float32)
+            if at.lora.rank:
+                lora.attach(self.model, at.lora, (5,))
+        self.model.compute_dtype, self.model.recompute = torch.bfloat16, at.recompute
 
     def forward(self) -> torch.Tensor:
         """The loss of one micro-batch."""
-        ids, cu_seqlens = torch.zeros(self.tokens, dtype=torch.int64), torch.zeros(3, dtype=torch.int32)
-
-        rows = ids[: self.supervised]  # a view: nothing to count
-        batch: Any = SimpleNamespace(supervised_labels=ids[rows], supervised_weights=torch.zeros(self.tokens)[rows])
+        tokens, cu_seqlens = self.at.token_budget, torch.zeros(3, dtype=torch.int32)
+        ids = torch.zeros(tokens, dtype=torch.int64)
+        rows = ids[: self.at.supervised]  # a view: nothing to count
+        batch: Any = SimpleNamespace(supervised_labels=ids[rows], supervised_weights=torch.zeros(tokens)[rows])
         head = head_loss(self.ops, batch, self.model.head.tokens)
-        attend = PackedAttention(cu_seqlens, self.tokens // 2, "varlen", [self.tokens // 2] * 2)
+        attend = PackedAttention(cu_seqlens, tokens // 2, "varlen", [tokens // 2] * 2)
         return self.model(ids, ids, attend, head=head, rows=rows).loss_sum
 
     def saved_bytes(self) -> int:
@@ -99,15 +85,15 @@ class FakeStep:
             assert loss.requires_grad
             return self.living.bytes - before - loss.nbytes
 
-    def peak_bytes(self, micro_batches: int, in_backward: bool = False) -> int:
-        """The most that was held at any moment of `micro_batches` forwards and backwards, moments of AdamW apart; with
-        `in_backward`, where each gradient goes as soon as it is there."""
+    def peak_bytes(self) -> int:
+        """The most that was held at any moment of all micro-batches, moments of AdamW apart; with updates in backward,
+        where each gradient goes as soon as it is there."""
         for parameter in self.model.parameters():
-            if micro_batches > 1:
+            if self.at.micro_batches > 1:
                 parameter.grad_dtype = torch.float32
-            if in_backward:
+            if self.at.in_backward:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with self.mode, self.living:
-            for _ in range(micro_batches):
+            for _ in range(self.at.micro_batches):
                 self.forward().backward()
         return self.living.peak

@@ -23,10 +23,6 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT / "ochat").as_posix()
 
 
-def functions(tree: ast.AST) -> list[ast.FunctionDef]:
-    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-
-
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_does_not_import_torch(command):
     program = f"""
@@ -54,7 +50,7 @@ def test_no_function_below_build_and_commands_takes_the_whole_config():
     for path, tree in MODULES.items():
         if name(path).startswith(TAKES_CONFIG):
             continue
-        for function in functions(tree):
+        for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
             arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
             kinds = {ast.unparse(argument.annotation) for argument in arguments if argument.annotation}
             assert not kinds & {"Config", "configuration.Config"}, f"{name(path)}: {function.name}"

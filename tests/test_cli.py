@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -78,10 +79,8 @@ def test_what_is_positional_may_stand_between_options(line):
 )
 @pytest.mark.parametrize("name", ["init-base", "plan"])
 def test_what_a_user_or_a_disk_does_needs_no_traceback(monkeypatch, capsys, raised, code, said, name):
-    def stop(*_):
-        raise raised
-
-    monkeypatch.setattr(f"ochat.commands.{name.replace('-', '_')}.main", stop)
+    module = importlib.import_module(f"ochat.commands.{name.replace('-', '_')}")
+    monkeypatch.setattr(module, "main", Mock(side_effect=raised))
     with pytest.raises(SystemExit) as stopped:
         cli.run(name, ["out"])
     assert stopped.value.code == code and capsys.readouterr().err.strip() == said
@@ -107,28 +106,28 @@ def test_wrong_usage_names_the_word_and_exits_with_2(monkeypatch, capsys, line, 
     assert stopped.value.code == 2 and needle in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(sys, "argv", ["ochat", "--help"])
-    with pytest.raises(SystemExit):
+def shown(monkeypatch, capsys, *line: str, columns: str = "80") -> str:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "argv", ["ochat", *line])
+    with pytest.raises(SystemExit) as stopped:
         cli.main()
-    lines = capsys.readouterr().out.splitlines()
-    for name, purpose in cli.COMMANDS.items():
-        assert f"  {name:<10} {purpose}" in lines
+    assert stopped.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys):
+    lines = shown(monkeypatch, capsys, "--help", columns="40").splitlines()
+    assert {f"  {name:<10} {purpose}" for name, purpose in cli.COMMANDS.items()} <= set(lines)
 
 
 @pytest.mark.parametrize("name", ["plan", "train", "ablate"])
 def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, capsys, name):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(name, ["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and "…" not in shown
-    assert max(map(len, shown.splitlines()[6:])) <= 80, "after the description"
+    printed = shown(monkeypatch, capsys, name, "--help")
+    assert "…" not in printed and max(map(len, printed.splitlines()[6:])) <= 80, "after the description"
     sections = {field.name: field.type for field in structs.fields(Config) if field.name != "classes"}
     tables = {"classes.NAME": ClassConfig, "data.mix.NAME": MixConfig}
     hidden = {f"{section}.{key}" for section, keys in SET_HERE.items() for key in keys} if name == "ablate" else set()
-    text = " ".join(shown.split())
+    text = " ".join(printed.split())
     for section, kind in (sections | tables).items():
         for key, explanation in configuration.explanations(kind).items():
             known = f"{section}.{key}" not in hidden and (name != "ablate" or section != "data.mix.NAME")
@@ -145,12 +144,9 @@ def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, 
 def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, name):
     module = importlib.import_module(f"ochat.commands.{name.replace('-', '_')}")
     options = getattr(module, "".join(map(str.title, name.split("-"))) + "Options")
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(name, ["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(len(line) <= 88 for line in shown.splitlines())
-    assert shown.splitlines()[2] == (options.__doc__ or "").splitlines()[0] and "{None}" not in shown
+    printed = shown(monkeypatch, capsys, name, "--help")
+    assert all(len(line) <= 88 for line in printed.splitlines()) and "{None}" not in printed
+    assert printed.splitlines()[2] == (options.__doc__ or "").splitlines()[0]
     for field in options.__dataclass_fields__:
         flags = f"--{field.replace('_', '-')}", field.upper(), rf"\[{field.upper()}\]"
-        assert re.search(rf"^  ({'|'.join(flags)})[ ,]", shown.replace("│", " "), re.MULTILINE), flags
+        assert re.search(rf"^  ({'|'.join(flags)})[ ,]", printed.replace("│", " "), re.MULTILINE), flags

@@ -18,12 +18,8 @@ MINIMAL = '[base]\npath = "base"\n[data]\npath = "data"\n'
 
 @pytest.fixture
 def toml(tmp_path):
-    def write(text=""):
-        path = tmp_path / "config.toml"
-        path.write_text(MINIMAL + text)
-        return path
-
-    return write
+    path = tmp_path / "config.toml"
+    return lambda text="": path.write_text(MINIMAL + text) and path
 
 
 def test_options_win_over_the_file(toml):

@@ -172,7 +172,7 @@ def class_label(name: str) -> str:
     return name or "(no class)"
 
 
-def follow(runs: Sequence[RunRecord], write: Callable[[bool], None], *, every_s: float = REFRESH_S) -> None:
+def follow(runs: Sequence[RunRecord], write: Callable[[bool], None]) -> None:
     """Call `write(is_live)` now and after every change; at the end, or on Ctrl-C, a last time with False."""
     seen: object = None
     with suppress(KeyboardInterrupt):
@@ -185,5 +185,5 @@ def follow(runs: Sequence[RunRecord], write: Callable[[bool], None], *, every_s:
                 if not any(run.is_live for run in runs):
                     break
                 write(True)
-            time.sleep(every_s)
+            time.sleep(REFRESH_S)
     write(False)

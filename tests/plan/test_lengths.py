@@ -32,18 +32,14 @@ def test_the_ranges_hold_every_sequence_once_and_are_few(lengths):
     assert len(lines) <= 16 and max(map(len, (title, *lines))) <= 80
 
 
-def test_pieces_make_no_difference(monkeypatch):
+def test_pieces_make_no_difference_and_what_is_no_length_is_named(monkeypatch):
     lengths = np.array([5, 1, 900, 3, 3, 2, 77], np.int32)
     whole = LengthCounts.of(lengths).counts
     monkeypatch.setattr(files, "PIECE", 2)
     np.testing.assert_array_equal(LengthCounts.of(lengths).counts, whole)
-
-
-@pytest.mark.parametrize("wrong", [0, -3, files.LONGEST + 1])
-def test_what_is_no_length_is_named(monkeypatch, wrong):
-    monkeypatch.setattr(files, "PIECE", 2)
-    with pytest.raises(DataError, match=f"sequence 4 has {wrong} tokens"):
-        LengthCounts.of(np.array([1, 2, 3, 4, wrong]))
+    for wrong in (0, -3, files.LONGEST + 1):
+        with pytest.raises(DataError, match=f"sequence 4 has {wrong} tokens"):
+            LengthCounts.of(np.array([1, 2, 3, 4, wrong]))
 
 
 def test_a_file_of_lengths_is_mapped(tmp_path):

@@ -43,36 +43,34 @@ def derived_only(monkeypatch):
     monkeypatch.setattr(memory, "chunk_bytes", lambda *_: 0)
 
 
+def assert_peak_is_predicted(model: ModelConfig, at: Layout, tolerance: float = GRADIENT_TOLERANCE) -> None:
+    use = memory.predict(model, at)
+    assert use.total - use.moments == pytest.approx(FakeStep(model, at).peak_bytes(), rel=tolerance)
+
+
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", MODELS)
 def test_what_backward_keeps_is_known_to_the_byte(name, recompute):
-    for tokens, share in ((1024, 1), (8192, 1), (8192, 0.3)):
-        at = Layout(tokens, supervised=round(share * tokens), recompute=recompute)
-        counted = FakeStep(MODELS[name], tokens, recompute, supervised=at.supervised).saved_bytes()
-        assert counted == memory.saved_bytes(MODELS[name], at) + CU_SEQLENS
+    for tokens, rows in ((1024, 1024), (8192, 8192), (8192, 2458)):
+        at = Layout(tokens, supervised=rows, recompute=recompute)
+        assert FakeStep(MODELS[name], at).saved_bytes() == memory.saved_bytes(MODELS[name], at) + CU_SEQLENS
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
-    for tokens, micro_batches, share in ((1024, 1, 1), (32768, 1, 1), (32768, 2, 1), (32768, 2, 0.3)):
-        rows = round(share * tokens)
-        use = memory.predict(MODELS[name], Layout(tokens, micro_batches, recompute, supervised=rows))
-        peak = FakeStep(MODELS[name], tokens, recompute, supervised=rows).peak_bytes(micro_batches)
-        assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
+    for tokens, micro_batches, rows in ((1024, 1, 1024), (32768, 1, 32768), (32768, 2, 32768), (32768, 2, 9830)):
+        assert_peak_is_predicted(MODELS[name], Layout(tokens, micro_batches, recompute, supervised=rows))
 
 
 @pytest.mark.parametrize("name", ["8B", "1B"])
 def test_bf16_masters_have_no_casts_and_updates_in_backward_hold_no_gradients(name, derived_only):
+    narrow = {"recompute": "block", "master_itemsize": 2, "state_itemsize": 2}
     for tokens, micro_batches, in_backward in ((1024, 1, False), (1024, 2, False), (1024, 1, True), (16384, 1, True)):
-        layout = Layout(tokens, micro_batches, "block", supervised=tokens, master_itemsize=2, state_itemsize=2)
-        use = memory.predict(MODELS[name], dataclasses.replace(layout, in_backward=in_backward))
-        peak = FakeStep(MODELS[name], tokens, "block", masters=torch.bfloat16).peak_bytes(micro_batches, in_backward)
-        assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
-        assert use.moments == 4 * MODELS[name].num_parameters()
-    use = memory.predict(MODELS[name], dataclasses.replace(layout, master_itemsize=4, in_backward=True))
-    peak = FakeStep(MODELS[name], tokens, "block").peak_bytes(1, in_backward=True)
-    assert use.total - use.moments == pytest.approx(peak, rel=GRADIENT_TOLERANCE)
+        layout = Layout(tokens, micro_batches, supervised=tokens, in_backward=in_backward, **narrow)
+        assert_peak_is_predicted(MODELS[name], layout)
+        assert memory.predict(MODELS[name], layout).moments == 4 * MODELS[name].num_parameters()
+    assert_peak_is_predicted(MODELS[name], dataclasses.replace(layout, master_itemsize=4))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -170,16 +168,14 @@ def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_
 @pytest.mark.parametrize("adapters", [LoraConfig(rank=16), LoraConfig(rank=64, targets=("q_proj", "v_proj"))])
 def test_what_backward_keeps_of_adapters_is_what_the_model_keeps(recompute, adapters):
     at = Layout(4096, supervised=1024, recompute=recompute, lora=adapters)
-    counted = FakeStep(LLAMA_8B, 4096, recompute, adapters, supervised=1024).saved_bytes()
+    counted = FakeStep(LLAMA_8B, at).saved_bytes()
     assert memory.saved_bytes(LLAMA_8B, at) == pytest.approx(counted, rel=ADAPTERS_TOLERANCE)
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_the_peak_of_a_step_of_adapters_is_the_one_predicted(recompute, derived_only):
-    adapters = LoraConfig(rank=16)
-    use = memory.predict(LLAMA_8B, Layout(8192, supervised=8192, recompute=recompute, lora=adapters))
-    peak = FakeStep(LLAMA_8B, 8192, recompute, adapters).peak_bytes(2)
-    assert use.total - use.moments == pytest.approx(peak, rel=ADAPTERS_TOLERANCE)
+    at = Layout(8192, 2, recompute, supervised=8192, lora=LoraConfig(rank=16))
+    assert_peak_is_predicted(LLAMA_8B, at, ADAPTERS_TOLERANCE)
 
 
 def test_adapters_of_8b_train_on_a_gpu_of_24_gb():

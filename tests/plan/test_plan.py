@@ -36,12 +36,16 @@ def lengths(tmp_path):
     return tmp_path / "lengths.npy"
 
 
-def test_a_data_set_is_planned_on_every_card(world, capsys):
+def test_a_data_set_is_planned_on_every_card_or_on_those_asked_for(world, capsys):
     said = say(capsys, world.config, "--train.dtype=bfloat16")
     for fact in ("60 conversations", "supervised", "fill", "lr 0.003", "A100-80", "H100", "H200", "planned memory"):
         assert fact in said
     assert "data.bins_per_step = 4 cannot be shared by 8 GPUs: predicted with 8" in said
     assert "Predicted, not measured" in said
+    said = say(capsys, world.config, "--train.dtype=bfloat16", "--card=H100", "--gpus", "4,16", "--nodes=2,3")
+    assert all(f"{ranks} H100" in said for ranks in (8, 32, 12, 48)) and "H200" not in said
+    said = say(capsys, world.config)
+    assert "float32" in said and "tokens/s" not in said, "float32 is not predicted with the rates of bfloat16"
 
 
 def test_classes_of_equal_weight_get_a_warning(world, capsys, tmp_path):
@@ -64,16 +68,6 @@ def test_the_tables_fit_a_terminal(world, lengths, capsys):
     cli.call("plan", [str(world.config), *options])
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if len(line) > 80 or "…" in line] == []
-
-
-def test_one_card_and_several_numbers_of_it_can_be_asked_for(world, capsys):
-    said = say(capsys, world.config, "--train.dtype=bfloat16", "--card=H100", "--gpus", "4,16", "--nodes=2,3")
-    assert all(f"{ranks} H100" in said for ranks in (8, 32, 12, 48)) and "H200" not in said
-
-
-def test_float32_is_not_predicted_with_the_rates_of_bfloat16(world, capsys):
-    said = say(capsys, world.config)
-    assert "float32" in said and "tokens/s" not in said
 
 
 def test_lengths_alone_are_enough(world, bare, lengths, capsys):

@@ -29,21 +29,14 @@ def predict(name="8B", length=4096, gpu=H200, share=1.0, imbalance=1.0, **change
     return roofline.predict(MODELS[name], gpu, workload, dataclasses.replace(Layout(16384, 8), **changes))
 
 
-@pytest.mark.parametrize(
-    ("name", "length", "recompute", "ceiling"),
-    [
-        ("8B", 4096, "none", 14_600),
-        ("8B", 8192, "none", 13_500),
-        ("8B", 4096, "block", 11_200),
-        ("Llama-2-7B", 4096, "none", 16_200),
-        ("3B", 4096, "none", 31_000),
-        ("1B", 4096, "none", 82_000),
-    ],
-)
-def test_one_h200_is_predicted_within_ten_percent_of_its_ceiling(name, length, recompute, ceiling):
-    predicted = predict(name, length, recompute=recompute)
-    assert predicted.tokens_per_s == pytest.approx(ceiling, rel=0.1)
-    assert 0.4 < predicted.mfu < 0.8
+def test_one_h200_is_predicted_within_ten_percent_of_its_ceiling():
+    for name, length, recompute, ceiling in (
+        ("8B", 4096, "none", 14_600), ("8B", 8192, "none", 13_500), ("8B", 4096, "block", 11_200),
+        ("Llama-2-7B", 4096, "none", 16_200), ("3B", 4096, "none", 31_000), ("1B", 4096, "none", 82_000),
+    ):  # fmt: skip
+        predicted = predict(name, length, recompute=recompute)
+        assert predicted.tokens_per_s == pytest.approx(ceiling, rel=0.1), name
+        assert 0.4 < predicted.mfu < 0.8
 
 
 def test_an_a100_is_predicted_above_what_was_published_and_not_far_above():
@@ -116,50 +109,40 @@ def test_model_flops_are_those_of_the_model():
     assert predicted.flops_per_step == pytest.approx(exact, rel=1e-2)
 
 
+BETWEEN_NODES = {"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256}  # so few tokens that little hides
+
+
 def test_choices_of_sharding_cost_what_they_move():
-    """Between two nodes, four micro-batches of so few tokens that little hides."""
-
-    def parts(**changes):
-        return predict(**{"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256} | changes)
-
-    plain = parts().communication
-    assert parts(reshard="step").communication < 0.5 * plain
-    each, halved = (parts(reduce="micro_batch", reduce_itemsize=size).communication for size in (4, 2))
-    assert 1.5 * plain < each and halved < each
+    plain = predict(**BETWEEN_NODES)
+    assert predict(**BETWEEN_NODES, reshard="step").communication < 0.5 * plain.communication
+    each, halved = (predict(**BETWEEN_NODES, reduce="micro_batch", reduce_itemsize=size) for size in (4, 2))
+    assert 1.5 * plain.communication < each.communication > halved.communication
     bus = 16 * MODELS["8B"].num_parameters() / 16 / roofline.HOST_BANDWIDTH
-    assert parts(offload="optimizer").optimizer - parts().optimizer == pytest.approx(bus)
+    assert predict(**BETWEEN_NODES, offload="optimizer").optimizer - plain.optimizer == pytest.approx(bus)
 
 
 def test_offloaded_inputs_of_blocks_overlap_with_computation(monkeypatch):
     """Four micro-batches; what is left to see is what takes longer than its direction's computation."""
-
-    def recompute(**changes):
-        return predict(**{"ranks": 16, "shard": 16, "bins_per_step": 64, "token_budget": 256} | changes).recompute
-
-    block = recompute(recompute="block")
+    block = {**BETWEEN_NODES, "recompute": "block"}
     inputs = 2 * 2 * 256 * 4096 * 32  # bytes: two of each block, in bf16
     slow, slower, fast = 1e9, 0.5e9, 1e15
     taken = {}
     for rate in (slow, slower, fast):
         monkeypatch.setattr(roofline, "HOST_BANDWIDTH", rate)
-        taken[rate] = recompute(recompute="block", offload_activations=True) - block
+        taken[rate] = predict(**block, offload_activations=True).recompute - predict(**block).recompute
     assert taken[fast] == 0
     assert taken[slower] - taken[slow] == pytest.approx(4 * 2 * inputs * (1 / slower - 1 / slow))
     assert 0 < taken[slow] < 4 * 2 * inputs / slow
 
 
 def test_narrow_masters_and_moments_cost_what_they_move():
-    def parts(**changes):
-        return predict(**{"bins_per_step": 1} | changes)
-
-    P, copy = MODELS["8B"].num_parameters(), H200.copy_bandwidth
-    narrow = {"master_itemsize": 2, "state_itemsize": 2}
-    assert parts().optimizer == pytest.approx(32 * P / copy)
-    assert parts(state_itemsize=2).optimizer == pytest.approx(24 * P / copy)
-    assert parts(**narrow).optimizer == pytest.approx(16 * P / copy)
-    assert parts(**narrow, bins_per_step=2).optimizer == pytest.approx(20 * P / copy)  # sums of gradients are fp32
-    assert parts().memory_bound - parts(**narrow).memory_bound == pytest.approx(12 * P / copy)  # casts there and back
-    bus = parts(**narrow, offload="optimizer").optimizer - parts(**narrow).optimizer
+    P, copy, narrow = MODELS["8B"].num_parameters(), H200.copy_bandwidth, {"master_itemsize": 2, "state_itemsize": 2}
+    wide, thin = predict(bins_per_step=1), predict(bins_per_step=1, **narrow)
+    half, sums = predict(bins_per_step=1, state_itemsize=2), predict(bins_per_step=2, **narrow)  # sums are fp32
+    for speed, moved in ((wide, 32), (half, 24), (thin, 16), (sums, 20)):
+        assert speed.optimizer == pytest.approx(moved * P / copy)
+    assert wide.memory_bound - thin.memory_bound == pytest.approx(12 * P / copy)  # casts there and back
+    bus = predict(bins_per_step=1, **narrow, offload="optimizer").optimizer - thin.optimizer
     assert bus == pytest.approx(8 * P / roofline.HOST_BANDWIDTH)
 
 

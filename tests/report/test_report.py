@@ -339,47 +339,29 @@ def test_an_ablation_is_shown_with_its_intervals(tmp_path):
         report(run, ablation=run)
 
 
-HOLD = (
-    "import sys\nfrom pathlib import Path\nfrom ochat.run.lock import folder_lock\n"
-    "with folder_lock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()\n"
-)
+def test_watching_follows_the_run_and_leaves_a_page_that_stands_still(tmp_path, monkeypatch):
+    """Written once where the run is not live; again after a change; a last time when the run ends, or on Ctrl-C."""
+    run, is_live, pages = write_run(tmp_path / "run", 3), [False], []
+    monkeypatch.setattr(run_record.lock, "is_held", lambda _: is_live[-1])
 
-
-def test_watching_follows_the_run_and_ends_with_it(tmp_path):
-    run = write_run(tmp_path / "run", 3)
-    program = [sys.executable, "-c", HOLD, str(run)]
-    process = subprocess.Popen(program, env=tiny.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.readline()
-    runs, seen = run_record.named([run]), []
-
-    def write(is_live: bool) -> None:
-        seen.append((is_live, runs[0].state, runs[0].num_done))
-        if len(seen) == 1:
+    def change(_: float) -> None:
+        pages.append((run / "report.html").read_text())
+        if len(pages) == 1:
             with (run / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(line(4)) + "\n")
-        elif len(seen) == 2:
-            process.communicate(b"")
+        elif len(pages) == 2:
+            is_live[-1] = False
+        else:
+            raise KeyboardInterrupt
 
-    run_record.follow(runs, write, every_s=0.01)
-    assert seen == [(True, "running", 3), (True, "running", 4), (False, "stopped", 4)]
-    assert process.wait() == 0
-
-
-def test_a_run_that_is_not_live_is_written_once_and_ctrl_c_leaves_a_page_that_stands_still(tmp_path, monkeypatch):
-    run = write_run(tmp_path / "run")
-    report_module.main(ReportOptions((run,), watch=True))
-    assert "location.reload" not in (run / "report.html").read_text()
-    monkeypatch.setattr(run_record.lock, "is_held", lambda _: True)
-    pages = []
-
-    def stop(_: float) -> None:
-        pages.append((run / "report.html").read_text())
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_record.time, "sleep", stop)
-    report_module.main(ReportOptions((run,), watch=True))
-    assert "location.reload" in pages[0]
-    assert "location.reload" not in (run / "report.html").read_text()
+    monkeypatch.setattr(run_record.time, "sleep", change)
+    for now, seen in ((False, []), (True, ["3 of 30", "4 of 30"]), (True, ["4 of 30"])):
+        is_live[-1], pages_before = now, len(pages)
+        report_module.main(ReportOptions((run,), watch=True))
+        last = (run / "report.html").read_text()
+        assert "location.reload" not in last and ('class="state stopped"' in last) is not is_live[-1]
+        for page, steps in zip(pages[pages_before:], seen, strict=True):
+            assert "location.reload" in page and "running" in page and steps in page
 
 
 def test_wrong_options_are_named(tmp_path, monkeypatch, capsys):
