@@ -1,4 +1,4 @@
-"""Run functions on several ranks without starting processes each time: a pool of workers that lives as long as pytest.
+"""Run functions on several ranks without starting processes each time: workers that live as long as pytest.
 
     done = pool.run(2, "tests.pool:train", "config.toml", "--run.dir=runs/a");  done.returncode, done.stdout
 
@@ -8,49 +8,48 @@ leaves the process group itself. A worker that exits is replaced. Tests of kills
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib
-import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
 
-_workers: list[subprocess.Popen] = []
+_workers: dict[int, ProcessPoolExecutor] = {}  # of one process each, by rank
 
 
 def run(processes: int, function: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
     """Calls `function` ("module:name") with the arguments on ranks 0 to `processes` - 1.
 
     Returns the largest exit code (that of an OchatError or SystemExit; 1 for any other error, whose traceback is
-    printed) and what the ranks printed, in their order. Raises: AssertionError if `check` and the code is not 0.
+    printed, and for a worker that exits) and what the ranks printed, in their order. Raises: AssertionError if `check`
+    and the code is not 0.
     """
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("", 0))
-        common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-        common |= {"MASTER_PORT": free.getsockname()[1], "GROUP_WORLD_SIZE": 1}
-        workers, codes = _take(processes), []
-        free.close()
-        for rank, worker in enumerate(workers):
+    with tempfile.TemporaryDirectory() as folder:
+        with socket.socket() as free:
+            free.bind(("", 0))
+            common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+            common |= {"MASTER_PORT": free.getsockname()[1], "GROUP_WORLD_SIZE": 1}
+        files = [[f"{folder}/{name}{rank}" for name in ("out", "err")] for rank in range(processes)]
+        jobs = []
+        for rank in range(processes):
+            if rank not in _workers:
+                _workers[rank] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin)
             environment = {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            files = [f"{folder}/{name}{rank}" for name in ("out", "err")]
-            job = {"environment": environment, "function": function, "arguments": arguments, "files": files}
-            assert worker.stdin
-            worker.stdin.write(json.dumps(job) + "\n")
-            worker.stdin.flush()
-        for worker in workers:
-            assert worker.stdout
-            line = worker.stdout.readline()
-            codes.append(int(line) if line else worker.wait())
-        printed = ["".join(Path(f"{folder}/{n}{r}").read_text() for r in range(processes)) for n in ("out", "err")]
-    done = subprocess.CompletedProcess([function, *arguments], max(map(abs, codes)), *printed)
+            jobs.append(_workers[rank].submit(_work, environment, files[rank], function, arguments))
+        codes = [_exit_code(rank, job) for rank, job in enumerate(jobs)]
+        printed = ["".join(Path(file).read_text() for file in each) for each in zip(*files, strict=True)]
+    done = subprocess.CompletedProcess([function, *arguments], max(codes), *printed)
     if check and done.returncode:
         raise AssertionError(f"{function} ended with {codes}:\n{done.stdout}\n{done.stderr}")
     return done
@@ -66,53 +65,36 @@ def train(*arguments: str) -> None:
     trainer.train(configuration.load(arguments[0], arguments[1:]))
 
 
-def _take(count: int) -> list[subprocess.Popen]:
-    """The first `count` workers; starts those that are missing or have exited."""
-    for i in range(count):
-        if i == len(_workers):
-            _workers.append(_start())
-        elif _workers[i].poll() is not None:
-            _workers[i] = _start()
-    return _workers[:count]
+def _exit_code(rank: int, job: Future[int]) -> int:
+    try:
+        return job.result()
+    except BrokenProcessPool:
+        del _workers[rank]
+        return 1
 
 
-def _start() -> subprocess.Popen:
-    command, environment = [sys.executable, "-m", "tests.pool"], os.environ | ENVIRONMENT
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-
-@atexit.register
-def _close() -> None:
-    for worker in _workers:
-        if worker.stdin:
-            worker.stdin.close()  # its loop ends
-    for worker in _workers:
-        worker.wait()
-
-
-def _work() -> None:
-    """A worker: one JSON object a line in, one exit code a line out."""
+def _begin() -> None:
+    """A worker's start."""
+    os.environ.update(ENVIRONMENT)
     import torch
 
     torch.set_num_threads(1)
-    answers, errors = os.fdopen(os.dup(1), "w"), os.dup(2)
-    for line in sys.stdin:
-        job = json.loads(line)
-        os.environ.update(job["environment"])
-        for descriptor, file in zip((1, 2), job["files"], strict=True):
-            with open(file, "w") as output:
-                os.dup2(output.fileno(), descriptor)
-        code = _call(job["function"], job["arguments"])
+
+
+def _work(environment: dict[str, str], files: Sequence[str], function: str, arguments: Sequence[str]) -> int:
+    """One call in a worker, whose output goes to the files; the exit code."""
+    os.environ.update(environment)
+    for descriptor, file in zip((1, 2), files, strict=True):
+        with open(file, "w") as output:
+            os.dup2(output.fileno(), descriptor)
+    try:
+        return _call(function, arguments)
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(errors, 2)
-        answers.write(f"{code}\n")
-        answers.flush()
 
 
-def _call(function: str, arguments: list[str]) -> int:
+def _call(function: str, arguments: Sequence[str]) -> int:
     from ochat.console import complain
     from ochat.errors import OchatError
 
@@ -129,7 +111,3 @@ def _call(function: str, arguments: list[str]) -> int:
             traceback.print_exc()
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    _work()

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout  # the groups of a mesh do not inherit it
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 from ochat.config import ParallelConfig, TrainConfig
@@ -111,7 +111,7 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     mesh = init_device_mesh(device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
-    for group in mesh.get_all_groups():
+    for group in mesh.get_all_groups():  # which do not inherit it
         _set_pg_timeout(timeout, group)
     return Ranks(rank, world, device, mesh, store, dist.new_group(backend="gloo", timeout=DISK_TIMEOUT))
 
@@ -136,17 +136,17 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def _launch_store() -> dist.Store:
+def _launch_store() -> Store:
     """A store that only the processes of this launch share.
 
     Raises: RanksError naming the ranks that have not arrived after START_S.
     """
     store, rank, world = next(rendezvous("env://", timeout=timedelta(seconds=START_S)))
-    ours = dist.PrefixStore("ochat", store)
-    return dist.PrefixStore(_hand_out_id(ours, world) if rank == 0 else _request_id(ours, rank), ours)
+    ours = PrefixStore("ochat", store)
+    return PrefixStore(_hand_out_id(ours, world) if rank == 0 else _request_id(ours, rank), ours)
 
 
-def _hand_out_id(store: dist.Store, world: int) -> str:
+def _hand_out_id(store: Store, world: int) -> str:
     """Rank 0: answers every request with the launch id until each rank has confirmed it."""
     launch_id, missing = uuid.uuid4().hex, set(range(1, world))
     deadline = time.monotonic() + START_S
@@ -163,7 +163,7 @@ def _hand_out_id(store: dist.Store, world: int) -> str:
     return launch_id
 
 
-def _request_id(store: dist.Store, rank: int) -> str:
+def _request_id(store: Store, rank: int) -> str:
     """Other ranks: requests with a nonce, and accepts the reply to that nonce only."""
     nonce = uuid.uuid4().hex
     store.set(f"request/{rank}", nonce)

@@ -20,26 +20,15 @@ WEIGHED = '[base]\npath = "b"\n[data]\npath = "d"\n[classes.GPT4]\nreward = 1.0\
 
 def measured(run: Path, losses: dict[int, tuple[float | None, float]], kept: tuple[int, ...], config: str = "") -> Path:
     """A run folder with held-out losses of (GPT4, GPT3) by step, and empty checkpoint folders."""
-    lines = [
-        {
-            "step": step,
-            "loss": three,
-            "accuracy": 0.5,
-            "classes": {"GPT4": {"loss": four, "accuracy": 0.5}, "GPT3": {"loss": three, "accuracy": 0.25}},
-        }
-        for step, (four, three) in losses.items()
-    ]
     run.mkdir(exist_ok=True)
-    (run / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (run / "eval.jsonl").open("w") as file:
+        for step, (four, three) in losses.items():
+            rows = {"GPT4": {"loss": four, "accuracy": 0.5}, "GPT3": {"loss": three, "accuracy": 0.25}}
+            file.write(json.dumps({"step": step, "loss": three, "accuracy": 0.5, "classes": rows}) + "\n")
     (run / "config.toml").write_text(config or WEIGHED)
     for step in kept:
         (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
     return run
-
-
-def serves(run: Path, name: str) -> None:
-    (run / "serving").mkdir()
-    (run / "serving" / "openchat.json").write_text(json.dumps({"template": {"default_condition": name}}))
 
 
 LOSSES = {0: (5.0, 4.0), 10: (2.0, 1.0), 20: (1.5, 1.2), 30: (1.5, 0.9), 40: (1.75, 1.1)}
@@ -67,22 +56,15 @@ def test_the_best_is_the_earliest_of_the_lowest_losses_of_the_heaviest_class(tmp
         (("reward = 0.1", "reward = nonsense"), "GPT3", "GPT3"),
         (("reward = 0.1", "reward = nonsense"), "GPT5", "all"),  # served, and never measured
         (("reward = 0.1", "reward = nonsense"), "", "all"),
+        (("reward = 0.1", "reward = nonsense"), ["GPT4"], "all"),
     ],
 )
 def test_the_expert_is_the_heaviest_class_else_the_one_that_is_served(tmp_path, change, served, wanted):
     run = measured(tmp_path / "run", LOSSES, (), WEIGHED.replace(*change))
     if served:
-        serves(run, served)
+        (run / "serving").mkdir()
+        (run / "serving" / "openchat.json").write_text(json.dumps({"template": {"default_condition": served}}))
     assert expert_class(run, read_evaluations(run)) == wanted
-
-
-def test_a_description_of_anybodys_serves_no_class(tmp_path):
-    run = measured(tmp_path / "run", LOSSES, (), '[weights]\nsource = "record"')
-    serves(run, "GPT4")
-    assert expert_class(run, read_evaluations(run)) == "GPT4"
-    described = run / "serving" / "openchat.json"
-    described.write_text('{"template": {"default_condition": ["GPT4"]}}')
-    assert expert_class(run, read_evaluations(run)) == "all"
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
@@ -97,10 +79,9 @@ def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
 
 def test_what_cannot_be_chosen_is_said(tmp_path):
     run = measured(tmp_path / "gone", LOSSES, (10, 40))
-    told = (
-        r"1\.5000, is that of step 20, .*checkpoint\.keep_best = true .*The best that is there is step 40: ochat export"
-    )
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(
+        CheckpointError, match=r"1\.5000, is that of step 20, .*The best that is there is step 40: ochat"
+    ):
         best_checkpoint(run)
     run = measured(tmp_path / "worse", {0: (1.0, 1.0), 10: (2.0, 1.0)}, (10,))
     with pytest.raises(CheckpointError, match="the base itself before its first step"):
@@ -135,11 +116,6 @@ def test_a_run_keeps_its_best_checkpoint_beside_the_newest_and_exports_it(world,
     assert json.loads((tmp_path / "out" / "openchat.json").read_text())["step"] == 2
     with pytest.raises(ConfigError, match="give the run's folder"):
         main(ExportOptions(tmp_path / "run" / "checkpoints" / "step_5", tmp_path / "other", best=True))
-
-
-def test_keeping_the_best_needs_held_out_data(world, tmp_path):
-    with pytest.raises(ConfigError, match="keep_best = True: expected false with no data.eval_path"):
-        tiny.train(world, tmp_path / "run", "--checkpoint.keep_best=true")
 
 
 def test_with_the_defaults_every_epoch_is_measured_and_saved(world, tmp_path):

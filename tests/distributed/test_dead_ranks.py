@@ -1,17 +1,83 @@
-"""Processes that die under torchrun: the others exit soon, say which and where, and a restart loses nothing."""
+"""Processes that die or hang under torchrun: the others exit soon, say which and where, with each rank's flight
+recorder, and a restart loses nothing."""
 
+import contextlib
+import json
 import os
 import re
 import signal
+import subprocess
 import time
 
 import pytest
 
 from tests import tiny
-from tests.checkpoint.test_checkpoint_faults import curve, newest, tell, wait_for
-from tests.distributed.faulty_job import LONG, QUICK, exit_codes, has_steps, start, words, workers
+from tests.checkpoint.test_checkpoint_faults import curve, descendants, kill, newest, rank_of, tell, wait_for
 
 pytestmark = pytest.mark.usefixtures("alone")  # it fills Numba's cache, which a short time-out has no room for
+LONG = ["--data.epochs=2000", "--train.eval_every=100000", "--checkpoint.every=100000"]
+QUICK = ["--parallel.timeout_s=5"]
+
+# ochat.train with a fault: {in_step} at the start of step 5, {in_save} when files of a checkpoint are written
+FAULTY = """
+import os, sys, time
+from ochat import cli, errors
+from ochat.files.safetensors_file import PinnedSafetensors
+from ochat.train.trainer import Trainer
+
+plain_step, plain_write = Trainer.step, PinnedSafetensors.write
+
+def step(self, step, batches):
+    if step == 4 and self.ranks.rank == 1:
+        {in_step}
+    plain_step(self, step, batches)
+
+def write(self, path):
+    if os.environ["RANK"] == "1":
+        {in_save}
+    return plain_write(self, path)
+
+Trainer.step, PinnedSafetensors.write = step, write
+cli.run("train", sys.argv[1:])
+"""
+
+
+@contextlib.contextmanager
+def start(world, run_dir, processes, *more, launcher=(), in_step="pass", in_save="pass"):
+    """(process, its log); the job is killed at the end in any case."""
+    program, log = run_dir.with_suffix(".py"), run_dir.with_suffix(".log")
+    program.write_text(FAULTY.format(in_step=in_step, in_save=in_save))
+    command = tiny.torchrun_command(world, run_dir, processes, *LONG, *more)
+    words = command.index("-m", command.index("torch.distributed.run"))
+    command[words : words + 2] = [*launcher, str(program)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
+    try:
+        yield process, log
+    finally:
+        kill(process)
+
+
+def workers(process):
+    """rank -> pid of the processes that train."""
+    return {rank: pid for pid in descendants(process.pid) if (rank := rank_of(pid)) is not None}
+
+
+def has_steps(run_dir, count):
+    """A function that says whether so many steps are in the metrics."""
+    path = run_dir / "metrics.jsonl"
+    return lambda: path.exists() and path.read_bytes().count(b"\n") >= count
+
+
+def words(log):
+    """The log on one line."""
+    return " ".join(log.read_text().split())
+
+
+def exit_codes(log):
+    """rank -> exit code, from torchrun's summary."""
+    found = re.findall(r"rank +: (\d+) .*?exitcode +: (-?\d+)", log.read_text(), re.DOTALL)
+    return {int(rank): int(code) for rank, code in found}
 
 
 def test_a_killed_process_ends_the_others_within_30_s_by_name_and_step(world, tmp_path):
@@ -91,3 +157,44 @@ def test_processes_whose_torchrun_was_killed_save_and_stop(world, tmp_path):
     assert re.search(r"rank \d, in step \d+: the (torchrun that started this process|run's store) is gone", words(log))
     assert "start the same command again" in words(log)
     assert newest(run_dir) == len(tiny.metrics(run_dir))
+
+
+HANGS = "time.sleep(1e6)"
+DISK_HANGS = "import ochat.distributed.watchdog as w; w.DUMP_S = 1; w.atomic.write_json = lambda *_: time.sleep(1e6)"
+
+
+@pytest.mark.parametrize("disk_hangs", [False, True])
+def test_a_hung_process_ends_the_run_by_a_time_out_with_the_flight_recorder_kept(world, tmp_path, disk_hangs):
+    """Rank 1 never enters step 5 and the others wait in a collective. Its disk may hang too."""
+    run_dir = tmp_path / "run"
+    with start(world, run_dir, 2, *QUICK, in_step=f"{DISK_HANGS}; {HANGS}" if disk_hangs else HANGS) as (process, log):
+        assert process.wait(60) != 0
+    text = words(log)
+    who = r"no progress for \d s \(parallel.timeout_s = 5\): .*in step 5: rank 0 \(.*in step 4: rank 1 \("
+    assert re.search(who, text) or re.search(r"in step 4: rank 1 \(.*in step 5: rank 0 \(", text)
+    assert re.search(
+        r"Rank 0 was in step 5, waiting in gloo:\w+ number \d+; collectives and stack in \S+rank_0.json", text
+    )
+    assert set(exit_codes(log).values()) == {3}
+    record = json.loads((run_dir / "flight_recorder" / "rank_0.json").read_text())
+    entries = record["collectives"]["host"]["entries"]
+    assert not all(entry["retired"] for entry in entries) and entries[-1]["profiling_name"]
+    assert "all_reduce" in "".join(record["stack"])
+    if disk_hangs:
+        assert re.search(r"Rank 1 was in step 4; \S+rank_1.json is not written after 1 s", text)
+    else:
+        assert "Rank 1 was in step 4, in no collective" in text
+        assert HANGS in "".join(json.loads((run_dir / "flight_recorder" / "rank_1.json").read_text())["stack"])
+
+
+def test_a_halted_process_is_named_by_the_others(world, tmp_path):
+    run_dir = tmp_path / "run"
+    with start(world, run_dir, 2, *QUICK) as (process, log):
+        wait_for(process, has_steps(run_dir, 3), log)
+        halted = workers(process)[1]
+        os.kill(halted, signal.SIGSTOP)
+        wait_for(process, lambda: "Rank 0 was in step" in words(log), log, seconds=15)
+        tell([halted], signal.SIGKILL)  # torchrun would wait 30 s for it
+        assert process.wait(60) != 0
+    assert f"pid {halted}) has not been heard of for 5 s" in words(log)
+    assert (run_dir / "flight_recorder" / "rank_0.json").is_file()

@@ -22,21 +22,17 @@ ALONE = Ranks(0, 1, torch.device("cpu"), None)
 OPTIONS = ["--data.epochs=2", "--checkpoint.every=5"]
 
 
-def environment(**more):
-    """torchrun on the path, and two processes a node unless said."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return tiny.environment() | {"PATH": path, "GPUS": "2", "RESTARTS": "0"} | more
-
-
-def start(log, command, **more):
-    with log.open("a") as output:
-        return subprocess.Popen(command, cwd=tiny.ROOT, env=environment(**more), stdout=output, stderr=output)
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @contextlib.contextmanager
 def started(log, *commands, **more):
-    """The commands side by side; killed at the end in any case."""
-    processes = [start(log, command, **more) for command in commands]
+    """The commands side by side, with torchrun on the path, and two processes a node unless said; killed at the end in
+    any case."""
+    environment = tiny.environment() | {"PATH": PATH, "GPUS": "2", "RESTARTS": "0"} | more
+    with log.open("a") as output:
+        options = {"cwd": tiny.ROOT, "env": environment, "stdout": output, "stderr": output}
+        processes = [subprocess.Popen(command, **options) for command in commands]
     try:
         yield processes
     finally:
@@ -59,21 +55,15 @@ def assert_same_run(run_dir, alone):
     assert verify_checkpoint(layout_module.checkpoint_folders(run_dir)[-1], ALONE).step == len(alone)
 
 
-def test_the_recipe_of_one_machine(world, alone, tmp_path):
+@pytest.mark.parametrize(("script", "count"), [("single_node.sh", 1), ("multi_node.sh", 2)])
+def test_the_recipes_give_the_curve_of_one_process(world, alone, tmp_path, script, count):
+    """One torchrun, or two that meet; the model is sharded over all two or four processes."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    command = [LAUNCH / "single_node.sh", *tiny.options(world, run_dir, *OPTIONS)]
-    with started(log, command) as (process,):
-        assert process.wait(120) == 0, log.read_text()
-    assert_same_run(run_dir, alone)
-
-
-def test_the_recipe_of_several_machines_gives_the_curve_of_one_process(world, alone, tmp_path):
-    """Two torchruns that meet; the model is sharded over all four processes."""
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    command = [LAUNCH / "multi_node.sh", *tiny.options(world, run_dir, *OPTIONS)]
-    with started(log, command, command, HEAD="localhost", NODES="2", PORT=free_port()) as nodes:
-        assert [node.wait(120) for node in nodes] == [0, 0], log.read_text()
-    assert "one copy, sharded over 4 processes, on 2 nodes" in " ".join(log.read_text().split())
+    command = [LAUNCH / script, *tiny.options(world, run_dir, *OPTIONS)]
+    more = {"HEAD": "localhost", "NODES": "2", "PORT": free_port()} if count > 1 else {}
+    with started(log, *[command] * count, **more) as nodes:
+        assert [node.wait(120) for node in nodes] == [0] * count, log.read_text()
+    assert f"one copy, sharded over {2 * count} processes, on {count} node" in " ".join(log.read_text().split())
     assert_same_run(run_dir, alone)
 
 
@@ -155,7 +145,7 @@ def test_the_slurm_script_saves_before_the_time_is_up_and_goes_on_when_it_is_sta
         (tmp_path / name).chmod(0o755)
     options = ["--data.epochs=40", "--checkpoint.every=100000", "--train.eval_every=100000"]
     command = [LAUNCH / "slurm.sh", *tiny.options(world, run_dir, *options)]
-    more = {"PATH": f"{tmp_path}:{environment()['PATH']}", "REQUEUED": str(requeued), "GPUS": "1", "RESTARTS": "3"}
+    more = {"PATH": f"{tmp_path}:{PATH}", "REQUEUED": str(requeued), "GPUS": "1", "RESTARTS": "3"}
     more |= {"SLURM_JOB_ID": free_port(), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
     with started(log, command, **more) as (process,):
         wait_for(process, (run_dir / "metrics.jsonl").exists, log)

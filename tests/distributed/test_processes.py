@@ -1,12 +1,48 @@
-"""How one of several processes exits: pytest tests/distributed/test_leave.py"""
+"""The start and the end of a process: the allocator, signals, and how one of several exits."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from ochat.distributed import processes
+from ochat.distributed.signals import SIGNALS, Interrupted, StopSignal
 from tests.tiny import ROOT, environment
+
+
+@pytest.mark.parametrize("given", [None, *processes.ALLOCATOR])
+def test_segments_grow_unless_the_environment_says_otherwise(monkeypatch, given):
+    at_first_use = {}
+    for name in processes.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:64")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: at_first_use.update(os.environ))
+    try:
+        assert processes.select_device("cuda") == torch.device("cuda", 0)
+    finally:
+        os.environ.pop(processes.ALLOCATOR[0], None)
+    seen = {name: at_first_use[name] for name in processes.ALLOCATOR if name in at_first_use}
+    assert seen == ({given: "max_split_size_mb:64"} if given else {processes.ALLOCATOR[0]: "expandable_segments:True"})
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_for_a_stop_and_a_second_ctrl_c_ends_at_once(number):
+    before = signal.getsignal(number)
+    with StopSignal(world=1) as stop:
+        assert not stop.requested_anywhere()
+        os.kill(os.getpid(), number)
+        assert stop.requested_anywhere()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="after step 3") as stopped:
+            stop.stop(3)
+    assert stopped.value.exit_code == 128 + number and signal.getsignal(number) == before
+
 
 SCRIPT = """
 import atexit, os, sys
