@@ -7,7 +7,6 @@ for row in read(Path("ops.csv")): ...
 from __future__ import annotations
 
 import csv
-import math
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
@@ -46,19 +46,10 @@ def read(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Interpolate linearly between the two nearest sorted values, as NumPy does by default."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * percent / 100
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 def spread(values: Sequence[float], name: str = "") -> dict[str, float]:
     """Median, 20th and 80th percentile as columns: `name`, `name_p20`, `name_p80`; without a name median, p20, p80."""
     names = (name, f"{name}_p20", f"{name}_p80") if name else ("median", "p20", "p80")
-    return {column: percentile(values, percent) for column, percent in zip(names, (50, 20, 80), strict=True)}
+    return dict(zip(names, np.percentile(values, (50, 20, 80)).tolist(), strict=True))
 
 
 def stamp(device: torch.device, commit: str | None = None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def measure(path: Path, base: str, template: str, repeats: int, workers: int) ->
     for label in calls:
         walls_s, cpus_s = zip(*(each[label] for each in rounds), strict=True)
         median_s, p20_s, p80_s = csv_file.spread(walls_s).values()
-        median_cpu_s, mtokens = csv_file.percentile(cpus_s, 50), num_tokens / 1e6
+        median_cpu_s, mtokens = statistics.median(cpus_s), num_tokens / 1e6
         yield about | {
             "implementation": label, "texts": len(texts), "repeats": repeats, "mtokens": mtokens,
             "median_s": median_s, "p20_s": p20_s, "p80_s": p80_s, "median_cpu_s": median_cpu_s,

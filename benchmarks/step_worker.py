@@ -13,6 +13,7 @@ import math
 import os
 import select
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import step_cases, timing
-from benchmarks.csv_file import percentile, spread
+from benchmarks.csv_file import spread
 from benchmarks.step_cases import Case, Peer, World
 from benchmarks.step_peers import RUNNERS, Counts
 from ochat import config as configuration
@@ -211,11 +212,11 @@ def rates(rounds: list[dict[str, Any]], session: Session, model: ModelConfig) ->
     flops = [model.flops_per_step(r["tokens"], r["square_lengths"], r["supervised"]) / r["seconds"] for r in rounds]
     return {
         **spread([each["seconds"] / session.steps for each in rounds], "step_s"),
-        "cpu_s": percentile([each["cpu_seconds"] / session.steps for each in rounds], 50),
+        "cpu_s": statistics.median([each["cpu_seconds"] / session.steps for each in rounds]),
         **spread([each["tokens"] / each["seconds"] for each in rounds], "tokens_per_s"),
-        "supervised_tokens_per_s": percentile([each["supervised"] / each["seconds"] for each in rounds], 50),
-        "padded_tokens_per_s": percentile([each["padded"] / each["seconds"] for each in rounds], 50),
-        "mfu": percentile(flops, 50) / session.peak_flops,
+        "supervised_tokens_per_s": statistics.median([each["supervised"] / each["seconds"] for each in rounds]),
+        "padded_tokens_per_s": statistics.median([each["padded"] / each["seconds"] for each in rounds]),
+        "mfu": statistics.median(flops) / session.peak_flops,
         "peak_gib": max(each["peak_gib"] for each in rounds),
     }
 

@@ -1,6 +1,6 @@
 """Time calls in turns, measure their memory and error, and measure the device's ceilings in the same run.
 
-    times = interleave({"a": run_a, "b": run_b}, repeats=20, device=device); percentile(times["a"], 50)
+    times = interleave({"a": run_a, "b": run_b}, repeats=20, device=device); statistics.median(times["a"])
 On a GPU the device sleeps before every measured call, so that the host's launch is not part of the time.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from benchmarks.csv_file import percentile
 
 GIB = 2**30
 LEAD_CYCLES = 4_000_000  # the device sleeps 2 ms, in which the host launches what is measured
@@ -118,7 +117,7 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     interleave(calls, 3 if quick else 20, device)  # the GPU's clock settles
     marks = interleave(calls, 3 if quick else 20, device)
     moved = 2 * source.numel() * source.element_size()
-    product_ms, copy_ms = (percentile(marks[name], 50) for name in calls)
+    product_ms, copy_ms = (statistics.median(marks[name]) for name in calls)
     return Ceilings(2 * side**3 / product_ms / 1e9, moved / copy_ms / 1e6)
 
 

@@ -171,7 +171,7 @@ def _draw(panel: Panel, curves: dict[str, Points], runs: Sequence[RunRecord]) ->
     for slot, (label, (x, y)) in enumerate(curves.items()):
         if not np.isfinite(y).any():
             continue
-        look = {"marker": {"maxdisplayed": MARKERS}} if len(x) >= MEAN_FROM else {}
+        look: dict[str, Any] = {"marker": {"maxdisplayed": MARKERS}} if len(x) >= MEAN_FROM else {}
         if len(x) >= MEAN_FROM and panel.is_noisy:
             faint = {"mode": "lines", "line": {"width": 1, "dash": "solid"}, "opacity": 0.3, "showlegend": False}
             traces.append(scatter(label, *thin(x, y, most), slot, **faint))
