@@ -75,29 +75,24 @@ def prompts(folder, records):
     return [records[line - 1]["items"][0]["content"] for line in lines]
 
 
-def test_prepare_splits_without_losing_or_leaking(base, tmp_path):
+def test_prepare_splits_without_losing_or_leaking(prepare_into, tmp_path):
     records = list(pairs(300))
-    source = write_lines(tmp_path / "in.jsonl", records)
-    report = prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=0.2, progress=False)
+    report = prepare_into(tmp_path / "out", records, held_out=0.2)
     train, held = prompts(tmp_path / "out", records), prompts(tmp_path / "out-held-out", records)
     assert not set(train) & set(held) and sorted(train + held) == sorted(r["items"][0]["content"] for r in records)
     assert all(held.count(prompt) == 2 for prompt in held) and 30 <= len(set(held)) <= 90
     assert (report.total["kept"], report.held_out.total["kept"]) == (len(train), len(held))
-
     shuffled = random.Random(1).sample(records, len(records))
-    source = write_lines(tmp_path / "in2.jsonl", shuffled)
-    parts = [tmp_path / f"part{i}" for i in (1, 2, 3)]
-    for i, part in enumerate(parts, start=1):
-        prepare.prepare([source], base, TEMPLATE, part, held_out=0.2, shard=f"{i}/3", workers=0, progress=False)
-    held_parts = [part.with_name(part.name + "-held-out") for part in parts]
-    assert sorted(prompts(held_parts, shuffled)) == sorted(held), "in another order, on three machines"
+    for i in (1, 2, 3):
+        prepare_into(tmp_path / f"part{i}", shuffled, held_out=0.2, shard=f"{i}/3")
+    parts = [tmp_path / f"part{i}-held-out" for i in (1, 2, 3)]
+    assert sorted(prompts(parts, shuffled)) == sorted(held), "in another order, on three machines"
 
 
-def test_a_split_that_leaves_nothing_is_an_error(base, tmp_path):
-    source = write_lines(tmp_path / "in.jsonl", list(pairs(3)))
+def test_a_split_that_leaves_nothing_is_an_error(prepare_into, tmp_path):
     for share, message in ((1e-6, "--held-out 1e-06 holds out none of 6"), (1 - 1e-6, "no conversation is left")):
         with pytest.raises(DataError, match=message):
-            prepare.prepare([source], base, TEMPLATE, tmp_path / "out", held_out=share, progress=False)
+            prepare_into(tmp_path / "out", pairs(3), held_out=share)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl"]
 
 

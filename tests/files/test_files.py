@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ import torch
 from ochat.errors import ConfigError
 from ochat.files import atomic, safetensors_file
 from ochat.files.jsonl import JsonlWriter, read_lines
-from tests import tiny
 
 
 def names(folder) -> list[str]:
@@ -51,18 +47,6 @@ def test_a_staging_folder_goes_with_an_error_and_stays_once_renamed(tmp_path):
     with atomic.staging_dir(tmp_path / "a") as folder:
         folder.rename(tmp_path / "a")
     assert names(tmp_path) == ["a"]
-
-
-def test_a_staging_folder_goes_with_sigterm(tmp_path):
-    program = (
-        "import sys, time\nfrom pathlib import Path\nfrom ochat.files import atomic\n"
-        "with atomic.staging_dir(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n    time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "a")]
-    with subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and os.path.isdir(process.stdout.readline().strip())
-        process.send_signal(signal.SIGTERM)
-    assert process.returncode == 128 + signal.SIGTERM and names(tmp_path) == []
 
 
 @pytest.mark.parametrize("output", ["..", "", "file/a", "file/a/b", "x" * 300])

@@ -75,22 +75,16 @@ def write_header(path, header, size=None):
         b'{"a":' * 100_000,
         b"\xff\xfe{}",
         b"",
+        *(2**64 - 1, 2**63, 2**40, 10**8 + 1),
+        json.dumps({"a": F32}).encode() + b" " * (1 << 26),
     ],
+    ids=range(25),
 )
 def test_a_header_that_lies_is_refused(tmp_path, header):
-    """Sizes, offsets, types and names, the library's checks and ours together."""
-    write_header(tmp_path / "model.safetensors", header)
+    """Sizes, offsets, types and names, the library's checks and ours together; its length alone, as a number, too."""
+    size = header if isinstance(header, int) else None
+    write_header(tmp_path / "model.safetensors", {"a": F32} if size else header, size)
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
-        open_folder(tmp_path)
-
-
-@pytest.mark.parametrize("size", [2**64 - 1, 2**63, 2**40, 10**8 + 1])
-def test_the_length_of_a_header_is_not_believed(tmp_path, size):
-    write_header(tmp_path / "model.safetensors", {"a": F32}, size)
-    with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
-        open_folder(tmp_path)
-    write_header(tmp_path / "model.safetensors", json.dumps({"a": F32}).encode() + b" " * (1 << 26))
-    with pytest.raises(CheckpointError, match="a header of 67,"):
         open_folder(tmp_path)
 
 
