@@ -1,12 +1,7 @@
-"""Kernels are tested where they can run: on the card if there is one, else in Triton's interpreter."""
+"""Kernels are tested where they can run: on the card if there is one (harness.DEVICE), else in Triton's interpreter."""
 
 import pytest
 import torch
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

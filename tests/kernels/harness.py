@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tests.numerics import assert_close
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ATOL = {torch.float32: 2e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}  # for values of order 1
 
 
-def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 1.0) -> Tensor:
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
     """Normal values, drawn on the CPU so that every device gets the same."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+    return (torch.randn(shape, generator=generator) * scale).to(DEVICE, dtype)
 
 
 def outputs_and_gradients(
@@ -26,7 +27,7 @@ def outputs_and_gradients(
     leaves = [_copy(x, dtype).requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    upstream = [random(*y.shape, dtype=y.dtype, device=y.device, seed=i + 1) for i, y in enumerate(outputs)]
+    upstream = [random(*y.shape, dtype=y.dtype, seed=i + 1) for i, y in enumerate(outputs)]
     narrow = [x.dtype for x in inputs if x.is_floating_point()][0]
     upstream = [u.to(narrow).to(dtype) for u in upstream]
     gradients = torch.autograd.grad(outputs, [x for x in leaves if x.requires_grad], upstream)
@@ -47,17 +48,15 @@ def assert_op(
         assert_close(got, reference, true, ATOL[dtype] * scale)
 
 
-def operators(T: int, H: int, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Callable, list[Tensor]]]:
+def operators(T: int, H: int, dtype: torch.dtype) -> dict[str, tuple[Callable, list[Tensor]]]:
     """A call of every differentiable kernel: name -> function of its leaves, the leaves; some rows carry no loss."""
-    x, residual, weight = (
-        random(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate([(T, H), (T, H), (H,)])
-    )
-    qkv = random(T, 7, H, dtype=dtype, device=device, seed=3)  # 3 heads of q, 2 of k and v: views of one product
-    cos, sin = (f(random(T, H // 2, dtype=torch.float32, device=device, seed=4)) for f in (torch.cos, torch.sin))
-    head = random(5 * H, H, dtype=dtype, device=device, seed=5, scale=H**-0.5)
-    labels = torch.arange(T, device=device) % (5 * H)
-    rows = torch.arange(0, T, 2, device=device)
-    weights = torch.zeros(T, device=device).index_fill_(0, rows, 0.5)
+    x, residual, weight = (random(*shape, dtype=dtype, seed=i) for i, shape in enumerate([(T, H), (T, H), (H,)]))
+    qkv = random(T, 7, H, dtype=dtype, seed=3)  # 3 heads of q, 2 of k and v: views of one product
+    cos, sin = (f(random(T, H // 2, seed=4)) for f in (torch.cos, torch.sin))
+    head = random(5 * H, H, dtype=dtype, seed=5, scale=H**-0.5)
+    labels = torch.arange(T, device=DEVICE) % (5 * H)
+    rows = torch.arange(0, T, 2, device=DEVICE)
+    weights = torch.zeros(T, device=DEVICE).index_fill_(0, rows, 0.5)
 
     def loss(hidden: Tensor, head: Tensor, transform: Any = None) -> Tensor:
         options = {"rows": rows, "weight_transform": transform}
@@ -67,7 +66,7 @@ def operators(T: int, H: int, dtype: torch.dtype, device: torch.device) -> dict[
         "rms_norm": (lambda x, w: triton_ops.rms_norm(x, w, 1e-5), [x, weight]),
         "add_rms_norm": (lambda x, r, w: triton_ops.add_rms_norm(x, r, w, 1e-5), [x, residual, weight]),
         "rope": (lambda qkv: triton_ops.rope(*qkv.split((3, 2, 2), dim=1)[:2], cos, sin), [qkv]),
-        "swiglu": (triton_ops.swiglu, [random(T, 2 * H, dtype=dtype, device=device, seed=6)]),
+        "swiglu": (triton_ops.swiglu, [random(T, 2 * H, dtype=dtype, seed=6)]),
         "linear_cross_entropy": (loss, [x, head]),
         "linear_cross_entropy, transform": (lambda h, w: loss(h, w, likelihood_weight), [x, head]),
     }

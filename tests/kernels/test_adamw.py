@@ -14,14 +14,15 @@ from ochat_kernels import adamw, reference, reference_adamw
 from ochat_kernels.launch import launch, record
 from torch import Tensor
 
-from tests.kernels.harness import ATOL, random
+from tests.kernels.harness import ATOL, DEVICE, random
 from tests.numerics import assert_close
 
-CPU_OR_CUDA = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
 COMBINATIONS = list(product((FP32, BF16), repeat=3))  # of parameters, gradients and moments
 SIZES = (1, 5, 0, 1024, 2050, 48)
 ANY = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+ALL_FP32, ALL_BF16 = (FP32, FP32, FP32), (BF16, BF16, BF16)
+both = pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
 MANY = 2**17  # draws; a correlation of 5 / sqrt(MANY) = 0.014 shows
 
 
@@ -41,19 +42,12 @@ class Lists(NamedTuple):
         return [*self.params, *self.exp_avgs, *self.exp_avg_sqs]
 
 
-def lists(sizes, dtypes, device, *, seed: int = 0) -> Lists:
+def lists(sizes, dtypes, seed: int = 0) -> Lists:
     """Random values; the moments are those of a run that has begun."""
     param, grad, state = dtypes
-    draws = [
-        [random(n, dtype=FP32, device=device, seed=seed + 100 * i + k) for k, n in enumerate(sizes)] for i in range(4)
-    ]
-    params, grads, exp_avgs, roots = draws
-    return Lists(
-        [x.to(param) for x in params],
-        [x.to(grad) for x in grads],
-        [x.to(state) for x in exp_avgs],
-        [x.square().to(state) for x in roots],
-    )
+    draws = [[random(n, seed=seed + 100 * i + k) for k, n in enumerate(sizes)] for i in range(4)]
+    draws[3] = [root.square() for root in draws[3]]
+    return Lists(*([x.to(d) for x in xs] for xs, d in zip(draws, (param, grad, state, state), strict=True)))
 
 
 def run(function, values: Lists, **options) -> Lists:
@@ -88,65 +82,64 @@ def assert_unrelated(x: Tensor, y: Tensor) -> None:
     assert (bits[0] @ bits[1].T / len(x)).abs().max() < limit
 
 
-@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
-@pytest.mark.parametrize(("weight_decay", "eps"), [(0.0, 1e-6), (0.1, 1.0)])
-def test_fp32_is_torchs_adamw(function, weight_decay, eps, device):
-    ours = lists(SIZES, (FP32, FP32, FP32), device)
+@both
+@pytest.mark.parametrize(("lr", "weight_decay", "eps"), [(1e-2, 0.0, 1e-6), (1e-2, 0.1, 1.0), (0.0, 0.1, 1e-8)])
+def test_fp32_is_torchs_adamw(function, lr, weight_decay, eps):
+    ours = lists(SIZES, ALL_FP32)
     theirs = [torch.nn.Parameter(p.clone()) for p in ours.params]
-    options = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": eps, "weight_decay": weight_decay}
+    options = {"lr": lr, "betas": (0.8, 0.95), "eps": eps, "weight_decay": weight_decay}
     optimizer = torch.optim.AdamW(theirs, **options)
     for moment in (*ours.exp_avgs, *ours.exp_avg_sqs):
         moment.zero_()
     for step in range(1, 6):
         for i, (param, grad) in enumerate(zip(theirs, ours.grads, strict=True)):
-            grad.copy_(random(*grad.shape, dtype=FP32, device=device, seed=10 * step + i))
+            grad.copy_(random(*grad.shape, seed=10 * step + i))
             param.grad = grad.clone()
         optimizer.step()
         function(*ours, step=step, **options)
-    states = [optimizer.state[p] for p in theirs]
-    for i, state in enumerate(states):
-        torch.testing.assert_close(ours.params[i], theirs[i].detach(), rtol=0, atol=1e-6)
-        torch.testing.assert_close(ours.exp_avgs[i], state["exp_avg"], rtol=0, atol=1e-6)
-        torch.testing.assert_close(ours.exp_avg_sqs[i], state["exp_avg_sq"], rtol=0, atol=1e-6)
+    moments = [[optimizer.state[p][name] for p in theirs] for name in ("exp_avg", "exp_avg_sq")]
+    torch.testing.assert_close(
+        ours.written, [*(p.detach() for p in theirs), *moments[0], *moments[1]], rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtypes", COMBINATIONS, ids=str)
-def test_every_combination_of_dtypes(dtypes, device):
-    assert_step(lists(SIZES, dtypes, device))
+def test_every_combination_of_dtypes(dtypes):
+    assert_step(lists(SIZES, dtypes))
 
 
-@pytest.mark.parametrize("dtypes", [(FP32, BF16, FP32), (BF16, BF16, BF16)])
-def test_grad_scale(dtypes, device):
-    values = lists(SIZES, dtypes, device)
-    scale = torch.tensor(0.25, device=device)  # a power of two: the products are exact
+@pytest.mark.parametrize("dtypes", [(FP32, BF16, FP32), ALL_BF16])
+def test_grad_scale(dtypes):
+    values = lists(SIZES, dtypes)
+    scale = torch.tensor(0.25, device=DEVICE)  # a power of two: the products are exact
     assert_step(values, grad_scale=scale)
     scaled = values._replace(grads=[g * 0.25 for g in values.grads])
     got, expected = run(adamw.adamw, values, grad_scale=scale), run(adamw.adamw, scaled)
     torch.testing.assert_close(got.written, expected.written, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+@both
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
-def test_a_scale_that_is_not_finite_leaves_every_bit_as_it_is(function, scale, device):
-    for dtypes in ((FP32, FP32, FP32), (BF16, BF16, BF16)):
-        values = lists(SIZES, dtypes, device)
+def test_a_scale_that_is_not_finite_leaves_every_bit_as_it_is(function, scale):
+    for dtypes in (ALL_FP32, ALL_BF16):
+        values = lists(SIZES, dtypes)
         values.grads[3][7] = float("nan")
-        got = run(function, values, grad_scale=torch.tensor(scale, device=device))
+        got = run(function, values, grad_scale=torch.tensor(scale, device=DEVICE))
         for after, before in zip(got.written, values.written, strict=True):
             assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
-def test_a_skipped_step_does_not_count_in_the_corrections(function, device):
+@both
+def test_a_skipped_step_does_not_count_in_the_corrections(function):
     """As torch's AdamW, and our own, which never saw the bad steps."""
-    ours = lists(SIZES, (FP32, FP32, FP32), device)
+    ours = lists(SIZES, ALL_FP32)
     for moment in (*ours.exp_avgs, *ours.exp_avg_sqs):
         moment.zero_()
     plain, theirs = copy.deepcopy(ours), [torch.nn.Parameter(p.clone()) for p in ours.params]
     optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    skipped, taken = torch.zeros((), device=device), 0
+    skipped, taken = torch.zeros((), device=DEVICE), 0
     for step, scale in enumerate((float("nan"), 1.0, 1.0, float("inf"), float("nan"), 0.5), start=1):
-        scale = torch.tensor(scale, device=device)
+        scale = torch.tensor(scale, device=DEVICE)
         function(*ours, **(ANY | {"step": step}), grad_scale=scale, skipped=skipped)
         skipped += ~scale.isfinite()
         if scale.isfinite():
@@ -171,12 +164,10 @@ def test_a_skipped_step_does_not_count_in_the_corrections(function, device):
 )
 @settings(max_examples=20, deadline=None)
 def test_views_of_one_buffer_and_nothing_else(sizes, gaps, dtypes, seed, step):
-    parts = [
-        lists([n], d, CPU_OR_CUDA, seed=seed % 97 + i) for i, (n, d) in enumerate(zip(sizes, dtypes, strict=False))
-    ]
+    parts = [lists([n], d, seed=seed % 97 + i) for i, (n, d) in enumerate(zip(sizes, dtypes, strict=False))]
     total = sum(sizes) + sum(gaps)
-    buffers = {dtype: torch.full((4, total), 7.0, dtype=dtype, device=CPU_OR_CUDA) for dtype in (FP32, BF16)}
-    untouched = torch.ones(total, dtype=torch.bool, device=CPU_OR_CUDA)
+    buffers = {dtype: torch.full((4, total), 7.0, dtype=dtype, device=DEVICE) for dtype in (FP32, BF16)}
+    untouched = torch.ones(total, dtype=torch.bool, device=DEVICE)
     values, end = Lists([], [], [], []), 0
     for part, size, gap in zip(parts, sizes, gaps, strict=False):
         start, end = end + gap, end + gap + size
@@ -192,8 +183,8 @@ def test_views_of_one_buffer_and_nothing_else(sizes, gaps, dtypes, seed, step):
     assert all((buffer[:, untouched] == 7.0).all() for buffer in buffers.values())
 
 
-def test_stochastic_rounding_is_the_definitions_bit_for_bit(device):
-    values = lists([3000, 1017, 2048], (BF16, FP32, BF16), device)
+def test_stochastic_rounding_is_the_definitions_bit_for_bit():
+    values = lists([3000, 1017, 2048], (BF16, FP32, BF16))
     got, expected = run(adamw.adamw, values, seed=11), run(reference.adamw, values, seed=11)
     exact, definition = run(adamw.adamw, values.to(FP32)), run(reference.adamw, values.to(FP32))
     for rows in zip(got.written, expected.written, exact.written, definition.written, strict=True):
@@ -202,8 +193,8 @@ def test_stochastic_rounding_is_the_definitions_bit_for_bit(device):
         assert torch.equal(rows[0][same], rows[1][same])
 
 
-def test_a_stored_value_is_a_neighbour_and_the_mean_is_kept(device):
-    values = lists([MANY // 2], (BF16, FP32, BF16), device)
+def test_a_stored_value_is_a_neighbour_and_the_mean_is_kept():
+    values = lists([MANY // 2], (BF16, FP32, BF16))
     exact = run(adamw.adamw, values.to(FP32))
     for seed in (0, 1):
         for stored, true in zip(run(adamw.adamw, values, seed=seed).written, exact.written, strict=True):
@@ -219,8 +210,8 @@ def test_a_stored_value_is_a_neighbour_and_the_mean_is_kept(device):
             assert trend.abs() < 4 * (fraction * (1 - fraction) * (fraction - fraction.mean()) ** 2).sum().sqrt()
 
 
-def test_bits_follow_from_seed_step_and_place(device):
-    values = lists([512], (BF16, FP32, BF16), device)
+def test_bits_follow_from_seed_step_and_place():
+    values = lists([512], (BF16, FP32, BF16))
     twice = Lists(*([tensors[0], tensors[0].clone()] for tensors in values))
     first, again = run(adamw.adamw, twice, seed=1), run(adamw.adamw, twice, seed=1)
     assert all(torch.equal(x, y) for x, y in zip(first.written, again.written, strict=True))
@@ -232,11 +223,11 @@ def test_bits_follow_from_seed_step_and_place(device):
     assert not torch.equal(first.exp_avgs[0], moments.exp_avgs[0])
 
 
-@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+@both
 @pytest.mark.parametrize("first", [0, 2**32 - 1500])
-def test_parts_of_a_tensor_are_rounded_as_within_the_whole(function, first, device):
+def test_parts_of_a_tensor_are_rounded_as_within_the_whole(function, first):
     """In any order and company, given their tensor's id and offset, also across element 2^32."""
-    values = lists([3000, 64], (BF16, FP32, BF16), device)
+    values = lists([3000, 64], (BF16, FP32, BF16))
     whole = run(function, values, seed=5, ids=[4, 7], offsets=[first, 0])
     cuts = [(0, 0, 1000), (0, 1000, 2001), (0, 2001, 3000), (1, 0, 64)]
     parts = Lists(*([tensors[i][a:b] for i, a, b in cuts[::-1]] for tensors in values))
@@ -253,13 +244,13 @@ def _round_kernel(x_ptr, bits_ptr, y_ptr, N: tl.constexpr):
     tl.store(y_ptr + lanes, adamw.round_with(tl.load(x_ptr + lanes), bits, tl.bfloat16))
 
 
-def test_rounding_of_every_kind_of_number(device):
+def test_rounding_of_every_kind_of_number():
     special = [0x0, 0x1, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FC00000, 0x7FFFFFFF, 0x3F800000]
     words = torch.tensor(special + [0x80000000 | w for w in special] + [0] * 1008)
     words[16:] = torch.randint(2**32, (1008,), generator=torch.Generator().manual_seed(0))
-    x = words.to(torch.int32).view(FP32).to(device)
+    x = words.to(torch.int32).view(FP32).to(DEVICE)
     for drawn in (0, 0xFFFF, 0x7FFF, 1):
-        bits = torch.full((1024,), drawn, device=device)
+        bits = torch.full((1024,), drawn, device=DEVICE)
         y = x.new_empty(1024, dtype=BF16)
         launch(_round_kernel, (1,), {"x_ptr": x, "bits_ptr": bits, "y_ptr": y, "N": 1024})
         assert torch.equal(y.isnan(), x.isnan())
@@ -267,9 +258,9 @@ def test_rounding_of_every_kind_of_number(device):
         assert torch.equal(y.view(torch.int16), reference_adamw.stochastic_round(x, bits).view(torch.int16))
 
 
-@pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, BF16, BF16)])
-def test_nan_and_infinity_show(dtypes, device):
-    values = lists([64], dtypes, device)
+@pytest.mark.parametrize("dtypes", [ALL_FP32, ALL_BF16])
+def test_nan_and_infinity_show(dtypes):
+    values = lists([64], dtypes)
     values.grads[0][3], values.grads[0][5] = float("nan"), float("-inf")
     got = run(adamw.adamw, values)
     assert got.exp_avgs[0][5] == float("-inf") and got.exp_avg_sqs[0][5] == float("inf")
@@ -304,19 +295,19 @@ def test_the_random_bits_are_unrelated():
         assert_unrelated(bits(stream=one), bits(stream=other))
 
 
-def test_elements_beyond_two_to_the_32(device, monkeypatch):
+def test_elements_beyond_two_to_the_32(monkeypatch):
     """The kernel believes that its tensors begin 2^32 elements earlier: offsets need 64 bits, and the hash has them."""
-    values, key, size = lists([1100], (BF16, FP32, BF16), device), reference_adamw.tensor_key(0, 3, 0), 1100
+    values, key, size = lists([1100], (BF16, FP32, BF16)), reference_adamw.tensor_key(0, 3, 0), 1100
 
     def row(tensors, key, offset):
         return [*(x.data_ptr() - 2**32 * x.itemsize for x in tensors), 2**32 + size, key, offset]
 
     monkeypatch.setattr(adamw, "_row", row)
     blocks = [[0, 2**32 // adamw.BLOCK + i] for i in range(2)]
-    programs = torch.tensor(blocks, dtype=torch.int32, device=device)
+    programs = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(adamw, "_programs", lambda sizes, device, stream: programs)
     got, exact = run(adamw.adamw, values), run(adamw.adamw, values.to(FP32))
-    offsets = torch.arange(2**32, 2**32 + size, device=device)
+    offsets = torch.arange(2**32, 2**32 + size, device=DEVICE)
     for stream, i in ((reference_adamw.PARAM, 0), (reference_adamw.EXP_AVG, 2), (reference_adamw.EXP_AVG_SQ, 3)):
         bits = reference_adamw.random_bits(key, offsets, stream)
         assert torch.equal(got[i][0], reference_adamw.stochastic_round(exact[i][0], bits))
@@ -347,23 +338,14 @@ def test_one_launch_for_each_combination_of_dtypes():
         numbers = {k: type(v) if isinstance(v, float) else v for k, v in launches[0].arguments.items()}
         return {k: v for k, v in numbers.items() if not isinstance(v, Tensor)}
 
-    first = compiled_for(step(1, 64, (BF16, BF16, BF16)))
+    first = compiled_for(step(1, 64, ALL_BF16))
     for later in ({"step": 16, "seed": 1}, {"step": 17, "lr": 1.0, "seed": 2**40}, {"weight_decay": 0.0, "step": 2}):
-        assert compiled_for(step(1, 64, (BF16, BF16, BF16), **later)) == first
+        assert compiled_for(step(1, 64, ALL_BF16, **later)) == first
 
 
-@pytest.mark.parametrize("dtypes", [(FP32, FP32, FP32), (BF16, BF16, BF16)])
-def test_under_compile(dtypes, device):
-    adamw.adamw([], [], [], [], **ANY)  # nothing to do
-    values = lists([48, 5], dtypes, device)
-    compiled = run(torch.compile(adamw.adamw, fullgraph=True), values)
-    for got, expected in zip(compiled.written, run(adamw.adamw, values).written, strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_what_the_operator_registers(device):
+def test_what_the_operator_registers():
     """The parameters are written in place, those that require gradients too."""
-    values, one = lists([48, 5], (BF16, BF16, BF16), device), torch.ones((), device=device)
+    values, one = lists([48, 5], ALL_BF16), torch.ones((), device=DEVICE)
     arguments = (*values, one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7, [4, 5], [0, 9])
     torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
     version = values.params[0].requires_grad_()._version
@@ -371,7 +353,7 @@ def test_what_the_operator_registers(device):
     assert values.params[0].is_leaf and values.params[0]._version > version
 
 
-@pytest.mark.parametrize("function", [adamw.adamw, reference.adamw], ids=["kernel", "definition"])
+@both
 @pytest.mark.parametrize(
     ("change", "message"),
     [

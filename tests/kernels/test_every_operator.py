@@ -1,12 +1,13 @@
-"""What holds for every kernel: the same bits again and checkpointed, the same values compiled without graph break."""
+"""What holds for every kernel: the same bits again and checkpointed, the same values compiled without graph break, and
+what it cannot take is refused."""
 
 import pytest
 import torch
+from ochat_kernels import triton_ops
 
-from tests.kernels.harness import operators, random
+from tests.kernels.harness import DEVICE, operators, random
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CALLS = operators(6, 10, torch.float32, DEVICE)
+CALLS = operators(6, 10, torch.float32)
 
 
 def gradients(function, leaves):
@@ -14,7 +15,7 @@ def gradients(function, leaves):
     leaves = [x.clone().requires_grad_() for x in leaves]
     outputs = function(*leaves)
     outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    upstream = [random(*y.shape, dtype=y.dtype, device=y.device, seed=i) for i, y in enumerate(outputs)]
+    upstream = [random(*y.shape, dtype=y.dtype, seed=i) for i, y in enumerate(outputs)]
     return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
 
 
@@ -46,7 +47,7 @@ def test_what_the_norms_register(wanted):
 def test_what_the_others_register():
     ops = torch.ops.ochat_kernels
     q, k, _ = CALLS["rope"][1][0].split((3, 2, 2), dim=1)
-    angles = [random(6, 5, dtype=torch.float32, device=DEVICE, seed=i) for i in range(2)]
+    angles = [random(6, 5, seed=i) for i in range(2)]
     torch.library.opcheck(ops.rope.default, (q.clone().requires_grad_(), k.clone().requires_grad_(), *angles))
     torch.library.opcheck(ops.rope_bwd.default, (q, k, *angles))
     torch.library.opcheck(ops.swiglu.default, (CALLS["swiglu"][1][0].clone().requires_grad_(),))
@@ -55,3 +56,45 @@ def test_what_the_others_register():
     arguments = (hidden, head, labels, weights, None, 0, None, "", True, True)
     torch.library.opcheck(ops.linear_cross_entropy.default, arguments)
     torch.library.opcheck(ops.scale.default, (hidden.detach(), weights[0], torch.bfloat16))
+
+
+X, W, Q, K, ANGLES = (torch.zeros(shape) for shape in [(2, 4), (4,), (3, 4, 8), (3, 2, 8), (3, 4)])
+GOOD = {"rms_norm": (X, W, 1e-5), "add_rms_norm": (X, X, W, 1e-5), "rope": (Q, K, ANGLES, ANGLES), "swiglu": (X,)}
+REFUSED = [
+    ("rms_norm", {0: X.double()}, "x is torch.float64: expected float32"),
+    ("rms_norm", {1: W.int()}, "weight is torch.int32: expected float32"),
+    ("rms_norm", {0: X[0, 0], 1: W[:1]}, r"shape \(\): expected"),
+    ("rms_norm", {0: X[:, :0], 1: W[:0]}, r"shape \(2, 0\): expected .* H from 1"),
+    ("rms_norm", {0: X.new_zeros(1, 16385), 1: X.new_zeros(16385)}, r"shape \(1, 16385\): expected .* to 16384"),
+    ("rms_norm", {1: X.new_zeros(5)}, r"weight has shape \(5,\): expected .*\(4,\)"),
+    ("rms_norm", {1: W[None]}, r"weight has shape \(1, 4\)"),
+    ("rms_norm", {1: W.bfloat16()}, "weight is torch.bfloat16: expected x's torch.float32"),
+    ("rms_norm", {0: X.to("meta")}, "x is on meta"),
+    ("add_rms_norm", {0: X.double()}, "x is torch.float64: expected float32"),
+    *(("add_rms_norm", {1: y}, "residual is .*: expected the same as x") for y in (X[:1], X.bfloat16(), X.T)),
+    ("rope", {0: Q.double()}, "q is torch.float64: expected float32"),
+    ("rope", {1: K.flatten(1)}, "k has shape .* expected 3 dimensions"),
+    ("rope", {0: Q.to("meta")}, "q is on meta"),
+    ("rope", {0: Q[..., :7]}, "q has heads of 7 elements: expected an even number"),
+    ("rope", {0: Q[..., :0]}, "q has heads of 0 elements"),
+    ("rope", {1: K[:2]}, r"k is torch.float32 \(2, 2, 8\).*expected torch.float32 \(3, 2, 8\)"),
+    ("rope", {1: K[..., :6]}, r"k is torch.float32 \(3, 2, 6\)"),
+    ("rope", {1: K.bfloat16()}, "k is torch.bfloat16 .*expected torch.float32"),
+    ("rope", {2: X.new_zeros(3, 8)}, r"cos is torch.float32 \(3, 8\).*expected torch.float32 \(3, 4\)"),
+    ("rope", {3: ANGLES[:1]}, r"sin is torch.float32 \(1, 4\)"),
+    ("rope", {3: ANGLES.bfloat16()}, "sin is torch.bfloat16"),
+    ("rope", {2: ANGLES.clone().requires_grad_()}, r"cos requires a gradient.*pass cos.detach\(\)"),
+    ("rope", {3: ANGLES.clone().requires_grad_()}, "sin requires a gradient"),
+    ("swiglu", {0: X.double()}, "float64: expected float32"),
+    ("swiglu", {0: Q}, "expected 2 dimensions"),
+    ("swiglu", {0: X.new_zeros(2, 5)}, "5 columns: expected an even number"),
+    ("swiglu", {0: X.to("meta")}, "on meta"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), REFUSED)
+def test_what_an_operator_cannot_take_is_refused(name, changes, message):
+    arguments = [changes.get(place, good) for place, good in enumerate(GOOD[name])]
+    on_device = [x.to(DEVICE) if isinstance(x, torch.Tensor) and not x.is_meta else x for x in arguments]
+    with pytest.raises(ValueError, match=message):
+        getattr(triton_ops, name)(*on_device)

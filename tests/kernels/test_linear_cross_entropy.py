@@ -8,10 +8,9 @@ from ochat_kernels import launch, reference
 from ochat_kernels import linear_cross_entropy as head
 from torch import Tensor
 
-from tests.kernels.harness import ATOL, assert_op, likelihood_weight, random
+from tests.kernels.harness import ATOL, DEVICE, assert_op, likelihood_weight, random
 from tests.numerics import assert_close
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CAPPED = {"logit_softcap": 2.0}
 OPTIONS = [{}, CAPPED]
 
@@ -19,8 +18,8 @@ OPTIONS = [{}, CAPPED]
 def make(T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """hidden, head weight, labels with some missing, weights of both signs with some zeros."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = random(T, H, dtype=dtype, device=DEVICE, seed=seed)
-    weight = random(V, H, dtype=dtype, device=DEVICE, seed=seed + 1, scale=H**-0.5)
+    hidden = random(T, H, dtype=dtype, seed=seed)
+    weight = random(V, H, dtype=dtype, seed=seed + 1, scale=H**-0.5)
     labels = torch.randint(V, (T,), generator=generator)
     labels[torch.rand(T, generator=generator) < 0.2] = -100
     weights = torch.randn(T, generator=generator)
