@@ -62,6 +62,12 @@ def turns_of(records) -> list[list[str]]:
     return [record["choices"][0]["turns"] for record in records]
 
 
+def refused(needle, *args, error=ConfigError, **more):
+    with pytest.raises(error, match=needle) as caught:
+        ask(*args, **more)
+    return str(caught.value)
+
+
 def by_hand(model, turns, condition, temperature=0.0, seeds=(0, 0)) -> list[str]:
     """Each turn asked alone."""
     items: list[Message] = []
@@ -83,6 +89,10 @@ def test_alpaca_evals_file_holds_the_models_answers_in_order(exported, files, ca
     for each in found[::7]:
         assert [each["output"]] == by_hand(exported, [each["instruction"]], "GPT3")
     assert "21 answers in" in capsys.readouterr().out and not list(files.glob("*.partial*"))
+    for name, wanted in (("run", "run"), ("other", "export")):  # an export's generator is its run
+        (files / name / "export").mkdir(parents=True)
+        (files / "run" / "config.toml").touch()
+        assert generator_name("alpaca_eval", str(files / name / "export"), files) == wanted
 
 
 @pytest.mark.parametrize(
@@ -101,14 +111,6 @@ def test_fastchats_file_holds_all_turns_of_the_class_at_its_temperatures(exporte
     assert len({each["answer_id"] for each in found}) == len(found)
     others = [(3, "81", 0), (4, "81", 0), (3, "82", 0), (3, "81", 1)]
     assert len({model_client.turn_seed(*each) for each in others}) == 4
-
-
-def test_an_exports_generator_is_its_run(tmp_path):
-    for name in ("run", "other"):
-        (tmp_path / name / "export").mkdir(parents=True)
-    (tmp_path / "run" / "config.toml").touch()
-    names = [generator_name("alpaca_eval", str(tmp_path / name / "export"), tmp_path) for name in ("run", "other")]
-    assert names == ["run", "export"]
 
 
 def test_an_interrupted_start_resumes_and_ends_the_same(exported, files, monkeypatch):
@@ -133,15 +135,11 @@ def test_an_interrupted_start_resumes_and_ends_the_same(exported, files, monkeyp
 
 def test_kept_answers_of_another_model_class_or_questions_are_refused(exported, files, stub, tmp_path):
     stub.faults = [Fault(401)] * 9
-    with pytest.raises(ServerError, match="OPENAI_API_KEY"):
-        ask(stub, files)
-    with pytest.raises(ConfigError, match="model 'mine'"):
-        ask("another", files, endpoint=stub.endpoint)
-    with pytest.raises(ConfigError, match="condition None.*'GPT3'"):
-        ask(stub, files, condition="GPT3")
+    refused("OPENAI_API_KEY", stub, files, error=ServerError)
+    refused("model 'mine'", "another", files, endpoint=stub.endpoint)
+    refused("condition None.*'GPT3'", stub, files, condition="GPT3")
     write_lines(files / "question.jsonl", MT_BENCH[:1])
-    with pytest.raises(ConfigError, match="questions"):
-        ask(stub, files)
+    refused("questions", stub, files)
     changed = shutil.copytree(exported, tmp_path / "copy")
     assert model_client.fingerprint(changed) == model_client.fingerprint(exported)
     (changed / "SHA256SUMS").write_text("other weights")
@@ -169,17 +167,13 @@ def test_the_key_goes_to_the_server_and_into_no_message(files, stub, monkeypatch
     assert "authorization" not in stub.requests[-1].headers
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     stub.faults = [Fault(400, body=b'{"error": {"message": "sk-secret is wrong"}}')]
-    with pytest.raises(ServerError, match="is wrong") as caught:
-        ask(stub, files, limit=1)
+    shown = refused("is wrong", stub, files, limit=1, error=ServerError)
     assert stub.requests[-1].headers["authorization"] == "Bearer sk-secret"
     stub.faults = [Fault(307, {"Location": f"{stub.endpoint}/elsewhere"})] * 9
-    with pytest.raises(ServerError, match="307"):
-        ask(stub, files, limit=1)
+    refused("307", stub, files, limit=1, error=ServerError)
     assert {each.path for each in stub.requests} == {"/v1/chat/completions"}
     monkeypatch.setenv("OPENAI_API_KEY", "sk-sécret")
-    with pytest.raises(ConfigError, match="OPENAI_API_KEY") as unreadable:
-        ask(stub, files, limit=1)
-    shown = f"{caught.value}{unreadable.value}{caplog.text}{capsys.readouterr()}"
+    shown += refused("OPENAI_API_KEY", stub, files, limit=1) + caplog.text + str(capsys.readouterr())
     kept = "".join(path.read_text() for path in files.rglob("*") if path.is_file())
     assert "sk-s" not in shown + kept
 
@@ -197,21 +191,19 @@ def test_a_broken_server_is_named_and_what_it_answered_is_kept(files, stub, faul
     limits = {"concurrent": 1, "retries": 0}
     stub.answer = lambda body: stub.faults.append(fault) or "x"  # the first turn is answered, no other
     write_lines(files / "question.jsonl", [MT_BENCH[6], MT_BENCH[0]])
-    with pytest.raises(ServerError, match=stub.endpoint):
-        ask(stub, files, **limits)
+    refused(stub.endpoint, stub, files, error=ServerError, **limits)
     stub.faults, stub.answer, before = [], lambda body: "x", len(stub.requests)
     assert len(ask(stub, files, **limits)) == 2 and len(stub.requests) == before + 2
 
 
 def test_answers_under_way_at_an_error_are_kept(files, stub):
     """Four at a time: one is refused while three are answered; no more are begun."""
-    refused = threading.Event()
-    stub.answer = lambda body: "x" if refused.wait(30) else "too late"
+    is_refused = threading.Event()
+    stub.answer = lambda body: "x" if is_refused.wait(30) else "too late"
     write_lines(files / "question.jsonl", [{"question_id": i, "turns": [f"{i}"]} for i in range(20)])
     stub.faults = [Fault(400)]
-    threading.Timer(0.5, refused.set).start()
-    with pytest.raises(ServerError, match="400"):
-        ask(stub, files, concurrent=4)
+    threading.Timer(0.5, is_refused.set).start()
+    refused("400", stub, files, error=ServerError, concurrent=4)
     assert len(stub.requests) == 4 and len(read_lines(files / "out" / PARTIAL)) == 1 + 3
 
 
@@ -236,20 +228,20 @@ BAD_OPTIONS = [
     ({"endpoint": "http://h/v1", "timeout_s": float("nan")}, "--timeout-s nan"),
 ]
 BAD_QUESTIONS = [
-    ("alpaca_eval", {"instruktion": "x"}, DataError, "alpaca.json:2: instruction.*'instruktion'"),
-    ("mt_bench", {"question_id": 1, "turns": []}, DataError, "question.jsonl:2: turns"),
-    ("mt_bench", {"question_id": 1, "turns": [1]}, DataError, ":2: turns"),
-    ("mt_bench", {"turns": ["a"]}, DataError, ":2: question_id"),
-    ("mt_bench", {"question_id": 81, "turns": ["a"]}, DataError, ":2: question_id 81"),
-    ("mt_bench", {"question_id": 1, "turns": ["a"], "required_temperature": -1}, DataError, ":2: required_temperature"),
-    ("mt_bench", {"question_id": 1, "turns": ["x" * 600]}, ConfigError, ":2: .*512"),  # longer than the context
+    ({"turns": []}, DataError, "question.jsonl:2: turns"),
+    ({"turns": [1]}, DataError, ":2: turns"),
+    ({"question_id": None}, DataError, ":2: question_id"),
+    ({"question_id": 81}, DataError, ":2: question_id 81"),
+    ({"required_temperature": -1}, DataError, ":2: required_temperature"),
+    ({"turns": ["x" * 600]}, ConfigError, ":2: .*512"),  # longer than the context
 ]
 
 
 @pytest.mark.parametrize(
     ("form", "more", "record", "error", "needle"),
     [("mt_bench", more, None, ConfigError, needle) for more, needle in BAD_OPTIONS]
-    + [(form, {}, record, error, needle) for form, record, error, needle in BAD_QUESTIONS],
+    + [("mt_bench", {}, {"question_id": 1, "turns": ["a"]} | record, *rest) for record, *rest in BAD_QUESTIONS]
+    + [("alpaca_eval", {}, {"instruktion": "x"}, DataError, "alpaca.json:2: instruction.*'instruktion'")],
 )
 def test_bad_input_is_named_before_the_model_is_loaded(exported, files, monkeypatch, form, more, record, error, needle):
     monkeypatch.setattr(model_client, "open_model", lambda *_, **__: pytest.fail("too late"))
@@ -258,16 +250,14 @@ def test_bad_input_is_named_before_the_model_is_loaded(exported, files, monkeypa
         name, good = ("alpaca.json", ALPACA[0]) if form == "alpaca_eval" else ("question.jsonl", MT_BENCH[0])
         write_lines(files / name, [good, record])
     more = more | ({"output": files / more["output"]} if "output" in more else {})
-    with pytest.raises(error, match=needle):
-        ask(**{"model": exported, "files": files, "form": form} | more)
+    refused(needle, error=error, **{"model": exported, "files": files, "form": form} | more)
 
 
 def test_openai_is_imported_only_for_an_endpoint(files, monkeypatch):
     program = "import sys, ochat.evaluate.model_client; sys.exit('openai' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], env=tiny.environment()).returncode == 0
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ConfigError, match="pip install 'ochat-crlft.judge.'"):
-        ask("mine", files, endpoint="http://127.0.0.1:1/v1")
+    refused("pip install 'ochat-crlft.judge.'", "mine", files, endpoint="http://127.0.0.1:1/v1")
 
 
 @pytest.mark.parametrize(("name", "needle"), [("agieval", "lm_eval"), ("judge", "alpaca_eval")])
@@ -284,22 +274,25 @@ ABOUT = {"model": "mine", "condition": None, "sizes": (1, 2)}
 @pytest.fixture
 def kept(tmp_path):
     """A file of three answers, the last of them to the first question again."""
-    with kept_answers(tmp_path / "kept", ABOUT) as (_, keep):
-        for key, text in (("1", "é\n"), ("2", "b"), ("1", "again")):
-            keep(Answer(key, (text,), False, 1.5))
+    keep_texts(tmp_path / "kept", ("1", "é\n"), ("2", "b"), ("1", "again"))
     return tmp_path / "kept"
+
+
+def keep_texts(path, *answers):
+    """Append answers; the text of each that is kept then."""
+    with kept_answers(path, ABOUT) as (found, keep):
+        for key, text in answers:
+            keep(Answer(key, (text,), False, 1.5))
+        return {key: answer.turns[0] for key, answer in found.items()}
 
 
 def test_whole_lines_survive_a_cut_anywhere_and_the_last_of_a_key_counts(kept):
     content = kept.read_bytes()
+    whole = [{}, {"1": "é\n"}, {"1": "é\n", "2": "b"}, {"1": "again", "2": "b"}]
     for cut in range(len(content) + 1):
         kept.write_bytes(content[:cut])
-        with kept_answers(kept, ABOUT) as (_, keep):
-            keep(Answer("3", ("c",), True, 2.0))
-        whole = [{}, {"1": "é\n"}, {"1": "é\n", "2": "b"}, {"1": "again", "2": "b"}]
-        with kept_answers(kept, ABOUT) as (found, _):
-            texts = {key: answer.turns[0] for key, answer in found.items()}
-            assert texts == whole[max(content[:cut].count(b"\n") - 1, 0)] | {"3": "c"}
+        wanted = whole[max(content[:cut].count(b"\n") - 1, 0)] | {"3": "c"}
+        assert keep_texts(kept, ("3", "c")) == wanted == keep_texts(kept)
 
 
 @pytest.mark.parametrize(
@@ -307,14 +300,14 @@ def test_whole_lines_survive_a_cut_anywhere_and_the_last_of_a_key_counts(kept):
 )
 def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
-    with pytest.raises(ConfigError), kept_answers(tmp_path / "a", ABOUT):
-        pass
+    with pytest.raises(ConfigError):
+        keep_texts(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == content
 
 
 def test_another_process_and_a_damaged_line_are_named(kept):
-    with kept_answers(kept, ABOUT), pytest.raises(ConfigError, match="another process"), kept_answers(kept, ABOUT):
-        pass
+    with kept_answers(kept, ABOUT), pytest.raises(ConfigError, match="another process"):
+        keep_texts(kept)
     kept.write_text(kept.read_text().replace('"b"', '"b'))
-    with pytest.raises(DataError, match=f"{kept}:3"), kept_answers(kept, ABOUT):
-        pass
+    with pytest.raises(DataError, match=f"{kept}:3"):
+        keep_texts(kept)
