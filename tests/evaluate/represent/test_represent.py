@@ -19,7 +19,6 @@ from ochat.data.prepare import prepare
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate import held_out
 from ochat.evaluate.represent import compared, measure
-from ochat.export.hf_folder import export
 from ochat.model import hf
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
@@ -39,12 +38,9 @@ def small(world, alone, chats, tmp_path_factory):
     (folder / "mine.toml").write_text(OTHER)
     prepare([chats], world.base, "openchat_v3.2", folder / "plain", conditions="ignore", progress=False)
     prepare([chats], world.base, str(folder / "mine.toml"), folder / "other-data", progress=False)
-    plain = ("--data.max_steps=4", "--weights.source=none")
-    tiny.train(world, folder / "run", f"--data.path={folder / 'plain'}", *plain)
-    export(folder / "run", folder / "sft", dtype="float32")
-    return SimpleNamespace(
-        folder=folder, plain=folder / "plain", crlft=world.folder / "alone", sft=folder / "sft", base=world.base
-    )
+    options = (f"--data.path={folder / 'plain'}", "--data.max_steps=4", "--weights.source=none")
+    tiny.train(world, folder / "sft", *options)
+    return SimpleNamespace(folder=folder, crlft=world.folder / "alone", sft=folder / "sft", base=world.base)
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +56,8 @@ def read(world, chats):
     conversations = held_out.read_held_out(chats, template, tokenizer)
     drawn = compared.draw(conversations, (), 20, seed=0)
     own, one = drawn.written("GPT4", template, tokenizer)
-    model = hf.load(world.base, dtype="float32")
-    return SimpleNamespace(
-        all=conversations, drawn=drawn, own=own, one=one, template=template, tokenizer=tokenizer, model=model
-    )
+    model, both = hf.load(world.base, dtype="float32"), {"template": template, "tokenizer": tokenizer}
+    return SimpleNamespace(all=conversations, drawn=drawn, own=own, one=one, model=model, **both)
 
 
 def test_states_are_the_mean_of_transformers_last_hidden_states_packed_or_alone(world, read, monkeypatch):
@@ -84,30 +78,24 @@ def test_states_are_the_mean_of_transformers_last_hidden_states_packed_or_alone(
             assert np.abs(found[tokens][row] - wanted).max() < 2e-5 * np.abs(hidden).max()
 
 
-def test_words_are_the_answers_and_nothing_else(read):
+def test_only_the_prefix_changes_between_own_and_one_and_words_are_the_answers(read):
     found = measure.words(read.model, read.own)
     assert (found == measure.words(read.model, read.one)).all()
-    ids = read.own[3].input_ids[read.own[3].loss_weights != 0]
-    text = read.tokenizer.decode(ids.tolist())
-    assert ":" not in text and "+" not in text and any(figure in text for figure in "0123456789"), text
-    assert np.allclose(found[3], read.model.embed.weight.detach().numpy()[ids].mean(0), atol=1e-6)
-
-
-def test_only_the_prefix_changes_between_own_and_one(read):
-    for label, mine, shared in zip(read.drawn.labels, read.own, read.one, strict=True):
+    for label, mine, shared, words in zip(read.drawn.labels, read.own, read.one, found, strict=True):
         texts = [read.tokenizer.decode(each.input_ids.tolist()) for each in (mine, shared)]
         name = read.drawn.classes[label]
         assert f"{name} Assistant:" in texts[0] and texts[1] == texts[0].replace(f"{name} ", "GPT4 ")
-        answers = [each.input_ids[each.loss_weights != 0].tolist() for each in (mine, shared)]
-        assert answers[0] == answers[1]
+        answers, ids = (each.input_ids[each.loss_weights != 0].tolist() for each in (mine, shared))
+        said = read.tokenizer.decode(ids)
+        assert answers == ids and ":" not in said and "+" not in said
+        assert np.allclose(words, read.model.embed.weight.detach().numpy()[ids].mean(0), atol=1e-6)
 
 
 def test_the_sample_is_even_and_decided_by_the_seed(world, chats, read, tmp_path):
     first, again, other = (compared.draw(read.all, (), 15, seed) for seed in (0, 0, 1))
     ids = [[tuple(each.input_ids) for each in drawn.conversations] for drawn in (first, again, other)]
-    assert ids[0] == ids[1] != ids[2] and first.classes == ("GPT3", "GPT4")
+    assert ids[0] == ids[1] != ids[2] and (np.bincount(first.labels) == 15).all()
     assert [each.condition for each in first.conversations] == ["GPT3"] * 15 + ["GPT4"] * 15
-    assert (np.bincount(first.labels) == 15).all()
     assert (np.bincount(compared.draw(read.all, (), 500, 0).labels) == 20).all()  # the expert class has no more
     # the same prompts under the other class, and all of them after another system text
     records = read_lines(chats)[:30]
@@ -133,10 +121,10 @@ def test_the_command_draws_writes_and_shows(world, small, tmp_path, capsys, monk
     with Image.open(png) as image:
         assert image.width > 600 and image.height > 600
     assert xml.etree.ElementTree.parse(svg).getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    assert [model["label"] for model in record["models"]] == ["only SFT", "C-RLFT <$1$>"]
+    named = [(model["label"], model["names_classes"]) for model in record["models"]]
+    assert named == [("only SFT", False), ("C-RLFT <$1$>", True)] and all(label in shown for label, _ in named)
     assert record["sample"] == {"classes": ["GPT3", "GPT4"], "per_class": 10, "prompts": record["sample"]["prompts"]}
-    assert [model["names_classes"] for model in record["models"]] == [False, True]
-    assert "only SFT" in shown and "C-RLFT <$1$>" in shown and shown.count("* ") == 2  # two rows and the legend
+    assert shown.count("* ") == 2  # two rows and the legend
     for model in record["models"]:
         for view, found in model["views"].items():
             low, high = found["probe"]["interval"]
@@ -144,9 +132,8 @@ def test_the_command_draws_writes_and_shows(world, small, tmp_path, capsys, monk
             if model["names_classes"] or not view.startswith("one"):
                 assert f"{found['silhouette']:.3f}" in shown
         assert np.array(model["points"]["pca"]).shape == np.array(model["points"]["umap"]).shape == (20, 2)
-    sft, crlft = (model["views"] for model in record["models"])
-    assert sft["own_all"] == sft["one_all"] and sft["own_answers"] == sft["one_answers"]
-    assert crlft["own_all"] != crlft["one_all"]
+        is_alike = [model["views"][f"own_{name}"] == model["views"][f"one_{name}"] for name in ("all", "answers")]
+        assert is_alike == [not model["names_classes"]] * 2
     # the same command gives the same numbers and the same picture
     cli.run("represent", [*line, "--output", str(again), "--numbers", str(numbers)])
     assert json.loads(numbers.read_text()) == record and again.read_bytes() == svg.read_bytes()
@@ -161,7 +148,7 @@ def test_conversations_and_prepared_data_are_read_alike(world, chats, small):
         pairs = drawn.written("GPT3", model.template, tokenizer)
         return [example.input_ids.tolist() for each in pairs for example in each]
 
-    by_run = [written(small.crlft, data) for data in (chats, world.data, small.plain)]
+    by_run = [written(small.crlft, data) for data in (chats, world.data, small.folder / "plain")]
     assert by_run[0] == by_run[1] == by_run[2]
     assert written(small.base, chats, "openchat_v3.2") == written(small.base, world.data)
 
@@ -202,14 +189,13 @@ def test_bad_input_is_named_before_a_model_is_loaded(
 ):
     monkeypatch.setattr("ochat.export.open_model.open_model", lambda *_, **__: pytest.fail("too late"))
     data = more.get("data", chats)
-    if callable(data):
-        data = write_lines(tmp_path / "few.jsonl", data(read_lines(chats)))
-    more = more | {"data": small.folder / data}
+    data = write_lines(tmp_path / "few.jsonl", data(read_lines(chats))) if callable(data) else small.folder / data
+    more = {"dtype": "float32", "permutations": 19} | more | {"data": data}
     if more.get("template") == "mine.toml":
         more["template"] = str(small.folder / "mine.toml")
     first, *others = (other_base if name == "other" else getattr(small, name) for name in models)
     with pytest.raises(error, match=needle):
-        represent(RepresentOptions(first, compare=tuple(others), **{"dtype": "float32", "permutations": 19} | more))
+        represent(RepresentOptions(first, compare=tuple(others), **more))
 
 
 def test_a_missing_package_is_named(small, chats, monkeypatch):
