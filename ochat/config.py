@@ -9,11 +9,10 @@ type or an impossible value is a ConfigError that names the key, the value, what
 
 from __future__ import annotations
 
-import ast
 import inspect
-import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -326,13 +325,8 @@ def dump(config: Config) -> str:
 
 def explanations(section: type[Section]) -> dict[str, str]:
     """What each key of a section is for: the docstrings after its keys."""
-    body = getattr(ast.parse(inspect.getsource(section)).body[0], "body", [])
-    found = {}
-    for key, text in itertools.pairwise(body):
-        match key, text:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
-                found[name] = " ".join(words.split())
-    return found
+    found = re.findall(r'^    (\w+): .*\n    """((?:.|\n)*?)"""', inspect.getsource(section), re.MULTILINE)
+    return {name: " ".join(words.split()) for name, words in found}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

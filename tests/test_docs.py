@@ -1,16 +1,20 @@
-"""The documentation says what the code says: pytest tests/test_docs.py"""
+"""The documentation says what the code says, recipes are configurations and launch scripts bash:
+pytest tests/test_docs.py"""
 
 from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from ochat import config
 
 ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted([*ROOT.glob("configs/*.toml"), *ROOT.glob("demo/*.toml")])
 
 
 def test_the_page_of_config_keys_is_made_from_the_code():
@@ -34,3 +38,15 @@ def test_every_config_key_that_the_documentation_names_exists():
     sections = {name: kind for name, kind in known.items() if isinstance(kind, type)}
     unknown = [each for each in named if each[1] in sections and each[2] not in sections[each[1]].__struct_fields__]
     assert not unknown
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_can_be_read_and_is_described(file):
+    assert config.load(file).base.path
+    if file.parent.name == "configs":
+        assert file.stem in (ROOT / "configs" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("configs/launch/*.sh")), ids=lambda file: file.name)
+def test_a_launch_script_has_no_syntax_error(script):
+    assert not subprocess.run(["bash", "-n", script], capture_output=True, text=True).stderr

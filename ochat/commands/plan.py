@@ -26,7 +26,7 @@ from ochat.plan.lengths import LengthCounts
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
     from ochat.data.dataset import TokenDataset
-    from ochat.data.loader import Loader, LoaderStats
+    from ochat.data.loader import LoaderStats
     from ochat.model.config import ModelConfig
 
 SCHEMA = Config
@@ -73,8 +73,8 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     instead = [f"--data.path={options.lengths}", "--data.mix={}"] if options.lengths else []
     config, console = configuration.load(options.config, [*overrides, *instead]), Console(highlight=False)
     model = ModelConfig.load(config.base.path)
-    notes = check_base(config.base.path, model)
     data = None if options.lengths else build.open_dataset(config)
+    notes = check(config, data, model)
     lengths = data.lengths if data else length_files.read(options.lengths)
     counts = LengthCounts.of(lengths)
     console.print(counts.text(), end="\n\n")
@@ -85,7 +85,7 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
         return schedule.choose_lr(config.optim.lr, stats.supervised_per_step, model, lora=config.lora.rank > 0)[1]
 
     if data:
-        loader = open_checked(config, data, model)
+        loader = build.open_loader(config, data, model)
         stats, source = loader.stats(), config.weights.source
         counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
         described = run_facts.describe(loader, model, config.data, weights_source=source, lr_reason=lr_reason(stats))
@@ -114,26 +114,23 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     console.print("", *run_facts.tables(found, inputs), sep="\n")
 
 
-def check_base(path: str, model: ModelConfig) -> list[str]:
-    """Check the base's weights if there are any; a note if not. Raises: as hf.open_tensors."""
+def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list[str]:
+    """Check that what is there of base, data and held-out data belongs together; a note where weights are not.
+
+    Raises: as identity.check_inputs and hf.open_tensors.
+    """
     from ochat.model import hf
-
-    folder = Path(path)
-    if any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
-        hf.open_tensors(folder, model)
-        return []
-    return [f"{folder} has a config.json and no weights: enough for a plan, not for training"]
-
-
-def open_checked(config: Config, data: TokenDataset, model: ModelConfig) -> Loader:
-    """The run's loader, once data, held-out data, tokenizer and model are known to belong together."""
     from ochat.text import tokenizer as tokenizers
     from ochat.train import build, identity
 
-    held_out = build.open_eval_dataset(config) if config.data.eval_path else None
-    if any(Path(config.base.path).glob("tokenizer*")):
+    base = Path(config.base.path)
+    held_out = build.open_eval_dataset(config) if data and config.data.eval_path else None
+    if data and any(base.glob("tokenizer*")):
         identity.check_inputs(data, held_out, tokenizers.load(config.base.path), model, config.base.path)
-    return build.open_loader(config, data, model)
+    if any(next(base.glob(pattern), None) for pattern in WEIGHTS):
+        hf.open_tensors(base, model)
+        return []
+    return [f"{base} has a config.json and no weights: enough for a plan, not for training"]
 
 
 def _counts(option: str, text: str) -> list[int]:
