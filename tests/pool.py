@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
@@ -55,6 +56,23 @@ def run(processes: int, function: str, *arguments: str, check: bool = True) -> s
     return done
 
 
+@contextlib.contextmanager
+def in_name_only(rank: int, world: int) -> Iterator[Any]:
+    """The Ranks of this process as one of several of which no other exists: collectives do nothing."""
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from ochat.distributed.processes import Ranks
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (1, world), mesh_dim_names=("replicate", "shard"))
+    try:
+        yield Ranks(rank, world, torch.device("cpu"), mesh)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def train(*arguments: str) -> None:
     """`ochat train` with these arguments, errors raised."""
     from ochat import config as configuration
@@ -83,6 +101,8 @@ def _begin() -> None:
 
 def _work(environment: dict[str, str], files: Sequence[str], function: str, arguments: Sequence[str]) -> int:
     """One call in a worker, whose output goes to the files; the exit code."""
+    from torch.distributed.tensor import debug
+
     os.environ.update(environment)
     for descriptor, file in zip((1, 2), files, strict=True):
         with open(file, "w") as output:
@@ -90,6 +110,7 @@ def _work(environment: dict[str, str], files: Sequence[str], function: str, argu
     try:
         return _call(function, arguments)
     finally:
+        debug._clear_sharding_prop_cache()  # it would give tensors the equal mesh of a process group that is gone
         sys.stdout.flush()
         sys.stderr.flush()
 

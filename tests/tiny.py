@@ -15,6 +15,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from benchmarks import step_cases
 from ochat import config as configuration
 from ochat.commands import init_base
@@ -54,18 +56,12 @@ class World:
     config: Path
 
 
-def make(
-    folder: Path,
-    *,
-    num_conversations: int = 60,
-    model: dict | None = None,
-    seed: int = 0,
-    classes: tuple[str, str] = ("GPT3", "GPT4"),
-) -> World:
-    """A world below `folder`; `classes` are the sub-optimal and the expert one."""
+def make(folder: Path, records: list[dict] | None = None, *, model: dict | None = None) -> World:
+    """A world below `folder`, of these conversations or those of `conversations()`."""
     world = World(folder, folder / "base", folder / "data", folder / "config.toml")
     write_base(folder, world.base, model or {})
-    write_conversations(folder / "conversations.jsonl", num_conversations, seed, classes)
+    lines = [json.dumps(record) + "\n" for record in records or conversations()]
+    (folder / "conversations.jsonl").write_text("".join(lines))
     prepare([folder / "conversations.jsonl"], world.base, "openchat_v3.2", world.data, progress=False)
     world.config.write_text(TOML.format(base=json.dumps(str(world.base)), data=json.dumps(str(world.data))))
     return world
@@ -82,20 +78,20 @@ def write_base(folder: Path, base: Path, model: dict) -> None:
     )
 
 
-def write_conversations(path: Path, count: int, seed: int, classes: tuple[str, str]) -> None:
-    """Sums, right from the expert class and one too high from the other, some in two turns, some with a system text."""
-    draw = random.Random(seed)
-    with path.open("w") as file:
-        for i in range(count):
-            is_expert = i % 3 == 0
-            items = []
-            for _ in range(1 + (i % 5 == 0)):
-                a, b = draw.randrange(50), draw.randrange(50)
-                answer = f"{a + b}." if is_expert else f"{a + b + 1}"
-                items.append({"role": "user", "content": f"{a}+{b}", "weight": 0.0})
-                items.append({"role": "assistant", "content": answer, "weight": 1.0 if is_expert else 0.1})
-            record = {"items": items, "condition": classes[is_expert], "system": "Add." if i % 7 == 0 else ""}
-            file.write(json.dumps(record) + "\n")
+def conversations(count: int = 60, seed: int = 0, classes: tuple[str, str] = ("GPT3", "GPT4")) -> list[dict]:
+    """Sums, right from the expert class and one too high from the other, some in two turns, some with a system text.
+    `classes` are the sub-optimal and the expert one."""
+    draw, records = random.Random(seed), []
+    for i in range(count):
+        is_expert = i % 3 == 0
+        items = []
+        for _ in range(1 + (i % 5 == 0)):
+            a, b = draw.randrange(50), draw.randrange(50)
+            answer = f"{a + b}." if is_expert else f"{a + b + 1}"
+            items.append({"role": "user", "content": f"{a}+{b}", "weight": 0.0})
+            items.append({"role": "assistant", "content": answer, "weight": 1.0 if is_expert else 0.1})
+        records.append({"items": items, "condition": classes[is_expert], "system": "Add." if i % 7 == 0 else ""})
+    return records
 
 
 def options(world: World, run_dir: Path, *more: str) -> list[str]:
@@ -133,3 +129,20 @@ def environment() -> dict[str, str]:
 def metrics(run_dir: Path, name: str = "metrics.jsonl") -> list[dict]:
     """The JSON lines of a file in a run folder."""
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def curve(lines: list[dict]) -> list[tuple]:
+    """What two runs that compute the same have in common of each step."""
+    return [(line["step"], line["loss"], line["grad_norm"], line["classes"]) for line in lines]
+
+
+def state(run_dir: Path, step: int) -> dict:
+    """Every tensor of the checkpoint of a run on one process: weights, and moments as exp_avg.NAME."""
+    folder = run_dir / "checkpoints" / f"step_{step}"
+    weights, moments = (load_file(folder / f"{kind}-00001-of-00001.safetensors") for kind in ("weights", "optimizer"))
+    return weights | moments
+
+
+def is_equal(ours: dict, theirs: dict) -> bool:
+    """Whether two such states are the same, bit for bit."""
+    return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in theirs)

@@ -14,8 +14,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint import manifest
@@ -24,7 +22,6 @@ from ochat.checkpoint.save import AsyncCheckpointer
 from ochat.checkpoint.verify import verify_checkpoint
 from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
-from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError
 from ochat.export import hf_folder
 from ochat.files import safetensors_file
@@ -34,7 +31,7 @@ from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.run import layout
 from ochat.train import optim, sharding
-from tests import tiny
+from tests import pool, tiny
 from tests.checkpoint.test_checkpoint_faults import ALONE, curve
 
 WEIGHTS, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in manifest.KINDS)
@@ -255,14 +252,9 @@ def sharded(world, rank, world_size):
     if world_size == 1:
         yield model.to_empty(device="cpu")
         return
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    mesh = init_device_mesh("cpu", (1, world_size), mesh_dim_names=("replicate", "shard"))
-    ranks = Ranks(rank, world_size, torch.device("cpu"), mesh)
-    sharding.wrap(model, ranks, TrainConfig(recompute="none"), ParallelConfig(), torch.float32)
-    try:
+    with pool.in_name_only(rank, world_size) as ranks:
+        sharding.wrap(model, ranks, TrainConfig(recompute="none"), ParallelConfig(), torch.float32)
         yield model.to_empty(device="cpu")
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_training_continues_during_a_save_which_holds_its_own_step(world, alone, tmp_path, monkeypatch, capsys):

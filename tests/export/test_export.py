@@ -101,7 +101,7 @@ def test_a_checkpoint_is_enough_wherever_it_lies(world, alone, exported, tmp_pat
 
 def test_the_default_condition_is_a_class_that_was_trained(tmp_path):
     """The template's own default where the data has it, else the class of the largest weight."""
-    world = tiny.make(tmp_path, classes=("weak", "good"))
+    world = tiny.make(tmp_path, tiny.conversations(classes=("weak", "good")))
     tiny.train(world, tmp_path / "run", "--data.max_steps=1")
     described = json.loads((tmp_path / "run" / "export" / "openchat.json").read_text())
     assert described["template"]["default_condition"] == "good" and set(described["classes"]) == {"weak", "good"}

@@ -15,6 +15,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from safetensors.torch import save_file
@@ -28,6 +29,7 @@ from ochat.distributed.processes import Ranks
 from ochat.train import optim, resolve
 from ochat.train.trainer import Trainer
 
+UPDATE = optim.update
 GATHER = re.compile(r"FSDP::all_gather(?: \((.*)\))?")
 
 
@@ -57,31 +59,21 @@ class WatchedTrainer(Trainer):
         found = [GATHER.fullmatch(event.name) for event in seen.events() or ()]
         self.gathers = Counter(match[1] or "" for match in found if match)
 
-
-def keep_gradients(trainer: WatchedTrainer):
-    """In place of optim.update: keeps whole gradients of the first step, then updates."""
-    update = optim.update
-
-    def watched(optimizer, **options):
-        if not trainer.gradients:
-            for name, parameter in trainer.model.named_parameters():
-                gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-                trainer.gradients[name] = gradient.clone()
-        return update(optimizer, **options)
-
-    return watched
+    def keep_gradients(self, optimizer, **options):
+        """In place of optim.update: keeps whole gradients of the first step, then updates."""
+        for name, parameter in self.model.named_parameters() if not self.gradients else ():
+            gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            self.gradients[name] = gradient.clone()
+        return UPDATE(optimizer, **options)
 
 
 def run(config: configuration.Config, ranks: Ranks, split: int = 0) -> None:
     """One case from its start to its export."""
     resolve.determinism(config.run.deterministic)
-    trainer, update = WatchedTrainer(config, ranks), optim.update
+    trainer = WatchedTrainer(config, ranks)
     trainer.watch(split)
-    optim.update = keep_gradients(trainer)
-    try:
+    with mock.patch.object(optim, "update", trainer.keep_gradients):
         trainer.run()
-    finally:
-        optim.update = update
     idle = [rank for rank, record in enumerate(ranks.all_gather_json({"idle": trainer.idle})) if record["idle"]]
     if ranks.is_first:
         save_file(trainer.gradients, Path(config.run.dir) / "gradients.safetensors")

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from ochat import config as configuration
-from ochat.data.prepare import prepare
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.train import resolve
@@ -47,12 +46,8 @@ EXACT = [(processes, name) for processes in (2, 4) for name in CASES[processes] 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
     """A world of whose answers many have no weight."""
-    world = tiny.make(tmp_path_factory.mktemp("sparse"), num_conversations=1)
-    draw, path = random.Random(3), world.folder / "conversations.jsonl"
-    path.write_text("".join(json.dumps(conversation(draw)) + "\n" for _ in range(68)))
-    shutil.rmtree(world.data)
-    prepare([path], world.base, "openchat_v3.2", world.data, progress=False)
-    return world
+    draw = random.Random(3)
+    return tiny.make(tmp_path_factory.mktemp("sparse"), [conversation(draw) for _ in range(68)])
 
 
 def conversation(draw):
@@ -125,25 +120,24 @@ def test_the_data_has_what_the_laws_are_about(reference, launched):
     assert notes(launched(2) / "bins")["idle"] and notes(launched(4) / "bins")["idle"]
 
 
+def assert_same_steps(ours, theirs):
+    assert distance(gradients(ours), gradients(theirs)) < TOLERANCE
+    assert distance(curve(ours), curve(theirs)) < TOLERANCE
+
+
 @pytest.mark.parametrize("split", [1, 9])
 def test_micro_batches_of_one_process_add_up_to_the_same_step(sparse, reference, split):
-    folder = run_alone(sparse, f"split {split}", split)
-    assert distance(gradients(folder), gradients(reference)) < TOLERANCE
-    assert distance(curve(folder), curve(reference)) < TOLERANCE
+    assert_same_steps(run_alone(sparse, f"split {split}", split), reference)
 
 
 @pytest.mark.parametrize(("processes", "name"), EXACT)
 def test_a_step_is_the_same_on_any_processes_and_micro_batches(reference, launched, processes, name):
-    folder = launched(processes) / name
-    assert distance(gradients(folder), gradients(reference)) < TOLERANCE
-    assert distance(curve(folder), curve(reference)) < TOLERANCE
+    assert_same_steps(launched(processes) / name, reference)
 
 
 def test_eight_processes_take_the_steps_of_one(sparse, launched):
     """Of eight bins a step: a bin to each."""
-    folder, alone = launched(8) / "bins", run_alone(sparse, "eight bins", 0, *CASES[8]["bins"][1])
-    assert distance(gradients(folder), gradients(alone)) < TOLERANCE
-    assert distance(curve(folder), curve(alone)) < TOLERANCE
+    assert_same_steps(launched(8) / "bins", run_alone(sparse, "eight bins", 0, *CASES[8]["bins"][1]))
 
 
 def test_gradients_that_are_summed_in_bfloat16_are_rounded_and_no_more(reference, launched):
@@ -158,18 +152,13 @@ def test_the_head_is_gathered_once_a_step_and_what_need_not_be_gathered_is_not(l
     assert set(notes(launched(2) / "bins")["gathers"].values()) == {1}  # a CPU keeps what it has gathered
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_two_deterministic_runs_are_bitwise_equal(sparse, reference, launched, processes):
-    first, second = (
-        (reference, run_alone(sparse, "alone again", 0, BITWISE))
-        if processes == 1
-        else (launched(2) / "bins", launched(2) / "again")
-    )
-    for ours, theirs in zip(tiny.metrics(first), tiny.metrics(second), strict=True):
-        assert all(ours[key] == theirs[key] for key in ("loss", "grad_norm", "accuracy", "classes"))
-    weights = [load_file(folder / "export" / "model.safetensors") for folder in (first, second)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+def test_two_deterministic_runs_are_bitwise_equal(sparse, reference, launched):
+    pairs = {1: (reference, run_alone(sparse, "alone again", 0, BITWISE))}
+    pairs[2] = launched(2) / "bins", launched(2) / "again"
+    for folders in pairs.values():
+        curves = [tiny.curve(tiny.metrics(folder)) for folder in folders]
+        assert curves[0] == curves[1]
+        assert tiny.is_equal(*(load_file(folder / "export" / "model.safetensors") for folder in folders))
 
 
 @pytest.fixture

@@ -5,20 +5,18 @@ import dataclasses
 import ochat_kernels
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from ochat.checkpoint import manifest
 from ochat.config import LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
-from ochat.distributed.processes import Ranks
 from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer
 from ochat.plan import memory
 from ochat.plan.memory import Layout
 from ochat.train import optim, sharding
+from tests import pool
 from tests.fake_step import FakeStep
 
 # Real widths, few blocks.
@@ -91,12 +89,8 @@ def test_masters_gradients_and_moments_are_those_of_a_built_trainer(tied, derive
 @pytest.fixture
 def shard_of_four():
     """This process as the first of four that exist in name only."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    mesh = init_device_mesh("cpu", (1, 4), mesh_dim_names=("replicate", "shard"))
-    yield Ranks(0, 4, torch.device("cpu"), mesh)
-    dist.destroy_process_group()
+    with pool.in_name_only(0, 4) as ranks:
+        yield ranks
 
 
 @pytest.mark.parametrize("reduce", ["step", "micro_batch"])

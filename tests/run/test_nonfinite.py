@@ -5,17 +5,14 @@ One token's embedding is NaN, so exactly the steps on conversations with that to
 weight so large that the loss overflows.
 """
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import Manifest
-from ochat.data.prepare import prepare
 from ochat.errors import NonFiniteError
 from ochat.files.jsonl import JsonlWriter
 from ochat.run import layout
@@ -31,15 +28,10 @@ SAVE_ALL = ["--checkpoint.every=1", "--checkpoint.keep=0"]
 
 def marked(folder, change):
     """A world in which `change` was made to the records of the marked conversations."""
-    world = tiny.make(folder)
-    path = folder / "conversations.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = tiny.conversations()
     for number in MARKED:
         change(records[number])
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    shutil.rmtree(world.data)
-    prepare([path], world.base, "openchat_v3.2", world.data, progress=False)
-    return world
+    return tiny.make(folder, records)
 
 
 def ask_about_z(record):
@@ -70,20 +62,13 @@ def nan_for_z(poisoned, monkeypatch):
     monkeypatch.setattr(checkpoint, "load_base", load_base)
 
 
-def state(folder):
-    """Every tensor of a checkpoint but the NaN row, which no comparison equals."""
-    found = {}
-    for kind in ("weights", "optimizer"):
-        found |= load_file(folder / f"{kind}-00001-of-00001.safetensors")
-    return {name: t.nan_to_num(12345.0) for name, t in found.items()}
+def state(run_dir, step):
+    """Without the NaN row, which no comparison equals."""
+    return {name: tensor.nan_to_num(12345.0) for name, tensor in tiny.state(run_dir, step).items()}
 
 
 def skipped(lines):
     return [line["step"] for line in lines if line.get("skipped")]
-
-
-def curve(lines):
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
 def test_nonfinite_steps_change_no_bit_and_are_named(poisoned, nan_for_z, tmp_path, capsys):
@@ -95,43 +80,36 @@ def test_nonfinite_steps_change_no_bit_and_are_named(poisoned, nan_for_z, tmp_pa
         assert (line["loss"] is None) == (line["grad_norm"] is None) == is_bad and line["lr"] > 0
     assert "NaN" not in (run_dir / "metrics.jsonl").read_text()
     for step in range(2, 10):
-        before, after = (state(run_dir / "checkpoints" / f"step_{n}") for n in (step - 1, step))
+        before, after = state(run_dir, step - 1), state(run_dir, step)
         same = [torch.equal(before[name], after[name]) for name in before]
         assert all(same) if step in BAD else not any(same)
-    first = state(run_dir / "checkpoints" / "step_1")
-    assert not any(t.any() for name, t in first.items() if name.startswith("exp_avg"))
+    assert not any(tensor.any() for name, tensor in state(run_dir, 1).items() if name.startswith("exp_avg"))
     records = tiny.metrics(run_dir, LIST)
     assert [(r["step"], r["loss"], r["grad_norm"]) for r in records] == [(step, "nan", "nan") for step in BAD]
     for number, record in zip(MARKED, records, strict=True):
         places = [place for places in record["bins"] for place in places]
         assert len(record["bins"]) == 4 and sum(p.endswith(f"conversations.jsonl:{number + 1}") for p in places) == 1
     said = capsys.readouterr().out
-    assert (
-        said.count("WARNING step ") == 2
-        and "conversations.jsonl:54" in said
-        and "non-finite step 2 of at most 2" in said
-    )
+    assert said.count("WARNING step ") == 2 and "conversations.jsonl:54" in said
+    assert "non-finite step 2 of at most 2" in said
 
 
 def test_neither_reading_metrics_seldom_nor_a_restart_changes_a_skipping_run(poisoned, nan_for_z, tmp_path):
     whole = tiny.train(poisoned, tmp_path / "whole", "--train.max_nonfinite_steps=2", *SAVE_ALL)
     seldom = tiny.train(poisoned, tmp_path / "seldom", "--train.max_nonfinite_steps=2", "--train.log_every=4")
-    assert curve(seldom) == curve(whole)
+    assert tiny.curve(seldom) == tiny.curve(whole)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     for folder in layout.checkpoint_folders(tmp_path / "resumed")[3:]:
         shutil.rmtree(folder)
     resumed = tiny.train(poisoned, tmp_path / "resumed", "--train.max_nonfinite_steps=2")
-    assert curve(resumed) == curve(whole)
-    ends = [state(tmp_path / name / "checkpoints" / "step_9") for name in ("whole", "seldom", "resumed")]
-    for end in ends[1:]:
-        assert end.keys() == ends[0].keys() and all(torch.equal(end[name], ends[0][name]) for name in end)
+    assert tiny.curve(resumed) == tiny.curve(whole)
+    ends = [state(tmp_path / name, 9) for name in ("whole", "seldom", "resumed")]
+    assert tiny.is_equal(ends[1], ends[0]) and tiny.is_equal(ends[2], ends[0])
 
 
 def test_the_first_nonfinite_step_ends_a_run_by_default(poisoned, nan_for_z, tmp_path):
-    what = (
-        r"step 1: loss nan, gradient norm nan; computed on bin 0: .*conversations\.jsonl:54, .*bin 3: .* resumes from "
-    )
-    with pytest.raises(NonFiniteError, match=what + "the base, .*--train.max_nonfinite_steps=10"):
+    what = r"step 1: loss nan, gradient norm nan; computed on bin 0: .*conversations\.jsonl:54, .*bin 3: "
+    with pytest.raises(NonFiniteError, match=what + ".* resumes from the base, .*--train.max_nonfinite_steps=10"):
         tiny.train(poisoned, tmp_path / "run", *SAVE_ALL)
     assert [record["step"] for record in tiny.metrics(tmp_path / "run", LIST)] == [1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists() and not layout.checkpoint_folders(tmp_path / "run")
@@ -141,9 +119,8 @@ def test_a_restart_does_not_renew_the_budget(poisoned, nan_for_z, tmp_path):
     """Also where the steps before were logged and checkpointed elsewhere, and where metrics are read seldom."""
     run_dir = tmp_path / "run"
     for more in ([], [], ["--train.log_every=3"]):
-        with pytest.raises(
-            NonFiniteError, match=r"step 5: .*non-finite step 2 and .*nonfinite_steps is 1\. .*/checkpoints/step_4\."
-        ):
+        what = r"step 5: .*non-finite step 2 and .*nonfinite_steps is 1\. .*/checkpoints/step_4\."
+        with pytest.raises(NonFiniteError, match=what):
             tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=1", *SAVE_ALL, *more)
         assert [r["step"] for r in tiny.metrics(run_dir, LIST)] == BAD
         assert [line["step"] for line in tiny.metrics(run_dir)] == [1, 2, 3, 4]
@@ -153,6 +130,13 @@ def test_a_restart_does_not_renew_the_budget(poisoned, nan_for_z, tmp_path):
         tiny.train(poisoned, tmp_path / "branch", "--train.max_nonfinite_steps=1", f"--run.resume={newest}")
     lines = tiny.train(poisoned, run_dir, "--train.max_nonfinite_steps=2")
     assert skipped(lines) == BAD and len(lines) == 9
+
+
+def test_where_backward_has_updated_weights_the_message_says_what_is_lost(poisoned, nan_for_z, tmp_path):
+    options = ["--optim.in_backward=true", "--optim.clip=0", "--data.bins_per_step=1", "--train.log_every=2"]
+    with pytest.raises(NonFiniteError, match="some weights were updated before it was seen.*resumes from the base"):
+        tiny.train(poisoned, tmp_path / "run", *options)
+    assert layout.checkpoint_folders(tmp_path / "run") == []
 
 
 def test_two_processes_skip_the_same_steps(tmp_path):

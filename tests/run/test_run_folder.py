@@ -39,12 +39,6 @@ def running(world, tmp_path):
         kill(process)
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Nothing of a run may be built."""
-    monkeypatch.setattr(Trainer, "__init__", lambda *_: pytest.fail("the run went on"))
-
-
 def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_kill_leaves_no_lock(running, world):
     process, run_dir = running
     os.kill(process.pid, signal.SIGSTOP)  # a run that is busy elsewhere, or suspended, still holds its folder
@@ -103,9 +97,8 @@ def disk(tmp_path):
     def mount(options):
         folder = tmp_path / f"disk{len(made)}"
         folder.mkdir()
-        if subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
-        ).returncode:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("mounting a disk takes root")
         made.append(folder)
         return folder
@@ -115,18 +108,16 @@ def disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_built(world, tmp_path, no_model, disk):
+def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_built(world, tmp_path, monkeypatch, disk):
+    monkeypatch.setattr(Trainer, "__init__", lambda *_: pytest.fail("the run went on"))
     (tmp_path / "file").write_text("")
     full, readonly = disk("size=16k"), disk("ro")
     reasons = {
-        tmp_path / "file": "is a file; name a folder",
-        tmp_path / "file" / "below": r"cannot be written \(Not a directory\)",
-        readonly: r"cannot be written \(Read-only file system\)",
-        readonly / "new": r"cannot be written \(Read-only file system\)",
-        full: r"cannot be written \(No space left on device\)",
-        tmp_path / "a\\u0000b": r"cannot be written \(embedded null byte\)",
-    }
-    for folder, reason in reasons.items():
+        "file/below": "Not a directory", readonly: "Read-only file system", readonly / "new": "Read-only file system",
+        full: "No space left on device", "a\\u0000b": "embedded null byte",
+    }  # fmt: skip
+    told = {tmp_path / name: rf"cannot be written \({reason}\)" for name, reason in reasons.items()}
+    for folder, reason in (told | {tmp_path / "file": "is a file; name a folder"}).items():
         with pytest.raises(ConfigError, match=f"^run.dir = .* {reason}"):
             tiny.train(world, json.dumps(str(folder)).replace("\\\\", "\\"))
     assert not list(full.glob(".probe"))

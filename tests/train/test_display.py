@@ -1,6 +1,7 @@
 """Trackers: every number of a line arrives under its name; a tracker that is not installed is named with its remedy."""
 
 import sys
+from unittest import mock
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -28,27 +29,18 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 
 def test_wandb_gets_every_number_of_a_step(tmp_path, monkeypatch):
-    logged, finished = {}, []
-
-    class Run:
-        def log(self, numbers, step):
-            assert step == 3
-            logged.update(numbers)
-
-        def finish(self):
-            finished.append(True)
-
-    class Wandb:
-        @staticmethod
-        def init(**settings):
-            assert settings["project"] == "mine" and "[optim]" in settings["config"]["toml"]
-            return Run()
-
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    wandb, logged = mock.Mock(), {}
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     display = Display(10, LogConfig(wandb="mine"), tmp_path, "[optim]\nlr = 1e-5\n")
     display.evaluation(LINE)
     display.close()
-    assert logged == {f"held_out/{name}": value for name, value in NAMES.items()} and finished
+    settings, run = wandb.init.call_args.kwargs, wandb.init.return_value
+    assert settings["project"] == "mine" and "[optim]" in settings["config"]["toml"]
+    for call in run.log.call_args_list:
+        logged |= call.args[0]
+        assert call.kwargs == {"step": 3}
+    assert logged == {f"held_out/{name}": value for name, value in NAMES.items()}
+    run.finish.assert_called_once()
 
 
 @pytest.mark.parametrize(("log", "module"), [({"wandb": "mine"}, "wandb"), ({"tensorboard": True}, "tensorboard")])

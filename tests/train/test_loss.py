@@ -80,14 +80,3 @@ def test_packed_loss_and_gradients_equal_conversations_alone_in_float64(tied, le
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected[name]) < 1e-5, name
-
-
-def test_the_step_weight_is_the_batches_own_sum_of_absolute_weights():
-    examples = conversations((9, 4))
-    batch = pack(examples, [0, 1], [0, 0])
-    expected = sum(abs(float(w)) for e in examples for w in e.loss_weights[1:])
-    assert batch.weight_sum == pytest.approx(expected, rel=1e-7)
-    hidden, weight = torch.randn(13, 8), torch.randn(67, 8)
-    assert head_loss(OPS, batch)(hidden[batch.supervised_rows], weight).weight_sum.item() == pytest.approx(
-        expected, rel=1e-6
-    )
