@@ -134,11 +134,7 @@ def _key_type(kind: Any, key: str) -> Any:
     """The type of a table's key; None where `kind` is no table or has no such key."""
     if typing.get_origin(kind) is dict:
         return typing.get_args(kind)[1]
-    return typing.get_type_hints(kind, include_extras=True).get(key) if _is_struct(kind) else None
-
-
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+    return typing.get_type_hints(kind, include_extras=True).get(key) if hasattr(kind, "__struct_fields__") else None
 
 
 def _build_parts(kind: Any, value: Any, where: str) -> None:
@@ -151,9 +147,9 @@ def _build_parts(kind: Any, value: Any, where: str) -> None:
             name = f"{where}.{key}" if where else key
             if (part := _key_type(kind, key)) is not None:
                 build(part, item, name)
-            elif _is_struct(kind):
-                near = difflib.get_close_matches(key, kind.__struct_fields__, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kind.__struct_fields__)}"
+            elif known := getattr(kind, "__struct_fields__", ()):
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise ConfigError(f"unknown {'key' if where else 'section'} {name!r}; {hint}")
     elif typing.get_origin(kind) is tuple and isinstance(value, list) and (... in args or len(value) == len(args)):
         for place, item in enumerate(value):

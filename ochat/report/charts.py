@@ -181,7 +181,8 @@ def _draw(panel: Panel, curves: dict[str, Points], runs: Sequence[RunRecord]) ->
     found = figure(traces, xaxis, _yaxis(panel, [y for _, y in curves.values()]), showlegend=len(curves) > 1)
     run, best = runs[0], runs[0].best
     if len(runs) == 1 and panel.shows_epochs:
-        for step in epoch_ends(run):
+        ends = run.steps[:-1][np.diff(run.metrics["epoch"]) > 0]  # of all but the last
+        for step in ends if len(ends) <= MAX_EPOCHS else ():
             found.add_vline(step, line={"dash": "dot", "width": 1, "color": COLORS[-1]})
     if len(runs) == 1 and best and f"losses.{run.best_by}" in panel.curves.values():
         label = f"best of {loss_label(run.best_by)}: step {best.step}"
@@ -196,12 +197,6 @@ def _yaxis(panel: Panel, columns: Sequence[NDArray[np.float64]]) -> dict[str, An
     if panel.may_be_log and values.min() > 0 and values.max() > LOG_RATIO * values.min():
         return {"type": "log", "dtick": 1, "tickformat": "~g", "hoverformat": ".5g"}
     return {"hoverformat": ".5g"} | panel.yaxis
-
-
-def epoch_ends(run: RunRecord) -> list[float]:
-    """The last step of each epoch but the last; empty for a run of very many."""
-    ends = run.steps[:-1][np.diff(run.metrics["epoch"]) > 0].tolist() if len(run.steps) else []
-    return ends if len(ends) <= MAX_EPOCHS else []
 
 
 def thin(x: NDArray[np.float64], y: NDArray[np.float64], most: int) -> Points:
