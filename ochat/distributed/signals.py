@@ -24,9 +24,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Interrupted(OchatError):
     """A signal stopped the run, and its state is saved; `exit_code` is 128 + the signal's number."""
 
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+    def __init__(self, steps_done: int, number: int):
+        super().__init__(f"stopped after step {steps_done} by a signal; start the same command again to continue")
+        self.exit_code = 128 + number
 
 
 class StopSignal:
@@ -58,9 +58,7 @@ class StopSignal:
     def stop(self, steps_done: int) -> None:
         """Raises Interrupted; the state after `steps_done` steps must have been saved."""
         self._wait()
-        number = self.received or signal.SIGTERM
-        message = f"stopped after step {steps_done} by a signal; start the same command again to continue"
-        raise Interrupted(message, 128 + number)
+        raise Interrupted(steps_done, self.received or signal.SIGTERM)
 
     def _wait(self) -> bool:
         """The result of the pending all-reduce; False if there is none."""

@@ -113,7 +113,9 @@ class Watchdog:
         while not self._stopped.wait(BEAT_S):
             self._idle_s += BEAT_S
             self._terminated_s += BEAT_S * self._is_terminated
-            self._check_launcher()
+            if self._launcher is not None and os.getppid() != self._launcher:  # it would run on unseen, on its GPU
+                self._launcher = None
+                self._request_stop("the torchrun that started this process is gone")
             problem = "" if self._store_error else self._poll()
             if not problem and self._is_timed and self._idle_s > self.timeout_s:
                 problem = self._describe_hang()
@@ -199,12 +201,6 @@ class Watchdog:
         waiting = [e for e in entries if not e.get("retired", True)]
         names = [f"waiting in {e['profiling_name']} number {e['collective_seq_id']}" for e in waiting[-1:]]
         return f", {''.join(names) or 'in no collective'}; collectives and stack in {self.file}"
-
-    def _check_launcher(self) -> None:
-        """Stops a process whose torchrun was killed; it would keep running unseen and occupy its GPU."""
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self._launcher = None
-            self._request_stop("the torchrun that started this process is gone")
 
     def _request_stop(self, reason: str) -> None:
         """Asks the main thread to save and stop, as a signal from outside would."""

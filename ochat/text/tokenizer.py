@@ -51,10 +51,10 @@ def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
 
 
 def _load(files: TokenizerFiles, added_tokens: tuple[str, ...]) -> Tokenizer:
-    read = READERS[files.kind](files, added_tokens)
-    _add_tokens(read.model, read.tokens, added_tokens, files.path)
-    tokenizer = Tokenizer(read.model, read.bos, read.eos, files.kind, b"" if files.kind == "json" else files.content)
-    for role, name in (("bos", read.bos), ("eos", read.eos)):
+    model, tokens, bos, eos = READERS[files.kind](files, added_tokens)
+    _add_tokens(model, tokens, added_tokens, files.path)
+    tokenizer = Tokenizer(model, bos, eos, files.kind, b"" if files.kind == "json" else files.content)
+    for role, name in (("bos", bos), ("eos", eos)):
         if name is not None and name not in tokenizer.special_tokens:
             raise ConfigError(f"{files.path}: the {role} token {name!r} is no special token of tokenizer.json")
     return tokenizer
@@ -65,14 +65,12 @@ def _add_tokens(
 ) -> None:
     """Makes the folder's tokens and `added_tokens` special; those that have no id get the next free ones."""
     ids = {token.text: token.id for token in declared if model.token_to_id(token.text) is None}
-    next_id = max([*model.get_vocab(with_added_tokens=True).values(), *ids.values()]) + 1
+    free = itertools.count(max([*model.get_vocab(with_added_tokens=True).values(), *ids.values()]) + 1)
+    if "" in added_tokens:
+        raise ConfigError("added tokens: an empty token cannot be added")
     for token in added_tokens:
-        if not token:
-            raise ConfigError("added tokens: an empty token cannot be added")
-        if token not in ids:
-            known = model.token_to_id(token)
-            ids[token] = next_id if known is None else known
-            next_id += known is None
+        known = ids.get(token, model.token_to_id(token))
+        ids[token] = next(free) if known is None else known
     for token, token_id in sorted(ids.items(), key=lambda item: item[1]):
         model.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
         if model.token_to_id(token) != token_id:  # the library hands out ids itself

@@ -1,6 +1,6 @@
 """Makes a `tokenizers.Tokenizer` of a SentencePiece BPE model, Llama 3's tiktoken ranks or a tokenizer.json.
 
-    files = find_tokenizer(Path("models/mistral"));  READERS[files.kind](files, added_tokens=()).model
+    files = find_tokenizer(Path("models/mistral"));  model, *_ = READERS[files.kind](files, added_tokens=())
 
 SentencePiece merges by score and tiktoken by rank, whichever two parts give a token; so each split of a token into two
 others becomes a merge. Merges recovered from the vocabulary in any narrower way give other ids. An export writes the
@@ -13,8 +13,7 @@ import binascii
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any
@@ -45,14 +44,8 @@ BOUNDARY = "\ufdd0\ufdd1"
 _BOUNDARY_SPLIT = {"type": "Split", "pattern": {"String": BOUNDARY}, "behavior": "Removed", "invert": False}
 
 
-@dataclass(frozen=True)
-class ReadTokenizer:
-    """A tokenizer, the tokens that its folder still adds to it, and the names of BOS and EOS."""
-
-    model: tokenizers.Tokenizer
-    tokens: tuple[AddedToken, ...]
-    bos: str | None
-    eos: str | None
+# a tokenizer, the tokens that its folder still adds to it, and the names of BOS and EOS
+ReadTokenizer = tuple[tokenizers.Tokenizer, tuple[AddedToken, ...], str | None, str | None]
 
 
 def _read_sentencepiece(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
@@ -61,10 +54,10 @@ def _read_sentencepiece(files: TokenizerFiles, added_tokens: Collection[str]) ->
     Raises: ConfigError for a model that cannot be converted with exactly its ids, naming what prevents it.
     """
     source: spm.SentencePieceModel = files.parsed
-    specials = _special_pieces(source, files, added_tokens)
+    specials = _special_pieces(files, added_tokens)
     pieces = [(i, p) for i, p in enumerate(source.pieces) if p.text not in specials]
     symbols = [p.text for _, p in pieces if p.type == spm.USER_DEFINED]
-    _refuse_inexact(files, source, bool(symbols))
+    _refuse_inexact(files, bool(symbols))
     bpe = models.BPE(
         {p.text: i for i, p in enumerate(source.pieces)},
         _merges({p.text: (-p.score, i) for i, p in pieces if p.type == spm.NORMAL}),
@@ -72,38 +65,32 @@ def _read_sentencepiece(files: TokenizerFiles, added_tokens: Collection[str]) ->
         fuse_unk=True,
         byte_fallback=source.byte_fallback,
     )
-    dummy = source.add_dummy_prefix
     model = tokenizers.Tokenizer(bpe)
-    model.normalizer = normalizers.Sequence(
-        [*([normalizers.Prepend("▁")] if dummy else []), normalizers.Replace(" ", "▁")]
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    model.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if dummy else [])])
+    first, last = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if source.add_dummy_prefix else ([], [])
+    model.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
     model.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in specials])
     # a vocabulary's own symbols are looked for in the text with its blanks escaped
     model.add_tokens([tokenizers.AddedToken(text, normalized=True) for text in symbols])
     bos, eos = (name if name in specials else None for name in (source.bos, source.eos))
     _set_bos(model, bos)
-    return ReadTokenizer(model, tuple(t for t in files.tokens if t.id >= len(source.pieces)), bos, eos)
+    return model, tuple(t for t in files.tokens if t.id >= len(source.pieces)), bos, eos
 
 
-def _special_pieces(
-    model: spm.SentencePieceModel, files: TokenizerFiles, added_tokens: Collection[str]
-) -> dict[str, int]:
-    """Special piece -> id: control pieces, chat marks, and those that the folder or `added_tokens` make special."""
-    named = set(added_tokens)
-    for token in files.tokens:
-        if token.special and token.id < len(model.pieces):
-            own = model.pieces[token.id].text
-            if own != token.text:
-                raise ConfigError(f"{files.path}: id {token.id} is {token.text!r} for the folder, here {own!r}")
-            named.add(token.text)
-    named |= {p.text for p in model.pieces if p.type in (spm.CONTROL, spm.UNKNOWN)}
-    named |= {p.text for p in model.pieces if p.type == spm.USER_DEFINED and _CHAT_MARK.fullmatch(p.text)}
-    return {p.text: i for i, p in enumerate(model.pieces) if p.text in named}
+def _special_pieces(files: TokenizerFiles, added_tokens: Collection[str]) -> list[str]:
+    """In order of ids: control pieces, chat marks, and those that the folder or `added_tokens` make special."""
+    pieces: Sequence[spm.Piece] = files.parsed.pieces
+    named = {token.text: token.id for token in files.tokens if token.special and token.id < len(pieces)}
+    for text, i in named.items():
+        if pieces[i].text != text:
+            raise ConfigError(f"{files.path}: id {i} is {text!r} for the folder, here {pieces[i].text!r}")
+    special = {*added_tokens, *named, *(p.text for p in pieces if p.type in (spm.CONTROL, spm.UNKNOWN))}
+    special |= {p.text for p in pieces if p.type == spm.USER_DEFINED and _CHAT_MARK.fullmatch(p.text)}
+    return [p.text for p in pieces if p.text in special]
 
 
-def _refuse_inexact(files: TokenizerFiles, model: spm.SentencePieceModel, has_symbols: bool) -> None:
+def _refuse_inexact(files: TokenizerFiles, has_symbols: bool) -> None:
+    model: spm.SentencePieceModel = files.parsed
     reasons = {
         "it is no BPE model": model.model_type != spm.BPE,
         "it normalises characters": model.normalizes,
@@ -133,9 +120,8 @@ def _read_tiktoken(files: TokenizerFiles, _added_tokens: Collection[str]) -> Rea
         )
     model = tokenizers.Tokenizer(_tiktoken_bpe(files.content))
     split = pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([split, to_letters])
     model.decoder = decoders.ByteLevel()
     reserved = (f"<|reserved_special_token_{n}|>" for n in itertools.count())
     names = {LLAMA3_RANKS + i: LLAMA3_SPECIALS.get(i) or next(reserved) for i in range(LLAMA3_NUM_SPECIALS)}
@@ -143,7 +129,7 @@ def _read_tiktoken(files: TokenizerFiles, _added_tokens: Collection[str]) -> Rea
     names |= {token.id: token.text for token in tokens if token.id in names}
     model.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in names.values()])
     _set_bos(model, LLAMA3_SPECIALS[0])
-    return ReadTokenizer(model, tokens, LLAMA3_SPECIALS[0], LLAMA3_SPECIALS[1])
+    return model, tokens, LLAMA3_SPECIALS[0], LLAMA3_SPECIALS[1]
 
 
 @lru_cache(maxsize=1)  # a second of work; a command may load a tokenizer several times
@@ -192,7 +178,7 @@ def _read_json(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadToke
         first = ((spec.get("post_processor") or {}).get("single") or [{}])[0]
         names = {"bos": first["SpecialToken"]["id"]} if "SpecialToken" in first else {}
     model = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    return ReadTokenizer(model, files.tokens, names.get("bos"), names.get("eos"))
+    return model, files.tokens, names.get("bos"), names.get("eos")
 
 
 READERS = {"sentencepiece": _read_sentencepiece, "tiktoken": _read_tiktoken, "json": _read_json}  # by kind
