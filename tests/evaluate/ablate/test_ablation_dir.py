@@ -97,22 +97,22 @@ def test_a_finished_ablation_prints_its_table_again_and_trains_nothing(killed, f
     assert "| only SFT | 1 |" in (folder / "table.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("more", "needle"),
-    [
-        (["--optim.lr=2e-2"], "optim.lr is 0.02, and was 0.01"),
-        (["--classes.GPT3.weight=0.2"], "classes.GPT3 is .*0.2"),
-        (["--ablate.held_out=0.5"], "ablate.held_out is 0.5"),
-        (["--ablate.limit=3"], "ablate.limit is 3"),
-        (["--table", "--ablate.expert=GPT5"], "ablate.expert is 'GPT5', and was 'GPT4'"),
-    ],
-)
-def test_a_changed_setting_is_named(killed, file, more, needle):
-    for old in ("ablation.json", "laboratory.json"):  # the second was its name in earlier versions
-        os.replace(killed[0] / "ablation.json", killed[0] / old)
+CHANGED = [
+    (["--optim.lr=2e-2"], "optim.lr is 0.02, and was 0.01"),
+    (["--classes.GPT3.weight=0.2"], "classes.GPT3 is .*0.2"),
+    (["--ablate.held_out=0.5"], "ablate.held_out is 0.5"),
+    (["--ablate.limit=3"], "ablate.limit is 3"),
+    (["--table", "--ablate.expert=GPT5"], "ablate.expert is 'GPT5', and was 'GPT4'"),
+]
+
+
+@pytest.mark.parametrize("name", ["ablation.json", "laboratory.json"])  # the second was its name in earlier versions
+def test_a_changed_setting_is_named(killed, file, name):
+    os.replace(killed[0] / "ablation.json", killed[0] / name)
+    for more, needle in CHANGED:
         with pytest.raises(ConfigError, match=needle):
             cli.call("ablate", arguments(file, killed[0], *more))
-        os.replace(killed[0] / old, killed[0] / "ablation.json")
+    os.replace(killed[0] / name, killed[0] / "ablation.json")
 
 
 def test_changed_data_and_another_base_are_named_but_not_a_moved_one(file, world, chats, tmp_path):
@@ -134,19 +134,14 @@ def test_changed_data_and_another_base_are_named_but_not_a_moved_one(file, world
 
 
 def test_before_the_first_step_a_mistake_can_be_corrected(file, tmp_path):
-    with pytest.raises(ConfigError, match="ablate.expert = 'GPT5'"):
-        opened(file, tmp_path, "--ablate.expert=GPT5")
-    few, many = (
-        len(TokenDataset(held_out(ablation.runs[0])))
-        for ablation in (opened(file, tmp_path, f"--ablate.held_out={share}") for share in (0.3, 0.8))
-    )
-    assert many > 1.5 * few
-
-
-def test_a_table_without_an_ablation_is_an_error(file, tmp_path):
     with pytest.raises(ConfigError, match="nothing"):
         cli.call("ablate", arguments(file, tmp_path / "nothing", "--table"))
     assert not (tmp_path / "nothing").exists()
+    with pytest.raises(ConfigError, match="ablate.expert = 'GPT5'"):
+        opened(file, tmp_path, "--ablate.expert=GPT5")
+    folders = (opened(file, tmp_path, f"--ablate.held_out={share}") for share in (0.3, 0.8))
+    few, many = (len(TokenDataset(held_out(ablation.runs[0]))) for ablation in folders)
+    assert many > 1.5 * few
 
 
 def test_the_last_whole_line_of_a_growing_file(tmp_path):

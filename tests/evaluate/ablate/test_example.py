@@ -48,17 +48,15 @@ def test_a_word_is_a_token(made, tmp_path, conditions, length):
 
 
 def test_a_seed_is_the_same_again_and_another_is_another(made, tmp_path):
-    folder = made[0]
     for seed in (0, 1):
         small.make(tmp_path, seed, 20, 40)
     for name in ("train-{}.jsonl", "held_out-{}.jsonl", "base-{}/model.safetensors"):
-        files = (folder / name.format(0), tmp_path / name.format(0), tmp_path / name.format(1))
+        files = (made[0] / name.format(0), tmp_path / name.format(0), tmp_path / name.format(1))
         first, again, other = (path.read_bytes() for path in files)
         assert first == again != other
 
 
 def test_its_configuration_is_one():
-    base, options = variants.read_config(small.CONFIG)
-    runs = variants.runs(base, options)
+    runs = variants.runs(*variants.read_config(small.CONFIG))
     assert len(runs) == 30 and runs[0].config.base.path == "ablations/small/base-0"
-    assert runs[-1].config.data.mix["all"].path == "ablations/small/ablation/data/seed4-condition"
+    assert str(runs[-1].data) == "ablations/small/ablation/data/seed4-condition"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,15 +12,14 @@ import pytest
 from ochat.evaluate.ablate.job_runner import Job, run_jobs, slots, tail
 
 
-def python(tmp_path, name, *programs):
-    return Job(name, [("-c", code) for code in programs], tmp_path / name, 3, lambda: 0, lambda: None)
+def python(tmp_path, name, *programs, steps_done=lambda: 0, finish=lambda: None):
+    return Job(name, [("-c", code) for code in programs], tmp_path / name, 3, steps_done, finish)
 
 
 def test_a_failing_program_ends_its_job_and_no_other(tmp_path, caplog):
     finished = []
-    jobs = [python(tmp_path, "bad", "print('why'); raise SystemExit(3)", "print('never')")]
-    jobs += [python(tmp_path, "good", "print(1)", "print(2)")]
-    jobs = [dataclasses.replace(job, finish=lambda name=job.name: finished.append(name)) for job in jobs]
+    programs = {"bad": ("print('why'); raise SystemExit(3)", "print('never')"), "good": ("print(1)", "print(2)")}
+    jobs = [python(tmp_path, name, *programs[name], finish=partial(finished.append, name)) for name in programs]
     caplog.set_level("INFO", "ochat")
     assert run_jobs(jobs, [{}]) == jobs[:1] and finished == ["good"]
     assert [tail(job.log) for job in jobs] == ["why", "1\n2"]
@@ -34,7 +33,6 @@ def test_an_interrupt_waits_until_all_have_saved(tmp_path, number):
         "def save(*_): time.sleep(0.5); print('saved', flush=True); sys.exit(143)\n"
         "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)"
     )
-    jobs = [python(tmp_path, name, code) for name in ("a", "b")]
 
     def interrupt():
         if not sent and all(job.log.exists() and "ready" in job.log.read_text() for job in jobs):
@@ -42,11 +40,12 @@ def test_an_interrupt_waits_until_all_have_saved(tmp_path, number):
             signal.raise_signal(number)
         return 0
 
+    jobs = [python(tmp_path, name, code, steps_done=interrupt) for name in ("a", "b")]
     sent, before = [], signal.getsignal(signal.SIGTERM)
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
     try:
         with pytest.raises(KeyboardInterrupt):
-            run_jobs([dataclasses.replace(job, steps_done=interrupt) for job in jobs], [{}, {}])
+            run_jobs(jobs, [{}, {}])
     finally:
         signal.signal(signal.SIGINT, inherited)
     assert [tail(job.log) for job in jobs] == ["ready\nsaved"] * 2
@@ -57,13 +56,10 @@ def test_a_slot_has_one_process_at_a_time(tmp_path):
     code = "import os, time; t = time.time(); time.sleep(0.3); print(os.environ['SLOT'], t, time.time())"
     jobs = [python(tmp_path, f"t{i}", code) for i in range(5)]
     assert run_jobs(jobs, [{"SLOT": "a"}, {"SLOT": "b"}]) == []
-    spans = {"a": [], "b": []}
-    for job in jobs:
-        slot, begin, end = tail(job.log).split()
-        spans[slot].append((float(begin), float(end)))
-    assert all(spans.values())
-    for busy in spans.values():
-        assert all(one[1] <= other[0] for one, other in pairwise(sorted(busy)))
+    spans = [tail(job.log).split() for job in jobs]
+    for slot in ("a", "b"):
+        busy = sorted((float(begin), float(end)) for name, begin, end in spans if name == slot)
+        assert busy and all(one[1] <= other[0] for one, other in pairwise(busy))
 
 
 def test_cores_and_devices_are_shared_out(monkeypatch):

@@ -25,14 +25,11 @@ def test_t_intervals_are_the_printed_tables_and_contain_the_truth_as_often_as_th
 
 
 def result(variant, seed, exact, nll, conditions=("GPT4", "GPT3")):
-    prefixes = {
-        name: {"exact": exact / (1 + i), "nll": nll * (1 + i), "exact_interval": [0.1, 0.2], "nll_interval": [1, 2]}
-        for i, name in enumerate(conditions)
-    }
+    ends = {"exact_interval": [0.1, 0.2], "nll_interval": [1, 2]}
+    prefixes = {name: {"exact": exact / i, "nll": nll * i} | ends for i, name in enumerate(conditions, 1)}
+    named = {"variant": variant, "title": variant.upper(), "seed": seed, "conditions": list(conditions)}
     classes = {"GPT4": {"conversations": 50, "prefixes": prefixes}}
-    interval = {"method": "percentile bootstrap"}
-    return {"variant": variant, "title": variant.upper(), "seed": seed, "conditions": list(conditions),
-            "classes": classes, "interval": interval}  # fmt: skip
+    return named | {"classes": classes, "interval": {"method": "percentile bootstrap"}}
 
 
 def test_the_table_is_means_over_seeds_and_differences_by_seed():
