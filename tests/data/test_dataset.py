@@ -1,37 +1,46 @@
-"""Laws of the prepared data set: weights by the configuration, selection, damage: pytest tests/data/test_dataset.py"""
+"""Laws of prepared data: weights by the configuration, selection, damage; n shards of an input are one data set."""
 
+import json
 import math
+import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ochat.commands.prepare import PrepareOptions, main
 from ochat.config import ClassConfig, WeightsConfig
-from ochat.data import manifest, store_writer
+from ochat.data import manifest, prepare, readers, store_writer
 from ochat.data.dataset import TokenDataset
 from ochat.errors import ConfigError, DataError
 from ochat.text import template
-from tests.data.conftest import chat
-from tests.tiny_text import conversations
+from tests.data.conftest import chat, examples, places
+from tests.tiny_text import conversations, write_lines
 
 TEMPLATE = "openchat_v3.2"
 TABLE = {"GPT4": ClassConfig(reward=1.0), "GPT3": ClassConfig(weight=0.25)}
 
 
-@pytest.fixture(scope="module")
-def build(prepare_into):
-    """build(folder, records) -> the folder of a data set."""
-    return lambda folder, records: Path(prepare_into(folder / "data", records).output)
+@pytest.fixture
+def make(prepare_into, tmp_path):
+    """make(name, records, **options) -> the folder of a data set."""
+
+    def prepared(name, records, **options):
+        prepare_into(tmp_path / name, records, f"{name.rpartition('/')[2]}.jsonl", **options)
+        return tmp_path / name
+
+    return prepared
 
 
 @pytest.fixture(scope="module")
-def mixed(build, tmp_path_factory):
+def mixed(prepare_into, tmp_path_factory):
     """300 conversations of two classes in several shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store_writer, "SHARD_TOKENS", 8_000)
         patch.setattr("ochat.data.readers.BATCH_RECORDS", 50)
-        return build(tmp_path_factory.mktemp("mixed"), conversations(seed=5, count=300))
+        return Path(prepare_into(tmp_path_factory.mktemp("mixed") / "data", conversations(seed=5, count=300)).output)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +72,13 @@ def test_classes_change_weights_and_nothing_else(mixed):
     assert plain.fingerprint == weighed.fingerprint
 
 
-def test_rewards_are_each_conversations_own_and_one_that_gives_no_weight_is_named(build, tmp_path):
+def test_rewards_are_each_conversations_own_and_one_that_gives_no_weight_is_named(make):
     reward = WeightsConfig("reward", beta=0.5)
-    data = TokenDataset(build(tmp_path / "a", [chat(reward=0.4), chat(reward=1.0)]), weights=reward)
+    data = TokenDataset(make("in", [chat(reward=0.4), chat(reward=1.0)]), weights=reward)
     assert [max(e.loss_weights) for e in data] == pytest.approx([math.exp(-1.2), 1.0])
     for record, message in ((chat(), "no reward"), (chat(reward=1e4), "infinite")):
-        path = build(tmp_path / message, [chat(reward=0.4), record])
-        with pytest.raises(DataError, match=rf"in\.jsonl:2: .*{message}"):
+        path = make(message, [chat(reward=0.4), record])
+        with pytest.raises(DataError, match=rf"{message}\.jsonl:2: .*{message}"):
             TokenDataset(path, weights=reward)
 
 
@@ -142,3 +151,152 @@ def test_a_folder_that_is_no_data_set_of_this_release_is_refused(mixed, tmp_path
         (folder / "manifest.json").write_bytes(change)
     with pytest.raises(DataError, match=message):
         TokenDataset(folder)
+
+
+# joined sets
+
+
+def held(data):
+    return list(zip(examples(data), places(data), strict=True))
+
+
+def merge(folders, output):
+    """What `ochat prepare --merge` of an earlier release wrote: a manifest that refers to the sets' shards."""
+    sets = [manifest.read_manifest(folder) for folder in folders]
+    shards = []
+    for part, (folder, each) in enumerate(zip(folders, sets, strict=True)):
+        shards += [s | {"file": os.path.relpath(folder / s["file"], output), "part": part} for s in each["shards"]]
+    record = {key: sets[0][key] for key in ("format", "template", "conditions", "context", "tokenizer", "roles")}
+    for key in ("classes", "files"):
+        record[key] = list(dict.fromkeys(name for each in sets for name in each[key]))
+    record["parts"] = [{key: each[key] for key in ("classes", "files")} for each in sets]
+    output.mkdir()
+    manifest.write_manifest(output / "manifest.json", record | {"version": 2, "shards": shards})
+    return output
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_joined_shards_are_one_prepare(base, tmp_path, n, monkeypatch):
+    """Every record once, from JSON Lines and JSON; each shard is a data set of its own; what an earlier release merged
+    is the same set."""
+    monkeypatch.setattr(store_writer, "SHARD_TOKENS", 2_000)
+    records = conversations(seed=7, count=101)
+    sources = [write_lines(tmp_path / "a.jsonl", records[:60]), tmp_path / "b.json"]
+    sources[1].write_text(json.dumps(records[60:]))
+    prepare.prepare(sources, base, TEMPLATE, tmp_path / "whole", progress=False)
+    parts = [tmp_path / f"part{i}" for i in range(1, n + 1)]
+    for i, part in enumerate(parts, start=1):
+        prepare.prepare(sources, base, TEMPLATE, part, progress=False, shard=f"{i}/{n}")
+    whole, joined = TokenDataset(tmp_path / "whole"), TokenDataset(parts)
+    apart = [TokenDataset(part) for part in parts]
+    assert held(joined) == [example for data in apart for example in held(data)]
+    assert Counter(held(joined)) == Counter(held(whole)) and len(joined) > 90
+    assert sorted(whole.class_names) == sorted(joined.class_names)
+    assert max(map(len, apart)) - min(map(len, apart)) <= 1 + n // 5
+    merged = TokenDataset(merge(parts, tmp_path / "merged"))
+    assert held(merged) == held(joined) and merged.fingerprint == joined.fingerprint
+    assert merged.lengths.tolist() == joined.lengths.tolist() and merged.class_names == joined.class_names
+
+
+def test_classes_and_files_are_united_by_name(make):
+    """The numbers of a class differ between the sets; the names do not."""
+    first = make("a", [chat("one", "GPT4"), chat("two", "GPT3")])
+    second = make("b", [chat("three", "Math"), chat("four", "GPT3"), chat("five", "GPT4")])
+    data = TokenDataset([first, second])
+    assert [e.condition for e in data] == ["GPT4", "GPT3", "Math", "GPT3", "GPT4"]
+    assert data.class_names == ("GPT4", "GPT3", "Math") and data.class_ids.tolist() == [0, 1, 2, 1, 0]
+    assert [place[-9:] for place in places(data)] == [
+        *(f"a.jsonl:{i}" for i in (1, 2)),
+        *(f"b.jsonl:{i}" for i in (1, 2, 3)),
+    ]
+    mixed = TokenDataset({"joined": [first, second], "alone": second})
+    assert mixed.sets == {"joined": slice(0, 5), "alone": slice(5, 8)}
+
+
+def test_a_set_that_was_merged_joins_others(make, tmp_path):
+    sets = [make(name, [chat(name, condition)]) for name, condition in (("a", "x"), ("b", "y"), ("c", "x"))]
+    data = TokenDataset([merge(sets[:2], tmp_path / "ab"), sets[2]])
+    assert [e.condition for e in data] == ["x", "y", "x"] and data.source_location(2).endswith("c.jsonl:1")
+    assert [e.input_ids.tolist() for e in data] == [TokenDataset(path)[0].input_ids.tolist() for path in sets]
+    shutil.rmtree(sets[1])
+    with pytest.raises(DataError, match=r"shard-00000\.safetensors: missing"):
+        TokenDataset(tmp_path / "ab")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conditions": "ignore"}, "b and .*a cannot be joined: template differs"),
+        ({"context": 50}, "b and .*a cannot be joined: template differs .context 50, not 4096.*contexts"),
+        ({"held_out": 0.5}, "held_out differs"),
+    ],
+)
+def test_sets_that_differ_are_refused(make, options, message):
+    records = conversations(seed=3, count=40)
+    with pytest.raises(ConfigError, match=message):
+        TokenDataset([make("a", records), make("b", records, **options)])
+
+
+def test_another_tokenizer_and_the_held_out_side_are_refused(make, base, tmp_path):
+    first = make("a", conversations(seed=3, count=40), held_out=0.5)
+    other = shutil.copytree(base, tmp_path / "other")
+    (other / "added_tokens.json").write_text('{"<new>": 259}')
+    prepare.prepare([tmp_path / "a.jsonl"], other, TEMPLATE, tmp_path / "b", progress=False)
+    with pytest.raises(ConfigError, match="tokenizer differs .fingerprint.*different bases"):
+        TokenDataset([first, tmp_path / "b"])
+    with pytest.raises(ConfigError, match="held_out differs .side 'held-out', not 'train'"):
+        TokenDataset([first, tmp_path / "a-held-out"])
+
+
+def test_a_missing_or_repeated_shard_is_named(make, tmp_path):
+    records = conversations(seed=3, count=20)
+    sets = [make(f"{i}/in", records, shard=f"{i}/3") for i in (1, 2, 3)]
+    with pytest.raises(DataError, match=r"shard 2/3 of in\.jsonl is missing"):
+        TokenDataset([sets[0], sets[2]])
+    copied = shutil.copytree(sets[0], tmp_path / "copy")
+    with pytest.raises(DataError, match="copy and .*1/in: both are shard 1/3"):
+        TokenDataset([*sets, copied])
+    with pytest.raises(ConfigError, match="listed 2 times"):
+        TokenDataset([*sets, sets[0]])
+    assert len(TokenDataset(sets)) == 20
+
+
+def test_an_empty_shard_is_a_set_that_joins(make):
+    """More machines than records: none of them fails."""
+    sets = [make(f"{i}/in", [chat("a", "x"), chat("b", "y")], shard=f"{i}/3") for i in (1, 2, 3)]
+    assert [e.condition for e in TokenDataset(sets)] == ["x", "y"]
+
+
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001.safetensors", "rejects.jsonl"])
+def test_one_changed_byte_is_found(make, tmp_path, name, is_merged, monkeypatch):
+    """In every file, even if only a character of a class's name changes."""
+    monkeypatch.setattr(store_writer, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 2)
+    folder = make("a", [*conversations(seed=3, count=20), {"bad": 1}], on_bad="skip")
+    checked = merge([folder], tmp_path / "all") if is_merged else folder
+    assert len(manifest.check_files(checked)) == len(list(folder.iterdir())) - is_merged  # without rejects
+    if is_merged and name == "rejects.jsonl":
+        return
+    damaged = (checked if name == "manifest.json" else folder) / name
+    content = bytearray(damaged.read_bytes())
+    content[content.index(b"GPT3") + 3 if b"GPT3" in content else len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: its content has changed"):
+        manifest.check_files(checked)
+    damaged.write_bytes(content[:-2])
+    with pytest.raises(DataError, match=name):
+        manifest.check_files(checked)
+
+
+def test_the_command_checks_and_says_what_replaces_merge(make, tmp_path, capsys):
+    folder = str(make("a", [chat("a", "x")]))
+    main(PrepareOptions(check=folder))
+    assert "2 files" in (said := capsys.readouterr().out) and "all as they were written" in said
+    for options, message in (
+        ({"merge": ("a", "b"), "output": "x"}, r'data\.path = \["a", "b"\]'),
+        ({"input": ("a",), "check": "y"}, "--input and --check: give one of them"),
+        ({"input": ("a.jsonl",), "output": "x"}, "--base is missing"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            main(PrepareOptions(**options))

@@ -99,37 +99,48 @@ def test_several_files_and_a_default_class(base, tmp_path):
 
 
 def one(**fields):
-    return json.dumps({"items": [{"role": "assistant", "content": "x"} | fields]})
+    return json.dumps({"items": [{"role": "assistant", "content": "x"} | fields]}).encode()
 
 
 BAD = {
-    "not JSON": ("{oops, this is no JSON at all", "not JSON"),
-    "no object": ("[1]", "JSON object"),
-    "field missing": ('{"items": [{"role": "user"}]}', r"items\[0\]\.content: missing"),
+    "not JSON": (b"{oops, this is no JSON at all", "not JSON"),
+    "no object": (b"[1]", "JSON object"),
+    "field missing": (b'{"items": [{"role": "user"}]}', r"items\[0\]\.content: missing"),
     "mistyped field": (one(content=3), r"items\[0\]\.content: expected text"),
+    "nested field": (b'{"items": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}", "expected text"),
     "unknown role": (one(role="judge"), r"items\[0\]\.role: .*judge"),
     "NaN weight": (one(weight=float("nan")), r"items\[0\]\.weight: .*nan"),
+    "infinite weight": (one(weight=math.inf), r"items\[0\]\.weight: .*inf"),
     "huge weight": (one(weight=1e300), r"items\[0\]\.weight: .*too large"),
+    "endless weight": (b'{"items": [{"role": "user", "weight": ' + b"9" * 5000 + b"}]}", "cannot be read"),
     "nothing supervised": (one(role="user"), "no message to learn from"),
     "lone surrogate": (one(content="\ud800"), r"items\[0\]\.content: .*surrogate"),
+    "no UTF-8": (b'{"items": [{"role": "user", "content": "\xff"}]}', "not UTF-8"),
+    "a special token": (one()[:-1] + b', "condition": "a<|end_of_turn|>GPT4"}', "spells the special token"),
+    "a long key": (b'{"items": [], "' + b"k" * 10**6 + b'": 1}', "items: empty"),
+    "lists without end": (b"[" * 10**6, "JSON"),
+    "objects without end": (b'{"items":' * 10**5, "JSON"),
+    "nested items": (b'{"items": ' + b"[" * 900 + b"]" * 900 + b"}", "expected an object"),
+    "zeros": (b"\0" * 100, "not JSON"),
 }
 
 
 @pytest.mark.parametrize("kind, workers", [*((kind, 0) for kind in BAD), ("NaN weight", 1)])
 def test_a_bad_record_stops_with_its_place_or_goes_to_the_rejects(base, tmp_path, kind, workers):
     line, reason = BAD[kind]
-    path = write_lines(tmp_path / "in.jsonl", [chat("a"), chat("b")])
-    path.write_text(path.read_text() + line + "\n" + json.dumps(chat("c")) + "\n")
-    options = {"workers": workers, "progress": False}
-    with pytest.raises(DataError, match=rf"in\.jsonl:3: .*{reason}"):
+    good = [json.dumps(chat(answer)).encode() for answer in "abc"]
+    path, options = tmp_path / "in.jsonl", {"workers": workers, "progress": False}
+    path.write_bytes(b"\n".join([*good[:2], line, good[2]]))
+    with pytest.raises(DataError, match=rf"in\.jsonl:3: .*{reason}") as error:
         prepare([path], base, TEMPLATE, tmp_path / "out", **options)
+    assert len(str(error.value)) < 3000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"], "a failed prepare leaves nothing"
 
     report = prepare([path], base, TEMPLATE, tmp_path / "out", on_bad="skip", **options)
     assert (report.total["kept"], report.rejected) == (3, 1)
     (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert (reject["file"], reject["line"], reject["text"]) == (str(path), 3, line)
-    assert "in.jsonl" not in reject["reason"]
+    assert (reject["file"], reject["line"]) == (str(path), 3) and "in.jsonl" not in reject["reason"]
+    assert reject["text"] == line.decode("utf-8", "replace")[:2000]
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])

@@ -231,33 +231,6 @@ def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("base"))
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"[" * 10**6,
-        b'{"items":' * 10**5,
-        b'{"items": ' + b"[" * 900 + b"]" * 900 + b"}",
-        b'{"items": [{"role": "user", "content": ' + b"[" * 900 + b"]" * 900 + b"}]}",
-        b'{"items": [{"role": "user", "content": "\xff"}]}',
-        b'{"items": [{"role": "user", "content": "\\ud800"}]}',
-        b'{"items": [{"role": "user", "content": "x", "weight": ' + b"9" * 5000 + b"}]}",
-        b'{"items": [{"role": "user", "content": "x", "weight": 1e999}]}',
-        b'{"items": [], "' + b"k" * 10**6 + b'": 1}',
-        b'{"items": [{"role": "assistant", "content": "x"}], "condition": "a<|end_of_turn|>GPT4"}',
-        b"\0" * 100,
-    ],
-    ids=range(11),
-)
-def test_a_hostile_line_is_a_bad_line(base, tmp_path, line):
-    source = tmp_path / "in.jsonl"
-    good = b'{"items": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}'
-    source.write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
-    message = prepared(base, source, tmp_path / "out")
-    assert message.startswith(f"{source}:2: ") and len(message) < 3000
-    prepare([source], base, "openchat_v3.2", tmp_path / "out", on_bad="skip", progress=False)
-    assert len(TokenDataset(tmp_path / "out")) == 2
-
-
 def test_no_depth_is_just_deep_enough_to_be_read_and_not_shown():
     """Where reading just works, printing in a message, further down in Python's stack, might not."""
     for depth in [*range(100, 900, 50), *range(900, 1000), *range(1000, 12_000, 500)]:
