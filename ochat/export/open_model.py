@@ -69,7 +69,7 @@ def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> 
             f"{manifest.identity[BASE]}); name the right folder with --base"
         )
     adapter = dict(iterate_parameters(manifest))
-    return peft.merged_parameters(hf.read_tensors(folder, model), model, adapter_config, adapter)
+    return peft.merged_parameters(hf.open_tensors(folder, model), model, adapter_config, adapter)
 
 
 def _is_trained(source: Path) -> bool:

@@ -78,15 +78,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int |
 def _equal_documents(q: Tensor, k: Tensor, v: Tensor, count: int, window: int | None) -> Tensor:
     """`count` documents of one length, one after the other: as a batch (count, heads, length, D)."""
     q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
-    mask = _window_mask(q.shape[2], window, q.device) if window is not None and window < q.shape[2] else None
+    length, mask = q.shape[2], None
+    if window is not None and window < length:  # True where key j <= query i and j > i - window
+        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
-
-
-def _window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(length, length) bool: True where key j <= query i and j > i - window."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device)
-    return seen.tril().triu(1 - window)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ochat_kernels
 import torch
@@ -62,7 +62,7 @@ def load(
 def read_model(directory: str | Path) -> tuple[ModelConfig, Iterator[tuple[str, Tensor]]]:
     """The configuration and the parameters, one at a time, of a Hugging Face folder. Raises: as load."""
     config = ModelConfig.load(directory)
-    stored = read_tensors(directory, config)
+    stored = open_tensors(directory, config)
     checksums.compare(checksums.expected(Path(directory)))
     return config, read_parameters(stored, config)
 
@@ -84,16 +84,6 @@ def build(
     for name, value in named_values:
         parameters[name].copy_(value)
     return model
-
-
-def read_tensors(directory: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """As open_tensors, and a tied head that is stored too is compared with the embedding.
-
-    Raises: as open_tensors; CheckpointError where they differ.
-    """
-    stored = open_tensors(directory, config)
-    _check_tied_head(stored, config, 0, config.vocab_size)
-    return stored
 
 
 def open_tensors(directory: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:
@@ -125,8 +115,9 @@ def read_parameters(stored: Mapping[str, Readable], config: ModelConfig) -> Iter
     """(name, CPU tensor in the files' dtype) of each of our parameters, fused from its parts; a map of the file if
     unfused.
 
-    Raises: CheckpointError where a value is NaN or infinite.
+    Raises: CheckpointError where a value is NaN or infinite, or a tied head that is stored too differs.
     """
+    _check_tied_head(stored, config, 0, config.vocab_size)
     for name, parts in parameter_parts(config).items():
         read = [check_finite(stored[part.name].read(), stored[part.name]) for part in parts]
         yield name, read[0] if len(read) == 1 else torch.cat(read)
@@ -233,7 +224,7 @@ def _fill_shards(
         raise CheckpointError(f"cannot save the model: {_list(left)} given twice or unknown")
 
 
-def _check_tied_head(stored: Mapping[str, StoredTensor], config: ModelConfig, start: int, stop: int) -> None:
+def _check_tied_head(stored: Mapping[str, Any], config: ModelConfig, start: int, stop: int) -> None:
     if not config.tie_embeddings or HEAD not in stored:
         return
     if not torch.equal(stored[HEAD].rows(start, stop), stored[EMBEDDING].rows(start, stop)):

@@ -72,7 +72,10 @@ def make_base(
             config = replace(config, vocab_size=max(config.vocab_size, vocabulary.size))
             parameters = _with_rows(parameters, config.vocab_size, vocabulary)
         hf.save(folder, config, parameters, config.dtype)
-        _write_generation_config(folder, config)
+        if not (folder / "generation_config.json").exists():  # the source's own
+            ids = {key: config.to_hf()[key] for key in ("bos_token_id", "eos_token_id")}
+            known = {key: value for key, value in ids.items() if value is not None}
+            atomic.write_json(folder / "generation_config.json", known)
         checksums.write(folder)
         folder.rename(out)
     return config, vocabulary
@@ -102,16 +105,12 @@ def _source(
         return hf.read_model(folder)
     assert random is not None
     config = ModelConfig.from_hf(_read_json(random), str(random))
-    _check_memory(config, random)
+    has_gb, wants_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 4 * config.num_parameters() / 1e9
+    if wants_gb > has_gb:
+        raise ConfigError(f"{random}: its model takes {wants_gb:,.0f} GB in float32, this machine has {has_gb:,.0f}")
     model = Transformer(config, ochat_kernels.load("reference"))
     model.initialize(seed)
     return config, iter(model.named_parameters())
-
-
-def _check_memory(config: ModelConfig, path: Path) -> None:
-    has_gb, wants_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 4 * config.num_parameters() / 1e9
-    if wants_gb > has_gb:
-        raise ConfigError(f"{path}: its model takes {wants_gb:,.0f} GB in float32, this machine has {has_gb:,.0f}")
 
 
 def _write_tokenizer(
@@ -122,7 +121,10 @@ def _write_tokenizer(
         before = tokenizers.load(origin)
         _copy_tokenizer(origin, folder)
     elif gguf is not None:
-        _rebuild_tokenizer(gguf, folder)
+        special = {f"{role}_token": gguf.special_token(role) for role in ("bos", "eos")}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        atomic.write_json(folder / "tokenizer.json", gguf.tokenizer_json())
+        atomic.write_json(folder / "tokenizer_config.json", settings)
         before = tokenizers.load(folder)
     elif add_tokens:
         raise ConfigError("--add-token needs a tokenizer to add to: give one with --tokenizer PATH")
@@ -147,13 +149,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _rebuild_tokenizer(file: GGUFFile, folder: Path) -> None:
-    special = {f"{role}_token": file.special_token(role) for role in ("bos", "eos")}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    atomic.write_json(folder / "tokenizer.json", file.tokenizer_json())
-    atomic.write_json(folder / "tokenizer_config.json", settings)
-
-
 def _declare(folder: Path, ids: dict[str, int]) -> None:
     """Write the tokens where ochat and transformers look: tokenizer_config.json, and tokenizer.json if there is one."""
     if not ids:
@@ -169,15 +164,6 @@ def _declare(folder: Path, ids: dict[str, int]) -> None:
         added = [{"id": index, "content": token, **flags} for token, index in ids.items()]
         record["added_tokens"] = sorted(kept + added, key=lambda entry: entry["id"])
         atomic.write_json(folder / "tokenizer.json", record)
-
-
-def _write_generation_config(folder: Path, config: ModelConfig) -> None:
-    """The source's own, else the ids that start and stop."""
-    path, record = folder / "generation_config.json", config.to_hf()
-    if not path.exists():
-        atomic.write_json(
-            path, {key: record[key] for key in ("bos_token_id", "eos_token_id") if record[key] is not None}
-        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,11 +52,8 @@ class AdapterConfig:
 
     def write(self, folder: Path, config: ModelConfig) -> None:
         """adapter_config.json into `folder`. Raises: OSError."""
-        atomic.write_json(folder / CONFIG, self._record(config))
-
-    def _record(self, config: ModelConfig) -> dict[str, Any]:
         modules = ["embed_tokens"] if config.tie_embeddings else ["embed_tokens", "lm_head"]
-        return {
+        record = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base,
@@ -69,6 +65,7 @@ class AdapterConfig:
             "trainable_token_indices": dict.fromkeys(modules, list(self.token_ids)) if self.token_ids else None,
             "inference_mode": True,
         }
+        atomic.write_json(folder / CONFIG, record)
 
 
 def save(folder: Path, config: ModelConfig, adapter_config: AdapterConfig, adapter: Mapping[str, Tensor]) -> None:
@@ -115,13 +112,10 @@ def _factors(
     parts: Sequence[lora.TargetLinear], adapter: Mapping[str, Tensor], name: str, rank: int
 ) -> Iterator[tuple[str, slice, Tensor, Tensor]]:
     """(Hugging Face's name, its rows in our weight, A (r, in), B (rows, r)) of a linear's adapted parts."""
-    a, b = adapter[f"{name}.lora.a"], adapter[f"{name}.lora.b"]
-    start = start_a = start_b = 0
+    rows = [part.rows for part in parts if part.is_adapted]
+    pairs = zip(adapter[f"{name}.lora.a"].split(rank), adapter[f"{name}.lora.b"].split(rows), strict=True)
+    start = 0
     for part in parts:
         if part.is_adapted:
-            yield (
-                part.name, slice(start, start + part.rows),
-                a[start_a : start_a + rank], b[start_b : start_b + part.rows],
-            )  # fmt: skip
-            start_a, start_b = start_a + rank, start_b + part.rows
+            yield part.name, slice(start, start + part.rows), *next(pairs)
         start += part.rows

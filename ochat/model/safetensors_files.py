@@ -28,10 +28,17 @@ def open_folder(directory: str | Path) -> dict[str, StoredTensor]:
     damaged or incomplete set of files.
     """
     directory = Path(directory)
-    index = _index(directory)
-    if index is None:
-        return _open(directory / SINGLE)
-    shards = {name: _open(directory / name) for name in sorted(set(index.values()))}
+    if not directory.is_dir():
+        raise ConfigError(f"{directory} is not a folder. {how_to_fetch(directory)}")
+    has_single, has_index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
+    if has_single and has_index:
+        raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is not the model's")
+    if has_single:
+        return safetensors_file.open_file(directory / SINGLE, CheckpointError, ADVICE)
+    if not has_index:
+        raise ConfigError(_no_safetensors(directory))
+    index = _read_index(directory / INDEX)
+    shards = {name: _open_shard(directory / name) for name in sorted(set(index.values()))}
     _compare_index(directory / INDEX, index, shards)
     return {name: tensor for shard in shards.values() for name, tensor in shard.items()}
 
@@ -65,20 +72,6 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _index(directory: Path) -> dict[str, str] | None:
-    """tensor -> file name of a sharded folder; None for a single file."""
-    if not directory.is_dir():
-        raise ConfigError(f"{directory} is not a folder. {how_to_fetch(directory)}")
-    has_single, has_index = (directory / SINGLE).is_file(), (directory / INDEX).is_file()
-    if has_single and has_index:
-        raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is not the model's")
-    if has_index:
-        return _read_index(directory / INDEX)
-    if not has_single:
-        raise ConfigError(_no_safetensors(directory))
-    return None
-
-
 def _no_safetensors(directory: Path) -> str:
     pickled = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
     problem = f"{directory} has neither {SINGLE} nor {INDEX}"
@@ -101,17 +94,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open(path: Path) -> dict[str, StoredTensor]:
+def _open_shard(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, but {INDEX} names it; {ADVICE}")
     return safetensors_file.open_file(path, CheckpointError, ADVICE)
 
 
 def _compare_index(path: Path, index: Mapping[str, str], shards: Mapping[str, Mapping[str, StoredTensor]]) -> None:
-    for tensor, name in index.items():
-        if tensor not in shards[name]:
-            raise CheckpointError(f"{path} says that {name} holds {tensor[:200]}, but it does not; fetch both again")
-    for name, tensor in ((name, tensor) for name, shard in shards.items() for tensor in shard):
-        if index.get(tensor) != name:
-            says = f"says that {index[tensor]} holds" if tensor in index else "does not list"
-            raise CheckpointError(f"{path} {says} {tensor}, which {name} holds; fetch both again")
+    listed, held = set(index.items()), {(tensor, name) for name, shard in shards.items() for tensor in shard}
+    for tensor, name in sorted(listed - held):
+        raise CheckpointError(f"{path} says that {name} holds {tensor[:200]}, but it does not; fetch both again")
+    for tensor, name in sorted(held - listed):
+        raise CheckpointError(f"{path} does not say that {name} holds {tensor[:200]}, but it does; fetch both again")

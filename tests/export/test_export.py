@@ -77,16 +77,14 @@ def test_generate_answers_like_transformers_generate(exported):
         assert generate.answer(options)[0] == tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_openchat_json_names_the_template_and_the_step(exported, alone):
-    content = json.loads((exported / "openchat.json").read_text())
-    assert content["model_type"] == "openchat_v3.2" and content["step"] == len(alone)
+def test_openchat_json_names_the_template_and_the_step(world, exported, alone, tmp_path):
+    """Of an earlier checkpoint too, where that is exported."""
+    export(world.folder / "alone" / "checkpoints" / "step_5", tmp_path / "five")
+    for folder, step in ((exported, len(alone)), (tmp_path / "five", 5)):
+        content = json.loads((folder / "openchat.json").read_text())
+        assert content["model_type"] == "openchat_v3.2" and content["step"] == step
     settings = json.loads((exported / "generation_config.json").read_text())
     assert settings["eos_token_id"] == 258 and settings["bos_token_id"] == 256
-
-
-def test_an_earlier_checkpoint_can_be_exported(world, alone, tmp_path):
-    export(world.folder / "alone" / "checkpoints" / "step_5", tmp_path / "five")
-    assert json.loads((tmp_path / "five" / "openchat.json").read_text())["step"] == 5
     assert hf.load(tmp_path / "five").embed.weight.dtype == torch.bfloat16
 
 
@@ -123,13 +121,14 @@ def test_the_class_passes_a_server_that_lets_through_only_what_a_template_names(
     assert not any("content" in repr(loop.iter) for loop in parsed.find_all(nodes.For))  # so content stays a string
 
 
-@pytest.mark.parametrize("condition", ["GPT3", "", "A new one"])
+@pytest.mark.parametrize("condition", ["GPT4", "GPT3", "", "A new one"])
 def test_another_class_can_be_baked_in(world, alone, exported, tmp_path, condition):
-    """It is what the chat template and `ochat generate` take where none is named, and nothing else changes."""
+    """It is what the chat template and `ochat generate` take where none is named, and nothing else changes; nothing at
+    all for the expert class."""
     folder = tmp_path / "baked"
     export(world.folder / "alone", folder, dtype="float32", condition=condition)
     changed = {path.name for path in folder.iterdir() if path.read_bytes() != (exported / path.name).read_bytes()}
-    assert changed == {"tokenizer_config.json", "openchat.json", "SHA256SUMS"}
+    assert changed == ({"tokenizer_config.json", "openchat.json", "SHA256SUMS"} if condition != "GPT4" else set())
     served, tokenizer = AutoTokenizer.from_pretrained(folder), tokenizers.load(folder)
     messages = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2."}]
     for named, more in ((condition, {}), ("GPT4", {"condition": "GPT4"}), ("GPT3", {"condition": "GPT3"})):
@@ -141,29 +140,17 @@ def test_another_class_can_be_baked_in(world, alone, exported, tmp_path, conditi
     assert generate.answer(options) == generate.answer(asked)
 
 
-def test_the_expert_class_baked_in_is_the_plain_export(world, alone, exported, tmp_path):
-    export(world.folder / "alone", tmp_path / "baked", dtype="float32", condition="GPT4")
-    for path in exported.iterdir():
-        assert path.read_bytes() == (tmp_path / "baked" / path.name).read_bytes(), path.name
-    with pytest.raises(ConfigError, match="spells a special token"):
-        export(world.folder / "alone", tmp_path / "out", condition="a<|end_of_turn|>b")
-    assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
-
-
 def test_what_cannot_be_exported_is_refused(world, alone, exported, tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint nor a run folder"):
         export(tmp_path, tmp_path / "out")
     with pytest.raises(ConfigError, match="add --overwrite"):
         export(world.folder / "alone", exported)
+    with pytest.raises(ConfigError, match="spells a special token"):
+        export(world.folder / "alone", tmp_path / "out", condition="a<|end_of_turn|>b")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="not an exported model"):
         export(world.folder / "alone", tmp_path / "mine", overwrite=True)
     assert not list(tmp_path.glob("out*")) and not list(tmp_path.glob(".*"))
-
-
-def test_generate_needs_a_prompt_and_a_template(world, exported):
     with pytest.raises(ConfigError, match="--prompt"):
         generate.answer(GenerateOptions(exported))
-    with pytest.raises(ConfigError, match="--template"):
-        generate.answer(GenerateOptions(world.base, ("hi",)))

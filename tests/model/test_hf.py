@@ -66,7 +66,7 @@ def test_rows_of_fused_parameters_come_from_their_parts_alone(parts, tmp_path, m
     """However many ranks share the rows: together they are the whole, and no byte is read twice."""
     make("qwen3-mixed", tmp_path)
     model_config, plain, count = ModelConfig.load(tmp_path), StoredTensor.rows, []
-    stored, whole = hf.read_tensors(tmp_path, model_config), hf.load(tmp_path, dtype="float32")
+    stored, whole = hf.open_tensors(tmp_path, model_config), hf.load(tmp_path, dtype="float32")
 
     def counted(*args):
         count.append(plain(*args))

@@ -131,7 +131,7 @@ def test_gguf_folder(tmp_path):
     file = test_gguf.write(tmp_path / "m.gguf", state=state)
     init_base.main(InitBaseOptions(tmp_path / "out", gguf=file, add_token=(EOT,), dtype="float32"))
     config = ModelConfig.load(tmp_path / "out")
-    stored, size = hf.read_tensors(tmp_path / "out", config), test_gguf.CONFIG.vocab_size
+    stored, size = hf.open_tensors(tmp_path / "out", config), test_gguf.CONFIG.vocab_size
     assert config.vocab_size == size + 1
     for name, weight in state.items():
         assert torch.equal(stored[name].read()[: len(weight)], torch.from_numpy(weight)), name

@@ -51,7 +51,8 @@ def test_a_file_that_is_missing_or_cut_off_is_named(sharded, kept):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"), [({"d": FIRST}, f"{FIRST} holds d, but it does not"), ({"c": None}, "does not list c")]
+    ("changes", "named"),
+    [({"d": FIRST}, f"{FIRST} holds d, but it does not"), ({"c": None}, f"does not say that {SECOND} holds c")],
 )
 def test_an_index_that_disagrees_with_the_files_is_refused(sharded, changes, named):
     record = json.loads((sharded / INDEX).read_text())
