@@ -162,16 +162,13 @@ def test_the_newest_k_and_every_nth_stay_and_a_damaged_later_one_takes_no_place(
     assert (run / "latest").read_text() == "checkpoints/step_14\n"
 
 
-def test_another_runs_checkpoint_is_resumed_only_on_request(world, run):
+def test_another_runs_checkpoint_is_resumed_only_on_request_and_never_one_of_other_shapes(world, run, tmp_path):
     keep_only(run, 5)
     with pytest.raises(CheckpointError, match="run.seed is 0 there and 3 here.*--run.resume_mismatched=true"):
         tiny.train(world, run, *OPTIONS, "--run.seed=3")
     lines = tiny.train(world, run, *OPTIONS, "--run.seed=3", "--run.resume_mismatched=true", "--data.max_steps=7")
     assert [line["step"] for line in lines] == list(range(1, 8))
     assert Manifest.read(step(run, 7)).identity["run.seed"] == 3
-
-
-def test_a_model_of_other_shapes_is_refused_even_on_request(run, tmp_path):
     other = tiny.make(tmp_path / "other", model={"intermediate_size": 64})
     with pytest.raises(CheckpointError, match=r"mlp.down.weight is float32 \[32, 48\] there and float32 \[32, 64\]"):
         tiny.train(other, run, *OPTIONS, "--run.resume_mismatched=true")
@@ -201,11 +198,11 @@ def test_a_rank_reads_its_own_share_of_the_base_and_of_a_checkpoint(world, alone
         return tensor
 
     monkeypatch.setattr(safetensors_file, "safe_open", lambda *args, **more: Counted(safe_open(*args, **more), count))
+
+    def part(whole):
+        return (*whole.chunk(world_size), *[whole[:0]] * world_size)[rank]
+
     for rank in range(world_size):
-
-        def part(whole, rank=rank):
-            return (*whole.chunk(world_size), *[whole[:0]] * world_size)[rank]
-
         with sharded(world, rank, world_size) as model:
             shares.append(0)
             checkpoint.load_base(world.base, model)

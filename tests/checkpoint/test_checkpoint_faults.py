@@ -84,10 +84,8 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_ne
     """SIGKILL for two processes under torchrun, at random moments and in the middle of saving; the same command each
     time. Loss and gradient norm of every line are bitwise those of a run on two processes that never stopped."""
     options = ["--data.epochs=60", "--checkpoint.every=2", "--train.eval_every=100000"]
-    whole = ["--checkpoint.every=100000"]
-    tiny.train_on_ranks(world, tmp_path / "whole", 2, *options, *whole)
-    expected, draw = tiny.metrics(tmp_path / "whole"), random.Random(kills)
-    run_dir = tmp_path / "run"
+    tiny.train_on_ranks(world, tmp_path / "whole", 2, *options, "--checkpoint.every=100000")
+    expected, draw, run_dir = tiny.metrics(tmp_path / "whole"), random.Random(kills), tmp_path / "run"
     command = tiny.torchrun_command(world, run_dir, 2, *options)
     stood = [run_until_killed(command, run_dir, draw, saving=number % 2 == 0) for number in range(kills)]
     assert all(step < len(expected) for step, _ in stood), stood
@@ -96,7 +94,6 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_ne
     tiny.train_on_ranks(world, run_dir, 2, *options)
     assert curve(tiny.metrics(run_dir)) == curve(expected)
     assert not list((run_dir / "checkpoints").glob(".*"))
-    print(f"{kills} kills at steps {[step for step, _ in stood]}, {sum(half for _, half in stood)} while saving")
 
 
 def rank_of(pid):

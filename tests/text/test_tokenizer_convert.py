@@ -8,7 +8,7 @@ import binascii
 import pytest
 import sentencepiece
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from ochat.errors import ConfigError
 from ochat.text import sentencepiece_model
@@ -43,18 +43,14 @@ def pair(request, tmp_path_factory):
 
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
+@example("しない")  # a token of Llama 3's to which no merges lead; tiktoken takes the word as one nevertheless
+@example("ーカー")
+@example(" 스타")
 def test_ids_are_the_librarys(pair, text):
     """Apart from a turn mark that the model lists as a symbol: in content it is text."""
     ours, librarys = pair
     if "_of_turn>" not in text:
         assert ours(text) == librarys(text)
-
-
-def test_words_that_no_merges_lead_to(pair):
-    """Some of Llama 3's tokens cannot be reached by merges; tiktoken takes such a word as one token nevertheless."""
-    ours, librarys = pair
-    words = ("しない", "ーカー", " 스타", "데이트")
-    assert [ours(word) for word in words] == [librarys(word) for word in words]
 
 
 def test_long_runs():
