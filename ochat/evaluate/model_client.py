@@ -77,7 +77,7 @@ class EndpointAnswerer:
         if not (self._key.isascii() and self._key.isprintable()):  # no request can carry it; it is not quoted
             raise ConfigError(f"{KEY}: holds characters that no key has; set it again")
         hooks = {"request": [self._before_request], "response": [self._warn]}
-        self._client = openai.OpenAI(
+        self._client: Any = openai.OpenAI(
             base_url=self.endpoint,
             api_key=self._key or "none",
             max_retries=self.retries,

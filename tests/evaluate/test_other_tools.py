@@ -34,12 +34,8 @@ OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 LETTERS = "ABC"
 # AGIEval's record, as published
 EXAM = [
-    {
-        "passage": "Tom has two pens." if i % 2 else None,
-        "question": f"What is {i}+1?",
-        "options": [f"({letter}){i + shift}" for shift, letter in enumerate(LETTERS)],
-        "label": LETTERS[i % 3],
-    }
+    {"passage": "Tom has two pens." if i % 2 else None, "question": f"What is {i}+1?", "label": LETTERS[i % 3]}
+    | {"options": [f"({letter}){i + shift}" for shift, letter in enumerate(LETTERS)]}
     for i in range(8)
 ]
 TASK = """
@@ -92,11 +88,8 @@ def test_lm_eval_scores_an_export_as_we_do(exported, tmp_path):
     run("open", "-m", "lm_eval", "run", "--model=hf", *options, cwd=tmp_path)
     (samples,) = (tmp_path / "out").rglob("samples_exam*.jsonl")
     (results,) = (tmp_path / "out").rglob("results*.json")
-    ours, tokenizer, template = (
-        hf.load(exported, dtype="float32"),
-        load_tokenizer(exported),
-        load_template("openchat_v3.2"),
-    )
+    ours, tokenizer = hf.load(exported, dtype="float32"), load_tokenizer(exported)
+    template = load_template("openchat_v3.2")
     num_right = 0
     for line, record in zip(read_lines(samples), EXAM, strict=True):
         question = f"{record['passage'] or ''}Q: {record['question']} Answer Choices: {' '.join(record['options'])}"
@@ -141,8 +134,8 @@ def test_fastchat_reads_our_answers_and_makes_its_matches(exported, tmp_path):
     lines = [{"question_id": i, "category": "math", "turns": [f"{i}+{i}", "1+1"]} for i in (81, 82)]
     file = write_lines(tmp_path / "question.jsonl", lines)
     for condition in ("GPT4", "GPT3"):
-        output = tmp_path / "model_answer" / f"{condition}.jsonl"
-        answer(exported, file, output, format="mt_bench", condition=condition)
+        more = {"format": "mt_bench", "condition": condition}
+        answer(exported, file, tmp_path / "model_answer" / f"{condition}.jsonl", **more)
     program = """if True:
         import json
         from fastchat.llm_judge import gen_judgment as judgment

@@ -104,7 +104,7 @@ class Run:
     @property
     def data(self) -> Path:
         """The prepared set that it reads."""
-        return Path(self.config.data.mix["all"].path)
+        return Path(str(self.config.data.mix["all"].path))
 
 
 def read_config(path: str | Path, options: Sequence[str] = ()) -> tuple[Config, AblateConfig]:
