@@ -3,10 +3,15 @@
 peer = make("mistral", tmp_path);  ours = hf.load(tmp_path, dtype="float32")
 """
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
+
+from ochat.model import hf
+from ochat.model.config import ModelConfig
 
 VOCAB_SIZE = 97
 BASE = {
@@ -73,3 +78,17 @@ def random_ids(*lengths: int, seed: int = 1) -> list[list[int]]:
 def peer_logits(peer: transformers.PreTrainedModel, ids: list[int]) -> torch.Tensor:
     """(len, V) of one sequence alone."""
     return peer(torch.tensor([ids])).logits[0]
+
+
+def to_hf(config: ModelConfig, named_tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Our (name, tensor) pairs, split into Hugging Face's; the results are views."""
+    parts, state = hf.parameter_parts(config), {}
+    for name, whole in named_tensors:
+        pieces = whole.split([part.shape[0] for part in parts[name]])
+        state |= {part.name: piece for part, piece in zip(parts[name], pieces, strict=True)}
+    return state
+
+
+def from_hf(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Hugging Face's tensors, fused into our parameters."""
+    return {ours: torch.cat([state[part.name] for part in parts]) for ours, parts in hf.parameter_parts(config).items()}

@@ -131,13 +131,11 @@ def test_a_scale_that_is_not_finite_leaves_every_bit_as_it_is(function, scale):
 
 @both
 def test_a_skipped_step_does_not_count_in_the_corrections(function):
-    """As torch's AdamW, and our own, which never saw the bad steps."""
+    """As if the bad steps had never been seen."""
     ours = lists(SIZES, ALL_FP32)
     for moment in (*ours.exp_avgs, *ours.exp_avg_sqs):
         moment.zero_()
-    plain, theirs = copy.deepcopy(ours), [torch.nn.Parameter(p.clone()) for p in ours.params]
-    optimizer = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    skipped, taken = torch.zeros((), device=DEVICE), 0
+    plain, skipped, taken = copy.deepcopy(ours), torch.zeros((), device=DEVICE), 0
     for step, scale in enumerate((float("nan"), 1.0, 1.0, float("inf"), float("nan"), 0.5), start=1):
         scale = torch.tensor(scale, device=DEVICE)
         function(*ours, **(ANY | {"step": step}), grad_scale=scale, skipped=skipped)
@@ -145,14 +143,9 @@ def test_a_skipped_step_does_not_count_in_the_corrections(function):
         if scale.isfinite():
             taken += 1
             function(*plain, **(ANY | {"step": taken}), grad_scale=scale)
-            for param, grad in zip(theirs, ours.grads, strict=True):
-                param.grad = grad * scale
-            optimizer.step()
     assert taken == 3
-    for i, param in enumerate(theirs):
-        torch.testing.assert_close(ours.params[i], param.detach(), rtol=0, atol=1e-6)
-        torch.testing.assert_close(ours.params[i], plain.params[i], rtol=1e-6, atol=1e-7)
-        assert torch.equal(ours.exp_avgs[i], plain.exp_avgs[i])
+    torch.testing.assert_close(ours.params, plain.params, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(ours.exp_avgs, plain.exp_avgs, rtol=0, atol=0)
 
 
 @given(
@@ -183,16 +176,6 @@ def test_views_of_one_buffer_and_nothing_else(sizes, gaps, dtypes, seed, step):
     assert all((buffer[:, untouched] == 7.0).all() for buffer in buffers.values())
 
 
-def test_stochastic_rounding_is_the_definitions_bit_for_bit():
-    values = lists([3000, 1017, 2048], (BF16, FP32, BF16))
-    got, expected = run(adamw.adamw, values, seed=11), run(reference.adamw, values, seed=11)
-    exact, definition = run(adamw.adamw, values.to(FP32)), run(reference.adamw, values.to(FP32))
-    for rows in zip(got.written, expected.written, exact.written, definition.written, strict=True):
-        same = rows[2] == rows[3]
-        assert same.float().mean() > 0.5
-        assert torch.equal(rows[0][same], rows[1][same])
-
-
 def test_a_stored_value_is_a_neighbour_and_the_mean_is_kept():
     values = lists([MANY // 2], (BF16, FP32, BF16))
     exact = run(adamw.adamw, values.to(FP32))
@@ -208,19 +191,6 @@ def test_a_stored_value_is_a_neighbour_and_the_mean_is_kept():
             assert excess.sum().abs() < 4 * sigma
             trend = (excess * (fraction - fraction.mean())).sum()  # right for small and large fractions alike
             assert trend.abs() < 4 * (fraction * (1 - fraction) * (fraction - fraction.mean()) ** 2).sum().sqrt()
-
-
-def test_bits_follow_from_seed_step_and_place():
-    values = lists([512], (BF16, FP32, BF16))
-    twice = Lists(*([tensors[0], tensors[0].clone()] for tensors in values))
-    first, again = run(adamw.adamw, twice, seed=1), run(adamw.adamw, twice, seed=1)
-    assert all(torch.equal(x, y) for x, y in zip(first.written, again.written, strict=True))
-    other = run(adamw.adamw, twice, seed=2)
-    assert not any(torch.equal(x, y) for x, y in zip(first.written, other.written, strict=True))
-    for tensors in (first.params, first.exp_avgs, first.exp_avg_sqs):  # the same values, at another place in the list
-        assert not torch.equal(*tensors)
-    moments = run(adamw.adamw, twice, seed=1, step=4)  # the moments do not depend on the step, their rounding does
-    assert not torch.equal(first.exp_avgs[0], moments.exp_avgs[0])
 
 
 @both
@@ -295,22 +265,25 @@ def test_the_random_bits_are_unrelated():
         assert_unrelated(bits(stream=one), bits(stream=other))
 
 
-def test_elements_beyond_two_to_the_32(monkeypatch):
+@pytest.mark.parametrize("begin", [0, 2**32])
+def test_values_are_rounded_by_the_bits_of_their_seed_step_and_place(begin, monkeypatch):
     """The kernel believes that its tensors begin 2^32 elements earlier: offsets need 64 bits, and the hash has them."""
-    values, key, size = lists([1100], (BF16, FP32, BF16)), reference_adamw.tensor_key(0, 3, 0), 1100
+    size, tensors = 1100, range(2)
 
     def row(tensors, key, offset):
-        return [*(x.data_ptr() - 2**32 * x.itemsize for x in tensors), 2**32 + size, key, offset]
+        return [*(x.data_ptr() - begin * x.itemsize for x in tensors), begin + size, key, offset]
 
     monkeypatch.setattr(adamw, "_row", row)
-    blocks = [[0, 2**32 // adamw.BLOCK + i] for i in range(2)]
+    blocks = [[i, begin // adamw.BLOCK + block] for i in tensors for block in range(2)]
     programs = torch.tensor(blocks, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(adamw, "_programs", lambda sizes, device, stream: programs)
-    got, exact = run(adamw.adamw, values), run(adamw.adamw, values.to(FP32))
-    offsets = torch.arange(2**32, 2**32 + size, device=DEVICE)
-    for stream, i in ((reference_adamw.PARAM, 0), (reference_adamw.EXP_AVG, 2), (reference_adamw.EXP_AVG_SQ, 3)):
-        bits = reference_adamw.random_bits(key, offsets, stream)
-        assert torch.equal(got[i][0], reference_adamw.stochastic_round(exact[i][0], bits))
+    values = lists([size] * len(tensors), (BF16, FP32, BF16))
+    got, exact = run(adamw.adamw, values, seed=11), run(adamw.adamw, values.to(FP32))
+    offsets = torch.arange(begin, begin + size, device=DEVICE)
+    streams = {reference_adamw.PARAM: 0, reference_adamw.EXP_AVG: 2, reference_adamw.EXP_AVG_SQ: 3}
+    for i, (stream, which) in product(tensors, streams.items()):
+        bits = reference_adamw.random_bits(reference_adamw.tensor_key(11, ANY["step"], i), offsets, stream)
+        assert torch.equal(got[which][i], reference_adamw.stochastic_round(exact[which][i], bits))
 
 
 def test_one_launch_for_each_combination_of_dtypes():

@@ -5,18 +5,13 @@ import pytest
 import torch
 from ochat_kernels import triton_ops
 
-from tests.kernels.harness import DEVICE, operators, random
+from tests.kernels.harness import DEVICE, operators, outputs_and_gradients, random
 
 CALLS = operators(6, 10, torch.float32)
 
 
 def gradients(function, leaves):
-    """Outputs and gradients under random upstream gradients."""
-    leaves = [x.clone().requires_grad_() for x in leaves]
-    outputs = function(*leaves)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-    upstream = [random(*y.shape, dtype=y.dtype, seed=i) for i, y in enumerate(outputs)]
-    return [y.detach() for y in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
+    return outputs_and_gradients(function, leaves, [True] * len(leaves), torch.float32)
 
 
 @pytest.mark.parametrize("name", CALLS)

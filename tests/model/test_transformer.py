@@ -10,8 +10,7 @@ from ochat.errors import DataError
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
-from tests import hf_state
-from tests.model_families import FAMILIES, VOCAB_SIZE, make, peer_logits, random_ids
+from tests.model_families import FAMILIES, VOCAB_SIZE, make, peer_logits, random_ids, to_hf
 
 OPS = ochat_kernels.load("reference")
 LENGTHS = (11, 1, 40, 7, 7, 2)  # longer than every window and than the llama3 scaling's original context
@@ -53,7 +52,7 @@ def test_gradients_equal_the_peers(family, tmp_path):
     (model(*pack_ids(model, [ids])) * direction).sum().backward()
     wanted = {name: parameter.grad for name, parameter in peer.named_parameters()}
     ours = [(name, parameter.grad) for name, parameter in model.named_parameters()]
-    found = hf_state.to_hf(model.config, ours)
+    found = to_hf(model.config, ours)
     assert found.keys() == wanted.keys()
     for name, grad in found.items():
         assert (grad - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max(), name

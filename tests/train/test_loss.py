@@ -11,7 +11,7 @@ from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.train.loss import head_loss
-from tests import hf_state
+from tests.model_families import from_hf, to_hf
 from tests.numerics import relative_error
 
 OPS = ochat_kernels.load("reference")
@@ -53,7 +53,7 @@ def gradients_by_hand(model, examples, step_weight, tied):
     weight."""
     with torch.device("cpu"):
         theirs = LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=tied, attn_implementation="eager")).double()
-    state = hf_state.to_hf(model.config, ((name, p.detach()) for name, p in model.named_parameters()))
+    state = to_hf(model.config, ((name, p.detach()) for name, p in model.named_parameters()))
     theirs.load_state_dict({name: tensor.double() for name, tensor in state.items()}, strict=not tied)
     total = torch.zeros((), dtype=torch.float64)
     for example in examples:
@@ -64,7 +64,7 @@ def gradients_by_hand(model, examples, step_weight, tied):
     loss = total / step_weight
     loss.backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    return loss.detach(), hf_state.from_hf(model.config, grads)
+    return loss.detach(), from_hf(model.config, grads)
 
 
 @pytest.mark.parametrize("tied", [False, True])
