@@ -25,8 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ochat.config import ClassConfig, WeightsConfig
 from ochat.data import manifest, store
-from ochat.data.batch import Example as Example
-from ochat.data.batch import PackedBatch, assemble
+from ochat.data.batch import Example, PackedBatch, assemble
 from ochat.data.manifest import MANIFEST, Prepared
 from ochat.data.store import Shard
 from ochat.data.weights import ROLES, WeightRule, reward_weights

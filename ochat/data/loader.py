@@ -8,6 +8,7 @@ Rank r of R takes the bins r, r + R, ... of every step; the steps are the same o
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -156,16 +157,13 @@ class Loader:
         a step raised.
         """
         pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        waiting: deque[tuple[int, Future[list[PackedBatch]]]] = deque()
+        steps = range(start_step, self.num_steps)
+        ahead, waiting = iter(steps), deque[Future[list[PackedBatch]]]()
         try:
-            for step in range(start_step, self.num_steps):
-                waiting.append((step, pool.submit(self._prepare, step)))
-                if len(waiting) > prefetch:
-                    ready, future = waiting.popleft()
-                    yield ready, future.result()
-            while waiting:
-                ready, future = waiting.popleft()
-                yield ready, future.result()
+            for step in steps:
+                for each in itertools.islice(ahead, prefetch + 1 - len(waiting)):
+                    waiting.append(pool.submit(self._prepare, each))
+                yield step, waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
 
