@@ -281,16 +281,15 @@ def test_training_continues_during_a_save_which_holds_its_own_step(world, alone,
 
 @pytest.fixture
 def limit(monkeypatch):
-    """limit(first, end): from the save of step `first` to that of `end`, no file of this process grows beyond 200 kB.
-    A write then fails half-way, as on a full disk; it needs no rights."""
+    """limit(first, end): from the save of step `first` to that of `end`, no file of this process grows beyond `most`
+    bytes. A write then fails half-way, as on a full disk; it needs no rights."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     plain = AsyncCheckpointer.save
 
-    def start(first, end):
+    def start(first, end, most=200_000):
         def save(self, number):
             self.wait()
-            most = 200_000 if first <= number < end else unlimited[0]
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, unlimited[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most if first <= number < end else unlimited[0], unlimited[1]))
             plain(self, number)
 
         monkeypatch.setattr(AsyncCheckpointer, "save", save)
@@ -299,12 +298,15 @@ def limit(monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
 
 
-def test_a_save_that_fails_is_reported_and_retried_at_the_next(world, alone, tmp_path, limit, capsys):
-    limit(10, 15)
+@pytest.mark.parametrize("most", [200_000, 100])
+def test_a_save_that_fails_is_reported_and_retried_at_the_next(world, alone, tmp_path, limit, capsys, most):
+    """With the smaller limit the lines of metrics.jsonl have to wait too; none is lost."""
+    limit(10, 15, most)
     lines, run_dir = tiny.train(world, tmp_path / "run", *OPTIONS), tmp_path / "run"
     said = " ".join(capsys.readouterr().out.split())
     assert curve(lines) == curve(alone)
     assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "resumes from" in said
+    assert ("metrics.jsonl cannot be written (File too large)" in said) == (most == 100)
     folders = layout.checkpoint_folders(run_dir)
     assert [layout.step_of(folder) for folder in folders] == [5, 15, len(alone)]
     assert not list((run_dir / "checkpoints").glob(".*"))

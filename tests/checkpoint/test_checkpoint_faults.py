@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ochat.checkpoint.save import AsyncCheckpointer
 from ochat.checkpoint.verify import verify_checkpoint
 from ochat.distributed.processes import Ranks
 from ochat.run import layout
@@ -149,42 +148,3 @@ def test_two_processes_then_one_then_four_go_on_as_if_nothing_had_changed(world,
     assert len(lines) == len(alone) - 10
     manifest = verify_checkpoint(layout.checkpoint_folders(run_dir)[-1], ALONE)
     assert manifest.processes == 4 and len(manifest.shards) == 2  # one of the two replicas wrote
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A folder that holds 1200 kB: a disk of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small disk takes root; tests/checkpoint/test_checkpoint.py fails writes without")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def test_a_full_disk_costs_a_checkpoint_and_no_line(world, alone, small_disk, monkeypatch, capsys):
-    """The whole run folder lies on the disk that is full from step 10's save to step 15's: the log has to wait too."""
-    run_dir, ballast, plain = small_disk / "run", small_disk / "ballast", AsyncCheckpointer.save
-
-    def save(self, step):
-        self.wait()
-        if step == 10:
-            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(1024))
-        if step == 15:
-            with pytest.raises(OSError, match="No space"):
-                (small_disk / "more").write_bytes(bytes(8192))
-            ballast.unlink()
-        plain(self, step)
-
-    monkeypatch.setattr(AsyncCheckpointer, "save", save)
-    lines = tiny.train(world, run_dir, "--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=1")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "No space left" in said
-    assert "metrics.jsonl cannot be written (No space left on device)" in said
-    assert curve(lines) == curve(alone)
-    for folder in layout.checkpoint_folders(run_dir):
-        verify_checkpoint(folder, ALONE)
-    assert newest(run_dir) == len(alone) and not list((run_dir / "checkpoints").glob(".*"))

@@ -24,6 +24,12 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
+def spec(folders):
+    """A tokenizer.json."""
+    return json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+
+
+@pytest.fixture
 def model_folder(tmp_path, folders):
     """A folder with a SentencePiece model alone."""
     shutil.copy(folders["llama"] / "tokenizer.model", tmp_path / "tokenizer.model")
@@ -41,22 +47,13 @@ def test_kind_is_known_by_content(tmp_path, folders):
     assert tokenizers.load(tmp_path / "anything.bin").kind == "sentencepiece"
 
 
-def test_all_files_add_their_tokens_to_a_sentencepiece_model(model_folder):
-    spec = {"model": {}, "added_tokens": [entry("<extra>", 420)]}
-    (model_folder / "tokenizer.json").write_text(json.dumps(spec))
-    (model_folder / "added_tokens.json").write_text('{"<more>": 421}')
-    tokenizer = tokenizers.load(model_folder, (EOT,))
-    assert tokenizer.kind == "sentencepiece"
-    assert [tokenizer.token_id(t) for t in ("<extra>", "<more>", EOT)] == [420, 421, 422]
-
-
 @pytest.mark.parametrize("other", ["bpe", "words", "unigram"])
-def test_sentencepiece_wins_over_a_json_of_another_vocabulary(model_folder, folders, other, caplog):
+def test_sentencepiece_wins_over_a_json_of_another_vocabulary(model_folder, spec, other, caplog):
     """Whose tokens would otherwise take ids of the pieces, or get ids far above them."""
     alone = tokenizers.load(model_folder, (EOT,))
     words = {f"word{i}": i for i in range(5000)}
     specs = {
-        "bpe": json.loads((folders["gpt2"] / "tokenizer.json").read_text()),
+        "bpe": spec,
         "words": {"model": {"vocab": words}, "added_tokens": [entry("[UNK]", 2), entry("[PAD]", 5000)]},
         "unigram": {"model": {"vocab": [[word, -1.0] for word in words]}, "added_tokens": [entry("[PAD]", 5000)]},
     }
@@ -67,14 +64,17 @@ def test_sentencepiece_wins_over_a_json_of_another_vocabulary(model_folder, fold
     assert tokenizer.kind == "sentencepiece" and tokenizer.special_tokens == alone.special_tokens
 
 
-@pytest.mark.parametrize("is_unigram", [False, True])
-def test_a_json_of_the_pieces_own_vocabulary_adds_its_tokens(model_folder, is_unigram):
+@pytest.mark.parametrize("vocabulary", [None, dict, lambda ids: [[piece, 0.0] for piece in ids]])
+def test_other_files_add_their_tokens_to_a_sentencepiece_model(model_folder, vocabulary):
+    """A tokenizer.json without a vocabulary or with the pieces' own, as a BPE's or a unigram model's."""
     model = sentencepiece_model.parse((model_folder / "tokenizer.model").read_bytes())
     ids = {piece.text: i for i, piece in enumerate(model.pieces)}
-    spec = {"model": {"vocab": [[piece, 0.0] for piece in ids] if is_unigram else ids}}
-    (model_folder / "tokenizer.json").write_text(json.dumps(spec | {"added_tokens": [entry("<extra>", len(ids))]}))
+    spec = {"model": {"vocab": vocabulary(ids)} if vocabulary else {}, "added_tokens": [entry("<extra>", 420)]}
+    (model_folder / "tokenizer.json").write_text(json.dumps(spec))
+    (model_folder / "added_tokens.json").write_text('{"<more>": 421}')
     tokenizer = tokenizers.load(model_folder, (EOT,))
-    assert [tokenizer.token_id(t) for t in ("<extra>", EOT)] == [len(ids), len(ids) + 1]
+    assert tokenizer.kind == "sentencepiece" and len(ids) == 420
+    assert [tokenizer.token_id(t) for t in ("<extra>", "<more>", EOT)] == [420, 421, 422]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -85,9 +85,8 @@ def test_an_id_that_leaves_a_gap_is_refused(tmp_path, folders, kind):
         tokenizers.load(tmp_path)
 
 
-def test_json_cuts_nothing_and_keeps_no_blank_for_a_special(tmp_path, folders):
+def test_json_cuts_nothing_and_keeps_no_blank_for_a_special(tmp_path, folders, spec):
     """A file may ask for truncation, padding and stripped blanks: none of it touches training's ids."""
-    spec = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
     plain = tokenizers.load(folders["gpt2"])
     spec["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     spec["added_tokens"][1] |= {"rstrip": True, "normalized": True}
@@ -96,8 +95,7 @@ def test_json_cuts_nothing_and_keeps_no_blank_for_a_special(tmp_path, folders):
     assert all(odd.encode(text) == plain.encode(text) for text in text_kit.NASTY)
 
 
-def test_a_live_ordinary_token_becomes_special_when_named(tmp_path, folders):
-    spec = json.loads((folders["gpt2"] / "tokenizer.json").read_text())
+def test_a_live_ordinary_token_becomes_special_when_named(tmp_path, spec):
     spec["added_tokens"][2]["special"] = False
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     loose, strict = tokenizers.load(tmp_path), tokenizers.load(tmp_path, ("<|im_end|>",))
