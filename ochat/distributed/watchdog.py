@@ -1,4 +1,4 @@
-"""End a run in which a process is gone or hangs, and name it.
+"""End a run before its time: after the current step at a signal, or at once where a process is gone or hangs.
 
     with Watchdog(ranks, timeout_s=600) as watchdog:
         watchdog.set_dump_dir(run_dir);  watchdog.enter("step 12");  ...;  watchdog.heartbeat()
@@ -8,6 +8,12 @@ Every second a thread of each rank writes its state to the store and reads the s
 watching all ranks does not grow with their number. A rank that is silent, that left with an error, or that makes no
 progress raises an alarm. Every rank reads the alarm, prints it and exits with code 3: a thread cannot interrupt a main
 thread that waits in a collective. RUN/flight_recorder/ keeps each rank's collectives and stack as JSON.
+
+    with StopSignal(ranks.world) as stop: ...;  if stop.requested_anywhere(): save;  stop.stop(steps_done)
+
+Ctrl-C, SIGTERM and SIGUSR1 (a scheduler's warning) may reach ranks at different times, so they agree on the step: each
+step starts an asynchronous all-reduce over the hosts' network, whose result is read after the next step. A second
+Ctrl-C ends the process at once.
 """
 
 from __future__ import annotations
@@ -24,18 +30,22 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch._C import _distributed_c10d as c10d  # the recorders have no public name
 
 from ochat import background
 from ochat.console import complain
 from ochat.distributed.processes import Ranks
-from ochat.errors import RanksError
+from ochat.errors import OchatError, RanksError
 from ochat.files import atomic
 
 log = logging.getLogger(__name__)
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FOLDER = "flight_recorder"
 # torch's: the newest collectives of the hosts and, in builds with NCCL, of the GPUs
 RECORDERS = {"host": "_dump_fr_trace_json", "card": "_dump_nccl_trace_json"}
@@ -213,3 +223,57 @@ class Watchdog:
 
 def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class Interrupted(OchatError):
+    """A signal stopped the run, and its state is saved; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, steps_done: int, number: int):
+        super().__init__(f"stopped after step {steps_done} by a signal; start the same command again to continue")
+        self.exit_code = 128 + number
+
+
+class StopSignal:
+    """Catches the signals inside its `with` block."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.received: int | None = None
+        self._pending: tuple[torch.Tensor, Any] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested_anywhere(self) -> bool:
+        """Whether any rank had received a signal at the previous call: the same answer on every rank."""
+        if self.world == 1:
+            return self.received is not None
+        answer = self._wait()
+        flag = torch.tensor([int(self.received is not None)])
+        self._pending = flag, dist.all_reduce(flag, async_op=True)
+        return answer
+
+    def stop(self, steps_done: int) -> None:
+        """Raises Interrupted; the state after `steps_done` steps must have been saved."""
+        self._wait()
+        raise Interrupted(steps_done, self.received or signal.SIGTERM)
+
+    def _wait(self) -> bool:
+        """The result of the pending all-reduce; False if there is none."""
+        if self._pending is None:
+            return False
+        flag, work = self._pending
+        work.wait()
+        return bool(flag.item())
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        log.info("stopping after this step or the next, then saving; a second Ctrl-C ends at once without saving")

@@ -26,8 +26,7 @@ from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
 from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
-from ochat.distributed.signals import StopSignal
-from ochat.distributed.watchdog import Watchdog
+from ochat.distributed.watchdog import StopSignal, Watchdog
 from ochat.export.hf_folder import export
 from ochat.infer.generate import generate
 from ochat.model.attention import PackedAttention

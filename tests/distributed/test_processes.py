@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ochat.distributed import processes
-from ochat.distributed.signals import SIGNALS, Interrupted, StopSignal
+from ochat.distributed.watchdog import SIGNALS, Interrupted, StopSignal
 from tests.tiny import ROOT, environment
 
 
