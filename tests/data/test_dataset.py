@@ -198,21 +198,6 @@ def test_joined_shards_are_one_prepare(base, tmp_path, n, monkeypatch):
     assert merged.lengths.tolist() == joined.lengths.tolist() and merged.class_names == joined.class_names
 
 
-def test_classes_and_files_are_united_by_name(make):
-    """The numbers of a class differ between the sets; the names do not."""
-    first = make("a", [chat("one", "GPT4"), chat("two", "GPT3")])
-    second = make("b", [chat("three", "Math"), chat("four", "GPT3"), chat("five", "GPT4")])
-    data = TokenDataset([first, second])
-    assert [e.condition for e in data] == ["GPT4", "GPT3", "Math", "GPT3", "GPT4"]
-    assert data.class_names == ("GPT4", "GPT3", "Math") and data.class_ids.tolist() == [0, 1, 2, 1, 0]
-    assert [place[-9:] for place in places(data)] == [
-        *(f"a.jsonl:{i}" for i in (1, 2)),
-        *(f"b.jsonl:{i}" for i in (1, 2, 3)),
-    ]
-    mixed = TokenDataset({"joined": [first, second], "alone": second})
-    assert mixed.sets == {"joined": slice(0, 5), "alone": slice(5, 8)}
-
-
 def test_a_set_that_was_merged_joins_others(make, tmp_path):
     sets = [make(name, [chat(name, condition)]) for name, condition in (("a", "x"), ("b", "y"), ("c", "x"))]
     data = TokenDataset([merge(sets[:2], tmp_path / "ab"), sets[2]])
