@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ochat.errors import ConfigError, how_to_fetch
 from ochat.files import bounded_json
-from ochat.files.bounded_json import MAX_INTEGER, Fields, shown
+from ochat.files.bounded_json import Fields
 from ochat.model import families
 from ochat.model import rope as rope_settings
 from ochat.model.families import FAMILIES, Family
@@ -184,6 +184,4 @@ def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:
     found = fields.value("eos_token_id", [])
     ids = found if isinstance(found, list) else [found]
-    if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MAX_INTEGER for token in ids):
-        raise fields.fail("eos_token_id", f" is {shown(found)}; expected a token id or a list of them")
-    return tuple(ids)
+    return tuple(Fields({"eos_token_id": token}, fields.where).integer("eos_token_id", least=0) for token in ids)

@@ -49,21 +49,6 @@ def test_the_export_holds_the_trained_weights_not_the_base(world, exported):
         assert not torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("condition", [None, "GPT4", "GPT3", "", "A new one"])
-@pytest.mark.parametrize("system", ["", "Be brief:\n"])
-def test_the_chat_template_gives_trainings_ids(exported, condition, system):
-    turns = [("user", " 1+1"), ("assistant", "\n2"), ("user", ": ) 漢 \n"), ("assistant", ""), ("user", "x")]
-    conversation = Conversation(
-        tuple(Message(r, t) for r, t in turns), condition="GPT4" if condition is None else condition, system=system
-    )
-    ours, _ = templates.load("openchat_v3.2").encode(conversation, tokenizers.load(exported))
-    messages = [{"role": "system", "content": system}] if system else []
-    messages += [{"role": r, "content": t} for r, t in turns]
-    more = {} if condition is None else {"condition": condition}
-    theirs = AutoTokenizer.from_pretrained(exported).apply_chat_template(messages, return_dict=False, **more)
-    assert theirs == ours
-
-
 def test_generate_answers_like_transformers_generate(exported):
     tokenizer = AutoTokenizer.from_pretrained(exported)
     model = AutoModelForCausalLM.from_pretrained(exported, dtype="float32")

@@ -40,17 +40,18 @@ def test_what_the_norms_register(wanted):
 
 
 def test_what_the_others_register():
-    ops = torch.ops.ochat_kernels
     q, k, _ = CALLS["rope"][1][0].split((3, 2, 2), dim=1)
     angles = [random(6, 5, seed=i) for i in range(2)]
-    torch.library.opcheck(ops.rope.default, (q.clone().requires_grad_(), k.clone().requires_grad_(), *angles))
-    torch.library.opcheck(ops.rope_bwd.default, (q, k, *angles))
-    torch.library.opcheck(ops.swiglu.default, (CALLS["swiglu"][1][0].clone().requires_grad_(),))
     hidden, head = (x.clone().requires_grad_() for x in CALLS["linear_cross_entropy"][1])
     labels, weights = torch.arange(6, device=DEVICE), torch.ones(6, device=DEVICE)
-    arguments = (hidden, head, labels, weights, None, 0, None, "", True, True)
-    torch.library.opcheck(ops.linear_cross_entropy.default, arguments)
-    torch.library.opcheck(ops.scale.default, (hidden.detach(), weights[0], torch.bfloat16))
+    for name, arguments in {
+        "rope": (q.clone().requires_grad_(), k.clone().requires_grad_(), *angles),
+        "rope_bwd": (q, k, *angles),
+        "swiglu": (CALLS["swiglu"][1][0].clone().requires_grad_(),),
+        "linear_cross_entropy": (hidden, head, labels, weights, None, 0, None, "", True, True),
+        "scale": (hidden.detach(), weights[0], torch.bfloat16),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.ochat_kernels, name).default, arguments)
 
 
 X, W, Q, K, ANGLES = (torch.zeros(shape) for shape in [(2, 4), (4,), (3, 4, 8), (3, 2, 8), (3, 4)])

@@ -140,40 +140,33 @@ def test_gguf_folder(tmp_path):
 
 
 def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    """An empty one is filled."""
     write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ochat.files.checksums.write", stop)
-    with pytest.raises(KeyboardInterrupt):
-        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    options = InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("ochat.files.checksums.write", stop)
+        init_base.main(options)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_an_empty_folder_is_filled(tmp_path):
-    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
-    (tmp_path / "out").mkdir()
-    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
+    options.out.mkdir()
+    init_base.main(options)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
-    with pytest.raises(ConfigError, match="exists already"):
-        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source"))
 
 
 def test_wrong_options_are_explained(tmp_path):
-    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
-    with pytest.raises(ConfigError, match="exactly one of --gguf, --hf and --random, not 0"):
-        init_base.main(InitBaseOptions(tmp_path / "out"))
-    with pytest.raises(ConfigError, match="not 2"):
-        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", random=tmp_path / "x.json"))
-    with pytest.raises(ConfigError, match="exists already"):
-        init_base.main(InitBaseOptions(tmp_path / "source", hf=tmp_path / "source"))
-    with pytest.raises(ConfigError, match="x.json: no such file"):
-        init_base.main(InitBaseOptions(tmp_path / "out", random=tmp_path / "x.json"))
-    with pytest.raises(ConfigError, match="someone/llama"):
-        init_base.main(InitBaseOptions(tmp_path / "out", hf=Path("someone/llama"), add_token=(EOT,)))
-    (tmp_path / "source" / "tokenizer.json").unlink()
-    with pytest.raises(ConfigError, match="source.*no tokenizer.model"):
-        init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
-    assert not (tmp_path / "out").exists()
+    out, source = tmp_path / "out", write_model(tmp_path / "source", CONFIG)
+    for options, named in (
+        (InitBaseOptions(out), "exactly one of --gguf, --hf and --random, not 0"),
+        (InitBaseOptions(out, hf=source, random=tmp_path / "x.json"), "not 2"),
+        (InitBaseOptions(source, hf=source), "exists already"),
+        (InitBaseOptions(out, random=tmp_path / "x.json"), "x.json: no such file"),
+        (InitBaseOptions(out, hf=Path("someone/llama"), add_token=(EOT,)), "someone/llama"),
+        (InitBaseOptions(out, hf=source, add_token=(EOT,)), "source.*no tokenizer.model"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            init_base.main(options)
+    assert not out.exists()

@@ -37,16 +37,6 @@ def test_frequencies_and_tables_are_transformers(settings_, head_dim):
     assert torch.equal(torch.cat((sin, sin), -1), their_sin[0])
 
 
-def test_angles_against_float64():
-    frequencies = rope.inv_freq(RopeConfig(), 64)
-    position_ids = torch.arange(0, 8192, 37)
-    angles = position_ids[:, None].double() * frequencies.double()
-    cos, sin = rope.cos_sin(position_ids, frequencies)
-    # an angle near 8192 is rounded to a multiple of 2^-11 in fp32
-    assert (cos - angles.cos()).abs().max() < 2**-11
-    assert (sin - angles.sin()).abs().max() < 2**-11
-
-
 @given(settings_=ROPES)
 def test_settings_read_back_in_both_spellings(settings_):
     old = rope.to_hf(settings_)

@@ -40,38 +40,35 @@ def resident_bytes():
         return int(file.read().split()[1]) * 4096
 
 
-@pytest.mark.parametrize("kept", [None, 0, 5, 40, -1])
-def test_a_file_that_is_missing_or_cut_off_is_named(sharded, kept):
-    content = (sharded / SECOND).read_bytes()
-    (sharded / SECOND).unlink()
-    if kept is not None:
-        (sharded / SECOND).write_bytes(content[:kept])
-    with pytest.raises(CheckpointError, match=f"{SECOND}( is missing|: damaged or cut off)"):
-        open_folder(sharded)
+def cut_off(name, kept):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:kept])
+
+
+def index(**changes):
+    def edit(folder):
+        record = json.loads((folder / INDEX).read_text())
+        weight_map = {name: file for name, file in (record["weight_map"] | changes).items() if file}
+        (folder / INDEX).write_text(json.dumps(record | {"weight_map": weight_map}))
+
+    return edit
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"d": FIRST}, f"{FIRST} holds d, but it does not"), ({"c": None}, f"does not say that {SECOND} holds c")],
+    ("edit", "named"),
+    [
+        (lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing"),
+        *((cut_off(SECOND, kept), f"{SECOND}: damaged or cut off") for kept in (0, 5, 40, -1)),
+        (index(d=FIRST), f"{FIRST} holds d, but it does not"),
+        (index(c=None), f"does not say that {SECOND} holds c"),
+        (index(a=None, b=None, c=None), INDEX),
+        *((cut_off(INDEX, kept), INDEX) for kept in (0, -3)),
+        (lambda folder: (folder / INDEX).write_text('{"weight_map": ["a"]}'), INDEX),
+        (lambda folder: save_file({"a": torch.zeros(1)}, folder / SINGLE), "holds both"),
+    ],
 )
-def test_an_index_that_disagrees_with_the_files_is_refused(sharded, changes, named):
-    record = json.loads((sharded / INDEX).read_text())
-    weight_map = {name: file for name, file in (record["weight_map"] | changes).items() if file}
-    (sharded / INDEX).write_text(json.dumps(record | {"weight_map": weight_map}))
+def test_files_that_are_damaged_or_disagree_are_named(sharded, edit, named):
+    edit(sharded)
     with pytest.raises(CheckpointError, match=named):
-        open_folder(sharded)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
-def test_an_index_that_is_none_is_named(sharded, text):
-    (sharded / INDEX).write_text(text)
-    with pytest.raises(CheckpointError, match=INDEX):
-        open_folder(sharded)
-
-
-def test_two_sets_of_weights_are_ambiguous(sharded):
-    save_file({"a": torch.zeros(1)}, sharded / SINGLE)
-    with pytest.raises(CheckpointError, match="holds both"):
         open_folder(sharded)
 
 
