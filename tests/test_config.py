@@ -40,6 +40,7 @@ def test_options_win_over_the_file(toml):
         ("--data.path=1979-05-27", "data", "path", "1979-05-27"),
         ("--optim.lr=1", "optim", "lr", 1.0),
         ("--train.compile=true", "train", "compile", True),
+        ("--train.offload_activations=true", "train", "offload_activations", True),
         ("--parallel.offload=true", "parallel", "offload", "all"),
         ("--parallel.offload=optimizer", "parallel", "offload", "optimizer"),
         ('--samples.prompts=["a, b", "2"]', "samples", "prompts", ("a, b", "2")),

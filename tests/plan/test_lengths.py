@@ -42,12 +42,6 @@ def test_pieces_make_no_difference_and_what_is_no_length_is_named(monkeypatch):
             LengthCounts.of(np.array([1, 2, 3, 4, wrong]))
 
 
-def test_a_file_of_lengths_is_mapped(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([3, 4], np.int32))
-    found = files.read(tmp_path / "a.npy")
-    assert isinstance(found, np.memmap) and found.tolist() == [3, 4]
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -58,8 +52,11 @@ def test_a_file_of_lengths_is_mapped(tmp_path):
         (np.zeros(0, np.int64), "holds no lengths"),
     ],
 )
-def test_another_file_is_refused_with_how_to_make_one(tmp_path, content, said):
+def test_a_file_of_lengths_is_mapped_and_another_refused_with_how_to_make_one(tmp_path, content, said):
     path = tmp_path / "lengths.npy"
+    np.save(path, np.array([3, 4], np.int32))
+    assert isinstance(files.read(path), np.memmap) and files.read(path).tolist() == [3, 4]
+    path.unlink()
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
