@@ -85,30 +85,34 @@ def swap_matrix(
     if not conversations or not conditions:
         raise DataError("the swap matrix needs at least one held-out conversation and one condition")
     examples = [each.under(conditions, template, tokenizer) for each in conversations]
-    tokens, correct = (np.zeros((len(examples), len(conditions)), np.int64) for _ in range(2))
-    nll = np.zeros(tokens.shape)
+    sums = np.zeros((len(conditions), len(examples), 3))  # tokens, nll, correct
     for column in range(len(conditions)):
         for places in passes(len(each[column].input_ids) for each in examples):
             batch = pack([examples[i][column] for i in places], places, range(len(places)))  # a class for each
-            at = np.array(places)[batch.supervised_classes.numpy()]
-            row_nll, is_correct = rows(model, batch)
-            for sums, values in ((tokens, np.ones(len(at), np.int64)), (nll, row_nll), (correct, is_correct)):
-                np.add.at(sums[:, column], at, values)
+            np.add.at(sums[column], np.array(places)[batch.supervised_classes.numpy()], rows(model, batch))
             advance(len(places))
+    tokens, nll, correct = sums.transpose(2, 1, 0)  # (n, C) each
     assert (tokens == tokens[:, :1]).all(), "the same tokens are measured under every condition"
-    return _by_class(conversations, tokens[:, 0], nll, correct)
+    found: dict[str, Sums] = {}
+    for name in dict.fromkeys(each.condition for each in conversations):
+        kept = np.array([each.condition == name for each in conversations]) & (tokens[:, 0] > 0)
+        if not kept.any():
+            raise DataError(f"the conversations of class {name!r} hold no supervised token: nothing to measure")
+        found[name] = Sums(tokens[kept, 0].astype(np.int64), nll[kept], correct[kept].astype(np.int64))
+    return found
 
 
 @torch.no_grad()
-def rows(model: Transformer, batch: PackedBatch) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Negative log-likelihood in nats and whether the largest logit is the label's, (R,) of the supervised rows."""
+def rows(model: Transformer, batch: PackedBatch) -> NDArray[np.float64]:
+    """(R, 3) of the supervised rows: 1, negative log-likelihood in nats, and 1 where the largest logit is the label's
+    or else 0."""
     weight = model.embed.weight
     batch = batch.to(weight.device)
     backend = default_backend(weight.device, model.compute_dtype or weight.dtype)
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths)
     head = head_loss(ochat_kernels.load("reference"), batch)
     out = model(batch.input_ids, batch.position_ids, attend, head, batch.supervised_rows)
-    return out.nll.double().cpu().numpy(), out.correct.long().cpu().numpy()
+    return torch.stack([torch.ones_like(out.nll).double(), out.nll.double(), out.correct.double()], 1).cpu().numpy()
 
 
 def passes(lengths: Iterable[int]) -> Iterator[list[int]]:
@@ -123,18 +127,6 @@ def passes(lengths: Iterable[int]) -> Iterator[list[int]]:
         tokens += length
     if places:
         yield places
-
-
-def _by_class(
-    conversations: Sequence[HeldOut], tokens: NDArray[np.int64], nll: NDArray[np.float64], correct: NDArray[np.int64]
-) -> dict[str, Sums]:
-    found: dict[str, Sums] = {}
-    for name in dict.fromkeys(each.condition for each in conversations):
-        kept = np.array([each.condition == name for each in conversations]) & (tokens > 0)
-        if not kept.any():
-            raise DataError(f"the conversations of class {name!r} hold no supervised token: nothing to measure")
-        found[name] = Sums(tokens[kept], nll[kept], correct[kept])
-    return found
 
 
 def summarise(matrix: dict[str, Sums], conditions: Sequence[str]) -> dict[str, Any]:

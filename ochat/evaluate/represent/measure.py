@@ -48,8 +48,9 @@ def measure(
 
     `load` gives the model, which is freed before anything is computed from its states.
     """
+    own, one = sample.written(one_prefix, compared.template, tokenizer)
     with bar(f"{compared.label}: states", len(sample.labels) * (1 + compared.names_classes)) as advance:
-        states = views(load(), compared, sample, one_prefix, tokenizer, advance)
+        states = views(load(), own, one if compared.names_classes else None, advance)
     row: dict[str, Any] = {"label": compared.label, "source": str(compared.source), "template": compared.template.name}
     row |= {"names_classes": compared.names_classes, "views": {}}
     with bar(f"{compared.label}: probes and map", len(states) + 1) as advance:
@@ -62,19 +63,12 @@ def measure(
 
 
 def views(
-    model: Transformer,
-    compared: ComparedModel,
-    sample: Sample,
-    one_prefix: str,
-    tokenizer: Tokenizer,
-    advance: Callable[[int], object],
+    model: Transformer, own: Sequence[Example], one: Sequence[Example] | None, advance: Callable[[int], object]
 ) -> dict[str, Floats]:
-    """The sample's states (n, H) in each view: under which prefixes a conversation is read, and over which of its
-    tokens the mean is taken. Costs: a forward pass of all conversations under their own prefixes,
-    and, where prefixes name classes, one under the one prefix."""
-    own, one = sample.written(one_prefix, compared.template, tokenizer)
+    """The sample's states (n, H) in each view: under which prefixes a conversation is read (its own, or one for all;
+    None: prefixes name no class), and over which of its tokens the mean is taken. Costs: a pass for each prefix."""
     of_own = pooled(model, own, advance)
-    of_one = pooled(model, one, advance) if compared.names_classes else of_own
+    of_one = of_own if one is None else pooled(model, one, advance)
     found = {f"{prefix}_{name}": of[name] for prefix, of in (("own", of_own), ("one", of_one)) for name in TOKENS}
     return found | {"words": words(model, own)}
 
