@@ -23,7 +23,10 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # the pairs of 16 dimensions lie in all three bands
 }  # fmt: skip
-QWEN_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+QWEN_MIXED = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "use_sliding_window": True,
+    "sliding_window": 3, "attention_bias": True, "head_dim": 8,
+}  # fmt: skip
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}),
@@ -35,16 +38,7 @@ FAMILIES = {
     "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True}),
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
-    "qwen3-mixed": (
-        "Qwen3",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 3,
-            "layer_types": QWEN_MIXED,
-            "attention_bias": True,
-            "head_dim": 8,
-        },
-    ),
+    "qwen3-mixed": ("Qwen3", QWEN_MIXED),
 }
 
 

@@ -72,6 +72,18 @@ def operators(T: int, H: int, dtype: torch.dtype) -> dict[str, tuple[Callable, l
     }
 
 
+def loss_inputs(T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, head weight, labels with some missing, weights of both signs with some zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = random(T, H, dtype=dtype, seed=seed)
+    weight = random(V, H, dtype=dtype, seed=seed + 1, scale=H**-0.5)
+    labels = torch.randint(V, (T,), generator=generator)
+    labels[torch.rand(T, generator=generator) < 0.2] = -100
+    weights = torch.randn(T, generator=generator)
+    weights[torch.rand(T, generator=generator) < 0.2] = 0
+    return hidden, weight, labels.to(DEVICE), weights.to(DEVICE)
+
+
 def likelihood_weight(nll: Tensor, weights: Tensor) -> Tensor:
     """A transform of loss weights, by the model's own likelihood."""
     return weights * torch.exp(-nll)

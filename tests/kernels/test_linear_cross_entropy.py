@@ -8,24 +8,12 @@ from ochat_kernels import launch, reference
 from ochat_kernels import linear_cross_entropy as head
 from torch import Tensor
 
-from tests.kernels.harness import ATOL, DEVICE, assert_op, likelihood_weight, random
+from tests.kernels.harness import ATOL, DEVICE, assert_op, likelihood_weight, loss_inputs
 from tests.numerics import assert_close
 
 CAPPED = {"logit_softcap": 2.0}
 TRANSFORMED = {"weight_transform": likelihood_weight}
 OPTIONS = [{}, CAPPED, TRANSFORMED, CAPPED | TRANSFORMED]
-
-
-def make(T: int, H: int, V: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, head weight, labels with some missing, weights of both signs with some zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = random(T, H, dtype=dtype, seed=seed)
-    weight = random(V, H, dtype=dtype, seed=seed + 1, scale=H**-0.5)
-    labels = torch.randint(V, (T,), generator=generator)
-    labels[torch.rand(T, generator=generator) < 0.2] = -100
-    weights = torch.randn(T, generator=generator)
-    weights[torch.rand(T, generator=generator) < 0.2] = 0
-    return hidden, weight, labels.to(DEVICE), weights.to(DEVICE)
 
 
 def compare(case: tuple[Tensor, Tensor, Tensor, Tensor], **options) -> None:
@@ -48,12 +36,12 @@ def compare(case: tuple[Tensor, Tensor, Tensor, Tensor], **options) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_option_in_chunks(dtype, options):
-    compare(make(13, 7, 301, dtype), chunk_rows=4, **options)
+    compare(loss_inputs(13, 7, 301, dtype), chunk_rows=4, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_several_blocks_and_an_odd_end(dtype):
-    compare(make(3, 6, 2 * head.lce_kernels.block_size(dtype) + 77, dtype), **CAPPED)
+    compare(loss_inputs(3, 6, 2 * head.lce_kernels.block_size(dtype) + 77, dtype), **CAPPED)
 
 
 @given(
@@ -61,11 +49,11 @@ def test_a_row_of_several_blocks_and_an_odd_end(dtype):
 )
 @settings(max_examples=20, deadline=None)
 def test_any_shape(T, H, V, chunk, seed):
-    compare(make(T, H, V, torch.float32, seed), chunk_rows=chunk, **OPTIONS[seed % len(OPTIONS)])
+    compare(loss_inputs(T, H, V, torch.float32, seed), chunk_rows=chunk, **OPTIONS[seed % len(OPTIONS)])
 
 
 def test_rows_that_are_not_live_never_enter():
-    hidden, weight, labels, weights = make(13, 7, 50, torch.float32)
+    hidden, weight, labels, weights = loss_inputs(13, 7, 50, torch.float32)
     dead = (labels == -100) | (weights == 0)
     assert dead.any() and not dead.all()
     hidden[dead] = float("nan")
@@ -78,7 +66,7 @@ def test_rows_that_are_not_live_never_enter():
 
 @pytest.mark.parametrize("transform", [None, lambda nll, weights: torch.ones_like(weights)])
 def test_rows_in_any_order_and_dead_ones_among_them_change_nothing(transform):
-    hidden, weight, labels, weights = make(13, 7, 50, torch.float32)
+    hidden, weight, labels, weights = loss_inputs(13, 7, 50, torch.float32)
     labels[4], weights[4] = (hidden[4] @ weight.T).argmax(), 0.0  # would be correct, but weighs nothing
     every = torch.arange(13, device=DEVICE)
     results = []
@@ -95,7 +83,7 @@ def test_rows_in_any_order_and_dead_ones_among_them_change_nothing(transform):
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "everything"])
 def test_only_what_needs_a_gradient_is_computed(frozen, monkeypatch):
-    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    hidden, weight, labels, weights = loss_inputs(6, 5, 40, torch.float32)
     hidden.requires_grad_(frozen != "hidden")
     weight.requires_grad_(frozen != "weight")
     made, add = [], head._Gradients.add
@@ -113,7 +101,7 @@ def test_only_what_needs_a_gradient_is_computed(frozen, monkeypatch):
 
 @pytest.mark.parametrize("implementation", [head, reference])
 def test_nothing_supervised_stays_connected(implementation):
-    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    hidden, weight, labels, weights = loss_inputs(6, 5, 40, torch.float32)
     hidden.requires_grad_()
     weight.requires_grad_()
     labels.fill_(-100)
@@ -199,7 +187,7 @@ def test_refuses(change, message):
 
 
 def test_a_label_outside_the_vocabulary_is_loud(monkeypatch):
-    hidden, weight, labels, weights = make(6, 5, 40, torch.float32)
+    hidden, weight, labels, weights = loss_inputs(6, 5, 40, torch.float32)
     labels[2], weights[2] = 40, 1.0
     for implementation in (head, reference) if DEVICE.type == "cpu" else ():
         with pytest.raises(ValueError, match=r"labels\[2\] is 40: expected -100 or 0 to 39"):
