@@ -3,8 +3,8 @@ pytest tests/test_docs.py"""
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -18,13 +18,8 @@ RECIPES = sorted([*ROOT.glob("configs/*.toml"), *ROOT.glob("demo/*.toml")])
 
 
 def test_the_page_of_config_keys_is_made_from_the_code():
-    spec = importlib.util.spec_from_file_location("config_page", ROOT / "docs" / "config_page.py")
-    assert spec is not None and spec.loader is not None
-    config_page = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(config_page)
-    assert config_page.PAGE.read_text(encoding="utf-8") == config_page.page(), (
-        "run: PYTHONPATH=. python docs/config_page.py"
-    )
+    made = runpy.run_path(str(ROOT / "docs" / "config_page.py"))
+    assert made["PAGE"].read_text("utf-8") == made["page"](), "run: PYTHONPATH=. python docs/config_page.py"
 
 
 def test_every_config_key_that_the_documentation_names_exists():

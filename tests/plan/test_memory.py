@@ -112,29 +112,19 @@ def test_a_rank_holds_what_its_configuration_says(shard_of_four, derived_only, r
     for is_last, whole in ((False, use.gradients - shares), (True, 0)):
         sharding.begin_micro_batch(model, shard_of_four, choice, is_last=is_last)
         model(ids, ids, attend).sum().backward()
-        assert unreduced_bytes(model) == whole
         norm = 2 * config.hidden_size  # the last one, in the root's group
         kept = 0 if is_last else memory.gathered_bytes(config, layout) + norm * (reshard == "block")
-        assert unsharded_bytes(model) == kept
+        assert held_by_fsdp(model) == (whole, kept)
     assert sum(local_shards.local_shard(p.grad).nbytes for p in model.parameters() if p.grad is not None) == shares
 
 
-def groups_of(model: Transformer) -> list:
-    """FSDP's own: it has no public way to ask what it holds."""
+def held_by_fsdp(model: Transformer) -> tuple[int, int]:
+    """Bytes of whole gradients that this rank adds up, and of gathered weights; there is no public way to ask."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    return [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
-
-
-def unsharded_bytes(model: Transformer) -> int:
-    """Weights of the groups that are gathered now."""
-    groups = [group for group in groups_of(model) if group.is_unsharded]
-    return sum(parameter.unsharded_param.nbytes for group in groups for parameter in group.fsdp_params)
-
-
-def unreduced_bytes(model: Transformer) -> int:
-    """Gradients of whole parameters that FSDP adds up on this rank."""
-    sums = [parameter.unsharded_accumulated_grad for group in groups_of(model) for parameter in group.fsdp_params]
-    return sum(total.nbytes for total in sums if total is not None)
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    sums = [parameter.unsharded_accumulated_grad for group in groups for parameter in group.fsdp_params]
+    gathered = [p.unsharded_param.nbytes for group in groups if group.is_unsharded for p in group.fsdp_params]
+    return sum(total.nbytes for total in sums if total is not None), sum(gathered)
 
 
 def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_only):
