@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ochat.checkpoint.manifest import MOMENTS, Manifest, shard_file
-from ochat.checkpoint.verify import verify_checkpoint
+from ochat.checkpoint.manifest import MOMENTS, Manifest, shard_file, verify_checkpoint
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError

@@ -1,6 +1,7 @@
 """`manifest.json` of a checkpoint: what it holds, in which file each row is, and the checksum of every file.
 
     manifest = Manifest.read(Path("runs/a/checkpoints/step_20"));  manifest.check_sizes();  manifest.checksums()
+    manifest = verify_checkpoint(Path("runs/a/checkpoints/step_20"), ranks)   # each file is read by one of the ranks
 
 parameters  name -> {shape, dtype}                         of the whole tensor
 shards      per shard: name -> [first row, end]            a shard holds rows of each parameter
@@ -12,18 +13,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import msgspec
 from msgspec import Meta
 
-from ochat.errors import CheckpointError
-from ochat.files import atomic, bounded_json
+from ochat.distributed.processes import Ranks
+from ochat.errors import CheckpointError, OchatError, message
+from ochat.files import atomic, bounded_json, checksums
 from ochat.run.layout import MANIFEST
 
+log = logging.getLogger(__name__)
+
 FORMAT = 2
+QUIET_BYTES = 2e9  # reading more is announced: it takes seconds
 KINDS = ("weights", "optimizer")  # a shard's two files: only the first is read for an export
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BASE = "base"  # the key of a run's identity that a run of adapters has
@@ -109,18 +116,67 @@ class Manifest(msgspec.Struct, frozen=True):
         if lost := {shard_file(kind, i, count) for kind in KINDS for i in range(count)} - self.files.keys():
             raise ValueError(f"{min(lost)} is not listed")
         for name, described in self.parameters.items():
-            end = 0
-            for start, stop in sorted(shard[name] for shard in self.shards if name in shard):
-                if start != end or stop <= start:
-                    raise ValueError(f"the rows of {name} do not follow each other")
-                end = stop
-            if end != described["shape"][0]:
-                raise ValueError(f"{name} ends at row {end} of {described['shape'][0]}")
+            rows = sorted(shard[name] for shard in self.shards if name in shard)
+            ends = [0, *(end for _, end in rows)]
+            if [first for first, _ in rows] != ends[:-1] or ends != sorted(set(ends)):
+                raise ValueError(f"the rows of {name} do not follow each other")
+            if ends[-1] != described["shape"][0]:
+                raise ValueError(f"{name} ends at row {ends[-1]} of {described['shape'][0]}")
 
 
 def shard_file(kind: str, shard: int, num_shards: int) -> str:
     """weights-00001-of-00002.safetensors for shard 0 of 2."""
     return f"{kind}-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+
+
+def verify_checkpoint(folder: Path, ranks: Ranks) -> Manifest:
+    """The manifest of a folder whose files all have their sizes and checksums. Every rank calls it.
+
+    Raises: CheckpointError naming the file, the same on all ranks. Costs: every file is read once by one of the ranks,
+    about 1 s a GB.
+    """
+    found: list[Manifest] = []
+
+    def list_files() -> dict[Path, str]:
+        found.append(Manifest.read(folder))
+        found[0].check_sizes()
+        return found[0].checksums()
+
+    verify_files(list_files, damaged, CheckpointError, ranks, f"{folder} with its checksums")
+    return found[0]
+
+
+def verify_weights(manifest: Manifest) -> None:
+    """Raises: CheckpointError naming a damaged file; the optimizer's are not read. Costs: reads the others once."""
+    files = {path: sha for path, sha in manifest.checksums().items() if not path.name.startswith("optimizer-")}
+    if path := checksums.first_changed(files):
+        raise CheckpointError(damaged(path))
+
+
+def verify_files(
+    list_files: Callable[[], dict[Path, str]],
+    damaged: Callable[[Path], str],
+    error: type[OchatError],
+    ranks: Ranks,
+    what: str,
+) -> int:
+    """Compares files with their sha256 and returns their number. Every rank calls it and reads its share of them.
+
+    `damaged`: the message about a file; `what`: what is read, for a note where it is large. Raises: `error` on all
+    ranks with the first rank's problem.
+    """
+    problem, files = "", {}
+    try:
+        files = list_files()
+        largest_first = sorted(files, key=lambda path: (-path.stat().st_size, path))
+        if (num_bytes := sum(path.stat().st_size for path in files)) > QUIET_BYTES:
+            log.info("comparing %.1f GB of %s", num_bytes / 1e9, what)
+        changed = checksums.first_changed({path: files[path] for path in largest_first[ranks.rank :: ranks.world]})
+        problem = damaged(changed) if changed else ""
+    except (OchatError, OSError) as caught:
+        problem = message(caught)
+    ranks.raise_on_all_ranks(problem, error)
+    return len(files)
 
 
 def damaged(path: Path) -> str:

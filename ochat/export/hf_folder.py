@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ochat.checkpoint.load import iterate_parameters, open_checkpoint
-from ochat.checkpoint.manifest import Manifest, copy_serving_files
-from ochat.checkpoint.verify import verify_weights
+from ochat.checkpoint.manifest import Manifest, copy_serving_files, verify_weights
 from ochat.errors import ConfigError
 from ochat.export import serving
 from ochat.export.open_model import holds_adapters, whole_parameters

@@ -12,8 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ochat.checkpoint.load import iterate_parameters, open_checkpoint
-from ochat.checkpoint.manifest import BASE, Manifest
-from ochat.checkpoint.verify import verify_weights
+from ochat.checkpoint.manifest import BASE, Manifest, verify_weights
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import hf, lora, peft
 from ochat.model.config import ModelConfig

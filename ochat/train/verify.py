@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from ochat.checkpoint.verify import verify_files
+from ochat.checkpoint.manifest import verify_files
 from ochat.data import manifest
 from ochat.data.dataset import Paths, folder_list
 from ochat.distributed.processes import Ranks

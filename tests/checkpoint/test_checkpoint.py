@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint import manifest
-from ochat.checkpoint.manifest import Manifest
+from ochat.checkpoint.manifest import Manifest, verify_checkpoint
 from ochat.checkpoint.save import AsyncCheckpointer
-from ochat.checkpoint.verify import verify_checkpoint
 from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
 from ochat.errors import CheckpointError

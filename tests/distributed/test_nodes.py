@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ochat.checkpoint.verify import verify_checkpoint
+from ochat.checkpoint.manifest import verify_checkpoint
 from ochat.distributed.processes import Ranks
 from ochat.run import layout as layout_module
 from tests import tiny

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from ochat import config as configuration
 from ochat.checkpoint import manifest
-from ochat.checkpoint.verify import verify_checkpoint
+from ochat.checkpoint.manifest import verify_checkpoint
 from ochat.data import manifest as data_manifest
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
