@@ -37,12 +37,7 @@ class FusedAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        groups: list[dict],
-        adamw: Callable[..., None],
-        config: OptimConfig,
-        host_moments: bool = False,
-        seed: int = 0,
+        self, groups: list[dict], adamw: Callable[..., None], config: OptimConfig, host_moments: bool, seed: int
     ):
         super().__init__(groups, {"lr": 0.0, "betas": config.betas, "eps": config.eps})
         self.adamw, self.host_moments, self.seed = adamw, host_moments, seed
