@@ -47,7 +47,7 @@ class ExportOptions:
 def main(options: ExportOptions) -> None:
     """Export a checkpoint and say which."""
     from ochat.checkpoint.best import best_checkpoint  # torch takes seconds to import
-    from ochat.export.hf_folder import export, export_adapter
+    from ochat.export.hf_folder import export
     from ochat.run import layout
 
     source = options.source
@@ -58,12 +58,11 @@ def main(options: ExportOptions) -> None:
         kept = {layout.step_of(folder) for folder in layout.checkpoint_folders(options.source)}
         stdout.print(best_table(f"evaluations of {options.source}", choice, kept))
         source = choice.folder
-    more = {"overwrite": options.overwrite, "condition": options.condition}
     with waiting("exporting"):
-        if options.adapter:
-            step = export_adapter(source, options.output, **more)
-        else:
-            step = export(source, options.output, dtype=options.dtype, base=options.base, **more)
+        step = export(
+            source, options.output, dtype=options.dtype, overwrite=options.overwrite, base=options.base,
+            condition=options.condition, adapter=options.adapter,
+        )  # fmt: skip
     stdout.print(f"exported step {step} to {options.output}", markup=False, soft_wrap=True)
 
 

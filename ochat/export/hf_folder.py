@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ochat.checkpoint.load import iterate_parameters, open_checkpoint
-from ochat.checkpoint.manifest import Manifest, copy_serving_files, verify_weights
+from ochat.checkpoint.manifest import copy_serving_files, verify_weights
 from ochat.errors import ConfigError
 from ochat.export import serving
 from ochat.export.open_model import holds_adapters, whole_parameters
@@ -33,54 +31,39 @@ def export(
     overwrite: bool = False,
     base: str = "",
     condition: str | None = None,
+    adapter: bool = False,
 ) -> int:
     """Writes `output` from a run folder (its newest checkpoint) or a checkpoint folder; returns the step. Needs no GPU.
 
     `condition`: the class that the chat template takes where none is named; None: the expert's, as the run had it.
-    Adapters are merged into their base, read from `base` or from where the run had it. Raises: CheckpointError where
-    there is no checkpoint, a damaged one (all files but the optimizer's are checked) or another base; ConfigError where
-    `output` is in the way, the base is gone, or no prefix carries the condition. Costs: reads the weights twice, and
-    what was written once, for SHA256SUMS; holds one file of the output, of at most 5 GB, and one tensor.
+    Adapters are merged into their base, read from `base` or from where the run had it; with `adapter` they are written
+    alone, as PEFT loads them. Raises: CheckpointError where there is no checkpoint, a damaged one (all files but the
+    optimizer's are checked) or another base; ConfigError where `output` is in the way, the base is gone, no prefix
+    carries the condition, or there is no adapter. Costs: reads the weights twice, and what was written once, for
+    SHA256SUMS; holds one file of the output, of at most 5 GB, and one tensor.
     """
-    with _opened(source, output, overwrite, condition) as (manifest, folder):
-        model = ModelConfig.load(manifest.folder)
-        if holds_adapters(manifest):
-            (folder / peft.CONFIG).unlink()  # a loader would look for the adapter's weights
-        hf.save(folder, model, whole_parameters(manifest, model, base), dtype)
-    return manifest.step
-
-
-def export_adapter(source: Path, output: Path, *, overwrite: bool = False, condition: str | None = None) -> int:
-    """Writes a run's adapters into `output` as PEFT loads them; returns the step.
-
-    Raises: as export; ConfigError where the run has no adapters.
-    """
-    with _opened(source, output, overwrite, condition) as (manifest, folder):
-        if not holds_adapters(manifest):
-            raise ConfigError(
-                f"{manifest.folder}: has no adapter, all weights were trained; export it without --adapter"
-            )
-        adapter_config, adapter = peft.AdapterConfig.read(manifest.folder), dict(iterate_parameters(manifest))
-        peft.save(folder, ModelConfig.load(manifest.folder), adapter_config, adapter)
-    return manifest.step
-
-
-@contextmanager
-def _opened(source: Path, output: Path, overwrite: bool, condition: str | None) -> Iterator[tuple[Manifest, Path]]:
-    """A verified checkpoint, and a folder with the serving files that becomes `output` once its weights are written."""
     manifest = open_checkpoint(source)
+    if adapter and not holds_adapters(manifest):
+        raise ConfigError(f"{manifest.folder}: has no adapter, all weights were trained; export it without --adapter")
     _refuse_overwriting(output, overwrite)
     verify_weights(manifest)
-    with atomic.staging_dir(output) as temporary:
-        copy_serving_files(manifest.folder, temporary)
+    model = ModelConfig.load(manifest.folder)
+    with atomic.staging_dir(output) as folder:
+        copy_serving_files(manifest.folder, folder)
         described = json.loads((manifest.folder / OPENCHAT).read_text(encoding="utf-8"))
-        atomic.write_json(temporary / OPENCHAT, described | {"step": manifest.step})
+        atomic.write_json(folder / OPENCHAT, described | {"step": manifest.step})
         if condition is not None:
-            serving.set_default_condition(temporary, condition)
-        yield manifest, temporary
-        checksums.write(temporary)
+            serving.set_default_condition(folder, condition)
+        if adapter:
+            adapter_config = peft.AdapterConfig.read(manifest.folder)
+            peft.save(folder, model, adapter_config, dict(iterate_parameters(manifest)))
+        else:
+            (folder / peft.CONFIG).unlink(missing_ok=True)  # a loader would look for the adapter's weights
+            hf.save(folder, model, whole_parameters(manifest, model, base), dtype)
+        checksums.write(folder)
         shutil.rmtree(output, ignore_errors=True)
-        os.rename(temporary, output)
+        os.rename(folder, output)
+    return manifest.step
 
 
 def _refuse_overwriting(output: Path, overwrite: bool) -> None:
