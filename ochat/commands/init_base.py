@@ -49,8 +49,9 @@ def main(options: InitBaseOptions) -> None:
     ]
     if vocabulary is None:
         lines.append("no tokenizer was given (--tokenizer PATH): the folder cannot prepare data")
-    for token in options.add_token if vocabulary else ():
-        is_new = token in vocabulary.added
-        lines.append(f"{token} {f'added as id {vocabulary.added[token]}' if is_new else 'was there already, kept'}")
+    else:
+        for token in options.add_token:
+            is_new = token in vocabulary.added
+            lines.append(f"{token} {f'added as id {vocabulary.added[token]}' if is_new else 'was there already, kept'}")
     for line in lines:
         stdout.print(line, markup=False, soft_wrap=True)
