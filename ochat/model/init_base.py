@@ -134,7 +134,7 @@ def _write_tokenizer(
     ids = {token: after.special_tokens[token] for token in add_tokens}
     _declare(folder, ids)
     assert tokenizers.load(folder).fingerprint() == after.fingerprint(), "the folder must give the ids that were added"
-    new = {token: index for token, index in ids.items() if before.token_id(token) is None}
+    new = {token: index for token, index in ids.items() if before.model.token_to_id(token) is None}
     return Vocabulary(before.vocab_size, after.vocab_size, new)
 
 

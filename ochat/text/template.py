@@ -189,8 +189,6 @@ def names() -> list[str]:
 
 def with_conditions(template: Template, mode: ConditionsMode) -> Template:
     """The template with the condition in both prefixes, the assistant's alone, or ignored (no default either)."""
-    if mode not in ("both", "assistant", "ignore"):
-        raise ConfigError(f"conditions: {mode!r} is not one of both, assistant, ignore")
     if mode == "ignore":
         return replace(template, condition_roles="none", default_condition="")
     return template if template.condition_roles == "none" else replace(template, condition_roles=mode)

@@ -89,7 +89,8 @@ class Tokenizer:
         self.kind, self.content = kind, content  # what it was converted from: sentencepiece or tiktoken, and that file
         # text -> id; escaped in content, live in prefixes
         self.special_tokens = {t.content: i for i, t in model.get_added_tokens_decoder().items() if t.special}
-        self._special_names = {i: token for token, i in self.special_tokens.items()}
+        self.bos_id, self.eos_id = (self.special_tokens.get(name or "") for name in (bos, eos))
+        self._special_ids = set(self.special_tokens.values())
         longest_first = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
         self._special_pattern = re.compile(f"({longest_first})" if longest_first else "(?!)")
         # ids of a template's prefixes, which come again and again
@@ -122,34 +123,21 @@ class Tokenizer:
         """The text in turns: ordinary (possibly empty), special, ordinary, ...; the longest special token wins."""
         return self._special_pattern.split(text)
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; each stretch between special tokens is decoded alone, as it was encoded.
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids` without special tokens; each stretch between them is decoded alone, as it was encoded.
 
         An id that it does not know (a padded embedding row, say) becomes U+FFFD.
         """
-        names = dict.fromkeys(self._special_names, "") if skip_special else self._special_names
         texts = []
         for is_ordinary, stretch in itertools.groupby(ids, self._is_ordinary):
             if is_ordinary:
                 texts.append(self.model.decode(list(stretch), skip_special_tokens=False))
             else:
-                texts += [names.get(i, "\ufffd") for i in stretch]
+                texts += ["" if i in self._special_ids else "\ufffd" for i in stretch]
         return "".join(texts)
 
     def _is_ordinary(self, token_id: int) -> bool:
-        return token_id not in self._special_names and token_id >= 0 and self.model.id_to_token(token_id) is not None
-
-    def token_id(self, token: str) -> int | None:
-        """The id of a special token or a vocabulary entry, None if there is none."""
-        return self.model.token_to_id(token)
-
-    @property
-    def bos_id(self) -> int | None:
-        return None if self.bos is None else self.special_tokens[self.bos]
-
-    @property
-    def eos_id(self) -> int | None:
-        return None if self.eos is None else self.special_tokens[self.eos]
+        return token_id not in self._special_ids and token_id >= 0 and self.model.id_to_token(token_id) is not None
 
     @cached_property
     def vocab_size(self) -> int:

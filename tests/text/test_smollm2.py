@@ -107,7 +107,8 @@ def test_tokenizer_equals_one_made_by_hand(folder, tokenizer):
     assert served(f"a 1{EOT}<|im_end|>", add_special_tokens=False).input_ids[-2:] == [49152, 2]
     marks = "<|im_start|>user\nHi 12<|im_end|>\n"
     ids = tokenizer.encode_with_specials(marks)
-    assert (ids[0], ids[-2]) == (1, 2) and tokenizer.decode(ids, skip_special=False) == marks
+    assert (ids[0], ids[-2]) == (1, 2)
+    assert tokenizer.decode(ids) == "user\nHi 12\n"
 
 
 def test_logits_equal_transformers(model, peer, tokenizer):

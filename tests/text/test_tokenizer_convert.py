@@ -62,9 +62,9 @@ def test_long_runs():
 
 def test_real_families_have_their_known_ids():
     mistral = tokenizers.load(text_kit.real_tokenizer("mistral"), ("<|end_of_turn|>",))
-    ids = (mistral.bos_id, mistral.eos_id, mistral.token_id("<|end_of_turn|>"), mistral.vocab_size)
+    ids = (mistral.bos_id, mistral.eos_id, mistral.special_tokens["<|end_of_turn|>"], mistral.vocab_size)
     assert ids == (1, 2, 32000, 32001)
-    assert mistral.token_id("\u2581the") == 272 and mistral.token_id("not a piece") is None
+    assert mistral.model.token_to_id("\u2581the") == 272 and mistral.model.token_to_id("not a piece") is None
     llama3 = tokenizers.load(text_kit.real_tokenizer("llama3"))
     known = {"<|begin_of_text|>": 128000, "<|start_header_id|>": 128006, "<|end_header_id|>": 128007}
     assert (known | {"<|eot_id|>": 128009}).items() <= llama3.special_tokens.items()

@@ -74,7 +74,7 @@ def test_other_files_add_their_tokens_to_a_sentencepiece_model(model_folder, voc
     (model_folder / "added_tokens.json").write_text('{"<more>": 421}')
     tokenizer = tokenizers.load(model_folder, (EOT,))
     assert tokenizer.kind == "sentencepiece" and len(ids) == 420
-    assert [tokenizer.token_id(t) for t in ("<extra>", "<more>", EOT)] == [420, 421, 422]
+    assert [tokenizer.model.token_to_id(t) for t in ("<extra>", "<more>", EOT)] == [420, 421, 422]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
