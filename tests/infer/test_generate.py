@@ -120,12 +120,11 @@ def test_only_the_kept_tokens_are_drawn(options, kept):
 def test_the_cache_holds_the_longest_sequence_there_can_be_and_no_more(model, monkeypatch):
     capacities = []
 
-    class Watched(generation.KVCache):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            capacities.append(self.keys.shape[2])
+    def watched(config, lengths, capacity, *rest):
+        capacities.append(capacity)
+        return KVCache(config, lengths, capacity, *rest)
 
-    monkeypatch.setattr(generation, "KVCache", Watched)
+    monkeypatch.setattr(generation, "KVCache", watched)
     context = model.config.max_position_embeddings
     long, short = random_ids(context - 3, 2)
     together = generate(model, [long, short], max_new_tokens=20, stop_ids=())  # one is full long before the other ends

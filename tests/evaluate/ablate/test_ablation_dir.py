@@ -65,15 +65,10 @@ def killed(file):
     return folder, alive, stamp, done.stdout
 
 
-def test_a_killed_ablation_leaves_no_process_and_repeats_nothing(killed):
+def test_a_killed_ablation_leaves_no_process_repeats_nothing_and_gives_what_undisturbed_runs_give(killed, tmp_path):
     folder, alive, stamp, printed = killed
-    assert not alive
-    assert (folder / "runs" / "c-rlft-seed3" / "measured.json").stat().st_mtime_ns == stamp
+    assert not alive and (folder / "runs" / "c-rlft-seed3" / "measured.json").stat().st_mtime_ns == stamp
     assert "1 to do" in printed and "resuming from" in (folder / "logs" / "sft-seed3.log").read_text()
-
-
-def test_it_gives_what_undisturbed_runs_give(killed, tmp_path):
-    folder = killed[0]
     results = {record["run"]: record for record in read_lines(folder / "results.jsonl")}
     for name, data, conditions in (("c-rlft-seed3", "condition", ("GPT4", "GPT3")), ("sft-seed3", "plain", ())):
         train(configuration.load(folder / "configs" / f"{name}.toml", [f"--run.dir={tmp_path / name}"]))
