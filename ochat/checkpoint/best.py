@@ -2,6 +2,8 @@
 
 evaluations = read_evaluations(Path("runs/a"));  best_evaluation(evaluations, "GPT4").step
 best_checkpoint(Path("runs/a")).folder
+
+While a run goes on, save.py (`_prune`) keeps the best one beside the newest ones (checkpoint.keep_best).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find the checkpoint to resume from, and read from it the rows that a rank holds.
 
     RUN/checkpoints/step_N/   manifest.json, weights-... and optimizer-... of every shard, config.json, serving files
-    RUN/latest                one line that names the newest: checkpoints/step_N
+    RUN/latest                one line that names the newest, for people: resuming goes by the folders
 
     found = find_checkpoint(run_dir, "auto", ranks);  load_state(found, model, optimizer.state)
 A checkpoint holds the updated weights and AdamW's moments, in their dtypes, under our names, as safetensors and JSON;

@@ -60,7 +60,7 @@ class PlanOptions:
 def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     """Print the plan of a training command line. Raises: OchatError."""
     from ochat.model.config import ModelConfig
-    from ochat.plan import run_facts
+    from ochat.plan import tables
     from ochat.plan.forecast import PlanInputs, forecast
     from ochat.plan.roofline import Workload
     from ochat.train import build, schedule
@@ -78,8 +78,8 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     lengths = data.lengths if data else length_files.read(options.lengths)
     counts = LengthCounts.of(lengths)
     console.print(counts.text(), end="\n\n")
-    notes += run_facts.data_notes(data.prepared) if data else []
-    notes += run_facts.length_notes(counts, config.data.token_budget, model.max_position_embeddings)
+    notes += tables.data_notes(data.prepared) if data else []
+    notes += tables.length_notes(counts, config.data.token_budget, model.max_position_embeddings)
 
     def lr_reason(stats: LoaderStats) -> str:
         return schedule.choose_lr(config.optim.lr, stats.supervised_per_step, model, lora=config.lora.rank > 0)[1]
@@ -88,16 +88,16 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
         loader = build.open_loader(config, data, model)
         stats, source = loader.stats(), config.weights.source
         counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
-        described = run_facts.describe(loader, model, config.data, weights_source=source, lr_reason=lr_reason(stats))
+        described = tables.describe(loader, model, config.data, weights_source=source, lr_reason=lr_reason(stats))
     else:
         with waiting(f"packing {len(lengths):,} sequences"):
             stats, flops = length_files.pack(lengths, model, config.data, options.supervised, config.run.seed)
         counts = counts.cut(config.data.token_budget)
         described = {
-            "model": run_facts.describe_model(model),
+            "model": tables.describe_model(model),
             "data": f"{stats.num_sequences:,} sequences of {options.lengths}, {stats.num_tokens:,} tokens",
             "supervised": f"{options.supervised:.0%} of the tokens: assumed (--supervised)",
-            **run_facts.describe_steps(stats, config.data, flops, lr_reason(stats)),
+            **tables.describe_steps(stats, config.data, flops, lr_reason(stats)),
         }
     console.print(facts(f"plan of {config.run.dir}", described))
     for note in notes:
@@ -111,7 +111,7 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
         gpus = [1] if config.optim.in_backward else [1, 8] if nodes == [1] else [8]
     cards = [GPUS[options.card]] if options.card else list(GPUS.values())
     found = [forecast(inputs, card, gpus=n, nodes=m) for m in nodes for n in gpus for card in cards]
-    console.print("", *run_facts.tables(found, inputs), sep="\n")
+    console.print("", *tables.tables(found, inputs), sep="\n")
 
 
 def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list[str]:

@@ -2,7 +2,7 @@
 
     step = export(Path("runs/a"), Path("exported/a"))
 A checkpoint holds all that is needed; neither base nor data has to exist any more. A checkpoint of adapters needs its
-base, into which they are merged, unless they are exported alone.
+base, into which model/peft.py (`merged_parameters`) merges them, unless they are exported alone.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
 The epoch is shuffled once and packed in windows of a few hundred bins or one step (windows.py). Bins are full, so steps
 are few; sequences are exchanged between bins until their costs are alike (kernels.py), so the ranks of a step work
 equally long; a window is a random sample and spreads its bins evenly over its steps, so every step is a fair sample.
+windows.py takes the sequences of a window and chooses how tightly to pack them; kernels.py puts each into a bin
+(assign_balanced, first_fit_decreasing, then rebalance).
 Memory: 4 bytes a sequence in addition to the plan.
 """
 

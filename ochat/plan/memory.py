@@ -4,6 +4,8 @@
     use = predict(model, Layout(token_budget=4096, supervised=2048, recompute="block", lora=LoraConfig(rank=16)))
     use.total / GIB, use.activations
 
+forecast.py makes the Layout of a configuration; tables.py writes the result as the table "planned memory of a GPU".
+
 Letters: T token_budget, R of them supervised, H hidden, F FFN, N and K query and key/value heads, D head dim, V
 vocabulary, L blocks, P parameters, B those of one block, E = V H, A parameters of all adapters, s GPUs that share a
 copy of the model, e bytes of an activation.

@@ -30,7 +30,7 @@ from ochat.distributed.watchdog import StopSignal, Watchdog
 from ochat.export.hf_folder import export
 from ochat.infer.generate import generate
 from ochat.model.attention import PackedAttention
-from ochat.plan import run_facts
+from ochat.plan import tables
 from ochat.run import layout
 from ochat.run.lock import acquire_run_dir
 from ochat.text.conversation import Conversation, Message
@@ -217,7 +217,7 @@ class Trainer:
             return
         config, resolved, inputs = self.config, self.resolved, self.inputs
         source, model = config.weights.source, inputs.model_config
-        facts = run_facts.describe(self.loader, model, config.data, weights_source=source, lr_reason=resolved.lr_reason)
+        facts = tables.describe(self.loader, model, config.data, weights_source=source, lr_reason=resolved.lr_reason)
         facts |= {
             **(self.parts.adapters.facts(self.model) if self.parts.adapters else {}),
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",

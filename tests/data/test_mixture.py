@@ -14,7 +14,7 @@ from ochat.data.mixture import Mixture, stretch, token_budgets
 from ochat.data.prepare import prepare
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig
-from ochat.plan import run_facts
+from ochat.plan import tables
 from ochat.train import build
 from tests import tiny
 from tests.data.conftest import examples, places
@@ -164,13 +164,11 @@ def test_a_plan_has_a_row_for_each_set(world):
     config = configuration.load(world.config, options)
     data = build.open_dataset(config)
     loader = build.open_loader(config, data, ModelConfig.load(world.base))
-    rows = run_facts.describe_sets(loader)
+    rows = tables.describe_sets(loader)
     total = data.lengths[data.sets["two"]].sum()
     assert rows["set two"] == f"60 conversations, {total:,} tokens; an epoch takes 120, {2 * total:,} tokens: 2 passes"
     assert rows["set one"].startswith(f"60 conversations, {total:,} tokens; an epoch takes ")
-    facts = run_facts.describe(
-        loader, ModelConfig.load(world.base), config.data, weights_source="auto", lr_reason="set"
-    )
+    facts = tables.describe(loader, ModelConfig.load(world.base), config.data, weights_source="auto", lr_reason="set")
     assert rows.items() <= facts.items() and f"{loader.stats().num_tokens:,} tokens" in facts["data"]
 
 

@@ -12,7 +12,7 @@ from benchmarks.step_cases import Case, draw_lengths
 from ochat import config as configuration
 from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.model.config import ModelConfig
-from ochat.plan import forecast, roofline, run_facts
+from ochat.plan import forecast, roofline, tables
 from ochat.plan.forecast import PlanInputs
 from ochat.plan.gpus import GPUS
 from ochat.plan.lengths import LengthCounts
@@ -64,7 +64,7 @@ def test_what_does_not_fit_gets_the_budget_that_does_or_what_saves_memory():
     assert not big.fits and big.largest_budget >= 4000
     alone = forecast.forecast(inputs, GPUS["A100-80"], gpus=1, nodes=1)
     assert not alone.fits and alone.largest_budget == 0
-    found = run_facts.notes([big, alone], inputs)
+    found = tables.notes([big, alone], inputs)
     assert found[0] == f"8 x H100: data.token_budget up to {big.largest_budget:,} fits"
     assert found[1].startswith("1 x A100-80: no token_budget") and "parallel.offload" in found[1]
 
