@@ -1,21 +1,24 @@
 """Token ids of every template and the packing plans of five sets of lengths are the committed integers.
 
-    python -m tests.laws.test_golden          # writes golden_integers.json anew: only in a commit that says why
-`python -m benchmarks.golden` compares the floats of two commits on one machine.
+python -m tests.laws.test_golden          # writes golden_integers.json anew: only in a commit that says why
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks import step_cases
+from ochat.packing import multipack
 from ochat.text import template as templates
 from ochat.text import tokenizer as text_tokenizers
 from ochat.text.conversation import Conversation
-from tests.laws import golden_plans
 
 FILE = Path(__file__).with_name("golden_integers.json")
 CACHE = Path(__file__).parents[2] / ".cache" / "tokenizers"
@@ -31,6 +34,14 @@ CONVERSATIONS = {
     "scripts": {"items": [["user", "naïve e\u0301 漢字 \u0645\u0631 😀\u200d😀 isn't 1234567"],
                           ["assistant", "\u2581\u2028\u00a0 ok\r\n<|im_end|>"]], "condition": "Math Correct"},
 }  # fmt: skip
+
+PLANS = {  # name -> seed, number of sequences, longest, options of plan()
+    "chats": (1, 3000, 2048, {"token_budget": 8192, "bins_per_step": 8}),
+    "one bin a step": (2, 500, 700, {"token_budget": 2048, "bins_per_step": 1}),
+    "tight": (3, 800, 1024, {"token_budget": 1024, "bins_per_step": 4}),
+    "few": (4, 5, 300, {"token_budget": 512, "bins_per_step": 16}),
+    "short": (5, 6000, 40, {"token_budget": 1024, "bins_per_step": 2, "max_sequences": 60}),
+}
 
 
 def bytes_tokenizer(folder: Path) -> Path:
@@ -54,6 +65,25 @@ def encoded(path: Path) -> dict[str, dict[str, list]]:
     return found
 
 
+def plans() -> dict[str, Any]:
+    """Every plan's arrays, of two epochs, with and without costs: sums and digests."""
+    found = {}
+    for name, (seed, count, longest, options) in PLANS.items():
+        draw = random.Random(seed)
+        lengths = [1 + min(draw.randrange(longest), draw.randrange(longest)) for _ in range(count)]
+        for costs in (None, [length * (512 + length) for length in lengths]):
+            for epoch in (0, 1):
+                made = multipack.plan(np.array(lengths), seed=seed, epoch=epoch, costs=costs, **options)
+                arrays = (made.indices, made.bin_offsets)
+                where = f"{name}, epoch {epoch}{', costs' if costs else ''}"
+                found[where] = [int(made.num_steps), *(digest(array, "<i8") for array in arrays)]
+    return found
+
+
+def digest(array: Any, dtype: str) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array, dtype).tobytes()).hexdigest()[:16]
+
+
 @pytest.mark.parametrize("name", ["bytes", *REAL])
 def test_ids_and_weights_of_every_template(name, tmp_path):
     path = REAL[name] if name in REAL else bytes_tokenizer(tmp_path)
@@ -64,7 +94,7 @@ def test_ids_and_weights_of_every_template(name, tmp_path):
 
 
 def test_plans():
-    assert golden_plans.plans() == json.loads(FILE.read_text("utf-8"))["plans"]
+    assert plans() == json.loads(FILE.read_text("utf-8"))["plans"]
 
 
 def write(folder: Path) -> None:
@@ -72,8 +102,8 @@ def write(folder: Path) -> None:
     ids = {name: encoded(path) for name, path in {"bytes": bytes_tokenizer(folder), **REAL}.items()}
     lines = [f'"{tokenizer}": {{\n' + ",\n".join(f'"{name}": {json.dumps(cases)}' for name, cases in of_each.items())
              + "\n}" for tokenizer, of_each in ids.items()]  # fmt: skip
-    plans = ",\n".join(f'"{name}": {json.dumps(plan)}' for name, plan in golden_plans.plans().items())
-    text = f'{{"plans": {{\n{plans}\n}},\n"ids": {{\n' + ",\n".join(lines) + "\n}}\n"
+    written = ",\n".join(f'"{name}": {json.dumps(plan)}' for name, plan in plans().items())
+    text = f'{{"plans": {{\n{written}\n}},\n"ids": {{\n' + ",\n".join(lines) + "\n}}\n"
     json.loads(text)
     FILE.write_text(text, "utf-8")
 
