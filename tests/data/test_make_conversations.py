@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from examples import make_conversations as script
 from ochat.text.conversation import Conversation
-
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "make_conversations.py"
-spec = importlib.util.spec_from_file_location("make_conversations", SCRIPT)
-assert spec is not None and spec.loader is not None
-script = importlib.util.module_from_spec(spec)
-sys.modules["make_conversations"] = script
-spec.loader.exec_module(script)
 
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
@@ -83,7 +75,7 @@ def test_held_out_questions_are_unknown_and_answered_by_both():
 
 
 def test_the_script_writes_what_ochat_reads(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--train", "40", "--held-out", "5"]
+    command = [sys.executable, script.__file__, "--train", "40", "--held-out", "5"]
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
         subprocess.run([*command, "--seed", seed, str(tmp_path / name)], check=True, capture_output=True)
     texts = {name: (tmp_path / name / "train.jsonl").read_text("utf-8") for name in "abc"}

@@ -19,13 +19,10 @@ from ochat.packing import multipack
 from ochat.text import template as templates
 from ochat.text import tokenizer as text_tokenizers
 from ochat.text.conversation import Conversation
+from tests import text_kit
 
 FILE = Path(__file__).with_name("golden_integers.json")
-CACHE = Path(__file__).parents[2] / ".cache" / "tokenizers"
-REAL = {
-    "mistral": CACHE / "mistral_common/data/tokenizer.model.v1",
-    "llama3": CACHE / "llama_models/llama3/tokenizer.model",
-}
+TOKENIZERS = ("bytes", "mistral", "llama3")
 CONVERSATIONS = {
     "one turn": {"items": [["user", "Hello, world!"], ["assistant", ":) Hi <|end_of_turn|></s><|eot_id|>"]],
                  "condition": "GPT4"},
@@ -44,16 +41,15 @@ PLANS = {  # name -> seed, number of sequences, longest, options of plan()
 }
 
 
-def bytes_tokenizer(folder: Path) -> Path:
-    step_cases.write_bytes_tokenizer(folder)
-    return folder
-
-
-def encoded(path: Path) -> dict[str, dict[str, list]]:
-    """template -> conversation -> [ids, first and weight of each run of equal weights, ids of the prompt]."""
+def encoded(name: str, folder: Path) -> dict[str, dict[str, list]]:
+    """Of one of TOKENIZERS, that of bytes written into `folder`:
+    template -> conversation -> [ids, first and weight of each run of equal weights, ids of the prompt].
+    """
+    path = folder if name == "bytes" else text_kit.real_tokenizer(name)
+    if name == "bytes":
+        step_cases.write_bytes_tokenizer(folder)
     found: dict[str, dict[str, list]] = {}
-    for name in templates.names():
-        template = templates.load(name)
+    for template in map(templates.load, templates.names()):
         tokenizer = text_tokenizers.load(path, (template.eot, *template.special_tokens))
         for title, record in CONVERSATIONS.items():
             items = [dict(zip(("role", "content", "weight"), item, strict=False)) for item in record["items"]]
@@ -61,7 +57,7 @@ def encoded(path: Path) -> dict[str, dict[str, list]]:
             ids, weights = template.encode(conversation, tokenizer)
             runs = [[i, w] for i, w in enumerate(weights) if i == 0 or w != weights[i - 1]]
             prompt = template.encode_prompt(conversation, tokenizer)
-            found.setdefault(name, {})[title] = [list(ids), runs, list(prompt)]
+            found.setdefault(template.name, {})[title] = [list(ids), runs, list(prompt)]
     return found
 
 
@@ -84,13 +80,10 @@ def digest(array: Any, dtype: str) -> str:
     return hashlib.sha256(np.ascontiguousarray(array, dtype).tobytes()).hexdigest()[:16]
 
 
-@pytest.mark.parametrize("name", ["bytes", *REAL])
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_ids_and_weights_of_every_template(name, tmp_path):
-    path = REAL[name] if name in REAL else bytes_tokenizer(tmp_path)
-    if not path.exists():
-        pytest.skip(f"the real {name} tokenizer is not at {path}; `make test` puts it there")
     expected = json.loads(FILE.read_text("utf-8"))["ids"][name]
-    assert encoded(path) == expected and len(expected) >= 8
+    assert encoded(name, tmp_path) == expected and len(expected) >= 8
 
 
 def test_plans():
@@ -99,7 +92,7 @@ def test_plans():
 
 def write(folder: Path) -> None:
     """Writes the file anew from the current code."""
-    ids = {name: encoded(path) for name, path in {"bytes": bytes_tokenizer(folder), **REAL}.items()}
+    ids = {name: encoded(name, folder) for name in TOKENIZERS}
     lines = [f'"{tokenizer}": {{\n' + ",\n".join(f'"{name}": {json.dumps(cases)}' for name, cases in of_each.items())
              + "\n}" for tokenizer, of_each in ids.items()]  # fmt: skip
     written = ",\n".join(f'"{name}": {json.dumps(plan)}' for name, plan in plans().items())

@@ -23,12 +23,12 @@ from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.train import optim, sharding
 from tests import pool, tiny
+from tests.train.test_optim import GOOD, give_gradients
 
 BF16 = torch.bfloat16
 REFERENCE = ochat_kernels.load("reference")
 MODEL = ModelConfig("llama", 260, 32, 48, 2, 4, 2, 8, initializer_range=0.1)
 NARROW = OptimConfig(master_dtype="bfloat16", moment_dtype="bfloat16")
-GOOD = torch.tensor(1.0)
 ONE_BIN = ("--optim.clip=0", "--data.bins_per_step=1", "--data.max_steps=6", "--checkpoint.every=3")
 BOTH = ("--train.dtype=bfloat16", "--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16")
 
@@ -42,12 +42,6 @@ def small_model(dtype, seed=0, tied=False):
 
 def build(model, config=NARROW, **more):
     return optim.build(model, config, REFERENCE.adamw, seed=3, **more)
-
-
-def give_gradients(model, step):
-    draw = torch.Generator().manual_seed(step)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=draw).to(parameter.dtype)
 
 
 def everything(model, optimizer):

@@ -11,21 +11,12 @@ from ochat.model.attention import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.train.loss import head_loss
+from tests import tiny
 from tests.model_families import from_hf, to_hf
 from tests.numerics import relative_error
 
 OPS = ochat_kernels.load("reference")
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 67,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
-}
+CONFIG = tiny.MODEL | {"rms_norm_eps": 1e-5, "initializer_range": 0.2}
 
 
 def conversations(lengths, seed=0):
@@ -33,7 +24,7 @@ def conversations(lengths, seed=0):
     weights = torch.tensor([0.0, 0.1, 1.0, -0.7, 0.25])
     examples = []
     for length in lengths:
-        ids = torch.randint(0, 67, (length,), generator=generator)
+        ids = torch.randint(0, CONFIG["vocab_size"], (length,), generator=generator)
         drawn = weights[torch.randint(0, 5, (length,), generator=generator)]
         examples.append(Example(ids.numpy(), drawn.numpy(), "GPT4"))
     return examples
