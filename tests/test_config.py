@@ -12,6 +12,7 @@ from ochat import overrides
 from ochat.config import BaseConfig, ClassConfig, Config, DataConfig, MixConfig, RunConfig, SamplesConfig
 from ochat.errors import ConfigError
 
+MIX = "--data.path= --data.mix.A.path=a"
 IN_BACKWARD = "--optim.in_backward=true --optim.clip=0 --data.bins_per_step=1"
 MINIMAL = '[base]\npath = "base"\n[data]\npath = "data"\n'
 
@@ -96,6 +97,11 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
         ("--parallel.offload=moments", "parallel.offload = 'moments': expected one of 'all', 'none', "),
         ("--checkpoint.keep_best=true", "checkpoint.keep_best = True: expected false with no data.eval_path"),
         ("--data.mix.A.path=a", "data.path = 'data': expected \"\" with [data.mix]"),
+        ("--data.path= --data.mix.A.epochs=1", "data.mix.A.path = '': expected the folder of a data set"),
+        (f"{MIX} --data.mix.A.epochs=1 --data.mix.A.ratio=1", "expected at most one of epochs, tokens and ratio"),
+        (f"{MIX} --data.mix.A.tokens=0", "data.mix.A.tokens = 0: expected a whole number above 0"),
+        (f"{MIX} --data.mix.A.ratio=inf", "data.mix.A.ratio = inf: expected a number above 0"),
+        (f"{MIX} --data.mix.A.epoch=1", "unknown key 'data.mix.A.epoch'; did you mean 'epochs'?"),
         ("--base.path=", "base.path = '': expected a path, for example --base.path=PATH"),
         ("--train.offload_activations=true --train.recompute=none", "offload_activations = True: expected false with"),
         ("--train.offload_activations=true --train.recompute=elementwise", "= True: expected false with"),

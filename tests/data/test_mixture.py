@@ -170,22 +170,3 @@ def test_a_plan_has_a_row_for_each_set(world):
     assert rows["set one"].startswith(f"60 conversations, {total:,} tokens; an epoch takes ")
     facts = tables.describe(loader, ModelConfig.load(world.base), config.data, weights_source="auto", lr_reason="set")
     assert rows.items() <= facts.items() and f"{loader.stats().num_tokens:,} tokens" in facts["data"]
-
-
-ALONE = ["--data.path=", "--data.mix.a.path=x"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--data.mix.a.path=x"], r"data.path = .*with \[data.mix"),
-        (["--data.path=", "--data.mix.a.epochs=1"], "data.mix.a.path"),
-        ([*ALONE, "--data.mix.a.epochs=1", "--data.mix.a.ratio=1"], "data.mix.a = .*at most one"),
-        ([*ALONE, "--data.mix.a.tokens=0"], "data.mix.a.tokens = 0"),
-        ([*ALONE, "--data.mix.a.ratio=inf"], "data.mix.a.ratio = inf"),
-        ([*ALONE, "--data.mix.a.epoch=1"], "did you mean 'epochs'"),
-    ],
-)
-def test_what_a_mixture_cannot_mean_is_refused(world, options, message):
-    with pytest.raises(ConfigError, match=message):
-        configuration.load(world.config, options)
