@@ -22,7 +22,10 @@ from ochat import config as configuration
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
 from ochat.data.prepare import prepare
+from ochat.files.checksums import SUMS
+from ochat.model import hf
 from tests import pool
+from tests.tiny_text import write_lines
 
 ROOT = Path(__file__).parents[1]
 EOT = "<|end_of_turn|>"
@@ -60,9 +63,8 @@ def make(folder: Path, records: list[dict] | None = None, *, model: dict | None 
     """A world below `folder`, of these conversations or those of `conversations()`."""
     world = World(folder, folder / "base", folder / "data", folder / "config.toml")
     write_base(folder, world.base, model or {})
-    lines = [json.dumps(record) + "\n" for record in records or conversations()]
-    (folder / "conversations.jsonl").write_text("".join(lines))
-    prepare([folder / "conversations.jsonl"], world.base, "openchat_v3.2", world.data, progress=False)
+    source = write_lines(folder / "conversations.jsonl", records or conversations())
+    prepare([source], world.base, "openchat_v3.2", world.data, progress=False)
     world.config.write_text(TOML.format(base=json.dumps(str(world.base)), data=json.dumps(str(world.data))))
     return world
 
@@ -76,6 +78,15 @@ def write_base(folder: Path, base: Path, model: dict) -> None:
     init_base.main(
         InitBaseOptions(base, random=folder / "model.json", tokenizer=source, add_token=(EOT,), dtype="float32")
     )
+
+
+def split(base: Path) -> list[Path]:
+    """Puts the base into several files without sums, as a large model comes; the files."""
+    model = hf.load(base, dtype="float32")
+    for path in [*base.glob("model*.safetensors"), base / SUMS]:
+        path.unlink()
+    hf.save(base, model.config, model.named_parameters(), "float32", max_shard_bytes=30_000)
+    return sorted(base.glob("model-*.safetensors"))
 
 
 def conversations(count: int = 60, seed: int = 0, classes: tuple[str, str] = ("GPT3", "GPT4")) -> list[dict]:

@@ -62,16 +62,6 @@ def test_columns_say_what_examples_say(mixed, options):
         data[len(data)]
 
 
-def test_classes_change_weights_and_nothing_else(mixed):
-    """Every supervised token takes its class's weight in place of its own; an own 0 stays 0."""
-    plain, weighed = TokenDataset(mixed), TokenDataset(mixed, classes=TABLE)
-    for own, by_class in zip(plain, weighed, strict=True):
-        assert own.input_ids.tolist() == by_class.input_ids.tolist()
-        weight = {"GPT4": 1.0, "GPT3": 0.25}[own.condition]
-        assert by_class.loss_weights.tolist() == [weight if w != 0 else 0.0 for w in own.loss_weights.tolist()]
-    assert plain.fingerprint == weighed.fingerprint
-
-
 def test_rewards_are_each_conversations_own_and_one_that_gives_no_weight_is_named(make):
     reward = WeightsConfig("reward", beta=0.5)
     data = TokenDataset(make("in", [chat(reward=0.4), chat(reward=1.0)]), weights=reward)
@@ -110,24 +100,12 @@ def test_impossible_selections_are_named(mixed, options, message):
 
 
 def test_template_and_fingerprint(mixed):
+    """A selection changes the fingerprint, weights do not."""
     data = TokenDataset(mixed)
     assert data.template == template.load(TEMPLATE)
+    assert data.fingerprint == TokenDataset(mixed, classes=TABLE).fingerprint
     prints = {TokenDataset(mixed, **o).fingerprint for o in ({}, {"only_class": "GPT4"}, {"subsample": {"GPT4": 0.5}})}
     assert data.fingerprint in prints and len(prints) == 3
-
-
-def test_damage_is_refused_with_the_files_name(mixed, tmp_path):
-    assert len(manifest.check_files(mixed)) > 3
-    folder = shutil.copytree(mixed, tmp_path / "a")
-    path = folder / "shard-00001.safetensors"
-    content = path.read_bytes()
-    for damaged, message in ((content[:-1], r"\d+ bytes instead of"), (b"\xff" * len(content), "damaged")):
-        path.write_bytes(damaged)
-        with pytest.raises(DataError, match=f"{path.name}: {message}"):
-            TokenDataset(folder)
-    path.unlink()
-    with pytest.raises(DataError, match=f"{path.name}: missing"):
-        TokenDataset(folder)
 
 
 @pytest.mark.parametrize(

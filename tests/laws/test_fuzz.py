@@ -137,11 +137,7 @@ def place(world, tmp_path_factory):
     (folder / "base" / SUMS).unlink()
     tiny.train(world, folder / "run", "--data.max_steps=1", "--samples.max_new_tokens=1")
     shutil.copytree(next((folder / "run" / "checkpoints").glob("step_*")), folder / "checkpoint")
-    shutil.copytree(world.base, folder / "sharded")
-    model = hf.load(world.base, dtype="float32")
-    for path in [*(folder / "sharded").glob("model*"), folder / "sharded" / SUMS]:
-        path.unlink()
-    hf.save(folder / "sharded", model.config, model.named_parameters(), "float32", max_shard_bytes=30_000)
+    tiny.split(shutil.copytree(world.base, folder / "sharded"))
     (folder / "small").mkdir()
     save_file(
         {"a": torch.ones(2, 3), "b": torch.zeros(4)}, folder / "small" / "model.safetensors", metadata={"format": "pt"}

@@ -25,6 +25,7 @@ from ochat.commands.report import ReportOptions
 from ochat.errors import ConfigError, DataError
 from ochat.report import run_record
 from tests import tiny
+from tests.tiny_text import write_lines
 
 pytest.importorskip("plotly")
 from ochat.report import charts, tables  # noqa: E402 (they draw with plotly)
@@ -81,10 +82,6 @@ def write_run(folder: Path, num_steps: int = 30, *, config: str = "", **more: ob
     (folder / "config.toml").write_text(config or "[data]\ntoken_budget = 100\nbins_per_step = 4\nmax_steps = 30\n")
     write_lines(folder / "metrics.jsonl", [line(step, **more) for step in range(1, num_steps + 1)])
     return folder
-
-
-def write_lines(path: Path, lines: list[dict]) -> None:
-    path.write_text("".join(json.dumps(each) + "\n" for each in lines), "utf-8")
 
 
 def report(*runs: Path, **more: object) -> Page:

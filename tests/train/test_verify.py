@@ -92,9 +92,11 @@ def test_without_verification_sizes_and_layout_still_count(world, data, tmp_path
     options = [f"--data.path={data}", "--data.verify=false", "--data.max_steps=1", "--samples.max_new_tokens=1"]
     flip(data / "shard-00001.safetensors", at=0.999)
     assert len(tiny.train(world, tmp_path / "run", *options)) == 1
-    cut(data / "shard-00001.safetensors")
-    with pytest.raises(DataError, match="shard-00001.safetensors.*bytes instead of"):
-        tiny.train(world, tmp_path / "run2", *options)
+    content = (data / "shard-00001.safetensors").read_bytes()
+    for damaged, message in ((content[:-3], r"\d+ bytes instead of"), (b"\xff" * len(content), "damaged")):
+        (data / "shard-00001.safetensors").write_bytes(damaged)
+        with pytest.raises(DataError, match=f"shard-00001.safetensors: {message}"):
+            tiny.train(world, tmp_path / "run2", *options)
 
 
 def test_two_processes_share_the_reading_and_both_stop(world, data, tmp_path):
@@ -112,7 +114,7 @@ def test_a_damaged_base_is_refused_by_name(world, base, tmp_path, damage, name):
     """Of a config or a tokenizer that is no longer one, its reader may be the one to say so. Shards have no sums, and
     any flipped bit is a number too."""
     if name == "second shard":
-        name, damage = split(base)[1].name, cut if damage is flip else damage
+        name, damage = tiny.split(base)[1].name, cut if damage is flip else damage
     damage(base / name)
     with pytest.raises((CheckpointError, ConfigError), match=name):
         tiny.train(world, tmp_path / "run", f"--base.path={base}")
@@ -138,18 +140,9 @@ def test_sums_that_are_none_are_refused(base, line):
         checksums.expected(base)
 
 
-def split(base):
-    """The base in several files and without sums, as a large model comes."""
-    model = hf.load(base, dtype="float32")
-    for path in [*base.glob("model*.safetensors"), base / checksums.SUMS]:
-        path.unlink()
-    hf.save(base, model.config, model.named_parameters(), "float32", max_shard_bytes=30_000)
-    return sorted(base.glob("model-*.safetensors"))
-
-
 def test_the_hubs_records_of_a_download_are_its_sums(world, base, tmp_path):
     """Both ways in which its tools leave files: links to blobs named by their sums, and metadata beside copies."""
-    files = split(base)
+    files = tiny.split(base)
     linked = shutil.copytree(base, tmp_path / "linked")
     (tmp_path / "blobs").mkdir()
     (base / ".cache" / "huggingface" / "download").mkdir(parents=True)
@@ -171,7 +164,7 @@ def test_the_hubs_records_of_a_download_are_its_sums(world, base, tmp_path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_value_that_is_not_finite_is_named_with_file_and_tensor(world, base, tmp_path, value):
-    assert len(split(base)) > 2
+    assert len(tiny.split(base)) > 2
     name = "model.layers.1.mlp.down_proj.weight"
     tensor = open_folder(base)[name]
     content = bytearray(tensor.path.read_bytes())
