@@ -5,26 +5,38 @@ On data with fractional and negative weights, of which much is not supervised: t
 supervised token in a step, and each epoch's last step lacks bins.
 """
 
+import dataclasses
 import json
 import os
 import random
+import re
 import shutil
+from collections import Counter
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
 
 from ochat import config as configuration
+from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
-from ochat.train import resolve
+from ochat.train import optim, resolve
+from ochat.train.trainer import Trainer
 from tests import pool, tiny
-from tests.laws import exactness_worker
 
 STEPS, BINS = 20, 4
 TOLERANCE = 1e-6  # relative, in norm: sums of fp32 in another order differ by some 1e-7
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 WEIGHTS = ["--classes.right.weight=0.73", "--classes.wrong.weight=-0.21", "--classes.silent.weight=0"]
+UPDATE = optim.update
+GATHER = re.compile(r"FSDP::all_gather(?: \((.*)\))?")
 BITWISE = "--run.deterministic=true"
 CASES = {  # processes -> name -> (micro-batches that a process makes of its part of a step; 0: its bins, options)
     2: {
@@ -41,6 +53,71 @@ CASES = {  # processes -> name -> (micro-batches that a process makes of its par
     8: {"bins": (0, ["--data.bins_per_step=8", "--data.token_budget=96"])},
 }
 EXACT = [(processes, name) for processes in (2, 4) for name in CASES[processes] if name != "rounded"]
+
+
+class WatchedTrainer(Trainer):
+    """A trainer that looks at its first steps."""
+
+    def watch(self, split: int) -> None:
+        self.gradients, self.gathers, self.idle = {}, Counter(), False
+        if split:
+            self.loader.step = lambda step: self.resplit(step, split)
+
+    def resplit(self, step: int, split: int) -> list:
+        """This rank's sequences of a step in `split` micro-batches."""
+        loader = self.loader
+        epoch, number = loader.position(step)
+        first = number * loader.bins_per_step
+        bins = range(first + loader.rank, first + loader.bins_per_step, loader.world)
+        indices = np.concatenate([loader.plan(epoch).bin(b) for b in bins])
+        return [loader.dataset.batch(part) for part in np.array_split(indices, split)]
+
+    def step(self, step: int, batches: list) -> None:
+        self.idle |= not any(batch.num_supervised for batch in batches)
+        if step != 1 or self.ranks.rank or self.ranks.world == 1:
+            return super().step(step, batches)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            super().step(step, batches)
+        found = [GATHER.fullmatch(event.name) for event in seen.events() or ()]
+        self.gathers = Counter(match[1] or "" for match in found if match)
+
+    def keep_gradients(self, optimizer, **options):
+        """In place of optim.update: keeps whole gradients of the first step, then updates."""
+        for name, parameter in self.model.named_parameters() if not self.gradients else ():
+            gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+            self.gradients[name] = gradient.clone()
+        return UPDATE(optimizer, **options)
+
+
+def run(config: configuration.Config, ranks: Ranks, split: int = 0) -> None:
+    """One case from its start to its export; `split`: the micro-batches that a rank makes of its sequences of a step,
+    0: its bins. Leaves RUN/gradients.safetensors, those of the first step, and RUN/notes.json: how often each group of
+    weights was gathered in the second step (`gathers`; the root's is ""), the ranks whose part of some step had nothing
+    supervised (`idle`), and how full each step was, in bins (`bins`)."""
+    resolve.determinism(config.run.deterministic)
+    trainer = WatchedTrainer(config, ranks)
+    trainer.watch(split)
+    with mock.patch.object(optim, "update", trainer.keep_gradients):
+        trainer.run()
+    idle = [rank for rank, record in enumerate(ranks.all_gather_json({"idle": trainer.idle})) if record["idle"]]
+    if ranks.is_first:
+        save_file(trainer.gradients, Path(config.run.dir) / "gradients.safetensors")
+        plans = [trainer.loader.plan(epoch) for epoch in range(config.data.epochs)]
+        bins = [int(n) for plan in plans for n in (plan.bin_tokens > 0).reshape(plan.num_steps, -1).sum(1)]
+        notes = {"gathers": trainer.gathers, "idle": idle, "bins": bins}
+        (Path(config.run.dir) / "notes.json").write_text(json.dumps(notes))
+
+
+def run_cases(path: str) -> None:
+    """Every case of the file, each a configuration, options and `split`, on the ranks of this process group."""
+    cases = json.loads(Path(path).read_text())
+    configs = [configuration.load(case["config"], case["options"]) for case in cases]
+    ranks = processes.start(configs[0].train, configs[0].parallel)
+    for config, case in zip(configs, cases, strict=True):
+        replicate = config.parallel.replicate
+        mesh = init_device_mesh("cpu", (replicate, ranks.world // replicate), mesh_dim_names=("replicate", "shard"))
+        run(config, dataclasses.replace(ranks, mesh=mesh), case["split"])
+    processes.stop()
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +141,7 @@ def options(world, name, *more):
 
 
 def run_alone(world, name, split=0, *more):
-    exactness_worker.run(configuration.load(world.config, options(world, name, *more)), ALONE, split)
+    run(configuration.load(world.config, options(world, name, *more)), ALONE, split)
     return world.folder / name
 
 
@@ -88,7 +165,7 @@ def launched(sparse):
             ]
             folder.mkdir()
             (folder / "cases.json").write_text(json.dumps(cases))
-            pool.run(processes, "tests.laws.exactness_worker:main", str(folder / "cases.json"))
+            pool.run(processes, "tests.laws.test_exactness:run_cases", str(folder / "cases.json"))
             done.add(processes)
         return folder
 
