@@ -31,7 +31,7 @@ from ochat.model.transformer import Transformer
 from ochat.run import layout
 from ochat.train import optim, sharding
 from tests import pool, tiny
-from tests.checkpoint.test_checkpoint_faults import ALONE, curve
+from tests.checkpoint.test_checkpoint_faults import ALONE
 
 WEIGHTS, OPTIMIZER = (f"{kind}-00001-of-00001.safetensors" for kind in manifest.KINDS)
 OPTIONS = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=0"]
@@ -136,7 +136,8 @@ def test_auto_resumes_from_the_newest_complete_one_and_reports_what_it_skipped(w
     said = " ".join(capsys.readouterr().out.split())
     assert re.search(f"skipping step_15: .*{OPTIMIZER}: damaged", said)
     assert re.search(f"skipping step_10: .*{WEIGHTS}: missing", said) and re.search("resuming from .*step_5", said)
-    assert curve(lines) == curve(alone)
+    assert tiny.curve(lines) == tiny.curve(alone)
+    assert tiny.is_equal(*(tiny.state(folder, len(alone)) for folder in (run, world.folder / "alone")))
     for number in (10, 15):  # written again
         verify_checkpoint(step(run, number), ALONE)
     assert not list((run / "checkpoints").glob(".*"))
@@ -269,7 +270,7 @@ def test_training_continues_during_a_save_which_holds_its_own_step(world, alone,
     monkeypatch.setattr(PinnedSafetensors, "write", write)
     monkeypatch.setattr(AsyncCheckpointer, "save", save)
     lines = tiny.train(world, tmp_path / "run", *OPTIONS)
-    assert curve(lines) == curve(alone)
+    assert tiny.curve(lines) == tiny.curve(alone)
     assert seconds[0] < 0.5 < max(seconds)  # two files of half a second each: the first save waits for neither
     said = " ".join(capsys.readouterr().out.split())
     assert "the checkpoint of step 10 waits until the one before is written" in said
@@ -303,7 +304,7 @@ def test_a_save_that_fails_is_reported_and_retried_at_the_next(world, alone, tmp
     limit(10, 15, most)
     lines, run_dir = tiny.train(world, tmp_path / "run", *OPTIONS), tmp_path / "run"
     said = " ".join(capsys.readouterr().out.split())
-    assert curve(lines) == curve(alone)
+    assert tiny.curve(lines) == tiny.curve(alone)
     assert "WARNING the checkpoint of step 10 could NOT be saved" in said and "resumes from" in said
     assert ("metrics.jsonl cannot be written (File too large)" in said) == (most == 100)
     folders = layout.checkpoint_folders(run_dir)
@@ -320,7 +321,7 @@ def test_a_last_save_that_fails_is_an_error_that_the_same_command_repairs(world,
         tiny.train(world, tmp_path / "run", *OPTIONS)
     assert [folder.name for folder in layout.checkpoint_folders(tmp_path / "run")] == ["step_5"]
     limit(0, 0)
-    assert curve(tiny.train(world, tmp_path / "run", *OPTIONS)) == curve(alone)
+    assert tiny.curve(tiny.train(world, tmp_path / "run", *OPTIONS)) == tiny.curve(alone)
 
 
 def test_a_shard_that_another_machine_wrote_to_a_disk_of_its_own_fails_the_save(world, tmp_path, monkeypatch):

@@ -23,10 +23,6 @@ from tests import tiny
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 
 
-def curve(lines):
-    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
-
-
 def descendants(pid):
     """A process and all that it started, also those in sessions of their own, as torchrun's workers are."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
@@ -39,6 +35,19 @@ def kill(process):
     tell(job, signal.SIGSTOP)
     tell(job, signal.SIGKILL)
     process.wait()
+
+
+@contextlib.contextmanager
+def started(log, *commands, **environment):
+    """The processes of these commands, side by side, which write to the log; killed at the end in any case."""
+    options = {"cwd": tiny.ROOT, "env": tiny.environment() | environment}
+    with log.open("a") as output:
+        processes = [subprocess.Popen(command, stdout=output, stderr=output, **options) for command in commands]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            kill(process)
 
 
 def tell(job, number):
@@ -67,13 +76,11 @@ def run_until_killed(command, run_dir, draw, *, saving):
     """Starts the job and kills it: while a checkpoint is half written, or a random time after it got one further.
     Returns where it stood and whether a half-written folder was left."""
     start, log = newest(run_dir), run_dir.with_suffix(".log")
-    with log.open("a") as output:
-        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
-    wait_for(process, lambda: newest(run_dir) > start, log)
-    time.sleep(draw.uniform(0, 0.1))
-    if saving:
-        stop_while_saving(process, run_dir)
-    kill(process)
+    with started(log, command) as (process,):
+        wait_for(process, lambda: newest(run_dir) > start, log)
+        time.sleep(draw.uniform(0, 0.1))
+        if saving:
+            stop_while_saving(process, run_dir)
     return newest(run_dir), bool(list((run_dir / "checkpoints").glob(".step_*.tmp")))
 
 
@@ -91,7 +98,7 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_ne
     assert sorted({step for step, _ in stood}) == [step for step, _ in stood]  # each went further than the one before
     assert all(half for _, half in stood[::2]), "a kill that was meant for a save met none"
     tiny.train_on_ranks(world, run_dir, 2, *options)
-    assert curve(tiny.metrics(run_dir)) == curve(expected)
+    assert tiny.curve(tiny.metrics(run_dir)) == tiny.curve(expected)
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 
@@ -104,18 +111,13 @@ def test_one_process_that_cannot_write_costs_all_a_checkpoint_and_none_the_run(w
     """The second process's files may not grow for a while, the first one's may: they agree, go on, and save again."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     options = ["--data.epochs=40", "--checkpoint.every=20", "--train.eval_every=100000"]
-    with log.open("w") as output:
-        command = tiny.torchrun_command(world, run_dir, 2, *options)
-        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
-    try:
+    with started(log, tiny.torchrun_command(world, run_dir, 2, *options)) as (process,):
         wait_for(process, lambda: newest(run_dir), log)
         (second,) = (pid for pid in descendants(process.pid) if rank_of(pid) == 1)
         resource.prlimit(second, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         wait_for(process, lambda: "could NOT be saved: process 1: OSError: [Errno 27]" in log.read_text(), log)
         resource.prlimit(second, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert process.wait(120) == 0, log.read_text()
-    finally:
-        kill(process)
     steps = [line["step"] for line in tiny.metrics(run_dir)]
     assert steps == list(range(1, 361)) and newest(run_dir) == 360
     assert all(verify_checkpoint(folder, ALONE) for folder in layout.checkpoint_folders(run_dir))

@@ -6,13 +6,12 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 
 import pytest
 
 from tests import tiny
-from tests.checkpoint.test_checkpoint_faults import curve, descendants, kill, newest, rank_of, tell, wait_for
+from tests.checkpoint.test_checkpoint_faults import descendants, newest, rank_of, started, tell, wait_for
 
 pytestmark = pytest.mark.usefixtures("alone")  # it fills Numba's cache, which a short time-out has no room for
 LONG = ["--data.epochs=2000", "--train.eval_every=100000", "--checkpoint.every=100000"]
@@ -50,12 +49,8 @@ def start(world, run_dir, processes, *more, launcher=(), in_step="pass", in_save
     command = tiny.torchrun_command(world, run_dir, processes, *LONG, *more)
     words = command.index("-m", command.index("torch.distributed.run"))
     command[words : words + 2] = [*launcher, str(program)]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
-    try:
+    with started(log, command) as (process,):
         yield process, log
-    finally:
-        kill(process)
 
 
 def workers(process):
@@ -138,7 +133,7 @@ def test_torchrun_restarts_a_run_that_lost_a_process_and_the_curve_is_the_same(w
         os.kill(workers(process)[1], signal.SIGKILL)
         assert process.wait(120) == 0, log.read_text()
     assert "resuming from" in words(log) and "has not been heard of" in words(log)
-    assert curve(tiny.metrics(run_dir)) == curve(tiny.metrics(whole))
+    assert tiny.curve(tiny.metrics(run_dir)) == tiny.curve(tiny.metrics(whole))
 
 
 def test_processes_whose_torchrun_was_killed_save_and_stop(world, tmp_path):

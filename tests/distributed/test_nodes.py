@@ -1,6 +1,5 @@
 """Several machines: the scripts of configs/launch are started, here and on two hosts with a network between them."""
 
-import contextlib
 import os
 import signal
 import socket
@@ -15,29 +14,13 @@ from ochat.checkpoint.manifest import verify_checkpoint
 from ochat.distributed.processes import Ranks
 from ochat.run import layout as layout_module
 from tests import tiny
-from tests.checkpoint.test_checkpoint_faults import kill, wait_for
+from tests.checkpoint.test_checkpoint_faults import kill, started, wait_for
 
 LAUNCH = tiny.ROOT / "configs" / "launch"
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 OPTIONS = ["--data.epochs=2", "--checkpoint.every=5"]
-
-
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-
-
-@contextlib.contextmanager
-def started(log, *commands, **more):
-    """The commands side by side, with torchrun on the path, and two processes a node unless said; killed at the end in
-    any case."""
-    environment = tiny.environment() | {"PATH": PATH, "GPUS": "2", "RESTARTS": "0"} | more
-    with log.open("a") as output:
-        options = {"cwd": tiny.ROOT, "env": environment, "stdout": output, "stderr": output}
-        processes = [subprocess.Popen(command, **options) for command in commands]
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            kill(process)
+NODE = {"PATH": PATH, "GPUS": "2", "RESTARTS": "0"}  # torchrun on the path, two processes
 
 
 def free_port():
@@ -61,7 +44,7 @@ def test_the_recipes_give_the_curve_of_one_process(world, alone, tmp_path, scrip
     run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [LAUNCH / script, *tiny.options(world, run_dir, *OPTIONS)]
     more = {"HEAD": "localhost", "NODES": "2", "PORT": free_port()} if count > 1 else {}
-    with started(log, *[command] * count, **more) as nodes:
+    with started(log, *[command] * count, **NODE | more) as nodes:
         assert [node.wait(120) for node in nodes] == [0] * count, log.read_text()
     assert f"one copy, sharded over {2 * count} processes, on {count} node" in " ".join(log.read_text().split())
     assert_same_run(run_dir, alone)
@@ -101,7 +84,7 @@ def test_two_hosts_that_share_only_a_disk_train_one_model(world, alone, tmp_path
     run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [LAUNCH / "multi_node.sh", *tiny.options(world, run_dir, *OPTIONS, "--parallel.replicate=2")]
     more = {"HEAD": hosts[0], "NODES": "2", "GLOO_SOCKET_IFNAME": "eth0"}
-    with started(log, *(on(name, command) for name in hosts), **more) as nodes:
+    with started(log, *(on(name, command) for name in hosts), **NODE | more) as nodes:
         assert [node.wait(120) for node in nodes] == [0, 0], log.read_text()
     assert_same_run(run_dir, alone)
 
@@ -112,7 +95,7 @@ def test_a_host_that_goes_dark_ends_the_other_by_name(world, alone, tmp_path, ho
     options = ["--data.epochs=2000", "--train.eval_every=100000", "--parallel.timeout_s=5"]
     command = [LAUNCH / "multi_node.sh", *tiny.options(world, run_dir, *options)]
     more = {"HEAD": hosts[0], "NODES": "2", "GLOO_SOCKET_IFNAME": "eth0", "GPUS": "1"}
-    with started(log, *(on(name, command) for name in hosts), **more) as (first, second):
+    with started(log, *(on(name, command) for name in hosts), **NODE | more) as (first, second):
         wait_for(first, (run_dir / "metrics.jsonl").exists, log)
         subprocess.run(["ip", "-n", hosts[1], "link", "set", "eth0", "down"], check=True)
         kill(second)
@@ -147,14 +130,14 @@ def test_the_slurm_script_saves_before_the_time_is_up_and_goes_on_when_it_is_sta
     command = [LAUNCH / "slurm.sh", *tiny.options(world, run_dir, *options)]
     more = {"PATH": f"{tmp_path}:{PATH}", "REQUEUED": str(requeued), "GPUS": "1", "RESTARTS": "3"}
     more |= {"SLURM_JOB_ID": free_port(), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
-    with started(log, command, **more) as (process,):
+    with started(log, command, **NODE | more) as (process,):
         wait_for(process, (run_dir / "metrics.jsonl").exists, log)
         process.send_signal(signal.SIGUSR1)
         assert process.wait(60) != 0
     assert requeued.read_text() == f"requeue {more['SLURM_JOB_ID']}\n", log.read_text()
     saved = layout_module.step_of(layout_module.checkpoint_folders(run_dir)[-1])
     assert 0 < saved == len(tiny.metrics(run_dir)) < 360
-    with started(log, command, **more) as (process,):
+    with started(log, command, **NODE | more) as (process,):
         assert process.wait(120) == 0, log.read_text()
     assert [line["step"] for line in tiny.metrics(run_dir)] == list(range(1, 361))
     assert requeued.read_text().count("\n") == 1 and f"resuming from {run_dir}" in " ".join(log.read_text().split())

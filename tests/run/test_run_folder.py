@@ -20,7 +20,7 @@ from ochat.run.lock import folder_lock, is_seen
 from ochat.train import build
 from ochat.train.trainer import Trainer, train
 from tests import tiny
-from tests.checkpoint.test_checkpoint_faults import kill, wait_for
+from tests.checkpoint.test_checkpoint_faults import started, wait_for
 
 LONG = ["--data.epochs=200", "--train.eval_every=100000"]
 
@@ -30,13 +30,9 @@ def running(world, tmp_path):
     """(process, run folder) of a run that will not end by itself, after its first checkpoint."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     command = [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *LONG, "--checkpoint.every=5")]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=tiny.ROOT, env=tiny.environment(), stdout=output, stderr=output)
-    try:
+    with started(log, command) as (process,):
         wait_for(process, lambda: layout.checkpoint_folders(run_dir), log)
         yield process, run_dir
-    finally:
-        kill(process)
 
 
 def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_kill_leaves_no_lock(running, world):
@@ -90,28 +86,22 @@ def test_a_file_system_without_locks_is_warned_of_and_used(tmp_path, monkeypatch
 
 
 @pytest.fixture
-def disk(tmp_path):
-    """Mounts disks below tmp_path; they are gone after the test."""
-    made = []
-
-    def mount(options):
-        folder = tmp_path / f"disk{len(made)}"
+def disks(tmp_path):
+    """Two that are mounted for the test: one with no room left, and one that is only read."""
+    disks = {tmp_path / "full": "size=16k", tmp_path / "readonly": "ro"}
+    for folder, options in disks.items():
         folder.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
         if subprocess.run(command, capture_output=True).returncode:
             pytest.skip("mounting a disk takes root")
-        made.append(folder)
-        return folder
-
-    yield mount
-    for folder in made:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    yield tuple(disks)
+    subprocess.run(["umount", "--lazy", *disks], check=True)
 
 
-def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_built(world, tmp_path, monkeypatch, disk):
+def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_built(world, tmp_path, monkeypatch, disks):
     monkeypatch.setattr(Trainer, "__init__", lambda *_: pytest.fail("the run went on"))
     (tmp_path / "file").write_text("")
-    full, readonly = disk("size=16k"), disk("ro")
+    full, readonly = disks
     reasons = {
         "file/below": "Not a directory", readonly: "Read-only file system", readonly / "new": "Read-only file system",
         full: "No space left on device", "a\\u0000b": "embedded null byte",

@@ -1,10 +1,9 @@
-"""Laws of a run: the same curve on any number of processes, bitwise the same after a stop, and clear refusals."""
+"""Laws of a run: the same curve on any number of processes, bitwise the same after a signal, and clear refusals."""
 
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,9 +12,9 @@ import pytest
 from ochat.config import OptimConfig
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError
-from ochat.train import build
 from ochat.train.schedule import lr_at
 from tests import tiny
+from tests.checkpoint.test_checkpoint_faults import descendants, rank_of, started, wait_for
 
 LINE = [
     "step", "epoch", "loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "supervised_tokens_per_s",
@@ -59,19 +58,6 @@ def test_the_curve_is_the_same_on_any_number_of_processes(world, alone, processe
     assert tiny.metrics(ours, "samples.jsonl") == tiny.metrics(theirs, "samples.jsonl")
 
 
-def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(world, alone, tmp_path):
-    shutil.copytree(world.folder / "alone", tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        if path.name != "step_5":
-            shutil.rmtree(path)
-    options = ["--data.epochs=2", "--checkpoint.every=5", "--checkpoint.keep=2", f"--data.eval_path={world.data}"]
-    lines = tiny.train(world, tmp_path / "run", *options)
-    assert tiny.curve(lines) == tiny.curve(alone)
-    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == sorted([f"step_{len(alone)}", f"step_{(len(alone) - 1) // 5 * 5}"])
-    assert tiny.is_equal(*(tiny.state(run, len(alone)) for run in (tmp_path / "run", world.folder / "alone")))
-
-
 def test_a_finished_run_has_nothing_left_to_do(world, alone, capsys):
     before = (world.folder / "alone" / "metrics.jsonl").read_text()
     capsys.readouterr()
@@ -82,20 +68,13 @@ def test_a_finished_run_has_nothing_left_to_do(world, alone, capsys):
     assert f"look at it: ochat report {world.folder / 'alone'}" in said
 
 
-def started(command):
-    return subprocess.Popen(
-        command, cwd=tiny.ROOT, env=tiny.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def test_a_signal_saves_and_the_same_command_continues(world, tmp_path):
-    run_dir, options = tmp_path / "run", ["--data.epochs=12", "--checkpoint.every=1000"]
-    process = started([sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)])
-    assert any("step " in line and "loss" in line for line in iter(process.stdout.readline, ""))
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert "start the same command again" in output
+    run_dir, log, options = tmp_path / "run", tmp_path / "log", ["--data.epochs=12", "--checkpoint.every=1000"]
+    with started(log, [sys.executable, "-m", "ochat.train", *tiny.options(world, run_dir, *options)]) as (process,):
+        wait_for(process, (run_dir / "metrics.jsonl").exists, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 128 + signal.SIGTERM, log.read_text()
+    assert "start the same command again" in log.read_text()
     saved = [path.name for path in (run_dir / "checkpoints").iterdir()]
     assert saved == [f"step_{len(tiny.metrics(run_dir))}"]
     lines = tiny.train(world, run_dir, *options)
@@ -105,14 +84,13 @@ def test_a_signal_saves_and_the_same_command_continues(world, tmp_path):
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(world, tmp_path):
     """The ranks agree over the hosts' network, independent of when they log."""
     options = ["--data.epochs=200", "--checkpoint.every=100000", "--train.log_every=100000"]
-    run_dir = tmp_path / "run"
-    process = started(tiny.torchrun_command(world, run_dir, 2, *options, "--train.eval_every=100000"))
-    assert any("mfu is of" in line for line in iter(process.stdout.readline, ""))  # the last line before the first step
-    time.sleep(1)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGUSR1)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = tiny.torchrun_command(world, run_dir, 2, *options, "--train.eval_every=100000")
+    with started(log, command) as (process,):
+        wait_for(process, lambda: "mfu is of" in log.read_text(), log)  # the last line before the first step
+        time.sleep(1)
+        os.kill(next(pid for pid in descendants(process.pid) if rank_of(pid) == 1), signal.SIGUSR1)
+        assert process.wait(120) != 0
     (saved,) = (run_dir / "checkpoints").iterdir()
     assert saved.name == f"step_{len(tiny.metrics(run_dir))}"
 
@@ -128,15 +106,6 @@ def test_the_triton_kernels_train_the_same(world, tmp_path, processes, more):
     lines = tiny.metrics(tmp_path / "run")
     for name in ("loss", "grad_norm", "accuracy"):
         assert [line[name] for line in lines] == pytest.approx([line[name] for line in expected], rel=1e-5)
-
-
-def test_padding_to_the_budget_changes_nothing(world, alone, tmp_path, monkeypatch):
-    plain = build.open_loader
-    monkeypatch.setattr(build, "open_loader", lambda *args, **more: plain(*args, **(more | {"pad": True})))
-    lines = tiny.train(world, tmp_path / "run", "--data.epochs=2")
-    for ours, theirs in zip(lines, alone, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert ours["padded_tokens_per_s"] > ours["tokens_per_s"]
 
 
 def test_a_factor_of_all_weights_changes_no_loss(world, tmp_path):
