@@ -3,6 +3,7 @@
     world = tiny.make(tmp_path); tiny.train(world, run_dir, "--data.max_steps=3")
     tiny.train_on_ranks(world, run_dir, 2, "--data.max_steps=3")
 The first trains in this process, the second on two of the pool. torchrun_command gives the words of a real launch.
+write_tokenizer, mixed_conversations and write_lines are for tests that need no model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from ochat.data.prepare import prepare
 from ochat.files.checksums import SUMS
 from ochat.model import hf
 from tests import pool
-from tests.tiny_text import write_lines
 
 ROOT = Path(__file__).parents[1]
 EOT = "<|end_of_turn|>"
@@ -80,6 +80,13 @@ def write_base(folder: Path, base: Path, model: dict) -> None:
     )
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """A folder with a tokenizer.json of 256 bytes, BOS, EOS and the end of turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    step_cases.write_bytes_tokenizer(folder, step_cases.END_OF_TURN)
+    return folder
+
+
 def split(base: Path) -> list[Path]:
     """Puts the base into several files without sums, as a large model comes; the files."""
     model = hf.load(base, dtype="float32")
@@ -103,6 +110,32 @@ def conversations(count: int = 60, seed: int = 0, classes: tuple[str, str] = ("G
             items.append({"role": "assistant", "content": answer, "weight": 1.0 if is_expert else 0.1})
         records.append({"items": items, "condition": classes[is_expert], "system": "Add." if i % 7 == 0 else ""})
     return records
+
+
+def mixed_conversations(seed: int, count: int) -> list[dict]:
+    """Records of one to three exchanges in two classes, some with weights, a system text or a trailing question."""
+    rng = random.Random(seed)
+
+    def text() -> str:
+        return "".join(rng.choice("abc de\n<|") for _ in range(rng.randint(0, 40)))
+
+    def turn(role: str) -> dict:
+        weight = {} if rng.random() < 0.5 else {"weight": rng.choice([0.0, 0.5, 1.0]) if role == "user" else 1.0}
+        return {"role": role, "content": text()} | weight
+
+    def record() -> dict:
+        items = [turn(role) for _ in range(rng.randint(1, 3)) for role in ("user", "assistant")]
+        items += [turn("user")] if rng.random() < 0.2 else []
+        system = {"system": text()} if rng.random() < 0.3 else {}
+        return {"items": items, "condition": rng.choice(["GPT4", "GPT3"])} | system
+
+    return [record() for _ in range(count)]
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    """JSON Lines."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    return path
 
 
 def options(world: World, run_dir: Path, *more: str) -> list[str]:

@@ -3,14 +3,14 @@
 import pytest
 
 from ochat.data import prepare
-from tests.tiny_text import write_base, write_lines
+from tests.tiny import write_lines, write_tokenizer
 
 TEMPLATE = "openchat_v3.2"
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
+    return write_tokenizer(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")

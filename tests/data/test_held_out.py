@@ -18,7 +18,7 @@ from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message
 from tests import tiny
 from tests.data.conftest import places
-from tests.tiny_text import write_lines
+from tests.tiny import write_lines
 
 TEMPLATE = "openchat_v3.2"
 texts = st.text(max_size=10)

@@ -11,12 +11,12 @@ from ochat.data.loader import Loader
 from ochat.errors import ConfigError, DataError
 from ochat.packing import multipack
 from ochat.packing.multipack import EpochPlanCache
-from tests.tiny_text import conversations
+from tests.tiny import mixed_conversations
 
 
 @pytest.fixture(scope="module")
 def data(prepare_into, tmp_path_factory):
-    return TokenDataset(prepare_into(tmp_path_factory.mktemp("loader") / "data", conversations(7, 150)).output)
+    return TokenDataset(prepare_into(tmp_path_factory.mktemp("loader") / "data", mixed_conversations(7, 150)).output)
 
 
 def load(data, **options):

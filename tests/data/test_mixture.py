@@ -18,7 +18,7 @@ from ochat.plan import tables
 from ochat.train import build
 from tests import tiny
 from tests.data.conftest import examples, places
-from tests.tiny_text import conversations
+from tests.tiny import mixed_conversations
 
 LENGTHS = st.lists(st.integers(1, 50), min_size=1, max_size=30).map(np.array)
 
@@ -61,7 +61,7 @@ def folders(prepare_into, tmp_path_factory):
     """Two sets over one base; the second has a class that the first does not know."""
     folder = tmp_path_factory.mktemp("mixture")
     for name, seed, count, names in (("chat", 1, 90, ("GPT4", "GPT3")), ("code", 2, 60, ("coder", "GPT4"))):
-        records = conversations(seed, count)
+        records = mixed_conversations(seed, count)
         for record in records:
             record["condition"] = names[record["condition"] == "GPT3"]
         prepare_into(folder / name, records, f"{name}.jsonl")

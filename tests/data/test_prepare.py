@@ -24,7 +24,7 @@ from ochat.text.conversation import Conversation
 from ochat.text.template import Span
 from tests import tiny
 from tests.data.conftest import chat, examples, places
-from tests.tiny_text import conversations, write_lines
+from tests.tiny import mixed_conversations, write_lines
 
 TEMPLATE = "openchat_v3.2"
 
@@ -47,7 +47,7 @@ def counted(report):
 @pytest.mark.parametrize("conditions", ["both", "assistant", "ignore"])
 @pytest.mark.parametrize("context", [None, 60])
 def test_examples_are_the_templates_own_cut_and_trimmed(make, base, tmp_path, conditions, context):
-    records = conversations(seed=1, count=200)
+    records = mixed_conversations(seed=1, count=200)
     report = make(records, conditions=conditions, context=context)
     form, tokens = template.with_conditions(template.load(TEMPLATE), conditions), tokenizer.load(base)
     expected, num_cut = [], 0
@@ -67,7 +67,7 @@ def test_examples_are_the_templates_own_cut_and_trimmed(make, base, tmp_path, co
 
 def test_workers_and_shards_change_nothing(make, tmp_path, monkeypatch):
     """Two processes and many small shards give the examples of one process and one shard."""
-    records = conversations(seed=2, count=1500)
+    records = mixed_conversations(seed=2, count=1500)
     make(records, workers=0)
     alone = TokenDataset(tmp_path / "out")
     expected = examples(alone), places(alone)
@@ -81,7 +81,7 @@ def test_workers_and_shards_change_nothing(make, tmp_path, monkeypatch):
 def test_equal_input_gives_equal_files(make, tmp_path):
     contents = []
     for _ in range(2):
-        make(conversations(seed=3, count=50), overwrite=True)
+        make(mixed_conversations(seed=3, count=50), overwrite=True)
         contents.append({path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()})
     assert contents[0] == contents[1]
 

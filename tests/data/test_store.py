@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from ochat.config import ClassConfig, WeightsConfig
 from ochat.data import manifest, store, store_writer
@@ -189,20 +189,15 @@ def write_sparse(folder, num_sequences):
         "files": np.zeros(num_sequences, np.uint16),
         "span_roles": np.full(num_sequences, ASSISTANT, np.uint8),
     }
-    names = {"i8": "I64", "i4": "I32", "f4": "F32", "u2": "U16", "u1": "U8"}
-    header, end = {}, 0
-    for name, column in columns.items():
-        begin, end = end, end + column.nbytes
-        header[name] = {"dtype": names[column.dtype.str[1:]], "shape": [len(column)], "data_offsets": [begin, end]}
-    num_tokens = num_sequences * LENGTH
+    whole, num_tokens = save(columns), num_sequences * LENGTH
+    begin = 8 + int.from_bytes(whole[:8], "little")
+    header, end = json.loads(whole[8:begin]), len(whole) - begin
     header["input_ids"] = {"dtype": "U16", "shape": [num_tokens], "data_offsets": [end, end + 2 * num_tokens]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path = folder / "shard-00000.safetensors"
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for column in columns.values():
-            file.write(column.tobytes())
+        file.write(len(text).to_bytes(8, "little") + text + whole[begin:])
         file.truncate(file.tell() + 2 * num_tokens)
     shard = {"file": path.name, "sha256": "0" * 64, "bytes": path.stat().st_size, "sequences": num_sequences}
     record = MANIFEST | {"format": "ochat-tokens", "version": 1, "classes": ["GPT4", "GPT3"], "files": ["a"]}

@@ -19,7 +19,7 @@ from ochat.text.conversation import Conversation, Message
 from tests import tiny
 from tests.chat_stub import ChatStub, Fault
 from tests.evaluate.conftest import answer_alone, read_lines
-from tests.tiny_text import write_lines
+from tests.tiny import write_lines
 
 ALPACA = [  # as published: with the reference's answer
     {"dataset": "helpful_base", "instruction": f"{i}+1", "output": "theirs", "generator": "text_davinci_003"}

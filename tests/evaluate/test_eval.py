@@ -19,7 +19,7 @@ from ochat.export.hf_folder import export
 from ochat.text.conversation import Conversation
 from tests import tiny
 from tests.evaluate.conftest import answer_alone, read_lines
-from tests.tiny_text import write_lines
+from tests.tiny import write_lines
 
 
 def run(model, data, **more):

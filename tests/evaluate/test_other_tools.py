@@ -21,7 +21,7 @@ from ochat.text.tokenizer import load as load_tokenizer
 from tests import tiny
 from tests.chat_stub import ChatStub
 from tests.evaluate.conftest import read_lines
-from tests.tiny_text import write_lines
+from tests.tiny import write_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TOOLS = tiny.ROOT / ".cache" / "tools"

@@ -22,7 +22,7 @@ from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
 from tests.model import test_init_base
-from tests.tiny_text import conversations, write_base, write_lines
+from tests.tiny import mixed_conversations, write_lines, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_equals_a_loop_over_tokens_in_float64(setting, monkeypatch, tokens_per_p
 def test_an_exchanged_prefix_is_the_conversation_encoded_anew(tmp_path, name, mode):
     template = templates.with_conditions(templates.load(name), mode)
     tokens = ("<|end_of_turn|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    tokenizer = tokenizers.load(write_base(tmp_path / "base"), tokens)
-    names, chats = ["A B", "", "GPT4"], [Conversation.from_dict(record) for record in conversations(3, 20)]
+    tokenizer = tokenizers.load(write_tokenizer(tmp_path / "base"), tokens)
+    names, chats = ["A B", "", "GPT4"], [Conversation.from_dict(record) for record in mixed_conversations(3, 20)]
     for each in chats + CONVERSATIONS:
         if all(message.weight == 0 for message in each.items if message.role == "assistant"):
             continue
@@ -118,7 +118,7 @@ def test_every_prefix_has_the_same_tokens_however_short_the_context(setting):
 
 def test_a_prepared_set_and_its_shards_read_as_its_conversations(tmp_path):
     """Weights given and left out, system texts and trailing questions among them."""
-    base, file = write_base(tmp_path / "base"), write_lines(tmp_path / "chats.jsonl", conversations(5, 60))
+    base, file = write_tokenizer(tmp_path / "base"), write_lines(tmp_path / "chats.jsonl", mixed_conversations(5, 60))
     for name, more in (("data", {}), ("1", {"shard": "1/2"}), ("2", {"shard": "2/2"})):
         prepare([file], base, "openchat_v3.2", tmp_path / name, on_bad="skip", progress=False, **more)
     tokenizer, template = tokenizers.load(base), templates.load("openchat_v3.2")

@@ -43,7 +43,7 @@ from ochat.run import layout
 from ochat.text import tokenizer
 from ochat.text.conversation import Conversation
 from tests import tiny
-from tests.tiny_text import conversations
+from tests.tiny import mixed_conversations
 
 SECONDS = 5  # of the processor, for one input: a machine that has other work too says nothing about it
 COUNTS: Counter[str] = Counter()
@@ -160,7 +160,7 @@ def through(path: Path, use):
 
 
 def conversation_files(place: Path):
-    good = [json.dumps(record) for record in conversations(seed=1, count=4)]
+    good = [json.dumps(record) for record in mixed_conversations(seed=1, count=4)]
     path, lines = place / "in.jsonl", "\n".join(good).encode()
 
     def use() -> None:

@@ -37,7 +37,7 @@ from ochat.plan import lengths
 from ochat.text import tokenizer
 from ochat.text.conversation import Conversation
 from tests import text_kit, tiny
-from tests.tiny_text import write_base
+from tests.tiny import write_tokenizer
 
 LLAMA = tiny.MODEL
 F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
@@ -228,7 +228,7 @@ def prepared(base, source, output, **options):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("base"))
+    return write_tokenizer(tmp_path_factory.mktemp("base"))
 
 
 def test_no_depth_is_just_deep_enough_to_be_read_and_not_shown():

@@ -25,7 +25,7 @@ from ochat.commands.report import ReportOptions
 from ochat.errors import ConfigError, DataError
 from ochat.report import run_record
 from tests import tiny
-from tests.tiny_text import write_lines
+from tests.tiny import write_lines
 
 pytest.importorskip("plotly")
 from ochat.report import charts, tables  # noqa: E402 (they draw with plotly)

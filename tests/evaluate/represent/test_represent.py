@@ -24,7 +24,7 @@ from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from tests import tiny
 from tests.evaluate.conftest import read_lines
-from tests.tiny_text import write_lines
+from tests.tiny import write_lines
 
 for package in represent_module.PACKAGES:
     pytest.importorskip(package, reason="the extra `report` is not installed")
