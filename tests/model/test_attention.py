@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ochat.errors import ConfigError
-from ochat.model.attention import PackedAttention, default_backend
+from ochat.model.attention import PackedAttention
 from tests.numerics import assert_close
 
 
@@ -71,12 +71,6 @@ def test_what_cannot_be_computed_is_refused():
         PackedAttention(cu_seqlens, 4, "flash")
     with pytest.raises(ConfigError, match="half precision, not torch.float32"):
         attend(q, k, v, cu_seqlens, 4, backend="varlen")
-
-
-def test_default_backend():
-    assert default_backend("cpu", torch.bfloat16) == "sdpa"
-    assert default_backend("cuda", torch.float32) == "sdpa"
-    assert default_backend("cuda:1", torch.bfloat16) == "varlen"
 
 
 def fake_varlen(has_gqa, calls):
