@@ -16,13 +16,8 @@ OPS = ochat_kernels.load("reference")
 LENGTHS = (11, 1, 40, 7, 7, 2)  # longer than every window and than the llama3 scaling's original context
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_the_peers_packed_and_alone(family, tmp_path):
+def test_logits_and_gradients_equal_the_peers_packed_and_alone(family, tmp_path):
     peer, ids = make(family, tmp_path), random_ids(*LENGTHS)
     ours = hf.load(tmp_path, dtype="float32")
     packed = ours.logits(ids)
@@ -31,6 +26,15 @@ def test_logits_equal_the_peers_packed_and_alone(family, tmp_path):
         tolerance = 2e-5 * wanted.abs().max()  # a tenth of what is promised; measured: under 1e-6 of the scale
         assert (logits - wanted).abs().max() <= tolerance
         assert (ours.logits([sequence])[0] - wanted).abs().max() <= tolerance
+    direction = torch.randn(max(LENGTHS), VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
+    longest = max(ids, key=len)
+    (peer(torch.tensor([longest])).logits[0] * direction).sum().backward()
+    (ours(*pack_ids(ours, [longest])) * direction).sum().backward()
+    wanted = {name: parameter.grad for name, parameter in peer.named_parameters()}
+    found = to_hf(ours.config, [(name, parameter.grad) for name, parameter in ours.named_parameters()])
+    assert found.keys() == wanted.keys()
+    for name, grad in found.items():
+        assert (grad - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max(), name
 
 
 @pytest.mark.parametrize("family", ["llama3", "mistral", "qwen3-mixed"])
@@ -41,21 +45,6 @@ def test_a_documents_logits_do_not_depend_on_its_neighbours_content(family, tmp_
     for index in range(len(ids)):
         mixed = [*others[:index], ids[index], *others[index + 1 :]]
         assert torch.equal(model.logits(mixed)[index], model.logits(ids)[index])  # same shapes, so bitwise
-
-
-@pytest.mark.parametrize("family", ["llama3", "llama-biases", "qwen2", "qwen3"])
-def test_gradients_equal_the_peers(family, tmp_path):
-    peer, (ids,) = make(family, tmp_path), random_ids(23)
-    model = hf.load(tmp_path, dtype="float32")
-    direction = torch.randn(len(ids), VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    (peer(torch.tensor([ids])).logits[0] * direction).sum().backward()
-    (model(*pack_ids(model, [ids])) * direction).sum().backward()
-    wanted = {name: parameter.grad for name, parameter in peer.named_parameters()}
-    ours = [(name, parameter.grad) for name, parameter in model.named_parameters()]
-    found = to_hf(model.config, ours)
-    assert found.keys() == wanted.keys()
-    for name, grad in found.items():
-        assert (grad - wanted[name]).abs().max() <= 2e-4 * wanted[name].abs().max(), name
 
 
 @pytest.mark.parametrize("offloads", [False, True])
@@ -109,17 +98,13 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path):
         model.logits([[-1]])
 
 
-def test_empty_sequences_have_empty_logits(tmp_path):
-    make("llama2", tmp_path)
-    model = hf.load(tmp_path, dtype="float32")
-    assert [tuple(logits.shape) for logits in model.logits([[], [1, 2], []])] == [(n, VOCAB_SIZE) for n in (0, 2, 0)]
-    assert [tuple(logits.shape) for logits in model.logits([[], []])] == [(0, VOCAB_SIZE)] * 2
-
-
 def test_packing_lays_sequences_end_to_end_with_positions_of_their_own(tmp_path):
     """Logits cannot show a wrong start: rotary attention depends on differences of positions only."""
     make("llama2", tmp_path)
-    input_ids, position_ids, attend = pack_ids(hf.load(tmp_path), [[5, 6, 7], [], [8]])
+    model = hf.load(tmp_path, dtype="float32")
+    input_ids, position_ids, attend = pack_ids(model, [[5, 6, 7], [], [8]])
     assert input_ids.tolist() == [5, 6, 7, 8] and position_ids.tolist() == [0, 1, 2, 0]
     assert attend.cu_seqlens.tolist() == [0, 3, 3, 4] and attend.cu_seqlens.dtype == torch.int32
     assert attend.max_seqlen == 3 and attend.backend == "sdpa"
+    for lengths in ((0, 2, 0), (0, 0)):  # empty ones have empty logits
+        assert [logits.shape for logits in model.logits(random_ids(*lengths))] == [(n, VOCAB_SIZE) for n in lengths]
