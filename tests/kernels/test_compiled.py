@@ -1,16 +1,14 @@
 """The check of compiled kernels: it passes on a good one, and names one that spills, one that does not compile, and
 one that no case launches."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.kernels_check import CompiledKernel, faults
+from tests import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 BAD_KERNELS = """
 import sys
 import torch
@@ -46,10 +44,9 @@ sys.exit(check(launches, [80], console, missing=missing))
 
 
 def run(tmp_path, *command, **variables):
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    kept["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")])
+    kept = {name: value for name, value in tiny.environment().items() if name != "TRITON_INTERPRET"}
     env = kept | {"TRITON_CACHE_DIR": str(tmp_path / "cache")} | variables
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *command], cwd=tiny.ROOT, env=env, capture_output=True, text=True)
 
 
 def test_one_operator_on_one_card(tmp_path):
