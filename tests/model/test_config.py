@@ -155,10 +155,3 @@ def test_harmless_settings_are_no_obstacle():
         "partial_rotary_factor": 1.0, "rope_scaling": None,
     }  # fmt: skip
     assert ModelConfig.from_hf(LLAMA | harmless) == ModelConfig.from_hf(LLAMA)
-
-
-def test_a_missing_config_says_what_a_base_is():
-    with pytest.raises(
-        ConfigError, match="meta-llama/Llama-2-7b-hf/config.json does not exist.*hf download meta-llama"
-    ):
-        ModelConfig.load("meta-llama/Llama-2-7b-hf")

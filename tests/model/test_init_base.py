@@ -44,51 +44,44 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return dict(hf.read_model(folder)[1])
 
 
-def mean(rows: torch.Tensor) -> torch.Tensor:
-    return rows.double().mean(0).to(rows.dtype)
+KNOWN = len(TOKENS)
+TWO = (EOT, "<|second|>"), [KNOWN, KNOWN + 1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_added_tokens_get_the_next_ids_and_the_mean_row(tmp_path, tied, dtype):
-    config = replace(CONFIG, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    ("changes", "dtype", "tokens", "ids"),
+    [
+        *(({"tie_embeddings": tied}, dtype, *TWO) for tied in (True, False) for dtype in ("float32", "bfloat16")),
+        ({"vocab_size": KNOWN + 5}, "float32", (EOT,), [KNOWN]),
+        ({}, "float32", ("<|spare|>",), [KNOWN - 1]),
+    ],
+)
+def test_added_tokens_get_the_next_ids_and_the_mean_row(tmp_path, changes, dtype, tokens, ids):
+    """Padded rows stand for no id: they are no part of the mean, and added ids take the first of them before there are
+    new rows. A token that is there keeps id and row."""
+    config = replace(CONFIG, **changes)
     write_json_tokenizer(write_model(tmp_path / "source", config, dtype))
-    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT, "<|second|>")))
+    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=tokens))
 
-    before, after, size = weights(tmp_path / "source"), weights(tmp_path / "out"), config.vocab_size
-    tokenizer = tokenizers.load(tmp_path / "out")
-    assert [tokenizer.special_tokens[token] for token in (EOT, "<|second|>")] == [size, size + 1]
-    assert ModelConfig.load(tmp_path / "out").vocab_size == tokenizer.vocab_size == size + 2
-    for name, weight in before.items():
-        if name in ("embed.weight", "head.weight"):
-            assert after[name].shape == (size + 2, 32) and after[name].dtype == getattr(torch, dtype)
-            # one rounding of an fp32 mean against one of an fp64 mean
-            torch.testing.assert_close(after[name][size:], mean(weight).expand(2, -1), rtol=0.008, atol=1e-6)
-        assert torch.equal(after[name][: len(weight)], weight), name
-    ids = [[0, 5, 9, 30], [7]]
-    old, new = (hf.load(tmp_path / name, dtype="float32").logits(ids) for name in ("source", "out"))
-    for a, b in zip(old, new, strict=True):
-        torch.testing.assert_close(b[:, :size], a, rtol=1e-5, atol=1e-6)
-
-
-def test_a_token_that_is_there_keeps_id_and_row(tmp_path):
-    write_json_tokenizer(write_model(tmp_path / "source", CONFIG))
-    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=("<|spare|>",)))
     before, after = weights(tmp_path / "source"), weights(tmp_path / "out")
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    tokenizer = tokenizers.load(tmp_path / "out")
-    assert tokenizer.special_tokens["<|spare|>"] == len(TOKENS) - 1 and tokenizer.vocab_size == len(TOKENS)
-
-
-def test_spare_rows_are_used_before_new_ones(tmp_path):
-    """Padded rows stand for no id: they are no part of the mean, and the added id takes the first of them."""
-    padded, known = replace(CONFIG, vocab_size=len(TOKENS) + 5), len(TOKENS)
-    write_json_tokenizer(write_model(tmp_path / "source", padded))
-    init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=(EOT,)))
-    before, after = (weights(tmp_path / name)["embed.weight"] for name in ("source", "out"))
-    torch.testing.assert_close(after[known], mean(before[:known]), rtol=1e-5, atol=1e-7)
-    others = [row for row in range(padded.vocab_size) if row != known]
-    assert torch.equal(after[others], before[others]) and len(after) == padded.vocab_size
+    tokenizer, size = tokenizers.load(tmp_path / "out"), max(config.vocab_size, ids[-1] + 1)
+    assert [tokenizer.special_tokens[token] for token in tokens] == ids
+    assert tokenizer.vocab_size == max(KNOWN, ids[-1] + 1) and ModelConfig.load(tmp_path / "out").vocab_size == size
+    for name, weight in before.items():
+        end = KNOWN if name in ("embed.weight", "head.weight") else len(weight)
+        added = [row for row in ids if row >= end]
+        assert torch.equal(after[name][:end], weight[:end]), name
+        assert torch.equal(after[name][end + len(added) : len(weight)], weight[end + len(added) :]), name
+        if end == KNOWN:
+            assert after[name].shape == (size, 32) and after[name].dtype == getattr(torch, dtype)
+            # one rounding of an fp32 mean against one of an fp64 mean
+            rtol = 0.008 if dtype == "bfloat16" else 1e-5
+            mean = weight[:KNOWN].double().mean(0).to(weight.dtype)
+            torch.testing.assert_close(after[name][added], mean.expand(len(added), -1), rtol=rtol, atol=1e-6)
+    sequences = [[0, 5, 9, 30], [7]]
+    old, new = (hf.load(tmp_path / name, dtype="float32").logits(sequences) for name in ("source", "out"))
+    for a, b in zip(old, new, strict=True):
+        torch.testing.assert_close(b[:, :KNOWN], a[:, :KNOWN], rtol=1e-5, atol=1e-6)
 
 
 def test_sentencepiece_folder(tmp_path):
@@ -164,7 +157,7 @@ def test_wrong_options_are_explained(tmp_path):
         (InitBaseOptions(out, hf=source, random=tmp_path / "x.json"), "not 2"),
         (InitBaseOptions(source, hf=source), "exists already"),
         (InitBaseOptions(out, random=tmp_path / "x.json"), "x.json: no such file"),
-        (InitBaseOptions(out, hf=Path("someone/llama"), add_token=(EOT,)), "someone/llama"),
+        (InitBaseOptions(out, hf=Path("someone/llama"), add_token=(EOT,)), "config.json does not exist.*hf download"),
         (InitBaseOptions(out, hf=source, add_token=(EOT,)), "source.*no tokenizer.model"),
     ):
         with pytest.raises(ConfigError, match=named):
