@@ -138,6 +138,13 @@ def write_lines(path: Path, records: list[dict]) -> Path:
     return path
 
 
+def flip(path: Path, at: float = 0.5) -> None:
+    """One bit of the byte at that share of the file."""
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
+
+
 def options(world: World, run_dir: Path, *more: str) -> list[str]:
     """The command line of a run, without the program."""
     return [str(world.config), f"--run.dir={run_dir}", *more]

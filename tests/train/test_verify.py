@@ -23,18 +23,11 @@ from ochat.model.safetensors_files import open_folder
 from tests import tiny
 
 
-def flip(path, at=0.5):
-    """One bit of the byte at that share of the file."""
-    content = bytearray(path.read_bytes())
-    content[int(at * len(content))] ^= 1
-    path.write_bytes(content)
-
-
 def cut(path):
     path.write_bytes(path.read_bytes()[:-3])
 
 
-DAMAGES = [flip, cut, lambda path: path.write_bytes(path.read_bytes() + b"\0"), Path.unlink]
+DAMAGES = [tiny.flip, cut, lambda path: path.write_bytes(path.read_bytes() + b"\0"), Path.unlink]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +75,7 @@ def test_a_damaged_data_set_is_refused_by_the_name_of_any_of_its_files(world, da
     ],
 )
 def test_so_is_every_other_set_that_a_run_reads(world, data, tmp_path, options):
-    flip(data / "shard-00001.safetensors")
+    tiny.flip(data / "shard-00001.safetensors")
     with pytest.raises(DataError, match="shard-00001.safetensors: its content has changed"):
         tiny.train(world, tmp_path / "run", *(each.format(whole=world.data, damaged=data) for each in options))
 
@@ -90,7 +83,7 @@ def test_so_is_every_other_set_that_a_run_reads(world, data, tmp_path, options):
 def test_without_verification_sizes_and_layout_still_count(world, data, tmp_path):
     """One token is another one then: that is what the option gives up."""
     options = [f"--data.path={data}", "--data.verify=false", "--data.max_steps=1", "--samples.max_new_tokens=1"]
-    flip(data / "shard-00001.safetensors", at=0.999)
+    tiny.flip(data / "shard-00001.safetensors", at=0.999)
     assert len(tiny.train(world, tmp_path / "run", *options)) == 1
     content = (data / "shard-00001.safetensors").read_bytes()
     for damaged, message in ((content[:-3], r"\d+ bytes instead of"), (b"\xff" * len(content), "damaged")):
@@ -102,7 +95,7 @@ def test_without_verification_sizes_and_layout_still_count(world, data, tmp_path
 def test_two_processes_share_the_reading_and_both_stop(world, data, tmp_path):
     """Each reads half of the files; neither continues if one finds damage."""
     by_size = sorted(data.glob("shard-*"), key=lambda path: (-path.stat().st_size, path))
-    flip(by_size[1])  # the second rank's
+    tiny.flip(by_size[1])  # the second rank's
     done = tiny.train_on_ranks(world, tmp_path / "run", 2, f"--data.path={data}", check=False)
     assert done.returncode != 0 and f"{by_size[1].name}: its content has changed" in done.stdout + done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
@@ -114,7 +107,7 @@ def test_a_damaged_base_is_refused_by_name(world, base, tmp_path, damage, name):
     """Of a config or a tokenizer that is no longer one, its reader may be the one to say so. Shards have no sums, and
     any flipped bit is a number too."""
     if name == "second shard":
-        name, damage = tiny.split(base)[1].name, cut if damage is flip else damage
+        name, damage = tiny.split(base)[1].name, cut if damage is tiny.flip else damage
     damage(base / name)
     with pytest.raises((CheckpointError, ConfigError), match=name):
         tiny.train(world, tmp_path / "run", f"--base.path={base}")
@@ -128,7 +121,7 @@ def test_sums_are_written_and_read_as_sha256sum_does(base):
     for options, pattern in (("", "*.safetensors"), ("-b", "*.safetensors"), ("", "./*.safetensors")):
         subprocess.run(f"sha256sum {options} {pattern} > {checksums.SUMS}", shell=True, cwd=base, check=True)
         checksums.compare(checksums.expected(base))
-    flip(base / "model.safetensors")
+    tiny.flip(base / "model.safetensors")
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
         checksums.compare(checksums.expected(base))
 
@@ -155,7 +148,7 @@ def test_the_hubs_records_of_a_download_are_its_sums(world, base, tmp_path):
     for folder in (base, linked):
         assert len(checksums.expected(folder)) == len(files)
         hf.load(folder)
-        flip(folder / files[1].name, at=0.9)
+        tiny.flip(folder / files[1].name, at=0.9)
         with pytest.raises(CheckpointError, match=f"{files[1].name}: damaged"):
             tiny.train(world, tmp_path / "run", f"--base.path={folder}")
         with pytest.raises(CheckpointError, match=f"{files[1].name}: damaged"):
@@ -179,6 +172,6 @@ def test_a_value_that_is_not_finite_is_named_with_file_and_tensor(world, base, t
 def test_an_exported_model_is_a_base_with_sums(alone, world, tmp_path):
     export(world.folder / "alone", tmp_path / "out")
     assert torch.isfinite(hf.load(tmp_path / "out").embed.weight).all()
-    flip(tmp_path / "out" / "model.safetensors", at=0.9)
+    tiny.flip(tmp_path / "out" / "model.safetensors", at=0.9)
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
         hf.load(tmp_path / "out")
