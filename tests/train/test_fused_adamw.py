@@ -140,24 +140,13 @@ def test_gradients_of_several_micro_batches_are_added_up_in_fp32():
     torch.testing.assert_close(weight.grad, sum(part.float() for part in parts), rtol=1e-6, atol=0)
 
 
-@pytest.fixture(scope="module")
-def narrow(world):
-    """The lines of a run of bf16 with checkpoints after 3 and 6 steps."""
-    folder = world.folder / "narrow"
-    return folder, tiny.train(world, folder, "--data.max_steps=6", "--checkpoint.every=3", *BOTH)
-
-
-def test_a_run_is_saved_in_its_dtypes_and_exported(narrow):
-    folder, lines = narrow
-    saved = tiny.state(folder, 6)
+def test_a_run_is_saved_and_exported_in_its_dtypes_of_which_only_that_of_moments_may_change(world, tmp_path):
+    folder, more = tmp_path / "narrow", ["--data.max_steps=6", "--train.dtype=bfloat16"]
+    lines, saved = tiny.train(world, folder, *more, "--checkpoint.every=3", *BOTH), tiny.state(folder, 6)
     assert len(lines) == 6 and {tensor.dtype for tensor in saved.values()} == {BF16}
     exported = load_file(folder / "export" / "model.safetensors")
     assert torch.equal(exported["model.embed_tokens.weight"], saved["embed.weight"])
-
-
-def test_moments_may_change_their_dtype_and_weights_may_not(world, narrow, tmp_path):
-    folder, _ = narrow
-    more = ["--data.max_steps=6", f"--run.resume={folder / 'checkpoints' / 'step_3'}", "--train.dtype=bfloat16"]
+    more.append(f"--run.resume={folder / 'checkpoints' / 'step_3'}")
     assert len(tiny.train(world, tmp_path / "wide", *more, "--optim.master_dtype=bfloat16")) == 3
     with pytest.raises(CheckpointError, match="is bfloat16 .* there and float32 .* in this model.* optim.master_dtype"):
         tiny.train(world, tmp_path / "other", *more)
