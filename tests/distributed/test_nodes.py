@@ -8,16 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from ochat.checkpoint.manifest import verify_checkpoint
-from ochat.distributed.processes import Ranks
-from ochat.run import layout as layout_module
+from ochat.run import layout
 from tests import tiny
-from tests.checkpoint.test_checkpoint_faults import kill, started, wait_for
+from tests.checkpoint.test_checkpoint_faults import ALONE, kill, newest, started, wait_for
 
 LAUNCH = tiny.ROOT / "configs" / "launch"
-ALONE = Ranks(0, 1, torch.device("cpu"), None)
 OPTIONS = ["--data.epochs=2", "--checkpoint.every=5"]
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 NODE = {"PATH": PATH, "GPUS": "2", "RESTARTS": "0"}  # torchrun on the path, two processes
@@ -35,7 +32,7 @@ def assert_same_run(run_dir, alone):
         assert ours["step"] == theirs["step"] and ours["tokens"] == theirs["tokens"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
-    assert verify_checkpoint(layout_module.checkpoint_folders(run_dir)[-1], ALONE).step == len(alone)
+    assert verify_checkpoint(layout.checkpoint_folders(run_dir)[-1], ALONE).step == len(alone)
 
 
 @pytest.mark.parametrize(("script", "count"), [("single_node.sh", 1), ("multi_node.sh", 2)])
@@ -135,8 +132,7 @@ def test_the_slurm_script_saves_before_the_time_is_up_and_goes_on_when_it_is_sta
         process.send_signal(signal.SIGUSR1)
         assert process.wait(60) != 0
     assert requeued.read_text() == f"requeue {more['SLURM_JOB_ID']}\n", log.read_text()
-    saved = layout_module.step_of(layout_module.checkpoint_folders(run_dir)[-1])
-    assert 0 < saved == len(tiny.metrics(run_dir)) < 360
+    assert 0 < newest(run_dir) == len(tiny.metrics(run_dir)) < 360
     with started(log, command, **NODE | more) as (process,):
         assert process.wait(120) == 0, log.read_text()
     assert [line["step"] for line in tiny.metrics(run_dir)] == list(range(1, 361))
