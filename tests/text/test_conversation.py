@@ -40,6 +40,8 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        *(((), whole, "record: expected an object") for whole in (None, [], "x", 3)),
+        (("items",), MISSING, "items: missing"),
         (("items",), [], "items: empty"),
         (("items",), {"role": "user"}, "items: expected a list, got an object"),
         (("items", 1), "hi", r"items\[1\]: expected an object, got text"),
@@ -68,15 +70,15 @@ def test_defaults():
     ],
 )
 def test_faults_name_their_field(path, value, message):
-    record = copy.deepcopy(GOOD)
-    place = record
-    for key in path[:-1]:
+    place = whole = {"whole": copy.deepcopy(GOOD)}
+    *above, last = ("whole", *path)
+    for key in above:
         place = place[key]
-    place[path[-1]] = value
+    place[last] = value
     if value is MISSING:
-        del place[path[-1]]
+        del place[last]
     with pytest.raises(DataError, match=message):
-        Conversation.from_dict(record)
+        Conversation.from_dict(whole["whole"])
 
 
 @pytest.mark.parametrize("key", ["id", "source", "edition", "title", "timestamp", "model", "language", "\ud800"])
@@ -84,9 +86,3 @@ def test_metadata_is_left_out(key):
     record = copy.deepcopy(GOOD) | {key: {"x": 1}}
     record["items"][0][key] = 3
     assert Conversation.from_dict(record) == Conversation.from_dict(GOOD)
-
-
-@pytest.mark.parametrize("record", [None, [], "x", 3, {}, {"itmes": []}])
-def test_no_conversation_at_all(record):
-    with pytest.raises(DataError):
-        Conversation.from_dict(record)

@@ -103,22 +103,40 @@ def test_a_live_ordinary_token_becomes_special_when_named(tmp_path, spec):
     assert 2 not in strict.encode("<|im_end|>") and strict.special_tokens["<|im_end|>"] == 2
 
 
+BPE = {"type": "BPE", "vocab": {"a": 0}, "merges": []}
+FAR = {"model": BPE, "added_tokens": [{"content": "<x>", "id": 10**15}]}
+OTHER_SCHEMAS = [
+    {"model": {}},
+    {"model": {"type": "BPE"}},
+    {"model": {"type": "BPE", "vocab": 3}},
+    {"model": {"type": "Nonsense", "vocab": {}}},
+    {"model": BPE | {"vocab": {"a": -1}}},
+    {"model": BPE | {"merges": [["a", "b"]]}},
+    {"model": BPE, "added_tokens": [{}]},
+    {"model": BPE, "added_tokens": {"a": 1}},
+    {"model": BPE, "post_processor": {"single": 3}},
+    {"model": BPE, "pre_tokenizer": {"pretokenizers": [3]}},
+]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        *(("tokenizer.json", json.dumps(each).encode(), "damaged, or of another schema") for each in OTHER_SCHEMAS),
         ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("tokenizer.model", b"\x0a\xff\xff", "is no SentencePiece model"),
         ("tokenizer.model", b"", "is no SentencePiece model"),
         ("tokenizer.json", b'{"vocab": []}', "no `model` section"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": 3}}', "damaged, or of another schema"),
         ("tokenizer.json", b"{", "not valid JSON"),
+        ("tokenizer.json", json.dumps(FAR).encode(), "has the id 10{15}; at most"),
+        ("x.tiktoken", b"IQ== 0\nIg== 1\n", "2 tiktoken ranks, but only Llama 3's"),
         ("vocab.txt", b"a", "no tokenizer.model, .* in the folder"),
     ],
 )
 def test_faulty_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        tokenizers.load(tmp_path)
+        tokenizers.load(tmp_path, (EOT,))
 
 
 def test_missing_and_doubtful_folders(tmp_path, folders):
