@@ -90,6 +90,8 @@ def test_what_a_user_or_a_disk_does_needs_no_traceback(monkeypatch, capsys, rais
     ("line", "needle"),
     [
         (["genrate", "--prompt", "Hi"], "no command 'genrate'; did you mean generate?"),
+        (["agieval", "anything", "--help"], "lm_eval"),
+        (["judge", "anything", "--help"], "alpaca_eval"),
         (["generate", "M", "--promt", "Hi"], "did you mean --prompt?"),
         (["generate", "M", "--prompt"], "--prompt needs a value"),
         (["prepare", "--base", "a", "--base=b"], "--base is given twice"),

@@ -261,14 +261,6 @@ def test_openai_is_imported_only_for_an_endpoint(files, monkeypatch):
     refused("pip install 'ochat-crlft.judge.'", "mine", files, endpoint="http://127.0.0.1:1/v1")
 
 
-@pytest.mark.parametrize(("name", "needle"), [("agieval", "lm_eval"), ("judge", "alpaca_eval")])
-def test_removed_commands_print_their_replacement(name, needle, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ochat", name, "anything", "--help"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2 and needle in capsys.readouterr().err
-
-
 ABOUT = {"model": "mine", "condition": None, "sizes": (1, 2)}
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 import time
 from html.parser import HTMLParser
@@ -373,16 +372,3 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "plotly", None)
     with pytest.raises(ConfigError, match=r"ochat-crlft\[report\]"):
         report_module.main(ReportOptions((run,)))
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_browser_draws_every_chart(tmp_path):
-    run = write_run(tmp_path / "run", 100)
-    report(run)
-    program = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
-    program += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
-    program += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
-    done = subprocess.run([*program, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=60)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    places = done.stdout.split('js-plotly-plot" role=')[1:]
-    assert len(places) == done.stdout.count("<figure>") == 8 and all('class="main-svg"' in each for each in places)
