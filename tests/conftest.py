@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before anything imports one
 
 from ochat.console import configure_logging  # noqa: E402
+from ochat.export.hf_folder import export  # noqa: E402
 from tests import tiny  # noqa: E402 (after the variable is set)
 
 torch.set_num_threads(1)
@@ -35,3 +36,10 @@ def alone(world):
     return tiny.train(
         world, world.folder / "alone", *options, '--samples.prompts=["1+1"]', "--samples.max_new_tokens=3"
     )
+
+
+@pytest.fixture(scope="session")
+def exported(world, alone):
+    """That run's newest checkpoint, without rounding."""
+    export(world.folder / "alone", world.folder / "mine", dtype="float32")
+    return world.folder / "mine"

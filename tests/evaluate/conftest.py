@@ -1,4 +1,4 @@
-"""A trained model, a base with another tokenizer, and an answer made by hand, shared by all tests of measurements."""
+"""A base with another tokenizer, and an answer made by hand, shared by all tests of measurements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from ochat.export.hf_folder import export
 from ochat.infer.generate import generate
 from ochat.model import hf
 from ochat.text import template as templates
@@ -21,13 +20,6 @@ from tests import tiny
 @pytest.fixture(scope="session")
 def chats(world):
     return world.folder / "conversations.jsonl"
-
-
-@pytest.fixture(scope="session")
-def exported(world, alone):
-    """The trained run's newest checkpoint, without rounding."""
-    export(world.folder / "alone", world.folder / "mine", dtype="float32")
-    return world.folder / "mine"
 
 
 @pytest.fixture(scope="session")

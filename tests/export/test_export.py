@@ -22,14 +22,6 @@ from ochat.text.conversation import Conversation, Message
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def exported(world, alone, tmp_path_factory):
-    """The newest checkpoint of the run, in fp32."""
-    folder = tmp_path_factory.mktemp("export") / "model"
-    export(world.folder / "alone", folder, dtype="float32")
-    return folder
-
-
 def test_transformers_loads_it_and_computes_the_same_logits(exported):
     theirs = AutoModelForCausalLM.from_pretrained(exported, dtype="float32")
     ours = hf.load(exported, dtype="float32")

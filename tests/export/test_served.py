@@ -3,7 +3,6 @@ pytest -m slow tests/export/test_served.py"""
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
@@ -13,30 +12,24 @@ import urllib.request
 import pytest
 
 from ochat.commands.answer import AnswerOptions, main
-from ochat.export.hf_folder import export
 from tests import tiny
+from tests.evaluate.conftest import read_lines
+from tests.tiny import write_lines
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def model(world, alone, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served") / "mine"
-    export(world.folder / "alone", folder, dtype="float32")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def endpoint(model):
+def endpoint(exported):
     """`transformers serve` on 127.0.0.1, on the exported folder."""
     for package in ("fastapi", "uvicorn", "openai", "accelerate"):
         pytest.importorskip(package, reason="transformers[serving] (extra dev) is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model), "--host", "127.0.0.1"]
+    program = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(exported), "--host", "127.0.0.1"]
     program += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    with open(model.parent / "serve.log", "w") as log:
+    with open(exported.parent / "serve.log", "w") as log:
         server = subprocess.Popen(program, env=tiny.environment() | {"HF_HUB_OFFLINE": "1"}, stdout=log, stderr=log)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", server)
@@ -57,24 +50,14 @@ def _wait_for(url: str, server: subprocess.Popen) -> None:
     raise AssertionError("the server did not answer within two minutes")
 
 
-def test_a_served_models_answers_are_the_models_own(model, endpoint, tmp_path):
+def test_a_served_models_answers_are_the_models_own(exported, endpoint, tmp_path):
     lines = [{"question_id": i, "category": "math", "turns": [f"{i}+{i}", "1+1"]} for i in range(4)]
-    (tmp_path / "question.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = {}
+    asked, found = {"model": str(exported), "questions": write_lines(tmp_path / "question.jsonl", lines)}, {}
     for condition in (None, "GPT4", "GPT3", ""):
         for where in ({"endpoint": endpoint, "concurrent": 2}, {}):
-            asked = AnswerOptions(
-                model=str(model),
-                questions=tmp_path / "question.jsonl",
-                output=tmp_path / f"{condition}{len(where)}.jsonl",
-                format="mt_bench",
-                condition=condition,
-                max_new_tokens=12,
-                dtype="float32",
-                **where,
-            )
-            main(asked)
-            records = [json.loads(line) for line in asked.output.read_text().splitlines()]
-            found[condition, len(where)] = [record["choices"] for record in records]
+            output = tmp_path / f"{condition}{len(where)}.jsonl"
+            more = {"output": output, "format": "mt_bench", "condition": condition} | where
+            main(AnswerOptions(**asked | more, max_new_tokens=12, dtype="float32"))
+            found[condition, len(where)] = [record["choices"] for record in read_lines(output)]
         assert found[condition, 2] == found[condition, 0], condition
     assert found[None, 2] == found["GPT4", 2] != found["GPT3", 2]
