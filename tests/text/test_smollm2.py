@@ -62,13 +62,6 @@ def model(folder):
 
 
 @pytest.fixture(scope="module")
-def peer(folder):
-    """The same folder in transformers."""
-    model = pytest.importorskip("transformers").AutoModelForCausalLM
-    return model.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(folder):
     return tokenizers.load(folder)
 
@@ -111,7 +104,8 @@ def test_tokenizer_equals_one_made_by_hand(folder, tokenizer):
     assert tokenizer.decode(ids) == "user\nHi 12\n"
 
 
-def test_logits_equal_transformers(model, peer, tokenizer):
+def test_logits_equal_transformers(folder, model, tokenizer):
+    peer = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sequences = [tokenizer.encode(text) for text in (STORY, *PROMPTS)] + [[1], [49152, 2, 0]]
     packed = model.logits(sequences)
     for ids, together in zip(sequences, packed, strict=True):
