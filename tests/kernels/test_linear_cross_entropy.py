@@ -33,7 +33,7 @@ def compare(case: tuple[Tensor, Tensor, Tensor, Tensor], **options) -> None:
     assert got.nll.dtype == got.loss_sum.dtype == torch.float32 and not got.nll.requires_grad
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_option_in_chunks(dtype, options):
     compare(loss_inputs(13, 7, 301, dtype), chunk_rows=4, **options)
