@@ -20,8 +20,7 @@ def prepare_into(base):
     def prepared(folder, records, source="in.jsonl", **options):
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = write_lines(folder.parent / source, records)
-        defaults = {"progress": False, "workers": 0, "empty_answers": "keep"}
-        return prepare.prepare([path], base, TEMPLATE, folder, **defaults | options)
+        return prepare.prepare([path], base, TEMPLATE, folder, **{"progress": False, "workers": 0} | options)
 
     return prepared
 

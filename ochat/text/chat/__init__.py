@@ -1,1 +1,0 @@
-"""Chat templates in Jinja: rendered as servers do (sandbox.py), read back (rendered.py), those of bases (base.py)."""
