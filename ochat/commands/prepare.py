@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat.data import manifest, prepare
-from ochat.data.prepare import COUNTED, REJECTS, PrepareReport
+from ochat.data.prepare import COUNTED, PrepareReport
+from ochat.data.rejected import REJECTS
 from ochat.errors import ConfigError
 
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from ochat.data.readers import Batch
 from ochat.data.records import Record
+from ochat.data.rejected import Reject, refuse
 from ochat.data.store_writer import Sequences
 from ochat.data.weights import ROLES
 from ochat.errors import DataError
@@ -39,17 +40,7 @@ from ochat.text.tokenizer import Tokenizer
 
 OverLong = Literal["truncate", "drop", "error"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-MAX_REJECT_CHARACTERS = 2000
 ROLE_IDS = {role: number for number, role in enumerate(ROLES)}
-
-
-class Reject(NamedTuple):
-    """A bad record as rejects.jsonl holds it."""
-
-    file: str
-    line: int
-    reason: str
-    text: str  # its first characters
 
 
 @dataclass
@@ -104,7 +95,7 @@ class Encoder:
                     self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans)
                     continue
                 why = "items: no message to learn from; every weight is 0, or there is no assistant message"
-                layout = _reject(record, why)
+                layout = refuse(record, why)
             encoded.rejects.append(layout)
         return encoded
 
@@ -120,7 +111,7 @@ class Encoder:
                     raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
             return _Layout(conversation, self.template.segments(conversation, self.tokenizer))
         except DataError as error:
-            return _reject(record, str(error))
+            return refuse(record, str(error))
 
     def _keep(
         self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
@@ -189,12 +180,6 @@ def prompt_position(conversation: Conversation) -> float:
     system = conversation.system.strip()
     prompt = f"{len(system)} {system}{first}".encode()  # the length keeps ("ab", "c") and ("a", "bc") apart
     return int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest()) / 2**64
-
-
-def _reject(record: Record, reason: str) -> Reject:
-    reason = reason.removeprefix(f"{record.location}: ")[:MAX_REJECT_CHARACTERS]
-    text = record.data[: 4 * MAX_REJECT_CHARACTERS].decode("utf-8", "replace")[:MAX_REJECT_CHARACTERS]
-    return Reject(record.file, record.line, reason, text)
 
 
 def _check_numbers(conversation: Conversation) -> None:

@@ -21,13 +21,12 @@ from typing import Any, Literal
 from ochat import console
 from ochat.data.encode import Encoded, Encoder, OverLong, encode_all
 from ochat.data.readers import RecordFile, batches, find_inputs
+from ochat.data.rejected import RejectLog
 from ochat.data.store_writer import StoreWriter, publish
 from ochat.errors import ConfigError, DataError
-from ochat.files.jsonl import JsonlWriter
 from ochat.text import template, tokenizer
 
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
-REJECTS = "rejects.jsonl"
 HELD_OUT = "-held-out"  # ends the name of the held-out set
 COUNTED = {  # name in the counts -> in words
     "kept": "kept",
@@ -181,23 +180,16 @@ def _write(
 ) -> tuple[list[Counts], int]:
     """Everything from records to shards; the counts of each data set, and the number of rejects."""
     counts: list[Counts] = [Counter() for _ in writers]
-    num_rejected = done_mib = 0
-    rejects = JsonlWriter(writers[0].folder / REJECTS)
-    if options.on_bad == "skip":
-        rejects.path.touch()
+    done_mib, rejects = 0, RejectLog(writers[0].folder, options.on_bad)
     for encoded, position in batches:
-        if encoded.rejects and options.on_bad == "error":
-            first = encoded.rejects[0]
-            raise DataError(f"{first.file}:{first.line}: {first.reason} (--on-bad skip leaves bad records out)")
-        rejects.append(reject._asdict() for reject in encoded.rejects)
-        num_rejected += len(encoded.rejects)
+        rejects.add(encoded.rejects)
         for writer, total, split in zip(writers, counts, encoded.splits, strict=False):
             writer.add(split.sequences)
             total.update(split.counts)
         advance((position >> 20) - done_mib)
         done_mib = position >> 20
-    rejects.flush()
-    return counts, num_rejected
+    rejects.close()
+    return counts, rejects.count
 
 
 def _check_kept(options: PrepareOptions, report: PrepareReport) -> None:

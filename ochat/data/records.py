@@ -6,8 +6,7 @@
 Lines are split alone, so that their JSON is parsed where they are encoded. Of other texts Python's decoder finds where
 a value ends; where it runs out of text, more is read and it starts over.
 
-How a bad record is refused: text/conversation.py and text/record_formats.py name the field, `Record.value` here names
-file and line; encode.py turns the error into a Reject, and prepare.py stops at it or writes it to rejects.jsonl.
+How a bad record is refused: rejected.py.
 """
 
 from __future__ import annotations
