@@ -35,6 +35,15 @@ def test_every_config_key_that_the_documentation_names_exists():
     assert not unknown
 
 
+def test_every_file_that_the_documentation_names_exists():
+    """By folder and name, such as `data/batch.py`; tests without their ending, such as `checkpoint/test_best`."""
+    text = "".join(page.read_text("utf-8") for page in (*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"))
+    modules = set(re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text))
+    tests = {f"tests/{name}.py" for name in re.findall(r"`([a-z_/]+/test_[a-z_]+)`", text)}
+    assert len(modules) > 10 and len(tests) > 5
+    assert not [name for name in modules | tests if not any((ROOT / top / name).is_file() for top in ("", "ochat"))]
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_can_be_read_and_is_described(file):
     assert config.load(file).base.path
