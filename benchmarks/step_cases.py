@@ -192,7 +192,8 @@ def write_bytes_tokenizer(folder: Path, *special: str) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>", *special])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}', "utf-8")
+    settings = '{"add_bos_token": true, "bos_token": "<s>", "eos_token": "</s>"}'
+    (folder / "tokenizer_config.json").write_text(settings, "utf-8")
 
 
 def draw_parameters(config: ModelConfig, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -34,6 +34,7 @@ from ochat.errors import OchatError, UsageError
 COMMANDS = {
     "init-base": "make a base folder: from GGUF, from a Hugging Face folder, or random",
     "prepare": "turn conversations into a data set of token ids and weights",
+    "show": "show conversations of a data set as they are trained",
     "plan": "show what a run will do: steps, packing, learning rate",
     "train": "train on one process (many: torchrun -m ochat.train)",
     "export": "write a checkpoint as a Hugging Face folder",

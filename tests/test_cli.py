@@ -149,6 +149,6 @@ def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, na
     printed = shown(monkeypatch, capsys, name, "--help")
     assert all(len(line) <= 88 for line in printed.splitlines()) and "{None}" not in printed
     assert printed.splitlines()[2] == (options.__doc__ or "").splitlines()[0]
-    for field in options.__dataclass_fields__:
+    for field in (name.rstrip("_") for name in options.__dataclass_fields__):
         flags = f"--{field.replace('_', '-')}", field.upper(), rf"\[{field.upper()}\]"
         assert re.search(rf"^  ({'|'.join(flags)})[ ,]", printed.replace("│", " "), re.MULTILINE), flags

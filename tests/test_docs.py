@@ -3,23 +3,47 @@ pytest tests/test_docs.py"""
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import subprocess
+import textwrap
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from ochat import config
+from ochat.text.record_formats import RecordReader
+from ochat.text.records import map as record_map
+from ochat.text.records.objects import Notes
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted([*ROOT.glob("configs/*.toml"), *ROOT.glob("demo/*.toml")])
 
 
-def test_the_page_of_config_keys_is_made_from_the_code():
-    made = runpy.run_path(str(ROOT / "docs" / "config_page.py"))
-    assert made["PAGE"].read_text("utf-8") == made["page"](), "run: PYTHONPATH=. python docs/config_page.py"
+@pytest.mark.parametrize("script", ["config_page", "record_keys_page"])
+def test_the_pages_of_keys_are_made_from_the_code(script):
+    made = runpy.run_path(str(ROOT / "docs" / f"{script}.py"))
+    assert made["PAGE"].read_text("utf-8") == made["page"](), f"run: PYTHONPATH=. python docs/{script}.py"
+
+
+def blocks(kind: str, text: str) -> list[str]:
+    """The code blocks of a kind."""
+    return [textwrap.dedent(found) for found in re.findall(rf"^ *```{kind}\n(.*?)^ *```", text, re.M | re.S)]
+
+
+def test_every_record_and_map_of_the_page_of_formats_is_read(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    records, maps = blocks("json", page), blocks("toml", page[page.index("## Bring") : page.index("## Weights")])
+    assert len(records) >= 10 and len(maps) >= 5
+    for text in records:
+        notes = Notes()
+        assert RecordReader().read(json.loads(text), notes) and not notes.ignored
+    for i, text in enumerate(maps):
+        file = tmp_path / f"{i}.toml"
+        file.write_text(text, encoding="utf-8")
+        assert record_map.load(file) != record_map.RecordMap()
 
 
 def test_every_config_key_that_the_documentation_names_exists():

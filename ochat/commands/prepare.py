@@ -5,17 +5,24 @@ ochat prepare --input chats.jsonl --base models/base --template openchat_3.5 --o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.data import manifest, prepare
+from ochat.commands import show
+from ochat.data import describe, manifest, prepare
 from ochat.data.prepare import COUNTED, PrepareReport
 from ochat.data.rejected import REJECTS
 from ochat.errors import ConfigError
+from ochat.text.records.keys import may_be_classes
+
+FEW = 0.01  # of the supervised tokens: a class that has less is named
+EXAMPLE_LINES = 24
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,7 @@ class PrepareOptions(prepare.PrepareOptions):
     """
 
     check: str = ""  # read the data set in this folder and compare its checksums; nothing is prepared
+    describe: str = ""  # print the keys of this file's first records, and a first version of the file for --map
     merge: tuple[str, ...] = ()  # removed: list the data sets where they are used, as data.path = ["a", "b"]
 
 
@@ -39,12 +47,23 @@ def main(options: PrepareOptions) -> None:
         )
     if options.check and options.input:
         raise ConfigError("--input and --check: give one of them")
+    if options.describe:
+        print(describe.describe(options.describe), end="")
+        return
     if options.check:
         files = manifest.check_files(options.check)
         num_bytes = sum(path.stat().st_size for path in files)
         print(f"{options.check}: {len(files)} files, {num_bytes / 1e6:.1f} MB, all as they were written")
     else:
-        print_report(prepare.run(options))
+        report, console = prepare.run(options), Console(highlight=False)
+        print_report(report, console)
+        if report.total["kept"]:
+            from ochat.data import shown
+
+            data = Path(report.output)
+            first = next(shown.conversations(data, [0]))
+            show.show(first, show.read_tokenizer(data), console, most_lines=EXAMPLE_LINES)
+            console.print(f"More of them: ochat show {report.output}", soft_wrap=True)
 
 
 def print_report(report: PrepareReport, console: Console | None = None) -> None:
@@ -53,10 +72,37 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
     for each in filter(None, (report, report.held_out)):
         console.print(_table(each))
     if report.skipped:
-        shown = ", ".join(map(escape, report.skipped[:5])) + (", ..." if len(report.skipped) > 5 else "")
-        console.print(f"{len(report.skipped)} files with unknown endings were not read: {shown}", soft_wrap=True)
+        console.print(f"{_files(report.skipped)} not read, as no file of records", soft_wrap=True)
+    if report.other_splits:
+        what = f"{_files(report.other_splits)} not read, as test or validation data"
+        console.print(f"[yellow]{what}; name such a file in --input to train on it[/yellow]", soft_wrap=True)
+    for fact in report.template_facts:
+        console.print(escape(fact), soft_wrap=True)
+    if report.ignored:
+        shown = ", ".join(f"{escape(key)} in {count:,}" for key, count in sorted(report.ignored.items()))
+        console.print(f"ignored, as metadata: {shown}", soft_wrap=True)
+    if columns := may_be_classes(report.ignored):
+        console.print(
+            f"[yellow]{escape(', '.join(columns))} may say where answers come from. A class from such a column: "
+            f'--map FILE with condition = {{from = "{escape(columns[0])}"}}[/yellow]',
+            soft_wrap=True,
+        )
+    for what, count in sorted(report.noted.items()):
+        console.print(f"[yellow]{count:,} conversations have {what}[/yellow]", soft_wrap=True)
+    for name, counts in sorted(report.classes.items()):
+        if counts["supervised"] < FEW * report.total["supervised"]:
+            share = counts["supervised"] / report.total["supervised"]
+            console.print(
+                f"[yellow]the class {escape(name) or '(none)'} has {share:.2%} of the supervised tokens[/yellow]",
+                soft_wrap=True,
+            )
     rejects = f" ({escape(report.output)}/{REJECTS})" if report.rejected else ""
     console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
+
+
+def _files(names: Sequence[str]) -> str:
+    shown = ", ".join(map(escape, names[:5])) + (", ..." if len(names) > 5 else "")
+    return f"{len(names)} file{'s' * (len(names) > 1)} ({shown})"
 
 
 def _table(report: PrepareReport) -> Table:

@@ -1,6 +1,6 @@
 """Encode records, here or in a pool of processes: parse, read as a conversation, tokenise, fit into the context.
 
-    encoder = Encoder(tokenizer, template, "auto", "", 4096, "truncate")
+    encoder = Encoder(tokenizer, template, RecordReader(), 4096, "truncate")
     for encoded, position in encode_all(readers.batches(files), encoder, num_workers=2): ...
 
 Fitting: trailing tokens of weight 0 are removed (nothing is learnt after them), what is still too long is cut on the
@@ -31,16 +31,20 @@ from ochat.data.readers import Batch
 from ochat.data.records import Record
 from ochat.data.rejected import Reject, refuse
 from ochat.data.store_writer import Sequences
-from ochat.data.weights import ROLES
 from ochat.errors import DataError
-from ochat.text import record_formats
+from ochat.text import token_weights
 from ochat.text.conversation import Conversation
-from ochat.text.template import Segment, Span, Template, join
+from ochat.text.record_formats import RecordReader, is_empty_answer
+from ochat.text.records.objects import Notes
+from ochat.text.template import Template
+from ochat.text.token_weights import ROLE_IDS, Segment, Span
 from ochat.text.tokenizer import Tokenizer
 
 OverLong = Literal["truncate", "drop", "error"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-ROLE_IDS = {role: number for number, role in enumerate(ROLES)}
+# what is noted of conversations that are kept
+EMPTY, SPECIAL = "an empty answer", "a special token in its text, read as ordinary text"
+UNKNOWN, LOST = "letters that the tokenizer does not know", "answers that the context cut off"
 
 
 @dataclass
@@ -54,10 +58,17 @@ class Split:
 
 @dataclass
 class Encoded:
-    """What became of a batch: sequences for training and held out, and bad records."""
+    """What became of a batch: sequences for training and held out, bad records, and what else is worth a word.
+
+    `ignored`: metadata keys -> how often they come. `noted`: what was kept, but lost something -> how many records.
+    """
 
     splits: tuple[Split, Split] = field(default_factory=lambda: (Split(), Split()))
     rejects: list[Reject] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    letters: int = 0  # counted only for a tokenizer that does not spell all of them
+    unknown_letters: int = 0
 
 
 Encode = Callable[[list[Record]], Encoded]  # an Encoder: it pickles
@@ -74,44 +85,69 @@ class Encoder:
 
     tokenizer: Tokenizer
     template: Template
-    format: str
-    default_condition: str
+    reader: RecordReader
     context: int
     over_long: OverLong
     held_out: float = 0.0  # share of the prompts
+    ignores_conditions: bool = False  # a class that no prefix carries is no fault
 
     def __call__(self, batch: list[Record]) -> Encoded:
         """Encode records. Bad ones become rejects; only over_long="error" raises (DataError)."""
-        encoded = Encoded()
-        layouts = [self._lay_out(record) for record in batch]
-        segments = [segment for layout in layouts if isinstance(layout, _Layout) for segment in layout.segments]
-        texts = list(dict.fromkeys(segment.text for segment in segments))  # each once, in one call of the library
-        ids_of = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-        for record, layout in zip(batch, layouts, strict=True):
-            if isinstance(layout, _Layout):
-                ids, spans = join(layout.segments, ids_of)
-                spans = trim(spans)
-                if num_supervised(spans):
-                    self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans)
-                    continue
+        encoded, order = Encoded(), {(record.file, record.line): i for i, record in enumerate(batch)}
+        layouts: list[tuple[Record, _Layout]] = []
+        for record in batch:
+            try:
+                layouts += [(record, layout) for layout in self._lay_out(record, encoded)]
+            except DataError as error:
+                encoded.rejects.append(refuse(record, str(error)))
+        joined = token_weights.encode([layout.segments for _, layout in layouts], self.tokenizer)
+        for (record, layout), (ids, spans) in zip(layouts, joined, strict=True):
+            spans = trim(spans)
+            if num_supervised(spans):
+                self._note(encoded, layout, ids)
+                self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans)
+            else:
                 why = "items: no message to learn from; every weight is 0, or there is no assistant message"
-                layout = refuse(record, why)
-            encoded.rejects.append(layout)
+                encoded.rejects.append(refuse(record, why))
+        # in the order of the records
+        encoded.rejects.sort(key=lambda reject: order[reject.file, reject.line])
         return encoded
 
-    def _lay_out(self, record: Record) -> _Layout | Reject:
-        """The record as a conversation and its segments, of which only the texts are left to tokenise."""
-        try:
-            conversation = record_formats.convert(record.value(), self.format, self.default_condition)
+    def _lay_out(self, record: Record, encoded: Encoded) -> list[_Layout]:
+        """The record's conversations and their segments, of which only the texts are left to tokenise."""
+        notes = Notes()
+        conversations = self.reader.read(record.value(), notes, record.condition)
+        layouts = []
+        for conversation in conversations:
             _check_numbers(conversation)
+            if conversation.condition and self.template.condition_roles == "none" and not self.ignores_conditions:
+                raise DataError(
+                    f"condition: the template {self.template.name} writes no class; choose another, or train without "
+                    "it with --conditions ignore"
+                )
             if conversation.condition and self.template.condition_roles != "none":
                 # the prefix that holds it is encoded with special tokens
                 turns = self.tokenizer.split_at_specials(conversation.condition)
                 if len(turns) > 1:
                     raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
-            return _Layout(conversation, self.template.segments(conversation, self.tokenizer))
-        except DataError as error:
-            return refuse(record, str(error))
+            layouts.append(_Layout(conversation, self.template.segments(conversation, self.tokenizer)))
+        encoded.ignored.update(notes.ignored)
+        return layouts
+
+    def _note(self, encoded: Encoded, layout: _Layout, ids: list[int]) -> None:
+        """Count what users would want to know of a conversation that is kept."""
+        messages = layout.conversation.items
+        if any(map(is_empty_answer, messages)):
+            encoded.noted[EMPTY] += 1
+        texts = [layout.conversation.system, *(message.content for message in messages)]
+        if any(len(self.tokenizer.split_at_specials(text)) > 1 for text in texts):
+            encoded.noted[SPECIAL] += 1
+        if not self.tokenizer.spells_all:
+            lost = self.tokenizer.count_unknown(texts)
+            encoded.unknown_letters += lost
+            encoded.letters += sum(map(len, texts))
+            if lost:
+                encoded.noted[UNKNOWN] += 1
 
     def _keep(
         self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
@@ -128,6 +164,7 @@ class Encoder:
             if self.over_long == "drop":
                 split.counts[name, "too_long"] += 1
                 return
+            encoded.noted[LOST] += 1
             spans = trim(cut(spans, self.context))
             if num_supervised(spans) == 0:
                 split.counts[name, "unsupervised"] += 1
@@ -185,7 +222,8 @@ def prompt_position(conversation: Conversation) -> float:
 def _check_numbers(conversation: Conversation) -> None:
     """Raises DataError for a weight or reward that the store's float32 would turn into infinity."""
     numbers = [("reward", conversation.reward)]
-    numbers += [(f"items[{i}].weight", message.weight) for i, message in enumerate(conversation.items)]
+    for i, message in enumerate(conversation.items):
+        numbers += [(f"items[{i}].weight", w) for w in (message.weight, *(span.weight for span in message.spans))]
     for name, number in numbers:
         if number is not None and abs(number) > FLOAT32_MAX:
             raise DataError(f"{name}: {number} is too large, the largest number is {FLOAT32_MAX:.3g}")

@@ -13,20 +13,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from ochat import console
 from ochat.data.encode import Encoded, Encoder, OverLong, encode_all
-from ochat.data.readers import RecordFile, batches, find_inputs
+from ochat.data.inputs import find_inputs
+from ochat.data.readers import RecordFile, batches
 from ochat.data.rejected import RejectLog
 from ochat.data.store_writer import StoreWriter, publish
 from ochat.errors import ConfigError, DataError
+from ochat.files import bounded_json
 from ochat.text import template, tokenizer
+from ochat.text.conversation import Conversation, Message
+from ochat.text.record_formats import EmptyAnswers, RecordReader
+from ochat.text.records import map as record_map
+from ochat.text.records.map import RecordMap
+from ochat.text.tokenizer import Tokenizer
 
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
+MOST_UNKNOWN = 0.001  # of the letters
 HELD_OUT = "-held-out"  # ends the name of the held-out set
 COUNTED = {  # name in the counts -> in words
     "kept": "kept",
@@ -46,7 +54,8 @@ class PrepareOptions:
     Weights by class are no part of it: they are applied in training.
     """
 
-    # JSON Lines, JSON (either plain, .gz, .xz, .zst) or Parquet files, or folders of them; at least one
+    # JSON Lines, JSON (plain or .gz, .bz2, .xz, .zst), Parquet or Arrow files, or folders of them, of which test and
+    # validation files are left out; PATH::CLASS gives the records of one input a class
     input: tuple[str, ...] = ()
     base: str = ""  # folder of the base model, or a tokenizer's file; needed to prepare
     template: str = ""  # a built-in template's name, or the path of a .toml; needed to prepare
@@ -58,6 +67,12 @@ class PrepareOptions:
     context: int | None = None  # most tokens of a conversation; default: the template's
     conditions: Literal["both", "assistant", "ignore"] = "both"  # which roles' prefixes carry the condition
     default_condition: str = ""  # the class of records that name none
+    map: str = ""  # a TOML that says which columns are messages, class, reward and weight; --describe writes one
+    ignore: tuple[str, ...] = ()  # keys to leave out that would be refused
+    empty_answers: EmptyAnswers = "refuse"  # answers of blanks alone teach to say nothing
+    # reasoning of assistant messages: as the template writes it, for the last answer alone, for all, or left out
+    reasoning: template.ReasoningMode = "template"
+    date: str = "2025-01-01"  # what a chat template writes as today's date
     # share of the prompts (say 0.05) whose conversations go to OUTPUT-held-out instead, for evaluation; all answers to
     # one prompt (system text and first user message) stay together, on every machine and in every order
     held_out: float = 0.0
@@ -79,8 +94,12 @@ class PrepareReport:
     counts: Counts
     rejected: int = 0
     elapsed_s: float = 0.0
-    skipped: tuple[str, ...] = ()  # files of input folders that were not read
+    skipped: tuple[str, ...] = ()  # files of input folders that hold no records
     held_out: PrepareReport | None = None  # of the held-out set
+    ignored: dict[str, int] = field(default_factory=dict)  # metadata keys -> how often they came
+    noted: dict[str, int] = field(default_factory=dict)  # what was kept but is worth a look -> conversations
+    template_facts: tuple[str, ...] = ()  # what the template writes of itself
+    other_splits: tuple[str, ...] = ()  # files of input folders with test or validation data, which were not read
 
     @cached_property
     def classes(self) -> dict[str, dict[str, int]]:
@@ -95,7 +114,9 @@ class PrepareReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Counts alone, without times and paths: equal input gives an equal manifest."""
-        return self.total | {"rejected": self.rejected, "classes": self.classes}
+        found = self.total | {"rejected": self.rejected, "classes": self.classes}
+        optional = {"ignored": self.ignored, "noted": self.noted}
+        return found | {name: dict(sorted(values.items())) for name, values in optional.items() if values}
 
 
 def prepare(
@@ -115,7 +136,7 @@ def run(options: PrepareOptions) -> PrepareReport:
     started = time.monotonic()
     number, of = _check_given(options)
     inputs = find_inputs(options.input)
-    files = [RecordFile(path) for path in inputs.paths]
+    files = [RecordFile(path, name) for path, name in zip(inputs.paths, inputs.conditions, strict=True)]
     encoder = _make_encoder(options)
     num_bytes, num_workers = sum(file.size for file in files), options.workers
     if num_workers is None:
@@ -129,10 +150,16 @@ def run(options: PrepareOptions) -> PrepareReport:
             stack.enter_context(writer)
         bar = console.bar("prepare, MiB", num_bytes >> 20) if options.progress else nullcontext(lambda _: None)
         with bar as advance:
-            counts, num_rejected = _write(options, encoded, writers, advance)
+            counts, notes = _write(options, encoded, writers, advance)
         held_out = PrepareReport(str(outputs[1]), encoder.context, counts[1]) if options.held_out else None
         skipped, elapsed_s = tuple(map(str, inputs.skipped)), time.monotonic() - started
-        report = PrepareReport(options.output, encoder.context, counts[0], num_rejected, elapsed_s, skipped, held_out)
+        report = PrepareReport(
+            options.output, encoder.context, counts[0], notes.rejected, elapsed_s, skipped, held_out,
+            notes.ignored, notes.noted, tuple(encoder.template.facts(encoder.tokenizer)),
+            tuple(map(str, inputs.other_splits)),
+        )  # fmt: skip
+        _check_classes(encoder, report)
+        _check_letters(options, notes)
         if of == 1:  # one of many may be empty
             _check_kept(options, report)
         for writer, each, side in zip(writers, filter(None, (report, held_out)), ("train", "held-out"), strict=False):
@@ -141,6 +168,7 @@ def run(options: PrepareOptions) -> PrepareReport:
             if of > 1:
                 names = [Path(name).name for name in options.input]  # machines may have them in different folders
                 manifest["shard"] = {"number": number, "of": of, "input": names}
+            encoder.tokenizer.model.save(str(writer.folder / "tokenizer.json"), pretty=False)  # for `ochat show`
             writer.seal(manifest)
         publish(writers)
     return report
@@ -165,11 +193,43 @@ def _check_given(options: PrepareOptions) -> tuple[int, int]:
 
 def _make_encoder(options: PrepareOptions) -> Encoder:
     tokens = tokenizer.load(options.base)
-    form = template.with_conditions(template.load(options.template), options.conditions)
+    if options.template == "base":
+        form = template.of_base(options.base, tokens, options.date, options.context)
+    else:
+        form = template.with_bos_of(template.load(options.template), tokens)
+    form = template.with_reasoning(template.with_conditions(form, options.conditions), options.reasoning)
     form.check(tokens)
+    _check_rows(options.base, tokens)
     context = form.context if options.context is None else options.context
-    values = (options.format, options.default_condition, context, options.over_long, options.held_out)
-    return Encoder(tokens, form, *values)
+    reader = RecordReader(
+        options.format, options.default_condition, record_map.load(options.map) if options.map else RecordMap(),
+        frozenset(options.ignore), options.empty_answers,
+    )  # fmt: skip
+    return Encoder(tokens, form, reader, context, options.over_long, options.held_out, options.conditions == "ignore")
+
+
+def _check_rows(base: str, tokens: Tokenizer) -> None:
+    """Raises ConfigError if the base's embedding has too few rows for the tokenizer: training would refuse it."""
+    path = Path(base) / "config.json"
+    if not path.is_file():
+        return
+    rows = bounded_json.read_object(path, ConfigError, "fetch it again").get("vocab_size")
+    if isinstance(rows, int) and rows < tokens.vocab_size:
+        raise ConfigError(
+            f"{base}: its tokenizer has ids up to {tokens.vocab_size - 1}, its embedding {rows} rows; make a base with "
+            f"rows for all: ochat init-base --hf {base} OUT"
+        )
+
+
+@dataclass
+class _Notes:
+    """What reading found beside conversations."""
+
+    rejected: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
+    letters: int = 0
+    unknown_letters: int = 0
 
 
 def _write(
@@ -177,19 +237,50 @@ def _write(
     batches: Iterable[tuple[Encoded, int]],
     writers: list[StoreWriter],
     advance: Callable[[int], object],
-) -> tuple[list[Counts], int]:
-    """Everything from records to shards; the counts of each data set, and the number of rejects."""
+) -> tuple[list[Counts], _Notes]:
+    """Everything from records to shards; the counts of each data set, and what else was found."""
     counts: list[Counts] = [Counter() for _ in writers]
-    done_mib, rejects = 0, RejectLog(writers[0].folder, options.on_bad)
+    notes, done_mib, rejects = _Notes(), 0, RejectLog(writers[0].folder, options.on_bad)
     for encoded, position in batches:
         rejects.add(encoded.rejects)
+        notes.ignored.update(encoded.ignored)
+        notes.noted.update(encoded.noted)
+        notes.letters += encoded.letters
+        notes.unknown_letters += encoded.unknown_letters
         for writer, total, split in zip(writers, counts, encoded.splits, strict=False):
             writer.add(split.sequences)
             total.update(split.counts)
         advance((position >> 20) - done_mib)
         done_mib = position >> 20
     rejects.close()
-    return counts, rejects.count
+    notes.rejected = rejects.count
+    return counts, notes
+
+
+def _check_classes(encoder: Encoder, report: PrepareReport) -> None:
+    """Raises DataError for two classes that give the same ids, so that training could not tell them apart."""
+    if encoder.template.condition_roles == "none":
+        return
+    known: dict[tuple[int, ...], str] = {}
+    plain = replace(encoder.template, default_condition="")
+    for name in {name for each in (report, report.held_out) if each for name in each.classes}:
+        ids = tuple(plain.encode_prompt(Conversation((Message("user", "x"),), name), encoder.tokenizer))
+        if ids in known:
+            raise DataError(
+                f"condition: the classes {known[ids]!r} and {name!r} give the same token ids, so nothing tells them "
+                "apart; rename one"
+            )
+        known[ids] = name
+
+
+def _check_letters(options: PrepareOptions, notes: _Notes) -> None:
+    """Raises DataError if the tokenizer loses more than MOST_UNKNOWN of the text."""
+    if notes.unknown_letters > MOST_UNKNOWN * notes.letters:
+        raise DataError(
+            f"{options.base}: the tokenizer does not know {notes.unknown_letters:,} of {notes.letters:,} letters "
+            f"({notes.unknown_letters / notes.letters:.1%}, more than {MOST_UNKNOWN:.1%}): is it the base's? "
+            "If so, the base cannot learn this text"
+        )
 
 
 def _check_kept(options: PrepareOptions, report: PrepareReport) -> None:

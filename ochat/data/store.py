@@ -92,8 +92,10 @@ class Shard:
         ends = self["span_ends"][index]
         begins = _begins(ends, starts)
         class_ids, rewards = np.repeat(self.class_ids(at), counts), np.repeat(self["rewards"][at], counts)
-        own, roles = self["span_weights"][index], self["span_roles"][index]
-        return _Spans(begins, ends, rule(own, roles, class_ids, rewards, ends - begins), starts)
+        own, roles, num_tokens = self["span_weights"][index], self["span_roles"][index], ends - begins
+        if rule.per_message_mean:
+            num_tokens = _of_messages(num_tokens, roles, starts)
+        return _Spans(begins, ends, rule(own, roles, class_ids, rewards, num_tokens), starts)
 
 
 class _Spans(NamedTuple):
@@ -103,6 +105,19 @@ class _Spans(NamedTuple):
     ends: NDArray[np.int32]  # (n,)
     loss_weights: NDArray[np.float32]  # (n,)
     starts: NDArray[np.int64]  # of each sequence: the place of its first span
+
+
+def _of_messages(
+    num_tokens: NDArray[np.integer], roles: NDArray[np.uint8], starts: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """(n,) tokens of the message that each span is part of: spans of one role that follow each other, which differ in
+    weight. `starts`: the places of the sequences' first spans."""
+    if not len(roles):
+        return num_tokens.astype(np.int64)
+    is_first = np.concatenate([[True], roles[1:] != roles[:-1]])
+    is_first[starts] = True
+    firsts = np.flatnonzero(is_first)
+    return np.repeat(np.add.reduceat(num_tokens, firsts), np.diff(np.append(firsts, len(roles))))
 
 
 def open_sets(sets: Mapping[str, Sequence[Prepared]]) -> tuple[tuple[str, ...], dict[str, list[Shard]]]:

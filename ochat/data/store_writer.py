@@ -85,6 +85,7 @@ class StoreWriter:
         self._shards: list[dict[str, Any]] = []
         self._parts: list[dict[str, NDArray]] = []
         self._num_tokens = 0
+        self._num_roles = ROLES.index("tool")  # as many as the data has, "tool" being younger than the format
         _check_destination(output, overwrite)
 
     def __enter__(self) -> StoreWriter:
@@ -99,6 +100,7 @@ class StoreWriter:
         arrays = sequences.arrays(self._class_ids, self._file_ids, self.id_dtype)
         self._parts.append(arrays)
         self._num_tokens += len(arrays["input_ids"])
+        self._num_roles = max(self._num_roles, int(arrays["span_roles"].max(initial=0)) + 1)
         if self._num_tokens >= SHARD_TOKENS:
             self._write_shard()
 
@@ -109,7 +111,8 @@ class StoreWriter:
         described = {"format": FORMAT, "version": VERSION, **manifest, "classes": list(self._class_ids)}
         known = {shard["file"] for shard in self._shards}
         others = [manifests.describe_file(path) for path in sorted(self.folder.iterdir()) if path.name not in known]
-        described |= {"roles": list(ROLES), "files": list(self._file_ids), "shards": self._shards, "others": others}
+        roles, files = list(ROLES[: self._num_roles]), list(self._file_ids)
+        described |= {"roles": roles, "files": files, "shards": self._shards, "others": others}
         manifests.write_manifest(self.folder / MANIFEST, described)
 
     def _write_shard(self) -> None:

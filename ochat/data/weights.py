@@ -18,11 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from ochat.config import ClassConfig, WeightsConfig
 from ochat.errors import ConfigError
-from ochat.text.conversation import default_weight
+from ochat.text.token_weights import DEFAULT_WEIGHTS, ROLES
 
-ROLES = ("bos", "system", "prefix", "user", "assistant")  # a shard's span_roles are indices into it
 ASSISTANT = ROLES.index("assistant")
-DEFAULT_WEIGHTS = np.array([default_weight(role) for role in ROLES], np.float32)
 
 
 def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
@@ -72,8 +70,8 @@ class WeightRule:
         """Weights (n,) float32 of n spans.
 
         `own` NaN where the record gives none; `class_ids` and `rewards` (NaN: none) of the span's conversation;
-        `num_tokens` that the span holds, after truncation. With `classes` and `reward` a negative own weight lends
-        its sign.
+        `num_tokens` that the span's message holds, after truncation. With `classes` and `reward` a negative own weight
+        lends its sign.
         """
         weights = np.where(np.isnan(own), DEFAULT_WEIGHTS[roles], own).astype(np.float32)
         supervised = weights != 0

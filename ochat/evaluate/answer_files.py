@@ -32,7 +32,7 @@ from ochat.data.readers import parse_records
 from ochat.errors import ConfigError, DataError
 from ochat.files import atomic, bounded_json
 from ochat.run import layout
-from ochat.text.conversation import text_field
+from ochat.text.fields import text_field
 
 log = logging.getLogger(__name__)
 _BEGIN = b'{"about":'

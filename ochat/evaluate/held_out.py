@@ -3,7 +3,8 @@
     held_out = read_held_out(Path("data/train-held-out"), template, tokenizer)      # or files of conversations
     held_out[0].under(["GPT4", "GPT3"], template, tokenizer)                        # an Example under each
 
-Every segment is tokenised alone, so exchanging the prefixes' ids gives the same as encoding the conversation again.
+Where a template tokenises every segment alone, exchanging the prefixes' ids gives the same as encoding the conversation
+again. Where it renders the whole text, the conversation is encoded again, so it must be there: a prepared set has none.
 """
 
 from __future__ import annotations
@@ -38,18 +39,20 @@ class HeldOut:
     input_ids: NDArray[np.int64]  # (len,)
     spans: list[Span]
     condition: str  # its class
+    conversation: Conversation | None = None  # that it was encoded from; None: of a prepared set
 
     @classmethod
     def of(cls, conversation: Conversation, template: Template, tokenizer: Tokenizer) -> HeldOut:
         """The whole conversation, neither cut nor trimmed."""
         ids, spans = template.encode_spans(conversation, tokenizer)
-        return cls(np.array(ids, np.int64), spans, conversation.condition)
+        return cls(np.array(ids, np.int64), spans, conversation.condition, conversation)
 
     def under(self, conditions: Sequence[str], template: Template, tokenizer: Tokenizer) -> list[Example]:
         """The conversation under each condition's prefixes, up to its last supervised token.
 
         All hold the same supervised tokens: what the longest prefix pushes out of the template's context is left out
         under every other too. Without any that fit, each is empty.
+        Raises: ConfigError where that needs the conversation itself; DataError where the class changes its tokens.
         """
         written = [self._written(condition, template, tokenizer) for condition in conditions]
         most = min(int(is_own[: template.context].sum()) for _, _, is_own in written)
@@ -64,6 +67,8 @@ class HeldOut:
         self, condition: str, template: Template, tokenizer: Tokenizer
     ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
         """Ids, weights and whether a token is the conversation's own, not a turn's prefix; (len,) each."""
+        if template.tokenize == "rendered":
+            return self._rendered(condition, template, tokenizer)
         pieces = []
         begins = [0, *(span.end for span in self.spans)]
         following = [after.role for _, after in pairwise(self.spans)] + [""]
@@ -75,6 +80,35 @@ class HeldOut:
             pieces.append((ids, np.full(len(ids), span.own_weight, np.float32), np.full(len(ids), is_own)))
         ids, weights, is_own = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
         return ids, weights, is_own
+
+    def _rendered(
+        self, condition: str, template: Template, tokenizer: Tokenizer
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+        """`_written` for a template that renders the whole text; the spans' weights are kept, token by token."""
+        weights, is_own = _by_token(self.spans)
+        if condition == self.condition or template.condition_roles == "none":
+            return self.input_ids, weights, is_own
+        if self.conversation is None:
+            raise ConfigError(
+                f"the template {template.name} renders a conversation as a whole, so the prefixes of a prepared one "
+                "cannot be exchanged; give the conversations themselves (the files that were prepared)"
+            )
+        ids, spans = template.encode_spans(replace(self.conversation, condition=condition), tokenizer)
+        written, is_written = _by_token(spans)
+        if is_written.sum() != is_own.sum():
+            raise DataError(
+                f"the template {template.name} writes messages otherwise under the class {condition!r}, so that their "
+                "tokens cannot be compared"
+            )
+        written[is_written] = weights[is_own]
+        return np.array(ids, np.int64), written, is_written
+
+
+def _by_token(spans: Sequence[Span]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Of each token its weight, and whether it is a message's or the system text's."""
+    counts = np.diff([0, *(span.end for span in spans)])
+    weights = np.repeat(np.array([span.own_weight for span in spans], np.float32), counts)
+    return weights, np.repeat([span.role != "prefix" for span in spans], counts)
 
 
 def is_prepared(data: Paths) -> bool:
@@ -104,11 +138,12 @@ def choose_template(data: Paths, folder: Path, name: str | None, tokenizer: Toke
     """The template of a prepared data set, which must be the model's too; of other data the model's, or the one called
     `name`. `folder`: the model's. Raises: ConfigError."""
     if not is_prepared(data):
-        template = load_template(folder, name)
+        template = load_template(folder, name, tokenizer)
     elif name is not None:
         raise ConfigError(f"--template {name}: {shown_paths(data)} is prepared, and has its own; leave it out")
     else:
-        template = template_of(data, load_template(folder, None) if read_description(folder) else None, tokenizer)
+        of_model = load_template(folder, None, tokenizer) if read_description(folder) else None
+        template = template_of(data, of_model, tokenizer)
     template.check(tokenizer)
     return template
 

@@ -29,7 +29,7 @@ from ochat.infer.generate import complete
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.text import tokenizer as tokenizers
-from ochat.text.conversation import ROLES, Conversation, Message
+from ochat.text.conversation import Conversation, Message
 from ochat.text.openchat_json import template_as
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class LocalAnswerer:
 
     def _prompt(self, texts: Sequence[str]) -> list[int]:
         """The ids of what user and assistant say in turns, ready for the next answer."""
-        items = tuple(Message(role, text) for role, text in zip(cycle(ROLES), texts, strict=False))
+        items = tuple(Message(role, text) for role, text in zip(cycle(("user", "assistant")), texts, strict=False))
         return self.speaks.encode_prompt(Conversation(items), self.tokenizer)
 
     def _answer(self, model: Transformer, batch: Sequence[Question], temperature: float) -> Iterator[Answer]:

@@ -3,7 +3,7 @@
     asked = read_prompts(Path("prompts.jsonl"), ["GPT4", "GPT3"], template, tokenizer, context=4096)
     write_answers(Path("answers.jsonl"), asked, model, tokenizer, template.eot, 256)
 
-A record is {"prompt": "...", "system": "..."} or a conversation, whose last answer is dropped and asked for again.
+A record is {"prompt": "...", "system": "..."} or one of any format, whose last answer is dropped and asked for again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from typing import Any
 
 from ochat.console import bar
 from ochat.data.readers import parse_records
-from ochat.errors import ConfigError, DataError
+from ochat.errors import ConfigError
 from ochat.infer.generate import complete
 from ochat.model.transformer import Transformer
-from ochat.text import record_formats
-from ochat.text.conversation import Conversation, Message, refuse_misspelt, text_field
+from ochat.text.conversation import Conversation, Message
+from ochat.text.record_formats import RecordReader
+from ochat.text.records.objects import Notes
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 
@@ -77,13 +78,4 @@ def write_answers(
 
 def _unanswered(value: dict[str, Any]) -> Conversation:
     """A record's conversation up to its last question, without weights."""
-    if "prompt" in value:
-        refuse_misspelt(value, ("prompt", "system"), "record")
-        text, system = text_field(value, "prompt", "prompt"), text_field(value, "system", "system")
-        return Conversation((Message("user", text),), system=system)
-    conversation = record_formats.convert(value)
-    items = tuple(replace(item, weight=None) for item in conversation.items)
-    items = items[:-1] if items[-1].role == "assistant" else items
-    if not items:
-        raise DataError("items: an answer without a question; a prompt needs a user message")
-    return replace(conversation, items=items, reward=None)
+    return RecordReader().read_prompt(value, Notes())

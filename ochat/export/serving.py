@@ -17,14 +17,15 @@ import os.path
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import jinja2.sandbox
 from tokenizers import Tokenizer as ServedTokenizer
 
-from ochat.errors import CheckpointError
+from ochat.errors import CheckpointError, DataError
 from ochat.files import atomic, bounded_json
 from ochat.text import tokenizer as tokenizers
+from ochat.text.chat.dates import parse_date
+from ochat.text.chat.sandbox import ChatSource
+from ochat.text.chat.variables import chat_variables
 from ochat.text.conversation import Conversation, Message
 from ochat.text.openchat_json import OPENCHAT, template_as
 from ochat.text.template import FOLDER, Template
@@ -74,6 +75,8 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
     Raises: ConfigError if the tokenizer lacks a special token of the template.
     """
     template.check(tokenizer)
+    if template.tokenize == "rendered":
+        return template.served_source()
     joints = {f"join_{role}": _joint(template, role, tokenizer) for role in ("user", "assistant", "system")}
     uses_boundary = any(BOUNDARY in joint for joint in joints.values())
     values = joints | {
@@ -81,6 +84,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
         "marks": json.dumps(_marks(tokenizer, uses_boundary), ensure_ascii=False),
         "bos": _quoted(template.bos_token(tokenizer) or ""),
         "eot": _quoted(template.eot),
+        "suffix": _quoted(template.suffix),
         "user": _prefix_expression(template, "user"),
         "assistant": _prefix_expression(template, "assistant"),
         "system": _quoted(template.system_prefix()),
@@ -149,17 +153,25 @@ def verify(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
     """
     exported = ServedTokenizer.from_file(str(folder / "tokenizer.json"))
     config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)  # transformers'
-    chat = environment.from_string(config["chat_template"])
+    chat = ChatSource(config["chat_template"], parse_date("2001-01-01"))  # no date that training writes
     exported.encode_special_tokens = True
     for text in (*_AWKWARD, *list(tokenizer.special_tokens)[:8]):
         _compare(exported, text, tokenizer.encode(text), folder)
     exported.encode_special_tokens = False
-    for conversation in _probes():
-        variables, (ids, _) = chat_variables(conversation), template.encode(conversation, tokenizer)
-        opening = tokenizer.encode_with_specials(template.role_prefix("assistant", conversation.condition))
+    compared = 0
+    for conversation in map(template.prepared, _probes()):
+        variables = chat_variables(conversation)
+        try:
+            ids, _ = template.encode(conversation, tokenizer)
+        except DataError:  # a chat template may refuse roles that do not alternate, or system text
+            continue
+        asked = replace(conversation, items=conversation.items[:-1])
+        opened = replace(template, default_condition="").encode_prompt(asked, tokenizer)
         _compare(exported, chat.render(**variables), ids, folder)
-        _compare(exported, chat.render(**variables, add_generation_prompt=True), ids + opening, folder)
+        _compare(exported, chat.render(**chat_variables(asked), add_generation_prompt=True), opened, folder)
+        compared += 1
+    if not compared:
+        raise CheckpointError(f"{folder}: the chat template writes none of the conversations that it is checked with")
 
 
 def _compare(exported: ServedTokenizer, text: str, trained: list[int], folder: Path) -> None:
@@ -170,13 +182,6 @@ def _compare(exported: ServedTokenizer, text: str, trained: list[int], folder: P
             f"{folder}: the exported tokenizer and chat template give other ids than training from token {at} on "
             f"({served[at : at + 4]} instead of {trained[at : at + 4]}) for {text!r}"
         )
-
-
-def chat_variables(conversation: Conversation) -> dict[str, Any]:
-    """What a server passes to the chat template for this conversation: `messages` and `condition`."""
-    system = [{"role": "system", "content": conversation.system}] if conversation.system else []
-    turns = [{"role": m.role, "content": m.content} for m in conversation.items]
-    return {"messages": [*system, *turns], "condition": conversation.condition}
 
 
 _BLANKS = (
@@ -194,4 +199,10 @@ def _probes() -> list[Conversation]:
         items = tuple(Message(("user", "assistant")[k % 2], _AWKWARD[(i * 5 + k) % count]) for k in range(4))
         system = "" if i % 3 == 0 else _AWKWARD[(i * 7 + 4) % count]
         conversations.append(Conversation(items, conditions[i % len(conditions)], system))
-    return [*conversations, replace(conversations[1], items=conversations[1].items[:1])]
+    call = {"name": "rain", "arguments": {"in": "Ulm", "é": [1, None]}}
+    tool = {"type": "function", "function": {"name": "rain", "description": "<b> é", "parameters": {}}}
+    asked, said = Message("user", "Rain?"), Message("assistant", "No.")
+    called = (asked, Message("assistant", "", tool_calls=(call,)), Message("tool", "no", name="rain"), said)
+    thought = (asked, replace(said, reasoning="Dry."), asked, replace(said, reasoning="Dry\nstill."))
+    special = [Conversation(called, tools=(tool,)), Conversation(thought, "GPT4")]  # refused by most templates
+    return [*conversations, replace(conversations[1], items=conversations[1].items[:1]), *special]

@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 OPENCHAT = "openchat.json"
 
 
-def load_template(folder: Path, name: str | None) -> Template:
+def load_template(folder: Path, name: str | None, tokenizer: Tokenizer) -> Template:
     """The named template, or the one that openchat.json in the folder describes. Raises: ConfigError."""
     if name is not None:
-        return templates.load(name)
+        return templates.with_bos_of(templates.load(name), tokenizer)
     path, content = folder / OPENCHAT, read_description(folder)
     if not content:
         raise ConfigError(f"{folder}: has no {OPENCHAT} that names its template; give --template NAME")
@@ -38,7 +38,7 @@ def template_as(folder: Path, name: str | None, condition: str | None, tokenizer
     """load_template's, with the class `condition` where a conversation has none (None: the template's own; "": none).
     Warns of a class that the model was not trained on. Raises: ConfigError, also for a tokenizer that cannot write it.
     """
-    template = load_template(folder, name)
+    template = load_template(folder, name, tokenizer)
     template.check(tokenizer)
     if condition is not None:
         template = templates.with_default_condition(template, condition, tokenizer)

@@ -1,123 +1,181 @@
-"""Reads records of other formats as conversations: OpenAI `messages`, ShareGPT `conversations`, Alpaca instructions.
+"""Read records as conversations, in whatever format they come: messages under several names, or a question and answer.
 
-    convert({"instruction": "Say hello", "output": "Hello!"}, default_condition="GPT4")
+    convert({"instruction": "Say hello", "output": "Hello!"})          # one conversation
+    RecordReader(default_condition="GPT4").read(record, Notes())       # several where a map names several answers
 
-A record's own `condition`, `reward` and per-message `weight` are kept; what a conversation cannot express is refused.
+The law: a key of a record is read, mapped, ignored by name, or refused by name (records/keys.py); all others are
+metadata, which `Notes` counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 from ochat.errors import ConfigError, DataError
-from ochat.text.conversation import (
-    Conversation,
-    describe,
-    number_field,
-    refuse_misspelt,
-    require_list,
-    require_object,
-    text_field,
-)
+from ochat.text.conversation import Conversation, Message, default_weight
+from ochat.text.fields import check_object
+from ochat.text.records.calls import read_tools
+from ochat.text.records.keys import IGNORE, RECORD
+from ochat.text.records.map import ClassRule, RecordMap
+from ochat.text.records.messages import MessageReader, Turn
+from ochat.text.records.objects import Fields, Notes, read_fields
+from ochat.text.records.turns import QUESTION, TurnReader, split_system, weighted
 
-_ASSISTANTS = ("gpt", "assistant", "chatgpt", "bing", "bard", "bot", "model")
-_SYNONYMS = {"human": "user", "user": "user", "prompter": "user"} | dict.fromkeys(_ASSISTANTS, "assistant")
-_SYNONYMS["system"] = "system"
+EmptyAnswers = Literal["refuse", "keep"]
+FORMATS = {"openchat": "items", "messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
+_LABEL_REMEDY = 'give it a class with --map: condition = {from = "label", values = {"true" = "GPT4", "false" = "GPT3"}}'
 
 
 def convert(record: Any, format: str = "auto", default_condition: str = "") -> Conversation:
-    """The conversation in a record of `format`: openchat, messages, sharegpt, alpaca, or auto (known by its keys).
+    """The conversation in a record, as RecordReader reads it; empty answers are kept."""
+    return _reader(format, default_condition).read(record, Notes())[0]
 
-    `default_condition` is for records that have no condition, or an empty one.
-    Raises: DataError naming the field; ConfigError for an unknown format.
+
+@lru_cache(maxsize=64)
+def _reader(format: str, default_condition: str) -> RecordReader:
+    return RecordReader(format, default_condition, empty_answers="keep")
+
+
+@dataclass(frozen=True)
+class RecordReader:
+    """How records are read. Pickles.
+
+    `format`: auto, or one of FORMATS: its key is read where several are there. `default_condition` is for records that
+    have no condition, or an empty one. `ignore`: keys to leave out, as Level.ignores reads them.
     """
-    require_object(record, "record")
-    if format not in ("auto", *FORMATS):
-        raise ConfigError(f"format {format!r}: unknown; known: auto, {', '.join(FORMATS)}")
-    refuse_misspelt(record, ("condition", "reward", "system"), "record")
-    kept = {key: record[key] for key in ("condition", "reward") if key in record}
-    plain = kept | FORMATS[_detect(record) if format == "auto" else format](record)
-    if plain.get("condition", "") == "":
-        plain["condition"] = default_condition
-    return Conversation.from_dict(plain)
+
+    format: str = "auto"
+    default_condition: str = ""
+    map: RecordMap = field(default_factory=RecordMap)
+    ignore: frozenset[str] = frozenset()
+    empty_answers: EmptyAnswers = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.format not in ("auto", *FORMATS):
+            raise ConfigError(f"format {self.format!r}: unknown; known: auto, {', '.join(FORMATS)}")
+
+    def read(self, record: Any, notes: Notes, default_condition: str = "") -> list[Conversation]:
+        """The conversations of a record: one, or one for each answer that the map names.
+
+        `default_condition`: of the record's file. Raises: DataError naming the field.
+        """
+        try:
+            record, fields = self._fields(record, notes)
+            condition = self._class(record, fields, default_condition)
+            reader = TurnReader(record, fields, notes, self._messages)
+            if not self.map.answers:
+                return [self._conversation(reader.turns(), fields, condition)]
+            names = {column: name or condition for column, name in self.map.answers.items()}
+            if default_condition and (others := set(names.values()) - {default_condition}):
+                raise DataError(_two_classes(min(others), default_condition))
+            if fields.text("condition") and names != dict.fromkeys(names, condition):
+                raise DataError(f"condition: the map gives each answer its class; {IGNORE} condition")
+            answered = reader.answered(self.map.answers)
+            return [self._conversation(turns, fields, names[column]) for column, turns in answered.items()]
+        except RecursionError:
+            raise DataError("record: objects and lists are nested too deep") from None
+
+    def read_prompt(self, record: Any, notes: Notes) -> Conversation:
+        """The conversation up to its last question, without weights; an answer is left out. Raises: DataError."""
+        try:
+            record, fields = self._fields(record, notes)
+            turns = TurnReader(record, fields, notes, self._messages).prompt()
+            turns = [turn._replace(message=replace(turn.message, weight=None, spans=())) for turn in turns]
+            system, items = split_system(turns, fields)
+            return Conversation(items, self._class(record, fields, ""), system, tools=_tools(fields))
+        except RecursionError:
+            raise DataError("record: objects and lists are nested too deep") from None
+
+    @cached_property
+    def _ignored(self) -> frozenset[str]:
+        """Keys to leave out, those that a fixed format does not read among them."""
+        others = {name for meaning in ("messages", *QUESTION, "answer") for name in RECORD.names(meaning)}
+        if self.format == "auto":
+            others = set()
+        elif self.format == "alpaca":
+            others = set(RECORD.names("messages"))
+        return frozenset(self.ignore | set(self.map.ignore) | (others - {FORMATS.get(self.format, "")}))
+
+    @cached_property
+    def _rule(self) -> ClassRule | None:
+        return self.map.class_rule
+
+    @cached_property
+    def _columns(self) -> dict[str, str]:
+        return self.map.columns()
+
+    @cached_property
+    def _messages(self) -> MessageReader:
+        return MessageReader(self.map.message_columns(), self.map.roles)
+
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        """Columns of classes and answers, unless they are read as something else too, as a reward is."""
+        rule = self._rule
+        is_read = rule and (rule.column in self._columns or _is_content(rule.column))
+        return frozenset([*self.map.answers, *([rule.column] if rule and not is_read else [])])
+
+    def _fields(self, record: Any, notes: Notes) -> tuple[dict[str, Any], Fields]:
+        """The record, and its fields but for classes and answers that the map reads."""
+        is_list = isinstance(record, list) and record and isinstance(record[0], dict)
+        record = {"messages": record} if is_list else check_object(record, "record")
+        rest = {key: value for key, value in record.items() if key not in self._taken} if self._taken else record
+        notes.ignore = self._ignored
+        fields = read_fields(rest, RECORD, notes, self._columns)
+        needed = FORMATS.get(self.format, "")
+        if needed and not self._columns and needed not in fields.names.values():
+            raise DataError(f"{needed}: missing or null; --format {self.format} reads it")
+        fields.check_label(notes, _LABEL_REMEDY)
+        return record, fields
+
+    def _class(self, record: dict[str, Any], fields: Fields, file_class: str) -> str:
+        """What the map or the record says, else the class of the file, else the default."""
+        condition, rule = fields.text("condition"), self._rule
+        if rule:
+            if condition:
+                raise DataError(f"condition: the map reads the class from {rule.column!r}; {IGNORE} condition")
+            value = record.get(rule.column)
+            if value is not None:
+                condition = rule.of(value)
+            elif not (file_class or self.default_condition):
+                raise DataError(
+                    f"{rule.column}: missing, and the map reads the class from it; or give --default-condition"
+                )
+        if file_class and condition not in ("", file_class):
+            raise DataError(_two_classes(condition, file_class))
+        return condition or file_class or self.default_condition
+
+    def _conversation(self, turns: list[Turn], fields: Fields, condition: str) -> Conversation:
+        turns = weighted(turns, fields)
+        system, items = split_system(turns, fields)
+        if self.empty_answers == "refuse":
+            for turn in turns:
+                if is_empty_answer(turn.message):
+                    raise DataError(
+                        f"{turn.place}: an empty answer, which teaches to say nothing; or --empty-answers keep"
+                    )
+        return Conversation(items, condition, system, fields.number("reward"), _tools(fields))
 
 
-def _detect(record: dict[str, Any]) -> str:
-    keys = {"items": "openchat", "messages": "messages", "conversations": "sharegpt", "instruction": "alpaca"}
-    found = [key for key in keys if key in record]
-    if len(found) == 1:
-        return keys[found[0]]
-    if not found:
-        raise DataError(f"record: none of the keys {', '.join(keys)} that tell the format; it has {_keys(record)}")
-    raise DataError(f"record: the keys {', '.join(found)} belong to different formats; say which with --format")
+def is_empty_answer(message: Message) -> bool:
+    """Whether an assistant message that is trained says nothing."""
+    trained = default_weight(message.role) if message.weight is None else message.weight
+    return bool(
+        message.role == "assistant"
+        and trained
+        and not (message.content.strip() or message.reasoning.strip() or message.tool_calls)
+    )
 
 
-def _keys(record: dict[str, Any]) -> str:
-    shown = ", ".join(repr(key[:40]) for key in list(record)[:8])
-    return shown + (", ..." if len(record) > 8 else "") if record else "no keys"
+def _tools(fields: Fields) -> tuple[dict[str, Any], ...]:
+    return read_tools(fields.values["tools"], fields.names["tools"]) if "tools" in fields else ()
 
 
-def _from_turns(record: dict[str, Any], key: str, role_key: str, text_key: str) -> dict[str, Any]:
-    turns = require_list(record, key)
-    system, items = text_field(record, "system", "system"), []
-    for i, turn in enumerate(turns):
-        place = f"{key}[{i}]"
-        require_object(turn, place)
-        refuse_misspelt(turn, ("weight",), place)
-        item = {"role": _role(turn, role_key, place), "content": _content(turn, text_key, place)}
-        if item["role"] == "system":
-            if i:
-                raise DataError(f"{place}.{role_key}: a system message after the first message cannot be expressed")
-            if system:
-                raise DataError(f"{place}.{role_key}: the record has a `system` field as well; keep one of the two")
-            system = item["content"]
-        else:
-            items.append(item | {"weight": number_field(turn, "weight", f"{place}.weight")})
-    if not items:
-        raise DataError(f"{key}: only a system message; a conversation needs a user or assistant message")
-    return {"items": items, "system": system}
+def _is_content(column: str) -> bool:
+    return RECORD.meanings.get(column, "condition") not in ("condition", "label")
 
 
-def _role(turn: dict[str, Any], key: str, place: str) -> str:
-    name = text_field(turn, key, f"{place}.{key}", required=True)
-    role = _SYNONYMS.get(name.lower())
-    if role is None:
-        raise DataError(f"{place}.{key}: role {name[:40]!r} cannot be expressed; known: {', '.join(_SYNONYMS)}")
-    for extra in ("tool_calls", "function_call"):
-        if turn.get(extra):
-            raise DataError(
-                f"{place}.{extra}: tool calls cannot be expressed; write them as text or leave the record out"
-            )
-    return role
-
-
-def _content(turn: dict[str, Any], key: str, place: str) -> str:
-    """Text, or a list of text parts joined."""
-    if not isinstance(turn.get(key), list):
-        return text_field(turn, key, f"{place}.{key}", required=True)
-    texts = []
-    for i, part in enumerate(turn[key]):
-        part_place = f"{place}.{key}[{i}]"
-        require_object(part, part_place)
-        if part.get("type", "text") != "text":
-            raise DataError(f"{part_place}.type: only text parts can be expressed, got {describe(part['type'])}")
-        texts.append(text_field(part, "text", f"{part_place}.text", required=True))
-    return "".join(texts)
-
-
-def _from_alpaca(record: dict[str, Any]) -> dict[str, Any]:
-    instruction = text_field(record, "instruction", "instruction", required=True)
-    extra = text_field(record, "input", "input")
-    question = {"role": "user", "content": f"{instruction}\n\n{extra}" if extra else instruction}
-    answer = {"role": "assistant", "content": text_field(record, "output", "output", required=True)}
-    items = [question, answer | {"weight": number_field(record, "weight", "weight")}]
-    return {"items": items, "system": text_field(record, "system", "system")}
-
-
-FORMATS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "openchat": lambda record: record,
-    "messages": lambda record: _from_turns(record, "messages", "role", "content"),
-    "sharegpt": lambda record: _from_turns(record, "conversations", "from", "value"),
-    "alpaca": _from_alpaca,
-}
+def _two_classes(one: str, of_file: str) -> str:
+    return f"condition: {one!r}, but the input says that the file is {of_file!r}"

@@ -9,50 +9,31 @@ system text, a prefix, a message - is tokenised alone and the ids are joined: ex
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from ochat import overrides
-from ochat.errors import ConfigError
-from ochat.text.conversation import Conversation, Message, default_weight
+from ochat.errors import ConfigError, DataError
+from ochat.files import bounded_json
+from ochat.text.chat import dates, rendered
+from ochat.text.chat.rendered import RenderedChat
+from ochat.text.conversation import Conversation, Message
+from ochat.text.token_weights import Characters, Segment, Span, encode
 from ochat.text.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
 ALIASES = {"openchat_3.5": "openchat_v3.2_mistral"}
 ConditionsMode = Literal["both", "assistant", "ignore"]
-
-
-class Span(NamedTuple):
-    """A run of tokens: exclusive end, role (bos, system, prefix, user, assistant), the message's own weight."""
-
-    end: int
-    role: str
-    weight: float | None  # None: the record gives none
-
-    @property
-    def own_weight(self) -> float:
-        """The weight that the record gives, else the role's default."""
-        return default_weight(self.role) if self.weight is None else self.weight
-
-    @property
-    def is_supervised(self) -> bool:
-        """Whether its own weight is not 0 as a data set holds it, in float32."""
-        return bool(np.float32(self.own_weight))
-
-
-class Segment(NamedTuple):
-    """A span before its text is tokenised: the ids of `text`, encoded alone, then `ids`."""
-
-    role: str
-    weight: float | None
-    text: str
-    ids: tuple[int, ...]
+ReasoningMode = Literal["template", "last", "all", "drop"]
+_OPTIONAL = {
+    "suffix": "", "tokenize": "segments", "chat_template": "", "variables": {}, "date": "", "reasoning": "template",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,13 +42,22 @@ class Template:
 
     name: str
     context: Annotated[int, Meta(ge=1)]  # tokens a conversation may have
-    roles: dict[str, str]  # user, assistant: the text in `{role}`; system too, "" or absent: its text has no prefix
-    prefix: str
     eot: Annotated[str, Meta(min_length=1)]  # the special token after content
+    # user, assistant: the text in `{role}`; system too, "" or absent: its text has no prefix
+    roles: dict[str, str] = field(default_factory=lambda: {role: role for role in ("user", "assistant", "system")})
+    prefix: str = ""
+    suffix: str = ""  # text after the end of turn; weight 0
     special_tokens: tuple[str, ...] = ()  # those in `prefix`
-    bos: str = "auto"  # auto: the tokenizer's, if it has one; "": none; else the token
+    bos: str = "auto"  # auto: the tokenizer's, if it has one (see with_bos_of); "": none; else the token
     default_condition: str = ""  # at inference, where none is given
     condition_roles: Literal["both", "assistant", "none"] = "both"  # which prefixes carry the condition
+    # segments: prefix and content are tokenised alone; rendered: the text that chat_template writes, as servers do
+    tokenize: Literal["segments", "rendered"] = "segments"
+    chat_template: str = ""  # Jinja source
+    variables: dict[str, str] = field(default_factory=dict)  # of chat_template
+    date: str = ""  # that chat_template writes as today's
+    # reasoning of the assistant: as chat_template writes it, of the last answer alone, of all, or left out
+    reasoning: ReasoningMode = "template"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], place: str = "template") -> Template:
@@ -75,7 +65,8 @@ class Template:
         hints = get_type_hints(cls, include_extras=True)
         if unknown := [key for key in data if key not in hints]:
             raise ConfigError(f"{place}: unknown key {unknown[0]!r}; {_known(unknown[0], hints)}")
-        if missing := [key for key in ("name", "context", "roles", "prefix", "eot") if key not in data]:
+        needed = ["chat_template"] if data.get("tokenize") == "rendered" else ["prefix", "roles"]
+        if missing := [key for key in ("name", "context", *needed, "eot") if key not in data]:
             raise ConfigError(f"{place}: {missing[0]} is missing")
         template = cls(**{key: overrides.build(hints[key], value, f"{place}: {key}") for key, value in data.items()})
         _check(template, place)
@@ -83,7 +74,8 @@ class Template:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that `from_dict` reads back as an equal template."""
-        return msgspec.to_builtins(self)
+        optional = _OPTIONAL | ({"prefix": "", "roles": self.roles} if self.tokenize == "rendered" else {})
+        return {k: v for k, v in msgspec.to_builtins(self).items() if k not in optional or v != optional[k]}
 
     def carries_condition(self, role: str) -> bool:
         """Whether the prefix of this role holds the condition."""
@@ -105,6 +97,9 @@ class Template:
     def check(self, tokenizer: Tokenizer) -> None:
         """Raises: ConfigError if the tokenizer lacks one of the template's special tokens."""
         bos = () if self.bos in ("auto", "") else (self.bos,)
+        before, *special_and_after = tokenizer.split_at_specials(self.eot)
+        if not before and special_and_after[1:] and special_and_after[1:] != [""]:
+            _refuse_text_in_eot(f"template {self.name}", *special_and_after[:2])
         for token in (self.eot, *self.special_tokens, *bos):
             if token not in tokenizer.special_tokens:
                 raise ConfigError(
@@ -126,22 +121,31 @@ class Template:
 
     def encode_spans(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[Span]]:
         """Ids and the spans that cover them in order. A message's content and its end of turn are one span."""
-        segments = self.segments(conversation, tokenizer)
-        return join(segments, {segment.text: tokenizer.encode(segment.text) for segment in segments})
+        return encode([self.segments(conversation, tokenizer)], tokenizer)[0]
 
     def segments(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
-        """The conversation as segments in order, of which only the texts are left to tokenise."""
+        """The conversation as segments in order, of which only the texts are left to tokenise.
+
+        Raises: DataError for a conversation that the template cannot write.
+        """
         self.check(tokenizer)
+        conversation = self.prepared(conversation)
+        if self.tokenize == "rendered":
+            return rendered.segments(self._chat, conversation, tokenizer, needs_reasoning=self.reasoning == "all")
+        self._check_plain(conversation)
         bos, eot = self.bos_token(tokenizer), (tokenizer.special_tokens[self.eot],)
         segments = [] if bos is None else [Segment("bos", None, "", (tokenizer.special_tokens[bos],))]
+        before = ""
         if conversation.system:
             segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
             segments.append(Segment("system", None, conversation.system, eot))
+            before = self.suffix
         for message in conversation.items:
-            prefix = self.role_prefix(message.role, conversation.condition)
+            prefix = before + self.role_prefix(message.role, conversation.condition)
             segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(prefix)))
-            segments.append(Segment(message.role, message.weight, message.content, eot))
-        return segments
+            segments.append(_content_segment(message, eot))
+            before = self.suffix
+        return [*segments, Segment("prefix", None, "", tokenizer.prefix_ids(before))] if before else segments
 
     def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
@@ -154,32 +158,131 @@ class Template:
         items = conversation.items
         if not items or items[-1].role != "assistant":
             items = (*items, Message("assistant", ""))
-        ids, _ = self.encode_spans(replace(conversation, items=items[:-1]), tokenizer)
-        ids += tokenizer.encode_with_specials(self.role_prefix("assistant", conversation.condition))
+        asked = replace(conversation, items=items[:-1])
+        if self.tokenize == "rendered":
+            begun = items[-1].content
+            segments = rendered.prompt_segments(self._chat, self.prepared(asked), begun, tokenizer)
+            return encode([segments], tokenizer)[0][0]
+        ids, _ = self.encode_spans(asked, tokenizer)
+        suffix = self.suffix if asked.items or asked.system else ""
+        if suffix:
+            ids = ids[: len(ids) - len(tokenizer.prefix_ids(suffix))]
+        ids += tokenizer.encode_with_specials(suffix + self.role_prefix("assistant", conversation.condition))
         return ids + tokenizer.encode(items[-1].content)
 
+    def served_source(self) -> str:
+        """The chat template that an export has: it writes what training saw, whatever day it is."""
+        default = json.dumps(self.default_condition, ensure_ascii=False)
+        lines = [f"set condition = condition if condition is defined and condition is not none else {default}"]
+        lines += [f"set {name} = {json.dumps(text, ensure_ascii=False)}" for name, text in self._variables.items()]
+        dated = dates.fixed(self.chat_template, self.date)
+        return "".join(f"{{%- {line} %}}" for line in lines) + dated + "\n" + self.chat_template
 
-def join(segments: Sequence[Segment], encoded: Mapping[str, Sequence[int]]) -> tuple[list[int], list[Span]]:
-    """Ids and spans of `segments`; `encoded`: the ids of each text. A segment without tokens leaves no span."""
-    ids: list[int] = []
-    spans: list[Span] = []
-    for role, weight, text, tail in segments:
-        own = [*(encoded[text] if text else ()), *tail]
-        if own:
-            ids += own
-            spans.append(Span(len(ids), role, weight))
-    return ids, spans
+    def facts(self, tokenizer: Tokenizer) -> list[str]:
+        """What chat_template writes of itself, in words. Raises: DataError where it refuses a plain question."""
+        if self.tokenize != "rendered":
+            return []
+        found, system = [], rendered.default_system(self._chat, tokenizer)
+        if system:
+            text = json.dumps(system, ensure_ascii=False)
+            found.append(f"without a system text, the template {self.name} writes: {text}")
+        if "strftime_now" in self.chat_template:
+            found.append(f"it writes {dates.parse_date(self.date):%Y-%m-%d} as today's date (--date)")
+        return found
+
+    @property
+    def _variables(self) -> dict[str, str]:
+        return self.variables | ({"keep_reasoning": "all"} if self.reasoning == "all" else {})
+
+    @property
+    def _chat(self) -> RenderedChat:
+        return rendered.compiled(self.chat_template, self.eot, self.date, tuple(self._variables.items()))
+
+    def prepared(self, conversation: Conversation) -> Conversation:
+        """The conversation with the class and the reasoning that are to be written."""
+        condition = "" if self.condition_roles == "none" else conversation.condition
+        items = conversation.items
+        if self.reasoning in ("last", "drop"):
+            kept = len(items) - 1 if self.reasoning == "last" else len(items)
+            items = tuple(replace(m, reasoning="") if i < kept and m.reasoning else m for i, m in enumerate(items))
+        return replace(conversation, condition=condition, items=items)
+
+    def _check_plain(self, conversation: Conversation) -> None:
+        """Raises: DataError for what only a chat template writes."""
+        what = "tools" if conversation.tools else ""
+        for i, message in enumerate(conversation.items):
+            if message.role == "tool" or message.tool_calls:
+                what = f"items[{i}]: tool calls and replies"
+            elif message.reasoning:
+                what = f"items[{i}]: reasoning (--reasoning drop leaves it out)"
+            if what:
+                break
+        if what:
+            raise DataError(f"{what}: the template {self.name} cannot write them; use chatml, qwen3, llama3.1 or base")
+
+
+def _content_segment(message: Message, eot: tuple[int, ...]) -> Segment:
+    characters = None
+    if message.spans:
+        characters = Characters.of(len(message.content), message.role, message.weight, message.spans)
+    return Segment(message.role, message.weight, message.content, eot, characters)
+
+
+def with_bos_of(template: Template, tokenizer: Tokenizer) -> Template:
+    """The template as new data is prepared with it: without BOS where the tokenizer names one, but puts none in front
+    by its own rules. Data that was prepared before keeps the BOS that it has."""
+    is_named_only = tokenizer.bos is not None and not tokenizer.adds_bos
+    return replace(template, bos="") if is_named_only and template.bos == "auto" and template.prefix else template
 
 
 def load(name_or_path: str | Path) -> Template:
-    """A built-in template by name, or a user's by the path of its .toml. Raises: ConfigError with the known names."""
+    """A built-in template by name, or a user's by the path of its .toml. Raises: ConfigError with the known names.
+
+    A TOML's `chat_template` names a file of Jinja next to it.
+    """
     text = str(name_or_path)
     name = ALIASES.get(text, text)
     path = FOLDER / f"{name}.toml" if name in names() else Path(text)
     if not path.is_file():
-        hint = _known(text, sorted([*names(), *ALIASES]))
+        hint = _known(text, sorted([*names(), *ALIASES, "base"]))
         raise ConfigError(f"template {text!r}: no such name or .toml file; {hint}")
-    return Template.from_dict({"name": path.stem} | overrides.read_toml(path), str(path))
+    return _from_toml({"name": path.stem} | overrides.read_toml(path), path.parent, str(path))
+
+
+def of_base(base: str | Path, tokenizer: Tokenizer, date: str, context: int | None) -> Template:
+    """The chat template that the base brings along. `date`: what it writes as today's, as 2026-01-31.
+
+    Raises: ConfigError.
+    """
+    folder = Path(base)
+    if not folder.is_dir():
+        raise ConfigError(
+            f"--template base: {folder} is a tokenizer's file; give the base's folder, or another template"
+        )
+    from ochat.text.chat import base as base_chat  # which imports jinja2
+
+    found = base_chat.read(folder, tokenizer, dates.parse_date(date))
+    if context is None:
+        path = folder / "config.json"
+        config = bounded_json.read_object(path, ConfigError, "fetch it again") if path.exists() else {}
+        context = config.get("max_position_embeddings")
+        if not isinstance(context, int):
+            raise ConfigError(f"{folder}/config.json: no max_position_embeddings; give --context")
+    template = Template(
+        "base", context, found.eot, tokenize="rendered", chat_template=found.source, variables=found.variables,
+        date=date, condition_roles="both" if found.takes_condition else "none",
+    )  # fmt: skip
+    _check(template, str(folder))
+    return template
+
+
+def _from_toml(data: dict[str, Any], folder: Any, place: str) -> Template:
+    if isinstance(file := data.get("chat_template"), str) and "{" not in file:
+        try:
+            data = data | {"chat_template": folder.joinpath(file).read_text("utf-8")}
+        except OSError as error:
+            raise ConfigError(f"{place}: chat_template {file!r} cannot be read: {error.strerror}") from None
+    return Template.from_dict(data, place)
 
 
 def names() -> list[str]:
@@ -191,7 +294,16 @@ def with_conditions(template: Template, mode: ConditionsMode) -> Template:
     """The template with the condition in both prefixes, the assistant's alone, or ignored (no default either)."""
     if mode == "ignore":
         return replace(template, condition_roles="none", default_condition="")
+    if mode == "assistant" and template.tokenize == "rendered" and template.condition_roles != "none":
+        raise ConfigError(
+            f"--conditions assistant: the template {template.name} writes the class for both roles, or none"
+        )
     return template if template.condition_roles == "none" else replace(template, condition_roles=mode)
+
+
+def with_reasoning(template: Template, mode: ReasoningMode) -> Template:
+    """The template with the reasoning of assistant messages as it writes it, of the last alone, of all, or none."""
+    return replace(template, reasoning=mode)
 
 
 def with_default_condition(template: Template, condition: str, tokenizer: Tokenizer) -> Template:
@@ -215,9 +327,31 @@ def _known(word: str, known: Collection[str]) -> str:
     return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(known)}"
 
 
+def _refuse_text_in_eot(place: str, token: str, text: str) -> None:
+    suffix = json.dumps(text, ensure_ascii=False)
+    raise ConfigError(
+        f"{place}: eot is one special token; the text behind it is the key suffix: eot = {json.dumps(token)}, "
+        f"suffix = {suffix}"
+    )
+
+
 def _check(template: Template, place: str) -> None:
     """Raises: ConfigError for values that each have their type but make no template."""
-    roles = template.roles
+    roles, token = template.roles, template.eot.rstrip()
+    if token and token != template.eot:
+        _refuse_text_in_eot(place, token, template.eot[len(token) :])
+    if template.tokenize == "rendered":
+        for key in ("prefix", "suffix"):
+            if getattr(template, key):
+                raise ConfigError(f"{place}: {key} does nothing, as chat_template writes {key}es; leave it out")
+        try:
+            rendered.compiled(template.chat_template, template.eot, template.date, tuple(template.variables.items()))
+            dates.fixed(template.chat_template, template.date)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
+        return
+    if template.chat_template:
+        raise ConfigError(f'{place}: chat_template needs tokenize = "rendered"')
     if not {"user", "assistant"} <= set(roles) <= {"user", "assistant", "system"}:
         raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {sorted(roles)}")
     if not (roles["user"].strip() and roles["assistant"].strip()):

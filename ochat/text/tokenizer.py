@@ -13,18 +13,19 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from ochat.errors import ConfigError, OchatError
 from ochat.files import atomic
-from ochat.text.conversation import check_unicode
+from ochat.text.fields import check_unicode
 from ochat.text.tokenizer_convert import BOUNDARY, READERS, for_server
-from ochat.text.tokenizer_files import AddedToken, TokenizerFiles, find_tokenizer
+from ochat.text.tokenizer_files import MOST_IDS, AddedToken, TokenizerFiles, find_tokenizer
 
 MAX_PREFIXES = 4096  # ids of role prefixes that are kept: a template's roles times the data's classes
 
@@ -53,7 +54,10 @@ def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
 def _load(files: TokenizerFiles, added_tokens: tuple[str, ...]) -> Tokenizer:
     model, tokens, bos, eos = READERS[files.kind](files, added_tokens)
     _add_tokens(model, tokens, added_tokens, files.path)
-    tokenizer = Tokenizer(model, bos, eos, files.kind, b"" if files.kind == "json" else files.content)
+    content = b"" if files.kind == "json" else files.content
+    tokenizer = Tokenizer(model, bos, eos, files.kind, content, files.adds_bos)
+    if tokenizer.vocab_size > MOST_IDS:
+        raise ConfigError(f"{files.path}: an id of {tokenizer.vocab_size - 1:,}; at most {MOST_IDS:,} are in use")
     for role, name in (("bos", bos), ("eos", eos)):
         if name is not None and name not in tokenizer.special_tokens:
             raise ConfigError(f"{files.path}: the {role} token {name!r} is no special token of tokenizer.json")
@@ -81,11 +85,18 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` whose special tokens are text in content, and live in prefixes. Pickles."""
 
     def __init__(
-        self, model: tokenizers.Tokenizer, bos: str | None, eos: str | None, kind: str = "json", content: bytes = b""
+        self,
+        model: tokenizers.Tokenizer,
+        bos: str | None,
+        eos: str | None,
+        kind: str = "json",
+        content: bytes = b"",
+        says_adds_bos: bool | None = None,
     ) -> None:
         model.encode_special_tokens = True
         self.model = model  # the library's own
         self.bos, self.eos = bos, eos
+        self.says_adds_bos = says_adds_bos  # in tokenizer_config.json; None: nothing
         self.kind, self.content = kind, content  # what it was converted from: sentencepiece or tiktoken, and that file
         # text -> id; escaped in content, live in prefixes
         self.special_tokens = {t.content: i for i, t in model.get_added_tokens_decoder().items() if t.special}
@@ -97,7 +108,7 @@ class Tokenizer:
         self.prefix_ids = lru_cache(MAX_PREFIXES)(lambda text: tuple(self.encode_with_specials(text)))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model, self.bos, self.eos, self.kind, self.content)
+        return type(self), (self.model, self.bos, self.eos, self.kind, self.content, self.says_adds_bos)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; special tokens written in it are text. Raises: DataError for a lone surrogate."""
@@ -111,6 +122,19 @@ class Tokenizer:
         encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)  # a third faster: no offsets
         return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
 
+    def encode_with_offsets(
+        self, texts: Sequence[str], *, specials: bool
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Of each text its ids, and the characters of each token. `specials`: special tokens in it are special."""
+        for text in texts:
+            check_unicode(text)
+        self.model.encode_special_tokens = not specials
+        try:
+            encodings = self.model.encode_batch(list(texts), add_special_tokens=False)
+        finally:
+            self.model.encode_special_tokens = True
+        return [(each.ids, each.offsets) if text else ([], []) for text, each in zip(texts, encodings, strict=True)]
+
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of text in which special tokens are live; what is between them is encoded alone."""
         ids: list[int] = []
@@ -122,6 +146,10 @@ class Tokenizer:
     def split_at_specials(self, text: str) -> list[str]:
         """The text in turns: ordinary (possibly empty), special, ordinary, ...; the longest special token wins."""
         return self._special_pattern.split(text)
+
+    def find_specials(self, text: str) -> Iterator[re.Match[str]]:
+        """The special tokens that the text spells, in order."""
+        return self._special_pattern.finditer(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids` without special tokens; each stretch between them is decoded alone, as it was encoded.
@@ -138,6 +166,41 @@ class Tokenizer:
 
     def _is_ordinary(self, token_id: int) -> bool:
         return token_id not in self._special_ids and token_id >= 0 and self.model.id_to_token(token_id) is not None
+
+    def token_text(self, token_id: int) -> str:
+        """A vocabulary entry as the library spells it, "?" for an id that it does not know."""
+        return self.model.id_to_token(token_id) or "?"
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether BOS comes in front of a text by the tokenizer's own rules: those of tokenizer_config.json, or else of
+        its post-processor."""
+        if self.says_adds_bos is not None and self.bos is not None:
+            return self.says_adds_bos
+        return self._writes_bos
+
+    @cached_property
+    def _writes_bos(self) -> bool:
+        return self.bos is not None and self.model.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+    @cached_property
+    def spells_all(self) -> bool:
+        """Whether it has tokens for all bytes, so that no letter is lost."""
+        as_letters = ByteLevel.alphabet()  # the 256 letters that byte-level tokenizers write bytes as
+        vocabulary = set(self.pieces)
+        return vocabulary.issuperset(as_letters) or vocabulary.issuperset(f"<0x{byte:02X}>" for byte in range(256))
+
+    def count_unknown(self, texts: Sequence[str]) -> int:
+        """Letters that the vocabulary lacks: those of the unknown token, and those that no token holds."""
+        name = getattr(self.model.model, "unk_token", None)
+        unknown = None if name is None else self.model.token_to_id(name)
+        count = 0
+        for text, (ids, offsets) in zip(texts, self.encode_with_offsets(texts, specials=False), strict=True):
+            is_known = [character.isspace() for character in text]
+            for token, (start, end) in zip(ids, offsets, strict=True):
+                is_known[start:end] = [token != unknown] * (end - start)
+            count += is_known.count(False)
+        return count
 
     @cached_property
     def vocab_size(self) -> int:
@@ -181,7 +244,9 @@ class Tokenizer:
         if eos_token not in self.special_tokens:
             raise ConfigError(f"export: {eos_token!r} is no special token of the tokenizer")
         folder.mkdir(parents=True, exist_ok=True)
-        names = ({"bos_token": self.bos} if self.bos else {}) | {"eos_token": eos_token}
+        names: dict[str, Any] = ({"bos_token": self.bos} if self.bos else {}) | {"eos_token": eos_token}
+        if self.bos and self.adds_bos != (self.kind != "json" or self._writes_bos):  # what reading it back would find
+            names["add_bos_token"] = self.adds_bos
         # clean-up would change decoded text ("do n't"), which then encodes to other ids
         fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         atomic.write_json(folder / "tokenizer.json", for_server(self.to_json(), boundary=BOUNDARY in chat_template))

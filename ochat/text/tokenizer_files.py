@@ -45,13 +45,15 @@ class TokenizerFiles:
     parsed: Any = None  # the content of a tokenizer.json, or a SentencePieceModel
     tokens: tuple[AddedToken, ...] = ()
     names: dict[str, str] = field(default_factory=dict)  # "bos", "eos" -> token
+    adds_bos: bool | None = None  # whether BOS is put in front of a text; None: the main file says it
 
 
 def find_tokenizer(path: Path) -> TokenizerFiles:
     """The tokenizer at `path`, a file or a folder. Raises: ConfigError."""
     if path.is_file():
         main = _read_file(path)
-        return main if main.kind != "json" else replace(main, names=_read_names(path.parent))
+        beside = {"names": _read_names(path.parent), "adds_bos": _read_adds_bos(path.parent)}
+        return replace(main, **beside) if main.kind == "json" else main
     if not path.is_dir():
         raise ConfigError(f"tokenizer {str(path)!r}: no such file or folder. {how_to_fetch(path)}")
     files = _candidates(path)
@@ -60,7 +62,8 @@ def find_tokenizer(path: Path) -> TokenizerFiles:
     if main.kind == "sentencepiece" and _is_of_another_vocabulary(spec, main.parsed.pieces):
         log.warning("%s: tokenizer.json is no conversion of the SentencePiece model there: not used", path)
         spec = {}
-    return replace(main, tokens=_read_added_tokens(path, spec), names=_read_names(path))
+    tokens = _read_added_tokens(path, spec)
+    return replace(main, tokens=tokens, names=_read_names(path), adds_bos=_read_adds_bos(path))
 
 
 def _candidates(folder: Path) -> list[TokenizerFiles]:
@@ -136,6 +139,11 @@ def _read_names(folder: Path) -> dict[str, str]:
     entries = {role: config.get(f"{role}_token") for role in ("bos", "eos")}
     texts = {role: entry.get("content") if isinstance(entry, dict) else entry for role, entry in entries.items()}
     return {role: text for role, text in texts.items() if isinstance(text, str) and text}
+
+
+def _read_adds_bos(folder: Path) -> bool | None:
+    adds = _read_if_there(folder / "tokenizer_config.json").get("add_bos_token")
+    return adds if isinstance(adds, bool) else None
 
 
 def _declared(folder: Path, tokenizer_json: dict[str, Any]) -> list[AddedToken]:

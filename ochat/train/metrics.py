@@ -9,7 +9,7 @@ MFU = model FLOPs of the step (ModelConfig.flops_per_step) / its seconds / peak 
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import resource
 import time
@@ -25,11 +25,12 @@ from ochat_kernels import LossOutput
 from torch import Tensor
 
 from ochat.data.batch import PackedBatch
-from ochat.files import atomic
+from ochat.files import atomic, jsonl
 from ochat.files.jsonl import JsonlWriter
 from ochat.plan import gpus
 from ochat.run.nonfinite import NonFiniteGuard
 
+log = logging.getLogger(__name__)
 _COUNTS = ("tokens", "supervised_tokens", "padded_tokens", "square_lengths")
 _SUMS = ("loss", "weight", "correct", *_COUNTS)
 _RATES = ("tokens", "supervised_tokens", "padded_tokens")
@@ -136,13 +137,21 @@ class MetricsLog:
 
 
 def truncate_after(path: Path, last_step: int) -> None:
-    """Drop the lines after `last_step`, which a killed run wrote past its checkpoint, atomically."""
+    """Drop the lines after `last_step`, which a killed run wrote past its checkpoint, atomically.
+
+    Lines that are no line of a run (a damaged disk leaves zeros) are dropped too, with a warning.
+    """
     if not path.exists():
         return
     # split bytes, not text: U+2028 in an answer ends a line of text, and a torn line may not be UTF-8
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= last_step]
-    if kept != lines:
+    lines = path.read_bytes().split(b"\n")
+    torn = lines.pop()
+    parsed = [(line + b"\n", jsonl.parse_line(line)) for line in lines]
+    if damaged := [number for number, (_, values) in enumerate(parsed, start=1) if values is None]:
+        what = "%s: line %d is damaged%s; dropped, as the run does not need it"
+        log.warning(what, path, damaged[0], f", as are {len(damaged) - 1} others" if len(damaged) > 1 else "")
+    kept = [line for line, values in parsed if values is not None and values["step"] <= last_step]
+    if torn or len(kept) != len(lines):
         atomic.write_text(path, b"".join(kept).decode())
 
 

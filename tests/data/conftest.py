@@ -20,7 +20,8 @@ def prepare_into(base):
     def prepared(folder, records, source="in.jsonl", **options):
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = write_lines(folder.parent / source, records)
-        return prepare.prepare([path], base, TEMPLATE, folder, **{"progress": False, "workers": 0} | options)
+        defaults = {"progress": False, "workers": 0, "empty_answers": "keep"}
+        return prepare.prepare([path], base, TEMPLATE, folder, **defaults | options)
 
     return prepared
 

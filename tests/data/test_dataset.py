@@ -162,10 +162,10 @@ def test_joined_shards_are_one_prepare(base, tmp_path, n, monkeypatch):
     records = mixed_conversations(seed=7, count=101)
     sources = [write_lines(tmp_path / "a.jsonl", records[:60]), tmp_path / "b.json"]
     sources[1].write_text(json.dumps(records[60:]))
-    prepare.prepare(sources, base, TEMPLATE, tmp_path / "whole", progress=False)
+    prepare.prepare(sources, base, TEMPLATE, tmp_path / "whole", progress=False, empty_answers="keep")
     parts = [tmp_path / f"part{i}" for i in range(1, n + 1)]
     for i, part in enumerate(parts, start=1):
-        prepare.prepare(sources, base, TEMPLATE, part, progress=False, shard=f"{i}/{n}")
+        prepare.prepare(sources, base, TEMPLATE, part, progress=False, shard=f"{i}/{n}", empty_answers="keep")
     whole, joined = TokenDataset(tmp_path / "whole"), TokenDataset(parts)
     apart = [TokenDataset(part) for part in parts]
     assert held(joined) == [example for data in apart for example in held(data)]
@@ -205,7 +205,7 @@ def test_another_tokenizer_and_the_held_out_side_are_refused(make, base, tmp_pat
     first = make("a", mixed_conversations(seed=3, count=40), held_out=0.5)
     other = shutil.copytree(base, tmp_path / "other")
     (other / "added_tokens.json").write_text('{"<new>": 259}')
-    prepare.prepare([tmp_path / "a.jsonl"], other, TEMPLATE, tmp_path / "b", progress=False)
+    prepare.prepare([tmp_path / "a.jsonl"], other, TEMPLATE, tmp_path / "b", progress=False, empty_answers="keep")
     with pytest.raises(ConfigError, match="tokenizer differs .fingerprint.*different bases"):
         TokenDataset([first, tmp_path / "b"])
     with pytest.raises(ConfigError, match="held_out differs .side 'held-out', not 'train'"):
@@ -238,7 +238,7 @@ def test_one_changed_byte_of_a_merged_set_is_found(make, tmp_path, name, monkeyp
     monkeypatch.setattr(readers, "BATCH_RECORDS", 2)
     folder = make("a", [*mixed_conversations(seed=3, count=20), {"bad": 1}], on_bad="skip")
     merged = merge([folder], tmp_path / "all")
-    assert len(manifest.check_files(merged)) == len(list(folder.iterdir())) - 1  # without rejects
+    assert len(manifest.check_files(merged)) == len(list(folder.iterdir())) - 2  # without rejects and tokenizer
     damaged = (merged if name == "manifest.json" else folder) / name
     content = bytearray(damaged.read_bytes())
     content[content.index(b"GPT3") + 3 if b"GPT3" in content else len(content) // 2] ^= 1
@@ -250,7 +250,7 @@ def test_one_changed_byte_of_a_merged_set_is_found(make, tmp_path, name, monkeyp
 def test_the_command_checks_and_says_what_replaces_merge(make, tmp_path, capsys):
     folder = str(make("a", [chat("a", "x")]))
     main(PrepareOptions(check=folder))
-    assert "2 files" in (said := capsys.readouterr().out) and "all as they were written" in said
+    assert "3 files" in (said := capsys.readouterr().out) and "all as they were written" in said
     for options, message in (
         ({"merge": ("a", "b"), "output": "x"}, r'data\.path = \["a", "b"\]'),
         ({"input": ("a",), "check": "y"}, "--input and --check: give one of them"),

@@ -111,7 +111,8 @@ BAD = {
     "a special token": (one()[:-1] + b', "condition": "a<|end_of_turn|>GPT4"}', "spells the special token"),
     "a long key": (b'{"items": [], "' + b"k" * 10**6 + b'": 1}', "items: empty"),
     "lists without end": (b"[" * 10**6, "JSON"),
-    "zeros": (b"\0" * 100, "not JSON"),
+    "nested items": (b'{"items": ' + b"[" * 900 + b"]" * 900 + b"}", "expected an object"),
+    "zeros": (b"\0" * 100, "zero bytes in place of text"),
 }
 
 

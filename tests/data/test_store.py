@@ -134,6 +134,30 @@ def test_a_batch_is_its_examples_laid_end_to_end(written, rule, drawn):
     assert data.supervised[chosen].tolist() == [np.count_nonzero(data[i].loss_weights[1:]) for i in chosen]
 
 
+def test_a_mean_is_by_message_though_its_spans_differ_in_weight(tmp_path):
+    """Spans of one role that follow each other are one message, within a sequence."""
+    roles = [ROLES.index(role) for role in ("prefix", "assistant", "assistant", "prefix", "assistant")]
+    said = Sequences()
+    for _ in range(2):
+        said.input_ids.append(np.arange(10, dtype=np.uint32))
+        said.span_ends.append([1, 3, 7, 8, 10])
+        said.span_roles.append(roles)
+        said.span_weights.append([math.nan, 0.0, 0.5, math.nan, 1.0])
+        said.conditions.append("a")
+        said.rewards.append(math.nan)
+        said.lines.append(1)
+        said.files.append("x")
+    with StoreWriter(tmp_path / "data", 100) as writer:
+        writer.add(said)
+        writer.seal(MANIFEST)
+        publish([writer])
+    data = TokenDataset(tmp_path / "data", weights=WeightsConfig(per_message_mean=True))
+    expected = [0, 0, 0, *[0.5 / 6] * 4, 0, 0.5, 0.5]
+    for example in data:
+        np.testing.assert_allclose(example.loss_weights, np.array(expected, np.float32), rtol=1e-6)
+    assert data.manifest["roles"] == ["bos", "system", "prefix", "user", "assistant"], "as before there were tools"
+
+
 @pytest.mark.parametrize("index", [-1, 60])
 def test_an_index_outside_is_refused(written, index):
     with pytest.raises(IndexError, match="of 60"):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ochat.data.prepare import prepare
-from ochat.errors import DataError
+from ochat.errors import ConfigError, DataError
 from ochat.evaluate import swap
 from ochat.evaluate.held_out import HeldOut, read_held_out
 from ochat.evaluate.swap import Sums
@@ -21,6 +21,7 @@ from ochat.model.transformer import Transformer, pack_ids
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
+from tests import text_kit
 from tests.model import test_init_base
 from tests.tiny import mixed_conversations, write_lines, write_tokenizer
 
@@ -120,7 +121,7 @@ def test_a_prepared_set_and_its_shards_read_as_its_conversations(tmp_path):
     """Weights given and left out, system texts and trailing questions among them."""
     base, file = write_tokenizer(tmp_path / "base"), write_lines(tmp_path / "chats.jsonl", mixed_conversations(5, 60))
     for name, more in (("data", {}), ("1", {"shard": "1/2"}), ("2", {"shard": "2/2"})):
-        prepare([file], base, "openchat_v3.2", tmp_path / name, on_bad="skip", progress=False, **more)
+        prepare([file], base, "openchat_v3.2", tmp_path / name, empty_answers="keep", progress=False, **more)
     tokenizer, template = tokenizers.load(base), templates.load("openchat_v3.2")
 
     def read(data):
@@ -207,3 +208,26 @@ def test_none_or_all_exact_leaves_room_for_the_others():
     for name, share, wanted in (("own", 1.0, [0.8389, 1.0]), ("other", 0.0, [0.0, 0.1611])):
         assert found[name]["exact"] == share
         assert found[name]["exact_interval"] == pytest.approx(wanted, abs=1e-4)  # Wilson's, as printed by others
+
+
+def test_a_rendered_conversation_is_encoded_again_under_each_class(tmp_path):
+    """With the weights that its spans have by then, and the same supervised tokens under every class."""
+    tokenizer = tokenizers.load(text_kit.small_folder("qwen", tmp_path))
+    template = replace(templates.load("chatml"), context=100)
+    said = (Message("user", "a question", 0.5), Message("assistant", "an answer"), Message("user", "b"))
+    conversation = Conversation((*said, Message("assistant", "more " * 9)), "GPT4", "Sys")
+    held = HeldOut.of(conversation, template, tokenizer)
+    alone = replace(held, spans=[span._replace(weight=float(span.role == "assistant")) for span in held.spans])
+    classes = ["GPT4", "", "a class of many letters"]
+    found = alone.under(classes, template, tokenizer)
+    for condition, example in zip(classes, found, strict=True):
+        ids, _ = template.encode(replace(conversation, condition=condition), tokenizer)
+        assert ids[: len(example.input_ids)] == example.input_ids.tolist() and len(example.input_ids) <= 100
+        assert set(example.loss_weights.tolist()) == {0, 1}
+        supervised = example.input_ids[example.loss_weights != 0].tolist()
+        assert tokenizer.decode(supervised).startswith("an answer")
+        assert supervised == found[0].input_ids[found[0].loss_weights != 0].tolist()
+    prepared = replace(held, conversation=None)
+    assert prepared.under(["GPT4"], template, tokenizer)[0].input_ids.tolist()
+    with pytest.raises(ConfigError, match="give the conversations themselves"):
+        prepared.under(["GPT4", "GPT3"], template, tokenizer)

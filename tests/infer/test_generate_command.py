@@ -12,6 +12,7 @@ from ochat.commands import generate as generation
 from ochat.commands.generate import GenerateOptions, answer
 from ochat.errors import ConfigError
 from ochat.model.device import find_device
+from ochat.text import tokenizer as tokenizers
 from ochat.text.openchat_json import load_template
 
 
@@ -69,9 +70,10 @@ def test_a_bad_device_or_description_is_named(model, content, more, needle):
 
 
 def test_a_described_template_needs_no_name_of_its_own_and_a_missing_folder_says_how_to_get_one(model):
-    described = load_template(model(PLAIN), None).to_dict()
+    tokenizer = tokenizers.load(model(PLAIN))
+    described = load_template(model(PLAIN), None, tokenizer).to_dict()
     del described["name"]
-    assert load_template(model({"model_type": "mine", "template": described}), None).name == "mine"
+    assert load_template(model({"model_type": "mine", "template": described}), None, tokenizer).name == "mine"
     with pytest.raises(ConfigError, match="hf download org/model --local-dir"):
         answer(options(Path("org/model")))
 

@@ -50,6 +50,8 @@ def encoded(name: str, folder: Path) -> dict[str, dict[str, list]]:
         step_cases.write_bytes_tokenizer(folder)
     found: dict[str, dict[str, list]] = {}
     for template in map(templates.load, templates.names()):
+        if template.tokenize == "rendered":  # their ids are those of other libraries: tests/text/test_rendered.py
+            continue
         tokenizer = text_tokenizers.load(path, (template.eot, *template.special_tokens))
         for title, record in CONVERSATIONS.items():
             items = [dict(zip(("role", "content", "weight"), item, strict=False)) for item in record["items"]]

@@ -3,6 +3,7 @@
 pytest tests/laws/test_hostile.py          (with -m slow: a line of 1 GB, and bombs of 4 GB)
 """
 
+import bz2
 import functools
 import gzip
 import json
@@ -24,7 +25,7 @@ from ochat import config as configuration
 from ochat.commands.init_base import InitBaseOptions
 from ochat.commands.init_base import main as init_base
 from ochat.data import manifest as manifests
-from ochat.data import readers, records
+from ochat.data.containers import pieces, tables
 from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.data.readers import RecordFile
@@ -239,15 +240,15 @@ def test_no_depth_is_just_deep_enough_to_be_read_and_not_shown():
 
 def test_what_a_record_may_take_is_bounded(base, tmp_path, monkeypatch):
     """In lines, arrays and blanks, plain or compressed; the bound is made small to be met."""
-    monkeypatch.setattr(readers, "MAX_RECORD_BYTES", 1 << 20)
-    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(tables, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(pieces, "MAX_RECORD_BYTES", 1 << 20)
     for content, says in (
         (b'{"items": "' + b"x" * (3 << 20), "more than 1 MiB"),
         (b'[{"items": "' + b"x" * (3 << 20), "more than 1 MiB"),
         (b"[[" + b"[]," * (1 << 20), "more than 1 MiB"),
         (b" " * (3 << 20), "1 MiB of blanks"),
     ):
-        for pack in (bytes, gzip.compress, lzma.compress, zstandard.compress):
+        for pack in (bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.compress):
             (tmp_path / "in.jsonl").write_bytes(pack(content))
             assert says in prepared(base, tmp_path / "in.jsonl", tmp_path / "out")
 
@@ -256,7 +257,7 @@ def test_a_parquet_row_is_bounded_too(base, tmp_path, monkeypatch):
     import pyarrow
     import pyarrow.parquet
 
-    monkeypatch.setattr("ochat.data.readers.MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr("ochat.data.containers.tables.MAX_RECORD_BYTES", 1 << 20)
     rows = ["x", "y" * (2 << 20), "z"]
     column = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": row}] for row in rows]
     pyarrow.parquet.write_table(pyarrow.table({"items": column}), tmp_path / "in.parquet")
@@ -338,7 +339,7 @@ def measured(tmp_path, piece, count, start, pack=""):
     """(the last error, MiB that reading it took) of `start` and `count` pieces, packed; its size in bytes"""
     path, small = tmp_path / "x.jsonl", tmp_path / "small.jsonl"
     small.write_text("{}\n")
-    opened = {"gz": gzip.open, "xz": lzma.open, "zst": zstandard.open}.get(pack, open)(path, "wb")
+    opened = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "zst": zstandard.open}.get(pack, open)(path, "wb")
     with opened as file:
         file.write(start)
         for _ in range(count):
@@ -353,7 +354,7 @@ def measured(tmp_path, piece, count, start, pack=""):
     return error, int(mib), path.stat().st_size
 
 
-ZEROS, LARGE, PACKS = b"\0", "a line of more than 32 MiB", ("zst", "gz", "xz")
+ZEROS, LARGE, PACKS = b"\0", "a line of more than 32 MiB", ("zst", "gz", "bz2", "xz")
 BOMBS = [(b'{"a": "', ZEROS, 384, pack, LARGE, 200) for pack in PACKS]
 STARTS = {b'{"items": "': b"x", b'[{"items": "': b"x", b'{"items": [': b"[],", b"[[": b"[],"}
 SLOW = [(start, unit, 1024, "", "more than 32 MiB", 1500) for start, unit in STARTS.items()]

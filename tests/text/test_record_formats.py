@@ -1,7 +1,9 @@
-"""Importers: a conversation written in every format reads back the same; what cannot be expressed is refused by field.
+"""Formats: a conversation written in every format reads back the same; what cannot be expressed is refused by field.
 
 pytest tests/text/test_record_formats.py
 """
+
+import json
 
 import pytest
 from hypothesis import given
@@ -9,99 +11,241 @@ from hypothesis import strategies as st
 
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message
-from ochat.text.record_formats import convert
+from ochat.text.record_formats import RecordReader, convert, is_empty_answer
+from ochat.text.records.keys import RECORD
+from ochat.text.records.objects import Notes
 
 turns = st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text(), st.none() | st.floats(-2, 2)), min_size=1)
 
 
-def written_as(format: str, conversation: Conversation) -> dict:
-    """The conversation as a record of `format`."""
-    if format == "openchat":
-        return conversation.to_dict()
-    role_key, text_key, key = {
-        "messages": ("role", "content", "messages"),
-        "sharegpt": ("from", "value", "conversations"),
-    }[format]
-    names = {"user": "human", "assistant": "gpt", "system": "system"} if format == "sharegpt" else {}
+def written_as(key: str, role_key: str, text_key: str, conversation: Conversation) -> dict:
+    """The conversation as a record whose messages are under `key`."""
+    names = {"user": "human", "assistant": "gpt"} if role_key == "from" else {}
     said = [("system", conversation.system, None)] if conversation.system else []
     said += [(m.role, m.content, m.weight) for m in conversation.items]
     record = {key: [{role_key: names.get(r, r), text_key: t, "weight": w} for r, t, w in said], "id": "7"}
     return record | {"condition": conversation.condition, "reward": conversation.reward}
 
 
-FORMATS = ("openchat", "messages", "sharegpt")
+KEYS = (
+    st.sampled_from(RECORD.names("messages")),
+    st.sampled_from(["role", "from"]),
+    st.sampled_from(["content", "value"]),
+)
 
 
-@given(turns, st.text(), st.text(), st.none() | st.floats(-1, 1), st.sampled_from(FORMATS), st.booleans())
-def test_formats_agree(said, condition, system, reward, format, auto):
+@given(turns, st.text(), st.text(), st.none() | st.floats(-1, 1), st.tuples(*KEYS))
+def test_messages_are_read_by_what_is_inside(said, condition, system, reward, keys):
     conversation = Conversation(tuple(Message(*turn) for turn in said), condition, system, reward)
-    record = written_as(format, conversation)
-    assert convert(record, "auto" if auto else format) == conversation
+    key, role_key, text_key = keys
+    record = written_as(key, role_key, text_key, conversation)
+    assert convert(record) == conversation
+    assert convert(record | {keys[0]: json.dumps(record[keys[0]])}) == conversation, "JSON text of the messages"
+    if not condition and reward is None:
+        assert convert(record[keys[0]]) == conversation, "a list for a record"
 
 
-def test_alpaca():
-    record = {"instruction": "Add.", "input": "1, 2", "output": "3", "system": "S", "weight": 0.5, "condition": "GPT3"}
-    expected = Conversation((Message("user", "Add.\n\n1, 2"), Message("assistant", "3", 0.5)), "GPT3", "S")
-    assert convert(record) == expected
-    assert convert({"instruction": "Add.", "input": "", "output": "3"}).items[0].content == "Add."
+Q, A = Message("user", "q"), Message("assistant", "a")
+EARLIER = [["q0", "a0"], ["q1", "a1"]]
+BEFORE = tuple(m for i in "01" for m in (Message("user", f"q{i}"), Message("assistant", f"a{i}")))
+LIST = [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}, {"role": "user", "content": "q"}]
+ANSWERS = [{"role": "assistant", "content": "a"}]
+CONTEXT = (Message("user", "q0"), Message("assistant", "a0", 0.0), Q)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_record_wins_over_the_default_condition(format):
-    said = (Message("user", "a"), Message("assistant", "b"))
-    assert convert(written_as(format, Conversation(said, "GPT3")), default_condition="GPT4").condition == "GPT3"
-    assert convert(written_as(format, Conversation(said)), default_condition="GPT4").condition == "GPT4"
+@pytest.mark.parametrize(
+    ("record", "items", "system"),
+    [
+        ({"instruction": "q", "output": "a"}, (Q, A), ""),
+        ({"instruction": "q", "input": None, "output": "a"}, (Q, A), ""),
+        ({"instruction": "q", "input": "", "output": "a", "history": []}, (Q, A), ""),
+        ({"instruction": "q", "input": "1, 2", "output": "a"}, (Message("user", "q\n\n1, 2"), A), ""),
+        ({"instruction": "q", "context": "1, 2", "response": "a"}, (Message("user", "q\n\n1, 2"), A), ""),
+        ({"instruction": "q", "output": "a", "history": EARLIER}, (*BEFORE, Q, A), ""),
+        ({"instruction": "q", "output": "a", "history": json.dumps(EARLIER)}, (*BEFORE, Q, A), ""),
+        ({"instruction": "q", "output": "a", "history": LIST[:2]}, (*BEFORE[:2], Q, A), ""),
+        ({"system_prompt": "S", "question": "q", "response": "a"}, (Q, A), "S"),
+        ({"system": "S", "query": "q", "answer": "a"}, (Q, A), "S"),
+        ({"prompt": "q", "completion": "a"}, (Q, A), ""),
+        ({"question": "q", "reasoning": "hm", "answer": "a"}, (Q, Message("assistant", "a", reasoning="hm")), ""),
+        ({"input": "q", "output": "a"}, (Q, A), ""),
+        ({"prompt": LIST, "completion": ANSWERS}, (*CONTEXT, A), ""),  # TRL: of the prompt nothing is trained
+        ({"prompt": [LIST[0], LIST[1] | {"weight": 2}, LIST[2]], "completion": "a"},
+         (CONTEXT[0], Message("assistant", "a0", 2), Q, A), ""),
+        ({"prompt": LIST[2], "completion": ANSWERS[0]}, (Q, A), ""),
+        ({"prompt": [{"role": "system", "content": "S"}, LIST[2]], "completion": ANSWERS}, (Q, A), "S"),
+        ({"messages": [{"role": "developer", "content": "S"}, LIST[2], *ANSWERS], "system": "S"}, (Q, A), "S"),
+        ({"messages": [LIST[2], *ANSWERS], "prompt": "q ", "prompt_id": "x"}, (Q, A), ""),  # UltraChat says it twice
+        ({"messages": [LIST[0], LIST[2], *ANSWERS, *ANSWERS]}, (BEFORE[0], Q, A, A), ""),
+    ],
+)  # fmt: skip
+def test_formats(record, items, system):
+    assert convert(record) == Conversation(items, "", system)
 
 
-def test_text_parts_are_joined():
-    parts = [{"type": "text", "text": "a"}, {"text": "b "}]
-    assert convert({"messages": [{"role": "user", "content": parts}]}).items[0].content == "ab "
+def test_a_key_that_says_what_the_messages_say_is_counted():
+    notes = Notes()
+    RecordReader().read(CHAT | {"prompt": " q\n", "completion": ANSWERS, "prompt_id": "x"}, notes)
+    assert notes.ignored == {"prompt": 1, "completion": 1, "prompt_id": 1}
 
 
-def chat(*turns: dict) -> dict:
-    return {"messages": list(turns)}
+def weights_of(record):
+    return [message.weight for message in convert(record).items]
+
+
+CHAT = {"messages": [LIST[2], *ANSWERS]}
+THREE = {"messages": [{"role": "system", "content": "S"}, LIST[2], *ANSWERS]}
+
+
+@pytest.mark.parametrize(
+    ("record", "weights"),
+    [
+        (CHAT | {"weight": 0.1}, [None, 0.1]),
+        (CHAT | {"train": False}, [None, 0]),
+        (CHAT | {"weight": 0.5, "trainable": 1}, [None, 0.5]),
+        (CHAT | {"weights": [0, 1]}, [0, 1]),
+        (CHAT | {"weights": [2, 1]}, [2, 1]),
+        (CHAT | {"loss_weights": [None, 3]}, [None, 3]),
+        (CHAT | {"weights": "[0, 1]"}, [0, 1]),
+        (CHAT | {"loss_mask": [0, 1]}, [0, 1]),
+        (CHAT | {"mask": [True, False]}, [1, 0]),
+        (CHAT | {"mask": "User"}, [None, None]),  # NeMo names who is not trained
+        (CHAT | {"weights": [0, 3], "loss_mask": [1, 1], "weight": 2}, [0, 6]),
+        ({"messages": [LIST[2], ANSWERS[0] | {"weight": 2}], "weights": [0, 3], "weight": 0.5}, [0, 3]),
+        (THREE | {"weights": [0, 0, 1]}, [0, 1]),
+        ({"prompt": LIST, "completion": "a", "weights": [0, 3, 0, 1]}, [0, 3, 0, 1]),
+        ({"prompt": LIST, "completion": "a", "weight": 2}, [None, 0, None, 2]),
+        ({"instruction": "q", "output": "a", "weight": 0.5}, [None, 0.5]),
+        ({"instruction": "q", "output": "a", "history": EARLIER[:1], "weights": [0, 1, 0, 1]}, [0, 1, 0, 1]),
+    ],
+)  # fmt: skip
+def test_weights_multiply(record, weights):
+    assert weights_of(record) == weights
+
+
+def test_parts_have_their_own_weight_times_the_records():
+    parts = [{"type": "text", "text": "no", "weight": 0}, {"type": "text", "text": "yes", "weight": 4}, "so"]
+    answer = {"role": "assistant", "content": parts, "weight": 3}
+    (message,) = convert({"messages": [answer], "weight": 0.5}).items
+    assert message.weight == 1.5 and [tuple(span) for span in message.spans] == [(0, 3, 0), (3, 7, 2)]
+
+
+def test_the_record_wins_over_the_file_and_the_file_over_the_default():
+    reader = RecordReader(default_condition="default")
+    assert reader.read(CHAT | {"condition": "own"}, Notes())[0].condition == "own"
+    assert reader.read(CHAT | {"condition": None}, Notes(), "file")[0].condition == "file"
+    assert reader.read(CHAT | {"condition": ""}, Notes())[0].condition == "default"
+    with pytest.raises(DataError, match="condition: 'own', but the input says that the file is 'file'"):
+        reader.read(CHAT | {"condition": "own"}, Notes(), "file")
 
 
 SYSTEM = {"role": "system", "content": "x"}
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "said"),
     [
-        (chat({"role": "tool", "content": "x"}), r"messages\[0\].role: role 'tool'"),
-        (chat({"role": "user", "content": "x"}, SYSTEM), r"messages\[1\].role: a system"),
-        (chat({"role": "user"}), r"messages\[0\].content: missing"),
-        (chat({"role": "user", "content": None}), r"messages\[0\].content: expected text, got null"),
-        (chat({"role": "user", "content": [{"type": "image_url"}]}), r"messages\[0\].content\[0\].type: only text"),
-        (chat({"role": "assistant", "content": "", "tool_calls": [{}]}), r"messages\[0\].tool_calls"),
-        (chat({"role": "user", "content": "", "weight": "1"}), r"messages\[0\].weight: expected a number"),
-        (chat(SYSTEM), "messages: only a system message"),
-        (chat(SYSTEM) | {"system": "y"}, r"messages\[0\].role: the record has a `system`"),
+        ({"messages": [LIST[2], SYSTEM]}, r"messages\[1\]: a system"),
+        ({"messages": [SYSTEM | {"weight": 1}, *ANSWERS]}, r"messages\[0\]: the system text is never trained on"),
+        (THREE | {"loss_mask": [1, 0, 1]}, r"messages\[0\]: the system text is never trained on"),
+        (THREE | {"weights": [0, 1]}, "weights: 2 values for 3 messages"),
+        (CHAT | {"weights": 3}, "weights: expected a list"),
+        (CHAT | {"weights": [0, "x"]}, r"weights\[1\]: expected a number"),
+        (CHAT | {"loss_mask": [0, 0.5]}, r"loss_mask\[1\]: expected true, false, 1 or 0"),
+        (CHAT | {"mask": "Assistant"}, "mask: expected JSON"),
+        (CHAT | {"weight": "1"}, "weight: expected a number"),
+        (CHAT | {"loss": 2.3}, "loss: expected true, false, 1 or 0"),
+        ({"messages": [SYSTEM]}, r"messages\[0\]: only a system message"),
+        ({"messages": [SYSTEM, *ANSWERS], "system": "y"}, r"system: messages\[0\] has another.*--ignore system"),
         ({"messages": []}, "messages: empty"),
-        ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\].value: expected text"),
-        ({"conversations": [{"from": "function_response", "value": ""}]}, r"conversations\[0\].from"),
-        ({"instruction": "x"}, "output: missing"),
+        ({"messages": "[]"}, "messages: empty"),
+        ({"messages": "hi"}, "messages: expected JSON"),
+        ({"messages": {"role": "user"}}, "messages: expected a list"),
+        ({"instruction": "x"}, "record: no messages .*it has 'instruction'; .*--map"),
+        ({"output": "x"}, "record: no messages .*it has 'output'"),
+        ({"answer": "x", "history": EARLIER}, "record: no messages"),
+        ({"instruction": 3, "output": "y"}, "instruction: expected text or messages, got a number"),
+        ({"instruction": "x", "input": ["y"], "output": "y"}, "input: expected text, got a list"),
+        ({"instruction": LIST, "input": "y", "output": "y"}, "input: it cannot be put below instruction"),
+        ({"instruction": "x", "output": "y", "history": ["a", "b"]}, r"history\[0\]: \[question, answer\]"),
+        ({"instruction": "x", "output": "y", "history": [["a", 3]]}, r"history\[0\]\[1\]: expected text or messages"),
         ({"instruction": "x", "output": "y", "reward": "z"}, "reward: expected a number"),
-        ({"text": "x"}, "none of the keys .* it has 'text'"),
-        ({"messages": [], "items": []}, "belong to different formats"),
-        ([1], "record: expected an object"),
+        ({"instruction": "x", "question": "y", "output": "z"}, "question: instruction says the same.*--ignore"),
+        ({"text": "x"}, "text: text without roles.*--ignore text"),
+        ({"messages": [], "items": LIST}, "items: messages says the same thing, with another value"),
+        (CHAT | {"prompt": "other"}, "prompt: the record has messages as well; choose with --ignore prompt or"),
+        (CHAT | {"reasoning": "hm"}, "reasoning: it is not read beside messages; write it into messages"),
+        ({"prompt": "q", "answer": [], "thinking": "hm"}, "thinking: it is not read beside messages.*--ignore"),
+        ({"prompt": "q", "answer": "a", "thinking": ["hm"]}, "thinking: expected text"),
+        (CHAT | {"history": EARLIER}, "history: the record has messages as well"),
+        (CHAT | {"completion": [ANSWERS[0] | {"content": "b"}]}, "completion: the record has messages as well"),
+        (CHAT | {"completion": [ANSWERS[0] | {"reasoning": "hm"}]}, "completion: the record has messages as well"),
+        (CHAT | {"label": False}, r"label: a boolean \(False\) says.*--map.*--ignore label"),
+        (CHAT | {"kto_tag": 1}, "kto_tag: a number .*--map.*--ignore kto_tag"),
+        (CHAT | {"tools": [3]}, r"tools\[0\]: expected an object"),
+        (CHAT | {"tools": "get"}, "tools: expected JSON"),
+        (CHAT | {"chosen": "x"}, r"chosen: give each answer its class with --map: \[answers\].*--ignore chosen"),
+        ([1], "record: expected an object, got a list"),
+        ([LIST[2], 1], r"messages\[1\]: expected an object"),
     ],
-)
-def test_faults_name_their_field(record, message):
-    with pytest.raises(DataError, match=message):
+)  # fmt: skip
+def test_faults_name_their_field(record, said):
+    with pytest.raises(DataError, match=f"^{said}"):
         convert(record)
 
 
-def test_unknown_format():
+@pytest.mark.parametrize("tools", [[{"name": "f", "x": None}], '[{"name": "f"}]', ['{"name": "f"}'], [{"name": "f"}]])
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools(key, tools):
+    assert convert(CHAT | {key: tools}).tools == ({"name": "f"},)
+    assert convert(CHAT | {key: ""}).tools == ()
+
+
+def test_a_format_reads_its_key_and_counts_the_others():
+    record = CHAT | {"conversations": [{"from": "gpt", "value": "b"}], "instruction": "c", "output": "d"}
+    expected = {"messages": "a", "sharegpt": "b", "alpaca": "d"}
+    for format, said in expected.items():
+        notes = Notes()
+        (found,) = RecordReader(format).read(record, notes)
+        assert found.items[-1].content == said
+        assert len(notes.ignored) == (2 if format == "alpaca" else 3)
+    with pytest.raises(DataError, match="conversations: messages says the same thing|instruction: the record has"):
+        convert(record)
+    with pytest.raises(DataError, match="items: missing or null; --format openchat"):
+        convert(record, "openchat")
     with pytest.raises(ConfigError, match="known: auto, openchat, messages, sharegpt, alpaca"):
         convert({"items": []}, format="chatml")
 
 
-@pytest.mark.parametrize("wrong", [{"conditon": "GPT4"}, {"rewrad": 1.0}, {"Condition": "GPT4"}])
-def test_a_misspelt_key_of_ours_is_refused_in_every_format(wrong):
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(DataError, match="did you mean"):
-        convert({"messages": turns} | wrong)
-    with pytest.raises(DataError, match="did you mean 'weight'"):
-        convert({"messages": [turns[0], turns[1] | {"wieght": 3}]})
-    assert convert({"messages": turns, "id": 7, "source": "x"}).items[1].content == "b"
+@pytest.mark.parametrize("answer", ["", " \n", []])
+def test_an_empty_answer_is_refused_unless_it_is_not_trained_or_kept(answer):
+    turn = {"role": "assistant", "content": answer}
+    for record in ({"messages": [LIST[2], turn, *ANSWERS]}, {"items": [turn]}):
+        with pytest.raises(DataError, match=r"\[\d\]: an empty answer, .*--empty-answers keep"):
+            RecordReader().read(record, Notes())
+        (kept,) = RecordReader(empty_answers="keep").read(record, Notes())
+        assert any(map(is_empty_answer, kept.items))
+    for more in ({"weight": 0}, {"reasoning": "hm"}, {"tool_calls": [{"name": "f"}]}):
+        (read,) = RecordReader().read({"messages": [LIST[2], turn | more]}, Notes())
+        assert not any(map(is_empty_answer, read.items))
+    assert RecordReader().read({"messages": [{"role": "user", "content": ""}, *ANSWERS]}, Notes())
+
+
+@pytest.mark.parametrize(
+    ("record", "items"),
+    [
+        ({"prompt": "q", "system": "S"}, (Q,)),
+        ({"prompt": LIST, "weights": [1]}, (Message("user", "q0"), Message("assistant", "a0"), Q)),
+        (CHAT | {"system": "S", "reward": 3, "weight": 2}, (Q,)),
+        ({"question": "q", "answer": ""}, (Q,)),
+        ({"messages": [{"role": "user", "content": "q", "weight": 1}]}, (Q,)),
+    ],
+)
+def test_a_prompt_is_what_stands_before_the_answer(record, items):
+    assert RecordReader().read_prompt(record, Notes()) == Conversation(items, "", record.get("system", ""))
+
+
+@pytest.mark.parametrize("record", [{"messages": ANSWERS}, {"answer": "a"}, {"messages": [SYSTEM]}, {}])
+def test_no_prompt(record):
+    with pytest.raises(DataError):
+        RecordReader().read_prompt(record, Notes())

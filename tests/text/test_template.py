@@ -3,11 +3,14 @@
 tests/laws/test_golden.py has the ids of every template.
 """
 
+import json
+import pickle
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from ochat.errors import ConfigError
 from ochat.text import template as templates
@@ -48,7 +51,8 @@ def small(tmp_path_factory):
 
 
 kinds = st.sampled_from(["llama", "gemma", "gpt2", "qwen"])
-names = st.sampled_from(templates.names())
+SEGMENTS = [name for name in templates.names() if templates.load(name).tokenize == "segments"]
+names = st.sampled_from(SEGMENTS)
 texts = st.text(max_size=12) | st.sampled_from(text_kit.NASTY)
 messages = st.builds(Message, st.sampled_from(["user", "assistant"]), texts, st.none() | st.floats(-2, 2))
 conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=4).map(tuple), texts, texts)
@@ -140,6 +144,11 @@ MISSING = object()  # as a manifest may lack a key, which is no template file
         ({"condition_roles": "user"}, "condition_roles = 'user': expected one of"),
         ({"special_tokens": ["<|x|>"]}, "is not in prefix"),
         *[({key: MISSING}, f"{key} is missing") for key in ("name", "context", "roles", "prefix", "eot")],
+        ({"eot": "<|end_of_turn|>\n"}, r'eot = "<\|end_of_turn\|>", suffix = "\\n"'),
+        ({"chat_template": "{{ messages }}"}, 'chat_template needs tokenize = "rendered"'),
+        ({"tokenize": "rendered", "prefix": MISSING, "roles": MISSING}, "chat_template is missing"),
+        ({"tokenize": "rendered", "chat_template": "{{ 1 }}"}, "chat_template writes prefix"),
+        ({"tokenize": "rendered", "chat_template": "{% x %}", "prefix": MISSING}, "line 1: .*unknown tag 'x'"),
     ],
 )
 def test_faulty_templates_are_refused(change, message):
@@ -154,3 +163,40 @@ def test_unknown_names_and_missing_tokens(tmp_path):
     tokenizer = tokenizers.load(text_kit.small_folder("llama", tmp_path))
     with pytest.raises(ConfigError, match=r"<\|end_of_turn\|>.*init-base .*--add-token"):
         templates.load("openchat_v3.2").encode(Conversation((Message("user", "x"),)), tokenizer)
+
+
+BOS_RULES = {  # kind, tokenizer_config.json, whether the post-processor writes BOS -> whether new data begins with it
+    "named alone": ("gpt2", {"bos_token": "<|endoftext|>"}, False, False),
+    "written by the post-processor": ("gpt2", {"bos_token": "<|endoftext|>"}, True, True),
+    "said not to be added": ("gpt2", {"bos_token": "<|endoftext|>", "add_bos_token": False}, True, False),
+    "said to be added": ("gpt2", {"bos_token": "<|endoftext|>", "add_bos_token": True}, False, True),
+    "not named": ("gpt2", {"add_bos_token": True}, False, False),
+    "SentencePiece": ("llama", None, False, True),
+    "SentencePiece, said not to be added": ("llama", {"add_bos_token": False}, False, False),
+    "SentencePiece, said nothing": ("llama", {"bos_token": "<s>"}, False, True),
+}
+
+
+@pytest.mark.parametrize("name", BOS_RULES)
+def test_new_data_begins_with_bos_where_the_tokenizer_says_so(name, tmp_path):
+    """The export says so too; a template that is written down already keeps its BOS."""
+    kind, settings, has_processor, expected = BOS_RULES[name]
+    folder = text_kit.small_folder(kind, tmp_path / "base")
+    if settings is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if has_processor:
+        model = tokenizers.load(folder).model
+        model.post_processor = processors.TemplateProcessing("<|endoftext|> $A", None, [("<|endoftext|>", 0)])
+        model.save(str(folder / "tokenizer.json"))
+    tokenizer = tokenizers.load(folder, MARKS)
+    again = pickle.loads(pickle.dumps(tokenizer))
+    tokenizer.save(tmp_path / "out", chat_template="", eos_token="<|im_end|>")
+    conversation = Conversation((Message("user", "x"),))
+    old = templates.load("chatml_8192")
+    for each in (tokenizer, again, tokenizers.load(tmp_path / "out")):
+        ids, _ = templates.with_bos_of(old, each).encode(conversation, each)
+        assert (ids[0] != each.special_tokens["<|im_start|>"]) == expected
+    ids, _ = old.encode(conversation, tokenizer)
+    assert (ids[0] == tokenizer.bos_id) == (tokenizer.bos is not None)
+    fixed = replace(old, bos="<|im_end|>")
+    assert templates.with_bos_of(fixed, tokenizer) == fixed

@@ -119,6 +119,21 @@ OTHER_SCHEMAS = [
 ]
 
 
+def test_a_file_out_of_proportion_is_refused_before_it_is_used(tmp_path, spec):
+    """One line, not gigabytes: an id of a billion, or a normalizer that multiplies text again and again."""
+    grows = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 40}
+    nested = {"type": "Sequence", "normalizers": [grows, {"type": "Sequence", "normalizers": [grows] * 3}]}
+    for change, message in (
+        ({"model": spec["model"] | {"vocab": spec["model"]["vocab"] | {"zz": 10**9}}}, "an id of 1,000,000,000"),
+        ({"normalizer": nested}, r"text up to 3e\+06 times longer"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+        with pytest.raises(ConfigError, match=message):
+            tokenizers.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": grows}))
+    assert len(tokenizers.load(tmp_path).encode("e")) == 40
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -86,6 +86,14 @@ def test_lines_past_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path, caplog
     metrics.truncate_after(tmp_path / "missing.jsonl", 1)
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 512, b"hello", b"\xff\xfe", b'{"step": "2"}', b"[1]", b"", b"[" * 5000])
+def test_a_damaged_line_is_dropped_with_a_warning(tmp_path, caplog, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    metrics.truncate_after(path, 1)
+    assert path.read_bytes() == b'{"step": 1}\n' and "line 2 is damaged" in caplog.text
+
+
 def test_a_known_card_has_its_data_sheets_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert metrics.peak_flops(torch.device("cuda"), 0.0, torch.bfloat16)[0] == 989e12

@@ -22,8 +22,8 @@ from ochat import config as configuration
 from ochat.config import ABLATE, Config
 from ochat.data import prepare
 from ochat.data.dataset import TokenDataset
+from ochat.data.inputs import find_inputs
 from ochat.data.manifest import MANIFEST
-from ochat.data.readers import find_inputs
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.job_runner import Job, cuda_devices, run_jobs, slots

@@ -60,7 +60,7 @@ def find_models(
     if template is not None and all(read_description(folder) for folder in folders):
         raise ConfigError(f"--template {template}: every model here has an openchat.json with its own; leave it out")
     of_data = held_out.template_of(data, None, tokenizer) if held_out.is_prepared(data) else None
-    chosen = [_template(folder, template, of_data) for folder in folders]
+    chosen = [_template(folder, template, of_data, tokenizer) for folder in folders]
     context = min(each.context for each in chosen)
     for source, each in zip(sources, chosen, strict=True):
         each.check(tokenizer)
@@ -83,10 +83,10 @@ def one_prefix(
     return name
 
 
-def _template(folder: Path, named: str | None, of_data: Template | None) -> Template:
+def _template(folder: Path, named: str | None, of_data: Template | None, tokenizer: Tokenizer) -> Template:
     if named is None and of_data is not None and not read_description(folder):
         return of_data
-    return load_template(folder, None if read_description(folder) else named)
+    return load_template(folder, None if read_description(folder) else named, tokenizer)
 
 
 def _turns(template: Template) -> Template:

@@ -1,0 +1,1 @@
+"""What files hold, by what they are: texts, compressed or not, and tables."""

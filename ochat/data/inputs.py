@@ -1,0 +1,134 @@
+"""The files that `--input` names: files, folders, and their classes.
+
+    found = find_inputs(["a.jsonl", "gpt4.jsonl::GPT4", "chats/"])       # found.paths, found.conditions, found.skipped
+
+Of a folder all files with known endings are read, but for those of a test or validation split, as the hub names them:
+data/test-00000-of-00001.parquet, validation/x.jsonl, my_eval.jsonl. A file that is named itself is always read.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ochat.errors import DataError
+
+TEXTS = (".jsonl", ".ndjson", ".json")
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+ENDINGS = (*TEXTS, *(text + packed for text in TEXTS for packed in PACKED), ".parquet", ".arrow", ".feather")
+# what `datasets` and the hub write beside the records; and what datasets leaves behind after a map
+NO_RECORDS = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|tmp.*\.arrow")
+OTHER_SPLITS = {
+    "test",
+    "tests",
+    "testing",
+    "valid",
+    "validation",
+    "val",
+    "dev",
+    "eval",
+    "evaluation",
+    "held",
+    "heldout",
+}
+
+
+class InputFiles(NamedTuple):
+    """Files to read, in order, each with its class ("": none is given); and of the input folders the files of other
+    splits, and those that hold no records, such as a README."""
+
+    paths: list[Path]
+    conditions: list[str]
+    other_splits: list[Path]
+    skipped: list[Path]
+
+
+def find_inputs(inputs: Sequence[str | Path], *, all_splits: bool = False) -> InputFiles:
+    """The files that the inputs name: files as they are; those of a folder sorted by their paths, the same on every
+    machine, without hidden ones. An input "PATH::CLASS" gives its files a class.
+
+    Raises: DataError for a folder without a file to read, and for a file that comes twice; a missing file is reported
+    when it is opened.
+    """
+    found = InputFiles([], [], [], [])
+    for given in map(str, inputs):
+        name, condition = _split_class(given)
+        path = Path(name)
+        files = _of_folder(path, found, all_splits) if path.is_dir() else [path]
+        found.paths.extend(files)
+        found.conditions.extend([condition] * len(files))
+    seen: set[str] = set()
+    for path in map(os.path.abspath, found.paths):
+        if path in seen:
+            raise DataError(f"{path}: comes twice in --input; name it once")
+        seen.add(path)
+    return found
+
+
+def _split_class(given: str) -> tuple[str, str]:
+    """Path and class of an input. A file whose name holds "::" is a file."""
+    if Path(given).exists():
+        return given, ""
+    if "::" not in given:
+        name, _, condition = given.rpartition(":")
+        if name and Path(name).exists():
+            raise DataError(f"--input {given}: no such file; a class has two colons in front, {name}::{condition}")
+        return given, ""
+    name, _, condition = given.rpartition("::")
+    if not name or not condition.strip():
+        raise DataError(f"--input {given}: PATH::CLASS is needed, such as gpt4.jsonl::GPT4")
+    return name, condition.strip()
+
+
+def _of_folder(folder: Path, found: InputFiles, all_splits: bool) -> list[Path]:
+    """The folder's files to read; those that are left out are noted in `found`."""
+    inside = [(file, file.relative_to(folder).parts) for file in folder.rglob("*") if file.is_file()]
+    files = sorted(file for file, parts in inside if not any(part.startswith(".") for part in parts))
+    known, others = [], []
+    for file in files:
+        parts = file.relative_to(folder).parts
+        if not _may_hold_records(parts):
+            found.skipped.append(file)
+        elif not all_splits and _is_other_split(parts):
+            others.append(file)
+        else:
+            known.append(file)
+    if not known:
+        what = f"only {', '.join(file.name for file in files[:5])}" if files else "no file"
+        splits = "; of test and validation splits only files that --input names are read" if others else ""
+        endings = f"; known endings: {', '.join(ENDINGS)}"
+        raise DataError(f"{folder}: nothing to read in this folder ({what}){splits or endings}")
+    _check_packed_twice(known)
+    found.other_splits.extend(others)
+    return known
+
+
+def _may_hold_records(parts: tuple[str, ...]) -> bool:
+    """False for what begins with "_" too, such as the log of a Delta table."""
+    name = parts[-1].lower()
+    is_known = name.endswith(ENDINGS) and not NO_RECORDS.fullmatch(name)
+    return is_known and not any(part.startswith("_") for part in parts)
+
+
+def _is_other_split(parts: tuple[str, ...]) -> bool:
+    """Whether a folder's name, or the file's, begins or ends with the name of another split, and none says `train`."""
+    ending = next(ending for ending in sorted(ENDINGS, key=len, reverse=True) if parts[-1].lower().endswith(ending))
+    names = [re.findall(r"[a-z]+", name.lower()) for name in (*parts[:-1], parts[-1][: -len(ending)])]
+    names = [[word for word in words if word != "of"] for words in names]
+    ends = {word for words in names if words for word in (words[0], words[-1])}
+    return bool(ends & OTHER_SPLITS) and not ends & {"train", "training"}
+
+
+def _check_packed_twice(files: list[Path]) -> None:
+    """Raises: DataError for a file that is there plain and compressed."""
+    seen: dict[str, Path] = {}
+    for file in files:
+        plain = str(file.with_suffix("") if file.suffix.lower() in PACKED else file)
+        if plain in seen:
+            raise DataError(
+                f"{seen[plain]} and {file}: the same file plain and compressed; take one away, or name both"
+            )
+        seen[plain] = file

@@ -1,0 +1,68 @@
+"""Conversations of a data set as they are trained: their tokens, span by span, with roles and own weights.
+
+for shown in conversations(Path("data/train"), [0, 17]): shown.spans
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ochat.data import manifest, store
+from ochat.data.store import Shard
+from ochat.errors import DataError
+from ochat.text.token_weights import ROLES, Span
+
+
+class Shown(NamedTuple):
+    """One conversation of a data set."""
+
+    index: int  # in the data set, from 0
+    condition: str
+    place: str  # file:line that it was read from
+    reward: float | None
+    input_ids: list[int]
+    spans: list[Span]  # weights are the record's own, before those of classes and rewards
+
+
+def count(folder: Path) -> tuple[int, dict[str, list[int]]]:
+    """How many conversations a data set has, and the places of each class's. Raises: DataError."""
+    class_names, shards = _open(folder)
+    ids = np.concatenate([np.zeros(0, np.uint16), *(shard.class_ids() for shard in shards)])
+    return len(ids), {name: np.flatnonzero(ids == number).tolist() for number, name in enumerate(class_names)}
+
+
+def conversations(folder: Path, indices: Sequence[int]) -> Iterator[Shown]:
+    """The conversations at these places. Raises: DataError, also for a place that is not there."""
+    class_names, shards = _open(folder)
+    ends = np.cumsum([len(shard) for shard in shards])
+    for index in indices:
+        number = int(np.searchsorted(ends, index, side="right"))
+        if index < 0 or number == len(shards):
+            raise DataError(f"{folder}: no conversation {index}; it has {ends[-1] if len(ends) else 0}, from 0 on")
+        shard = shards[number]
+        yield _read(shard, index, int(index - (ends[number] - len(shard))), class_names)
+
+
+def _open(folder: Path) -> tuple[tuple[str, ...], list[Shard]]:
+    class_names, shards = store.open_sets({"": manifest.read_together([folder])})
+    return class_names, shards[""]
+
+
+def _read(shard: Shard, index: int, at: int, class_names: Sequence[str]) -> Shown:
+    first, last = shard["offsets"][at : at + 2]
+    begin, end = shard["span_offsets"][at : at + 2]
+    columns = (shard[name][begin:end].tolist() for name in ("span_ends", "span_roles", "span_weights"))
+    spans = [Span(stop, ROLES[role], None if np.isnan(own) else own) for stop, role, own in zip(*columns, strict=True)]
+    reward = float(shard["rewards"][at])
+    return Shown(
+        index,
+        class_names[int(shard.class_ids(slice(at, at + 1))[0])],
+        f"{shard.files[shard['files'][at]]}:{shard['lines'][at]}",
+        None if np.isnan(reward) else reward,
+        shard["input_ids"][first:last].tolist(),
+        spans,
+    )

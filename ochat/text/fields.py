@@ -1,0 +1,190 @@
+"""Checks of the fields of a record: each returns a value of the wanted type, or names the field that is wrong.
+
+    text = text_field(record, "instruction", "instruction", required=True)
+
+null means the same as a missing key, in every field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ochat.errors import DataError
+
+OTHER_TYPE = "\0type"  # the one key of an object that stands for a value of a column; its value names the column's type
+TWICE = "the key comes twice in one object; keep one of the two"
+LONGEST_NAME = 40  # a key of megabytes is no field's name, and difflib would take minutes to say so
+DEEPEST = 64  # of objects and lists in one another that chat templates write
+_KINDS: dict[type, str] = {
+    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list",
+    dict: "an object",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OtherType:
+    """A value that JSON cannot hold, such as a date of a Parquet file. As metadata it is as good as any other."""
+
+    name: str
+
+
+def check_object(value: Any, place: str) -> dict[str, Any]:
+    """`value`. Raises: DataError unless it is a JSON object."""
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: expected an object, got {describe(value)}")
+    return value
+
+
+def check_list(value: Any, place: str) -> list[Any]:
+    """The list; the JSON text of one is read, and blank text is an empty one. Raises: DataError unless it is a list."""
+    if isinstance(value, str):
+        value = from_json(value, place) if value.strip() else []
+    if not isinstance(value, list):
+        raise DataError(f"{place}: expected a list, got {describe(value)}")
+    return value
+
+
+def from_json(text: str, place: str) -> Any:
+    """What a JSON text holds. Raises: DataError."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: expected JSON, got other text ({error})") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> Any:
+    """The object of a JSON decoder's pairs, or what it stands for. Raises: DataError for a key that comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise DataError(f"{shorten(twice)}: {TWICE}")
+    return OtherType(str(found[OTHER_TYPE])) if OTHER_TYPE in found else found
+
+
+def place_of_twice(text: str) -> str:
+    """Where the JSON text of a record has a key twice, such as "items[0].content"; "" if that cannot be told."""
+    path: list[str] = []
+    try:
+        levels = [_steps(json.loads(text, object_pairs_hook=_Pairs))]
+    except (ValueError, RecursionError):  # further on
+        return ""
+    while levels:
+        step, value = next(levels[-1], ("", None))
+        if not step:
+            levels.pop()
+            path = path[:-1]
+            continue
+        path.append(step)
+        if value is _TWICE:
+            return "".join(path[-20:]).lstrip(".")
+        levels.append(_steps(value))
+    return ""
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """An object as its keys and values."""
+
+
+_TWICE = object()
+
+
+def _steps(value: Any) -> Iterator[tuple[str, Any]]:
+    """What is one level further down, and how it is reached."""
+    if isinstance(value, _Pairs):
+        seen: set[str] = set()
+        for key, item in value:
+            yield f".{shorten(key)}", _TWICE if key in seen else item
+            seen.add(key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield f"[{i}]", item
+
+
+def check_json(value: Any, place: str, depth: int = DEEPEST) -> Any:
+    """The value that JSON can hold, without null fields of objects, which Parquet cannot tell from missing ones.
+
+    Raises: DataError for anything that a chat template could not write.
+    """
+    if depth == 0:
+        raise DataError(f"{place}: objects and lists are nested more than {DEEPEST} deep")
+    if isinstance(value, str):
+        return check_text(value, place)
+    if isinstance(value, list):
+        return [None if item is None else check_json(item, place, depth - 1) for item in value]
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if item is not None}
+        return {check_text(key, place): check_json(item, place, depth - 1) for key, item in kept.items()}
+    check_number(value, place)
+    return value
+
+
+def check_text(value: Any, place: str) -> str:
+    """`value`. Raises: DataError unless it is valid Unicode text."""
+    if not isinstance(value, str):
+        raise DataError(f"{place}: expected text, got {describe(value)}")
+    check_unicode(value, f"{place}: ")
+    return value
+
+
+def text_field(record: dict[str, Any], key: str, place: str, *, required: bool = False) -> str:
+    """The text under `key` ("" when it may be missing and is). Raises: DataError."""
+    if record.get(key) is None:
+        if required:
+            raise DataError(f"{place}: {'null' if key in record else 'missing' + nearest(key, record)}")
+        return ""
+    return check_text(record[key], place)
+
+
+def check_unicode(text: str, place: str = "") -> None:
+    """Raises: DataError, which begins with `place`, for a lone surrogate."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}a lone surrogate at character {error.start}; it is no valid Unicode text") from None
+
+
+def check_number(value: Any, place: str) -> float:
+    """The finite number; true is 1 and false is 0. Raises: DataError."""
+    if not isinstance(value, (bool, int, float)):
+        raise DataError(f"{place}: expected a number, got {describe(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise DataError(f"{place}: too large for a float") from None
+    if not math.isfinite(number):
+        raise DataError(f"{place}: expected a finite number, got {number}")
+    return number
+
+
+def describe(value: Any) -> str:
+    """A short name of a JSON value for messages: its kind, and its text when that is short."""
+    if isinstance(value, OtherType):
+        return f"{value.name}, which JSON lacks: cast the column to text or to a number"
+    kind = _KINDS.get(type(value), type(value).__name__)
+    if value is None or (value and isinstance(value, list | dict)):  # which may be nested too deep to be shown
+        return kind
+    if isinstance(value, int) and value.bit_length() > 128:  # Python does not write numbers of thousands of digits
+        return f"{kind} (too large to be shown)"
+    shown = repr(value)
+    return f"{kind} ({shown})" if len(shown) <= 40 else kind
+
+
+def shorten(name: str) -> str:
+    """A key as messages show it."""
+    return name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "..."
+
+
+def nearest(key: str, record: dict[str, Any]) -> str:
+    """ " (there is 'kez')" for a key of the record that is close to `key`, else ""."""
+    near = [k for k in itertools.islice(record, 100) if len(k) <= LONGEST_NAME]
+    close = difflib.get_close_matches(key, near, n=1)
+    return f" (there is {close[0]!r})" if close else ""

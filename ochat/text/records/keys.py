@@ -1,0 +1,203 @@
+"""The table of keys: what each key of a record, a message, a content part or a tool call means, or why it is refused.
+
+    MESSAGE.of("loss")       # Key(meaning="trained", ...)
+
+A key that is in the table is read, or refused by its name. All others are metadata: counted and left out, unless one
+looks like a key of the table misspelt. docs/record_keys_page.py writes the table into the documentation.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from ochat.errors import DataError
+from ochat.text.fields import LONGEST_NAME, shorten
+
+MISSPELT = 0.8  # difflib's ratio: `itemz`, `wieght` and `conditions` reach it, `id`, `edition` and `title` do not
+IGNORE = "--ignore"
+# meanings without which an object below the record says nothing: a bare name in --ignore does not reach them
+_NEEDED = ("role", "content", "type", "text", "start", "last", "function", "name", "arguments")
+
+
+@dataclass(frozen=True)
+class Key:
+    """Keys of one meaning. `meaning` "" says that they are refused, `text` why, and what to do."""
+
+    meaning: str
+    names: tuple[str, ...]
+    text: str
+
+
+class Level:
+    """The keys of one kind of object: a record, a message, a content part, a tool call.
+
+    `meanings`: key -> what it means, of those that are read.
+    """
+
+    def __init__(self, name: str, *keys: Key) -> None:
+        self.name, self.keys = name, keys
+        self.meanings = {name: key.meaning for key in keys if key.meaning for name in key.names}
+        self.by_name = {name: key for key in keys for name in key.names}
+        self._by_meaning = {key.meaning: key.names for key in keys}
+
+    def names(self, meaning: str) -> tuple[str, ...]:
+        """The keys that have this meaning."""
+        return self._by_meaning[meaning]
+
+    def shown(self, name: str) -> str:
+        """The key as reports and --ignore name it: `weight` of a record, `message.weight` of a message."""
+        return shorten(name) if self.name == "record" else f"{self.name}.{shorten(name)}"
+
+    def ignores(self, name: str, ignored: frozenset[str]) -> bool:
+        """Whether the key is to be left out: it is named as `shown`, or by its bare name, which is for every level."""
+        return self.shown(name) in ignored or (name in ignored and self.meanings.get(name) not in _NEEDED)
+
+    def of(self, name: str) -> Key | None:
+        """What the key means, None for metadata. Raises: DataError for one that looks misspelt."""
+        key = self.by_name.get(name)
+        if key is None and len(name) <= LONGEST_NAME and (close := _misspelt(name, self)):
+            raise DataError(f"unknown key; did you mean {close!r}? If not, {IGNORE} {self.shown(name)}")
+        return key
+
+
+@lru_cache(maxsize=4096)  # the same keys come with every record, and difflib is slower than a tokenizer
+def _misspelt(name: str, level: Level) -> str:
+    """The key of the level that `name` is close to, "" if there is none. `prompt_id` is about the prompt, not
+    misspelt."""
+    if any(name.startswith(f"{key}_") or name.endswith(f"_{key}") for key in level.meanings):
+        return ""
+    return next(iter(difflib.get_close_matches(name.lower(), level.meanings, n=1, cutoff=MISSPELT)), "")
+
+
+_WEIGHT = ("weight", "loss_weight", "loss_scale", "sample_weight", "example_weight")
+_TRAINED = ("train", "training", "trainable", "loss")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_THOUGHT = Key("", ("thought", "thoughts", "cot", "chain_of_thought"), "reasoning is named reasoning_content")
+_MEDIA = Key(
+    "",
+    (
+        *("image", "images", "video", "videos", "audio", "audios", "image_url", "image_urls", "image_path"),
+        *("image_paths", "video_path", "audio_path", "input_audio", "pixel_values", "objects"),
+    ),
+    "images, audio and video cannot be trained on; take the record out",
+)
+_TRUTH = "text is metadata; true, false, 1 and 0 say which answers are good"
+_MASK = "trainers disagree on whether 1 is trained or left out; name it loss_mask, in which 1 is trained"
+
+RECORD = Level(
+    "record",
+    Key("messages", ("items", "messages", "conversations", "conversation"), "the messages: a list, or its JSON text"),
+    Key("question", ("instruction", "prompt", "question", "query"), "the user's message: text, or a list of messages"),
+    Key("extra", ("input", "context"), "text below the question, after an empty line; without a question it is one"),
+    Key("answer", ("output", "response", "completion", "answer"), "the assistant's message: text, or messages"),
+    Key("reasoning", _REASONING, "what the assistant thinks before this answer"),
+    Key(
+        "history",
+        ("history", "chat_history", "conversation_history"),
+        "earlier turns: `[[question, answer], ...]`, or messages",
+    ),
+    Key(
+        "system",
+        ("system", "system_prompt", "system_message", "system_instruction"),
+        "text before the first turn; weight 0",
+    ),
+    Key("condition", ("condition",), "the class of the conversation"),
+    Key("reward", ("reward",), 'a number for the conversation; used with `weights.source = "reward"`'),
+    Key("weight", _WEIGHT, "a number: multiplies the weight of every message"),
+    Key("trained", _TRAINED, "true, false, 1 or 0: whether the record's answers are trained"),
+    Key("weights", ("weights", "loss_weights"), "a list: the weight of each message, a system message included"),
+    Key("mask", ("loss_mask", "mask"), "a list of 1 and 0: whether each message is trained"),
+    Key(
+        "tools",
+        ("tools", "functions", "available_tools"),
+        "the tools that the assistant may call: a list, or its JSON text",
+    ),
+    Key("label", ("label", "kto_tag"), f"{_TRUTH}: give them classes with `--map`"),
+    Key(
+        "",
+        (
+            *("chosen", "rejected", "chosen_response", "rejected_response", "response_chosen", "response_rejected"),
+            *("chosen_messages", "rejected_messages", "positive_messages", "negative_messages", "preferred_output"),
+            *("non_preferred_output", "responses", "completions"),
+        ),
+        'give each answer its class with --map: [answers] chosen = "GPT4", rejected = "GPT3"',
+    ),
+    _THOUGHT,
+    _MEDIA,
+    Key("", ("input_ids", "labels", "attention_mask", "token_ids"), "records of token ids cannot be read; give text"),
+    Key("", ("chat_template", "chat_template_kwargs", "documents"), "it changes how the prompt is written; remove it"),
+    Key("", ("text", "segments"), "text without roles; write messages"),
+    Key("", ("advantage", "advantages", "token_weights"), "it weighs tokens in other trainers; write weight or spans"),
+)
+
+MESSAGE = Level(
+    "message",
+    Key("role", ("role", "from"), "who says it"),
+    Key("content", ("content", "value", "text"), "what is said: text, or a list of content parts"),
+    Key("weight", _WEIGHT, "a number: what its tokens weigh"),
+    Key("trained", (*_TRAINED, "loss_mask"), "true, false, 1 or 0: whether its tokens are trained"),
+    Key("spans", ("spans",), "`[[start, end, weight], ...]` in characters of the content: weights of parts of it"),
+    Key("train_detail", ("train_detail", "training_detail"), "the same as objects, whose `end_offset` is included"),
+    Key("reasoning", _REASONING, "what the assistant thinks before it answers"),
+    Key("tool_calls", ("tool_calls",), "the tools that the assistant calls: a list, or its JSON text"),
+    Key("function_call", ("function_call",), "one such call"),
+    Key("tool_call_id", ("tool_call_id",), "the call that a tool's message replies to; of other roles metadata"),
+    Key("tool", ("name",), "the tool that replies; of other roles metadata"),
+    Key("label", ("label",), f"{_TRUTH}: write `weight`"),
+    _THOUGHT,
+    Key("", ("mask", "masked"), _MASK),
+    Key("", ("refusal",), "it is not read; write the refusal into content"),
+    Key("", ("reward", "advantage"), "rewards belong to a record; give the message a weight"),
+    Key("", ("tools", "functions", "documents"), "they belong to a record, beside its messages"),
+    Key("", ("tool_responses", "tool_results", "tool_result"), "write each reply as a message of the role tool"),
+    Key("", ("channel", "recipient"), "it says how the message is to be written; write reasoning_content, tool_calls"),
+    _MEDIA,
+)
+
+PART = Level(
+    "part",
+    Key("type", ("type",), "text, input_text or output_text, thinking or reasoning; others are refused"),
+    Key("text", ("text", "value", "content"), "the text"),
+    Key("reasoning", ("thinking", "reasoning"), "what the assistant thinks"),
+    Key("weight", _WEIGHT, "a number: replaces the message's weight"),
+    Key("trained", (*_TRAINED, "loss_mask"), "true, false, 1 or 0: whether it is trained"),
+    Key("", ("mask", "masked"), _MASK),
+    _MEDIA,
+)
+
+DETAIL = Level(
+    "detail",
+    Key("start", ("begin_offset",), "its first character"),
+    Key("last", ("end_offset",), "its last character"),
+    Key("trained", ("train",), "true, false, 1 or 0: whether it is trained"),
+    Key("weight", ("weight",), "a number: what it weighs"),
+)
+
+CALL = Level(
+    "call",
+    Key("function", ("function",), "an object with name and arguments"),
+    Key("name", ("name",), "the tool"),
+    Key("arguments", ("arguments", "parameters"), "an object, or its JSON text"),
+    Key("id", ("id",), "what replies name"),
+    Key("type", ("type",), "function; others are refused"),
+)
+
+LEVELS = (RECORD, MESSAGE, PART, DETAIL, CALL)
+CLASS_LIKE = ("model", "source", "class", "quality", "label", "score", "rating", "dataset", "category", "generator")
+
+_WEIGHING = {"weight", "weights", "mask", "masks", "loss", "train", "trainable", "trained", "untrained", "masked"}
+
+
+def looks_like_weight(name: str, value: Any) -> bool:
+    """Whether a key that is not in the table seems to say how much is trained: `assistant_mask`, with numbers."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, int | float) and not _WEIGHING.isdisjoint(name[:LONGEST_NAME].lower().split("_"))
+
+
+def may_be_classes(names: Iterable[str]) -> list[str]:
+    """Those metadata keys that often say where an answer comes from or how good it is."""
+    return [name for name in names if name in CLASS_LIKE]

@@ -1,0 +1,141 @@
+"""Read the messages of a record: roles, content, weights, reasoning and tool calls, by whatever keys they have.
+
+    turns = MessageReader().turns(record["messages"], "messages", "user", notes)
+
+keys.py lists the keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ochat.errors import DataError
+from ochat.text.conversation import Message
+from ochat.text.fields import check_object, check_text, describe, shorten
+from ochat.text.records.calls import read_calls
+from ochat.text.records.content import Content, in_order, read_parts, read_spans
+from ochat.text.records.keys import IGNORE, MESSAGE
+from ochat.text.records.objects import Fields, Notes, read_fields
+
+_NAMES = {
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"),
+    "system": ("system", "developer"),
+    "tool": ("tool", "function", "observation", "tool_response", "function_response", "ipython"),
+}
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
+CALLS = ("function_call", "tool_call")  # roles whose content is the JSON of calls
+
+
+class Turn(NamedTuple):
+    """A message, of which the role may also be system, and where the record has it."""
+
+    place: str
+    message: Message
+    is_prompt: bool = False  # an answer in it is not trained, unless it has a weight
+
+
+@dataclass(frozen=True)
+class MessageReader:
+    """How messages are read. `columns`: more of their keys, and what they mean; `roles`: more names of roles."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+    def turns(self, value: Any, place: str, role: str, notes: Notes) -> list[Turn]:
+        """The messages of a list, one message, or text that `role` says. Raises: DataError naming the field."""
+        if isinstance(value, str):
+            return [Turn(place, Message(role, check_text(value, place)))]
+        if isinstance(value, dict):
+            return [self._turn(value, place, notes)]
+        if not isinstance(value, list):
+            raise DataError(f"{place}: expected text or messages, got {describe(value)}")
+        return [self._turn(item, f"{place}[{i}]", notes) for i, item in enumerate(value)]
+
+    def _turn(self, value: Any, place: str, notes: Notes) -> Turn:
+        check_object(value, place)
+        try:
+            return Turn(place, self._message(read_fields(value, MESSAGE, notes, self.columns), notes))
+        except DataError as error:
+            raise DataError(f"{place}.{error}") from None
+
+    def _message(self, fields: Fields, notes: Notes) -> Message:
+        role, is_call = self._role(fields)
+        content = fields.values.get("content")
+        is_plain = len(fields.values) == 2 + ("weight" in fields.values)
+        if is_plain and isinstance(content, str) and not is_call:  # most messages, without delay
+            return Message(role, check_text(content, fields.names["content"]), fields.weight())
+        content = _content(fields, notes)
+        calls = _calls(fields, notes)
+        if is_call:
+            calls = read_calls(content.text, fields.name("content"), notes) + calls
+            content = content._replace(text="")
+        elif "content" not in fields and not calls and not content.reasoning.strip():
+            fields.text("content", required=True)
+        if role != "assistant":
+            _check_said(fields, content, calls)
+            content = content._replace(reasoning="")  # of blanks
+        for meaning in ("tool", "tool_call_id"):
+            if meaning in fields and role != "tool":
+                notes.leave_out(MESSAGE, fields.names[meaning])
+        fields.check_label(notes, "write weight")
+        spans = [*content.spans, *read_spans(fields, len(content.text), notes)]
+        return Message(
+            role,
+            content.text,
+            fields.weight(),
+            in_order(spans),
+            content.reasoning,
+            tuple(calls),
+            fields.text("tool") if role == "tool" else "",
+            fields.text("tool_call_id") if role == "tool" else "",
+        )
+
+    def _role(self, fields: Fields) -> tuple[str, bool]:
+        """The role, and whether the content is a call."""
+        said = fields.values.get("role")
+        if type(said) is str and said in ROLES and not self.roles:  # nearly always, without delay
+            return ROLES[said], False
+        said = fields.text("role", required=True)
+        name = self.roles.get(said, said).strip().lower()
+        role = ROLES.get(name)
+        if role is None and name not in CALLS:
+            raise DataError(
+                f"{fields.name('role')}: unknown role {shorten(said)!r}; known: {', '.join((*ROLES, *CALLS))}; others "
+                'with --map: roles = {NAME = "user"}'
+            )
+        return role or "assistant", role is None
+
+
+def _content(fields: Fields, notes: Notes) -> Content:
+    value, name = fields.values.get("content", ""), fields.name("content")
+    if isinstance(value, list):
+        try:
+            content = read_parts(value, notes)
+        except DataError as error:
+            raise DataError(f"{name}{error}") from None
+    else:
+        content = Content(check_text(value, name))
+    reasoning = "\n".join(filter(None, (fields.text("reasoning"), content.reasoning)))
+    return content._replace(reasoning=reasoning)
+
+
+def _calls(fields: Fields, notes: Notes) -> list[dict[str, Any]]:
+    return [
+        call
+        for meaning in ("tool_calls", "function_call")
+        if meaning in fields
+        for call in read_calls(fields.values[meaning], fields.names[meaning], notes)
+    ]
+
+
+def _check_said(fields: Fields, content: Content, calls: list[dict[str, Any]]) -> None:
+    """Raises: DataError for what only the assistant says."""
+    if calls:
+        name = fields.name("tool_calls" if "tool_calls" in fields else "function_call")
+        raise DataError(f"{name}: only the assistant calls tools; {IGNORE} {MESSAGE.shown(name)}")
+    if content.reasoning.strip():
+        name = fields.name("reasoning" if "reasoning" in fields else "content")
+        raise DataError(f"{name}: only the assistant's messages have reasoning; {IGNORE} {MESSAGE.shown(name)}")

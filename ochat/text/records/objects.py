@@ -1,0 +1,152 @@
+"""The fields of one object of a record, found by what they mean, whatever keys they have.
+
+    fields = read_fields({"from": "human", "id": 7}, MESSAGE, notes)
+    fields.text("role"), notes.ignored         # "human", {"message.id": 1}
+
+Errors begin with the key that the object has; the caller puts the object's place in front.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ochat.errors import DataError
+from ochat.text.fields import check_list, check_number, check_text, describe, shorten
+from ochat.text.records.keys import IGNORE, Level, looks_like_weight
+
+NO_COLUMNS: Mapping[str, str] = {}
+
+
+@dataclass
+class Notes:
+    """What reading records found that is not part of a conversation."""
+
+    ignore: frozenset[str] = frozenset()  # keys to leave out, as Level.ignores reads them
+    ignored: Counter[str] = field(default_factory=Counter)  # key as Level.shown names it -> objects that have it
+
+    def leave_out(self, level: Level, name: str) -> None:
+        """Count a key that is not read."""
+        self.ignored[level.shown(name)] += 1
+
+
+class Fields:
+    """Values by meaning; null ones are absent."""
+
+    __slots__ = ("level", "names", "record", "values")
+
+    def __init__(self, level: Level, record: dict[str, Any], names: dict[str, str], values: dict[str, Any]) -> None:
+        self.level, self.record, self.names, self.values = level, record, names, values
+
+    def __contains__(self, meaning: str) -> bool:
+        return meaning in self.values
+
+    def name(self, meaning: str) -> str:
+        """The key that the object has, else the first of those that it could have."""
+        return self.names.get(meaning) or self.level.names(meaning)[0]
+
+    def text(self, meaning: str, *, required: bool = False) -> str:
+        """The text, "" if it may be missing and is. Raises: DataError."""
+        value = self.values.get(meaning)
+        if value is None:
+            if required:
+                raise DataError(f"{self.name(meaning)}: missing or null{self._others()}")
+            return ""
+        return check_text(value, self.names[meaning])
+
+    def number(self, meaning: str) -> float | None:
+        """The finite number, None if it is missing. Raises: DataError."""
+        if meaning not in self.values:
+            return None
+        value = self.values[meaning]
+        if isinstance(value, bool):
+            raise DataError(f"{self.names[meaning]}: expected a number, got {describe(value)}")
+        return check_number(value, self.names[meaning])
+
+    def list(self, meaning: str) -> list[Any]:
+        """The list, empty if it is missing; JSON text is read. Raises: DataError."""
+        return check_list(self.values[meaning], self.names[meaning]) if meaning in self.values else []
+
+    def weight(self) -> float | None:
+        """The weight times whether it is trained, None if neither is given. Raises: DataError."""
+        weight = check_number(self.values["weight"], self.names["weight"]) if "weight" in self.values else None
+        if "trained" not in self.values:
+            return weight
+        trained = check_truth(self.values["trained"], self.names["trained"])
+        return trained if weight is None else trained * weight
+
+    def check_label(self, notes: Notes, remedy: str) -> None:
+        """Count a label that is metadata. Raises: DataError for one that says which answers are good."""
+        if "label" not in self.values:
+            return
+        name, value = self.names["label"], self.values["label"]
+        if isinstance(value, int | float) and value in (0, 1):
+            raise DataError(
+                f"{name}: {describe(value)} says whether the answer is good; {remedy}, or leave it out with "
+                f"{IGNORE} {self.level.shown(name)}"
+            )
+        notes.leave_out(self.level, name)
+
+    def _others(self) -> str:
+        shown = ", ".join(repr(shorten(name)) for name in itertools.islice(self.record, 8))
+        return f"; there is {shown}" if shown else ""
+
+
+def check_truth(value: Any, place: str) -> float:
+    """1 or 0 for true, false, 1 or 0. Raises: DataError for all else, such as a loss that somebody measured."""
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return float(value)
+    raise DataError(f"{place}: expected true, false, 1 or 0, got {describe(value)}; other weights are named weight")
+
+
+def read_fields(record: dict[str, Any], level: Level, notes: Notes, columns: Mapping[str, str] = NO_COLUMNS) -> Fields:
+    """The fields that are read; all others are counted in `notes`. `columns`: more keys of the level, and what they
+    mean.
+
+    Raises: DataError for a key that is refused or misspelt, and for two of one meaning with different values.
+    """
+    names: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    meanings = {} if columns or notes.ignore else level.meanings
+    for name, value in record.items():
+        if value is None:
+            continue
+        meaning = meanings.get(name) or _meaning(name, value, level, notes, columns)
+        if not meaning:
+            notes.leave_out(level, name)
+        elif meaning not in values:
+            names[meaning], values[meaning] = name, value
+        elif values[meaning] != value:
+            first, other = level.shown(names[meaning]), level.shown(name)
+            raise DataError(
+                f"{shorten(name)}: {names[meaning]} says the same thing, with another value; keep one of the two with "
+                f"{IGNORE} {first} or {IGNORE} {other}"
+            )
+    return Fields(level, record, names, values)
+
+
+def _meaning(name: str, value: Any, level: Level, notes: Notes, columns: Mapping[str, str]) -> str:
+    """What a key means, "" for one to leave out. Raises: DataError."""
+    if not isinstance(name, str):
+        raise DataError(f"{describe(name)}: a key must be text")
+    if name in columns:
+        return columns[name]
+    if level.ignores(name, notes.ignore):
+        return ""
+    try:
+        key = level.of(name)
+    except DataError as error:
+        raise DataError(f"{shorten(name)}: {error}") from None
+    if key is None and looks_like_weight(name, value):
+        raise DataError(
+            f"{shorten(name)}: it looks like a weight, but is not read; name it weight or loss_mask, or {IGNORE} "
+            f"{level.shown(name)}"
+        )
+    if key is None or (isinstance(value, str | list | dict) and not value and not key.meaning):
+        return ""  # an empty list of images is none
+    if not key.meaning:
+        raise DataError(f"{shorten(name)}: {key.text}, or leave the key out with {IGNORE} {level.shown(name)}")
+    return key.meaning

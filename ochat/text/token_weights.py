@@ -1,0 +1,134 @@
+"""Encode segments of text, and turn the roles and weights of their characters into those of tokens.
+
+    for ids, spans in encode([template.segments(conversation, tokenizer)], tokenizer): ...
+
+A token weighs the mean of its characters' weights: one that straddles two weights is trained in part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.text.conversation import WeightedSpan, default_weight
+from ochat.text.tokenizer import Tokenizer
+
+ROLES = ("bos", "system", "prefix", "user", "assistant", "tool")  # a shard's span_roles are indices into it
+ROLE_IDS = {role: number for number, role in enumerate(ROLES)}
+DEFAULT_WEIGHTS = np.array([default_weight(role) for role in ROLES], np.float32)
+
+
+class Span(NamedTuple):
+    """A run of tokens: exclusive end, role (one of ROLES), the record's weight."""
+
+    end: int
+    role: str
+    weight: float | None  # None: the record gives none
+
+    @property
+    def own_weight(self) -> float:
+        """The weight that the record gives, else the role's default."""
+        return default_weight(self.role) if self.weight is None else self.weight
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether its own weight is not 0 as a data set holds it, in float32."""
+        return bool(np.float32(self.own_weight))
+
+
+class Characters(NamedTuple):
+    """Of each character of a text its role (index into ROLES), and its weight (NaN: the role's default)."""
+
+    roles: NDArray[np.uint8]
+    weights: NDArray[np.float32]
+
+    def __getitem__(self, at: slice) -> Characters:  # type: ignore[override]
+        return Characters(self.roles[at], self.weights[at])
+
+    @classmethod
+    def of(cls, length: int, role: str, weight: float | None, spans: Sequence[WeightedSpan] = ()) -> Characters:
+        """Characters of one role and weight, but for `spans`."""
+        weights = np.full(length, np.nan if weight is None else weight, np.float32)
+        for span in spans:
+            weights[span.start : span.end] = span.weight
+        return cls(np.full(length, ROLE_IDS[role], np.uint8), weights)
+
+
+class Segment(NamedTuple):
+    """A span before its text is tokenised: the ids of `text`, encoded alone, then `ids`."""
+
+    role: str
+    weight: float | None
+    text: str
+    ids: tuple[int, ...] = ()
+    characters: Characters | None = None  # of the text, where they differ
+    is_live: bool = False  # special tokens in the text are special
+
+
+def encode(conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> list[tuple[list[int], list[Span]]]:
+    """Ids and spans of each conversation; each plain text is encoded once. A segment without tokens has no span."""
+    segments = [segment for each in conversations for segment in each]
+    texts = list(dict.fromkeys(s.text for s in segments if s.characters is None and not s.is_live))
+    plain = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
+    weighted: dict[tuple[str, bool], tuple[list[int], list[tuple[int, int]]]] = {}
+    for is_live in (False, True):
+        texts = list(dict.fromkeys(s.text for s in segments if s.is_live == is_live and (s.characters or is_live)))
+        found = tokenizer.encode_with_offsets(texts, specials=is_live)
+        weighted |= {(text, is_live): each for text, each in zip(texts, found, strict=True)}
+    return [_join(each, plain, weighted) for each in conversations]
+
+
+def _join(
+    segments: Iterable[Segment],
+    plain: dict[str, list[int]],
+    weighted: dict[tuple[str, bool], tuple[list[int], list[tuple[int, int]]]],
+) -> tuple[list[int], list[Span]]:
+    ids: list[int] = []
+    spans: list[Span] = []
+    for segment in segments:
+        if segment.characters is None:
+            own = [*(plain[segment.text] if segment.text else ()), *segment.ids]
+            found = [Span(len(own), segment.role, segment.weight)] if own else []
+        else:
+            own, offsets = weighted[segment.text, segment.is_live]
+            found = token_spans(offsets, *segment.characters)
+            if segment.ids:
+                found.append(Span(len(own) + len(segment.ids), segment.role, segment.weight))
+            own = [*own, *segment.ids]
+        spans += [span._replace(end=span.end + len(ids)) for span in found]
+        ids += own
+    return ids, spans
+
+
+def token_spans(
+    offsets: Sequence[tuple[int, int]], roles: NDArray[np.uint8], weights: NDArray[np.float32]
+) -> list[Span]:
+    """Runs of tokens of one role and weight, in order.
+
+    `offsets`: the characters of each token; one without characters is taken with the character that follows.
+    `roles` (indices into ROLES), `weights` (NaN: the role's default): of each character.
+    """
+    if not offsets:
+        return []
+    starts, ends = np.array(offsets, np.int64).T
+    starts = np.minimum(starts, len(roles) - 1)
+    ends = np.maximum(ends, starts + 1)
+    same_weight = (weights[1:] == weights[:-1]) | (np.isnan(weights[1:]) & np.isnan(weights[:-1]))
+    changes = np.concatenate([[0], np.cumsum((roles[1:] != roles[:-1]) | ~same_weight)])
+    token_roles, token_weights = roles[starts], weights[starts]
+    for token in np.flatnonzero(changes[starts] != changes[ends - 1]):
+        characters = slice(starts[token], ends[token])
+        own = np.where(np.isnan(weights[characters]), DEFAULT_WEIGHTS[roles[characters]], weights[characters])
+        token_roles[token] = roles[characters][np.abs(own).argmax()]
+        token_weights[token] = own.mean(dtype=np.float64)
+    is_last = np.ones(len(starts), bool)
+    is_last[:-1] = (token_roles[1:] != token_roles[:-1]) | ~(
+        (token_weights[1:] == token_weights[:-1]) | (np.isnan(token_weights[1:]) & np.isnan(token_weights[:-1]))
+    )
+    return [
+        Span(int(i) + 1, ROLES[token_roles[i]], None if np.isnan(token_weights[i]) else float(token_weights[i]))
+        for i in np.flatnonzero(is_last)
+    ]
