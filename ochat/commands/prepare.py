@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -57,12 +56,8 @@ def main(options: PrepareOptions) -> None:
     else:
         report, console = prepare.run(options), Console(highlight=False)
         print_report(report, console)
-        if report.total["kept"]:
-            from ochat.data import shown
-
-            data = Path(report.output)
-            first = next(shown.conversations(data, [0]))
-            show.show(first, show.read_tokenizer(data), console, most_lines=EXAMPLE_LINES)
+        if report.example and report.tokenizer:
+            show.show(report.example, report.tokenizer, console, most_lines=EXAMPLE_LINES)
             console.print(f"More of them: ochat show {report.output}", soft_wrap=True)
 
 

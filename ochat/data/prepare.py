@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ochat import console
+from ochat.data import shown
 from ochat.data.encode import Encoded, Encoder, OverLong, encode_all
 from ochat.data.inputs import find_inputs
 from ochat.data.readers import RecordFile, batches
 from ochat.data.rejected import RejectLog
+from ochat.data.shown import Shown
 from ochat.data.store_writer import StoreWriter, publish
 from ochat.errors import ConfigError, DataError
 from ochat.files import bounded_json
@@ -100,6 +102,8 @@ class PrepareReport:
     noted: dict[str, int] = field(default_factory=dict)  # what was kept but is worth a look -> conversations
     template_facts: tuple[str, ...] = ()  # what the template writes of itself
     other_splits: tuple[str, ...] = ()  # files of input folders with test or validation data, which were not read
+    example: Shown | None = None  # the first conversation, and what decodes it
+    tokenizer: Tokenizer | None = None
 
     @cached_property
     def classes(self) -> dict[str, dict[str, int]]:
@@ -156,7 +160,7 @@ def run(options: PrepareOptions) -> PrepareReport:
         report = PrepareReport(
             options.output, encoder.context, counts[0], notes.rejected, elapsed_s, skipped, held_out,
             notes.ignored, notes.noted, tuple(encoder.template.facts(encoder.tokenizer)),
-            tuple(map(str, inputs.other_splits)),
+            tuple(map(str, inputs.other_splits)), notes.example, encoder.tokenizer,
         )  # fmt: skip
         _check_classes(encoder, report)
         _check_letters(options, notes)
@@ -230,6 +234,7 @@ class _Notes:
     noted: Counter[str] = field(default_factory=Counter)
     letters: int = 0
     unknown_letters: int = 0
+    example: Shown | None = None  # the first conversation
 
 
 def _write(
@@ -247,6 +252,8 @@ def _write(
         notes.noted.update(encoded.noted)
         notes.letters += encoded.letters
         notes.unknown_letters += encoded.unknown_letters
+        if notes.example is None and encoded.splits[0].sequences.lines:
+            notes.example = shown.first_of(encoded.splits[0].sequences)
         for writer, total, split in zip(writers, counts, encoded.splits, strict=False):
             writer.add(split.sequences)
             total.update(split.counts)

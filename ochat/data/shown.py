@@ -5,16 +5,19 @@ for shown in conversations(Path("data/train"), [0, 17]): shown.spans
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ochat.data import manifest, store
-from ochat.data.store import Shard
+from ochat.data import manifest
+from ochat.data.store_writer import Sequences
 from ochat.errors import DataError
 from ochat.text.token_weights import ROLES, Span
+
+if TYPE_CHECKING:
+    from ochat.data.store import Shard
 
 
 class Shown(NamedTuple):
@@ -47,7 +50,16 @@ def conversations(folder: Path, indices: Sequence[int]) -> Iterator[Shown]:
         yield _read(shard, index, int(index - (ends[number] - len(shard))), class_names)
 
 
+def first_of(sequences: Sequences) -> Shown:
+    """The first of conversations that are being prepared, which is the first of its data set."""
+    spans = _spans(sequences.span_ends[0], sequences.span_roles[0], sequences.span_weights[0])
+    place, reward = f"{sequences.files[0]}:{sequences.lines[0]}", _present(sequences.rewards[0])
+    return Shown(0, sequences.conditions[0], place, reward, sequences.input_ids[0].tolist(), spans)
+
+
 def _open(folder: Path) -> tuple[tuple[str, ...], list[Shard]]:
+    from ochat.data import store  # which imports torch
+
     class_names, shards = store.open_sets({"": manifest.read_together([folder])})
     return class_names, shards[""]
 
@@ -56,13 +68,19 @@ def _read(shard: Shard, index: int, at: int, class_names: Sequence[str]) -> Show
     first, last = shard["offsets"][at : at + 2]
     begin, end = shard["span_offsets"][at : at + 2]
     columns = (shard[name][begin:end].tolist() for name in ("span_ends", "span_roles", "span_weights"))
-    spans = [Span(stop, ROLES[role], None if np.isnan(own) else own) for stop, role, own in zip(*columns, strict=True)]
-    reward = float(shard["rewards"][at])
     return Shown(
         index,
         class_names[int(shard.class_ids(slice(at, at + 1))[0])],
         f"{shard.files[shard['files'][at]]}:{shard['lines'][at]}",
-        None if np.isnan(reward) else reward,
+        _present(float(shard["rewards"][at])),
         shard["input_ids"][first:last].tolist(),
-        spans,
+        _spans(*columns),
     )
+
+
+def _spans(ends: Iterable[int], roles: Iterable[int], weights: Iterable[float]) -> list[Span]:
+    return [Span(*each) for each in zip(ends, (ROLES[role] for role in roles), map(_present, weights), strict=True)]
+
+
+def _present(number: float) -> float | None:
+    return None if np.isnan(number) else number

@@ -89,17 +89,17 @@ def _join(
     ids: list[int] = []
     spans: list[Span] = []
     for segment in segments:
+        begin = len(ids)
         if segment.characters is None:
-            own = [*(plain[segment.text] if segment.text else ()), *segment.ids]
-            found = [Span(len(own), segment.role, segment.weight)] if own else []
+            ids += plain[segment.text] if segment.text else ()
         else:
             own, offsets = weighted[segment.text, segment.is_live]
-            found = token_spans(offsets, *segment.characters)
-            if segment.ids:
-                found.append(Span(len(own) + len(segment.ids), segment.role, segment.weight))
-            own = [*own, *segment.ids]
-        spans += [span._replace(end=span.end + len(ids)) for span in found]
-        ids += own
+            spans += [span._replace(end=begin + span.end) for span in token_spans(offsets, *segment.characters)]
+            ids += own
+            begin = len(ids)
+        ids += segment.ids
+        if len(ids) > begin:
+            spans.append(Span(len(ids), segment.role, segment.weight))
     return ids, spans
 
 

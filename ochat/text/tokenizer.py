@@ -187,8 +187,8 @@ class Tokenizer:
     def spells_all(self) -> bool:
         """Whether it has tokens for all bytes, so that no letter is lost."""
         as_letters = ByteLevel.alphabet()  # the 256 letters that byte-level tokenizers write bytes as
-        vocabulary = set(self.pieces)
-        return vocabulary.issuperset(as_letters) or vocabulary.issuperset(f"<0x{byte:02X}>" for byte in range(256))
+        as_bytes = (f"<0x{byte:02X}>" for byte in range(256))
+        return any(all(self.model.token_to_id(each) is not None for each in known) for known in (as_letters, as_bytes))
 
     def count_unknown(self, texts: Sequence[str]) -> int:
         """Letters that the vocabulary lacks: those of the unknown token, and those that no token holds."""
