@@ -78,7 +78,10 @@ def _add_tokens(
     for token, token_id in sorted(ids.items(), key=lambda item: item[1]):
         model.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
         if model.token_to_id(token) != token_id:  # the library hands out ids itself
-            raise ConfigError(f"{path}: cannot give {token!r} the id {token_id}; the ids before it have a gap")
+            raise ConfigError(
+                f"{path}: cannot give {token!r} the id {token_id}, as tokenizer_config.json or added_tokens.json say; the "
+                "ids before it have a gap"
+            )
 
 
 class Tokenizer:
