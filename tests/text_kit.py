@@ -110,3 +110,8 @@ def small_folder(kind: str, folder: Path) -> Path:
     names = {"bos_token": "<|endoftext|>" if kind == "gpt2" else None, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
     return folder
+
+
+def with_specials(tokenizer, ids: list[int]) -> str:
+    """The text of the ids, special tokens too."""
+    return tokenizer.model.decode(ids, skip_special_tokens=False)

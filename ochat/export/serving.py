@@ -23,6 +23,7 @@ from tokenizers import Tokenizer as ServedTokenizer
 from ochat.errors import CheckpointError, DataError
 from ochat.files import atomic, bounded_json
 from ochat.text import tokenizer as tokenizers
+from ochat.text.chat import llama_tools
 from ochat.text.chat.dates import parse_date
 from ochat.text.chat.sandbox import ChatSource
 from ochat.text.chat.variables import chat_variables
@@ -70,14 +71,15 @@ def set_default_condition(folder: Path, condition: str) -> None:
 def render(template: Template, tokenizer: Tokenizer) -> str:
     """The Jinja source of the chat template.
 
-    Its variables: `messages` (system in front is allowed), `add_generation_prompt`, `condition` (undefined: the
-    template's default; "": none). Rendering refuses a message that holds a special token: served, it would be live.
+    Its variables: `messages` (system in front is allowed), `tools`, `add_generation_prompt`, `condition` (undefined:
+    the template's default; "": none). Rendering refuses a message that holds a special token: served, it would be live.
     Raises: ConfigError if the tokenizer lacks a special token of the template.
     """
     template.check(tokenizer)
     if template.tokenize == "rendered":
         return template.served_source()
-    joints = {f"join_{role}": _joint(template, role, tokenizer) for role in ("user", "assistant", "system")}
+    roles = ("user", "assistant", "system", "tool")
+    joints = {f"join_{role}": _joint(template, role, tokenizer) for role in roles}
     uses_boundary = any(BOUNDARY in joint for joint in joints.values())
     values = joints | {
         "default": _quoted(template.default_condition),
@@ -87,7 +89,10 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
         "suffix": _quoted(template.suffix),
         "user": _prefix_expression(template, "user"),
         "assistant": _prefix_expression(template, "assistant"),
-        "system": _quoted(template.system_prefix()),
+        "system": _quoted(template.role_prefix("system")),
+        "tool": _quoted(template.role_prefix("tool")),
+        "takes_tools": json.dumps("tool" in template.roles),
+        "functions": _quoted(llama_tools.FUNCTIONS),
     }
     source = (FOLDER / "chat_template.jinja").read_text("utf-8")
     return re.sub(r"@(\w+)@", lambda match: values[match[1]], source)
@@ -115,8 +120,7 @@ def _marks(tokenizer: Tokenizer, uses_boundary: bool) -> list[str]:
 
 def _joint(template: Template, role: str, tokenizer: Tokenizer) -> str:
     """What comes between a prefix and `content` that is not empty, as a Jinja expression."""
-    prefix = template.system_prefix() if role == "system" else template.role_prefix(role, "")
-    tail = tokenizer.split_at_specials(prefix)[-1]
+    tail = tokenizer.split_at_specials(template.role_prefix(role))[-1]
     if not tail:
         return _quoted("")  # a special token, or nothing, is in front of the content
     if tokenizer.has_dummy_prefix:
@@ -202,7 +206,11 @@ def _probes() -> list[Conversation]:
     call = {"name": "rain", "arguments": {"in": "Ulm", "é": [1, None]}}
     tool = {"type": "function", "function": {"name": "rain", "description": "<b> é", "parameters": {}}}
     asked, said = Message("user", "Rain?"), Message("assistant", "No.")
-    called = (asked, Message("assistant", "", tool_calls=(call,)), Message("tool", "no", name="rain"), said)
+    called = (Message("assistant", "", tool_calls=(call,)), Message("tool", '"no"\n é', name="rain"), said)
     thought = (asked, replace(said, reasoning="Dry."), asked, replace(said, reasoning="Dry\nstill."))
-    special = [Conversation(called, tools=(tool,)), Conversation(thought, "GPT4")]  # refused by most templates
+    special = [  # refused by many templates
+        Conversation((asked, *called), tools=(tool,)),
+        Conversation((Message("user", "\n\n x"), *called, asked, *called), "GPT4", "Be brief.", tools=(tool, tool)),
+        Conversation(thought, "GPT4"),
+    ]
     return [*conversations, replace(conversations[1], items=conversations[1].items[:1]), *special]

@@ -21,7 +21,7 @@ from msgspec import Meta
 from ochat import overrides
 from ochat.errors import ConfigError, DataError
 from ochat.files import bounded_json
-from ochat.text.chat import dates, rendered
+from ochat.text.chat import dates, llama_tools, rendered
 from ochat.text.chat.rendered import RenderedChat
 from ochat.text.conversation import Conversation, Message
 from ochat.text.token_weights import Characters, Segment, Span, encode
@@ -43,7 +43,7 @@ class Template:
     name: str
     context: Annotated[int, Meta(ge=1)]  # tokens a conversation may have
     eot: Annotated[str, Meta(min_length=1)]  # the special token after content
-    # user, assistant: the text in `{role}`; system too, "" or absent: its text has no prefix
+    # user, assistant: the text in `{role}`; system too, "" or absent: its text has no prefix; tool: chat/llama_tools.py
     roles: dict[str, str] = field(default_factory=lambda: {role: role for role in ("user", "assistant", "system")})
     prefix: str = ""
     suffix: str = ""  # text after the end of turn; weight 0
@@ -81,14 +81,12 @@ class Template:
         """Whether the prefix of this role holds the condition."""
         return role in {"both": ("user", "assistant"), "assistant": ("assistant",), "none": ()}[self.condition_roles]
 
-    def role_prefix(self, role: str, condition: str) -> str:
-        """The text before a message of this role, for example "GPT4 User:"."""
-        named = f"{condition} {self.roles[role]}" if self.carries_condition(role) else self.roles[role]
-        return self.prefix.replace("{role}", named.strip())
-
-    def system_prefix(self) -> str:
-        """The text before the system text; "" where it is bare."""
-        return self.role_prefix("system", "") if self.roles.get("system") else ""
+    def role_prefix(self, role: str, condition: str = "") -> str:
+        """The text before a message of this role, for example "GPT4 User:"; "" where `roles` has none for it."""
+        name = self.roles.get(role)
+        if not name:
+            return ""
+        return self.prefix.replace("{role}", f"{condition if self.carries_condition(role) else ''} {name}".strip())
 
     def bos_token(self, tokenizer: Tokenizer) -> str | None:
         """The token that opens every conversation, if any."""
@@ -132,12 +130,12 @@ class Template:
         conversation = self.prepared(conversation)
         if self.tokenize == "rendered":
             return rendered.segments(self._chat, conversation, tokenizer, needs_reasoning=self.reasoning == "all")
-        self._check_plain(conversation)
+        conversation = self._spelt(conversation)
         bos, eot = self.bos_token(tokenizer), (tokenizer.special_tokens[self.eot],)
         segments = [] if bos is None else [Segment("bos", None, "", (tokenizer.special_tokens[bos],))]
         before = ""
         if conversation.system:
-            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(self.system_prefix())))
+            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(self.role_prefix("system"))))
             segments.append(Segment("system", None, conversation.system, eot))
             before = self.suffix
         for message in conversation.items:
@@ -207,18 +205,24 @@ class Template:
             items = tuple(replace(m, reasoning="") if i < kept and m.reasoning else m for i, m in enumerate(items))
         return replace(conversation, condition=condition, items=items)
 
-    def _check_plain(self, conversation: Conversation) -> None:
-        """Raises: DataError for what only a chat template writes."""
-        what = "tools" if conversation.tools else ""
+    def _spelt(self, conversation: Conversation) -> Conversation:
+        """The conversation as plain text. Raises: DataError for what the template cannot write."""
+        with_tools = "tools" if conversation.tools else ""
         for i, message in enumerate(conversation.items):
+            if message.reasoning:
+                raise DataError(
+                    f"items[{i}]: reasoning, which the template {self.name} cannot write; --reasoning drop leaves it "
+                    "out, and the template qwen3 writes it"
+                )
             if message.role == "tool" or message.tool_calls:
-                what = f"items[{i}]: tool calls and replies"
-            elif message.reasoning:
-                what = f"items[{i}]: reasoning (--reasoning drop leaves it out)"
-            if what:
-                break
-        if what:
-            raise DataError(f"{what}: the template {self.name} cannot write them; use chatml, qwen3, llama3.1 or base")
+                with_tools = with_tools or f"items[{i}]: tool calls and replies"
+        if not with_tools:
+            return conversation
+        if "tool" not in self.roles:
+            raise DataError(
+                f"{with_tools}: the template {self.name} cannot write them; use openchat_3.6, llama3.1, chatml or qwen3"
+            )
+        return llama_tools.spelt(conversation)
 
 
 def _content_segment(message: Message, eot: tuple[int, ...]) -> Segment:
@@ -352,10 +356,12 @@ def _check(template: Template, place: str) -> None:
         return
     if template.chat_template:
         raise ConfigError(f'{place}: chat_template needs tokenize = "rendered"')
-    if not {"user", "assistant"} <= set(roles) <= {"user", "assistant", "system"}:
-        raise ConfigError(f"{place}: roles needs user and assistant, and may have system; it has {sorted(roles)}")
-    if not (roles["user"].strip() and roles["assistant"].strip()):
-        raise ConfigError(f"{place}: roles.user and roles.assistant must not be blank")
+    if not {"user", "assistant"} <= set(roles) <= {"user", "assistant", "system", "tool"}:
+        raise ConfigError(
+            f"{place}: roles needs user and assistant, and may have system and tool; it has {sorted(roles)}"
+        )
+    if blank := [role for role in roles if role != "system" and not roles[role].strip()]:
+        raise ConfigError(f"{place}: roles.{blank[0]} must not be blank")
     if template.prefix.count("{role}") != 1:
         raise ConfigError(f"{place}: prefix must hold {{role}} exactly once; it is {template.prefix!r}")
     for token in template.special_tokens:

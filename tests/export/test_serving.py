@@ -47,6 +47,24 @@ texts = st.tuples(starts, st.text(max_size=6), starts).map("".join) | st.sampled
 messages = st.builds(Message, st.sampled_from(["user", "assistant"]), texts)
 conditions = st.sampled_from(["", "GPT4", "Math Correct", " a "]) | st.text(max_size=6)
 conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=4).map(tuple), conditions, texts)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | texts,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2),
+    max_leaves=4,
+)
+names = st.text('ab_"\\é', min_size=1, max_size=4)  # blanks around a name are not to be found again
+calls = st.fixed_dictionaries({"name": names, "arguments": st.dictionaries(texts, values, max_size=2)})
+tools = st.fixed_dictionaries({"name": names, "description": texts, "parameters": st.dictionaries(texts, values)})
+called = st.builds(lambda asked, call, reply, said: (
+    Message("user", asked), Message("assistant", "", tool_calls=(call,)), Message("tool", reply, name=call["name"]),
+    Message("assistant", said)), texts, calls, texts, texts)  # fmt: skip
+with_tools = st.builds(
+    lambda turns, condition, system, tools: Conversation(sum(turns, ()), condition, system, tools=tuple(tools)),
+    st.lists(called, min_size=1, max_size=2), conditions, texts, st.lists(tools, min_size=1, max_size=2),
+)  # fmt: skip
+CALL = {"name": "rain", "arguments": {"in": "Ulm"}}
+CALLED = (Message("user", "Rain?"), Message("assistant", "", tool_calls=(CALL,)), Message("tool", "no"))
+TOOLS = ({"name": "rain", "parameters": {"type": "object"}},)
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: f"{pair[0]}-{pair[1]}")
@@ -87,6 +105,81 @@ def test_served_ids_are_trainings(exported, conversation):
     assert served_ids(served, asked, add_generation_prompt=True) == bare.encode_prompt(asked, tokenizer)
 
 
+@settings(max_examples=100, deadline=None)
+@given(conversation=with_tools)
+def test_served_ids_are_trainings_with_tools(exported, conversation):
+    tokenizer, template, served, _ = exported
+    if not _writes_tools(template):
+        with pytest.raises(DataError, match="tools: the template .* cannot write them"):
+            template.encode(conversation, tokenizer)
+        return
+    said = json.dumps(conversation.to_dict(), ensure_ascii=False)
+    assume(not any(token in said for token in (*tokenizer.special_tokens, serving.BOUNDARY)))
+    try:
+        ids, _ = template.encode(conversation, tokenizer)
+    except DataError as error:  # characters that a chat template cannot carry
+        assert template.tokenize == "rendered", error
+        assume(False)
+    assert served_ids(served, conversation) == ids
+    asked = replace(conversation, items=conversation.items[:-1])
+    bare = replace(template, default_condition="")
+    assert served_ids(served, asked, add_generation_prompt=True) == bare.encode_prompt(asked, tokenizer)
+
+
+def _writes_tools(template):
+    return template.tokenize == "rendered" or "tool" in template.roles
+
+
+def test_a_peer_trains_on_calls_and_on_no_replies(exported):
+    tokenizer, template, served, _ = exported
+    if not _writes_tools(template):
+        return
+    conversation = Conversation((*CALLED, Message("assistant", "No.")), "GPT4", "Sys", tools=TOOLS)
+    ids, weights = template.encode(conversation, tokenizer)
+    variables = chat_variables(conversation)
+    found = served.apply_chat_template(
+        variables.pop("messages"), return_dict=True, return_assistant_tokens_mask=True, **variables
+    )
+    assert (found["input_ids"], found["assistant_masks"]) == (ids, [int(weight) for weight in weights])
+
+
+SERVED_FAULTS = {  # messages, tools, words of the refusal by a template that writes tools, and by one that does not
+    "text beside a call": ([{"role": "user", "content": "x"}, chat_variables(Conversation((replace(
+        CALLED[1], content="Wait."),)))["messages"][0]], None, "either text or one tool call", "without tools"),
+    "two calls": ([{"role": "user", "content": "x"}, chat_variables(Conversation((replace(
+        CALLED[1], tool_calls=(CALL, CALL)),)))["messages"][0]], None, "either text or one tool call", "without tools"),
+    "no question": ([{"role": "assistant", "content": "x"}], TOOLS, "need a message of the user", "without tools"),
+    "a special token": ([{"role": "user", "content": "x"}], ({"name": "EOT"},), "reserves", "without tools"),
+    "a reply": ([{"role": "user", "content": "x"}, {"role": "tool", "content": "EOT"}], None, "reserves", "reserves"),
+    "another role": ([{"role": "critic", "content": "x"}], None, "role critic", "role critic"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVED_FAULTS)
+def test_what_training_never_saw_is_not_served(exported, name):
+    jinja2 = pytest.importorskip("jinja2")
+    _, template, served, _ = exported
+    if template.tokenize == "rendered":
+        return
+    messages, tools, *words = json.loads(json.dumps(SERVED_FAULTS[name]).replace("EOT", template.eot))
+    with pytest.raises(jinja2.TemplateError, match=words[0 if _writes_tools(template) else 1]):
+        served.apply_chat_template(messages, tools=tools)
+
+
+def test_a_call_comes_in_any_of_the_shapes_that_servers_take(exported):
+    """Arguments as JSON text, content null or missing."""
+    _, template, served, _ = exported
+    if template.tokenize == "rendered" or not _writes_tools(template):
+        return
+    messages = chat_variables(Conversation(CALLED))["messages"]
+    expected = served.apply_chat_template(messages, tools=TOOLS)
+    for change in ({"content": None}, {"tool_calls": [{"function": CALL | {"arguments": '{"in": "Ulm"}'}}]}):
+        again = [messages[0], messages[1] | change, messages[2]]
+        assert served.apply_chat_template(again, tools=TOOLS) == expected
+    del messages[1]["content"]
+    assert served.apply_chat_template(messages, tools=TOOLS) == expected
+
+
 def test_the_default_condition_and_an_open_answer(exported):
     tokenizer, template, served, _ = exported
     asked = Conversation((Message("user", "Hi"),))
@@ -119,9 +212,8 @@ def test_special_tokens_in_messages_are_refused(exported):
         for conversation in (Conversation((Message("user", text),)), Conversation((Message("user", "x"),), "", text)):
             with pytest.raises(jinja2.TemplateError, match="reserves"):
                 served_ids(served, conversation)
-    for role, content in (("tool", "x"), ("user", None)):
-        with pytest.raises(jinja2.TemplateError):
-            served.apply_chat_template([{"role": role, "content": content}])
+    with pytest.raises(jinja2.TemplateError, match="must be text"):
+        served.apply_chat_template([{"role": "user", "content": None}])
 
 
 def test_verify_passes_and_finds_a_difference(exported):
@@ -153,6 +245,20 @@ def test_reasoning_is_served_as_it_is_trained(mode, tmp_path):
         (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps(changed))
         with pytest.raises(CheckpointError, match="other ids than training"):
             serving.verify(tmp_path / "out", template, tokenizer)
+
+
+@pytest.mark.parametrize("change", [", please respond", "~ ', \"parameters\": ' ~", "set content = content | tojson"])
+def test_verify_sees_tools_calls_and_replies(change, tmp_path):
+    added = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokenizer = tokenizers.load(text_kit.small_folder("gpt2", tmp_path / "base"), added)
+    serving.write(tmp_path / "out", templates.load("openchat_3.6"), tokenizer, ("GPT4",))
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    broken = {"set content = content | tojson": "set content = content"}.get(change, change.replace(", ", " "))
+    changed = config["chat_template"].replace(change, broken)
+    assert changed != config["chat_template"]
+    (tmp_path / "out" / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": changed}))
+    with pytest.raises(CheckpointError, match="other ids than training"):
+        serving.verify(tmp_path / "out", templates.load("openchat_3.6"), tokenizer)
 
 
 def test_the_boundary_is_written_only_where_it_is_needed(exported):

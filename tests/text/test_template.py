@@ -67,7 +67,7 @@ def test_segments_stand_alone(small, kind, name, conversation):
     eot, live = tokenizer.special_tokens[template.eot], tokenizer.encode_with_specials
     ids, weights = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]), []
     if conversation.system:
-        ids += live(template.system_prefix()) + tokenizer.encode(conversation.system) + [eot]
+        ids += live(template.role_prefix("system")) + tokenizer.encode(conversation.system) + [eot]
     weights += [0.0] * len(ids)
     for message in conversation.items:
         prefix = live(template.role_prefix(message.role, conversation.condition))
@@ -140,6 +140,8 @@ MISSING = object()  # as a manifest may lack a key, which is no template file
         ({"eot": ""}, "eot = '': expected"),
         ({"roles": {"user": "U"}}, "roles needs user and assistant"),
         ({"roles": {"user": "U", "assistant": " "}}, "must not be blank"),
+        ({"roles": {"user": "U", "assistant": "A", "tool": ""}}, r"roles\.tool must not be blank"),
+        ({"roles": {"user": "U", "assistant": "A", "critic": "C"}}, "may have system and tool; it has .*critic"),
         ({"roles": {"user": "U", "assistant": 3}}, r"roles\.assistant = 3: expected a string"),
         ({"condition_roles": "user"}, "condition_roles = 'user': expected one of"),
         ({"special_tokens": ["<|x|>"]}, "is not in prefix"),

@@ -84,9 +84,8 @@ class RenderedChat:
         answers = self._answers_in_blocks if self.has_generation else self._answers_after_prompts
         turns = answers(conversation, text, found)
         for i, message in enumerate(conversation.items):
-            if message.role != "assistant":  # its content, and the end of its turn
-                ends = found.get(("content", i), [])
-                turns[i] = [(start, end + len(self.eot) * text.startswith(self.eot, end)) for start, end in ends]
+            if message.role != "assistant":
+                turns[i] = [(at, self._end_of_turn(message, text, end)) for at, end in found.get(("content", i), [])]
         return LaidOut(text, _characters(conversation, text, found, turns), _from_record(found))
 
     def lay_out_prompt(self, conversation: Conversation) -> tuple[str, list[Stretch]]:
@@ -100,6 +99,12 @@ class RenderedChat:
         labels: list[Label] = []
         passed = chat_variables(conversation, labels)
         return marks.take(self._chat.render(marked=True, **self.variables, **passed, **variables), labels)
+
+    def _end_of_turn(self, message: Message, text: str, end: int) -> int:
+        """Behind the end-of-turn token, where it follows what the message says up to `end`; else `end`."""
+        blanks = message.content[len(message.content.rstrip()) :]  # of which a template may write none
+        endings = (ending for ending in (blanks + self.eot, self.eot) if text.startswith(ending, end))
+        return end + len(next(endings, ""))
 
     def _check_reasoning(self, conversation: Conversation, found: Marks, needs_all: bool) -> None:
         thought = [i for i, message in enumerate(conversation.items) if message.reasoning.strip()]

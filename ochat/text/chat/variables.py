@@ -50,10 +50,15 @@ def _call(call: dict[str, Any], name: str) -> dict[str, Any]:
     return identity | {"type": "function", "function": {"name": name, "arguments": call["arguments"]}}
 
 
-def _tool(tool: dict[str, Any], number: int, marked: Callable[[str, Label], str]) -> dict[str, Any]:
-    """The tool with its name marked; a bare function is wrapped as servers' users write it."""
+def function_of(tool: dict[str, Any]) -> dict[str, Any]:
+    """The tool; a bare function is wrapped as servers' users write it. Raises: DataError for one without a name."""
     tool = tool if "function" in tool or "type" in tool else {"type": "function", "function": tool}
     function = tool.get("function")
     if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
         raise DataError("tools: each needs a function with a name")
-    return tool | {"function": function | {"name": marked(function["name"], ("tool", number))}}
+    return tool
+
+
+def _tool(tool: dict[str, Any], number: int, marked: Callable[[str, Label], str]) -> dict[str, Any]:
+    tool = function_of(tool)
+    return tool | {"function": tool["function"] | {"name": marked(tool["function"]["name"], ("tool", number))}}
