@@ -4,7 +4,8 @@
     held_out[0].under(["GPT4", "GPT3"], template, tokenizer)                        # an Example under each
 
 Where a template tokenises every segment alone, exchanging the prefixes' ids gives the same as encoding the conversation
-again. Where it renders the whole text, the conversation is encoded again, so it must be there: a prepared set has none.
+again. Where it renders the whole text, the conversation is encoded again. A prepared set has none: there the class is
+exchanged in the text of its headers, and a probe shows whether that is right for the template.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import lru_cache
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from ochat.data.manifest import MANIFEST
 from ochat.data.readers import parse_records
 from ochat.errors import ConfigError, DataError
 from ochat.text import record_formats
-from ochat.text.conversation import Conversation
+from ochat.text.conversation import Conversation, Message
 from ochat.text.openchat_json import load_template, read_description
 from ochat.text.template import Span, Template, check_condition
 from ochat.text.tokenizer import Tokenizer
@@ -89,9 +91,11 @@ class HeldOut:
         if condition == self.condition or template.condition_roles == "none":
             return self.input_ids, weights, is_own
         if self.conversation is None:
+            if _can_exchange(self.condition, condition, template, tokenizer):
+                return self._exchanged(condition, tokenizer)
             raise ConfigError(
-                f"the template {template.name} renders a conversation as a whole, so the prefixes of a prepared one "
-                "cannot be exchanged; give the conversations themselves (the files that were prepared)"
+                f"the class {self.condition!r} of conversations that are prepared with the template {template.name} "
+                f"cannot become {condition!r}; give the conversations themselves (the files that were prepared)"
             )
         ids, spans = template.encode_spans(replace(self.conversation, condition=condition), tokenizer)
         written, is_written = _by_token(spans)
@@ -102,6 +106,44 @@ class HeldOut:
             )
         written[is_written] = weights[is_own]
         return np.array(ids, np.int64), written, is_written
+
+    def _exchanged(
+        self, condition: str, tokenizer: Tokenizer
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.bool_]]:
+        """`_written` by exchanging the class where a header begins with it: behind a special token."""
+        weights, is_own = _by_token(self.spans)
+        specials = set(tokenizer.special_tokens.values())
+        before, after = f"{self.condition} ", f"{condition} " if condition else ""
+        pieces, first = [], 0
+        for is_special, stretch in groupby(self.input_ids.tolist(), specials.__contains__):
+            ids = list(stretch)
+            last = first + len(ids)
+            own = np.flatnonzero(is_own[first:last])
+            header = ids[: int(own[0]) if len(own) else len(ids)]
+            rest = slice(first + len(header), last)
+            if not is_special and tokenizer.decode(header).startswith(before):
+                changed = tokenizer.encode(after + tokenizer.decode(ids).removeprefix(before))
+                header = changed[: len(changed) - len(ids) + len(header)]
+                if changed[len(header) :] != self.input_ids[rest].tolist():
+                    raise DataError(
+                        f"the class {condition!r} changes the tokens of a message, so they cannot be compared"
+                    )
+            nothing = np.zeros(len(header))
+            pieces += [(header, nothing, nothing > 0), (self.input_ids[rest], weights[rest], is_own[rest])]
+            first = last
+        ids, weights, is_own = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return ids.astype(np.int64), weights.astype(np.float32), is_own.astype(np.bool_)
+
+
+@lru_cache(maxsize=256)
+def _can_exchange(own: str, other: str, template: Template, tokenizer: Tokenizer) -> bool:
+    """Whether the class in the headers of a prepared conversation can be exchanged: it gives a probe's ids."""
+    probe = Conversation((Message("user", "Why?"), Message("assistant", "So.")) * 2, own, "S")
+    if not own:
+        return False
+    ids, spans = template.encode_spans(probe, tokenizer)
+    found = HeldOut(np.array(ids, np.int64), spans, own)._exchanged(other, tokenizer)[0]
+    return found.tolist() == template.encode(replace(probe, condition=other), tokenizer)[0]
 
 
 def _by_token(spans: Sequence[Span]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

@@ -44,7 +44,9 @@ class Template:
     context: Annotated[int, Meta(ge=1)]  # tokens a conversation may have
     eot: Annotated[str, Meta(min_length=1)]  # the special token after content
     # user, assistant: the text in `{role}`; system too, "" or absent: its text has no prefix; tool: chat/llama_tools.py
-    roles: dict[str, str] = field(default_factory=lambda: {role: role for role in ("user", "assistant", "system")})
+    roles: dict[str, str] = field(
+        default_factory=lambda: {role: role for role in ("user", "assistant", "system")}, hash=False
+    )
     prefix: str = ""
     suffix: str = ""  # text after the end of turn; weight 0
     special_tokens: tuple[str, ...] = ()  # those in `prefix`
@@ -54,7 +56,7 @@ class Template:
     # segments: prefix and content are tokenised alone; rendered: the text that chat_template writes, as servers do
     tokenize: Literal["segments", "rendered"] = "segments"
     chat_template: str = ""  # Jinja source
-    variables: dict[str, str] = field(default_factory=dict)  # of chat_template
+    variables: dict[str, str] = field(default_factory=dict, hash=False)  # of chat_template
     date: str = ""  # that chat_template writes as today's
     # reasoning of the assistant: as chat_template writes it, of the last answer alone, of all, or left out
     reasoning: ReasoningMode = "template"

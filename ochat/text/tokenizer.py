@@ -79,8 +79,8 @@ def _add_tokens(
         model.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True)])
         if model.token_to_id(token) != token_id:  # the library hands out ids itself
             raise ConfigError(
-                f"{path}: cannot give {token!r} the id {token_id}, as tokenizer_config.json or added_tokens.json say; the "
-                "ids before it have a gap"
+                f"{path}: cannot give {token!r} the id {token_id}, as tokenizer_config.json or added_tokens.json say; "
+                "the ids before it have a gap"
             )
 
 

@@ -227,7 +227,38 @@ def test_a_rendered_conversation_is_encoded_again_under_each_class(tmp_path):
         supervised = example.input_ids[example.loss_weights != 0].tolist()
         assert tokenizer.decode(supervised).startswith("an answer")
         assert supervised == found[0].input_ids[found[0].loss_weights != 0].tolist()
-    prepared = replace(held, conversation=None)
+    assert_prepared_alike(replace(alone, conversation=None), classes, found, template, tokenizer)
+
+
+def assert_prepared_alike(prepared, classes, found, template, tokenizer):
+    """A prepared conversation, which has only ids and spans, gives the same under all classes."""
+    for one, other in zip(prepared.under(classes, template, tokenizer), found, strict=True):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.loss_weights.tolist() == other.loss_weights.tolist()
     assert prepared.under(["GPT4"], template, tokenizer)[0].input_ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["qwen", "gpt2", "llama", "gemma"])
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "llama3.1"])
+def test_the_class_of_a_prepared_rendered_conversation_is_exchanged(tmp_path, kind, name):
+    """Also where messages begin with the class, blanks or line breaks, and spell special tokens."""
+    template = templates.load(name)
+    tokens = (
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|begin_of_text|>",
+    )
+    tokenizer = tokenizers.load(text_kit.small_folder(kind, tmp_path), added_tokens=tokens)
+    said = ["GPT4 is", "\n\n GPT4 user\n", "a <|im_end|>\n<|im_start|>GPT4 user\nb", "GPT4 assistant\n"]
+    items = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said))
+    for system in ("", "GPT4 user\nGPT4 assistant"):
+        held = HeldOut.of(Conversation(items, "GPT4", system), template, tokenizer)
+        classes = ["GPT4", "", "Math Correct", "GPT4 user"]
+        found = held.under(classes, template, tokenizer)
+        assert_prepared_alike(replace(held, conversation=None), classes, found, template, tokenizer)
+    unnamed = replace(held, conversation=None, condition="")
     with pytest.raises(ConfigError, match="give the conversations themselves"):
-        prepared.under(["GPT4", "GPT3"], template, tokenizer)
+        unnamed.under(["GPT3"], template, tokenizer)
