@@ -6,6 +6,7 @@ print(describe("chats.jsonl"))
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from ochat.data.readers import RecordFile
 from ochat.errors import DataError
 from ochat.text.fields import describe as kind_of
 from ochat.text.fields import shorten
-from ochat.text.records.keys import CLASS_LIKE, MESSAGE, RECORD, Key, Level, looks_like_weight
+from ochat.text.records.keys import ANSWERS, CLASS_LIKE, MESSAGE, RECORD, Level
 from ochat.text.records.messages import ROLES
 
 RECORDS = 1000  # that are read
 MAX_CLASSES = 20  # different values that a column of classes may have
 EXPERT, OTHER = "GPT4", "GPT3"
+BAD = re.compile("reject|negative|non_")  # in the name of a column of worse answers
+NUMBERED = re.compile("(response|answer|completion|conversation|output|human_ref|message)_?([0-9]+|[a-zA-Z])")
 
 
 def describe(path: str | Path) -> str:
@@ -62,45 +65,64 @@ def _table(columns: dict[str, list[Any]], level: Level) -> list[str]:
 
 def _meaning(name: str, values: list[Any], level: Level) -> str:
     try:
-        key: Key | None = level.of(name)
+        meaning = next(filter(None, (level.meaning(name, value) for value in values)), "")
     except DataError as error:
-        return f"refused: {error}"
+        return f"refused: {str(error).removeprefix(f'{shorten(name)}: ')}"
+    if meaning == "label" and any(isinstance(value, int | float) and value in (0, 1) for value in values):
+        return f"refused without a map: {level.by_name[name].text}"
+    if meaning and meaning != "label":
+        return f"read as {meaning}"
     example = kind_of(next((value for value in values if value is not None), None)).replace("\n", " ")
-    if key and key.meaning == "label" and any(isinstance(value, int | float) and value in (0, 1) for value in values):
-        return f"refused without a map: {key.text}"
-    if key is None and any(looks_like_weight(name, value) for value in values):
-        return "refused: it looks like a weight"
-    if key is None or key.meaning == "label":
-        different = len({str(value) for value in values})
-        return f"ignored, {example}, {different:,} different values" if different > 1 else f"ignored, {example}"
-    return f"read as {key.meaning}" if key.meaning else f"refused: {key.text}"
+    different = len({str(value) for value in values})
+    return f"ignored, {example}, {different:,} different values" if different > 1 else f"ignored, {example}"
 
 
 def _guess(columns: dict[str, list[Any]], turns: dict[str, list[Any]]) -> dict[str, Any]:
     guess: dict[str, Any] = {}
-    known = {name for name in columns if (key := RECORD.of(name) if name in _READ else None) and key.meaning}
-    if not known & {*RECORD.names("messages"), *RECORD.names("answer")} and "chosen" not in columns:
+    known = RECORD.meanings.keys() & columns
+    answers = _answers(columns)
+    if not known & {*RECORD.names("messages"), *RECORD.names("answer")} and not answers:
         lists = [name for name, values in columns.items() if any(_are_turns(value) for value in values)]
-        texts = [name for name, values in columns.items() if all(isinstance(value, str) for value in values)]
-        texts.sort(key=lambda name: -sum(map(len, columns[name])))
         if lists:
             guess["messages"] = lists[0]
-        elif len(texts) > 1:
-            question, answer = sorted(texts[:2], key=list(columns).index)
-            guess |= {"question": question, "answer": answer}
-    if turns and not set(turns) & set(MESSAGE.names("role")):
+        elif known & {*RECORD.names("question")}:
+            texts = _longest({name: values for name, values in columns.items() if name not in RECORD.meanings}, 1)
+            guess |= {"answer": texts[0]} if texts else {}
+        elif len(texts := _longest(columns)) > 1:
+            guess |= {"question": texts[0], "answer": texts[1]}
+    if turns and not set(turns) & {*MESSAGE.names("role"), *RECORD.names("answer")}:
         roles = [name for name, values in turns.items() if 1 < len({str(v) for v in values}) <= len(ROLES)]
-        guess |= {"role": roles[0]} if roles else {}
-        texts = [name for name in turns if name not in roles and isinstance(turns[name][0], str)]
-        guess |= {"content": max(texts, key=lambda name: sum(len(str(v)) for v in turns[name]))} if texts else {}
-    if "condition" not in columns and (rule := _class_rule(columns)):
+        texts = _longest({name: values for name, values in turns.items() if name not in roles})
+        if roles:
+            guess |= {"role": roles[0]} | ({"content": texts[0]} if texts else {})
+        elif len(texts) > 1:
+            guess |= {"question": texts[0], "answer": texts[1]}
+    if "condition" not in columns and not answers and (rule := _class_rule(columns)):
         guess["condition"] = rule
-    if "chosen" in columns and "rejected" in columns:
-        guess["answers"] = {"chosen": EXPERT, "rejected": OTHER}
-    return guess
+    return guess | ({"answers": answers} if answers else {})
 
 
-_READ = {name for key in RECORD.keys for name in key.names}
+def _longest(columns: dict[str, list[Any]], number: int = 2) -> list[str]:
+    """The columns with the most text, in their order."""
+    texts = [name for name, values in columns.items() if all(isinstance(value, str) for value in values)]
+    most = sorted(texts, key=lambda name: -sum(map(len, columns[name])))[:number]
+    return [name for name in columns if name in most]
+
+
+def _answers(columns: dict[str, list[Any]]) -> dict[str, str]:
+    """The class of each column that is one of several answers, {} where there is one answer."""
+    known = [name for name in columns if name in ANSWERS.names]
+    good = [name for name in known if not BAD.search(name)]
+    if known and not good:
+        good = [name for name in columns if RECORD.meanings.get(name) in ("messages", "answer")][:1]
+        return dict.fromkeys(good, EXPERT) | dict.fromkeys(known, OTHER)
+    if known:
+        return {name: OTHER if BAD.search(name) else EXPERT for name in known}
+    numbered: dict[str, list[str]] = defaultdict(list)  # response_1 and response_2, human_ref_A and human_ref_B
+    for name, values in columns.items():
+        if NUMBERED.fullmatch(name) and isinstance(values[0], str | list):
+            numbered[NUMBERED.sub(r"\1", name)].append(name)
+    return next((dict.fromkeys(names, "") for names in numbered.values() if len(names) > 1), {})
 
 
 def _are_turns(value: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message, default_weight
-from ochat.text.fields import check_object
+from ochat.text.fields import check_object, shorten
 from ochat.text.records.calls import read_tools
 from ochat.text.records.keys import IGNORE, RECORD
 from ochat.text.records.map import ClassRule, RecordMap
@@ -25,7 +25,6 @@ from ochat.text.records.turns import QUESTION, TurnReader, split_system, weighte
 
 EmptyAnswers = Literal["refuse", "keep"]
 FORMATS = {"openchat": "items", "messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
-_LABEL_REMEDY = 'give it a class with --map: condition = {from = "label", values = {"true" = "GPT4", "false" = "GPT3"}}'
 
 
 def convert(record: Any, format: str = "auto", default_condition: str = "") -> Conversation:
@@ -64,16 +63,16 @@ class RecordReader:
         try:
             record, fields = self._fields(record, notes)
             condition = self._class(record, fields, default_condition)
-            reader = TurnReader(record, fields, notes, self._messages)
+            reader = TurnReader(record, fields, notes, self._messages, self._columns)
             if not self.map.answers:
-                return [self._conversation(reader.turns(), fields, condition)]
+                return [self._conversation(reader.turns(), fields, notes, condition)]
             names = {column: name or condition for column, name in self.map.answers.items()}
             if default_condition and (others := set(names.values()) - {default_condition}):
                 raise DataError(_two_classes(min(others), default_condition))
             if fields.text("condition") and names != dict.fromkeys(names, condition):
                 raise DataError(f"condition: the map gives each answer its class; {IGNORE} condition")
             answered = reader.answered(self.map.answers)
-            return [self._conversation(turns, fields, names[column]) for column, turns in answered.items()]
+            return [self._conversation(turns, fields, notes, names[column]) for column, turns in answered.items()]
         except RecursionError:
             raise DataError("record: objects and lists are nested too deep") from None
 
@@ -81,9 +80,9 @@ class RecordReader:
         """The conversation up to its last question, without weights; an answer is left out. Raises: DataError."""
         try:
             record, fields = self._fields(record, notes)
-            turns = TurnReader(record, fields, notes, self._messages).prompt()
+            turns = TurnReader(record, fields, notes, self._messages, self._columns).prompt()
             turns = [turn._replace(message=replace(turn.message, weight=None, spans=())) for turn in turns]
-            system, items = split_system(turns, fields)
+            system, items = split_system(turns, fields, notes)
             return Conversation(items, self._class(record, fields, ""), system, tools=_tools(fields))
         except RecursionError:
             raise DataError("record: objects and lists are nested too deep") from None
@@ -121,13 +120,18 @@ class RecordReader:
         """The record, and its fields but for classes and answers that the map reads."""
         is_list = isinstance(record, list) and record and isinstance(record[0], dict)
         record = {"messages": record} if is_list else check_object(record, "record")
+        body = record.get("input")
+        if isinstance(body, dict) and not body.keys().isdisjoint(RECORD.names("messages")):  # OpenAI's preferences
+            if twice := body.keys() & record.keys():
+                raise DataError(f"input.{shorten(min(twice))}: the record has this key as well; take one of them out")
+            record = {key: value for key, value in record.items() if key != "input"} | body
         rest = {key: value for key, value in record.items() if key not in self._taken} if self._taken else record
         notes.ignore = self._ignored
         fields = read_fields(rest, RECORD, notes, self._columns)
         needed = FORMATS.get(self.format, "")
         if needed and not self._columns and needed not in fields.names.values():
             raise DataError(f"{needed}: missing or null; --format {self.format} reads it")
-        fields.check_label(notes, _LABEL_REMEDY)
+        fields.check_label(notes)
         return record, fields
 
     def _class(self, record: dict[str, Any], fields: Fields, file_class: str) -> str:
@@ -147,9 +151,9 @@ class RecordReader:
             raise DataError(_two_classes(condition, file_class))
         return condition or file_class or self.default_condition
 
-    def _conversation(self, turns: list[Turn], fields: Fields, condition: str) -> Conversation:
+    def _conversation(self, turns: list[Turn], fields: Fields, notes: Notes, condition: str) -> Conversation:
         turns = weighted(turns, fields)
-        system, items = split_system(turns, fields)
+        system, items = split_system(turns, fields, notes)
         if self.empty_answers == "refuse":
             for turn in turns:
                 if is_empty_answer(turn.message):

@@ -90,8 +90,7 @@ def changed(path, value):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        *(((), whole, "record: expected an object") for whole in (None, [], "x", 3)),
-        (("items",), MISSING, "items: missing"),
+        (("items",), MISSING, "record: no messages"),
         (("items",), [], "items: empty"),
         (("items",), {"role": "user"}, "items: expected a list, got an object"),
         (("items",), "hi", "items: expected JSON, got other text"),
@@ -109,7 +108,7 @@ def changed(path, value):
         (("items", 1, "weight"), 10**400, r"items\[1\].weight: too large"),
         (("items", 0, "wieght"), 1, r"items\[0\].wieght: unknown key; did you mean 'weight'.*--ignore message.wieght"),
         (("condition",), 3, "condition: expected text, got a number"),
-        (("system",), ["x"], "system: expected text, got a list"),
+        (("system",), {"x": 1}, "system: expected text, got an object"),
         (("reward",), math.inf, "reward: expected a finite number"),
         (("reward",), False, "reward: expected a number, got a boolean"),
         (("conditon",), "x", "conditon: unknown key; did you mean 'condition'.*--ignore conditon"),
@@ -129,12 +128,12 @@ def test_faults_name_their_field(path, value, message):
 
 @pytest.mark.parametrize("key", ["id", "source", "edition", "title", "timestamp", "model", "language", "\ud800"])
 def test_metadata_is_left_out(key):
-    record = copy.deepcopy(GOOD) | {key: {"x": 1}}
+    record: Any = copy.deepcopy(GOOD) | {key: {"x": 1}}
     record["items"][0][key] = 3
     assert Conversation.from_dict(record) == Conversation.from_dict(GOOD)
 
 
-@pytest.mark.parametrize("record", [{}, [3], {"items": None}])
+@pytest.mark.parametrize("record", [{}, [3], [], None, "x", 3, {"items": None}])
 def test_no_conversation_at_all(record):
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match="^record: (no messages|expected an object)"):
         Conversation.from_dict(record)

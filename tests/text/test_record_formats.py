@@ -50,6 +50,8 @@ EARLIER = [["q0", "a0"], ["q1", "a1"]]
 BEFORE = tuple(m for i in "01" for m in (Message("user", f"q{i}"), Message("assistant", f"a{i}")))
 LIST = [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "a0"}, {"role": "user", "content": "q"}]
 ANSWERS = [{"role": "assistant", "content": "a"}]
+CALLS = ({"name": "f", "arguments": {}},)
+PAIR = {"input": "q0", "output": "a0"}
 CONTEXT = (Message("user", "q0"), Message("assistant", "a0", 0.0), Q)
 
 
@@ -73,6 +75,20 @@ CONTEXT = (Message("user", "q0"), Message("assistant", "a0", 0.0), Q)
         ({"prompt": [LIST[0], LIST[1] | {"weight": 2}, LIST[2]], "completion": "a"},
          (CONTEXT[0], Message("assistant", "a0", 2), Q, A), ""),
         ({"prompt": LIST[2], "completion": ANSWERS[0]}, (Q, A), ""),
+        ({"input": LIST, "output": "a"}, (*CONTEXT, A), ""),  # OpenRLHF, Nemotron, and HelpSteer3 with context
+        ({"instruction": "", "input": "q", "output": "a"}, (Q, A), ""),
+        ({"input": {"messages": [LIST[2], *ANSWERS], "tools": []}}, (Q, A), ""),
+        ({"conversation": [PAIR, {"input": "q", "output": "a"}]}, (*BEFORE[:2], Q, A), ""),
+        ({"conversation": [PAIR | {"system": "S", "weight": 0.5}, {"query": "q", "answer": "a"}]},
+         (BEFORE[0], Message("assistant", "a0", 0.5), Q, A), "S"),
+        ({"conversations": ["q0", "a0", "q", "a"]}, (*BEFORE[:2], Q, A), ""),
+        ({"messages": [LIST[2], *ANSWERS], "text": "<s>Q: q\nA: a</s>"}, (Q, A), ""),
+        ({"prompt": "q", "input": "1", "output": "a", "text": "# q\n# 1\n# a"}, (Message("user", "q\n\n1"), A), ""),
+        ({"prompt": "q", "tool_calls": '[{"name": "f"}]'}, (Q, Message("assistant", "", tool_calls=CALLS)), ""),
+        ({"prompt": "q", "response": "a", "reasoning": "hm", "function_call": {"name": "f"}},
+         (Q, Message("assistant", "a", reasoning="hm", tool_calls=CALLS)), ""),
+        ({"system": [{"type": "text", "text": "S", "cache_control": {}}, "T"], "prompt": "q", "answer": "a"}, (Q, A),
+         "S\nT"),
         ({"prompt": [{"role": "system", "content": "S"}, LIST[2]], "completion": ANSWERS}, (Q, A), "S"),
         ({"messages": [{"role": "developer", "content": "S"}, LIST[2], *ANSWERS], "system": "S"}, (Q, A), "S"),
         ({"messages": [LIST[2], *ANSWERS], "prompt": "q ", "prompt_id": "x"}, (Q, A), ""),  # UltraChat says it twice
@@ -109,7 +125,7 @@ THREE = {"messages": [{"role": "system", "content": "S"}, LIST[2], *ANSWERS]}
         (CHAT | {"weights": "[0, 1]"}, [0, 1]),
         (CHAT | {"loss_mask": [0, 1]}, [0, 1]),
         (CHAT | {"mask": [True, False]}, [1, 0]),
-        (CHAT | {"mask": "User"}, [None, None]),  # NeMo names who is not trained
+        (CHAT | {"mask": "User"}, [0, None]),  # NeMo names who is not trained
         (CHAT | {"weights": [0, 3], "loss_mask": [1, 1], "weight": 2}, [0, 6]),
         ({"messages": [LIST[2], ANSWERS[0] | {"weight": 2}], "weights": [0, 3], "weight": 0.5}, [0, 3]),
         (THREE | {"weights": [0, 0, 1]}, [0, 1]),
@@ -152,7 +168,8 @@ SYSTEM = {"role": "system", "content": "x"}
         (CHAT | {"weights": 3}, "weights: expected a list"),
         (CHAT | {"weights": [0, "x"]}, r"weights\[1\]: expected a number"),
         (CHAT | {"loss_mask": [0, 0.5]}, r"loss_mask\[1\]: expected true, false, 1 or 0"),
-        (CHAT | {"mask": "Assistant"}, "mask: expected JSON"),
+        (CHAT | {"mask": "Assistant"}, r"mask: text \('Assistant'\) is not read, only User"),
+        (CHAT | {"mask": "[0, 1"}, "mask: expected JSON"),
         (CHAT | {"weight": "1"}, "weight: expected a number"),
         (CHAT | {"loss": 2.3}, "loss: expected true, false, 1 or 0"),
         ({"messages": [SYSTEM]}, r"messages\[0\]: only a system message"),
@@ -165,13 +182,30 @@ SYSTEM = {"role": "system", "content": "x"}
         ({"output": "x"}, "record: no messages .*it has 'output'"),
         ({"answer": "x", "history": EARLIER}, "record: no messages"),
         ({"instruction": 3, "output": "y"}, "instruction: expected text or messages, got a number"),
-        ({"instruction": "x", "input": ["y"], "output": "y"}, "input: expected text, got a list"),
-        ({"instruction": LIST, "input": "y", "output": "y"}, "input: it cannot be put below instruction"),
+        ({"instruction": "x", "input": ["y"], "output": "y"}, "input: a list cannot be put below ins.*--ignore input"),
+        ({"instruction": LIST, "input": "y", "output": "y"}, "input: instruction is no text"),
+        ({"input": {"messages": LIST, "tools": []}, "tools": []}, "input.tools: the record has this key as well"),
+        ({"conversation": [PAIR, {"input": "q"}]}, r"conversation\[1\].record: no messages"),
+        ({"conversation": [PAIR, "q"]}, r"conversation\[1\]: expected an object"),
+        ({"conversation": [PAIR | {"reward": 1}]}, r"conversation\[0\].reward: .*--ignore reward"),
+        ({"conversation": [PAIR | {"output": 3}]}, r"conversation\[0\].output: expected text"),
+        ({"conversation": [{"response": "a"}]}, r"conversation\[0\].role: missing"),
+        ({"conversation": ["q", 3]}, r"conversation\[0\]: expected an object"),
+        (CHAT | {"system": [{"thinking": "hm", "type": "thinking"}]}, "system: the system text has"),
+        (CHAT | {"system": [{"type": "image"}]}, r"system\[0\].type: parts of type 'image'"),
+        (CHAT | {"tool_calls": [{"name": "f"}]}, "tool_calls: it is not read beside messages"),
+        ({"prompt": "q", "answer": "a", "reasoning": "on"}, "reasoning: .*how much to reason, not what; --ignore"),
+        (CHAT | {"text": "q"}, "text: it says something else than the rest of the record; --ignore text"),
+        ({"role": "user", "text": "q", "parent_id": None}, "record: it is one message"),
+        ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, "prompt: a transcript.*write messages"),
+        ({"question": "Human:q0\nAssistant:a0\nHuman:q\nAssistant:", "input": "", "output": "a"}, "question: a trans"),
+        ({"prompt": "<|user|>\nq\n<|assistant|>\n", "completion": "a"}, "prompt: a transcript"),
+        ({"messages": [LIST[2]], "answer": "a"}, "answer: the record has messages .* --map with question = .messages."),
         ({"instruction": "x", "output": "y", "history": ["a", "b"]}, r"history\[0\]: \[question, answer\]"),
         ({"instruction": "x", "output": "y", "history": [["a", 3]]}, r"history\[0\]\[1\]: expected text or messages"),
         ({"instruction": "x", "output": "y", "reward": "z"}, "reward: expected a number"),
         ({"instruction": "x", "question": "y", "output": "z"}, "question: instruction says the same.*--ignore"),
-        ({"text": "x"}, "text: text without roles.*--ignore text"),
+        ({"text": "x"}, "text: text without roles; write messages, or .*--map"),
         ({"messages": [], "items": LIST}, "items: messages says the same thing, with another value"),
         (CHAT | {"prompt": "other"}, "prompt: the record has messages as well; choose with --ignore prompt or"),
         (CHAT | {"reasoning": "hm"}, "reasoning: it is not read beside messages; write it into messages"),
@@ -181,11 +215,13 @@ SYSTEM = {"role": "system", "content": "x"}
         (CHAT | {"completion": [ANSWERS[0] | {"content": "b"}]}, "completion: the record has messages as well"),
         (CHAT | {"completion": [ANSWERS[0] | {"reasoning": "hm"}]}, "completion: the record has messages as well"),
         (CHAT | {"label": False}, r"label: a boolean \(False\) says.*--map.*--ignore label"),
-        (CHAT | {"kto_tag": 1}, "kto_tag: a number .*--map.*--ignore kto_tag"),
+        (CHAT | {"kto_tag": 1}, r'kto_tag: .*{from = "kto_tag", values = {"1" = "GPT4", "0" = "GPT3"}}; .*--ignore'),
         (CHAT | {"tools": [3]}, r"tools\[0\]: expected an object"),
         (CHAT | {"tools": "get"}, "tools: expected JSON"),
-        (CHAT | {"chosen": "x"}, r"chosen: give each answer its class with --map: \[answers\].*--ignore chosen"),
+        (CHAT | {"chosen": "x"}, r"chosen: give each answer its class with \[answers\] in a --map.*--ignore chosen"),
+        (CHAT | {"responses": ["x"]}, "responses: several answers in one list; make a record of each; or .*--ignore"),
         ([1], "record: expected an object, got a list"),
+        (["q", "a"], "record: expected an object, got a list"),
         ([LIST[2], 1], r"messages\[1\]: expected an object"),
     ],
 )  # fmt: skip

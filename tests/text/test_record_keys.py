@@ -111,7 +111,7 @@ def test_two_keys_of_one_meaning_say_it_once_or_are_refused(level, one, other, v
 @pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.name)
 @pytest.mark.parametrize("name", ["assistant_mask", "turn_weights", "is_trainable", "loss_on_this"])
 def test_a_key_that_looks_like_a_weight_is_refused(level, name):
-    for value in (True, 0, 0.5, [0, 1]):
+    for value in (True, 0, 0.5, [0, 1], "false", "0.5", "[0, 1]", ["assistant"]):
         record = sample()
         inside(record, level)[name] = value
         with pytest.raises(DataError, match=f"{name}: it looks like a weight.*--ignore {level.shown(name)}"):
@@ -119,6 +119,39 @@ def test_a_key_that_looks_like_a_weight_is_refused(level, name):
         assert read(record, ignore=frozenset([level.shown(name)])) == read(sample())
     inside(record, level)[name] = "text is metadata"
     assert read(record) == read(sample())
+
+
+@pytest.mark.parametrize(
+    ("level", "name", "about"),
+    [
+        (RECORD, "deepseek_reasoning", "reasoning"), (RECORD, "Complex_CoT", "reasoning"),
+        (MESSAGE, "think", "reasoning"), (MESSAGE, "thinkingContent", "reasoning"),
+        (MESSAGE, "reasoning_details", "reasoning"), (PART, "my thoughts", "reasoning"),
+        (RECORD, "system_text", "system"), (RECORD, "custom_system_prompt", "system"),
+        (RECORD, "developer_message", "system"), (RECORD, "tool_list", "tools"),
+        (RECORD, "function_definitions", "tools"), (RECORD, "dialog_history", "history"),
+        (RECORD, "history_messages", "history"),
+    ],
+)  # fmt: skip
+def test_a_key_that_looks_like_what_is_said_is_refused(level, name, about):
+    for value in ("x", ["x"], [{"x": 1}], [["q", "a"]], {"x": 1}):
+        record = sample()
+        inside(record, level)[name] = value
+        with pytest.raises(
+            DataError, match=f"{name}: it looks like {about}, .*; name it .*--ignore {level.shown(name)}$"
+        ):
+            read(record)
+        assert read(record, ignore=frozenset([level.shown(name)])) == read(sample())
+    for value in (True, 3, "", " ", [], {}, [True]):
+        inside(record, level)[name] = value
+        assert read(record) == read(sample())
+
+
+@pytest.mark.parametrize(
+    "name", ["system_fingerprint", "operating_system", "cot_type", "tool_choice", "reasoning_model"]
+)
+def test_a_key_that_is_about_what_is_said_is_metadata(name):
+    assert read(sample() | {name: "x"}) == read(sample())
 
 
 # The law, with records that no one would write
@@ -147,7 +180,9 @@ parts = st.builds(lambda more: {"type": "text", "text": "ab"} | more, extra(PART
 contents = st.sampled_from(["a", "b", ""]) | st.lists(parts, min_size=1, max_size=2)
 roles = st.sampled_from(["user", "gpt", "assistant", "tool", "observation"])
 turns = st.builds(lambda r, c, more: {"role": r, "content": c} | more, roles, contents, extra(MESSAGE, 2))
-answered = st.lists(turns, max_size=2).map(lambda said: [*said, {"role": "assistant", "content": "z"}])
+answered = st.lists(turns, max_size=2).map(
+    lambda said: [{"role": "user", "content": "y"}, *said, {"role": "assistant", "content": "z"}]
+)
 bodies = st.builds(
     lambda key, value: {key: value}, st.sampled_from(RECORD.names("messages")), answered
 ) | st.fixed_dictionaries({"prompt": st.just("q") | st.lists(turns, min_size=1), "completion": st.just("a")})
@@ -198,7 +233,7 @@ def test_every_key_matters_is_counted_or_refuses_the_record(record):
         for name, value in list(each.items()):
             if value is None or level.shown(name) in counted:
                 continue
-            key = level.of(name)
+            key = level.by_name.get(name)
             assert key is not None and (key.meaning or is_blank(value)), f"{name} is lost"
             same = WEIGHTS if key.meaning in WEIGHTS else (key.meaning,)
             others = [n for n in each if n != name and level.meanings.get(n) in same and each[n] is not None]

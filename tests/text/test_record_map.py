@@ -109,6 +109,10 @@ def test_faults_name_the_column(written, record, said):
         ({"question": "ask", "answer": "reply"}, {"ask": [{"role": "user", "content": "q"}], "reply": "a"}),
         ({"question": "ask", "answer": "reply", "reasoning": "cot"}, {"ask": "q", "reply": "a", "cot": ""}),
         ({"extra": "more", "answer": "reply"}, {"more": "q", "reply": "a"}),
+        ({"question": "human", "answer": "bot"}, {"conversation": [{"human": "q", "bot": "a"}]}),
+        ({"messages": "turns", "question": "human", "answer": "bot"}, {"turns": [{"human": "q", "bot": "a"}]}),
+        ({"messages": "turns"}, {"turns": ["q", "a"]}),
+        ({"question": "messages"}, {"messages": CHAT["messages"][:1], "answer": "a"}),
     ],
 )  # fmt: skip
 def test_columns_stand_for_the_tables_keys(written, record):
@@ -177,17 +181,33 @@ def test_answers_of_several_classes_follow_one_prompt_that_is_not_trained(record
         ({"prompt": "q", "chosen": "a", "rejected": "b", "response": "c"}, "response: .*--ignore response"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected: an empty answer"),
         ({"prompt": "q", "chosen": "a", "rejected": []}, "rejected: empty"),
-        ({"prompt": "q", "chosen": [*PROMPT, answer("a")], "rejected": "b"}, "rejected: it begins with the answer"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q"}, "chosen: a transcript"),
         ({"prompt": "q", "chosen": "a", "rejected": 3}, "rejected: expected text or messages, got a number"),
         ({"prompt": "q", "chosen": "a", "rejected": {"content": "x"}}, "rejected.role: missing"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "condition": "x"}, "condition: .*--ignore condition"),
         ({"prompt": "other", "chosen": [*PROMPT, answer("a")]}, "prompt: the record has chosen as well.*--ignore"),
-        ({"messages": PROMPT[:2], "chosen": "a"}, r"messages\[1\]: an answer where chosen should follow"),
+        ({"messages": PROMPT[:2], "chosen": "a"}, r"messages\[1\]: an answer where chosen should .*\[answers\] too"),
     ],
 )  # fmt: skip
 def test_answers_that_do_not_fit_are_refused(record, said):
     with pytest.raises(DataError, match=f"^{said}"):
         read(record, **BY_CLASS)
+
+
+def test_a_reply_takes_the_place_of_the_last_answer():
+    """As ms-swift writes a rejected response beside the messages."""
+    for column in ("messages", "chosen"):
+        record = {column: [*PROMPT, answer("a")], "rejected": "b"}
+        found = read(record, answers={column: "GPT4", "rejected": "GPT3"})
+        assert found == [
+            Conversation((*EARLIER, Message("assistant", text)), name) for text, name in (("a", "GPT4"), ("b", "GPT3"))
+        ]
+
+
+def test_calls_in_a_column_of_their_own():
+    """As xLAM writes them."""
+    (found,) = read({"query": "q", "answers": '[{"name": "f", "arguments": {"x": 1}}]'}, tool_calls="answers")
+    assert found.items[1] == Message("assistant", "", tool_calls=({"name": "f", "arguments": {"x": 1}},))
 
 
 def test_a_file_has_one_class():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ochat.errors import DataError
 from ochat.text.conversation import WeightedSpan
-from ochat.text.fields import check_list, check_number, check_object, describe
+from ochat.text.fields import check_list, check_number, check_object, describe, shorten
 from ochat.text.records.keys import DETAIL, IGNORE, PART
 from ochat.text.records.objects import Fields, Notes, read_fields
 
@@ -55,7 +55,10 @@ def _read_part(part: dict[str, Any], notes: Notes) -> tuple[str, str, float | No
     fields = read_fields(part, PART, notes)
     kind = fields.text("type") or "text"
     if kind not in TEXT_PARTS + REASONING_PARTS:
-        raise DataError(f"{fields.name('type')}: parts of type {describe(kind)} cannot be trained on; only text can")
+        raise DataError(
+            f"{fields.name('type')}: parts of type {shorten(kind)!r} are not read, only text and reasoning are; calls "
+            "are written as tool_calls, what tools reply as messages of the role tool"
+        )
     said = "reasoning" if kind in REASONING_PARTS and "reasoning" in fields else "text"
     text = fields.text(said, required=True)
     read = ("type", said) if kind in REASONING_PARTS else ("type", said, "weight", "trained")

@@ -1,14 +1,15 @@
 """The table of keys: what each key of a record, a message, a content part or a tool call means, or why it is refused.
 
-    MESSAGE.of("loss")       # Key(meaning="trained", ...)
+    MESSAGE.meaning("loss", False)       # "trained"
 
 A key that is in the table is read, or refused by its name. All others are metadata: counted and left out, unless one
-looks like a key of the table misspelt. docs/record_keys_page.py writes the table into the documentation.
+looks like a key of the table. docs/record_keys_page.py writes the table into the documentation.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -56,21 +57,48 @@ class Level:
         """Whether the key is to be left out: it is named as `shown`, or by its bare name, which is for every level."""
         return self.shown(name) in ignored or (name in ignored and self.meanings.get(name) not in _NEEDED)
 
-    def of(self, name: str) -> Key | None:
-        """What the key means, None for metadata. Raises: DataError for one that looks misspelt."""
+    def meaning(self, name: str, value: Any) -> str:
+        """What the key means, "" for metadata and for an empty value of a key that is refused.
+
+        Raises: DataError for a key that is refused, or that is not in the table but looks as if it belonged there.
+        """
         key = self.by_name.get(name)
-        if key is None and len(name) <= LONGEST_NAME and (close := _misspelt(name, self)):
-            raise DataError(f"unknown key; did you mean {close!r}? If not, {IGNORE} {self.shown(name)}")
-        return key
+        if key is None:
+            wrong = self._resembles(name, value)
+        elif key.meaning or not has_content(value):
+            return key.meaning
+        else:
+            wrong = key.text
+        if wrong:
+            raise DataError(f"{shorten(name)}: {wrong}; or leave it out with {IGNORE} {self.shown(name)}")
+        return ""
+
+    def _resembles(self, name: str, value: Any) -> str:
+        """What is wrong with a key that is not in the table, "" for metadata."""
+        if len(name) > LONGEST_NAME:
+            return ""
+        close, about = _compare(name, self)
+        if close:
+            mapped = ", or name it in --map" if self.name == "record" else ""
+            return f"unknown key; did you mean {close!r}? Then rename it{mapped}"
+        if about == "weight" and _is_weight(value):
+            return "it looks like a weight, but is not read; name it weight or loss_mask"
+        if about and about != "weight" and _is_said(value):
+            return f"it looks like {about}, but is not read; name it {self.names(about)[0]}"
+        return ""
 
 
 @lru_cache(maxsize=4096)  # the same keys come with every record, and difflib is slower than a tokenizer
-def _misspelt(name: str, level: Level) -> str:
-    """The key of the level that `name` is close to, "" if there is none. `prompt_id` is about the prompt, not
-    misspelt."""
+def _compare(name: str, level: Level) -> tuple[str, str]:
+    """The key of the level that `name` is close to, and the meaning that its words speak of; "" if there is none.
+
+    `prompt_id` is about the prompt, not misspelt.
+    """
+    about = _about(name)
+    about = about if about == "weight" or about in level.meanings.values() else ""
     if any(name.startswith(f"{key}_") or name.endswith(f"_{key}") for key in level.meanings):
-        return ""
-    return next(iter(difflib.get_close_matches(name.lower(), level.meanings, n=1, cutoff=MISSPELT)), "")
+        return "", about
+    return next(iter(difflib.get_close_matches(name.lower(), level.meanings, n=1, cutoff=MISSPELT)), ""), about
 
 
 _WEIGHT = ("weight", "loss_weight", "loss_scale", "sample_weight", "example_weight")
@@ -87,14 +115,33 @@ _MEDIA = Key(
 )
 _TRUTH = "text is metadata; true, false, 1 and 0 say which answers are good"
 _MASK = "trainers disagree on whether 1 is trained or left out; name it loss_mask, in which 1 is trained"
+ANSWERS = Key(
+    "",
+    (
+        *("chosen", "rejected", "chosen_response", "rejected_response", "response_chosen", "response_rejected"),
+        *("chosen_messages", "rejected_messages", "positive_messages", "negative_messages", "preferred_output"),
+        "non_preferred_output",
+    ),
+    "give each answer its class with [answers] in a --map, which ochat prepare --describe writes",
+)
 
 RECORD = Level(
     "record",
-    Key("messages", ("items", "messages", "conversations", "conversation"), "the messages: a list, or its JSON text"),
+    Key(
+        "messages",
+        ("items", "messages", "conversations", "conversation"),
+        "a list, or its JSON text: of messages, of "
+        "objects with a question and its answer, or of texts that user and assistant say in turn",
+    ),
     Key("question", ("instruction", "prompt", "question", "query"), "the user's message: text, or a list of messages"),
-    Key("extra", ("input", "context"), "text below the question, after an empty line; without a question it is one"),
+    Key(
+        "extra",
+        ("input", "context"),
+        "text below the question, after an empty line; without a question it is one, also as messages",
+    ),
     Key("answer", ("output", "response", "completion", "answer"), "the assistant's message: text, or messages"),
     Key("reasoning", _REASONING, "what the assistant thinks before this answer"),
+    Key("tool_calls", ("tool_calls", "function_call"), "what this answer calls, as in a message"),
     Key(
         "history",
         ("history", "chat_history", "conversation_history"),
@@ -102,35 +149,39 @@ RECORD = Level(
     ),
     Key(
         "system",
-        ("system", "system_prompt", "system_message", "system_instruction"),
-        "text before the first turn; weight 0",
+        ("system", "system_prompt", "system_message", "system_instruction", "preamble"),
+        "text before the first turn, or content parts of text; weight 0",
     ),
     Key("condition", ("condition",), "the class of the conversation"),
     Key("reward", ("reward",), 'a number for the conversation; used with `weights.source = "reward"`'),
     Key("weight", _WEIGHT, "a number: multiplies the weight of every message"),
     Key("trained", _TRAINED, "true, false, 1 or 0: whether the record's answers are trained"),
     Key("weights", ("weights", "loss_weights"), "a list: the weight of each message, a system message included"),
-    Key("mask", ("loss_mask", "mask"), "a list of 1 and 0: whether each message is trained"),
+    Key("mask", ("loss_mask", "mask"), "a list of 1 and 0: whether each message is trained; or `User`, who is not"),
     Key(
         "tools",
         ("tools", "functions", "available_tools"),
         "the tools that the assistant may call: a list, or its JSON text",
     ),
     Key("label", ("label", "kto_tag"), f"{_TRUTH}: give them classes with `--map`"),
-    Key(
-        "",
-        (
-            *("chosen", "rejected", "chosen_response", "rejected_response", "response_chosen", "response_rejected"),
-            *("chosen_messages", "rejected_messages", "positive_messages", "negative_messages", "preferred_output"),
-            *("non_preferred_output", "responses", "completions"),
-        ),
-        'give each answer its class with --map: [answers] chosen = "GPT4", rejected = "GPT3"',
-    ),
+    ANSWERS,
+    Key("", ("responses", "completions", "answers"), "several answers in one list; make a record of each"),
     _THOUGHT,
     _MEDIA,
-    Key("", ("input_ids", "labels", "attention_mask", "token_ids"), "records of token ids cannot be read; give text"),
-    Key("", ("chat_template", "chat_template_kwargs", "documents"), "it changes how the prompt is written; remove it"),
-    Key("", ("text", "segments"), "text without roles; write messages"),
+    Key("", ("input_ids", "attention_mask", "token_ids"), "records of token ids cannot be read; give text"),
+    Key("", ("labels",), "labels of tokens, steps or answers are not read; write weights"),
+    Key(
+        "",
+        ("chat_template", "chat_template_kwargs", "enable_thinking", "reasoning_effort"),
+        "it changes how the prompt is written, which the template does",
+    ),
+    Key("", ("documents", "passages", "choices", "options"), "it is not read; write it into the question"),
+    Key(
+        "text",
+        ("text",),
+        "all that is said as one text: metadata where the record says it in another way, else refused",
+    ),
+    Key("", ("segments",), "text without roles; write messages"),
     Key("", ("advantage", "advantages", "token_weights"), "it weighs tokens in other trainers; write weight or spans"),
 )
 
@@ -189,13 +240,49 @@ CALL = Level(
 LEVELS = (RECORD, MESSAGE, PART, DETAIL, CALL)
 CLASS_LIKE = ("model", "source", "class", "quality", "label", "score", "rating", "dataset", "category", "generator")
 
-_WEIGHING = {"weight", "weights", "mask", "masks", "loss", "train", "trainable", "trained", "untrained", "masked"}
+# What a key that is not in the table is about, by its last word but for words of _SAID: `Complex_CoT`, `tool_list`
+_ABOUT = {
+    "reasoning": ("think", "thinking", "thought", "thoughts", "reasoning", "cot"),
+    "history": ("history",),
+    "system": ("system", "developer"),
+    "tools": ("tool", "tools", "function", "functions"),
+}
+_SAID = {"text", "content", "message", "messages", "msg", "prompt", "prompts", "instruction", "instructions", "list"}
+_SAID |= {"json", "definitions", "schemas", "specs", "trace", "traces", "trajectory", "details", "steps", "process"}
+_WEIGHING = {"weight", "weights", "mask", "masks", "loss", "train", "training", "trainable", "trained", "untrained"}
+_WEIGHING |= {"masked", "ignore", "ignored", "exclude", "excluded", "learn", "learnable", "supervised"}
 
 
-def looks_like_weight(name: str, value: Any) -> bool:
-    """Whether a key that is not in the table seems to say how much is trained: `assistant_mask`, with numbers."""
+def _about(name: str) -> str:
+    """The meaning that the words of a key speak of, "" if there is none."""
+    words = re.findall("[a-z0-9]+", re.sub("(?<=[a-z])(?=[A-Z][a-z])", "_", name).lower())
+    if not _WEIGHING.isdisjoint(words):
+        return "weight"
+    about = [word for word in words if word not in _SAID][-1:]
+    is_said = about != words[-1:]
+    for meaning, nouns in _ABOUT.items():
+        if about and about[0] in nouns and (is_said or meaning in ("reasoning", "history")):
+            return meaning
+    return ""
+
+
+def _is_weight(value: Any) -> bool:
+    """Whether a value may say how much is trained, or what: numbers, also as text, or a list of roles."""
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"\s*(true|false|-?[0-9.]+|\[.*)\s*", value[:LONGEST_NAME], re.IGNORECASE))
     first = value[0] if isinstance(value, list) and value else value
-    return isinstance(first, int | float) and not _WEIGHING.isdisjoint(name[:LONGEST_NAME].lower().split("_"))
+    return isinstance(first, int | float | str)
+
+
+def _is_said(value: Any) -> bool:
+    """Whether a value may be said in a prompt or an answer."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str | dict | list) and has_content(first)
+
+
+def has_content(value: Any) -> bool:
+    """False for null, blank text, and an empty list or object."""
+    return bool(value.strip() if isinstance(value, str) else value) or isinstance(value, int | float)
 
 
 def may_be_classes(names: Iterable[str]) -> list[str]:

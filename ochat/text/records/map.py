@@ -32,7 +32,7 @@ from ochat.text.fields import check_number, check_text, describe
 from ochat.text.records.messages import ROLES
 
 COLUMNS = (
-    *("messages", "question", "extra", "answer", "reasoning", "history", "system"),
+    *("messages", "question", "extra", "answer", "reasoning", "tool_calls", "history", "system"),
     *("reward", "weight", "weights", "tools"),
 )
 
@@ -85,6 +85,7 @@ class RecordMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     extra: str = ""
     answer: str = ""
     reasoning: str = ""
+    tool_calls: str = ""
     history: str = ""
     system: str = ""
     reward: str = ""

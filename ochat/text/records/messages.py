@@ -7,6 +7,7 @@ keys.py lists the keys.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ochat.text.records.objects import Fields, Notes, read_fields
 
 _NAMES = {
     "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"),
+    "assistant": ("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai", "chatbot"),
     "system": ("system", "developer"),
     "tool": ("tool", "function", "observation", "tool_response", "function_response", "ipython"),
 }
@@ -80,7 +81,7 @@ class MessageReader:
         for meaning in ("tool", "tool_call_id"):
             if meaning in fields and role != "tool":
                 notes.leave_out(MESSAGE, fields.names[meaning])
-        fields.check_label(notes, "write weight")
+        fields.check_label(notes)
         spans = [*content.spans, *read_spans(fields, len(content.text), notes)]
         return Message(
             role,
@@ -98,13 +99,18 @@ class MessageReader:
         said = fields.values.get("role")
         if type(said) is str and said in ROLES and not self.roles:  # nearly always, without delay
             return ROLES[said], False
-        said = fields.text("role", required=True)
+        if "role" not in fields:
+            raise DataError(
+                "role: missing or null; --map names the keys of messages (role, content) or of pairs (question, "
+                f"answer){fields.others()}"
+            )
+        said = fields.text("role")
         name = self.roles.get(said, said).strip().lower()
         role = ROLES.get(name)
         if role is None and name not in CALLS:
             raise DataError(
                 f"{fields.name('role')}: unknown role {shorten(said)!r}; known: {', '.join((*ROLES, *CALLS))}; others "
-                'with --map: roles = {NAME = "user"}'
+                f'with --map: roles = {{{json.dumps(shorten(said))} = "user"}}'
             )
         return role or "assistant", role is None
 
@@ -118,7 +124,7 @@ def _content(fields: Fields, notes: Notes) -> Content:
             raise DataError(f"{name}{error}") from None
     else:
         content = Content(check_text(value, name))
-    reasoning = "\n".join(filter(None, (fields.text("reasoning"), content.reasoning)))
+    reasoning = "\n".join(filter(None, (fields.reasoning(), content.reasoning)))
     return content._replace(reasoning=reasoning)
 
 

@@ -9,6 +9,7 @@ Errors begin with the key that the object has; the caller puts the object's plac
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from typing import Any
 
 from ochat.errors import DataError
 from ochat.text.fields import check_list, check_number, check_text, describe, shorten
-from ochat.text.records.keys import IGNORE, Level, looks_like_weight
+from ochat.text.records.keys import IGNORE, RECORD, Level
 
 NO_COLUMNS: Mapping[str, str] = {}
+_SWITCHES = ("on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high")
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Fields:
         value = self.values.get(meaning)
         if value is None:
             if required:
-                raise DataError(f"{self.name(meaning)}: missing or null{self._others()}")
+                raise DataError(f"{self.name(meaning)}: missing or null{self.others()}")
             return ""
         return check_text(value, self.names[meaning])
 
@@ -78,19 +80,33 @@ class Fields:
         trained = check_truth(self.values["trained"], self.names["trained"])
         return trained if weight is None else trained * weight
 
-    def check_label(self, notes: Notes, remedy: str) -> None:
+    def reasoning(self) -> str:
+        """What is thought, "" if it is missing. Raises: DataError for a word that says whether to think."""
+        text = self.text("reasoning")
+        if text.strip().lower() in _SWITCHES:
+            name = self.names["reasoning"]
+            raise DataError(
+                f"{name}: {describe(text)} says how much to reason, not what; {IGNORE} {self.level.shown(name)}"
+            )
+        return text
+
+    def check_label(self, notes: Notes) -> None:
         """Count a label that is metadata. Raises: DataError for one that says which answers are good."""
         if "label" not in self.values:
             return
         name, value = self.names["label"], self.values["label"]
         if isinstance(value, int | float) and value in (0, 1):
+            good, bad = (json.dumps(type(value)(truth)) for truth in (1, 0))  # as the column writes them
+            rule = f'condition = {{from = "{name}", values = {{"{good}" = "GPT4", "{bad}" = "GPT3"}}}}'
+            remedy = f"give it a class with --map: {rule}" if self.level is RECORD else "write weight"
             raise DataError(
-                f"{name}: {describe(value)} says whether the answer is good; {remedy}, or leave it out with "
+                f"{name}: {describe(value)} says whether the answer is good; {remedy}; or leave it out with "
                 f"{IGNORE} {self.level.shown(name)}"
             )
         notes.leave_out(self.level, name)
 
-    def _others(self) -> str:
+    def others(self) -> str:
+        """The keys that the object has, for messages."""
         shown = ", ".join(repr(shorten(name)) for name in itertools.islice(self.record, 8))
         return f"; there is {shown}" if shown else ""
 
@@ -136,17 +152,4 @@ def _meaning(name: str, value: Any, level: Level, notes: Notes, columns: Mapping
         return columns[name]
     if level.ignores(name, notes.ignore):
         return ""
-    try:
-        key = level.of(name)
-    except DataError as error:
-        raise DataError(f"{shorten(name)}: {error}") from None
-    if key is None and looks_like_weight(name, value):
-        raise DataError(
-            f"{shorten(name)}: it looks like a weight, but is not read; name it weight or loss_mask, or {IGNORE} "
-            f"{level.shown(name)}"
-        )
-    if key is None or (isinstance(value, str | list | dict) and not value and not key.meaning):
-        return ""  # an empty list of images is none
-    if not key.meaning:
-        raise DataError(f"{shorten(name)}: {key.text}, or leave the key out with {IGNORE} {level.shown(name)}")
-    return key.meaning
+    return level.meaning(name, value)
