@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -130,9 +130,26 @@ class Encoder:
                 turns = self.tokenizer.split_at_specials(conversation.condition)
                 if len(turns) > 1:
                     raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
-            layouts.append(_Layout(conversation, self.template.segments(conversation, self.tokenizer)))
+            segments = self.template.segments(conversation, self.tokenizer)
+            layouts.append(_Layout(self._without_lost_answers(conversation), segments))
         encoded.ignored.update(notes.ignored)
         return layouts
+
+    def _without_lost_answers(self, conversation: Conversation) -> Conversation:
+        """The conversation, without reasoning that the template leaves out where an answer is nothing else.
+
+        Raises: DataError for such an answer unless empty ones are kept.
+        """
+        if not any(m.reasoning and is_empty_answer(replace(m, reasoning="")) for m in conversation.items):
+            return conversation
+        conversation = self.template.without_lost_reasoning(conversation)
+        empty = [i for i, message in enumerate(conversation.items) if is_empty_answer(message)]
+        if empty and self.reader.empty_answers == "refuse":
+            raise DataError(
+                f"items[{empty[0]}]: an empty answer without its reasoning, which the template leaves out; or "
+                "--empty-answers keep"
+            )
+        return conversation
 
     def _note(self, encoded: Encoded, layout: _Layout, ids: list[int]) -> None:
         """Count what users would want to know of a conversation that is kept."""

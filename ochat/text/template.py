@@ -207,6 +207,14 @@ class Template:
             items = tuple(replace(m, reasoning="") if i < kept and m.reasoning else m for i, m in enumerate(items))
         return replace(conversation, condition=condition, items=items)
 
+    def without_lost_reasoning(self, conversation: Conversation) -> Conversation:
+        """The conversation without the reasoning that is not written. Raises: DataError where chat_template breaks."""
+        items = self.prepared(conversation).items
+        if self.tokenize == "rendered":
+            lost = self._chat.lost_reasoning(replace(conversation, items=items))
+            items = tuple(replace(m, reasoning="") if i in lost else m for i, m in enumerate(items))
+        return replace(conversation, items=items)
+
     def _spelt(self, conversation: Conversation) -> Conversation:
         """The conversation as plain text. Raises: DataError for what the template cannot write."""
         with_tools = "tools" if conversation.tools else ""

@@ -15,14 +15,15 @@ from rich.console import Console
 from ochat.commands.prepare import print_report
 from ochat.data import store_writer
 from ochat.data.dataset import TokenDataset
-from ochat.data.encode import encode_all, num_supervised
+from ochat.data.encode import Encoder, encode_all, num_supervised
 from ochat.data.prepare import prepare
 from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 from ochat.text import template, tokenizer
 from ochat.text.conversation import Conversation
+from ochat.text.record_formats import RecordReader
 from ochat.text.template import Span
-from tests import tiny
+from tests import text_kit, tiny
 from tests.data.conftest import chat, examples, places
 from tests.tiny import mixed_conversations, write_lines
 
@@ -265,6 +266,34 @@ source, base, output, workers = sys.argv[1:]
 prepare.prepare([source], base, "openchat_v3.2", output, workers=int(workers), progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
+
+
+THOUGHTS = [  # template, --reasoning, places of the answers of reasoning alone that are not written
+    ("chatml_8192", "drop", "13"),
+    ("chatml", "drop", "13"),
+    ("qwen3", "drop", "13"),
+    ("qwen3", "last", "1"),
+    ("qwen3", "template", "1"),
+    ("qwen3", "all", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "lost"), THOUGHTS)
+def test_an_answer_whose_only_words_are_left_out_is_an_empty_one(name, mode, lost, tmp_path):
+    asked, thought = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "", "reasoning": "easy"}
+    spoken = thought | {"content": "2"}
+    tokens = tokenizer.load(text_kit.small_folder("qwen", tmp_path))
+    form = template.with_reasoning(template.load(name), mode)
+
+    def encoded(items, empty_answers="refuse"):
+        batch = [Record("in.jsonl", 1, 1, json.dumps({"messages": items}).encode())]
+        return Encoder(tokens, form, RecordReader(empty_answers=empty_answers), 4096, "error")(batch)
+
+    for place, items in (("1", [asked, thought, asked, spoken]), ("3", [asked, spoken, asked, thought])):
+        found, kept = encoded(items), encoded(items, "keep")
+        assert [reject.reason.split(":")[0] for reject in found.rejects] == [f"items[{place}]"] * (place in lost)
+        assert kept.noted["an empty answer"] == (place in lost) and not kept.rejects
+    assert not encoded([asked, thought | {"weight": 0}, asked, spoken]).rejects
 
 
 class Killer:

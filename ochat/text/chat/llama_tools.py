@@ -39,9 +39,9 @@ def _spelt(message: Message, place: str) -> Message:
     if message.tool_calls:
         if message.content.strip():
             raise DataError(f"{place}.content: text beside a tool call, which the template cannot write; use chatml")
-        if len(message.tool_calls) > 1:
+        call, *others = message.tool_calls
+        if others:
             raise DataError(f"{place}.tool_calls: the template writes one call in a message; use chatml, or qwen3")
-        call = message.tool_calls[0]
         written = {"name": call["name"], "parameters": call["arguments"]}
         return replace(message, content=json.dumps(written, ensure_ascii=False), spans=(), tool_calls=())
     if message.role == "tool":

@@ -65,6 +65,14 @@ class RenderedChat:
         asked = (Message("user", "Why?"), Message("assistant", "So.", reasoning="Because."))
         return ("reasoning", 1) in self._marked(Conversation(asked))[1]
 
+    def lost_reasoning(self, conversation: Conversation) -> set[int]:
+        """The messages whose reasoning is not in the text; none where no reasoning ever is, which lay_out refuses."""
+        thought = {i for i, message in enumerate(conversation.items) if message.reasoning.strip()}
+        if not (thought and self.writes_reasoning):
+            return set()
+        found = self._marked(conversation)[1]
+        return {i for i in thought if ("reasoning", i) not in found}
+
     def render(self, conversation: Conversation, **variables: Any) -> str:
         """The text that a server renders. Raises: DataError with the template's own words."""
         return self._chat.render(**self.variables, **chat_variables(conversation), **variables)
