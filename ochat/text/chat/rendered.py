@@ -176,6 +176,8 @@ class RenderedChat:
         try:
             prompt, in_prompt = self._marked(before, add_generation_prompt=True)
         except DataError as error:
+            if i == 0 and (start := self._start_of_first(conversation, text, found)) is not None:
+                return start
             raise DataError(f"items[{i}]: the chat template has no prompt for this message: {error}") from None
         places = [(stretches[-1][1], label) for label, stretches in in_prompt.items() if label in found]
         place, label = max(places, default=(0, None))
@@ -186,6 +188,15 @@ class RenderedChat:
         if not text.startswith(opening, since):
             raise DataError(f"items[{i}]: the chat template does not write this message where it would be answered")
         return since + len(opening)
+
+    def _start_of_first(self, conversation: Conversation, text: str, found: Marks) -> int | None:
+        """Where the answer begins that nothing precedes, for templates that refuse to prompt for it: behind what they
+        open an answer to a question with. None where that is not in the text."""
+        prompt, _ = self._marked(replace(conversation, items=(Message("user", "x"),)), add_generation_prompt=True)
+        opening = prompt.rpartition(self.eot)[2].lstrip()
+        said = [start for kind in SAID for start, _ in found.get((kind, 0), [])]
+        place = text.rfind(opening, 0, min(said, default=0))
+        return None if place < 0 or not opening else place + len(opening)
 
 
 @lru_cache(maxsize=8)
