@@ -5,7 +5,7 @@ ochat prepare --input chats.jsonl --base models/base --template openchat_3.5 --o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -22,6 +22,7 @@ from ochat.text.records.keys import may_be_classes
 
 FEW = 0.01  # of the supervised tokens: a class that has less is named
 EXAMPLE_LINES = 24
+SHOWN_KEYS = 30
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
     for fact in report.template_facts:
         console.print(escape(fact), soft_wrap=True)
     if report.ignored:
-        shown = ", ".join(f"{escape(key)} in {count:,}" for key, count in sorted(report.ignored.items()))
-        console.print(f"ignored, as metadata: {shown}", soft_wrap=True)
+        console.print(f"ignored, as metadata: {escape(_in_words(report.ignored))}", soft_wrap=True)
     if columns := may_be_classes(report.ignored):
         console.print(
             f"[yellow]{escape(', '.join(columns))} may say where answers come from. A class from such a column: "
@@ -93,6 +93,13 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
             )
     rejects = f" ({escape(report.output)}/{REJECTS})" if report.rejected else ""
     console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
+
+
+def _in_words(counts: Mapping[str, int]) -> str:
+    """The keys with their counts; of many those that come most often."""
+    most = sorted(sorted(counts, key=lambda key: -counts[key])[:SHOWN_KEYS])
+    more = f" and more, see {manifest.MANIFEST}" if len(counts) > SHOWN_KEYS else ""
+    return ", ".join(f"{key} in {counts[key]:,}" for key in most) + more
 
 
 def _files(names: Sequence[str]) -> str:

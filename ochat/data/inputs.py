@@ -1,6 +1,7 @@
-"""The files that `--input` names: files, folders, and their classes.
+"""The files that `--input` names: files, folders, their classes, and what the names of folders say.
 
     found = find_inputs(["a.jsonl", "gpt4.jsonl::GPT4", "chats/"])       # found.paths, found.conditions, found.skipped
+    folder_columns(Path("chats/model=gpt-4/0.parquet"))                  # {"model": "gpt-4"}
 
 Of a folder all files with known endings are read, but for those of a test or validation split, as the hub names them:
 data/test-00000-of-00001.parquet, validation/x.jsonl, my_eval.jsonl. A file that is named itself is always read.
@@ -8,11 +9,14 @@ data/test-00000-of-00001.parquet, validation/x.jsonl, my_eval.jsonl. A file that
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from ochat.errors import DataError
 
@@ -22,18 +26,10 @@ ENDINGS = (*TEXTS, *(text + packed for text in TEXTS for packed in PACKED), ".pa
 # what `datasets` and the hub write beside the records; and what datasets leaves behind after a map
 NO_RECORDS = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|cache-.*\.arrow|tmp.*\.arrow")
 OTHER_SPLITS = {
-    "test",
-    "tests",
-    "testing",
-    "valid",
-    "validation",
-    "val",
-    "dev",
-    "eval",
-    "evaluation",
-    "held",
-    "heldout",
+    *("test", "tests", "testing", "testset", "valid", "validation", "val", "dev", "devset", "eval", "evaluation"),
+    *("held", "heldout", "holdout"),
 }
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
 class InputFiles(NamedTuple):
@@ -85,8 +81,7 @@ def _split_class(given: str) -> tuple[str, str]:
 
 def _of_folder(folder: Path, found: InputFiles, all_splits: bool) -> list[Path]:
     """The folder's files to read; those that are left out are noted in `found`."""
-    inside = [(file, file.relative_to(folder).parts) for file in folder.rglob("*") if file.is_file()]
-    files = sorted(file for file, parts in inside if not any(part.startswith(".") for part in parts))
+    files = sorted(_files(folder))
     known, others = [], []
     for file in files:
         parts = file.relative_to(folder).parts
@@ -99,11 +94,21 @@ def _of_folder(folder: Path, found: InputFiles, all_splits: bool) -> list[Path]:
     if not known:
         what = f"only {', '.join(file.name for file in files[:5])}" if files else "no file"
         splits = "; of test and validation splits only files that --input names are read" if others else ""
-        endings = f"; known endings: {', '.join(ENDINGS)}"
+        endings = f"; name files in --input, or give them a known ending: {', '.join(ENDINGS)}"
         raise DataError(f"{folder}: nothing to read in this folder ({what}){splits or endings}")
-    _check_packed_twice(known)
+    _check_twice(known)
     found.other_splits.extend(others)
     return known
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All that are not hidden, also where links lead, and links that lead nowhere."""
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        is_new = (real := os.path.realpath(name)) not in seen  # else a link leads back
+        seen.add(real)
+        folders[:] = [each for each in folders if is_new and not each.startswith(".")]
+        yield from (Path(name, file) for file in files if is_new and not file.startswith("."))
 
 
 def _may_hold_records(parts: tuple[str, ...]) -> bool:
@@ -115,20 +120,44 @@ def _may_hold_records(parts: tuple[str, ...]) -> bool:
 
 def _is_other_split(parts: tuple[str, ...]) -> bool:
     """Whether a folder's name, or the file's, begins or ends with the name of another split, and none says `train`."""
-    ending = next(ending for ending in sorted(ENDINGS, key=len, reverse=True) if parts[-1].lower().endswith(ending))
-    names = [re.findall(r"[a-z]+", name.lower()) for name in (*parts[:-1], parts[-1][: -len(ending)])]
+    names = [re.findall(r"[a-z]+", name.lower()) for name in (*parts[:-1], _stem(parts[-1]))]
     names = [[word for word in words if word != "of"] for words in names]
     ends = {word for words in names if words for word in (words[0], words[-1])}
     return bool(ends & OTHER_SPLITS) and not ends & {"train", "training"}
 
 
-def _check_packed_twice(files: list[Path]) -> None:
-    """Raises: DataError for a file that is there plain and compressed."""
-    seen: dict[str, Path] = {}
+def _stem(name: str) -> str:
+    """The name without its ending."""
+    return name[: -max(len(ending) for ending in ENDINGS if name.lower().endswith(ending))]
+
+
+def _check_twice(files: list[Path]) -> None:
+    """Raises: DataError for a file that is there in two forms, such as plain and compressed."""
+    seen: dict[Path, Path] = {}
     for file in files:
-        plain = str(file.with_suffix("") if file.suffix.lower() in PACKED else file)
-        if plain in seen:
-            raise DataError(
-                f"{seen[plain]} and {file}: the same file plain and compressed; take one away, or name both"
-            )
-        seen[plain] = file
+        other = seen.setdefault(file.with_name(_stem(file.name)), file)
+        if other is not file:
+            raise DataError(f"{other} and {file}: the same file in two forms? take one away, or name both in --input")
+
+
+def folder_columns(path: Path) -> dict[str, Any]:
+    """The columns that the names of a file's folders give all of its records, as Hive writes them: `model=gpt-4`.
+
+    Numbers, true and false have the types of JSON. Raises: DataError for two values of one column.
+    """
+    found: dict[str, Any] = {}
+    for part in path.parts[:-1]:
+        name, equals, text = map(unquote, part.partition("="))
+        if name and equals:
+            value = None if text == NO_VALUE else _typed(text)
+            if found.setdefault(name, value) != value:
+                raise DataError(f"{path}: two of its folders give {name}; rename one")
+    return found
+
+
+def _typed(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)) else text

@@ -32,11 +32,14 @@ from ochat.text import template, tokenizer
 from ochat.text.conversation import Conversation, Message
 from ochat.text.record_formats import EmptyAnswers, RecordReader
 from ochat.text.records import map as record_map
+from ochat.text.records.keys import may_be_classes
 from ochat.text.records.map import RecordMap
 from ochat.text.tokenizer import Tokenizer
 
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
 MOST_UNKNOWN = 0.001  # of the letters
+MOST_KEYS = 300  # of metadata that are counted each alone: some records have keys that no other has
+OTHER_KEYS = "other keys"
 HELD_OUT = "-held-out"  # ends the name of the held-out set
 COUNTED = {  # name in the counts -> in words
     "kept": "kept",
@@ -236,6 +239,13 @@ class _Notes:
     unknown_letters: int = 0
     example: Shown | None = None  # the first conversation
 
+    def count_ignored(self, found: Counter[str]) -> None:
+        """Add counts of metadata keys: of the first MOST_KEYS and of those that may say a class, and of all others
+        together."""
+        for key, count in found.items():
+            is_counted = key in self.ignored or len(self.ignored) < MOST_KEYS or bool(may_be_classes([key]))
+            self.ignored[key if is_counted else OTHER_KEYS] += count
+
 
 def _write(
     options: PrepareOptions,
@@ -248,7 +258,7 @@ def _write(
     notes, done_mib, rejects = _Notes(), 0, RejectLog(writers[0].folder, options.on_bad)
     for encoded, position in batches:
         rejects.add(encoded.rejects)
-        notes.ignored.update(encoded.ignored)
+        notes.count_ignored(encoded.ignored)
         notes.noted.update(encoded.noted)
         notes.letters += encoded.letters
         notes.unknown_letters += encoded.unknown_letters

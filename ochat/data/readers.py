@@ -21,8 +21,9 @@ from typing import Any, BinaryIO, TypeVar
 
 from ochat.data.containers import compressed, kinds, pieces, tables
 from ochat.data.containers.compressed import CHUNK_BYTES, DamagedError
-from ochat.data.inputs import find_inputs
-from ochat.data.records import Piece, Record
+from ochat.data.containers.json_text import Piece
+from ochat.data.inputs import find_inputs, folder_columns
+from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class RecordFile:
     """
 
     def __init__(self, path: str | Path, condition: str = "") -> None:
-        self.path, self.condition = Path(path), condition
+        self.path, self.condition, self.columns = Path(path), condition, folder_columns(Path(path))
         self.name = str(path)
         self.position = 0
         self._junk = ""  # what follows the end of the data
@@ -68,11 +69,11 @@ class RecordFile:
                 for line, data, error in self._rows() if self._kind in kinds.TABLES else pieces.cut(self._text(raw)):
                     if last.number:
                         yield last
-                    last = Record(self.name, line, last.number + 1, data, error, condition=self.condition)
+                    last = Record(self.name, line, last.number + 1, data, error, False, self.condition, self.columns)
         except DamagedError as error:
             damage = f"{error}; what follows was not read"
         if last.number:
-            yield replace(last, is_last=not damage)
+            yield replace(last, is_last=not damage and self._kind not in kinds.TABLES)
         if damage := damage or self._junk:
             yield Record(self.name, last.line + last.data.count(b"\n") + 1, last.number + 1, b"", damage)
 

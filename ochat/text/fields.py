@@ -42,12 +42,33 @@ def check_object(value: Any, place: str) -> dict[str, Any]:
 
 
 def check_list(value: Any, place: str) -> list[Any]:
-    """The list; the JSON text of one is read, and blank text is an empty one. Raises: DataError unless it is a list."""
+    """The list, also of its JSON text, of which blank text is an empty one, and `as_rows`.
+
+    Raises: DataError unless it is a list.
+    """
     if isinstance(value, str):
         value = from_json(value, place) if value.strip() else []
+    value = as_rows(value, place)
     if not isinstance(value, list):
         raise DataError(f"{place}: expected a list, got {describe(value)}")
     return value
+
+
+def as_rows(value: Any, place: str) -> Any:
+    """The list of objects that an object of lists stands for, as `datasets` keeps a sequence of them; else the value.
+
+    {"role": ["user"], "content": ["Hi"]} is [{"role": "user", "content": "Hi"}].
+
+    Raises: DataError for lists of different lengths.
+    """
+    columns = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if not columns or not all(isinstance(item, list) for item in columns.values()):
+        return value
+    lengths = {shorten(key): len(item) for key, item in columns.items()}
+    if len(set(lengths.values())) > 1:
+        shown = ", ".join(f"{name} {length}" for name, length in itertools.islice(lengths.items(), 8))
+        raise DataError(f"{place}: lists of different lengths that should be those of its objects: {shown}")
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def from_json(text: str, place: str) -> Any:

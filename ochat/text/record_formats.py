@@ -9,6 +9,7 @@ metadata, which `Notes` counts.
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -166,11 +167,13 @@ class RecordReader:
 def is_empty_answer(message: Message) -> bool:
     """Whether an assistant message that is trained says nothing."""
     trained = default_weight(message.role) if message.weight is None else message.weight
-    return bool(
-        message.role == "assistant"
-        and trained
-        and not (message.content.strip() or message.reasoning.strip() or message.tool_calls)
-    )
+    is_answer = message.role == "assistant" and trained and not message.tool_calls
+    return bool(is_answer and _is_blank(message.content) and _is_blank(message.reasoning))
+
+
+def _is_blank(text: str) -> bool:
+    """Whether nothing of it can be seen: blanks, and characters that only format, such as U+200B."""
+    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
 def _tools(fields: Fields) -> tuple[dict[str, Any], ...]:

@@ -10,13 +10,16 @@ import io
 import json
 import lzma
 import os
+import pickle
 import re
 import shutil
 import struct
 import subprocess
 import tarfile
 import zipfile
+import zlib
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ from hypothesis import strategies as st
 
 from ochat.data.containers import arrow_stream, compressed
 from ochat.data.describe import describe
-from ochat.data.inputs import find_inputs
+from ochat.data.inputs import find_inputs, folder_columns
 from ochat.data.readers import RecordFile
 from ochat.errors import DataError
 from ochat.text.record_formats import RecordReader
@@ -83,7 +86,16 @@ TEXTS = {
     "UTF-16 without BOM": encoded("utf-16-le"),
     "UTF-16 without BOM, big end first": encoded("utf-16-be"),
     "UTF-16 joined": encoded("utf-16")[:-2] + b"\n\0" + b"\xff\xfe",
+    "UTF-16 behind blanks": "\n [".encode("utf-16-be") + ",".join(LINES).encode("utf-16-be") + "]".encode("utf-16-be"),
     "UTF-32": encoded("utf-32"),
+    "UTF-32 without BOM": encoded("utf-32-le"),
+    "UTF-32 without BOM, big end first": encoded("utf-32-be"),
+    "text within text": "".join(json.dumps(line) + "\n" for line in LINES).encode(),
+    "texts in an array": json.dumps(LINES).encode(),
+    "objects of lists": "".join(
+        json.dumps(r | {"messages": {key: [turn[key] for turn in r["messages"]] for key in ("content", "role")}}) + "\n"
+        for r in RECORDS
+    ).encode(),
     "gzip": gzip.compress(TEXT),
     "gzip of three": b"".join(gzip.compress(part) for part in (TEXT[:100], b"", TEXT[100:])),
     "bzip2": bz2.compress(TEXT),
@@ -100,7 +112,7 @@ def test_every_text_gives_the_same_conversations(tmp_path, form):
     assert read(saved(tmp_path, TEXTS[form])) == (WANTED, {})
 
 
-def table(text="string", message=None, condition=None):
+def table(text="string", message=None, condition=None, in_list=pyarrow.list_):
     """RECORDS as a table, with texts of this type."""
     text = pyarrow.type_for_alias(text) if isinstance(text, str) else text
     message = message or pyarrow.struct([("role", text), ("content", text)])
@@ -108,7 +120,7 @@ def table(text="string", message=None, condition=None):
     if pyarrow.types.is_map(message):
         messages = [[list(turn.items()) for turn in turns] for turns in messages]
     columns = {
-        "messages": pyarrow.array(messages, pyarrow.list_(message)),
+        "messages": pyarrow.array(messages, in_list(message)),
         "condition": pyarrow.array([record.get("condition") for record in RECORDS], condition or text),
     }
     return pyarrow.table(columns)
@@ -135,6 +147,21 @@ ROWS = {
     "maps of bytes": table(message=pyarrow.map_("binary", "binary")),
     "fields that are null": table(message=pyarrow.struct([("role", "string"), ("content", "string"), *NULLS])),
     "messages as JSON text": JSON_TEXTS,
+    "messages of the type JSON": JSON_TEXTS.set_column(
+        0, "messages", pyarrow.ExtensionArray.from_storage(pyarrow.json_(), JSON_TEXTS["messages"].combine_chunks())
+    ),
+    "objects of lists": table().set_column(
+        0,
+        "messages",
+        [[{key: [turn[key] for turn in record["messages"]] for key in ("role", "content")} for record in RECORDS]],
+    ),
+}
+IN_ARROW = {  # types that Parquet lacks
+    "views of text": table("string_view"),
+    "views of lists": table(in_list=pyarrow.list_view),
+    "runs": table().set_column(
+        1, "condition", [pyarrow.RunEndEncodedArray.from_arrays(range(1, 6), [None, "GPT4"] * 2 + [None])]
+    ),
 }
 
 
@@ -153,10 +180,12 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("rows", ROWS)
+CONTAINED = [(rows, writer) for rows in ROWS | IN_ARROW for writer in WRITERS if rows in ROWS or writer != "Parquet"]
+
+
+@pytest.mark.parametrize(("rows", "writer"), CONTAINED)
 def test_every_table_gives_the_same_conversations(tmp_path, rows, writer):
-    WRITERS[writer](tmp_path / "in", ROWS[rows])
+    WRITERS[writer](tmp_path / "in", (ROWS | IN_ARROW)[rows])
     file = RecordFile(tmp_path / "in")
     assert [record.line for record in file] == [1, 2, 3, 4, 5]
     assert file.position == file.size
@@ -372,6 +401,7 @@ def array_file():
     return buffer.getvalue()
 
 
+ODS = b"application/vnd.oasis.opendocument.spreadsheet"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 NAMED = {  # content -> what is said of it, in place of records
     "zip": (archive("zip"), "a zip archive; unpack it with python -m zipfile"),
@@ -406,6 +436,13 @@ NAMED = {  # content -> what is said of it, in place of records
     "pdf": (b"%PDF-1.7", "PDF"),
     "encrypted": (b"PARE" + bytes(99), "encrypted Parquet"),
     "zeros": (bytes(5000), "nothing but zero bytes; it was not written to its end"),
+    "resource fork": (b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(80), "what macOS keeps beside a file; give the"),
+    "lzip": (b"LZIP\1\f", "lzip; unpack it with lzip -dc"),
+    "brotli": (b"\x1b\x5f\0\xf8\x8d\x94", "a binary file of a kind that is not known"),
+    "deflate": (zlib.compress(TEXT), "a binary file of a kind that is not known"),
+    "ods": (archive("zip", "mimetype").replace(TEXT[:46], ODS), "a spreadsheet; save the sheet as CSV"),
+    "npz": (archive("zip", "a.npy"), "an array of numpy"),
+    "pickle of text": (pickle.dumps([1], 0), "a pickle"),
 }  # fmt: skip
 
 
@@ -435,10 +472,9 @@ def test_the_remedy_works(tmp_path, kind, name):
 
 BAD_LINES = {  # a line among others -> what is said of it
     b"\0" * 40: "zero bytes in place of text",
-    json.dumps(LINES[0]).encode(): "JSON text within JSON text; make JSON Lines of it: python -c",
     LINES[0].encode() + BOM + LINES[1].encode(): "a BOM in the middle of a line",
     str(RECORDS[0]).encode(): "Python's notation, not JSON",
-    '{"a": "caf\u00e9"}'.encode("cp1252"): r"not UTF-8 at byte 10 of the record \(0xe9\): .* iconv -f WINDOWS-1252",
+    '{"a": "caf\u00e9"}'.encode("cp1252"): r"not UTF-8 at byte 10 of the record \(0xe9\): .* cat .*in \| iconv",
 }
 
 
@@ -454,22 +490,73 @@ def test_a_line_of_a_known_fault_is_named(tmp_path, line, comment):
 
 
 INSIDE = {  # a file -> what is said of it, with a command that makes JSON Lines
-    "text within text": ("".join(json.dumps(line) + "\n" for line in LINES), "JSON text within JSON text"),
     "wrapped": (json.dumps({"version": 1, "it's": RECORDS}), """the records lie under "it's\""""),
     "wrapped, on many lines": (json.dumps({"data": RECORDS, "size": [5]}, indent=2), "the records lie under 'data'"),
+    "splits": (json.dumps({"train": RECORDS, "test": RECORDS[:1]}), "the records lie under 'train', 'test'"),
+    "by name": (
+        json.dumps({f"id{n}": record for n, record in enumerate(RECORDS)}),
+        "the records lie under keys of their own",
+    ),
+    "columns": (
+        json.dumps({key: [r.get(key) for r in RECORDS] for key in ("condition", "messages")}),
+        "the table is written by columns",
+    ),
+    "columns of pandas": (
+        json.dumps({key: {str(n): r.get(key) for n, r in enumerate(RECORDS)} for key in ("condition", "messages")}),
+        "the table is written by columns",
+    ),
 }
+PACK = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstandard.compress}
 
 
+@pytest.mark.parametrize("pack", ["plain", "gzip", "xz"])
 @pytest.mark.parametrize("kind", INSIDE)
-def test_records_inside_of_something_are_taken_out_by_the_remedy(tmp_path, kind):
+def test_records_inside_of_something_are_taken_out_by_the_remedy(tmp_path, kind, pack):
     text, said = INSIDE[kind]
+    data = text.encode("utf-16") if pack == "gzip" else text.encode()
     with pytest.raises(DataError, match=f"it's.*:1: .*{said}; make JSON Lines of it") as error:
-        read(saved(tmp_path, text.encode(), "it's.json"))
+        read(saved(tmp_path, PACK.get(pack, bytes)(data), "it's.json"))
     subprocess.run(str(error.value).partition("of it: ")[2], shell=True, check=True, cwd=tmp_path)
     assert read(tmp_path / "NEW.jsonl") == (WANTED, {})
 
 
-PACK = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstandard.compress}
+@pytest.mark.parametrize("pack", ["plain", "gzip", "zstd"])
+def test_text_of_windows_becomes_utf_8_by_the_remedy(tmp_path, pack):
+    if pack == "zstd" and not shutil.which("zstd"):
+        pytest.skip("no zstd")
+    text = TEXT.decode().replace("\u2028", "\u20ac").encode("cp1252")
+    with pytest.raises(DataError, match="in:1: not UTF-8") as error:
+        read(saved(tmp_path, PACK.get(pack, bytes)(text)))
+    subprocess.run(str(error.value).partition("makes UTF-8: ")[2], shell=True, check=True, cwd=tmp_path)
+    assert "".join(c.items[0].content for c in read(tmp_path / "NEW.jsonl")[0]).startswith("caf\u00e9\u20ac 0")
+
+
+def test_a_record_is_not_taken_for_what_holds_records(tmp_path):
+    """Alone in its file it looks the same as others do."""
+    for extra in ({"data": RECORDS}, {"0": RECORDS[0]}, {"train": RECORDS[:1], "weights": [0, 1]}):
+        with contextlib.suppress(DataError):
+            assert len(read(saved(tmp_path, json.dumps(RECORDS[0] | extra).encode()))[0]) == 1
+            continue
+        assert "train" in extra, extra
+
+
+def test_lists_of_different_lengths_are_no_messages(tmp_path):
+    turns = {"role": ["user", "assistant"], "content": ["a"]}
+    with pytest.raises(DataError, match=r"messages: lists of different lengths .*: role 2, content 1"):
+        read(saved(tmp_path, json.dumps({"messages": turns}).encode()))
+
+
+def test_calls_and_parts_may_be_objects_of_lists(tmp_path):
+    calls = {"name": ["f", "g"], "arguments": ["{}", '{"a": 1}']}
+    parts = {"type": ["text", "text"], "text": ["a", "b"], "weight": [None, 0.5]}
+    turns = {"role": ["user", "assistant"], "content": [parts, None], "tool_calls": [None, calls]}
+    ((asks, answers),) = (c.items for c in read(saved(tmp_path, json.dumps({"messages": turns}).encode()))[0])
+    assert asks.content == "a\nb" and asks.spans[0].weight == 0.5
+    assert answers.tool_calls == ({"name": "f", "arguments": {}}, {"name": "g", "arguments": {"a": 1}})
+    for column in ("prompt", "completion"):
+        both = {"prompt": "a", "completion": "b"} | {column: {"role": ["assistant"], "content": ["c"]}}
+        (found,), _ = read(saved(tmp_path, json.dumps(both).encode()))
+        assert "c" in [message.content for message in found.items]
 
 
 @pytest.mark.parametrize("kind", PACK)
@@ -529,6 +616,11 @@ SPLITS = {  # a file -> whether it is of another split
     "latest.jsonl": False,
     "unit_test_answers.jsonl": False,
     "evaluate_this.jsonl": False,
+    "default/partial-train/0000.parquet": False,
+    "default/partial-test/0000.parquet": True,
+    "split=test/0.jsonl": True,
+    "split=train/0.jsonl": False,
+    "holdout.jsonl": True,
 }
 
 
@@ -561,11 +653,57 @@ def test_what_others_write_beside_the_records_is_no_input(tmp_path):
 
 def test_a_file_that_is_there_twice_is_refused(tmp_path):
     touch(tmp_path, "a.jsonl", "a.jsonl.gz", "b.json")
-    with pytest.raises(DataError, match=r"a\.jsonl and .*a\.jsonl\.gz: the same file plain and compressed"):
+    with pytest.raises(DataError, match=r"a\.jsonl and .*a\.jsonl\.gz: the same file in two forms\?"):
         find_inputs([tmp_path])
+    touch(tmp_path, "sub/b.json", "sub/b.PARQUET")
+    with pytest.raises(DataError, match=r"b\.PARQUET and .*b\.json: the same file in two forms\?"):
+        find_inputs([tmp_path / "sub"])
+    assert len(find_inputs([tmp_path / "sub" / "b.json", tmp_path / "sub" / "b.PARQUET"]).paths) == 2
     for twice in ([tmp_path / "b.json"] * 2, [tmp_path / "b.json", f"{tmp_path}/./b.json::GPT4"]):
         with pytest.raises(DataError, match=r"b\.json: comes twice in --input"):
             find_inputs(twice)
+
+
+def test_links_are_followed_once_and_one_that_leads_nowhere_is_named(tmp_path):
+    touch(tmp_path, "real/a.jsonl", "in/b.jsonl")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "in")
+    found = find_inputs([tmp_path / "in"])
+    assert names(tmp_path, found.paths) == ["in/b.jsonl", "in/more/a.jsonl"]
+    (tmp_path / "in" / "lost.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"lost\.jsonl: no such file"):
+        [RecordFile(path) for path in find_inputs([tmp_path / "in"]).paths]
+
+
+COLUMNS_OF = {  # a path -> the columns that its folders give
+    "a/b.jsonl": {},
+    "model=gpt-4/day=2026-01-02/0.parquet": {"model": "gpt-4", "day": "2026-01-02"},
+    "in/score=7/part=0.5/good=true/x=007/y=NaN/z=null/0.parquet": {
+        "score": 7, "part": 0.5, "good": True, "x": "007", "y": "NaN", "z": "null",
+    },
+    "language=%C3%A9%3D1/topic=__HIVE_DEFAULT_PARTITION__/0.jsonl": {"language": "\u00e9=1", "topic": None},
+    "=x/y=/a=b.jsonl": {"y": ""},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", COLUMNS_OF)
+def test_names_of_folders_are_columns(path):
+    found = folder_columns(Path(path))
+    assert found == COLUMNS_OF[path] and list(map(type, found.values())) == list(map(type, COLUMNS_OF[path].values()))
+
+
+def test_columns_of_folders_are_read_as_those_of_records_are(tmp_path):
+    """Weights, classes and metadata; what the record says as well must be the same."""
+    folder = tmp_path / "weight=0.5" / "condition=GPT4" / "source=x"
+    folder.mkdir(parents=True)
+    turns = RECORDS[0]["messages"]
+    for record in (turns, {"messages": turns}, {"messages": turns, "weight": None, "condition": "GPT4"}):
+        (conversation,), ignored = read(saved(folder, json.dumps(record).encode(), "a.jsonl"))
+        assert (conversation.condition, conversation.items[1].weight, ignored) == ("GPT4", 0.5, {"source": 1})
+    with pytest.raises(DataError, match="a.jsonl:1: condition: the record has another value than its folder"):
+        read(saved(folder, json.dumps({"messages": turns, "condition": "GPT3"}).encode(), "a.jsonl"))
+    with pytest.raises(DataError, match="two of its folders give weight"):
+        RecordFile(folder / "weight=1" / "a.jsonl")
 
 
 CLASSES = {  # an input -> its files and their class

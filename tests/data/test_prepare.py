@@ -16,7 +16,7 @@ from ochat.commands.prepare import print_report
 from ochat.data import store_writer
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import Encoder, encode_all, num_supervised
-from ochat.data.prepare import prepare
+from ochat.data.prepare import MOST_KEYS, prepare
 from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
 from ochat.text import template, tokenizer
@@ -131,7 +131,7 @@ def test_a_bad_record_stops_with_its_place_or_goes_to_the_rejects(base, tmp_path
     report = prepare([path], base, TEMPLATE, tmp_path / "out", on_bad="skip", **options)
     assert (report.total["kept"], report.rejected) == (3, 1)
     (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
-    assert (reject["file"], reject["line"]) == (str(path), 3) and "in.jsonl" not in reject["reason"]
+    assert (reject["file"], reject["line"]) == (str(path), 3) and "in.jsonl:3" not in reject["reason"]
     assert reject["text"] == line.decode("utf-8", "replace")[:2000]
 
 
@@ -191,6 +191,22 @@ def test_the_table_shows_every_class(make):
     print_report(report, console)
     text = console.file.getvalue()
     assert all(name in text for name in ("GPT4", "GPT3", "(none)", "all", "supervised")) and "…" not in text
+
+
+def test_metadata_with_a_new_key_in_every_record_stays_short(make, tmp_path):
+    """Most keys are counted together, but for those that come first and those that may say a class."""
+    count, keys = 2000, ("id", "b", "c")
+    records = [chat() | {f"{key}{n}": n for key in keys} | {"id": n} for n in range(count)]
+    report = make([*records, *(chat(source="a") for _ in range(7))])
+    ignored = json.loads((tmp_path / "out" / "manifest.json").read_text())["counts"]["ignored"]
+    assert ignored == report.ignored and len(ignored) <= MOST_KEYS + 2
+    assert (ignored["id"], ignored["source"]) == (count, 7) and sum(ignored.values()) == count * 4 + 7
+    console = Console(file=io.StringIO(), width=80)
+    print_report(report, console)
+    (line,) = (line for line in console.file.getvalue().splitlines() if line.startswith("ignored"))
+    assert (
+        len(line) < 1000 and "id in 2,000" in line and "source in 7" in line and "and more, see manifest.json" in line
+    )
 
 
 ENDLESS = """

@@ -253,7 +253,7 @@ def test_a_format_reads_its_key_and_counts_the_others():
         convert({"items": []}, format="chatml")
 
 
-@pytest.mark.parametrize("answer", ["", " \n", []])
+@pytest.mark.parametrize("answer", ["", " \n", [], "\u200b\ufeff \x00"])
 def test_an_empty_answer_is_refused_unless_it_is_not_trained_or_kept(answer):
     turn = {"role": "assistant", "content": answer}
     for record in ({"messages": [LIST[2], turn, *ANSWERS]}, {"items": [turn]}):

@@ -17,7 +17,6 @@ from ochat.data.containers import kinds
 CHUNK_BYTES = 1 << 20
 COMPRESSED_BYTES = 1 << 10  # at most 32 MiB come of them: zstd makes a block of 128 KiB of 4 bytes
 XZ_MEMORY_BYTES = 1 << 28  # four times what `xz -9` needs; a file can ask for 4 GiB
-TOOLS = {"gzip": "gzip", "bzip2": "bzip2", "xz": "xz", "zstd": "zstd --long=31"}
 
 
 class DamagedError(Exception):
@@ -52,10 +51,8 @@ def decompress(raw: BinaryIO, kind: str, chunk_bytes: int = CHUNK_BYTES) -> Iter
     except Exception as error:  # every library has its own
         damage = f"damaged or cut compressed file ({str(error) or repr(error)})"
         if "memory" in damage.lower():
-            name = shlex.quote(str(raw.name))
-            damage = (
-                f"{kind} that takes too much memory to read here: unpack it with {TOOLS[kind]} -dc {name} > NEW.jsonl"
-            )
+            command = f"{kinds.TOOLS[kind]} -dc {shlex.quote(str(raw.name))}"
+            damage = f"{kind} that takes too much memory to read here: unpack it with {command} > NEW.jsonl"
         elif start and kinds.packing(start) != kind:
             is_whole = True
             damage = f"bytes that are no {kind} follow the end of the data ({start!r}); all before them was read"

@@ -27,17 +27,21 @@ READ = {
     "Arrow": rb"ARROW1\x00\x00|\xff\xff\xff\xff",
 }
 TABLES = ("Parquet", "Arrow")
+TOOLS = {"gzip": "gzip", "bzip2": "bzip2", "xz": "xz", "zstd": "zstd --long=31"}  # that unpack with -dc
 _AGAIN = "write its records as JSON Lines or Parquet"
 _SHEET = "save the sheet as CSV, and give that"
 _UNPACK = "unpack it with {} and give that folder"
 REFUSED = (  # what it is, how it begins, what to do
     ("an Excel workbook", rb"\xd0\xcf\x11\xe0|PK\x03\x04(?s:.)*xl/(workbook|worksheets|theme|styles)", _SHEET),
+    ("a spreadsheet", rb"PK\x03\x04(?s:.){26}mimetypeapplication/vnd\.oasis\.opendocument\.spreadsheet", _SHEET),
+    ("an array of numpy", rb"\x93NUMPY|PK\x03\x04(?s:.){26}[^/\n]{1,99}\.npy", _AGAIN),
     ("a zip archive", rb"PK(\x03\x04|\x05\x06)", _UNPACK.replace("{}", "python -m zipfile -e {path} {folder},")),
     ("a tar archive", rb"(?s:.{257})ustar", _UNPACK.replace("{}", "python -m tarfile -e {path} {folder},")),
     ("lz4", rb"\x04\x22\x4d\x18|\x02\x21\x4c\x18", "unpack it with lz4 -d {path} {new}"),
     ("a 7z archive", rb"7z\xbc\xaf\x27\x1c", "unpack it with 7z x {path}"),
     ("a rar archive", rb"Rar!\x1a\x07", "unpack it with unrar x {path}"),
     ("lzma of the old kind", rb"\x5d\x00\x00(?s:.{2})\xff{8}", "unpack it with xz -dc -F lzma {path} > {new}"),
+    ("lzip", rb"LZIP", "unpack it with lzip -dc {path} > {new}"),
     ("what `compress` writes", rb"\x1f\x9d", "unpack it with gzip -dc {path} > {new}"),
     ("snappy", rb"\xff\x06\x00\x00sNaPpY", "unpack it with snzip -d {path}"),
     ("encrypted Parquet", rb"PARE", "write it without encryption"),
@@ -45,21 +49,22 @@ REFUSED = (  # what it is, how it begins, what to do
     ("Avro", rb"Obj\x01", _AGAIN),
     ("an SQLite database", rb"SQLite format 3\x00", _AGAIN),
     ("HDF5", rb"\x89HDF\r\n", _AGAIN),
-    ("an array of numpy", rb"\x93NUMPY", _AGAIN),
-    ("a pickle", rb"\x80[\x02-\x05][}\](ctKX\x8c\x95]", f"it can run any program when it is read; {_AGAIN}"),
+    ("a pickle", rb"\x80[\x02-\x05][}\](ctKX\x8c\x95]|\([ld]p\d", f"it can run any program when it is read; {_AGAIN}"),
     ("safetensors", rb'(?s:.{5})\x00\x00\x00\{"', "records are needed: `ochat prepare` makes such files of them"),
     ("PDF", rb"%PDF-", _AGAIN),
     ("the pointer of a file in git-lfs", rb"version https://git-lfs", "fetch the file itself with git lfs pull"),
     ("a web page", rb"(?i:\s*<(!doctype html|html))", "the download failed, or needs a login; fetch the file again"),
+    ("what macOS keeps beside a file", rb"\x00\x05\x16[\x00\x07]", "give the file of this name without ._"),
     ("XML", rb"\s*<\?xml", _AGAIN),
 )
 ENCODINGS = (  # what a text begins with, its encoding; of two where one begins the other the longer first
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-    (b"{\0", "utf-16-le"), (b"[\0", "utf-16-le"), (b"\0{", "utf-16-be"), (b"\0[", "utf-16-be"),
-)  # fmt: skip
+    (b"\xff\xfe\0\0|\0\0\xfe\xff", "utf-32"),
+    (b"\xff\xfe|\xfe\xff", "utf-16"),
+    (rb"[\t-~]\0\0\0", "utf-32-le"),
+    (rb"\0\0\0[\t-~]", "utf-32-be"),
+    (rb"([\t-~]\0){2}", "utf-16-le"),
+    (rb"(\0[\t-~]){2}", "utf-16-be"),
+)
 CSV_TO_LINES = (
     "import csv, json, sys; csv.field_size_limit(1 << 30); [print(json.dumps(row)) for row in "
     "csv.DictReader(open(sys.argv[1], encoding='{encoding}', newline=''), delimiter='{delimiter}')]"
@@ -73,7 +78,7 @@ def packing(start: bytes) -> str:
 
 def encoding_of(head: bytes) -> str:
     """The encoding that a text's first bytes show."""
-    return next((name for begins, name in ENCODINGS if head.startswith(begins)), "utf-8")
+    return next((name for begins, name in ENCODINGS if re.match(begins, head)), "utf-8")
 
 
 def refuse(path: Path, head: bytes, packed: str) -> None:
@@ -94,6 +99,8 @@ def refuse(path: Path, head: bytes, packed: str) -> None:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines or lines[0].startswith(("{", "[", '"{', '"[')) or any(map(_is_record, lines[:1000])):
         return
+    if re.search(r"[\0-\x08\x0e-\x1d]", text[:1000]):
+        raise _error(path, f"a binary file of a kind that is not known{inside}", _AGAIN)
     shown = _shorten(lines[0])
     if not (delimiter := _delimiter(lines[0])):
         raise _error(path, f"text that is no JSON ({shown}){inside}", "write each conversation as one line of JSON")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ochat.data.containers.compressed import DamagedError
-from ochat.data.records import MAX_RECORD_BYTES, Piece, explain, is_cut
+from ochat.data.containers.json_text import MAX_RECORD_BYTES, Piece, explain, is_cut
 from ochat.text.records.keys import MESSAGE
 
 HEAD_BYTES = 1 << 16  # enough to recognise what the file is

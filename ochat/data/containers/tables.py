@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ochat.data.containers import arrow_stream
-from ochat.data.records import MAX_RECORD_BYTES, Piece
+from ochat.data.containers.json_text import MAX_RECORD_BYTES, Piece
 from ochat.errors import DataError
 from ochat.text.fields import OTHER_TYPE, shorten, unique_keys
 
@@ -124,7 +124,7 @@ def _is_json(kind: Any) -> bool:
     """Whether values of this type are what JSON can write, or bytes."""
     from pyarrow import types
 
-    if types.is_dictionary(kind) or _is_list(kind):
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind) or _is_list(kind):
         return _is_json(kind.value_type)
     if types.is_struct(kind):
         return all(_is_json(field.type) for field in kind)
@@ -132,13 +132,14 @@ def _is_json(kind: Any) -> bool:
         types.is_null, types.is_boolean, types.is_integer, types.is_floating, types.is_string, types.is_large_string,
         types.is_string_view, types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary,
     )  # fmt: skip
-    return any(is_it(kind) for is_it in simple)
+    return any(is_it(kind) for is_it in simple) or str(kind) == "extension<arrow.json>"
 
 
 def _is_list(kind: Any) -> bool:
     from pyarrow import types
 
-    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    views = types.is_list_view(kind) or types.is_large_list_view(kind)
+    return views or types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _without_times(kind: Any) -> Any:
@@ -159,7 +160,11 @@ def _without_times(kind: Any) -> Any:
     value = kind.value_field.with_type(_without_times(kind.value_type))
     if types.is_fixed_size_list(kind):
         return pyarrow.list_(value, kind.list_size)
-    return pyarrow.large_list(value) if types.is_large_list(kind) else pyarrow.list_(value)
+    makers = {
+        types.is_list: pyarrow.list_, types.is_large_list: pyarrow.large_list,
+        types.is_list_view: pyarrow.list_view, types.is_large_list_view: pyarrow.large_list_view,
+    }  # fmt: skip
+    return next(make(value) for is_it, make in makers.items() if is_it(kind))
 
 
 def _marked(value: Any, kind: Any, place: str) -> Any:

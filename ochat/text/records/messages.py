@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ochat.errors import DataError
 from ochat.text.conversation import Message
-from ochat.text.fields import check_object, check_text, describe, shorten
+from ochat.text.fields import as_rows, check_object, check_text, describe, shorten
 from ochat.text.records.calls import read_calls
 from ochat.text.records.content import Content, in_order, read_parts, read_spans
 from ochat.text.records.keys import IGNORE, MESSAGE
@@ -49,6 +49,7 @@ class MessageReader:
         """The messages of a list, one message, or text that `role` says. Raises: DataError naming the field."""
         if isinstance(value, str):
             return [Turn(place, Message(role, check_text(value, place)))]
+        value = as_rows(value, place)
         if isinstance(value, dict):
             return [self._turn(value, place, notes)]
         if not isinstance(value, list):
@@ -71,7 +72,13 @@ class MessageReader:
         content = _content(fields, notes)
         calls = _calls(fields, notes)
         if is_call:
-            calls = read_calls(content.text, fields.name("content"), notes) + calls
+            try:
+                calls = read_calls(content.text, fields.name("content"), notes) + calls
+            except DataError as error:
+                name = shorten(fields.text("role"))
+                raise DataError(
+                    f'{error}; if it is no call but text, --map with roles = {{{name} = "assistant"}}'
+                ) from None
             content = content._replace(text="")
         elif "content" not in fields and not calls and not content.reasoning.strip():
             fields.text("content", required=True)
@@ -116,7 +123,8 @@ class MessageReader:
 
 
 def _content(fields: Fields, notes: Notes) -> Content:
-    value, name = fields.values.get("content", ""), fields.name("content")
+    name = fields.name("content")
+    value = as_rows(fields.values.get("content", ""), name)
     if isinstance(value, list):
         try:
             content = read_parts(value, notes)

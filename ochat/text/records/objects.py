@@ -107,7 +107,8 @@ class Fields:
 
     def others(self) -> str:
         """The keys that the object has, for messages."""
-        shown = ", ".join(repr(shorten(name)) for name in itertools.islice(self.record, 8))
+        there = (name for name, value in self.record.items() if value is not None)
+        shown = ", ".join(repr(shorten(name)) for name in itertools.islice(there, 8))
         return f"; there is {shown}" if shown else ""
 
 
