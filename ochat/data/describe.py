@@ -16,12 +16,15 @@ import tomli_w
 from ochat.data.inputs import find_inputs
 from ochat.data.readers import RecordFile
 from ochat.errors import DataError
+from ochat.text.fields import check_list, shorten
 from ochat.text.fields import describe as kind_of
-from ochat.text.fields import shorten
 from ochat.text.records.keys import ANSWERS, CLASS_LIKE, MESSAGE, RECORD, Level
 from ochat.text.records.messages import ROLES
 
 RECORDS = 1000  # that are read
+SHOWN = 100  # keys
+GAP = "  "
+REFUSED = f"{GAP}refused: "
 MAX_CLASSES = 20  # different values that a column of classes may have
 EXPERT, OTHER = "GPT4", "GPT3"
 BAD = re.compile("reject|negative|non_")  # in the name of a column of worse answers
@@ -42,8 +45,8 @@ def describe(path: str | Path) -> str:
         total += 1
         for key, item in value.items():
             columns[key].append(item)
-            for turn in item if isinstance(item, list) else ():
-                for name, said in turn.items() if isinstance(turn, dict) else ():
+            for turn in _rows(item) if RECORD.meanings.get(key) != "tools" else ():
+                for name, said in turn.items():
                     turns[name].append(said)
     if not total:
         raise DataError(f"{path}: none of the first {RECORDS} records can be read; `ochat prepare` says why")
@@ -51,16 +54,32 @@ def describe(path: str | Path) -> str:
     if turns:
         lines += ["#", "# keys of the messages", *_table(turns, MESSAGE)]
     guess = _guess(columns, turns)
-    comment = ["", '# A guess: check it, then ochat prepare --map THIS_FILE. A class of "" is none.']
-    return "\n".join([*lines, *(comment if guess else ["", "# No map is needed."]), tomli_w.dumps(guess)])
+    if guess:
+        lines += ["", '# A guess: check it, then ochat prepare --map THIS_FILE. A class of "" is none.']
+    elif any(REFUSED in line for line in lines):
+        lines += ["", "# No map helps with what is refused: take it out, or --ignore KEY."]
+    else:
+        lines += ["", "# No map is needed."]
+    return "\n".join([*lines, tomli_w.dumps(guess)])
+
+
+def _rows(value: Any) -> list[dict[str, Any]]:
+    """The objects in a list of them, however it is written; [] for anything else."""
+    try:
+        return [row for row in check_list(value, "") if isinstance(row, dict)]
+    except DataError:
+        return []
 
 
 def _table(columns: dict[str, list[Any]], level: Level) -> list[str]:
-    width = max(len(shorten(name)) for name in columns)
-    return [
-        f"#   {shorten(name):{width}}  {len(values):>6,}  {_meaning(name, values, level)}"
-        for name, values in sorted(columns.items())
+    """A line for each key, of many for those that come most often."""
+    most = sorted(sorted(columns, key=lambda name: -len(columns[name]))[:SHOWN])
+    width = max(len(shorten(name)) for name in most)
+    lines = [
+        f"#   {shorten(name):{width}}  {len(columns[name]):>6,}{GAP}{_meaning(name, columns[name], level)}"
+        for name in most
     ]
+    return [*lines, *([f"#   and {len(columns) - SHOWN:,} more"] if len(columns) > SHOWN else [])]
 
 
 def _meaning(name: str, values: list[Any], level: Level) -> str:
@@ -91,10 +110,12 @@ def _guess(columns: dict[str, list[Any]], turns: dict[str, list[Any]]) -> dict[s
         elif len(texts := _longest(columns)) > 1:
             guess |= {"question": texts[0], "answer": texts[1]}
     if turns and not set(turns) & {*MESSAGE.names("role"), *RECORD.names("answer")}:
-        roles = [name for name, values in turns.items() if 1 < len({str(v) for v in values}) <= len(ROLES)]
-        texts = _longest({name: values for name, values in turns.items() if name not in roles})
-        if roles:
-            guess |= {"role": roles[0]} | ({"content": texts[0]} if texts else {})
+        different = {name: len({str(value) for value in values}) for name, values in turns.items()}
+        roles = [name for name in turns if 1 < different[name] <= len(ROLES)]
+        role = min(roles, key=lambda name: (different[name], len(str(turns[name]))), default="")
+        texts = _longest({name: values for name, values in turns.items() if name != role}, 1 if role else 2)
+        if role:
+            guess |= {"role": role} | ({"content": texts[0]} if texts else {})
         elif len(texts) > 1:
             guess |= {"question": texts[0], "answer": texts[1]}
     if "condition" not in columns and not answers and (rule := _class_rule(columns)):
@@ -126,7 +147,8 @@ def _answers(columns: dict[str, list[Any]]) -> dict[str, str]:
 
 
 def _are_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) and len(turn) > 1 for turn in value)
+    rows = _rows(value)
+    return bool(rows) and all(len(turn) > 1 for turn in rows)
 
 
 def _class_rule(columns: dict[str, list[Any]]) -> dict[str, Any]:
