@@ -124,7 +124,8 @@ def _gather(kind: type, arguments: Sequence[str]) -> list[str]:
     Where positional arguments are missing, a repeatable option's last values are they: `--prompt Hi MODEL` works.
     """
     hints, missing = typing.get_type_hints(kind), dataclasses.MISSING
-    flags = {f"--{name.replace('_', '-')}": typing.get_origin(hint) or hint for name, hint in hints.items()}
+    names = {name: name.rstrip("_").replace("_", "-") for name in hints}  # class_ is --class
+    flags = {f"--{names[name]}": typing.get_origin(hint) or hint for name, hint in hints.items()}
     flags |= {f"--no-{flag[2:]}": bool for flag, each in flags.items() if each is bool} | {"-h": bool, "--help": bool}
     num_positional = sum(each.default is each.default_factory is missing for each in dataclasses.fields(kind))
     many: dict[str, list[str]] = {}

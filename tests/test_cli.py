@@ -152,3 +152,14 @@ def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, na
     for field in (name.rstrip("_") for name in options.__dataclass_fields__):
         flags = f"--{field.replace('_', '-')}", field.upper(), rf"\[{field.upper()}\]"
         assert re.search(rf"^  ({'|'.join(flags)})[ ,]", printed.replace("│", " "), re.MULTILINE), flags
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_that_help_lists_is_known(name, capsys):
+    module = importlib.import_module(f"ochat.commands.{name.replace('-', '_')}")
+    kind = getattr(module, "".join(map(str.title, name.split("-"))) + "Options")
+    with pytest.raises(SystemExit):
+        cli.parse(kind, ["--help"], name)
+    flags = set(re.findall(r"(?m)^\W*(--[a-z][a-z-]*)", capsys.readouterr().out)) - {"--help"}
+    for flag in flags:
+        cli._gather(kind, [f"{flag}=1"])

@@ -11,6 +11,7 @@ import re
 import pytest
 from rich.console import Console
 
+from ochat import cli
 from ochat.commands import show
 from ochat.commands.show import ShowOptions
 from ochat.data import shown
@@ -20,11 +21,14 @@ from ochat.errors import ConfigError, DataError
 from tests.tiny import write_lines, write_tokenizer
 
 RECORDS = [
-    {"items": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\nyou"}], "condition": "GPT4"},
+    {"items": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello\nyou"}], "condition": "GPT4",
+     "id": 7},
     {"items": [{"role": "user", "content": "é漢", "weight": 1}, {"role": "assistant", "content": "ab", "weight": -0.5}],
      "condition": "GPT3", "reward": 0.25},
     {"items": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "wrong right", "spans": [[0, 6, 0]]}],
      "condition": "GPT4", "system": "S"},
+    {"items": [{"role": "user", "content": "y"}, {"role": "assistant", "content": "half two one", "weight": 0.5,
+                                                  "spans": [[5, 8, 2], [8, 12, 1]]}], "condition": "GPT4"},
 ]  # fmt: skip
 
 
@@ -55,9 +59,10 @@ def test_what_is_shown_is_what_is_trained(data):
 
 def test_every_text_is_printed_with_its_weight_and_place(data):
     text = printed(data)
-    for wanted in ("GPT4 User:", "Hello", "you", "<|end_of_turn|>", "[-0.5]ab", "é漢", "in.jsonl:2", "reward 0.25"):
+    for wanted in ("«Hello\n", "you<|end_of_turn|>»", "«é漢<|end_of_turn|>»", "«[-0.5]ab", "in.jsonl:2", "reward 0.25"):
         assert wanted in text, wanted
-    assert text.index("wrong") < text.index("right") and "[0]" not in text
+    assert "wrong «right<|end_of_turn|>»" in text and "[0]" not in text
+    assert "«[0.5]half [2]two[1] one[0.5]<|end_of_turn|>»" in text
     assert len(printed(data, most_lines=1).splitlines()) < len(text.splitlines())
 
 
@@ -69,20 +74,27 @@ def test_ids_are_all_printed_in_order(data):
 
 def test_conversations_are_chosen_by_class_or_place(data, capsys):
     for options, wanted in (
-        ({}, ["index 0 ", "index 1 ", "index 2 "]),
-        ({"n": 1}, ["index 0 "]),
-        ({"class_": "GPT4"}, ["index 0 ", "index 2 "]),
-        ({"index": 1, "class_": "GPT4"}, ["index 1 "]),
+        ((), ["index 0 ", "index 1 ", "index 2 "]),
+        (("--n", "1"), ["index 0 "]),
+        (("--class", "GPT4"), ["index 0 ", "index 2 ", "index 3 "]),
+        (("--class=GPT4", "--index=1"), ["index 1 "]),
+        (("--line", "2"), ["index 1 "]),
+        (("--line", "in.jsonl:3"), ["index 2 "]),
     ):
-        show.main(ShowOptions(data, **options))
-        assert re.findall(r"index \d ", capsys.readouterr().out) == wanted, options
+        cli.call("show", [str(data), *options])
+        out = capsys.readouterr().out
+        assert re.findall(r"index \d ", out) == wanted, options
+        assert out.startswith("template openchat_v3.2 · context 4,096 · ignored, as metadata: id in 1")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n": 0}, "--n 0: at least 1"),
-        ({"index": 3}, "no conversation 3; it has 3"),
+        ({"index": 4}, "no conversation 4; it has 4"),
+        ({"line": "5"}, "no conversation from line 5: look for it in rejects.jsonl"),
+        ({"line": "n.jsonl:1"}, "no conversation from line n.jsonl:1"),
+        ({"line": "a:b"}, "--line a:b: a number is needed"),
         ({"index": -1}, "no conversation -1"),
         ({"class_": "GPT5"}, "--class 'GPT5'.*it has 'GPT4', 'GPT3'"),
     ],

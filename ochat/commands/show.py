@@ -2,6 +2,7 @@
 
 ochat show data/train --n 3 --class GPT4
 ochat show data/train --index 17 --ids
+ochat show data/train --line chats.jsonl:12
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ochat.text.token_weights import Span
 
 LEGEND = "dim: in the prompt; bright: trained, with its weight where that is not 1; reversed: special tokens"
+PLAIN_LEGEND = "«»: trained, with its weight where that is not 1; all else is in the prompt"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class ShowOptions:
     n: int = 3  # how many to show
     class_: Annotated[str | None, tyro.conf.arg(name="class")] = None  # only of this class; "": without one
     index: int | None = None  # only this one, by its place in the data set from 0
+    line: str = ""  # only what was read from this line of the input: 12, or chats.jsonl:12
     ids: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # show each token's id
     base: str = ""  # folder of the tokenizer, for data sets of earlier versions, which have none of their own
 
@@ -46,6 +49,8 @@ def main(options: ShowOptions) -> None:
     total, by_class = shown.count(options.data)
     if options.index is not None:
         chosen = [options.index]
+    elif options.line:
+        chosen = shown.of_line(options.data, options.line)
     elif options.class_ is None:
         chosen = list(range(min(options.n, total)))
     elif options.class_ in by_class:
@@ -55,9 +60,11 @@ def main(options: ShowOptions) -> None:
         raise ConfigError(f"--class {options.class_!r}: the data set has no such class; it has {known}")
     tokens = read_tokenizer(options.data, options.base)
     console = Console(highlight=False)
+    console.print(Text(shown.about(options.data), "dim"))
     for each in shown.conversations(options.data, chosen):
         show(each, tokens, console, with_ids=options.ids)
-    console.print(f"{len(chosen)} of {total:,} conversations. {LEGEND}", style="dim")
+    legend = LEGEND if console.color_system else PLAIN_LEGEND
+    console.print(f"{len(chosen)} of {total:,} conversations. {legend}", style="dim")
 
 
 def read_tokenizer(data: Path, base: str = "") -> Tokenizer:
@@ -78,17 +85,24 @@ def show(
     facts = [f"index {each.index}", each.condition or "no class", each.place, f"{len(each.input_ids):,} tokens"]
     facts += [f"{trained:,} trained", *([] if each.reward is None else [f"reward {each.reward:g}"])]
     console.print(" · ".join(facts), style="bold cyan")
-    text, ended = Text(), False
+    text, ended, weight = Text(), False, 0.0  # of the text before; 0: it is not trained
+    opening, closing = ("", "") if console.color_system else ("«", "»")
     for begin, span in _with_begins(each):
-        style = ("bold green" if span.own_weight > 0 else "bold red") if span.is_supervised else "dim"
-        if span.is_supervised and span.own_weight != 1:
-            text.append(f"[{span.own_weight:g}]", style="bold magenta")
+        own = span.own_weight if span.is_supervised else 0.0
+        style = "dim" if not own else "bold green" if own > 0 else "bold red"
         pieces = _pieces(each.input_ids[begin : span.end], tokens, with_ids=with_ids)
+        if weight and not own:
+            text.append(closing)
         if span.role == "prefix" and ended and not pieces[0][0].startswith("\n"):
             text.append("\n")  # the next turn, where the template has no newline of its own
-        ended = pieces[-1][1]
+        if own and not weight:
+            text.append(opening)
+        if own not in (0, weight or 1):
+            text.append(f"[{own:g}]", style="bold magenta")
+        weight, ended = own, pieces[-1][1] and span.role != "prefix"
         for piece, is_special in pieces:
             text.append(piece, style=f"{style} reverse" if is_special else style)
+    text.append(closing if weight else "")
     lines = text.wrap(console, console.width - 2)
     hidden = len(lines) - most_lines if most_lines else 0
     for line in lines[:most_lines]:

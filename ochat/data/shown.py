@@ -38,6 +38,33 @@ def count(folder: Path) -> tuple[int, dict[str, list[int]]]:
     return len(ids), {name: np.flatnonzero(ids == number).tolist() for number, name in enumerate(class_names)}
 
 
+def of_line(folder: Path, line: str) -> list[int]:
+    """The places of conversations read from a line of the input, "12" or "chats.jsonl:12". Raises: DataError."""
+    name, _, number = line.rpartition(":")
+    if not number.isdecimal():
+        raise DataError(f"--line {line}: a number is needed, or FILE:NUMBER")
+    found, first = [], 0
+    for shard in _open(folder)[1]:
+        places = np.flatnonzero(shard["lines"] == int(number))
+        files = {number for number, file in enumerate(shard.files) if f"/{file}".endswith(f"/{name}" if name else "")}
+        found += [first + int(at) for at in places if int(shard["files"][at]) in files]
+        first += len(shard)
+    if not found:
+        raise DataError(
+            f"{folder}: no conversation from line {line}: look for it in rejects.jsonl, or in {folder.name}-held-out; "
+            "or it was too long"
+        )
+    return found
+
+
+def about(folder: Path) -> str:
+    """How the data set was prepared, in a line."""
+    found = manifest.read_together([folder])[0].manifest
+    ignored = ", ".join(f"{key} in {count:,}" for key, count in found["counts"].get("ignored", {}).items())
+    facts = [f"template {found['template']['name']}", f"context {found['context']:,}"]
+    return " · ".join([*facts, *([f"ignored, as metadata: {ignored}"] if ignored else [])])
+
+
 def conversations(folder: Path, indices: Sequence[int]) -> Iterator[Shown]:
     """The conversations at these places. Raises: DataError, also for a place that is not there."""
     class_names, shards = _open(folder)
