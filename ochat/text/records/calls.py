@@ -10,7 +10,7 @@ from typing import Any
 
 from ochat.errors import DataError
 from ochat.text.fields import as_rows, check_json, check_list, check_object, describe, from_json
-from ochat.text.records.keys import CALL
+from ochat.text.records.keys import CALL, has_content
 from ochat.text.records.objects import Notes, read_fields
 
 
@@ -32,7 +32,7 @@ def read_calls(value: Any, place: str, notes: Notes) -> list[dict[str, Any]]:
         value = from_json(value, place) if value.strip() else []
     value = as_rows(value, place)
     calls = []
-    for i, call in enumerate(value if isinstance(value, list) else [value] if value != {} else []):
+    for i, call in enumerate(value if isinstance(value, list) else [value] if has_content(value) else []):
         at = f"{place}[{i}]" if isinstance(value, list) else place
         check_object(call, at)
         try:

@@ -281,7 +281,9 @@ def _is_said(value: Any) -> bool:
 
 
 def has_content(value: Any) -> bool:
-    """False for null, blank text, and an empty list or object."""
+    """False for null, blank text, an empty list, and an object in which nothing has content."""
+    if isinstance(value, dict):  # Parquet cannot tell one whose values are null from an empty one
+        return any(map(has_content, value.values()))
     return bool(value.strip() if isinstance(value, str) else value) or isinstance(value, int | float)
 
 

@@ -117,7 +117,7 @@ class TurnReader:
         if isinstance(first, str) and all(isinstance(value, str) for value in values):
             roles = ("user", "assistant")
             said = (self.messages.turns(v, f"{name}[{i}]", roles[i % 2], self.notes) for i, v in enumerate(values))
-        elif isinstance(first, dict) and self._is_pair(first):
+        elif isinstance(first, dict) and not first.get("role") and self._is_pair(first):
             said = (self._pair(value, f"{name}[{i}]", i == 0) for i, value in enumerate(values))
         else:
             return self.messages.turns(values, name, "user", self.notes)
@@ -125,9 +125,10 @@ class TurnReader:
 
     def _is_pair(self, value: dict[str, Any]) -> bool:
         """Whether an object in place of a message holds a question and its answer."""
-        if "role" in value or "from" in value or not self.messages.columns.keys().isdisjoint(value):
+        names = [name for name, item in value.items() if item is not None]
+        if any(name in self.messages.columns or MESSAGE.meanings.get(name) == "role" for name in names):
             return False
-        meanings = {self.columns.get(name) or RECORD.meanings.get(name) for name in value}
+        meanings = {self.columns.get(name) or RECORD.meanings.get(name) for name in names}
         return "answer" in meanings and not meanings.isdisjoint(("question", "extra"))
 
     def _pair(self, value: Any, place: str, is_first: bool) -> list[Turn]:
