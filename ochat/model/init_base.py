@@ -123,6 +123,8 @@ def _write_tokenizer(
     elif gguf is not None:
         special = {f"{role}_token": gguf.special_token(role) for role in ("bos", "eos")}
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        if isinstance(template := gguf.metadata.get("tokenizer.chat_template"), str):
+            settings["chat_template"] = template
         atomic.write_json(folder / "tokenizer.json", gguf.tokenizer_json())
         atomic.write_json(folder / "tokenizer_config.json", settings)
         before = tokenizers.load(folder)

@@ -78,6 +78,7 @@ def write(
     for key, value in numbers.items():
         writer.add_uint32(f"llama.{key}", value)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", config.norm_eps)
+    writer.add_chat_template("{{ messages[0].content }}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(TOKENS)

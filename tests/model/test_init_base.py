@@ -130,6 +130,8 @@ def test_gguf_folder(tmp_path):
         assert torch.equal(stored[name].read()[: len(weight)], torch.from_numpy(weight)), name
     tokenizer = tokenizers.load(tmp_path / "out")
     assert (tokenizer.special_tokens[EOT], tokenizer.bos_id, tokenizer.eos_id) == (size, 1, 2)
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == "{{ messages[0].content }}"
 
 
 def test_the_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
