@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -45,6 +45,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 # what is noted of conversations that are kept
 EMPTY, SPECIAL = "an empty answer", "a special token in its text, read as ordinary text"
 UNKNOWN, LOST = "letters that the tokenizer does not know", "answers that the context cut off"
+UNTHOUGHT = "reasoning that the template leaves out; --reasoning all writes it"
 
 
 @dataclass
@@ -77,6 +78,7 @@ Encode = Callable[[list[Record]], Encoded]  # an Encoder: it pickles
 class _Layout(NamedTuple):
     conversation: Conversation
     segments: list[Segment]
+    is_unthought: bool  # the template leaves out reasoning by its own rules
 
 
 @dataclass(frozen=True)
@@ -131,25 +133,27 @@ class Encoder:
                 if len(turns) > 1:
                     raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
             segments = self.template.segments(conversation, self.tokenizer)
-            layouts.append(_Layout(self._without_lost_answers(conversation), segments))
+            written = self._without_lost_reasoning(conversation)
+            is_unthought = self.template.reasoning == "template" and written is not conversation
+            layouts.append(_Layout(written, segments, is_unthought))
         encoded.ignored.update(notes.ignored)
         return layouts
 
-    def _without_lost_answers(self, conversation: Conversation) -> Conversation:
-        """The conversation, without reasoning that the template leaves out where an answer is nothing else.
-
-        Raises: DataError for such an answer unless empty ones are kept.
-        """
-        if not any(m.reasoning and is_empty_answer(replace(m, reasoning="")) for m in conversation.items):
+    def _without_lost_reasoning(self, conversation: Conversation) -> Conversation:
+        """The conversation without reasoning that the template leaves out. Raises: DataError for an answer that is
+        empty by then, unless empty ones are kept."""
+        if not any(message.reasoning for message in conversation.items):
             return conversation
-        conversation = self.template.without_lost_reasoning(conversation)
-        empty = [i for i, message in enumerate(conversation.items) if is_empty_answer(message)]
+        written = self.template.without_lost_reasoning(conversation)
+        if written == conversation:
+            return conversation
+        empty = [i for i, message in enumerate(written.items) if is_empty_answer(message)]
         if empty and self.reader.empty_answers == "refuse":
             raise DataError(
                 f"items[{empty[0]}]: an empty answer without its reasoning, which the template leaves out; or "
                 "--empty-answers keep"
             )
-        return conversation
+        return written
 
     def _note(self, encoded: Encoded, layout: _Layout, ids: list[int]) -> None:
         """Count what users would want to know of a conversation that is kept."""
@@ -159,6 +163,8 @@ class Encoder:
         texts = [layout.conversation.system, *(message.content for message in messages)]
         if any(len(self.tokenizer.split_at_specials(text)) > 1 for text in texts):
             encoded.noted[SPECIAL] += 1
+        if layout.is_unthought:
+            encoded.noted[UNTHOUGHT] += 1
         if not self.tokenizer.spells_all:
             lost = self.tokenizer.count_unknown(texts)
             encoded.unknown_letters += lost

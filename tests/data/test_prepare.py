@@ -309,6 +309,8 @@ def test_an_answer_whose_only_words_are_left_out_is_an_empty_one(name, mode, los
         found, kept = encoded(items), encoded(items, "keep")
         assert [reject.reason.split(":")[0] for reject in found.rejects] == [f"items[{place}]"] * (place in lost)
         assert kept.noted["an empty answer"] == (place in lost) and not kept.rejects
+        is_left_out = "--reasoning all writes it" in "".join(kept.noted)
+        assert is_left_out == (mode == "template")  # that of the first answer
     assert not encoded([asked, thought | {"weight": 0}, asked, spoken]).rejects
 
 
