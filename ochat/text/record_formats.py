@@ -121,7 +121,7 @@ class RecordReader:
         """The record, and its fields but for classes and answers that the map reads."""
         is_list = isinstance(record, list) and record and isinstance(record[0], dict)
         record = {"messages": record} if is_list else check_object(record, "record")
-        body = record.get("input")
+        body = None if "input" in self._ignored else record.get("input")
         if isinstance(body, dict) and not body.keys().isdisjoint(RECORD.names("messages")):  # OpenAI's preferences
             if twice := body.keys() & record.keys():
                 raise DataError(f"input.{shorten(min(twice))}: the record has this key as well; take one of them out")

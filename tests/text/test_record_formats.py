@@ -197,6 +197,7 @@ SYSTEM = {"role": "system", "content": "x"}
         ({"prompt": "q", "answer": "a", "reasoning": "on"}, "reasoning: .*how much to reason, not what; --ignore"),
         (CHAT | {"text": "q"}, "text: it says something else than the rest of the record; --ignore text"),
         ({"role": "user", "text": "q", "parent_id": None}, "record: it is one message"),
+        ({"messages": [LIST[2], ANSWERS[0] | {"parent_id": 1}]}, r"messages\[1\].parent_id: messages of a tree"),
         ({"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " a"}, "prompt: a transcript.*write messages"),
         ({"question": "Human:q0\nAssistant:a0\nHuman:q\nAssistant:", "input": "", "output": "a"}, "question: a trans"),
         ({"prompt": "<|user|>\nq\n<|assistant|>\n", "completion": "a"}, "prompt: a transcript"),

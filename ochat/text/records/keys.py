@@ -110,6 +110,7 @@ _MEDIA = Key(
     (
         *("image", "images", "video", "videos", "audio", "audios", "image_url", "image_urls", "image_path"),
         *("image_paths", "video_path", "audio_path", "input_audio", "pixel_values", "objects"),
+        *("inlineData", "inline_data", "fileData", "file_data"),
     ),
     "images, audio and video cannot be trained on; take the record out",
 )
@@ -175,7 +176,11 @@ RECORD = Level(
         ("chat_template", "chat_template_kwargs", "enable_thinking", "reasoning_effort"),
         "it changes how the prompt is written, which the template does",
     ),
-    Key("", ("documents", "passages", "choices", "options"), "it is not read; write it into the question"),
+    Key(
+        "",
+        ("documents", "passages", "choices", "options", "examples", "definition"),
+        "it is not read; write it into the question",
+    ),
     Key(
         "text",
         ("text",),
@@ -203,7 +208,13 @@ MESSAGE = Level(
     Key("", ("mask", "masked"), _MASK),
     Key("", ("refusal",), "it is not read; write the refusal into content"),
     Key("", ("reward", "advantage"), "rewards belong to a record; give the message a weight"),
-    Key("", ("tools", "functions", "documents"), "they belong to a record, beside its messages"),
+    Key("", ("tools", "functions"), "they belong to a record, beside its messages"),
+    Key("", ("documents", "attachments", "files", "context"), "it is not read; write it into content"),
+    Key(
+        "",
+        ("parent_id", "parent_message_id", "parent", "replies", "children"),
+        "messages of a tree; make a record of each way through it",
+    ),
     Key("", ("tool_responses", "tool_results", "tool_result"), "write each reply as a message of the role tool"),
     Key("", ("channel", "recipient"), "it says how the message is to be written; write reasoning_content, tool_calls"),
     _MEDIA,
@@ -217,6 +228,12 @@ PART = Level(
     Key("weight", _WEIGHT, "a number: replaces the message's weight"),
     Key("trained", (*_TRAINED, "loss_mask"), "true, false, 1 or 0: whether it is trained"),
     Key("", ("mask", "masked"), _MASK),
+    Key("", ("thought",), "a part of reasoning has the type thinking"),
+    Key(
+        "",
+        ("functionCall", "function_call", "functionResponse", "function_response"),
+        "calls belong to the message, as tool_calls; what tools reply is a message of the role tool",
+    ),
     _MEDIA,
 )
 
