@@ -109,6 +109,29 @@ def test_a_template_without_role_names_takes_no_class(read):
     assert not found.takes_condition and found.eot == "<|im_end|>"
 
 
+ENDINGS = {  # how the last answer, and one before it, end -> the token that ends a turn
+    ("<|im_end|>", "<|im_end|>\n"): "<|im_end|>",
+    ("<|eot|><|im_end|>", "<|eot|><|im_end|>"): "<|im_end|>",
+    ("<|eot|>\n<|im_end|>", "<|eot|>\n<|im_end|>"): "<|eot|>",
+    ("<|eot|><|im_end|>", "<|eot|>"): "<|eot|>",
+    ("<|eot|>", "<|eot|><|im_end|>"): "<|eot|>",
+    ("<|eot|>", "<|im_end|>"): "<|eot|>",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_token_that_ends_a_turn(ending, tmp_path):
+    """The last of those right behind an answer, wherever the answer stands."""
+    tokenizer = tokenizers.load(text_kit.small_folder("qwen", tmp_path), ("<|eot|>",))
+    source = CHATML.replace(
+        "{body}", "{{ '<|im_start|>' + m.role + '\n' + m.content + (LAST if loop.last else OTHER) }}"
+    )
+    for name, text in zip(("LAST", "OTHER"), ending, strict=True):
+        source = source.replace(name, repr(text))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    assert base_chat.read(tmp_path, tokenizer, DATE).eot == ENDINGS[ending]
+
+
 LARGE = "{% set ns = namespace(t='x') %}{% for i in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}{{ ns.t }}"
 REFUSED = {
     None: "no chat template",

@@ -10,6 +10,7 @@ template alike: "<|im_start|>GPT4 assistant".
 from __future__ import annotations
 
 import json
+import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,17 +57,26 @@ def read(folder: Path, tokenizer: Tokenizer, date: datetime) -> BaseChat:
         prompt = chat.render(**variables, **chat_variables(Conversation(asked)), add_generation_prompt=True)
         text = chat.render(**variables, **chat_variables(Conversation(answered)))
         with_class = chat.render(**variables, **chat_variables(Conversation(answered, CLASS)))
+        longer = chat.render(**variables, **chat_variables(Conversation((*answered, *asked, *answered[1:]))))
     except (ConfigError, RefusedError) as error:
         raise ConfigError(f"{folder}: {error}; it cannot be trained with, choose another --template") from None
     if text.count(ASKED) != 1 or text.count(ANSWERED) != 1:
         raise ConfigError(f"{folder}: the chat template does not write what was said; choose another --template")
-    ending = tokenizer.split_at_specials(text[text.index(ANSWERED) :])
-    if len(ending) < 2:
+    endings = [_specials_behind(text, tokenizer), _specials_behind(longer, tokenizer)]
+    if not endings[0]:
         raise ConfigError(f"{folder}: the chat template ends answers with no special token; choose another --template")
+    eot = (os.path.commonprefix(endings) or endings[0][:1])[-1]
     takes_condition = CLASS in with_class
     if not takes_condition and (headers := _headers(prompt, tokenizer)):
         source, takes_condition = _with_condition(source, headers, variables, date), True
-    return BaseChat(source, variables, ending[1], takes_condition)
+    return BaseChat(source, variables, eot, takes_condition)
+
+
+def _specials_behind(text: str, tokenizer: Tokenizer) -> list[str]:
+    """The first special token behind the first answer, and those that follow it directly."""
+    _, *specials_and_texts = tokenizer.split_at_specials(text[text.index(ANSWERED) :])
+    specials, between = specials_and_texts[::2], specials_and_texts[1::2]
+    return specials[: 1 + next((i for i, each in enumerate(between) if each), len(between))]
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     labels = []
     text = render(mark("Hi", ("content", 0), labels))       # "<user>" "Hi" "</user>", the mark's two ends around "Hi"
-    text, found = take(text, labels)                        # "<user>Hi</user>", {("content", 0): [(6, 8)]}
+    take(text, labels)                                      # "<user>Hi</user>", {("content", 0): [(6, 8)]}, none lost
 
 A mark is two characters of Unicode's private plane 16, one on either side of the text, other ones for each text.
 """
@@ -10,17 +10,29 @@ A mark is two characters of Unicode's private plane 16, one on either side of th
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 from ochat.errors import DataError
 
 Stretch = tuple[int, int]  # characters from, up to
 Label = tuple[str, int]  # what is marked, and its number: ("content", 0) is the first message's
-Marks = dict[Label, list[Stretch]]  # where each marked text is found
 
 GENERATED_ENDS = ("\U00100000", "\U00100001")  # the mark around what `{% generation %}` blocks write
 GENERATED: Label = ("generated", 0)
 _FIRST, _LAST = ord(GENERATED_ENDS[1]) + 1, 0x10FFFD
 _END = re.compile(f"[{GENERATED_ENDS[0]}-{chr(_LAST)}]")
+
+
+class Written(NamedTuple):
+    """What a chat template wrote: its text without marks, and the record's texts in it."""
+
+    text: str
+    places: dict[Label, list[Stretch]]
+    lost: list[Label]  # of marked texts that it does not hold
+
+    def lost_of(self, kind: str) -> list[int]:
+        """The numbers of this kind that are lost."""
+        return [number for each, number in self.lost if each == kind]
 
 
 def mark(text: str, label: Label, labels: list[Label]) -> str:
@@ -41,22 +53,23 @@ def mark(text: str, label: Label, labels: list[Label]) -> str:
     return f"{text[:start]}{chr(first)}{core}{chr(first + 1)}{text[start + len(core) :]}"
 
 
-def take(text: str, labels: list[Label]) -> tuple[str, Marks]:
+def take(text: str, labels: list[Label]) -> Written:
     """The text without marks, and where the marked texts are in it. Half a mark, as a cut leaves it, marks nothing."""
     parts: list[str] = []
-    found: Marks = {}
-    opened: dict[Label, int] = {}
+    places: dict[Label, list[Stretch]] = {}
+    opened: dict[int, int] = {}  # mark -> where it begins
+    lost = set(range(len(labels)))
     at = place = 0
     for end in _END.finditer(text):
         parts.append(text[at : end.start()])
         place += len(parts[-1])
         at = end.end()
         number, is_last = divmod(ord(end[0]) - _FIRST, 2)
-        label = GENERATED if number < 0 else labels[number] if number < len(labels) else None
-        if label is None:  # the template's own character
+        if number >= len(labels):  # the template's own character
             continue
         if not is_last:
-            opened[label] = place
-        elif label in opened:
-            found.setdefault(label, []).append((opened.pop(label), place))
-    return "".join([*parts, text[at:]]), found
+            opened[number] = place
+        elif number in opened:
+            places.setdefault(GENERATED if number < 0 else labels[number], []).append((opened.pop(number), place))
+            lost.discard(number)
+    return Written("".join([*parts, text[at:]]), places, [labels[number] for number in sorted(lost)])
