@@ -83,7 +83,7 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
             soft_wrap=True,
         )
     for what, count in sorted(report.noted.items()):
-        console.print(f"[yellow]{count:,} conversations have {what}[/yellow]", soft_wrap=True)
+        console.print(f"[yellow]conversations with {what}: {count:,}[/yellow]", soft_wrap=True)
     for name, counts in sorted(report.classes.items()):
         if counts["supervised"] < FEW * report.total["supervised"]:
             share = counts["supervised"] / report.total["supervised"]

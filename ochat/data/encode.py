@@ -43,7 +43,7 @@ from ochat.text.tokenizer import Tokenizer
 OverLong = Literal["truncate", "drop", "error"]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 # what is noted of conversations that are kept
-EMPTY, SPECIAL = "an empty answer", "a special token in its text, read as ordinary text"
+EMPTY, SPECIAL = "an empty answer", "a special token in their text, read as ordinary text"
 UNKNOWN, LOST = "letters that the tokenizer does not know", "answers that the context cut off"
 UNTHOUGHT = "reasoning that the template leaves out; --reasoning all writes it"
 

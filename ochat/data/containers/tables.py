@@ -21,6 +21,7 @@ from ochat.errors import DataError
 from ochat.text.fields import OTHER_TYPE, shorten, unique_keys
 
 BATCH_ROWS = 256
+BUFFER_BYTES = 1 << 20
 LARGE_BATCH_BYTES = 1 << 20  # of columns, where a text that many rows share counts once
 
 
@@ -47,7 +48,8 @@ def rows(path: Path, kind: str) -> Iterator[tuple[Piece, float]]:
 def _parquet(path: Path) -> Iterator[tuple[Any, float]]:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+    # with a buffer pages are read one by one; without, a column of a whole row group
+    with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER_BYTES) as file:
         done = 0
         for group in range(file.num_row_groups):
             for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
