@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -68,6 +69,7 @@ class Encoded:
     rejects: list[Reject] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
+    mapped: set[str] = field(default_factory=set)  # columns that the map names, and records have
     letters: int = 0  # counted only for a tokenizer that does not spell all of them
     unknown_letters: int = 0
 
@@ -93,6 +95,10 @@ class Encoder:
     held_out: float = 0.0  # share of the prompts
     ignores_conditions: bool = False  # a class that no prefix carries is no fault
 
+    @cached_property
+    def _named(self) -> frozenset[str]:
+        return self.reader.map.named()
+
     def __call__(self, batch: list[Record]) -> Encoded:
         """Encode records. Bad ones become rejects; only over_long="error" raises (DataError)."""
         encoded, order = Encoded(), {(record.file, record.line): i for i, record in enumerate(batch)}
@@ -117,8 +123,10 @@ class Encoder:
 
     def _lay_out(self, record: Record, encoded: Encoded) -> list[_Layout]:
         """The record's conversations and their segments, of which only the texts are left to tokenise."""
-        notes = Notes()
-        conversations = self.reader.read(record.value(), notes, record.condition)
+        notes, value = Notes(), record.value()
+        if isinstance(value, dict):
+            encoded.mapped |= self._named & value.keys()
+        conversations = self.reader.read(value, notes, record.condition)
         layouts = []
         for conversation in conversations:
             _check_numbers(conversation)

@@ -8,6 +8,7 @@ main process writes them in input order (store_writer.py). Memory is a few batch
 
 from __future__ import annotations
 
+import difflib
 import os
 import time
 from collections import Counter
@@ -168,6 +169,7 @@ def run(options: PrepareOptions) -> PrepareReport:
         _check_classes(encoder, report)
         _check_letters(options, notes)
         if of == 1:  # one of many may be empty
+            _check_mapped(options.map, encoder.reader.map, notes)
             _check_kept(options, report)
         for writer, each, side in zip(writers, filter(None, (report, held_out)), ("train", "held-out"), strict=False):
             manifest = _manifest(options, encoder, each)
@@ -235,6 +237,7 @@ class _Notes:
     rejected: int = 0
     ignored: Counter[str] = field(default_factory=Counter)
     noted: Counter[str] = field(default_factory=Counter)
+    mapped: set[str] = field(default_factory=set)
     letters: int = 0
     unknown_letters: int = 0
     example: Shown | None = None  # the first conversation
@@ -260,6 +263,7 @@ def _write(
         rejects.add(encoded.rejects)
         notes.count_ignored(encoded.ignored)
         notes.noted.update(encoded.noted)
+        notes.mapped |= encoded.mapped
         notes.letters += encoded.letters
         notes.unknown_letters += encoded.unknown_letters
         if notes.example is None and encoded.splits[0].sequences.lines:
@@ -288,6 +292,13 @@ def _check_classes(encoder: Encoder, report: PrepareReport) -> None:
                 "apart; rename one"
             )
         known[ids] = name
+
+
+def _check_mapped(path: str, columns: RecordMap, notes: _Notes) -> None:
+    """Raises ConfigError for a column of the map that no record has: its weights, say, would be lost."""
+    for name in sorted(columns.named() - notes.mapped):
+        close = "".join(f"; did you mean {key!r}?" for key in difflib.get_close_matches(name, notes.ignored, n=1))
+        raise ConfigError(f"{path}: no record has the column {name!r}, which the map names{close}")
 
 
 def _check_letters(options: PrepareOptions, notes: _Notes) -> None:

@@ -284,6 +284,21 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [("weight = 'wait'", "wait"), ("condition = 'maker'", "maker"), ("[answers]\nanswer = ''\nother = ''", "other")],
+)
+def test_a_column_of_the_map_that_no_record_has_is_refused(make, tmp_path, text, column):
+    """Its weights would be 1. One record that has it is enough, and a part of the data may have none."""
+    (tmp_path / "map.toml").write_text(text)
+    record = {"question": "1+1?", "answer": "2", "waits": 0.5, "condition": ""}
+    options = {"map": str(tmp_path / "map.toml"), "default_condition": "GPT4"}
+    with pytest.raises(ConfigError, match=f"no record has the column '{column}'"):
+        make([record], **options)
+    make([record], shard="1/2", **options)
+    assert make([record, {**record, column: "0.5" if column != "wait" else 0.5}], overwrite=True, **options)
+
+
 THOUGHTS = [  # template, --reasoning, places of the answers of reasoning alone that are not written
     ("chatml_8192", "drop", "13"),
     ("chatml", "drop", "13"),

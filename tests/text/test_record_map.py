@@ -220,7 +220,8 @@ def test_a_file_has_one_class():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("mesages = 'x'", "mesages"),
+        ("mesages = 'x'", "mesages: unknown key; did you mean 'messages'"),
+        ("condition = {form = 'x'}", "condition.form: unknown key; did you mean 'from'"),
         ("condition = {from = 'x', bins = [1]}", "1 bins need 2 names"),
         ("condition = {from = 'x', bins = [2, 1], names = ['a', 'b', 'c']}", "bins must rise"),
         ("condition = {from = 'x', bins = [nan], names = ['a', 'b']}", "bins must rise"),
@@ -240,6 +241,11 @@ def test_a_map_that_cannot_be_is_refused(tmp_path, text, said):
     with pytest.raises(ConfigError, match=said) as error:
         record_map.load(path)
     assert str(path) in str(error.value)
+
+
+def test_a_map_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--map .*no such file; `ochat prepare --describe FILE`"):
+        record_map.load(tmp_path / "map.toml")
 
 
 def test_the_examples_of_the_module_are_maps(tmp_path):

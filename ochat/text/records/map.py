@@ -18,6 +18,7 @@ rejected = "GPT3"
 from __future__ import annotations
 
 import bisect
+import difflib
 import json
 import math
 from fnmatch import fnmatchcase
@@ -117,6 +118,11 @@ class RecordMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What each column means that the map names."""
         return {column: name for name in COLUMNS if (column := getattr(self, name))}
 
+    def named(self) -> frozenset[str]:
+        """Every column of records that the map names."""
+        rule = self.class_rule
+        return frozenset([*self.columns(), *self.answers, *([rule.column] if rule else [])])
+
     def message_columns(self) -> dict[str, str]:
         """The same of the keys of messages."""
         return {column: name for name in ("role", "content") if (column := getattr(self, name))}
@@ -124,7 +130,21 @@ class RecordMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def load(path: str | Path) -> RecordMap:
     """The map in a TOML file. Raises: ConfigError naming the key."""
+    if not Path(path).is_file():
+        raise ConfigError(f"--map {path}: no such file; `ochat prepare --describe FILE` writes a first version")
+    found = overrides.read_toml(Path(path))
+    _check_keys(found, RecordMap, f"{path}: ")
+    if isinstance(rule := found.get("condition"), dict):
+        _check_keys(rule, ClassRule, f"{path}: condition.")
     try:
-        return msgspec.convert(overrides.read_toml(Path(path)), RecordMap)
+        return msgspec.convert(found, RecordMap)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _check_keys(table: dict[str, Any], kind: type[msgspec.Struct], place: str) -> None:
+    names = [field.encode_name for field in msgspec.structs.fields(kind)]
+    for key in table:
+        if key not in names:
+            close = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(key, names, n=1))
+            raise ConfigError(f"{place}{key}: unknown key; {close}known: {', '.join(names)}")
