@@ -22,7 +22,7 @@ from ochat.text.records.keys import may_be_classes
 
 FEW = 0.01  # of the supervised tokens: a class that has less is named
 EXAMPLE_LINES = 24
-SHOWN_KEYS = 30
+SHOWN_KEYS, SHOWN_CLASSES = 30, 100
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,12 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
         )
     for what, count in sorted(report.noted.items()):
         console.print(f"[yellow]conversations with {what}: {count:,}[/yellow]", soft_wrap=True)
-    for name, counts in sorted(report.classes.items()):
-        if counts["supervised"] < FEW * report.total["supervised"]:
-            share = counts["supervised"] / report.total["supervised"]
-            console.print(
-                f"[yellow]the class {escape(name) or '(none)'} has {share:.2%} of the supervised tokens[/yellow]",
-                soft_wrap=True,
-            )
+    total = report.total["supervised"]
+    few = {name: counts["supervised"] for name, counts in report.classes.items() if counts["supervised"] < FEW * total}
+    if few:
+        shares = [f"{escape(name) or '(none)'} ({few[name] / total:.2%})" for name in sorted(few)]
+        what = f"classes with less than {FEW:.0%} of the supervised tokens: {_few_of(shares, SHOWN_KEYS)}"
+        console.print(f"[yellow]{what}[/yellow]", soft_wrap=True)
     rejects = f" ({escape(report.output)}/{REJECTS})" if report.rejected else ""
     console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
 
@@ -103,22 +102,27 @@ def _in_words(counts: Mapping[str, int]) -> str:
 
 
 def _files(names: Sequence[str]) -> str:
-    shown = ", ".join(map(escape, names[:5])) + (", ..." if len(names) > 5 else "")
-    return f"{len(names)} file{'s' * (len(names) > 1)} ({shown})"
+    return f"{len(names)} file{'s' * (len(names) > 1)} ({_few_of(list(map(escape, names)), 5)})"
+
+
+def _few_of(words: Sequence[str], most: int) -> str:
+    return ", ".join(words[:most]) + (", ..." if len(words) > most else "")
 
 
 def _table(report: PrepareReport) -> Table:
     table = Table(
         title=f"{escape(report.output)}: conversations and tokens, context {report.context}",
-        caption="dropped: too long, or no answer left within the context; supervised: tokens of non-zero weight",
+        caption="left out: too long, and no answer within the context; supervised: tokens of non-zero weight",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     table.add_column("class", overflow="fold")
     for title in COUNTED.values():
         table.add_column(title, justify="right", no_wrap=True)
-    for name, counts in sorted(report.classes.items()):
+    for name, counts in sorted(report.classes.items())[:SHOWN_CLASSES]:
         table.add_row(escape(name) or "(none)", *(f"{counts[column]:,}" for column in COUNTED))
+    if len(report.classes) > SHOWN_CLASSES:
+        table.add_row(f"... of {len(report.classes):,}", *("" for _ in COUNTED))
     table.add_section()
     table.add_row("all", *(f"{report.total[column]:,}" for column in COUNTED))
     return table

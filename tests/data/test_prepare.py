@@ -12,7 +12,7 @@ import time
 import pytest
 from rich.console import Console
 
-from ochat.commands.prepare import print_report
+from ochat.commands.prepare import SHOWN_CLASSES, print_report
 from ochat.data import store_writer
 from ochat.data.dataset import TokenDataset
 from ochat.data.encode import Encoder, encode_all, num_supervised
@@ -191,6 +191,17 @@ def test_the_table_shows_every_class(make):
     print_report(report, console)
     text = console.file.getvalue()
     assert all(name in text for name in ("GPT4", "GPT3", "(none)", "all", "supervised")) and "…" not in text
+
+
+def test_thousands_of_classes_stay_short(make):
+    """As when somebody takes the column of ids for classes."""
+    report = make([*(chat(condition=f"id{n}") for n in range(1000)), *(chat() for _ in range(100))])
+    console = Console(file=io.StringIO(), width=80)
+    print_report(report, console)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) < SHOWN_CLASSES + 20 and any("... of 1,001" in line for line in lines)
+    (few,) = (line for line in lines if line.startswith("classes with less than 1% of the supervised tokens: id0 ("))
+    assert len(few) < 1000 and few.endswith(", ...") and "GPT4" not in few
 
 
 def test_metadata_with_a_new_key_in_every_record_stays_short(make, tmp_path):
