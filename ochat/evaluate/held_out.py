@@ -71,14 +71,15 @@ class HeldOut:
         """Ids, weights and whether a token is the conversation's own, not a turn's prefix; (len,) each."""
         if template.tokenize == "rendered":
             return self._rendered(condition, template, tokenizer)
-        pieces = []
+        pieces, suffix = [], ""  # what stands behind the turn before
         begins = [0, *(span.end for span in self.spans)]
         following = [after.role for _, after in pairwise(self.spans)] + [""]
         for begin, span, role in zip(begins, self.spans, following, strict=False):
             if is_own := not (span.role == "prefix" and role in ("user", "assistant")):
                 ids = self.input_ids[begin : span.end]
             else:
-                ids = np.array(tokenizer.prefix_ids(template.role_prefix(role, condition)), np.int64)
+                ids = np.array(tokenizer.prefix_ids(suffix + template.role_prefix(role, condition)), np.int64)
+            suffix = suffix if span.role in ("bos", "prefix") else template.suffix
             pieces.append((ids, np.full(len(ids), span.own_weight, np.float32), np.full(len(ids), is_own)))
         ids, weights, is_own = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
         return ids, weights, is_own

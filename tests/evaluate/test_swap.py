@@ -69,6 +69,14 @@ def by_hand(setting, conversation: Conversation, prefix: str) -> tuple[int, floa
     return len(live), sum(losses), sum(int(scores[i - 1].argmax()) == ids[i] for i in live)
 
 
+CALL = Message("assistant", "", tool_calls=({"name": "rain", "arguments": {}},))
+WITH_TOOLS = Conversation(
+    (Message("user", "Rain?"), CALL, Message("tool", "no"), Message("assistant", "No.")),
+    "good",
+    tools=({"name": "rain"},),
+)
+
+
 @pytest.mark.parametrize("tokens_per_pass", [1, 40, 10_000])  # alone, some together, all in one pass
 def test_equals_a_loop_over_tokens_in_float64(setting, monkeypatch, tokens_per_pass):
     monkeypatch.setattr(swap, "TOKENS_PER_PASS", tokens_per_pass)
@@ -85,13 +93,13 @@ def test_equals_a_loop_over_tokens_in_float64(setting, monkeypatch, tokens_per_p
 
 
 @pytest.mark.parametrize("mode", ["both", "assistant", "ignore"])
-@pytest.mark.parametrize("name", ["openchat_v3.2", "openchat_3.6"])
-def test_an_exchanged_prefix_is_the_conversation_encoded_anew(tmp_path, name, mode):
-    template = templates.with_conditions(templates.load(name), mode)
+@pytest.mark.parametrize(("name", "suffix"), [("openchat_v3.2", ""), ("openchat_3.6", ""), ("openchat_3.6", "\n")])
+def test_an_exchanged_prefix_is_the_conversation_encoded_anew(tmp_path, name, suffix, mode):
+    template = replace(templates.with_conditions(templates.load(name), mode), suffix=suffix)
     tokens = ("<|end_of_turn|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     tokenizer = tokenizers.load(write_tokenizer(tmp_path / "base"), tokens)
     names, chats = ["A B", "", "GPT4"], [Conversation.from_dict(record) for record in mixed_conversations(3, 20)]
-    for each in chats + CONVERSATIONS:
+    for each in [*chats, *CONVERSATIONS, *([WITH_TOOLS] if "tool" in template.roles else [])]:
         if all(message.weight == 0 for message in each.items if message.role == "assistant"):
             continue
         written = HeldOut.of(each, template, tokenizer).under(names, template, tokenizer)
