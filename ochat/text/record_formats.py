@@ -17,12 +17,15 @@ from typing import Any, Literal
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message, default_weight
 from ochat.text.fields import check_object, shorten
+from ochat.text.records.answers import answered
 from ochat.text.records.calls import read_tools
 from ochat.text.records.keys import IGNORE, RECORD
 from ochat.text.records.map import ClassRule, RecordMap
 from ochat.text.records.messages import MessageReader, Turn
 from ochat.text.records.objects import Fields, Notes, read_fields
-from ochat.text.records.turns import QUESTION, TurnReader, split_system, weighted
+from ochat.text.records.system import split_system
+from ochat.text.records.turns import QUESTION, TurnReader
+from ochat.text.records.weights import weighted
 
 EmptyAnswers = Literal["refuse", "keep"]
 FORMATS = {"openchat": "items", "messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
@@ -72,8 +75,8 @@ class RecordReader:
                 raise DataError(_two_classes(min(others), default_condition))
             if fields.text("condition") and names != dict.fromkeys(names, condition):
                 raise DataError(f"condition: the map gives each answer its class; {IGNORE} condition")
-            answered = reader.answered(self.map.answers)
-            return [self._conversation(turns, fields, notes, names[column]) for column, turns in answered.items()]
+            answered_by = answered(reader, self.map.answers)
+            return [self._conversation(turns, fields, notes, names[column]) for column, turns in answered_by.items()]
         except RecursionError:
             raise DataError("record: objects and lists are nested too deep") from None
 

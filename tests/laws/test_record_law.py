@@ -220,6 +220,25 @@ def test_no_value_is_too_odd_to_be_refused(value):
     result(value)
 
 
+one_answer = st.sampled_from(["b", "", [], {"role": "assistant", "content": "b"}]) | answered | turns | ODD
+
+
+@given(records | st.just({}), one_answer, one_answer)
+def test_two_answers_and_a_prompt_are_read_or_refused(record, chosen, rejected):
+    """The class of each answer, and the prompt without the last answer; raises nothing but a DataError."""
+    classes = {"chosen": "x", "rejected": "y"}
+    both = record | {"chosen": chosen, "rejected": rejected}
+    for key in ("completion", "condition"):
+        both.pop(key, None)
+    found, _ = result(both, map=RecordMap(answers=classes))
+    if found != "refused":
+        assert [each.condition for each in found] == [classes[k] for k in classes if both[k] is not None]
+    try:
+        RecordReader().read_prompt(record, Notes())
+    except DataError as error:
+        assert str(error)
+
+
 nulls = st.lists(
     st.tuples(st.integers(0, 9), st.sampled_from([*{name for names in KNOWN.values() for name in names}, *METADATA])),
     max_size=4,

@@ -38,6 +38,11 @@ class Turn(NamedTuple):
     is_prompt: bool = False  # an answer in it is not trained, unless it has a weight
 
 
+def as_prompt(turns: list[Turn]) -> list[Turn]:
+    """The turns, of which nothing is trained that has no weight."""
+    return [turn._replace(is_prompt=True) for turn in turns]
+
+
 @dataclass(frozen=True)
 class MessageReader:
     """How messages are read. `columns`: more of their keys, and what they mean; `roles`: more names of roles."""
