@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ochat.text.records.keys import LEVELS, Level
+from ochat.text.records.keys import LEVELS
+from ochat.text.records.levels import Level
 from ochat.text.records.messages import CALLS, ROLES
 
 PAGE = Path(__file__).with_name("data.md")

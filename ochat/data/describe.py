@@ -18,7 +18,8 @@ from ochat.data.readers import RecordFile
 from ochat.errors import DataError
 from ochat.text.fields import check_list, shorten
 from ochat.text.fields import describe as kind_of
-from ochat.text.records.keys import ANSWERS, CLASS_LIKE, MESSAGE, RECORD, Level
+from ochat.text.records.keys import ANSWERS, CLASS_LIKE, MESSAGE, RECORD
+from ochat.text.records.levels import Level
 from ochat.text.records.messages import ROLES
 
 RECORDS = 1000  # that are read

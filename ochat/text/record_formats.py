@@ -19,7 +19,8 @@ from ochat.text.conversation import Conversation, Message, default_weight
 from ochat.text.fields import check_object, shorten
 from ochat.text.records.answers import answered
 from ochat.text.records.calls import read_tools
-from ochat.text.records.keys import IGNORE, RECORD
+from ochat.text.records.keys import RECORD
+from ochat.text.records.levels import IGNORE
 from ochat.text.records.map import ClassRule, RecordMap
 from ochat.text.records.messages import MessageReader, Turn
 from ochat.text.records.objects import Fields, Notes, read_fields

@@ -20,7 +20,8 @@ from ochat.errors import DataError
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.record_formats import RecordReader
-from ochat.text.records.keys import CALL, DETAIL, LEVELS, MESSAGE, PART, RECORD, has_content
+from ochat.text.records.keys import CALL, DETAIL, LEVELS, MESSAGE, PART, RECORD
+from ochat.text.records.levels import has_content
 from ochat.text.records.map import COLUMNS, RecordMap
 from ochat.text.records.objects import Notes
 from tests import text_kit

@@ -177,8 +177,8 @@ def test_answers_of_several_classes_follow_one_prompt_that_is_not_trained(record
     ("record", "said"),
     [
         ({"prompt": "q"}, "record: none of the columns"),
-        ({"prompt": [], "chosen": "a"}, "chosen: there is no question that chosen should follow"),
-        ({"chosen": PROMPT[:1], "rejected": "b"}, "chosen: there is no question that rejected should follow"),
+        ({"prompt": [], "chosen": "a"}, "chosen: no question stands before this answer"),
+        ({"chosen": PROMPT[:1], "rejected": "b"}, "rejected: no question stands before this answer"),
         ({"chosen": "a", "rejected": "b"}, "record: no messages"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "response": "c"}, "response: .*--ignore response"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected: an empty answer"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ochat.errors import DataError
-from ochat.text.records.keys import IGNORE
+from ochat.text.records.levels import IGNORE
 from ochat.text.records.messages import Turn, as_prompt
 from ochat.text.records.turns import QUESTION, TurnReader, check_transcript
 
@@ -25,9 +25,12 @@ def answered(reader: TurnReader, columns: Iterable[str]) -> dict[str, list[Turn]
     prompt = _prompt(reader, found, whole)
     for column in found.keys() - whole.keys():
         if not prompt or prompt[-1].message.role == "assistant":
-            at = prompt[-1].place if prompt else next(iter(whole), column)
-            what = "an answer where" if prompt else "there is no question that"
-            raise DataError(f"{at}: {what} {column} should follow; take it out, or name its column in [answers] too")
+            if not prompt:
+                raise DataError(f"{column}: no question stands before this answer; name its column with --map")
+            raise DataError(
+                f"{prompt[-1].place}: an answer where {column} should follow; take it out, or name its column in "
+                "[answers] too"
+            )
     found = {column: turns if column in whole else prompt + turns for column, turns in found.items()}
     shared = 0 if whole and len(found) == 1 else min(len(prompt), _num_shared(list(found.values())))
     turns = {column: as_prompt(turns[:shared]) + turns[shared:] for column, turns in found.items()}

@@ -10,7 +10,8 @@ from typing import Any
 
 from ochat.errors import DataError
 from ochat.text.fields import as_rows, check_json, check_list, check_object, describe, from_json
-from ochat.text.records.keys import CALL, has_content
+from ochat.text.records.keys import CALL
+from ochat.text.records.levels import has_content
 from ochat.text.records.objects import Notes, read_fields
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from ochat.errors import DataError
 from ochat.text.conversation import WeightedSpan
 from ochat.text.fields import check_list, check_number, check_object, describe, shorten
-from ochat.text.records.keys import DETAIL, IGNORE, PART
+from ochat.text.records.keys import DETAIL, PART
+from ochat.text.records.levels import IGNORE
 from ochat.text.records.objects import Fields, Notes, read_fields
 
 TEXT_PARTS = ("text", "input_text", "output_text")

@@ -17,7 +17,8 @@ from ochat.text.conversation import Message
 from ochat.text.fields import as_rows, check_object, check_text, describe, shorten
 from ochat.text.records.calls import read_calls
 from ochat.text.records.content import Content, in_order, read_parts, read_spans
-from ochat.text.records.keys import IGNORE, MESSAGE
+from ochat.text.records.keys import MESSAGE
+from ochat.text.records.levels import IGNORE
 from ochat.text.records.objects import Fields, Notes, read_fields
 
 _NAMES = {

@@ -17,7 +17,8 @@ from typing import Any
 
 from ochat.errors import DataError
 from ochat.text.fields import check_list, check_number, check_text, describe, shorten
-from ochat.text.records.keys import IGNORE, RECORD, Level
+from ochat.text.records.keys import RECORD
+from ochat.text.records.levels import IGNORE, Level
 
 NO_COLUMNS: Mapping[str, str] = {}
 _SWITCHES = ("on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high")

@@ -9,7 +9,7 @@ from ochat.errors import DataError
 from ochat.text.conversation import Message
 from ochat.text.fields import check_text
 from ochat.text.records.content import read_parts
-from ochat.text.records.keys import IGNORE
+from ochat.text.records.levels import IGNORE
 from ochat.text.records.messages import Turn
 from ochat.text.records.objects import Fields, Notes
 

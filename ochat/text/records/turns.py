@@ -17,7 +17,8 @@ from ochat.errors import DataError
 from ochat.text.conversation import Message
 from ochat.text.fields import check_object, check_text, describe, shorten
 from ochat.text.records.calls import read_calls
-from ochat.text.records.keys import IGNORE, MESSAGE, RECORD, has_content
+from ochat.text.records.keys import MESSAGE, RECORD
+from ochat.text.records.levels import IGNORE, has_content
 from ochat.text.records.messages import MessageReader, Turn, as_prompt
 from ochat.text.records.objects import Fields, Notes, read_fields
 from ochat.text.records.system import read_system
