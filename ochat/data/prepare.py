@@ -284,7 +284,7 @@ def _check_classes(encoder: Encoder, report: PrepareReport) -> None:
         return
     known: dict[tuple[int, ...], str] = {}
     plain = replace(encoder.template, default_condition="")
-    for name in {name for each in (report, report.held_out) if each for name in each.classes}:
+    for name in sorted({name for each in (report, report.held_out) if each for name in each.classes}):
         ids = tuple(plain.encode_prompt(Conversation((Message("user", "x"),), name), encoder.tokenizer))
         if ids in known:
             raise DataError(
