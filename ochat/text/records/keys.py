@@ -14,13 +14,17 @@ from ochat.text.records.levels import Key, Level
 _WEIGHT = ("weight", "loss_weight", "loss_scale", "sample_weight", "example_weight")
 _TRAINED = ("train", "training", "trainable", "loss")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_THOUGHT = Key("", ("thought", "thoughts", "cot", "chain_of_thought"), "reasoning is named reasoning_content")
+_THOUGHT = Key(
+    "",
+    ("thought", "thoughts", "cot", "chain_of_thought", "rationale", "rationales"),
+    "reasoning is named reasoning_content",
+)
 _MEDIA = Key(
     "",
     (
         *("image", "images", "video", "videos", "audio", "audios", "image_url", "image_urls", "image_path"),
         *("image_paths", "video_path", "audio_path", "input_audio", "pixel_values", "objects"),
-        *("inlineData", "inline_data", "fileData", "file_data"),
+        *("inlineData", "inline_data", "fileData", "file_data", "image_file", "image_files", "media"),
     ),
     "images, audio and video cannot be trained on; take the record out",
 )
