@@ -72,6 +72,8 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
     if report.other_splits:
         what = f"{_files(report.other_splits)} not read, as test or validation data"
         console.print(f"[yellow]{what}; name such a file in --input to train on it[/yellow]", soft_wrap=True)
+    for what in report.missing_parts:
+        console.print(f"[yellow]{escape(what)}; fetch the others too[/yellow]", soft_wrap=True)
     for fact in report.template_facts:
         console.print(escape(fact), soft_wrap=True)
     if report.ignored:

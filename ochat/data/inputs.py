@@ -13,7 +13,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -85,6 +86,11 @@ def _of_folder(folder: Path, found: InputFiles, all_splits: bool) -> list[Path]:
     known, others = [], []
     for file in files:
         parts = file.relative_to(folder).parts
+        if "_delta_log" in parts:
+            raise DataError(
+                f"{file.parent.parent}: a Delta table, which also keeps rows that were deleted; write its rows as "
+                "Parquet, and give that folder"
+            )
         if not _may_hold_records(parts):
             found.skipped.append(file)
         elif not all_splits and _is_other_split(parts):
@@ -112,7 +118,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _may_hold_records(parts: tuple[str, ...]) -> bool:
-    """False for what begins with "_" too, such as the log of a Delta table."""
+    """False for what begins with "_" too, such as what Spark leaves behind."""
     name = parts[-1].lower()
     is_known = name.endswith(ENDINGS) and not NO_RECORDS.fullmatch(name)
     return is_known and not any(part.startswith("_") for part in parts)
@@ -138,6 +144,15 @@ def _check_twice(files: list[Path]) -> None:
         other = seen.setdefault(file.with_name(_stem(file.name)), file)
         if other is not file:
             raise DataError(f"{other} and {file}: the same file in two forms? take one away, or name both in --input")
+
+
+def missing_parts(paths: Iterable[Path]) -> list[str]:
+    """Of files that are numbered parts, as train-00000-of-00002.parquet, those that do not come all, in words."""
+    parts: Counter[tuple[Path, int]] = Counter()
+    for path in paths:
+        if found := re.match(r"(.+)-\d{5}-of-(\d{5})", path.name):
+            parts[path.with_name(found[1]), int(found[2])] += 1
+    return [f"{name}-*: {count} of {of} parts" for (name, of), count in parts.items() if count < of]
 
 
 def folder_columns(path: Path) -> dict[str, Any]:

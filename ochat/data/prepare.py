@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ochat import console
 from ochat.data import shown
 from ochat.data.encode import Encoded, Encoder, OverLong, encode_all
-from ochat.data.inputs import find_inputs
+from ochat.data.inputs import find_inputs, missing_parts
 from ochat.data.readers import RecordFile, batches
 from ochat.data.rejected import RejectLog
 from ochat.data.shown import Shown
@@ -106,6 +106,7 @@ class PrepareReport:
     noted: dict[str, int] = field(default_factory=dict)  # what was kept but is worth a look -> conversations
     template_facts: tuple[str, ...] = ()  # what the template writes of itself
     other_splits: tuple[str, ...] = ()  # files of input folders with test or validation data, which were not read
+    missing_parts: tuple[str, ...] = ()  # numbered files of which not all are there, in words
     example: Shown | None = None  # the first conversation, and what decodes it
     tokenizer: Tokenizer | None = None
 
@@ -164,7 +165,7 @@ def run(options: PrepareOptions) -> PrepareReport:
         report = PrepareReport(
             options.output, encoder.context, counts[0], notes.rejected, elapsed_s, skipped, held_out,
             notes.ignored, notes.noted, tuple(encoder.template.facts(encoder.tokenizer)),
-            tuple(map(str, inputs.other_splits)), notes.example, encoder.tokenizer,
+            tuple(map(str, inputs.other_splits)), tuple(missing_parts(inputs.paths)), notes.example, encoder.tokenizer,
         )  # fmt: skip
         _check_classes(encoder, report)
         _check_letters(options, notes)

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from ochat.data.containers import arrow_stream, compressed
 from ochat.data.describe import describe
-from ochat.data.inputs import find_inputs, folder_columns
+from ochat.data.inputs import find_inputs, folder_columns, missing_parts
 from ochat.data.readers import RecordFile
 from ochat.errors import DataError
 from ochat.text.record_formats import RecordReader
@@ -642,13 +642,33 @@ def test_files_of_other_splits_are_left_out_and_listed(tmp_path, name):
 def test_what_others_write_beside_the_records_is_no_input(tmp_path):
     kept = ["a.jsonl", "data/train-00000-of-00001.arrow"]
     others = [
-        "README.md", "_SUCCESS", "_delta_log/0.json", "cache-0d9f.arrow", "data/tmp1x.arrow", "dataset_dict.json",
+        "README.md", "_SUCCESS", "_temporary/0.json", "cache-0d9f.arrow", "data/tmp1x.arrow", "dataset_dict.json",
         "dataset_info.json", "dataset_infos.json", "state.json", "x.csv",
     ]  # fmt: skip
     touch(tmp_path, *kept, *others, ".git/a.jsonl", ".a.jsonl")
     found = find_inputs([tmp_path])
     assert names(tmp_path, found.paths) == kept
     assert names(tmp_path, found.skipped) == sorted(others)
+
+
+def test_a_delta_table_is_named(tmp_path):
+    touch(tmp_path, "t/a.parquet", "t/_delta_log/0.json", "b.jsonl")
+    for folder in (tmp_path, tmp_path / "t"):
+        with pytest.raises(DataError, match="/t: a Delta table, which also keeps rows that were deleted"):
+            find_inputs([folder])
+    assert find_inputs([tmp_path / "t" / "a.parquet"]).paths
+
+
+PARTS = ("train-00000-of-00002.parquet", "train-00001-of-00002-0a.parquet", "b-00000-of-00001.json")
+
+
+def test_parts_that_are_missing_are_said(tmp_path):
+    files = [tmp_path / name for name in PARTS]
+    assert missing_parts([*files, tmp_path / "c.jsonl"]) == []
+    assert missing_parts(files[1:]) == [f"{tmp_path}/train-*: 1 of 2 parts"]
+    assert missing_parts([files[0], tmp_path / "sub" / PARTS[1]]) == [
+        f"{folder}/train-*: 1 of 2 parts" for folder in (tmp_path, tmp_path / "sub")
+    ]
 
 
 def test_a_file_that_is_there_twice_is_refused(tmp_path):

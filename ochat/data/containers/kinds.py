@@ -44,6 +44,7 @@ REFUSED = (  # what it is, how it begins, what to do
     ("lzip", rb"LZIP", "unpack it with lzip -dc {path} > {new}"),
     ("what `compress` writes", rb"\x1f\x9d", "unpack it with gzip -dc {path} > {new}"),
     ("snappy", rb"\xff\x06\x00\x00sNaPpY", "unpack it with snzip -d {path}"),
+    ("Feather of the old kind", rb"FEA1", _AGAIN),
     ("encrypted Parquet", rb"PARE", "write it without encryption"),
     ("ORC", rb"ORC", _AGAIN),
     ("Avro", rb"Obj\x01", _AGAIN),
