@@ -2,8 +2,9 @@
 
     template = load("openchat_3.5"); input_ids, loss_weights = template.encode(conversation, tokenizer)
 
-A template is a TOML file (built-in ones: templates/*.toml; openchat_v3.2.toml explains the keys). Every segment - the
-system text, a prefix, a message - is tokenised alone and the ids are joined: existing checkpoints were trained on that.
+A template is a TOML file (built-in ones: templates/*.toml; openchat_v3.2.toml explains the keys). Its turns are plain
+text, whose segments (the system text, a prefix, a message) are tokenised alone, as existing checkpoints were trained
+(chat/plain.py), or what a chat template in Jinja renders, tokenised as servers do (chat/rendered.py).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from msgspec import Meta
 from ochat import overrides
 from ochat.errors import ConfigError, DataError
 from ochat.files import bounded_json
-from ochat.text.chat import dates, llama_tools, rendered
+from ochat.text.chat import dates, rendered
+from ochat.text.chat.plain import PlainChat
 from ochat.text.chat.rendered import RenderedChat
 from ochat.text.conversation import Conversation, Message
-from ochat.text.token_weights import Characters, Segment, Span, encode
+from ochat.text.token_weights import Segment, Span, encode
 from ochat.text.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
@@ -131,58 +133,38 @@ class Template:
         self.check(tokenizer)
         conversation = self.prepared(conversation)
         if self.tokenize == "rendered":
-            return rendered.segments(self._chat, conversation, tokenizer, needs_reasoning=self.reasoning == "all")
-        conversation = self._spelt(conversation)
-        bos, eot = self.bos_token(tokenizer), (tokenizer.special_tokens[self.eot],)
-        segments = [] if bos is None else [Segment("bos", None, "", (tokenizer.special_tokens[bos],))]
-        before = ""
-        if conversation.system:
-            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(self.role_prefix("system"))))
-            segments.append(Segment("system", None, conversation.system, eot))
-            before = self.suffix
-        for message in conversation.items:
-            prefix = before + self.role_prefix(message.role, conversation.condition)
-            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(prefix)))
-            segments.append(_content_segment(message, eot))
-            before = self.suffix
-        return [*segments, Segment("prefix", None, "", tokenizer.prefix_ids(before))] if before else segments
+            return self._rendered.segments(conversation, tokenizer, needs_reasoning=self.reasoning == "all")
+        return self._plain(tokenizer).segments(conversation, tokenizer)
 
     def encode_prompt(self, conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         """Ids for inference: a final assistant message stays open (no end of turn), else an empty one is opened.
 
         The default condition is taken where the conversation has none; `replace(template, default_condition="")` asks
-        for none.
+        for none. Raises: DataError for a conversation that the template cannot write.
         """
         self.check(tokenizer)
         conversation = replace(conversation, condition=conversation.condition or self.default_condition)
         items = conversation.items
         if not items or items[-1].role != "assistant":
             items = (*items, Message("assistant", ""))
-        asked = replace(conversation, items=items[:-1])
-        if self.tokenize == "rendered":
-            begun = items[-1].content
-            segments = rendered.prompt_segments(self._chat, self.prepared(asked), begun, tokenizer)
-            return encode([segments], tokenizer)[0][0]
-        ids, _ = self.encode_spans(asked, tokenizer)
-        suffix = self.suffix if asked.items or asked.system else ""
-        if suffix:
-            ids = ids[: len(ids) - len(tokenizer.prefix_ids(suffix))]
-        ids += tokenizer.encode_with_specials(suffix + self.role_prefix("assistant", conversation.condition))
-        return ids + tokenizer.encode(items[-1].content)
+        *asked, begun = items
+        if begun.reasoning or begun.tool_calls:
+            raise DataError(
+                f"items[{len(asked)}]: an answer that is to go on is text, without reasoning and tool calls"
+            )
+        conversation = self.prepared(replace(conversation, items=tuple(asked)))
+        chat = self._rendered if self.tokenize == "rendered" else self._plain(tokenizer)
+        return encode([chat.prompt_segments(conversation, begun.content, tokenizer)], tokenizer)[0][0]
 
     def served_source(self) -> str:
-        """The chat template that an export has: it writes what training saw, whatever day it is."""
-        default = json.dumps(self.default_condition, ensure_ascii=False)
-        lines = [f"set condition = condition if condition is defined and condition is not none else {default}"]
-        lines += [f"set {name} = {json.dumps(text, ensure_ascii=False)}" for name, text in self._variables.items()]
-        dated = dates.fixed(self.chat_template, self.date)
-        return "".join(f"{{%- {line} %}}" for line in lines) + dated + "\n" + self.chat_template
+        """The chat template that an export of a rendered one has: it writes what training saw, whatever day it is."""
+        return self._rendered.served_source(self.default_condition)
 
     def facts(self, tokenizer: Tokenizer) -> list[str]:
         """What chat_template writes of itself, in words. Raises: DataError where it refuses a plain question."""
         if self.tokenize != "rendered":
             return []
-        found, system = [], rendered.default_system(self._chat, tokenizer)
+        found, system = [], self._rendered.default_system(tokenizer)
         if system:
             text = json.dumps(system, ensure_ascii=False)
             found.append(f"without a system text, the template {self.name} writes: {text}")
@@ -191,12 +173,14 @@ class Template:
         return found
 
     @property
-    def _variables(self) -> dict[str, str]:
-        return self.variables | ({"keep_reasoning": "all"} if self.reasoning == "all" else {})
+    def _rendered(self) -> RenderedChat:
+        variables = self.variables | ({"keep_reasoning": "all"} if self.reasoning == "all" else {})
+        return rendered.compiled(self.chat_template, self.eot, self.date, tuple(variables.items()))
 
-    @property
-    def _chat(self) -> RenderedChat:
-        return rendered.compiled(self.chat_template, self.eot, self.date, tuple(self._variables.items()))
+    def _plain(self, tokenizer: Tokenizer) -> PlainChat:
+        return PlainChat(
+            self.name, self.bos_token(tokenizer), self.eot, self.suffix, self.role_prefix, "tool" in self.roles
+        )
 
     def prepared(self, conversation: Conversation) -> Conversation:
         """The conversation with the class and the reasoning that are to be written."""
@@ -211,35 +195,9 @@ class Template:
         """The conversation without the reasoning that is not written. Raises: DataError where chat_template breaks."""
         items = self.prepared(conversation).items
         if self.tokenize == "rendered":
-            lost = self._chat.lost_reasoning(replace(conversation, items=items))
+            lost = self._rendered.lost_reasoning(replace(conversation, items=items))
             items = tuple(replace(m, reasoning="") if i in lost else m for i, m in enumerate(items))
         return replace(conversation, items=items)
-
-    def _spelt(self, conversation: Conversation) -> Conversation:
-        """The conversation as plain text. Raises: DataError for what the template cannot write."""
-        with_tools = "tools" if conversation.tools else ""
-        for i, message in enumerate(conversation.items):
-            if message.reasoning:
-                raise DataError(
-                    f"items[{i}]: reasoning, which the template {self.name} cannot write; --reasoning drop leaves it "
-                    "out, and the template qwen3 writes it"
-                )
-            if message.role == "tool" or message.tool_calls:
-                with_tools = with_tools or f"items[{i}]: tool calls and replies"
-        if not with_tools:
-            return conversation
-        if "tool" not in self.roles:
-            raise DataError(
-                f"{with_tools}: the template {self.name} cannot write them; use openchat_3.6, llama3.1, chatml or qwen3"
-            )
-        return llama_tools.spelt(conversation)
-
-
-def _content_segment(message: Message, eot: tuple[int, ...]) -> Segment:
-    characters = None
-    if message.spans:
-        characters = Characters.of(len(message.content), message.role, message.weight, message.spans)
-    return Segment(message.role, message.weight, message.content, eot, characters)
 
 
 def with_bos_of(template: Template, tokenizer: Tokenizer) -> Template:

@@ -103,6 +103,12 @@ def test_prompts_have_the_tools(tokenizer):
         assert trained[: len(prompt)] == prompt and tokenizer.decode(prompt).count("Given the following functions") == 1
 
 
+def test_an_answer_that_is_to_go_on_is_text(tokenizer):
+    for begun in (CALLS, replace(ANSWER, reasoning="Dry.")):
+        with pytest.raises(DataError, match=r"items\[1\]: an answer that is to go on is text"):
+            templates.load("openchat_3.6").encode_prompt(replace(CALLED, items=(USER, begun)), tokenizer)
+
+
 REFUSED = {
     "text beside a call": ({"items": (USER, replace(CALLS, content="Wait."))}, r"items\[1\]\.content: text beside"),
     "two calls": ({"items": (USER, replace(CALLS, tool_calls=(CALL, CALL)))}, r"items\[1\]\.tool_calls: .*one call"),

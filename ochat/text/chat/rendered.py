@@ -1,7 +1,7 @@
 """Find in the text that a chat template (Jinja) writes who says what, and how much each character weighs.
 
-    chat = RenderedChat(source, eot="<|im_end|>", date=date, variables={})
-    laid_out = chat.lay_out(conversation, special_tokens);  laid_out.text, laid_out.characters.weights
+    chat = RenderedChat(source, eot="<|im_end|>", date="2025-01-01", variables={})
+    segments = chat.segments(conversation, tokenizer)
 
 A template is a program, so nothing is assumed of it: the conversation is rendered twice, as a server would and with
 invisible marks around what comes from the record (marks.py). Without its marks the second text must be the first, so
@@ -14,20 +14,19 @@ token (answers.py).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from ochat.errors import DataError
-from ochat.text.chat import answers, checks, marks
+from ochat.text.chat import answers, checks, dates, marks
 from ochat.text.chat.answers import Turns
-from ochat.text.chat.dates import parse_date
 from ochat.text.chat.marks import GENERATED, Label, Stretch, Written
 from ochat.text.chat.variables import SYSTEM, chat_variables
 from ochat.text.conversation import Conversation, Message
@@ -50,11 +49,11 @@ class RenderedChat:
     Raises: ConfigError for a source that is no template.
     """
 
-    def __init__(self, source: str, eot: str, date: datetime, variables: Mapping[str, str]) -> None:
+    def __init__(self, source: str, eot: str, date: str, variables: Mapping[str, str]) -> None:
         from ochat.text.chat.sandbox import ChatSource  # jinja2 takes memory, and most templates need none
 
-        self.eot, self.variables = eot, variables
-        self._chat = ChatSource(source, date)
+        self.source, self.eot, self.date, self.variables = source, eot, date, variables
+        self._chat = ChatSource(source, dates.parse_date(date))
         self.has_generation = re.search(r"\{%[-+]?\s*generation\b", source) is not None
 
     def render(self, conversation: Conversation, **variables: Any) -> str:
@@ -76,6 +75,42 @@ class RenderedChat:
     def lost_reasoning(self, conversation: Conversation) -> list[int]:
         """The messages whose reasoning is not in the text."""
         return self.marked(conversation).lost_of("reasoning")
+
+    def default_system(self, tokenizer: Tokenizer) -> str:
+        """What is written where a conversation has no system text, with its headers; "" where nothing is.
+
+        Raises: DataError where the template refuses a plain question.
+        """
+        asked = "Why?"
+        before, _, _ = self.render(Conversation((Message("user", asked),))).partition(asked)
+        parts = tokenizer.split_at_specials(before)  # text, special token, text, ...: the last turn is the question's
+        ends = [i for i in range(1, len(parts), 2) if parts[i] == self.eot]
+        return "".join(parts[: ends[-1]]).strip() if ends else ""
+
+    def served_source(self, default_condition: str) -> str:
+        """The source for servers, which writes the same whatever day it is and knows the variables."""
+        default = json.dumps(default_condition, ensure_ascii=False)
+        lines = [f"set condition = condition if condition is defined and condition is not none else {default}"]
+        lines += [f"set {name} = {json.dumps(text, ensure_ascii=False)}" for name, text in self.variables.items()]
+        dated = dates.fixed(self.source, self.date)
+        return "".join(f"{{%- {line} %}}" for line in lines) + dated + "\n" + self.source
+
+    def segments(
+        self, conversation: Conversation, tokenizer: Tokenizer, *, needs_reasoning: bool = False
+    ) -> list[Segment]:
+        """The conversation as segments: one, if no message spells a special token, else one for each that is special.
+
+        Raises: DataError for a conversation that the template cannot write; with `needs_reasoning` also if it leaves
+        out any reasoning.
+        """
+        return _split(self.lay_out(conversation, tokenizer.special_tokens, needs_reasoning=needs_reasoning), tokenizer)
+
+    def prompt_segments(self, conversation: Conversation, begun: str, tokenizer: Tokenizer) -> list[Segment]:
+        """The conversation up to where the assistant answers, and what it has `begun` to say, as segments without
+        roles. Raises: DataError."""
+        text, from_record = self.lay_out_prompt(conversation)
+        whole, from_record = text + begun, [*from_record, (len(text), len(text) + len(begun))]
+        return _split(LaidOut(whole, Characters.of(len(whole), "prefix", None), from_record), tokenizer)
 
     def lay_out(
         self, conversation: Conversation, special_tokens: Iterable[str], *, needs_reasoning: bool = False
@@ -117,40 +152,7 @@ class RenderedChat:
 @lru_cache(maxsize=8)
 def compiled(source: str, eot: str, date: str, variables: tuple[tuple[str, str], ...]) -> RenderedChat:
     """The chat template, compiled once. Raises: ConfigError for a syntax error or a wrong date."""
-    return RenderedChat(source, eot, parse_date(date), dict(variables))
-
-
-def default_system(chat: RenderedChat, tokenizer: Tokenizer) -> str:
-    """What the template writes where a conversation has no system text, with its headers; "" where it writes nothing.
-
-    Raises: DataError where it refuses a plain question.
-    """
-    asked = "Why?"
-    before, _, _ = chat.render(Conversation((Message("user", asked),))).partition(asked)
-    parts = tokenizer.split_at_specials(before)  # text, special token, text, ...: of all turns, the last the question's
-    ends = [i for i in range(1, len(parts), 2) if parts[i] == chat.eot]
-    return "".join(parts[: ends[-1]]).strip() if ends else ""
-
-
-def segments(
-    chat: RenderedChat, conversation: Conversation, tokenizer: Tokenizer, *, needs_reasoning: bool = False
-) -> list[Segment]:
-    """The conversation as segments: one, if no message spells a special token, else one for each that is special.
-
-    Raises: DataError for a conversation that the template cannot write; with `needs_reasoning` also if it leaves out
-    any reasoning.
-    """
-    laid_out = chat.lay_out(conversation, tokenizer.special_tokens, needs_reasoning=needs_reasoning)
-    return _split(laid_out, tokenizer)
-
-
-def prompt_segments(chat: RenderedChat, conversation: Conversation, begun: str, tokenizer: Tokenizer) -> list[Segment]:
-    """The conversation up to where the assistant answers and what it has `begun` to say, as segments without roles."""
-    text, from_record = chat.lay_out_prompt(conversation)
-    whole = text + begun
-    return _split(
-        LaidOut(whole, Characters.of(len(whole), "prefix", None), [*from_record, (len(text), len(whole))]), tokenizer
-    )
+    return RenderedChat(source, eot, date, dict(variables))
 
 
 def _split(laid_out: LaidOut, tokenizer: Tokenizer) -> list[Segment]:
