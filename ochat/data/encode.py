@@ -14,6 +14,7 @@ same side, on every machine and in every order of the input; what a small share 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import multiprocessing
 import os
@@ -168,7 +169,7 @@ class Encoder:
         messages = layout.conversation.items
         if any(map(is_empty_answer, messages)):
             encoded.noted[EMPTY] += 1
-        texts = [layout.conversation.system, *(message.content for message in messages)]
+        texts = _texts(layout.conversation)
         if any(len(self.tokenizer.split_at_specials(text)) > 1 for text in texts):
             encoded.noted[SPECIAL] += 1
         if layout.is_unthought:
@@ -248,6 +249,16 @@ def prompt_position(conversation: Conversation) -> float:
     system = conversation.system.strip()
     prompt = f"{len(system)} {system}{first}".encode()  # the length keeps ("ab", "c") and ("a", "bc") apart
     return int.from_bytes(hashlib.blake2b(prompt, digest_size=8).digest()) / 2**64
+
+
+def _texts(conversation: Conversation) -> list[str]:
+    """All that a conversation says."""
+    texts = [conversation.system, *(message.content for message in conversation.items)]
+    texts += [message.reasoning for message in conversation.items if message.reasoning]
+    calls = [call for message in conversation.items for call in message.tool_calls]
+    if calls or conversation.tools:
+        texts.append(json.dumps([calls, conversation.tools], ensure_ascii=False))
+    return texts
 
 
 def _check_numbers(conversation: Conversation) -> None:

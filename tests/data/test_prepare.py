@@ -340,6 +340,29 @@ def test_an_answer_whose_only_words_are_left_out_is_an_empty_one(name, mode, los
     assert not encoded([asked, thought | {"weight": 0}, asked, spoken]).rejects
 
 
+SPELLING = [  # a record that spells the token, each in another place
+    {"system": "{}", "messages": []},
+    {"messages": [{"role": "assistant", "content": "{}"}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"name": "{}"}]}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": ["{}"]}}]}]},
+    {"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "{}"}]},
+    {"messages": [], "tools": [{"name": "f", "description": "{}"}]},
+]
+
+
+@pytest.mark.parametrize("record", SPELLING)
+def test_special_tokens_that_a_record_spells_are_counted(record, tmp_path):
+    added = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    tokens = tokenizer.load(text_kit.small_folder("gpt2", tmp_path), added)
+    encode = Encoder(tokens, template.load("openchat_3.6"), RecordReader(), 4096, "error")
+    ends = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
+    record = record | {"messages": [*ends[0], *record["messages"], *ends[1]]}
+    for spelt, count in (("<|eot_id|>", 1), ("eot", 0)):
+        line = json.dumps(record).replace("{}", spelt).encode()
+        found = encode([Record("in.jsonl", 1, 1, line)])
+        assert not found.rejects and found.noted["a special token in their text, read as ordinary text"] == count
+
+
 class Killer:
     """An encoder that takes its process down, as the kernel does with one that wants too much memory."""
 
