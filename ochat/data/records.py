@@ -91,7 +91,7 @@ class Record:
     def _not_utf8(self, error: UnicodeDecodeError) -> str:
         found = f"not UTF-8 at byte {error.start} of the record (0x{error.object[error.start]:02x})"
         remedy = f"{self._text()} | iconv -f WINDOWS-1252 -t UTF-8 > NEW.jsonl"
-        return f"{found}: damaged, or text of Windows, of which this makes UTF-8: {remedy}"
+        return f"{found}: damaged, or of another encoding; if that is WINDOWS-1252, this makes UTF-8: {remedy}"
 
 
 _CONVERSES = {

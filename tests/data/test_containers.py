@@ -411,10 +411,10 @@ NAMED = {  # content -> what is said of it, in place of records
     "tar": (archive("w"), "a tar archive; unpack it with python -m tarfile"),
     "tar.gz": (archive("w:gz"), "a tar archive within gzip; unpack it with python -m tarfile"),
     "tar.bz2": (archive("w:bz2"), "a tar archive within bzip2; unpack it"),
-    "tar.zst": (zstandard.compress(archive("w")), "a tar archive within zstd"),
+    "tar.zst": (zstandard.compress(archive("w")), "a tar archive within zstd; unpack it once with zstd"),
     "gz of gz": (gzip.compress(gzip.compress(TEXT)), "gzip within gzip; unpack it once"),
     "parquet.gz": (gzip.compress(b"PAR1" + bytes(99)), "Parquet within gzip; unpack it once"),
-    "zip in xz": (lzma.compress(archive("zip")), "a zip archive within xz"),
+    "zip in xz": (lzma.compress(archive("zip")), "a zip archive within xz; unpack it once with xz -dc"),
     "lz4": (b"\x04\x22\x4d\x18d@\xa7", "lz4; unpack it with lz4 -d"),
     "lzma": (lzma.compress(TEXT, lzma.FORMAT_ALONE), "lzma of the old kind; unpack it with xz -dc -F lzma"),
     "7z": (b"7z\xbc\xaf\x27\x1c\0\4", "a 7z archive; unpack it with 7z x"),
@@ -423,7 +423,7 @@ NAMED = {  # content -> what is said of it, in place of records
     "tsv": (b"prompt\tresponse\nWho?\tJan\n", "TSV .*; make JSON Lines of it with"),
     "tsv of Excel": ("prompt\tresponse\nWho?\tJan\n".encode("utf-16"), "TSV .*; make JSON Lines of it with"),
     "csv of code": (b'prompt,response\n"a","\n{\n{}\n[]\n"\n', "CSV"),
-    "csv.gz": (gzip.compress(b"a,b\n1,2\n"), "CSV .* within gzip; unpack it"),
+    "csv.gz": (gzip.compress(b"a,b\n1,2\n"), "CSV .* within gzip; unpack it once with gzip -dc"),
     "words": (b"hello\nworld\n", "text that is no JSON .'hello'."),
     "yaml": (b"- role: user\n  content: hello, world\n", "text that is no JSON"),
     "web page": (b"\n<!DOCTYPE html><html>", "a web page; the download failed"),
@@ -468,6 +468,29 @@ def test_the_remedy_works(tmp_path, kind, name):
     (path,) = find_inputs([made]).paths
     assert path.read_bytes() == TEXT or read(path)[0][0].items[1].content == "Jan"
     assert (tmp_path / name).read_bytes() == NAMED[kind][0]
+
+
+TWICE_PACKED = ["gz of gz", "csv.gz", "zip in xz", "tar.zst"]
+
+
+@pytest.mark.parametrize("kind", TWICE_PACKED)
+@pytest.mark.parametrize("name", ["in.x", "it's"])
+def test_the_remedy_for_what_is_packed_twice_works(tmp_path, kind, name):
+    """What it unpacks is read, or named with a remedy of its own."""
+    if kind == "tar.zst" and not shutil.which("zstd"):
+        pytest.skip("no zstd")
+    path = saved(tmp_path, NAMED[kind][0], name)
+    with pytest.raises(DataError) as error:
+        RecordFile(path)
+    command = str(error.value).partition("unpack it once with ")[2].removesuffix(", and give that")
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (made,) = set(tmp_path.iterdir()) - {path}
+    with (
+        pytest.raises(DataError, match="it is (CSV|a zip archive|a tar archive)[^w]*;")
+        if "gz of" not in kind
+        else (contextlib.nullcontext())
+    ):
+        assert read(made) == (WANTED, {})
 
 
 BAD_LINES = {  # a line among others -> what is said of it

@@ -87,12 +87,16 @@ def refuse(path: Path, head: bytes, packed: str) -> None:
 
     Raises: DataError saying what the file is, and what to do, where it holds no records.
     """
-    inside = f" within {packed}" if packed else ""
-    if packed and (inner := packing(head)):
-        raise _error(path, f"{inner}{inside}", "unpack it once, and give what is inside")
+    inside, once = "", ""
+    if packed:
+        inside = f" within {packed}"
+        once = f"unpack it once with {TOOLS[packed]} -dc {{path}} > {{unpacked}}, and give that"
+        if inner := packing(head):
+            raise _error(path, inner + inside, once)
     for what, begins, remedy in REFUSED:
         if re.match(begins, head):
-            raise _error(path, what + inside, remedy)
+            reads_packed = what == "a tar archive" and packed != "zstd"
+            raise _error(path, what + inside, once if once and "{path}" in remedy and not reads_packed else remedy)
     encoding = encoding_of(head)
     text = codecs.getincrementaldecoder(encoding)("replace").decode(head).lstrip("\ufeff")
     if head and not text.strip("\0"):
@@ -107,21 +111,22 @@ def refuse(path: Path, head: bytes, packed: str) -> None:
         raise _error(path, f"text that is no JSON ({shown}){inside}", "write each conversation as one line of JSON")
     named = {"\t": "TSV", ",": "CSV"}.get(delimiter, f"a table with {delimiter!r} between its columns")
     if packed:
-        raise _error(path, f"{named} ({shown}){inside}", "unpack it, and give what is inside")
+        raise _error(path, f"{named} ({shown}){inside}", once)
     encoding = "utf-8-sig" if encoding == "utf-8" else encoding
     program = CSV_TO_LINES.format(encoding=encoding, delimiter=delimiter.replace("\t", "\\t"))
     raise _error(path, f"{named} ({shown})", f'make JSON Lines of it with python -c "{program}" {{path}} > {{new}}')
 
 
 def _error(path: Path, what: str, remedy: str) -> DataError:
-    """The remedy's {path}, {new} and {folder} are names for a shell: the file, and what may be made beside it."""
+    """The remedy's {path}, {new}, {unpacked} and {folder} are names for a shell: the file, what may be made beside."""
     stem = path.name.split(".")[0]
     names = {
         "path": path,
         "new": path.with_name(path.name + ".jsonl"),  # which overwrites nothing of the user's
+        "unpacked": path.with_name(path.name + ".unpacked"),
         "folder": path.with_name(stem if stem not in ("", path.name) else path.name + "-unpacked"),
     }
-    remedy = re.sub(r"\{(path|new|folder)\}", lambda found: shlex.quote(str(names[found[1]])), remedy)
+    remedy = re.sub(r"\{(path|new|unpacked|folder)\}", lambda found: shlex.quote(str(names[found[1]])), remedy)
     return DataError(f"{path}:1: it is {what}; {remedy}")
 
 
