@@ -16,7 +16,7 @@ import tomli_w
 from ochat.data.inputs import find_inputs
 from ochat.data.readers import RecordFile
 from ochat.errors import DataError
-from ochat.text.fields import check_list, shorten
+from ochat.text.fields import as_rows, shorten
 from ochat.text.fields import describe as kind_of
 from ochat.text.records.keys import ANSWERS, CLASS_LIKE, MESSAGE, RECORD
 from ochat.text.records.levels import Level
@@ -65,11 +65,12 @@ def describe(path: str | Path) -> str:
 
 
 def _rows(value: Any) -> list[dict[str, Any]]:
-    """The objects in a list of them, however it is written; [] for anything else."""
+    """The objects in a list of them, also in an object of lists; [] for anything else."""
     try:
-        return [row for row in check_list(value, "") if isinstance(row, dict)]
+        rows = as_rows(value, "")
     except DataError:
         return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _table(columns: dict[str, list[Any]], level: Level) -> list[str]:

@@ -48,8 +48,11 @@ def test_what_is_printed_is_a_map_that_reads_the_records(tmp_path, kind):
 
 def test_what_no_map_helps_with_is_said(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    for extra, said in (({}, "# No map is needed."), ({"images": ["a.png"]}, "# No map helps with what is refused")):
-        assert said in describe(write_lines(tmp_path / "in.jsonl", [{"messages": turns} | extra]))
+    code = {"instruction": "JSON?", "output": json.dumps([{"people": 1}, {"people": 2}])}
+    for record in ({"messages": turns}, code):
+        assert describe(write_lines(tmp_path / "in.jsonl", [record])).endswith("\n\n# No map is needed.\n")
+    text = describe(write_lines(tmp_path / "in.jsonl", [{"messages": turns, "images": ["a.png"]}]))
+    assert "# No map helps with what is refused" in text
 
 
 def test_many_keys_and_long_ones_stay_short(tmp_path):
