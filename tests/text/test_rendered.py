@@ -212,16 +212,24 @@ def test_spans_weigh_characters_of_a_message(small):
         rewriting.encode(quoted, small["gpt2"])
 
 
+TWO_CALLS = replace(SAID["tools"], items=(Message("user", "Rain?"), Message("assistant", "", tool_calls=CALL * 2)))
 FAULTS = {  # source, conversation, words of the refusal
     "leaves out system": (SOURCES["plain"].replace("in messages", "in messages if m.role != 'system'"),
                           SAID["system"], "leaves out the system text"),
     "leaves out a message": (SOURCES["plain"].replace("in messages", "in messages[-2:]"),
                              SAID["turns"], "leaves out the content of message 1"),
+    "leaves out a call": (SOURCES["tools"].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), TWO_CALLS,
+                          "leaves out tool calls of message 2"),
+    "writes one call twice": (SOURCES["tools"].replace("c.function", "m.tool_calls[0].function"), TWO_CALLS,
+                              "leaves out tool calls of message 2"),
     "writes twice": (SOURCES["plain"].replace(TURN, TURN + TURN), SAID["turns"], "changes what"),
     "turns round": (SOURCES["plain"].replace("in messages", "in messages | reverse"), SAID["turns"], "changes what"),
     "looks into messages": (SOURCES["plain"].replace(TURN, "{{ m.content.startswith('Hi') }}" + TURN),
                             SAID["turns"], "changes what"),
     "never ends": (SOURCES["plain"].replace(" + '<|im_end|>\\n'", ""), SAID["turns"], "writes no '<|im_end|>' after"),
+    "ends only the last answer": (SOURCES["plain"].replace("'<|im_end|>\\n' }}{% endfor",
+            "('<|im_end|>' if m.role == 'user' or loop.last else '') }}{% endfor"),
+        SAID["turns"], r"items\[1\]: .*other messages into this answer"),
     "opens otherwise": (SOURCES["plain"].replace("assistant\\n", "model: "), SAID["turns"], "where it would be"),
     "no block around one": (SOURCES["blocks"].replace("'assistant' %}", "'assistant' and loop.last %}"),
                             SAID["turns"], r"items\[1\]: .*no generation block"),
