@@ -101,22 +101,26 @@ _CONVERSES = {
 
 def _records_in(value: dict[str, Any]) -> tuple[str, str] | None:
     """What a file holds that is one object but no record, and the expression that gives its records; else None."""
-    known = [(_CONVERSES[key], item) for key, item in value.items() if key in _CONVERSES]
-    if any(_is_column(meaning, item) for meaning, item in known):
-        return "the table is written by columns", TRANSPOSED
-    if known or not value:
+    if not value:
         return None
+    if not _CONVERSES.keys().isdisjoint(value):
+        return ("the table is written by columns", TRANSPOSED) if _has_columns(value) else None
     if all(map(_converses, value.values())):
         return "the records lie under keys of their own", "it.values()"
     lists = [key for key, item in value.items() if isinstance(item, list) and item and _converses(item[0])]
     return (f"the records lie under {', '.join(map(repr, lists))}", f"it[{lists[0]!r}]") if lists else None
 
 
-def _is_column(meaning: str, value: Any) -> bool:
-    """Whether it is no part of one record, but the same part of several: a list of them, or what pandas writes."""
-    if isinstance(value, dict):
-        return "0" in value
-    return isinstance(value, list) and bool(value) and isinstance(value[0], list if meaning == "messages" else str)
+def _has_columns(value: dict[str, Any]) -> bool:
+    """Whether each value is one of every record: a list, or what pandas writes, {"0": ..., "1": ...}."""
+    columns = [list(item.values()) if isinstance(item, dict) and "0" in item else item for item in value.values()]
+    if not all(isinstance(column, list) and column for column in columns):
+        return False
+    said = (column[0] for key, column in zip(value, columns, strict=True) if key in _CONVERSES)
+    return any(
+        isinstance(first, str) or (isinstance(first, list) and bool(first) and isinstance(first[0], dict))
+        for first in said
+    )
 
 
 def _converses(value: Any) -> bool:

@@ -556,6 +556,13 @@ def test_text_of_windows_becomes_utf_8_by_the_remedy(tmp_path, pack):
 
 def test_a_record_is_not_taken_for_what_holds_records(tmp_path):
     """Alone in its file it looks the same as others do."""
+    for record in ({"conversations": [["a", "b"], ["c", "d"]]}, {"instruction": "a", "output": ["b", "c"]}):
+        said = []
+        for count in (1, 2):
+            with pytest.raises(DataError) as error:
+                read(saved(tmp_path, (json.dumps(record) + "\n").encode() * count))
+            said.append(str(error.value))
+        assert said[0] == said[1]
     for extra in ({"data": RECORDS}, {"0": RECORDS[0]}, {"train": RECORDS[:1], "weights": [0, 1]}):
         with contextlib.suppress(DataError):
             assert len(read(saved(tmp_path, json.dumps(RECORDS[0] | extra).encode()))[0]) == 1
