@@ -22,7 +22,7 @@ from ochat.text import tokenizer as tokenizers
 from ochat.text.record_formats import RecordReader
 from ochat.text.records.keys import CALL, DETAIL, LEVELS, MESSAGE, PART, RECORD
 from ochat.text.records.levels import has_content
-from ochat.text.records.map import COLUMNS, RecordMap
+from ochat.text.records.map import RecordMap
 from ochat.text.records.objects import Notes
 from tests import text_kit
 
@@ -91,7 +91,12 @@ turns = st.builds(lambda r, c, more: {"role": r, "content": c} | more, roles, co
 answered = st.lists(turns, max_size=2).map(
     lambda said: [{"role": "user", "content": "y"}, *said, {"role": "assistant", "content": "z"}]
 )
-pairs = st.lists(st.builds(lambda more: {"input": "q", "output": "a"} | more, extra(RECORD, 1)), min_size=1, max_size=2)
+pair_weights = st.sampled_from([{}, {"weight": 0.25}, {"train": False}, {"loss_weight": 3, "train": True}])
+pairs = st.lists(
+    st.builds(lambda w, more: {"input": "q", "output": "a"} | w | more, pair_weights, extra(RECORD, 1)),
+    min_size=1,
+    max_size=2,
+)
 bodies = st.builds(
     lambda key, value: {key: value}, st.sampled_from(RECORD.names("messages")), answered | answered | pairs
 ) | st.fixed_dictionaries({"prompt": st.just("q") | st.lists(turns, min_size=1), "completion": st.just("a")})
@@ -206,6 +211,21 @@ def test_every_key_matters_is_counted_or_refuses_the_record(encode, record):
             assert any(each != seen[0] for each in seen), f"{level.name}.{name} makes no difference"
 
 
+@settings(max_examples=300, deadline=None)
+@given(record=records)
+def test_a_records_weight_multiplies_every_token(encode, record):
+    """Those of spans and parts, and of earlier turns, too."""
+    without = {name: value for name, value in record.items() if RECORD.meanings.get(name) not in ("weight", "trained")}
+    once, scaled, untrained = (
+        encode(result(without | more)[0]) for more in ({}, {"weight": 0.5}, {"train": False, "loss_weight": 3})
+    )
+    assert (once == "refused") == (scaled == "refused") == (untrained == "refused")
+    if once != "refused":
+        for (ids, weights, *_), (ids_scaled, half, *_), (_, none, *_) in zip(once, scaled, untrained, strict=True):
+            assert ids == ids_scaled and not any(none)
+            assert half == pytest.approx([weight / 2 for weight in weights])
+
+
 @given(records, st.sets(st.sampled_from([name for names in KNOWN.values() for name in names])))
 def test_what_is_ignored_by_name_makes_no_difference(record, ignored):
     """A record reads as one that does not have the ignored keys."""
@@ -255,6 +275,10 @@ def test_null_is_absent(record, added):
     assert result(with_nulls) == result(record)
 
 
+MAPPED = {*RecordMap.__struct_fields__} - {"condition"}
+
+
+@settings(max_examples=400)
 @given(records, st.data())
 def test_a_mapped_column_reads_as_the_tables_key(record, data):
     """Columns of the record, and the keys of role and content in its messages."""
@@ -262,7 +286,8 @@ def test_a_mapped_column_reads_as_the_tables_key(record, data):
     messages = [at(renamed, path) for level, path in objects_of(RECORD, renamed) if level is MESSAGE]
     for name in data.draw(st.permutations(sorted(record))):
         meaning = RECORD.meanings.get(name)
-        if meaning in COLUMNS and meaning not in columns and not (name == "input" and isinstance(record[name], dict)):
+        is_body = name == "input" and isinstance(record[name], dict)  # which is part of the record
+        if meaning in MAPPED - columns.keys() and not is_body:
             columns[meaning] = f"my {meaning}"
             back[f"my {meaning}"] = name
             renamed[f"my {meaning}"] = renamed.pop(name)

@@ -129,6 +129,8 @@ THREE = {"messages": [{"role": "system", "content": "S"}, LIST[2], *ANSWERS]}
         (CHAT | {"weights": [0, 3], "loss_mask": [1, 1], "weight": 2}, [0, 6]),
         ({"messages": [LIST[2], ANSWERS[0] | {"weight": 2}], "weights": [0, 3], "weight": 0.5}, [0, 3]),
         (THREE | {"weights": [0, 0, 1]}, [0, 1]),
+        ({"messages": [PAIR], "weights": [0, 2]}, [0, 2]),
+        ({"messages": [PAIR | {"system": "S"}], "weights": [0, 0, 2]}, [0, 2]),
         ({"prompt": LIST, "completion": "a", "weights": [0, 3, 0, 1]}, [0, 3, 0, 1]),
         ({"prompt": LIST, "completion": "a", "weight": 2}, [None, 0, None, 2]),
         ({"instruction": "q", "output": "a", "weight": 0.5}, [None, 0.5]),

@@ -102,7 +102,8 @@ class TurnReader:
         check_object(value, place)
         try:
             fields = read_fields(value, RECORD, self.notes, self.columns)
-            system = [Turn("system", Message("system", read_system(fields, self.notes)))] if is_first else []
+            said = read_system(fields, self.notes) if is_first else ""
+            system = [Turn(fields.name("system"), Message("system", said))] if said else []
             for meaning, name in fields.names.items():
                 if meaning not in _PAIR and not (meaning == "system" and is_first):
                     raise DataError(f"{name}: it is not read beside a question and its answer; {IGNORE} {name}")
