@@ -77,6 +77,7 @@ CONTEXT = (Message("user", "q0"), Message("assistant", "a0", 0.0), Q)
         ({"prompt": LIST[2], "completion": ANSWERS[0]}, (Q, A), ""),
         ({"input": LIST, "output": "a"}, (*CONTEXT, A), ""),  # OpenRLHF, Nemotron, and HelpSteer3 with context
         ({"instruction": "", "input": "q", "output": "a"}, (Q, A), ""),
+        ({"prompt": "", "question": "q", "output": "a", "response": " ", "context": [], "input": ""}, (Q, A), ""),
         ({"input": {"messages": [LIST[2], *ANSWERS], "tools": []}}, (Q, A), ""),
         ({"conversation": [PAIR, {"input": "q", "output": "a"}]}, (*BEFORE[:2], Q, A), ""),
         ({"conversation": [PAIR | {"system": "S", "weight": 0.5}, {"query": "q", "answer": "a"}]},
@@ -209,7 +210,7 @@ SYSTEM = {"role": "system", "content": "x"}
         ({"instruction": "x", "output": "y", "reward": "z"}, "reward: expected a number"),
         ({"instruction": "x", "question": "y", "output": "z"}, "question: instruction says the same.*--ignore"),
         ({"text": "x"}, "text: text without roles; write messages, or .*--map"),
-        ({"messages": [], "items": LIST}, "items: messages says the same thing, with another value"),
+        ({"messages": LIST[:1], "items": LIST}, "items: messages says the same thing, with another value"),
         (CHAT | {"prompt": "other"}, "prompt: the record has messages as well; choose with --ignore prompt or"),
         (CHAT | {"reasoning": "hm"}, "reasoning: it is not read beside messages; write it into messages"),
         ({"prompt": "q", "answer": [], "thinking": "hm"}, "thinking: it is not read beside messages.*--ignore"),

@@ -18,7 +18,7 @@ from typing import Any
 from ochat.errors import DataError
 from ochat.text.fields import check_list, check_number, check_text, describe, shorten
 from ochat.text.records.keys import RECORD
-from ochat.text.records.levels import IGNORE, Level
+from ochat.text.records.levels import IGNORE, Level, has_content
 
 NO_COLUMNS: Mapping[str, str] = {}
 _SWITCHES = ("on", "off", "yes", "no", "true", "false", "none", "low", "medium", "high")
@@ -137,6 +137,10 @@ def read_fields(record: dict[str, Any], level: Level, notes: Notes, columns: Map
             notes.leave_out(level, name)
         elif meaning not in values:
             names[meaning], values[meaning] = name, value
+        elif not has_content(value) or not has_content(values[meaning]):  # uniform rows have keys that say nothing
+            said, blank = (name, names[meaning]) if has_content(value) else (names[meaning], name)
+            names[meaning], values[meaning] = said, record[said]
+            notes.leave_out(level, blank)
         elif values[meaning] != value:
             first, other = level.shown(names[meaning]), level.shown(name)
             raise DataError(
