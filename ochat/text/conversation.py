@@ -34,6 +34,13 @@ class Message:
     name: str = ""  # of the tool that replies
     tool_call_id: str = ""  # of the call that it replies to
 
+    @property
+    def weight_around(self) -> float | None:
+        """Of what is written around the content, such as the end of turn: 0 where spans give 0 to all that is said."""
+        zeros = sum(span.end - span.start for span in self.spans if span.weight == 0)
+        is_untrained = self.spans and zeros == len(self.content) and not (self.reasoning or self.tool_calls)
+        return 0.0 if is_untrained else self.weight
+
     def to_dict(self) -> dict[str, Any]:
         """The message as a record holds it, without what it does not have."""
         record: dict[str, Any] = {"role": self.role, "content": self.content}

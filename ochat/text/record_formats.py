@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ochat.errors import ConfigError, DataError
 from ochat.text.conversation import Conversation, Message, default_weight
-from ochat.text.fields import check_object, shorten
+from ochat.text.fields import check_object, nearest, shorten
 from ochat.text.records.answers import answered
 from ochat.text.records.calls import read_tools
 from ochat.text.records.keys import RECORD
@@ -71,12 +71,12 @@ class RecordReader:
             reader = TurnReader(record, fields, notes, self._messages, self._columns)
             if not self.map.answers:
                 return [self._conversation(reader.turns(), fields, notes, condition)]
+            answered_by = answered(reader, self.map.answers)
             names = {column: name or condition for column, name in self.map.answers.items()}
             if default_condition and (others := set(names.values()) - {default_condition}):
                 raise DataError(_two_classes(min(others), default_condition))
             if fields.text("condition") and names != dict.fromkeys(names, condition):
                 raise DataError(f"condition: the map gives each answer its class; {IGNORE} condition")
-            answered_by = answered(reader, self.map.answers)
             return [self._conversation(turns, fields, notes, names[column]) for column, turns in answered_by.items()]
         except RecursionError:
             raise DataError("record: objects and lists are nested too deep") from None
@@ -149,8 +149,9 @@ class RecordReader:
             if value is not None:
                 condition = rule.of(value)
             elif not (file_class or self.default_condition):
+                close = nearest(rule.column, record)
                 raise DataError(
-                    f"{rule.column}: missing, and the map reads the class from it; or give --default-condition"
+                    f"{rule.column}: missing{close}, and the map reads the class from it; or give --default-condition"
                 )
         if file_class and condition not in ("", file_class):
             raise DataError(_two_classes(condition, file_class))

@@ -87,6 +87,14 @@ def test_spans_are_characters_of_the_content(more, spans):
     assert read(says(**more)).spans == tuple(WeightedSpan(*span) for span in spans)
 
 
+def test_a_message_whose_parts_all_weigh_0_is_not_trained():
+    """Its end of turn would be, alone."""
+    for whole in ({"content": [text("ab", weight=0), text("c", train=False)]}, {"spans": [[0, 2, 0], [2, 6, 0]]}):
+        assert read(says(**whole, weight=0.5)).weight_around == 0
+    for part in ({"spans": [[0, 5, 0]]}, {"spans": [[0, 6, 0]], "tool_calls": [CALL]}, {"spans": [[0, 6, 0.1]]}):
+        assert read(says(**part, weight=0.5)).weight_around == 0.5
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning(key):
     assert read(says(content="a", **{key: "hm"})) == Message("assistant", "a", reasoning="hm")

@@ -176,7 +176,7 @@ def test_answers_of_several_classes_follow_one_prompt_that_is_not_trained(record
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"prompt": "q"}, "record: none of the columns"),
+        ({"prompt": "q"}, "record: it has no answer"),
         ({"prompt": [], "chosen": "a"}, "chosen: no question stands before this answer"),
         ({"chosen": PROMPT[:1], "rejected": "b"}, "rejected: no question stands before this answer"),
         ({"chosen": "a", "rejected": "b"}, "record: no messages"),

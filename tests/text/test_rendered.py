@@ -212,6 +212,17 @@ def test_spans_weigh_characters_of_a_message(small):
         rewriting.encode(quoted, small["gpt2"])
 
 
+@pytest.mark.parametrize("name", ["openchat_v3.2", "chatml", "qwen3"])
+def test_a_message_whose_characters_all_weigh_0_has_no_end_of_turn_to_learn(tmp_path, name):
+    tokens = ["<|end_of_turn|>"] if name == "openchat_v3.2" else []
+    tokenizer = tokenizers.load(text_kit.small_folder("qwen", tmp_path), tokens)
+    said = Message("assistant", "wrong", None, (WeightedSpan(0, 5, 0.0),))
+    conversation = Conversation((Message("user", "x"), said))
+    assert not any(templates.load(name).encode(conversation, tokenizer)[1])
+    in_part = replace(conversation, items=(conversation.items[0], replace(said, content="wrong!")))
+    assert sum(templates.load(name).encode(in_part, tokenizer)[1]) >= 2
+
+
 TWO_CALLS = replace(SAID["tools"], items=(Message("user", "Rain?"), Message("assistant", "", tool_calls=CALL * 2)))
 FAULTS = {  # source, conversation, words of the refusal
     "leaves out system": (SOURCES["plain"].replace("in messages", "in messages if m.role != 'system'"),

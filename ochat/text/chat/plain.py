@@ -79,4 +79,4 @@ def _content(message: Message, eot: tuple[int, ...]) -> Segment:
     characters = None
     if message.spans:
         characters = Characters.of(len(message.content), message.role, message.weight, message.spans)
-    return Segment(message.role, message.weight, message.content, eot, characters)
+    return Segment(message.role, message.weight_around, message.content, eot, characters)

@@ -180,8 +180,8 @@ def _characters(conversation: Conversation, written: Written, turns: Turns) -> C
     for i, message in enumerate(conversation.items):
         for start, end in turns[i]:
             roles[start:end] = ROLE_IDS[message.role]
-            if message.weight is not None:
-                weights[start:end] = message.weight
+            if message.weight_around is not None:
+                weights[start:end] = message.weight_around
         if message.spans:
             first = len(message.content) - len(message.content.lstrip())  # blanks in front may be trimmed
             for start, end in written.places.get(("content", i), []):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ochat.errors import DataError
+from ochat.text.fields import shorten
 from ochat.text.records.levels import IGNORE
 from ochat.text.records.messages import Turn, as_prompt
 from ochat.text.records.turns import QUESTION, TurnReader, check_transcript
@@ -40,9 +41,10 @@ def answered(reader: TurnReader, columns: Iterable[str]) -> dict[str, list[Turn]
 
 def _columns(reader: TurnReader, columns: Iterable[str]) -> dict[str, list[Turn]]:
     """The turns in each of the columns that the record has."""
-    columns = [column for column in columns if reader.record.get(column) is not None]
+    given, columns = list(columns), [column for column in columns if reader.record.get(column) is not None]
     if not columns:
-        raise DataError("record: none of the columns that the map names as answers")
+        names = ", ".join(map(shorten, given))
+        raise DataError(f"record: it has no answer that the map names ({names}); prepare such files on their own")
     reader.check_alone(columns[0])
     if "answer" in reader.fields:
         name = reader.fields.name("answer")
