@@ -77,6 +77,7 @@ def test_parts_are_joined_by_newlines_and_weigh_what_they_say(content, joined, s
     [
         ({"spans": [[4, 6, 0], [0, 2, True]]}, [(0, 2, 1), (4, 6, 0)]),
         ({"spans": "[[0, 6, 0.5]]"}, [(0, 6, 0.5)]),
+        ({"spans": [[0.0, 6.0, 0.5]]}, [(0, 6, 0.5)]),  # a list of Parquet has one type
         ({"spans": []}, []),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, [(0, 2, 0)]),
         ({"training_detail": [{"begin_offset": 2, "end_offset": 2, "train": True}], "spans": [[3, 4, 0]]},
@@ -153,6 +154,7 @@ def test_what_is_beside_a_call():
         (says(label=False), "label: a boolean .* says whether the answer is good.*--ignore message.label"),
         (says(images=["x.jpg"]), "images: .*--ignore message.images"),
         (says(spans=[[0, 9, 1]]), r"spans\[0\]: .* is no part of the content's 6 characters"),
+        (says(spans=[[0.5, 2, 1]]), r"spans\[0\]: a number \(0.5\) up to .* is no part"),
         (says(spans=[[2, 2, 1]]), r"spans\[0\]: .* is no part"),
         (says(spans=[["0", 1, 1]]), r"spans\[0\]: text \('0'\) up to a number \(1\) is no part"),
         (says(spans=[[0, 1]]), r"spans\[0\]: \[start, end, weight\] is needed, got 2 values"),

@@ -87,13 +87,19 @@ def read_spans(fields: Fields, length: int, notes: Notes) -> list[WeightedSpan]:
                 raise DataError("train: missing")
         except DataError as error:
             raise DataError(f"{place}.{error}") from None
-        last = detail.values.get("last")
+        last = _whole(detail.values.get("last"))
         end = last + 1 if type(last) is int else last
         spans.append(_span(detail.values.get("start"), end, weight, length, place))
     return spans
 
 
+def _whole(number: Any) -> Any:
+    """An integer for 3.0, which a column of Parquet makes of 3 beside a weight of 0.5; else the value."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
 def _span(start: Any, end: Any, weight: float, length: int, place: str) -> WeightedSpan:
+    start, end = _whole(start), _whole(end)
     if type(start) is not int or type(end) is not int or not 0 <= start < end <= length:
         raise DataError(
             f"{place}: {describe(start)} up to {describe(end)} is no part of the content's {length} characters"
