@@ -141,6 +141,7 @@ class Encoder:
                 turns = self.tokenizer.split_at_specials(conversation.condition)
                 if len(turns) > 1:
                     raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
+            conversation = self.template.with_thoughts_apart(conversation)
             segments = self.template.segments(conversation, self.tokenizer)
             written = self._without_lost_reasoning(conversation)
             is_unthought = self.template.reasoning == "template" and written is not conversation

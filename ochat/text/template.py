@@ -185,11 +185,16 @@ class Template:
     def prepared(self, conversation: Conversation) -> Conversation:
         """The conversation with the class and the reasoning that are to be written."""
         condition = "" if self.condition_roles == "none" else conversation.condition
-        items = conversation.items
+        items = self.with_thoughts_apart(conversation).items
         if self.reasoning in ("last", "drop"):
             kept = len(items) - 1 if self.reasoning == "last" else len(items)
             items = tuple(replace(m, reasoning="") if i < kept and m.reasoning else m for i, m in enumerate(items))
         return replace(conversation, condition=condition, items=items)
+
+    def with_thoughts_apart(self, conversation: Conversation) -> Conversation:
+        """The conversation with `<think>` blocks in front of answers as reasoning, where chat_template does so."""
+        is_rendered = self.tokenize == "rendered"
+        return self._rendered.with_thoughts_apart(conversation) if is_rendered else conversation
 
     def without_lost_reasoning(self, conversation: Conversation) -> Conversation:
         """The conversation without the reasoning that is not written. Raises: DataError where chat_template breaks."""

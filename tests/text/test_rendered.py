@@ -224,15 +224,36 @@ def test_a_message_whose_characters_all_weigh_0_has_no_end_of_turn_to_learn(tmp_
 
 
 TWO_CALLS = replace(SAID["tools"], items=(Message("user", "Rain?"), Message("assistant", "", tool_calls=CALL * 2)))
+
+
+def test_thoughts_in_content_are_the_reasoning_that_the_template_makes_of_them(small):
+    """Ids are those of the messages as they were; --reasoning applies to such thoughts, too."""
+    template, tokenizer = templates.load("qwen3"), small["qwen"]
+    asked, inline = Message("user", "q"), Message("assistant", "<think>\nwhy\n</think>\n\nbecause")
+    apart = replace(inline, content="because", reasoning="why")
+    for items, same in (((asked, inline), (asked, apart)), ((asked, inline) * 2, (asked, apart) * 2)):
+        written = template.encode(Conversation(items), tokenizer)
+        assert written == template.encode(Conversation(same), tokenizer)
+        assert written[0] == tokenizer.encode_with_specials(template._rendered.render(Conversation(items)))
+        assert template.with_thoughts_apart(Conversation(items)) == Conversation(same)
+    dropped = templates.with_reasoning(template, "drop").encode(Conversation((asked, inline)), tokenizer)
+    assert dropped == template.encode(Conversation((asked, replace(apart, reasoning=""))), tokenizer)
+    for other in ("a<think>b</think>c", "<think>a</think>b</think>c"):
+        with pytest.raises(DataError, match=r"content of items\[1\]; it takes <think> out"):
+            template.encode(Conversation((asked, Message("assistant", other))), tokenizer)
+    chatml = templates.load("chatml")
+    assert chatml.with_thoughts_apart(Conversation((asked, inline))) == Conversation((asked, inline))
+
+
 FAULTS = {  # source, conversation, words of the refusal
     "leaves out system": (SOURCES["plain"].replace("in messages", "in messages if m.role != 'system'"),
                           SAID["system"], "leaves out the system text"),
     "leaves out a message": (SOURCES["plain"].replace("in messages", "in messages[-2:]"),
-                             SAID["turns"], "leaves out the content of message 1"),
+                             SAID["turns"], "leaves out the content of items.0."),
     "leaves out a call": (SOURCES["tools"].replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"), TWO_CALLS,
-                          "leaves out tool calls of message 2"),
+                          "leaves out tool calls of items.1."),
     "writes one call twice": (SOURCES["tools"].replace("c.function", "m.tool_calls[0].function"), TWO_CALLS,
-                              "leaves out tool calls of message 2"),
+                              "leaves out tool calls of items.1."),
     "writes twice": (SOURCES["plain"].replace(TURN, TURN + TURN), SAID["turns"], "changes what"),
     "turns round": (SOURCES["plain"].replace("in messages", "in messages | reverse"), SAID["turns"], "changes what"),
     "looks into messages": (SOURCES["plain"].replace(TURN, "{{ m.content.startswith('Hi') }}" + TURN),

@@ -14,18 +14,21 @@ from ochat.text.conversation import Conversation
 
 _NAMES = {
     "system": "the system text",
-    "content": "the content of message {}",
-    "tool call": "tool calls of message {}",
+    "content": "the content of items[{}]",
+    "tool call": "tool calls of items[{}]",
     "tool": "tools",
 }
 
 
-def check_complete(written: Written) -> None:
+def check_complete(conversation: Conversation, written: Written) -> None:
     """The system text, all messages, calls and tools are in the text."""
     for kind, number in written.lost:
         if kind in _NAMES:
-            what = _NAMES[kind].format(number + 1)
-            raise DataError(f"the chat template leaves out {what}; choose another --template, or leave the record out")
+            what = _NAMES[kind].format(number)
+            hint = "choose another --template, or leave the record out"
+            if kind == "content" and "</think>" in conversation.items[number].content:
+                hint = f"it takes <think> out of the text; write the thoughts into reasoning_content, or {hint}"
+            raise DataError(f"the chat template leaves out {what}; {hint}")
 
 
 def check_faithful(conversation: Conversation, written: Written, plain: str) -> None:

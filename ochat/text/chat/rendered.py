@@ -18,7 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -32,6 +32,8 @@ from ochat.text.chat.variables import SYSTEM, chat_variables
 from ochat.text.conversation import Conversation, Message
 from ochat.text.token_weights import ROLE_IDS, ROLES, Characters, Segment
 from ochat.text.tokenizer import Tokenizer
+
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class RenderedChat:
     def lost_reasoning(self, conversation: Conversation) -> list[int]:
         """The messages whose reasoning is not in the text."""
         return self.marked(conversation).lost_of("reasoning")
+
+    def with_thoughts_apart(self, conversation: Conversation) -> Conversation:
+        """The conversation with `<think>` blocks in front of answers as their reasoning, where the text is the same."""
+        items = tuple(map(_with_thought_apart, conversation.items))
+        if items == conversation.items or not self.writes_reasoning:
+            return conversation
+        apart = replace(conversation, items=items)
+        return apart if self.render(conversation) == self.render(apart) else conversation
 
     def default_system(self, tokenizer: Tokenizer) -> str:
         """What is written where a conversation has no system text, with its headers; "" where nothing is.
@@ -120,7 +130,7 @@ class RenderedChat:
         Raises: DataError for a conversation that the template cannot write.
         """
         written = self.marked(conversation)
-        checks.check_complete(written)
+        checks.check_complete(conversation, written)
         checks.check_faithful(conversation, written, self.render(conversation))
         checks.check_special_tokens(conversation, special_tokens)
         lost = written.lost_of("reasoning")
@@ -147,6 +157,13 @@ class RenderedChat:
         blanks = message.content[len(message.content.rstrip()) :]  # of which a template may write none
         endings = (ending for ending in (blanks + self.eot, self.eot) if text.startswith(ending, end))
         return end + len(next(endings, ""))
+
+
+def _with_thought_apart(message: Message) -> Message:
+    found = THOUGHT.fullmatch(message.content) if message.role == "assistant" else None
+    if not found or message.reasoning or message.spans or "</think>" in found[2]:
+        return message
+    return replace(message, reasoning=found[1].strip("\n"), content=found[2])
 
 
 @lru_cache(maxsize=8)
