@@ -94,7 +94,8 @@ def _join(
             ids += plain[segment.text] if segment.text else ()
         else:
             own, offsets = weighted[segment.text, segment.is_live]
-            spans += [span._replace(end=begin + span.end) for span in token_spans(offsets, *segment.characters)]
+            found = token_spans(offsets, *segment.characters, text=segment.text if segment.is_live else "")
+            spans += [span._replace(end=begin + span.end) for span in found]
             ids += own
             begin = len(ids)
         ids += segment.ids
@@ -104,12 +105,14 @@ def _join(
 
 
 def token_spans(
-    offsets: Sequence[tuple[int, int]], roles: NDArray[np.uint8], weights: NDArray[np.float32]
+    offsets: Sequence[tuple[int, int]], roles: NDArray[np.uint8], weights: NDArray[np.float32], *, text: str = ""
 ) -> list[Span]:
     """Runs of tokens of one role and weight, in order.
 
     `offsets`: the characters of each token; one without characters is taken with the character that follows.
-    `roles` (indices into ROLES), `weights` (NaN: the role's default): of each character.
+    `roles` (indices into ROLES), `weights` (NaN: the role's default): of each character. `text`: those characters, if
+    a chat template wrote them: of several tokens for a blank that ends a run, as SentencePiece has for a newline, only
+    the first is part of it, as in transformers' masks.
     """
     if not offsets:
         return []
@@ -124,6 +127,11 @@ def token_spans(
         own = np.where(np.isnan(weights[characters]), DEFAULT_WEIGHTS[roles[characters]], weights[characters])
         token_roles[token] = roles[characters][np.abs(own).argmax()]
         token_weights[token] = own.mean(dtype=np.float64)
+    again = (starts[1:] == starts[:-1]) & (ends[1:] == ends[:-1])
+    for token in np.flatnonzero(again) + 1 if text else ():
+        after = ends[token]
+        if text[after - 1].isspace() and (after == len(changes) or changes[after] != changes[after - 1]):
+            token_roles[token], token_weights[token] = ROLE_IDS["prefix"], np.nan
     is_last = np.ones(len(starts), bool)
     is_last[:-1] = (token_roles[1:] != token_roles[:-1]) | ~(
         (token_weights[1:] == token_weights[:-1]) | (np.isnan(token_weights[1:]) & np.isnan(token_weights[:-1]))

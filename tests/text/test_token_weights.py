@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ochat.text import token_weights
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import WeightedSpan, default_weight
-from ochat.text.token_weights import ROLES, Characters, Segment, Span
+from ochat.text.token_weights import ROLES, Characters, Segment, Span, token_spans
 from tests import text_kit
 
 NAN = float("nan")
@@ -94,3 +94,13 @@ def test_conversations_are_encoded_together_as_alone(small, said):
 def test_a_span_weighs_its_role_where_nothing_is_given():
     assert [Span(1, role, None).own_weight for role in ROLES] == [default_weight(role) for role in ROLES]
     assert not Span(1, "assistant", 1e-60).is_supervised, "a data set holds float32"
+
+
+def test_of_a_rendered_newline_that_ends_a_run_the_first_token_counts():
+    roles, weights = np.array([4, 4, 3], np.uint8), np.full(3, NAN, np.float32)
+    offsets = [(0, 1), (1, 2), (1, 2), (2, 3)]
+    assert token_spans(offsets, roles, weights, text="a\nb")[0] == (2, "assistant", None)
+    assert token_spans(offsets, roles, weights)[0] == (3, "assistant", None)
+    assert token_spans(offsets, roles, weights, text="aéb")[0] == (3, "assistant", None)
+    assert token_spans(offsets[:3], roles[:2], weights[:2], text="a\n")[0] == (2, "assistant", None)
+    assert token_spans(offsets, np.array([4, 4, 4], np.uint8), weights, text="a\nb")[0] == (4, "assistant", None)
