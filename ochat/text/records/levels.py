@@ -1,6 +1,6 @@
 """The kinds of objects that have keys, and what a key means that is not in the table of keys.py.
 
-    level = Level("part", Key("text", ("text", "value"), "the text"))
+    level = Level("part", Key("text", "text value", "the text"))
     level.meaning("value", "Hi")       # "text"
 
 A key that is in the table is read, or refused by its name. All others are metadata: counted and left out, unless one
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -35,13 +34,11 @@ _WEIGHING = {"weight", "weights", "mask", "masks", "loss", "train", "training", 
 _WEIGHING |= {"masked", "ignore", "ignored", "exclude", "excluded", "learn", "learnable", "supervised"}
 
 
-@dataclass(frozen=True)
 class Key:
-    """Keys of one meaning. `meaning` "" says that they are refused, `text` why, and what to do."""
+    """Keys of one meaning, written with blanks between them; a `meaning` of "" refuses them, and `text` says why."""
 
-    meaning: str
-    names: tuple[str, ...]
-    text: str
+    def __init__(self, meaning: str, names: str, text: str) -> None:
+        self.meaning, self.names, self.text = meaning, tuple(names.split()), text
 
 
 class Level:
