@@ -11,7 +11,6 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +19,9 @@ from ochat.errors import DataError
 OTHER_TYPE = "\0type"  # the one key of an object that stands for a value of a column; its value names the column's type
 TWICE = "the key comes twice in one object; keep one of the two"
 LONGEST_NAME = 40  # a key of megabytes is no field's name, and difflib would take minutes to say so
+LONGEST_PLACE = 800  # of a key that comes twice
 DEEPEST = 64  # of objects and lists in one another that chat templates write
-_KINDS: dict[type, str] = {
-    type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text", list: "a list",
-    dict: "an object",
-}  # fmt: skip
+_KINDS: dict[type, str] = {type(None): "null", str: "text", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -93,41 +90,30 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> Any:
 
 def place_of_twice(text: str) -> str:
     """Where the JSON text of a record has a key twice, such as "items[0].content"; "" if that cannot be told."""
-    path: list[str] = []
     try:
-        levels = [_steps(json.loads(text, object_pairs_hook=_Pairs))]
+        return _twice(json.loads(text, object_pairs_hook=_object_or_twice)).removeprefix(".")[-LONGEST_PLACE:]
     except (ValueError, RecursionError):  # further on
         return ""
-    while levels:
-        step, value = next(levels[-1], ("", None))
-        if not step:
-            levels.pop()
-            path = path[:-1]
-            continue
-        path.append(step)
-        if value is _TWICE:
-            return "".join(path[-20:]).lstrip(".")
-        levels.append(_steps(value))
-    return ""
 
 
-class _Pairs(list[tuple[str, Any]]):
-    """An object as its keys and values."""
+class _Twice(str):
+    """The place of a key that comes twice, in place of the object that it is in."""
 
 
-_TWICE = object()
+def _object_or_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found or (below := _twice(value)):
+            return _Twice(f".{shorten(key)}{'' if key in found else below}")
+        found[key] = value
+    return found
 
 
-def _steps(value: Any) -> Iterator[tuple[str, Any]]:
-    """What is one level further down, and how it is reached."""
-    if isinstance(value, _Pairs):
-        seen: set[str] = set()
-        for key, item in value:
-            yield f".{shorten(key)}", _TWICE if key in seen else item
-            seen.add(key)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield f"[{i}]", item
+def _twice(value: Any) -> str:
+    """The place in a value of a key that comes twice, "" if there is none."""
+    if isinstance(value, list):
+        return next((f"[{i}]{place}" for i, item in enumerate(value) if (place := _twice(item))), "")
+    return value if isinstance(value, _Twice) else ""
 
 
 def check_json(value: Any, place: str, depth: int = DEEPEST) -> Any:
@@ -187,16 +173,15 @@ def check_number(value: Any, place: str) -> float:
 
 
 def describe(value: Any) -> str:
-    """A short name of a JSON value for messages: its kind, and its text when that is short."""
+    """A JSON value for messages: a number or a boolean as it is, of others the kind, and a text that is short."""
     if isinstance(value, OtherType):
         return f"{value.name}, which JSON lacks: cast the column to text or to a number"
-    kind = _KINDS.get(type(value), type(value).__name__)
-    if value is None or (value and isinstance(value, list | dict)):  # which may be nested too deep to be shown
-        return kind
     if isinstance(value, int) and value.bit_length() > 128:  # Python does not write numbers of thousands of digits
-        return f"{kind} (too large to be shown)"
-    shown = repr(value)
-    return f"{kind} ({shown})" if len(shown) <= 40 else kind
+        return "a number too large to be shown"
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    kind = _KINDS.get(type(value), type(value).__name__)
+    return f"{kind} ({value!r})" if isinstance(value, str) and len(value) <= LONGEST_NAME else kind
 
 
 def shorten(name: str) -> str:

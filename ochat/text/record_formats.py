@@ -68,7 +68,7 @@ class RecordReader:
         try:
             record, fields = self._fields(record, notes)
             condition = self._class(record, fields, default_condition)
-            reader = TurnReader(record, fields, notes, self._messages, self._columns)
+            reader = TurnReader(record, fields, notes, self._messages)
             if not self.map.answers:
                 return [self._conversation(reader.turns(), fields, notes, condition)]
             answered_by = answered(reader, self.map.answers)
@@ -85,7 +85,7 @@ class RecordReader:
         """The conversation up to its last question, without weights; an answer is left out. Raises: DataError."""
         try:
             record, fields = self._fields(record, notes)
-            turns = TurnReader(record, fields, notes, self._messages, self._columns).prompt()
+            turns = TurnReader(record, fields, notes, self._messages).prompt()
             turns = [turn._replace(message=replace(turn.message, weight=None, spans=())) for turn in turns]
             system, items = split_system(turns, fields, notes)
             return Conversation(items, self._class(record, fields, ""), system, tools=_tools(fields))

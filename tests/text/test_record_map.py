@@ -184,11 +184,11 @@ def test_answers_of_several_classes_follow_one_prompt_that_is_not_trained(record
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected: an empty answer"),
         ({"prompt": "q", "chosen": "a", "rejected": []}, "rejected: empty"),
         ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q"}, "chosen: a transcript"),
-        ({"prompt": "q", "chosen": "a", "rejected": 3}, "rejected: expected text or messages, got a number"),
+        ({"prompt": "q", "chosen": "a", "rejected": 3}, "rejected: expected text or messages, got 3"),
         ({"prompt": "q", "chosen": "a", "rejected": {"content": "x"}}, "rejected.role: missing"),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "condition": "x"}, "condition: .*--ignore condition"),
         ({"prompt": "other", "chosen": [*PROMPT, answer("a")]}, "prompt: the record has chosen as well.*--ignore"),
-        ({"messages": PROMPT[:2], "chosen": "a"}, r"messages\[1\]: an answer where chosen should .*\[answers\] too"),
+        ({"messages": PROMPT[:2], "chosen": "a"}, r"messages\[1\]: an answer where chosen should .*\[answers\]"),
     ],
 )  # fmt: skip
 def test_answers_that_do_not_fit_are_refused(record, said):

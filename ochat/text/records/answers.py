@@ -24,13 +24,13 @@ def answered(reader: TurnReader, columns: Iterable[str]) -> dict[str, list[Turn]
     found = _columns(reader, columns)
     whole = {column: turns for column, turns in found.items() if turns[0].message.role != "assistant"}
     prompt = _prompt(reader, found, whole)
-    for column in found.keys() - whole.keys():
-        if not prompt or prompt[-1].message.role == "assistant":
-            if not prompt:
-                raise DataError(f"{column}: no question stands before this answer; name its column with --map")
+    for column in [column for column in found if column not in whole]:
+        if not prompt:
+            raise DataError(f"{column}: no question stands before this answer; name its column with --map")
+        if prompt[-1].message.role == "assistant":
+            place = prompt[-1].place
             raise DataError(
-                f"{prompt[-1].place}: an answer where {column} should follow; take it out, or name its column in "
-                "[answers] too"
+                f"{place}: an answer where {column} should follow; remove it, or name its column in [answers]"
             )
     found = {column: turns if column in whole else prompt + turns for column, turns in found.items()}
     shared = 0 if whole and len(found) == 1 else min(len(prompt), _num_shared(list(found.values())))
@@ -58,7 +58,7 @@ def _columns(reader: TurnReader, columns: Iterable[str]) -> dict[str, list[Turn]
 def _prompt(reader: TurnReader, found: dict[str, list[Turn]], whole: dict[str, list[Turn]]) -> list[Turn]:
     """The turns before the answers: those of the record, or of the first whole conversation."""
     if whole:
-        said = [turn.message for turns in found.values() for turn in turns]
+        said = [turn for turns in found.values() for turn in turns]
         for meaning in ("messages", *QUESTION):
             reader.check_said(meaning, said, next(iter(found)))
         return next(iter(whole.values()))[:-1]

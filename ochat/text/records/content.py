@@ -1,9 +1,9 @@
 """Read what a message says: text, or content parts, with weights for parts of it.
 
-    read_content([{"type": "text", "text": "No.", "weight": 0}, {"type": "text", "text": "Yes."}], notes)
-    # Content("No.\\nYes.", "", [WeightedSpan(0, 4, 0.0)])
+    read_parts([{"type": "text", "text": "No.", "weight": 0}, {"type": "text", "text": "Yes."}], "content", notes)
+    # Content("No.\\nYes.", "", (WeightedSpan(0, 4, 0.0),))
 
-Characters are code points of the whole content. Errors begin where the content's own key ends: "[0].text: ...".
+Characters are code points of the whole content.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Content(NamedTuple):
     spans: tuple[WeightedSpan, ...] = ()
 
 
-def read_parts(parts: list[Any], notes: Notes) -> Content:
+def read_parts(parts: list[Any], place: str, notes: Notes) -> Content:
     """The text parts joined by newlines, as servers do; so are those of reasoning. Raises: DataError."""
     text, thoughts, spans = "", [], []
     for i, value in enumerate(parts):
-        part = {"text": value} if isinstance(value, str) else check_object(value, f"[{i}]")
+        part = {"text": value} if isinstance(value, str) else check_object(value, f"{place}[{i}]")
         try:
             kind, said, weight = _read_part(part, notes)
         except DataError as error:
-            raise DataError(f"[{i}].{error}") from None
+            raise DataError(f"{place}[{i}].{error}") from None
         if kind in REASONING_PARTS:
             thoughts.append(said)
             continue
@@ -80,31 +80,28 @@ def read_spans(fields: Fields, length: int, notes: Notes) -> list[WeightedSpan]:
         spans.append(_span(values[0], values[1], check_number(values[2], place), length, place))
     for i, value in enumerate(fields.list("train_detail")):
         place = f"{fields.name('train_detail')}[{i}]"
+        check_object(value, place)
         try:
-            detail = read_fields(check_object(value, "it"), DETAIL, notes)
+            detail = read_fields(value, DETAIL, notes)
             weight = detail.weight()
-            if weight is None:
-                raise DataError("train: missing")
         except DataError as error:
             raise DataError(f"{place}.{error}") from None
-        last = _whole(detail.values.get("last"))
-        end = last + 1 if type(last) is int else last
-        spans.append(_span(detail.values.get("start"), end, weight, length, place))
+        if weight is None:
+            raise DataError(f"{place}.train: missing")
+        start, last = (detail.values.get(meaning) for meaning in ("start", "last"))
+        spans.append(_span(start, last, weight, length, place, last_is_in=1))
     return spans
 
 
-def _whole(number: Any) -> Any:
-    """An integer for 3.0, which a column of Parquet makes of 3 beside a weight of 0.5; else the value."""
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _span(start: Any, end: Any, weight: float, length: int, place: str) -> WeightedSpan:
-    start, end = _whole(start), _whole(end)
-    if type(start) is not int or type(end) is not int or not 0 <= start < end <= length:
+def _span(start: Any, end: Any, weight: float, length: int, place: str, last_is_in: int = 0) -> WeightedSpan:
+    for value in (start, end):  # 3.0 is what a list of Parquet makes of 3 beside a weight of 0.5
+        if type(value) not in (int, float) or value != value // 1:
+            raise DataError(f"{place}: {describe(value)} is no whole number")
+    if not 0 <= start < end + last_is_in <= length:
         raise DataError(
-            f"{place}: {describe(start)} up to {describe(end)} is no part of the content's {length} characters"
+            f"{place}: {describe(start)} to {describe(end)} is no part of the content's {length} characters"
         )
-    return WeightedSpan(start, end, weight)
+    return WeightedSpan(int(start), int(end) + last_is_in, weight)
 
 
 def in_order(spans: list[WeightedSpan]) -> tuple[WeightedSpan, ...]:

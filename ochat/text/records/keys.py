@@ -50,7 +50,7 @@ RECORD = Level(
     Key(
         "history",
         "history chat_history conversation_history",
-        "earlier turns: `[[question, answer], ...]`, or messages",
+        "earlier turns: `[[question, answer], ...]`, objects of the two, or messages",
     ),
     Key(
         "system",

@@ -114,8 +114,8 @@ class MessageReader:
             return ROLES[said], False
         if "role" not in fields:
             raise DataError(
-                "role: missing or null; --map names the keys of messages (role, content) or of pairs (question, "
-                f"answer){fields.others()}"
+                f"{fields.name('role')}: missing or null; --map names the keys of messages (role, content) or of pairs "
+                f"(question, answer){fields.others()}"
             )
         said = fields.text("role")
         name = self.roles.get(said, said).strip().lower()
@@ -131,13 +131,7 @@ class MessageReader:
 def _content(fields: Fields, notes: Notes) -> Content:
     name = fields.name("content")
     value = as_rows(fields.values.get("content", ""), name)
-    if isinstance(value, list):
-        try:
-            content = read_parts(value, notes)
-        except DataError as error:
-            raise DataError(f"{name}{error}") from None
-    else:
-        content = Content(check_text(value, name))
+    content = read_parts(value, name, notes) if isinstance(value, list) else Content(check_text(value, name))
     reasoning = "\n".join(filter(None, (fields.reasoning(), content.reasoning)))
     return content._replace(reasoning=reasoning)
 

@@ -9,7 +9,6 @@ Errors begin with the key that the object has; the caller puts the object's plac
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,20 +35,23 @@ class Notes:
         self.ignored[level.shown(name)] += 1
 
 
+@dataclass(slots=True)
 class Fields:
-    """Values by meaning; null ones are absent."""
+    """The values of an object by meaning, and the keys that it has for them; null ones are absent."""
 
-    __slots__ = ("level", "names", "record", "values")
-
-    def __init__(self, level: Level, record: dict[str, Any], names: dict[str, str], values: dict[str, Any]) -> None:
-        self.level, self.record, self.names, self.values = level, record, names, values
+    level: Level
+    record: dict[str, Any]
+    names: dict[str, str]
+    values: dict[str, Any]
+    columns: Mapping[str, str]  # as read_fields takes them
 
     def __contains__(self, meaning: str) -> bool:
         return meaning in self.values
 
     def name(self, meaning: str) -> str:
-        """The key that the object has, else the first of those that it could have."""
-        return self.names.get(meaning) or self.level.names(meaning)[0]
+        """The key that the object has, else the one that a map names, else the first of the table."""
+        mapped = (name for name, meant in self.columns.items() if meant == meaning)
+        return self.names.get(meaning) or next(mapped, "") or self.level.names(meaning)[0]
 
     def text(self, meaning: str, *, required: bool = False) -> str:
         """The text, "" if it may be missing and is. Raises: DataError."""
@@ -97,7 +99,7 @@ class Fields:
             return
         name, value = self.names["label"], self.values["label"]
         if isinstance(value, int | float) and value in (0, 1):
-            good, bad = (json.dumps(type(value)(truth)) for truth in (1, 0))  # as the column writes them
+            good, bad = (describe(type(value)(truth)) for truth in (1, 0))  # as the column writes them
             rule = f'condition = {{from = "{name}", values = {{"{good}" = "GPT4", "{bad}" = "GPT3"}}}}'
             remedy = f"give it a class with --map: {rule}" if self.level is RECORD else "write weight"
             raise DataError(
@@ -147,7 +149,7 @@ def read_fields(record: dict[str, Any], level: Level, notes: Notes, columns: Map
                 f"{shorten(name)}: {names[meaning]} says the same thing, with another value; keep one of the two with "
                 f"{IGNORE} {first} or {IGNORE} {other}"
             )
-    return Fields(level, record, names, values)
+    return Fields(level, record, names, values, columns)
 
 
 def _meaning(name: str, value: Any, level: Level, notes: Notes, columns: Mapping[str, str]) -> str:

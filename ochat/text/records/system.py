@@ -20,10 +20,7 @@ def read_system(fields: Fields, notes: Notes) -> str:
     if not isinstance(value, list):
         return fields.text("system")
     name = fields.names["system"]
-    try:
-        content = read_parts(value, notes)
-    except DataError as error:
-        raise DataError(f"{name}{error}") from None
+    content = read_parts(value, name, notes)
     if content.reasoning or content.spans:
         raise DataError(f"{name}: the system text has neither reasoning nor weights; remove them")
     return check_text(content.text, name)

@@ -9,13 +9,12 @@ that it lists, system.py its system text.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ochat.errors import DataError
 from ochat.text.conversation import Message
-from ochat.text.fields import check_object, check_text, describe, shorten
+from ochat.text.fields import check_object, check_text
 from ochat.text.records.calls import read_calls
 from ochat.text.records.keys import MESSAGE, RECORD
 from ochat.text.records.levels import IGNORE, has_content
@@ -33,14 +32,12 @@ _TRANSCRIPT = re.compile(rf"\W*(?:human|user){_END}.*\b(?:assistant|ai|gpt|moss)
 
 @dataclass(slots=True)
 class TurnReader:
-    """The turns of one record. `record`: with all its keys; `fields`: those that are read; `columns`: as read_fields
-    takes them."""
+    """The turns of one record. `record`: with all its keys; `fields`: those that are read."""
 
     record: dict[str, Any]
     fields: Fields
     notes: Notes
     messages: MessageReader
-    columns: Mapping[str, str] = field(default_factory=dict)
 
     def turns(self) -> list[Turn]:
         """Messages, or question and answer. Raises: DataError."""
@@ -67,41 +64,54 @@ class TurnReader:
 
     def _listed(self) -> list[Turn]:
         """The messages of a list. Raises: DataError if the record says anything else beside them."""
-        name, turns = self.fields.names["messages"], self._messages()
+        name, turns = self.fields.names["messages"], self._read("messages")
         if not turns:
             raise DataError(f"{name}: empty; a conversation needs at least one message")
-        if others := self.fields.values.keys() & {*QUESTION, "answer"}:
-            for meaning in sorted(others):
-                self.check_said(meaning, [turn.message for turn in turns], name)
+        for meaning in sorted(self.fields.values.keys() & {*QUESTION, "answer"}):
+            self.check_said(meaning, turns, name)
         self.check_alone(name)
         return turns
 
-    def _messages(self) -> list[Turn]:
-        """Those of a list of messages, of pairs, or of texts."""
-        name, values = self.fields.names["messages"], self.fields.list("messages")
+    def _read(self, meaning: str) -> list[Turn]:
+        """The turns under one key, [] if it is missing: of `messages` and `history` those of a list."""
+        if meaning not in self.fields:
+            return []
+        name, value = self.fields.names[meaning], self.fields.values[meaning]
+        if meaning not in ("messages", "history"):
+            return self.messages.turns(value, name, "assistant" if meaning == "answer" else "user", self.notes)
+        values = self.fields.list(meaning)
         first = values[0] if values else None
-        if isinstance(first, str) and all(isinstance(value, str) for value in values):
-            roles = ("user", "assistant")
-            said = (self.messages.turns(v, f"{name}[{i}]", roles[i % 2], self.notes) for i, v in enumerate(values))
+        if meaning == "history" and first is not None and not isinstance(first, dict):
+            said = [self._in_turn(value, f"{name}[{i}]", 2) for i, value in enumerate(values)]
         elif isinstance(first, dict) and not first.get("role") and self._is_pair(first):
-            said = (self._pair(value, f"{name}[{i}]", i == 0) for i, value in enumerate(values))
+            said = [self._pair(value, f"{name}[{i}]", i == 0) for i, value in enumerate(values)]
+        elif isinstance(first, str) and all(isinstance(value, str) for value in values):
+            return self._in_turn(values, name, len(values))
         else:
             return self.messages.turns(values, name, "user", self.notes)
-        return [turn for each in said for turn in each]
+        return [turn for turns in said for turn in turns]
+
+    def _in_turn(self, values: Any, place: str, length: int) -> list[Turn]:
+        """What user and assistant say in turn."""
+        if not isinstance(values, list) or len(values) != length:
+            raise DataError(f"{place}: [question, answer] or a message is needed")
+        roles = ("user", "assistant")
+        said = (self.messages.turns(v, f"{place}[{i}]", roles[i % 2], self.notes) for i, v in enumerate(values))
+        return [turn for turns in said for turn in turns]
 
     def _is_pair(self, value: dict[str, Any]) -> bool:
         """Whether an object in place of a message holds a question and its answer."""
         names = [name for name, item in value.items() if item is not None]
         if any(name in self.messages.columns or MESSAGE.meanings.get(name) == "role" for name in names):
             return False
-        meanings = {self.columns.get(name) or RECORD.meanings.get(name) for name in names}
+        meanings = {self.fields.columns.get(name) or RECORD.meanings.get(name) for name in names}
         return "answer" in meanings and not meanings.isdisjoint(("question", "extra"))
 
     def _pair(self, value: Any, place: str, is_first: bool) -> list[Turn]:
         """The turns of an object with a question and its answer, with its weight. Raises: DataError."""
         check_object(value, place)
         try:
-            fields = read_fields(value, RECORD, self.notes, self.columns)
+            fields = read_fields(value, RECORD, self.notes, self.fields.columns)
             said = read_system(fields, self.notes) if is_first else ""
             system = [Turn(fields.name("system"), Message("system", said))] if said else []
             for meaning, name in fields.names.items():
@@ -127,11 +137,12 @@ class TurnReader:
             raise DataError(f"{name}: it says something else than the rest of the record; {IGNORE} {name}")
         self.notes.leave_out(RECORD, name)
 
-    def check_said(self, meaning: str, said: list[Message], by: str) -> None:
-        """Count a key whose messages are all `said`, and are so no loss. Raises: DataError for others."""
+    def check_said(self, meaning: str, turns: list[Turn], by: str) -> None:
+        """Count a key whose messages are all among the turns, and are so no loss. Raises: DataError for others."""
         if meaning not in self.fields:
             return
         name = self.fields.names[meaning]
+        said = [turn.message for turn in turns]
         texts = {message.content.strip() for message in said} | {""}
         for turn in self._read(meaning):
             is_text = turn.message == Message(turn.message.role, turn.message.content)
@@ -149,22 +160,22 @@ class TurnReader:
         said = {name: value for name, value in asked.items() if value not in ("", [])} or asked
         if not said:
             raise self.no_turns()
-        (name, value), *below = said.items()
-        if below and not all(isinstance(text, str) for text in said.values()):
-            extra, more = below[0]
-            what = f"{describe(more)} cannot be put below {name}" if isinstance(value, str) else f"{name} is no text"
-            raise DataError(f"{extra}: {what}; write it into {name}, or {IGNORE} {extra}")
-        if isinstance(value, str):
+        name, *below = said
+        if all(isinstance(text, str) for text in said.values()):
             texts = [check_text(text, place) for place, text in said.items()]
             turns = self.messages.turns("\n\n".join(texts), name, "user", self.notes)
             check_transcript(turns[0], is_open=True)
+        elif below:
+            raise DataError(
+                f"{below[0]}: only text can be put below text; write it into {name}, or {IGNORE} {below[0]}"
+            )
         else:
-            turns = as_prompt(self.messages.turns(value, name, "user", self.notes))
+            turns = as_prompt(self.messages.turns(said[name], name, "user", self.notes))
         return [*self._read("history"), *turns]
 
     def _answer(self) -> list[Turn]:
         """The answer, with the reasoning and the calls that stand beside it."""
-        turns = self._read("answer", "assistant")
+        turns = self._read("answer")
         beside: dict[str, Any] = {}
         if reasoning := self.fields.reasoning():
             beside["reasoning"] = reasoning
@@ -183,39 +194,17 @@ class TurnReader:
         name = self.fields.name(meaning)
         return DataError(f"{name}: it is not read beside messages; write it into {by}, or {IGNORE} {name}")
 
-    def _read(self, meaning: str, role: str = "user") -> list[Turn]:
-        """The turns under one key, [] if it is missing."""
-        if meaning not in self.fields:
-            return []
-        if meaning in ("history", "messages"):
-            return self._history() if meaning == "history" else self._messages()
-        return self.messages.turns(self.fields.values[meaning], self.fields.names[meaning], role, self.notes)
-
-    def _history(self) -> list[Turn]:
-        """Pairs of question and answer, or messages."""
-        name, turns = self.fields.names["history"], []
-        for i, pair in enumerate(self.fields.list("history")):
-            place = f"{name}[{i}]"
-            if isinstance(pair, dict):
-                turns += self.messages.turns(pair, place, "user", self.notes)
-                continue
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise DataError(f"{place}: [question, answer] or a message is needed")
-            for number, role in enumerate(("user", "assistant")):
-                turns += self.messages.turns(pair[number], f"{place}[{number}]", role, self.notes)
-        return turns
-
     def no_turns(self) -> DataError:
         if not self.record.keys().isdisjoint(MESSAGE.names("role")):
             return DataError("record: it is one message; make a record of all messages of its conversation")
         if "text" in self.fields:
             name = self.fields.names["text"]
             return DataError(f"{name}: text without roles; write messages, or name its columns with --map")
-        shown = ", ".join(repr(shorten(name)) for name in list(self.record)[:8]) or "no keys"
         named = {meaning: ", ".join(RECORD.names(meaning)) for meaning in ("messages", "question", "answer")}
         return DataError(
             f"record: no messages ({named['messages']}), and no question with an answer ({named['question']}; "
-            f"{named['answer']}); it has {shown}; name its columns with --map, which ochat prepare --describe writes"
+            f"{named['answer']}){self.fields.others()}; name its columns with --map, which ochat prepare --describe "
+            "writes"
         )
 
 
