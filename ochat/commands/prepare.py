@@ -21,6 +21,7 @@ from ochat.errors import ConfigError
 from ochat.text.records.keys import may_be_classes
 
 FEW = 0.01  # of the supervised tokens: a class that has less is named
+LEGEND = "left out: too long, and no answer within the context. supervised: tokens of non-zero weight"
 EXAMPLE_LINES = 24
 SHOWN_KEYS, SHOWN_CLASSES = 30, 100
 
@@ -67,6 +68,7 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
     console = console or Console()
     for each in filter(None, (report, report.held_out)):
         console.print(_table(each))
+    console.print(LEGEND, style="dim", soft_wrap=True)
     if report.skipped:
         console.print(f"{_files(report.skipped)} not read, as no file of records", soft_wrap=True)
     if report.other_splits:
@@ -78,7 +80,8 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
         console.print(escape(fact), soft_wrap=True)
     if report.ignored:
         console.print(f"ignored, as metadata: {escape(_in_words(report.ignored))}", soft_wrap=True)
-    if columns := may_be_classes(report.ignored):
+    columns = may_be_classes(report.ignored)
+    if columns and "" in report.classes:
         console.print(
             f"[yellow]{escape(', '.join(columns))} may say where answers come from. A class from such a column: "
             f'--map FILE with condition = {{from = "{escape(columns[0])}"}}[/yellow]',
@@ -93,7 +96,7 @@ def print_report(report: PrepareReport, console: Console | None = None) -> None:
         what = f"classes with less than {FEW:.0%} of the supervised tokens: {_few_of(shares, SHOWN_KEYS)}"
         console.print(f"[yellow]{what}[/yellow]", soft_wrap=True)
     rejects = f" ({escape(report.output)}/{REJECTS})" if report.rejected else ""
-    console.print(f"{report.rejected} bad records rejected{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
+    console.print(f"bad records rejected: {report.rejected:,}{rejects}; {report.elapsed_s:.1f} s", soft_wrap=True)
 
 
 def _in_words(counts: Mapping[str, int]) -> str:
@@ -114,7 +117,7 @@ def _few_of(words: Sequence[str], most: int) -> str:
 def _table(report: PrepareReport) -> Table:
     table = Table(
         title=f"{escape(report.output)}: conversations and tokens, context {report.context}",
-        caption="left out: too long, and no answer within the context; supervised: tokens of non-zero weight",
+        title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )

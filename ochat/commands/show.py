@@ -103,11 +103,13 @@ def show(
         for piece, is_special in pieces:
             text.append(piece, style=f"{style} reverse" if is_special else style)
     text.append(closing if weight else "")
-    lines = text.wrap(console, console.width - 2)
-    hidden = len(lines) - most_lines if most_lines else 0
-    for line in lines[:most_lines]:
+    lines = list(text.wrap(console, console.width - 2))
+    if most_lines and len(lines) > most_lines:  # those at the end have an answer
+        hidden = Text(f"... {len(lines) - most_lines:,} more lines", style="dim")
+        lines = [*lines[: most_lines // 2], hidden, *lines[most_lines // 2 - most_lines :]]
+    for line in lines:
         console.print(Text("  ") + line)
-    console.print(f"  ... {hidden:,} more lines\n" if hidden > 0 else "", style="dim")
+    console.print()
 
 
 def _with_begins(each: Shown) -> list[tuple[int, Span]]:

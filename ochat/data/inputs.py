@@ -62,7 +62,7 @@ def find_inputs(inputs: Sequence[str | Path], *, all_splits: bool = False) -> In
         if path in seen:
             raise DataError(f"{path}: comes twice in --input; name it once")
         seen.add(path)
-    return found
+    return found._replace(other_splits=[path for path in found.other_splits if os.path.abspath(path) not in seen])
 
 
 def _split_class(given: str) -> tuple[str, str]:

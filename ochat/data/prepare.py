@@ -316,7 +316,8 @@ def _check_kept(options: PrepareOptions, report: PrepareReport) -> None:
     """Raises DataError if nothing is left."""
     if not report.total["kept"]:
         why = [f"{report.total[name]} dropped ({COUNTED[name]})" for name in ("too_long", "unsupervised")]
-        what = ", ".join([*why, f"{report.rejected} rejected"])
+        held_out = [f"{report.held_out.total['kept']} held out"] if report.held_out else []
+        what = ", ".join([*why, f"{report.rejected} rejected", *held_out])
         raise DataError(f"{', '.join(options.input)}: no conversation is left to train on; {what}")
     if report.held_out and not report.held_out.total["kept"]:
         kept = report.total["kept"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,17 +98,18 @@ class Template:
         return tokenizer.bos if self.bos == "auto" else self.bos or None
 
     def check(self, tokenizer: Tokenizer) -> None:
-        """Raises: ConfigError if the tokenizer lacks one of the template's special tokens."""
+        """Raises: ConfigError naming the template's special tokens that the tokenizer lacks."""
         bos = () if self.bos in ("auto", "") else (self.bos,)
         before, *special_and_after = tokenizer.split_at_specials(self.eot)
         if not before and special_and_after[1:] and special_and_after[1:] != [""]:
             _refuse_text_in_eot(f"template {self.name}", *special_and_after[:2])
-        for token in (self.eot, *self.special_tokens, *bos):
-            if token not in tokenizer.special_tokens:
-                raise ConfigError(
-                    f"template {self.name}: the tokenizer has no special token {token!r}; "
-                    f"make a base that has it: ochat init-base --hf BASE OUT --add-token {token!r}"
-                )
+        tokens = dict.fromkeys((self.eot, *self.special_tokens, *bos))
+        if missing := [token for token in tokens if token not in tokenizer.special_tokens]:
+            names = f"special token{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"
+            raise ConfigError(
+                f"template {self.name}: the tokenizer has no {names}; make a base that has "
+                f"{'them' if missing[1:] else 'it'}: ochat init-base --hf BASE OUT --add-token {shlex.join(missing)}"
+            )
 
     def encode(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[int], list[float]]:
         """Ids and as many loss weights, unshifted, neither truncated nor trimmed.

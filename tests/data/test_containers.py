@@ -663,6 +663,8 @@ def test_files_of_other_splits_are_left_out_and_listed(tmp_path, name):
     assert (names(folder, found.paths), names(folder, found.other_splits), found.skipped) == (read, left, [])
     assert find_inputs([folder], all_splits=True).paths == sorted([folder / name, folder / "chats.jsonl"])
     assert find_inputs([folder / name]).paths == [folder / name]
+    if SPLITS[name]:
+        assert find_inputs([folder, folder / name]).other_splits == [], "it is read"
     (folder / "chats.jsonl").unlink()
     if SPLITS[name]:
         with pytest.raises(DataError, match="of test and validation splits only files that --input names are read"):

@@ -163,8 +163,10 @@ def test_unknown_names_and_missing_tokens(tmp_path):
     with pytest.raises(ConfigError, match=r"did you mean 'openchat_3.6'\? known: .*zephyr_mistral"):
         templates.load("openchat_3_6")
     tokenizer = tokenizers.load(text_kit.small_folder("llama", tmp_path))
-    with pytest.raises(ConfigError, match=r"<\|end_of_turn\|>.*init-base .*--add-token"):
-        templates.load("openchat_v3.2").encode(Conversation((Message("user", "x"),)), tokenizer)
+    tokens = r"'<\|eot_id\|>' '<\|start_header_id\|>' '<\|end_header_id\|>'"
+    for name, wanted in (("openchat_v3.2", r"'<\|end_of_turn\|>'"), ("openchat_3.6", tokens)):
+        with pytest.raises(ConfigError, match=rf"init-base --hf BASE OUT --add-token {wanted}$"):
+            templates.load(name).encode(Conversation((Message("user", "x"),)), tokenizer)
 
 
 BOS_RULES = {  # kind, tokenizer_config.json, whether the post-processor writes BOS -> whether new data begins with it
