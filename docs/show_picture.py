@@ -48,7 +48,9 @@ def main(base: str) -> None:
         source, data = Path(folder) / "chats.jsonl", Path(folder) / "data"
         source.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
         prepare([source], base, "chatml", data, progress=False)
-        console = Console(record=True, width=100, highlight=False, file=io.StringIO())
+        console = Console(
+            record=True, width=100, highlight=False, file=io.StringIO(), color_system="truecolor", force_terminal=True
+        )
         tokens = show.read_tokenizer(data)
         for each in shown.conversations(data, range(len(RECORDS))):
             show.show(each._replace(place=each.place.replace(f"{folder}/", "")), tokens, console)
