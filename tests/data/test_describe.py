@@ -1,6 +1,8 @@
 """Laws of `ochat prepare --describe`: what it prints is a map that reads the records, and it stays short."""
 
 import json
+import re
+import tomllib
 
 import pytest
 
@@ -36,14 +38,41 @@ def test_what_is_printed_is_a_map_that_reads_the_records(tmp_path, kind):
     records, count, classes = KINDS[kind]
     path, file = write_lines(tmp_path / "in.jsonl", records), tmp_path / "map.toml"
     file.write_text(describe(path))
-    roles = "" if "speakers" not in kind else '\n[roles]\nPupil = "user"\nTeacher = "assistant"\n'  # names do not say
-    file.write_text(file.read_text() + roles)
     reader = RecordReader(map=record_map.load(file))
     found = [reader.read(record.value(), Notes()) for record in RecordFile(path)]
     assert [len(each) for each in found] == [count] * 2
     assert {conversation.condition for each in found for conversation in each} == classes
     assert all(conversation.items[-1].role == "assistant" for each in found for conversation in each)
     assert "description" not in file.read_text()
+
+
+PART = {"type": "text", "text": "Wait.", "mood": "calm"}
+CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}", "strict": True}}
+
+
+def test_keys_below_the_messages_are_listed_and_others_are_not(tmp_path):
+    """Of content parts and calls; a list beside the messages holds none."""
+    turns = [{"role": "Pupil", "words": [PART]}, {"role": "assistant", "words": "b", "tool_calls": [CALLED]}]
+    record = {"messages": turns, "tools": TOOLS, "sources": [{"page": 3}], "input": {"messages": []}}
+    text = describe(write_lines(tmp_path / "in.jsonl", [record] * 2))
+    assert all(key not in text for key in ("description", "page"))
+    for name, said in (("mood", r"ignored, text \('calm'\)"), ("strict", "ignored, true"), ("name", "read as name")):
+        assert re.search(rf"\n#   {name} +2  {said}\n", text)
+    assert tomllib.loads(text)["roles"] == {"Pupil": "user"}
+
+
+@pytest.mark.parametrize(
+    ("roles", "guess"),
+    [
+        (["user", "assistant"], None), (["Human", "GPT"], None), (["Pupil", "Teacher"], ["user", "assistant"]),
+        (["user", "Teacher"], [None, "assistant"]), (["system", "A", "B", "C"], [None, "user", "assistant", "user"]),
+        (["function_call", "A"], [None, "user"]), (["A", "assistant"], ["user", None]),
+    ],
+)  # fmt: skip
+def test_roles_that_are_not_known_are_guessed_in_the_order_of_speech(tmp_path, roles, guess):
+    turns = [{"role": role, "content": "x"} for role in roles]
+    found = tomllib.loads(describe(write_lines(tmp_path / "in.jsonl", [{"messages": turns}])))
+    assert found.get("roles") == (guess and {name: role for name, role in zip(roles, guess, strict=True) if role})
 
 
 def test_what_no_map_helps_with_is_said(tmp_path):
