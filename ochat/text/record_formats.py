@@ -66,41 +66,36 @@ class RecordReader:
         `default_condition`: of the record's file. Raises: DataError naming the field.
         """
         try:
-            record, fields = self._fields(record, notes)
-            condition = self._class(record, fields, default_condition)
-            reader = TurnReader(record, fields, notes, self._messages)
+            reader = self._turn_reader(record, notes)
+            fields, condition = reader.fields, self._class(reader, default_condition)
             if not self.map.answers:
-                return [self._conversation(reader.turns(), fields, notes, condition)]
+                return [self._conversation(reader.turns(), fields, condition)]
             answered_by = answered(reader, self.map.answers)
             names = {column: name or condition for column, name in self.map.answers.items()}
             if default_condition and (others := set(names.values()) - {default_condition}):
                 raise DataError(_two_classes(min(others), default_condition))
             if fields.text("condition") and names != dict.fromkeys(names, condition):
                 raise DataError(f"condition: the map gives each answer its class; {IGNORE} condition")
-            return [self._conversation(turns, fields, notes, names[column]) for column, turns in answered_by.items()]
+            return [self._conversation(turns, fields, names[column]) for column, turns in answered_by.items()]
         except RecursionError:
             raise DataError("record: objects and lists are nested too deep") from None
 
     def read_prompt(self, record: Any, notes: Notes) -> Conversation:
         """The conversation up to its last question, without weights; an answer is left out. Raises: DataError."""
         try:
-            record, fields = self._fields(record, notes)
-            turns = TurnReader(record, fields, notes, self._messages).prompt()
-            turns = [turn._replace(message=replace(turn.message, weight=None, spans=())) for turn in turns]
-            system, items = split_system(turns, fields, notes)
-            return Conversation(items, self._class(record, fields, ""), system, tools=_tools(fields))
+            reader = self._turn_reader(record, notes)
+            turns = [turn._replace(message=replace(turn.message, weight=None, spans=())) for turn in reader.prompt()]
+            system, items = split_system(turns, reader.fields)
+            return Conversation(items, self._class(reader, ""), system, tools=_tools(reader.fields))
         except RecursionError:
             raise DataError("record: objects and lists are nested too deep") from None
 
     @cached_property
     def _ignored(self) -> frozenset[str]:
         """Keys to leave out, those that a fixed format does not read among them."""
-        others = {name for meaning in ("messages", *QUESTION, "answer") for name in RECORD.names(meaning)}
-        if self.format == "auto":
-            others = set()
-        elif self.format == "alpaca":
-            others = set(RECORD.names("messages"))
-        return frozenset(self.ignore | set(self.map.ignore) | (others - {FORMATS.get(self.format, "")}))
+        others = {"auto": (), "alpaca": ("messages",)}.get(self.format, ("messages", *QUESTION, "answer"))
+        names = {name for meaning in others for name in RECORD.names(meaning)} - {FORMATS.get(self.format)}
+        return frozenset({*self.ignore, *self.map.ignore, *names})
 
     @cached_property
     def _rule(self) -> ClassRule | None:
@@ -117,11 +112,11 @@ class RecordReader:
     @cached_property
     def _taken(self) -> frozenset[str]:
         """Columns of classes and answers, unless they are read as something else too, as a reward is."""
-        rule = self._rule
-        is_read = rule and (rule.column in self._columns or _is_content(rule.column))
-        return frozenset([*self.map.answers, *([rule.column] if rule and not is_read else [])])
+        read = {name for name, meaning in RECORD.meanings.items() if meaning not in ("condition", "label")}
+        classes = {self._rule.column} if self._rule else set()
+        return frozenset({*self.map.answers} | (classes - read - self._columns.keys()))
 
-    def _fields(self, record: Any, notes: Notes) -> tuple[dict[str, Any], Fields]:
+    def _turn_reader(self, record: Any, notes: Notes) -> TurnReader:
         """The record, and its fields but for classes and answers that the map reads."""
         is_list = isinstance(record, list) and record and isinstance(record[0], dict)
         record = {"messages": record} if is_list else check_object(record, "record")
@@ -136,12 +131,12 @@ class RecordReader:
         needed = FORMATS.get(self.format, "")
         if needed and not self._columns and needed not in fields.names.values():
             raise DataError(f"{needed}: missing or null; --format {self.format} reads it")
-        fields.check_label(notes)
-        return record, fields
+        fields.check_label()
+        return TurnReader(record, fields, self._messages)
 
-    def _class(self, record: dict[str, Any], fields: Fields, file_class: str) -> str:
+    def _class(self, reader: TurnReader, file_class: str) -> str:
         """What the map or the record says, else the class of the file, else the default."""
-        condition, rule = fields.text("condition"), self._rule
+        record, condition, rule = reader.record, reader.fields.text("condition"), self._rule
         if rule:
             if condition:
                 raise DataError(f"condition: the map reads the class from {rule.column!r}; {IGNORE} condition")
@@ -157,9 +152,9 @@ class RecordReader:
             raise DataError(_two_classes(condition, file_class))
         return condition or file_class or self.default_condition
 
-    def _conversation(self, turns: list[Turn], fields: Fields, notes: Notes, condition: str) -> Conversation:
+    def _conversation(self, turns: list[Turn], fields: Fields, condition: str) -> Conversation:
         turns = weighted(turns, fields)
-        system, items = split_system(turns, fields, notes)
+        system, items = split_system(turns, fields)
         if self.empty_answers == "refuse":
             for turn in turns:
                 if is_empty_answer(turn.message):
@@ -183,10 +178,6 @@ def _is_blank(text: str) -> bool:
 
 def _tools(fields: Fields) -> tuple[dict[str, Any], ...]:
     return read_tools(fields.values["tools"], fields.names["tools"]) if "tools" in fields else ()
-
-
-def _is_content(column: str) -> bool:
-    return RECORD.meanings.get(column, "condition") not in ("condition", "label")
 
 
 def _two_classes(one: str, of_file: str) -> str:

@@ -49,7 +49,7 @@ def _columns(reader: TurnReader, columns: Iterable[str]) -> dict[str, list[Turn]
     if "answer" in reader.fields:
         name = reader.fields.name("answer")
         raise DataError(f"{name}: the map names other answers; name it among them, or {IGNORE} {name}")
-    found = {c: reader.messages.turns(reader.record[c], c, "assistant", reader.notes) for c in columns}
+    found = {c: reader.messages.turns(reader.record[c], c, "assistant", reader.fields.notes) for c in columns}
     if empty := [column for column, turns in found.items() if not turns]:
         raise DataError(f"{empty[0]}: empty; an answer has at least one message")
     return found

@@ -69,7 +69,7 @@ def _read_part(part: dict[str, Any], notes: Notes) -> tuple[str, str, float | No
     return kind, text, fields.weight()
 
 
-def read_spans(fields: Fields, length: int, notes: Notes) -> list[WeightedSpan]:
+def read_spans(fields: Fields, length: int) -> list[WeightedSpan]:
     """The weighted spans of a message's content of `length` characters. Raises: DataError."""
     spans = []
     for i, value in enumerate(fields.list("spans")):
@@ -82,7 +82,7 @@ def read_spans(fields: Fields, length: int, notes: Notes) -> list[WeightedSpan]:
         place = f"{fields.name('train_detail')}[{i}]"
         check_object(value, place)
         try:
-            detail = read_fields(value, DETAIL, notes)
+            detail = read_fields(value, DETAIL, fields.notes)
             weight = detail.weight()
         except DataError as error:
             raise DataError(f"{place}.{error}") from None

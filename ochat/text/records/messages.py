@@ -65,21 +65,21 @@ class MessageReader:
     def _turn(self, value: Any, place: str, notes: Notes) -> Turn:
         check_object(value, place)
         try:
-            return Turn(place, self._message(read_fields(value, MESSAGE, notes, self.columns), notes))
+            return Turn(place, self._message(read_fields(value, MESSAGE, notes, self.columns)))
         except DataError as error:
             raise DataError(f"{place}.{error}") from None
 
-    def _message(self, fields: Fields, notes: Notes) -> Message:
+    def _message(self, fields: Fields) -> Message:
         role, is_call = self._role(fields)
         content = fields.values.get("content")
         is_plain = len(fields.values) == 2 + ("weight" in fields.values)
         if is_plain and isinstance(content, str) and not is_call:  # most messages, without delay
             return Message(role, check_text(content, fields.names["content"]), fields.weight())
-        content = _content(fields, notes)
-        calls = _calls(fields, notes)
+        content = _content(fields)
+        calls = _calls(fields)
         if is_call:
             try:
-                calls = read_calls(content.text, fields.name("content"), notes) + calls
+                calls = read_calls(content.text, fields.name("content"), fields.notes) + calls
             except DataError as error:
                 name = shorten(fields.text("role"))
                 raise DataError(
@@ -93,9 +93,9 @@ class MessageReader:
             content = content._replace(reasoning="")  # of blanks
         for meaning in ("tool", "tool_call_id"):
             if meaning in fields and role != "tool":
-                notes.leave_out(MESSAGE, fields.names[meaning])
-        fields.check_label(notes)
-        spans = [*content.spans, *read_spans(fields, len(content.text), notes)]
+                fields.leave_out(meaning)
+        fields.check_label()
+        spans = [*content.spans, *read_spans(fields, len(content.text))]
         return Message(
             role,
             content.text,
@@ -128,20 +128,20 @@ class MessageReader:
         return role or "assistant", role is None
 
 
-def _content(fields: Fields, notes: Notes) -> Content:
+def _content(fields: Fields) -> Content:
     name = fields.name("content")
     value = as_rows(fields.values.get("content", ""), name)
-    content = read_parts(value, name, notes) if isinstance(value, list) else Content(check_text(value, name))
+    content = read_parts(value, name, fields.notes) if isinstance(value, list) else Content(check_text(value, name))
     reasoning = "\n".join(filter(None, (fields.reasoning(), content.reasoning)))
     return content._replace(reasoning=reasoning)
 
 
-def _calls(fields: Fields, notes: Notes) -> list[dict[str, Any]]:
+def _calls(fields: Fields) -> list[dict[str, Any]]:
     return [
         call
         for meaning in ("tool_calls", "function_call")
         if meaning in fields
-        for call in read_calls(fields.values[meaning], fields.names[meaning], notes)
+        for call in read_calls(fields.values[meaning], fields.names[meaning], fields.notes)
     ]
 
 

@@ -30,10 +30,6 @@ class Notes:
     ignore: frozenset[str] = frozenset()  # keys to leave out, as Level.ignores reads them
     ignored: Counter[str] = field(default_factory=Counter)  # key as Level.shown names it -> objects that have it
 
-    def leave_out(self, level: Level, name: str) -> None:
-        """Count a key that is not read."""
-        self.ignored[level.shown(name)] += 1
-
 
 @dataclass(slots=True)
 class Fields:
@@ -44,6 +40,7 @@ class Fields:
     names: dict[str, str]
     values: dict[str, Any]
     columns: Mapping[str, str]  # as read_fields takes them
+    notes: Notes
 
     def __contains__(self, meaning: str) -> bool:
         return meaning in self.values
@@ -93,7 +90,11 @@ class Fields:
             )
         return text
 
-    def check_label(self, notes: Notes) -> None:
+    def leave_out(self, meaning: str) -> None:
+        """Count a key that is not read."""
+        self.notes.ignored[self.level.shown(self.names[meaning])] += 1
+
+    def check_label(self) -> None:
         """Count a label that is metadata. Raises: DataError for one that says which answers are good."""
         if "label" not in self.values:
             return
@@ -106,7 +107,7 @@ class Fields:
                 f"{name}: {describe(value)} says whether the answer is good; {remedy}; or leave it out with "
                 f"{IGNORE} {self.level.shown(name)}"
             )
-        notes.leave_out(self.level, name)
+        self.leave_out("label")
 
     def others(self) -> str:
         """The keys that the object has, for messages."""
@@ -136,20 +137,20 @@ def read_fields(record: dict[str, Any], level: Level, notes: Notes, columns: Map
             continue
         meaning = meanings.get(name) or _meaning(name, value, level, notes, columns)
         if not meaning:
-            notes.leave_out(level, name)
+            notes.ignored[level.shown(name)] += 1
         elif meaning not in values:
             names[meaning], values[meaning] = name, value
         elif not has_content(value) or not has_content(values[meaning]):  # uniform rows have keys that say nothing
             said, blank = (name, names[meaning]) if has_content(value) else (names[meaning], name)
             names[meaning], values[meaning] = said, record[said]
-            notes.leave_out(level, blank)
+            notes.ignored[level.shown(blank)] += 1
         elif values[meaning] != value:
             first, other = level.shown(names[meaning]), level.shown(name)
             raise DataError(
                 f"{shorten(name)}: {names[meaning]} says the same thing, with another value; keep one of the two with "
                 f"{IGNORE} {first} or {IGNORE} {other}"
             )
-    return Fields(level, record, names, values, columns)
+    return Fields(level, record, names, values, columns, notes)
 
 
 def _meaning(name: str, value: Any, level: Level, notes: Notes, columns: Mapping[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Read the system text of a record: its own, or that of the first message.
 
-system, items = split_system(turns, fields, notes)
+system, items = split_system(turns, fields)
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from ochat.text.fields import check_text
 from ochat.text.records.content import read_parts
 from ochat.text.records.levels import IGNORE
 from ochat.text.records.messages import Turn
-from ochat.text.records.objects import Fields, Notes
+from ochat.text.records.objects import Fields
 
 
-def read_system(fields: Fields, notes: Notes) -> str:
+def read_system(fields: Fields) -> str:
     """The system text of a record, "" if it has none; content parts are joined. Raises: DataError."""
     value = fields.values.get("system")
     if not isinstance(value, list):
         return fields.text("system")
     name = fields.names["system"]
-    content = read_parts(value, name, notes)
+    content = read_parts(value, name, fields.notes)
     if content.reasoning or content.spans:
         raise DataError(f"{name}: the system text has neither reasoning nor weights; remove them")
     return check_text(content.text, name)
 
 
-def split_system(turns: list[Turn], fields: Fields, notes: Notes) -> tuple[str, tuple[Message, ...]]:
+def split_system(turns: list[Turn], fields: Fields) -> tuple[str, tuple[Message, ...]]:
     """The system text, of the first message or of the record, and the other messages. Raises: DataError."""
-    system = read_system(fields, notes) if "system" in fields.values else ""
+    system = read_system(fields) if "system" in fields else ""
     first, *others = turns
     if first.message.role == "system":
         if first.message.weight or first.message.spans:

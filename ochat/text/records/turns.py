@@ -1,6 +1,6 @@
 """Find the turns of a record, whatever its format: messages, pairs, texts, or a question and its answer.
 
-    turns = TurnReader(record, fields, notes, MessageReader()).turns()
+    turns = TurnReader(record, fields, MessageReader()).turns()
 
 A turn keeps its place in the record for messages. answers.py reads several answers of a record, weights.py the weights
 that it lists, system.py its system text.
@@ -19,7 +19,7 @@ from ochat.text.records.calls import read_calls
 from ochat.text.records.keys import MESSAGE, RECORD
 from ochat.text.records.levels import IGNORE, has_content
 from ochat.text.records.messages import MessageReader, Turn, as_prompt
-from ochat.text.records.objects import Fields, Notes, read_fields
+from ochat.text.records.objects import Fields, read_fields
 from ochat.text.records.system import read_system
 from ochat.text.records.weights import weighted
 
@@ -36,7 +36,6 @@ class TurnReader:
 
     record: dict[str, Any]
     fields: Fields
-    notes: Notes
     messages: MessageReader
 
     def turns(self) -> list[Turn]:
@@ -78,7 +77,7 @@ class TurnReader:
             return []
         name, value = self.fields.names[meaning], self.fields.values[meaning]
         if meaning not in ("messages", "history"):
-            return self.messages.turns(value, name, "assistant" if meaning == "answer" else "user", self.notes)
+            return self.messages.turns(value, name, "assistant" if meaning == "answer" else "user", self.fields.notes)
         values = self.fields.list(meaning)
         first = values[0] if values else None
         if meaning == "history" and first is not None and not isinstance(first, dict):
@@ -88,7 +87,7 @@ class TurnReader:
         elif isinstance(first, str) and all(isinstance(value, str) for value in values):
             return self._in_turn(values, name, len(values))
         else:
-            return self.messages.turns(values, name, "user", self.notes)
+            return self.messages.turns(values, name, "user", self.fields.notes)
         return [turn for turns in said for turn in turns]
 
     def _in_turn(self, values: Any, place: str, length: int) -> list[Turn]:
@@ -96,7 +95,7 @@ class TurnReader:
         if not isinstance(values, list) or len(values) != length:
             raise DataError(f"{place}: [question, answer] or a message is needed")
         roles = ("user", "assistant")
-        said = (self.messages.turns(v, f"{place}[{i}]", roles[i % 2], self.notes) for i, v in enumerate(values))
+        said = (self.messages.turns(v, f"{place}[{i}]", roles[i % 2], self.fields.notes) for i, v in enumerate(values))
         return [turn for turns in said for turn in turns]
 
     def _is_pair(self, value: dict[str, Any]) -> bool:
@@ -111,13 +110,13 @@ class TurnReader:
         """The turns of an object with a question and its answer, with its weight. Raises: DataError."""
         check_object(value, place)
         try:
-            fields = read_fields(value, RECORD, self.notes, self.fields.columns)
-            said = read_system(fields, self.notes) if is_first else ""
+            fields = read_fields(value, RECORD, self.fields.notes, self.fields.columns)
+            said = read_system(fields) if is_first else ""
             system = [Turn(fields.name("system"), Message("system", said))] if said else []
             for meaning, name in fields.names.items():
                 if meaning not in _PAIR and not (meaning == "system" and is_first):
                     raise DataError(f"{name}: it is not read beside a question and its answer; {IGNORE} {name}")
-            turns = weighted(TurnReader(value, fields, self.notes, self.messages).turns(), fields)
+            turns = weighted(TurnReader(value, fields, self.messages).turns(), fields)
         except DataError as error:
             raise DataError(f"{place}.{error}") from None
         return [turn._replace(place=f"{place}.{turn.place}") for turn in [*system, *turns]]
@@ -135,7 +134,7 @@ class TurnReader:
         name, text = self.fields.names["text"], self.fields.text("text")
         if any(line.strip() not in text for turn in turns for line in turn.message.content.splitlines()):
             raise DataError(f"{name}: it says something else than the rest of the record; {IGNORE} {name}")
-        self.notes.leave_out(RECORD, name)
+        self.fields.leave_out("text")
 
     def check_said(self, meaning: str, turns: list[Turn], by: str) -> None:
         """Count a key whose messages are all among the turns, and are so no loss. Raises: DataError for others."""
@@ -152,7 +151,7 @@ class TurnReader:
             raise DataError(
                 f"{name}: the record has {by} as well; choose with {IGNORE} {name} or {IGNORE} {by}{prompt}"
             )
-        self.notes.leave_out(RECORD, name)
+        self.fields.leave_out(meaning)
 
     def _question(self) -> list[Turn]:
         """Earlier turns, and the question with what stands below it. Raises: DataError if there is no question."""
@@ -163,14 +162,14 @@ class TurnReader:
         name, *below = said
         if all(isinstance(text, str) for text in said.values()):
             texts = [check_text(text, place) for place, text in said.items()]
-            turns = self.messages.turns("\n\n".join(texts), name, "user", self.notes)
+            turns = self.messages.turns("\n\n".join(texts), name, "user", self.fields.notes)
             check_transcript(turns[0], is_open=True)
         elif below:
             raise DataError(
                 f"{below[0]}: only text can be put below text; write it into {name}, or {IGNORE} {below[0]}"
             )
         else:
-            turns = as_prompt(self.messages.turns(said[name], name, "user", self.notes))
+            turns = as_prompt(self.messages.turns(said[name], name, "user", self.fields.notes))
         return [*self._read("history"), *turns]
 
     def _answer(self) -> list[Turn]:
@@ -181,7 +180,7 @@ class TurnReader:
             beside["reasoning"] = reasoning
         if "tool_calls" in self.fields:
             name = self.fields.names["tool_calls"]
-            beside["tool_calls"] = tuple(read_calls(self.fields.values["tool_calls"], name, self.notes))
+            beside["tool_calls"] = tuple(read_calls(self.fields.values["tool_calls"], name, self.fields.notes))
             turns = turns or [Turn(name, Message("assistant", ""))]
         if not beside:
             return turns
