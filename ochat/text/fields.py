@@ -138,7 +138,8 @@ def check_text(value: Any, place: str) -> str:
     """`value`. Raises: DataError unless it is valid Unicode text."""
     if not isinstance(value, str):
         raise DataError(f"{place}: expected text, got {describe(value)}")
-    check_unicode(value, f"{place}: ")
+    if not value.isascii():  # which Python knows at once
+        check_unicode(value, f"{place}: ")
     return value
 
 
