@@ -20,7 +20,6 @@ from ochat.text.fields import check_object, nearest, shorten
 from ochat.text.records.answers import answered
 from ochat.text.records.calls import read_tools
 from ochat.text.records.keys import RECORD
-from ochat.text.records.levels import IGNORE
 from ochat.text.records.map import ClassRule, RecordMap
 from ochat.text.records.messages import MessageReader, Turn
 from ochat.text.records.objects import Fields, Notes, read_fields
@@ -75,7 +74,7 @@ class RecordReader:
             if default_condition and (others := set(names.values()) - {default_condition}):
                 raise DataError(_two_classes(min(others), default_condition))
             if fields.text("condition") and names != dict.fromkeys(names, condition):
-                raise DataError(f"condition: the map gives each answer its class; {IGNORE} condition")
+                raise fields.refusal("condition", "the map gives each answer its class")
             return [self._conversation(turns, fields, names[column]) for column, turns in answered_by.items()]
         except RecursionError:
             raise DataError("record: objects and lists are nested too deep") from None
@@ -139,14 +138,14 @@ class RecordReader:
         record, condition, rule = reader.record, reader.fields.text("condition"), self._rule
         if rule:
             if condition:
-                raise DataError(f"condition: the map reads the class from {rule.column!r}; {IGNORE} condition")
+                raise reader.fields.refusal("condition", f"the map reads the class from {rule.column!r}")
             value = record.get(rule.column)
             if value is not None:
                 condition = rule.of(value)
             elif not (file_class or self.default_condition):
                 close = nearest(rule.column, record)
                 raise DataError(
-                    f"{rule.column}: missing{close}, and the map reads the class from it; or give --default-condition"
+                    f"{rule.column}: missing{close}; the map reads the class from it; or --default-condition"
                 )
         if file_class and condition not in ("", file_class):
             raise DataError(_two_classes(condition, file_class))
@@ -158,9 +157,7 @@ class RecordReader:
         if self.empty_answers == "refuse":
             for turn in turns:
                 if is_empty_answer(turn.message):
-                    raise DataError(
-                        f"{turn.place}: an empty answer, which teaches to say nothing; or --empty-answers keep"
-                    )
+                    raise DataError(f"{turn.place}: an empty answer, which teaches nothing; or --empty-answers keep")
         return Conversation(items, condition, system, fields.number("reward"), _tools(fields))
 
 

@@ -138,7 +138,7 @@ def test_what_is_beside_a_call():
         ({"from": ["user"], "value": "x"}, "from: expected text, got a list"),
         (says(content=None), "content: missing or null"),
         ({"from": "gpt", "value": 3}, "value: expected text, got 3"),
-        (says(value="other"), "value: content says the same thing, with another value.*--ignore message.content or"),
+        (says(value="other"), "value: content says the same thing, with another value.*--ignore message.content; or"),
         (says(content={"a": 1}), "content: expected text, got an object"),
         (says(content=[3]), r"content\[0\]: expected an object, got 3"),
         (says(content=[{"type": "image_url"}]), r"content\[0\].type: parts of type 'image_url' are not read"),
@@ -153,7 +153,7 @@ def test_what_is_beside_a_call():
         (says(mask=0), "mask: trainers disagree.*--ignore message.mask"),
         (says(label=False), "label: false says whether the answer is good.*--ignore message.label"),
         (says(images=["x.jpg"]), "images: .*--ignore message.images"),
-        (says(spans=[[0, 9, 1]]), r"spans\[0\]: .* is no part of the content's 6 characters"),
+        (says(spans=[[0, 9, 1]]), r"spans\[0\]: .* is no part of 6 characters of content"),
         (says(spans=[[0.5, 2, 1]]), r"spans\[0\]: 0.5 is no whole number"),
         (says(spans=[[2, 2, 1]]), r"spans\[0\]: .* is no part"),
         (says(spans=[["0", 1, 1]]), r"spans\[0\]: text \('0'\) is no whole number"),
@@ -178,7 +178,7 @@ def test_what_is_beside_a_call():
         (says(tool_calls=[{"function": CALL, "name": "f"}]), r"tool_calls\[0\].function: .* stand both"),
         (says("function_call", "X"), "content: expected JSON, got other text"),
         (says("function_call", '{"name": "f", "name": "g"}'), "content: name: the key comes twice"),
-        (says("function_call", '{"name": "f"}', spans=[[0, 1, 0]]), r"spans\[0\]: .* the content's 0 characters"),
+        (says("function_call", '{"name": "f"}', spans=[[0, 1, 0]]), r"spans\[0\]: .* 0 characters"),
     ],
 )  # fmt: skip
 def test_faults_name_their_field(message, said):

@@ -101,7 +101,9 @@ def test_two_keys_of_one_meaning_say_it_once_or_are_refused(level, one, other, v
     inside(twice, level).update({one: value, other: value})
     assert read(twice) == read(once) != read(sample())
     inside(unlike, level).update({one: value, other: "x"})
-    with pytest.raises(DataError, match=rf"{other}: {one} says the same thing, .*--ignore {level.shown(one)} or"):
+    with pytest.raises(
+        DataError, match=rf"{other}: {one} says the same thing, .*--ignore {level.shown(one)}; or leave"
+    ):
         read(unlike)
 
 

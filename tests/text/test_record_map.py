@@ -78,7 +78,7 @@ def test_a_missing_column_takes_the_default_class():
 @pytest.mark.parametrize(
     ("written", "record", "said"),
     [
-        ({"condition": "model"}, {}, "model: missing, .*--default-condition"),
+        ({"condition": "model"}, {}, "model: missing; .*--default-condition"),
         ({"condition": "model"}, {"model": ["x"]}, "model: a list is no class"),
         ({"condition": "model"}, {"model": "\ud800"}, "model: a lone surrogate"),
         ({"condition": "model"}, {"model": 10**5000}, "model: too large"),

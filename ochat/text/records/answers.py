@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 from ochat.errors import DataError
 from ochat.text.fields import shorten
-from ochat.text.records.levels import IGNORE
 from ochat.text.records.messages import Turn, as_prompt
 from ochat.text.records.turns import QUESTION, TurnReader, check_transcript
 
@@ -47,8 +46,7 @@ def _columns(reader: TurnReader, columns: Iterable[str]) -> dict[str, list[Turn]
         raise DataError(f"record: it has no answer that the map names ({names}); prepare such files on their own")
     reader.check_alone(columns[0])
     if "answer" in reader.fields:
-        name = reader.fields.name("answer")
-        raise DataError(f"{name}: the map names other answers; name it among them, or {IGNORE} {name}")
+        raise reader.fields.refusal("answer", "the map names other answers; name it among them")
     found = {c: reader.messages.turns(reader.record[c], c, "assistant", reader.fields.notes) for c in columns}
     if empty := [column for column, turns in found.items() if not turns]:
         raise DataError(f"{empty[0]}: empty; an answer has at least one message")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ochat.errors import DataError
-from ochat.text.fields import as_rows, check_json, check_list, check_object, describe, from_json
+from ochat.text.fields import as_rows, check_json, check_list, check_object, from_json, shorten
 from ochat.text.records.keys import CALL
 from ochat.text.records.levels import has_content
 from ochat.text.records.objects import Notes, read_fields
@@ -47,9 +47,7 @@ def _read_call(call: dict[str, Any], notes: Notes) -> dict[str, Any]:
     outer = read_fields(call, CALL, notes)
     kind = outer.text("type") or "function"
     if kind != "function":
-        raise DataError(
-            f"{outer.name('type')}: {describe(kind)} is no kind of call that can be written; write function"
-        )
+        raise DataError(f"{outer.name('type')}: calls of type {shorten(kind)!r} are not read, only function")
     inner = outer
     if "function" in outer:
         name = outer.name("function")

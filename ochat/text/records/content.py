@@ -15,7 +15,6 @@ from ochat.errors import DataError
 from ochat.text.conversation import WeightedSpan
 from ochat.text.fields import check_list, check_number, check_object, describe, shorten
 from ochat.text.records.keys import DETAIL, PART
-from ochat.text.records.levels import IGNORE
 from ochat.text.records.objects import Fields, Notes, read_fields
 
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -56,16 +55,14 @@ def _read_part(part: dict[str, Any], notes: Notes) -> tuple[str, str, float | No
     fields = read_fields(part, PART, notes)
     kind = fields.text("type") or "text"
     if kind not in TEXT_PARTS + REASONING_PARTS:
-        raise DataError(
-            f"{fields.name('type')}: parts of type {shorten(kind)!r} are not read, only text and reasoning are; calls "
-            "are written as tool_calls, what tools reply as messages of the role tool"
-        )
+        said = f"parts of type {shorten(kind)!r} are not read; write text, tool_calls, or messages of the role tool"
+        raise DataError(f"{fields.name('type')}: {said}")
     said = "reasoning" if kind in REASONING_PARTS and "reasoning" in fields else "text"
     text = fields.text(said, required=True)
     read = ("type", said) if kind in REASONING_PARTS else ("type", said, "weight", "trained")
     for meaning, name in fields.names.items():
         if meaning not in read:
-            raise DataError(f"{name}: it is not read in a part of type {kind}; {IGNORE} {PART.shown(name)}")
+            raise PART.refusal(name, f"it is not read in a part of type {kind}")
     return kind, text, fields.weight()
 
 
@@ -98,9 +95,7 @@ def _span(start: Any, end: Any, weight: float, length: int, place: str, last_is_
         if type(value) not in (int, float) or value != value // 1:
             raise DataError(f"{place}: {describe(value)} is no whole number")
     if not 0 <= start < end + last_is_in <= length:
-        raise DataError(
-            f"{place}: {describe(start)} to {describe(end)} is no part of the content's {length} characters"
-        )
+        raise DataError(f"{place}: {describe(start)} to {describe(end)} is no part of {length} characters of content")
     return WeightedSpan(int(start), int(end) + last_is_in, weight)
 
 

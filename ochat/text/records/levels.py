@@ -78,8 +78,12 @@ class Level:
         else:
             wrong = key.text
         if wrong:
-            raise DataError(f"{shorten(name)}: {wrong}; or leave it out with {IGNORE} {self.shown(name)}")
+            raise self.refusal(name, wrong)
         return ""
+
+    def refusal(self, name: str, why: str) -> DataError:
+        """What to raise for a key that cannot be read, but be ignored."""
+        return DataError(f"{shorten(name)}: {why}; or leave it out with {IGNORE} {self.shown(name)}")
 
     def _resembles(self, name: str, value: Any) -> str:
         """What is wrong with a key that is not in the table, "" for metadata."""

@@ -69,10 +69,8 @@ class ClassRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename=
         for pattern, name in self.values.items():
             if fnmatchcase(value, pattern):
                 return name
-        raise DataError(
-            f'{self.column}: the map has no class for {describe(value)}; add the value, or "*" for all others, to '
-            "condition.values"
-        )
+        shown = describe(value)
+        raise DataError(f'{self.column}: the map has no class for {shown}; add it, or "*", to condition.values')
 
 
 class RecordMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -18,7 +18,6 @@ from ochat.text.fields import as_rows, check_object, check_text, describe, short
 from ochat.text.records.calls import read_calls
 from ochat.text.records.content import Content, in_order, read_parts, read_spans
 from ochat.text.records.keys import MESSAGE
-from ochat.text.records.levels import IGNORE
 from ochat.text.records.objects import Fields, Notes, read_fields
 
 _NAMES = {
@@ -82,9 +81,7 @@ class MessageReader:
                 calls = read_calls(content.text, fields.name("content"), fields.notes) + calls
             except DataError as error:
                 name = shorten(fields.text("role"))
-                raise DataError(
-                    f'{error}; if it is no call but text, --map with roles = {{{name} = "assistant"}}'
-                ) from None
+                raise DataError(f'{error}; if it is text, --map with roles = {{{name} = "assistant"}}') from None
             content = content._replace(text="")
         elif "content" not in fields and not calls and not content.reasoning.strip():
             fields.text("content", required=True)
@@ -113,18 +110,14 @@ class MessageReader:
         if type(said) is str and said in ROLES and not self.roles:  # nearly always, without delay
             return ROLES[said], False
         if "role" not in fields:
-            raise DataError(
-                f"{fields.name('role')}: missing or null; --map names the keys of messages (role, content) or of pairs "
-                f"(question, answer){fields.others()}"
-            )
+            keys = "--map names the keys of messages (role, content) or of pairs (question, answer)"
+            raise DataError(f"{fields.name('role')}: missing or null; {keys}{fields.others()}")
         said = fields.text("role")
         name = self.roles.get(said, said).strip().lower()
         role = ROLES.get(name)
         if role is None and name not in CALLS:
-            raise DataError(
-                f"{fields.name('role')}: unknown role {shorten(said)!r}; known: {', '.join((*ROLES, *CALLS))}; others "
-                f'with --map: roles = {{{json.dumps(shorten(said))} = "user"}}'
-            )
+            known, new = ", ".join((*ROLES, *CALLS)), f'with --map: roles = {{{json.dumps(shorten(said))} = "user"}}'
+            raise DataError(f"{fields.name('role')}: unknown role {shorten(said)!r}; known: {known}; others {new}")
         return role or "assistant", role is None
 
 
@@ -148,8 +141,8 @@ def _calls(fields: Fields) -> list[dict[str, Any]]:
 def _check_said(fields: Fields, content: Content, calls: list[dict[str, Any]]) -> None:
     """Raises: DataError for what only the assistant says."""
     if calls:
-        name = fields.name("tool_calls" if "tool_calls" in fields else "function_call")
-        raise DataError(f"{name}: only the assistant calls tools; {IGNORE} {MESSAGE.shown(name)}")
+        meaning = "tool_calls" if "tool_calls" in fields else "function_call"
+        raise fields.refusal(meaning, "only the assistant calls tools")
     if content.reasoning.strip():
-        name = fields.name("reasoning" if "reasoning" in fields else "content")
-        raise DataError(f"{name}: only the assistant's messages have reasoning; {IGNORE} {MESSAGE.shown(name)}")
+        meaning = "reasoning" if "reasoning" in fields else "content"
+        raise fields.refusal(meaning, "only the assistant's messages have reasoning")

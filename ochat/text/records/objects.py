@@ -84,15 +84,16 @@ class Fields:
         """What is thought, "" if it is missing. Raises: DataError for a word that says whether to think."""
         text = self.text("reasoning")
         if text.strip().lower() in _SWITCHES:
-            name = self.names["reasoning"]
-            raise DataError(
-                f"{name}: {describe(text)} says how much to reason, not what; {IGNORE} {self.level.shown(name)}"
-            )
+            raise self.refusal("reasoning", f"{describe(text)} says how much to reason, not what")
         return text
 
     def leave_out(self, meaning: str) -> None:
         """Count a key that is not read."""
         self.notes.ignored[self.level.shown(self.names[meaning])] += 1
+
+    def refusal(self, meaning: str, why: str) -> DataError:
+        """What to raise for a key that cannot be read, but be ignored."""
+        return self.level.refusal(self.name(meaning), why)
 
     def check_label(self) -> None:
         """Count a label that is metadata. Raises: DataError for one that says which answers are good."""
@@ -103,10 +104,7 @@ class Fields:
             good, bad = (describe(type(value)(truth)) for truth in (1, 0))  # as the column writes them
             rule = f'condition = {{from = "{name}", values = {{"{good}" = "GPT4", "{bad}" = "GPT3"}}}}'
             remedy = f"give it a class with --map: {rule}" if self.level is RECORD else "write weight"
-            raise DataError(
-                f"{name}: {describe(value)} says whether the answer is good; {remedy}; or leave it out with "
-                f"{IGNORE} {self.level.shown(name)}"
-            )
+            raise self.refusal("label", f"{describe(value)} says whether the answer is good; {remedy}")
         self.leave_out("label")
 
     def others(self) -> str:
@@ -145,11 +143,8 @@ def read_fields(record: dict[str, Any], level: Level, notes: Notes, columns: Map
             names[meaning], values[meaning] = said, record[said]
             notes.ignored[level.shown(blank)] += 1
         elif values[meaning] != value:
-            first, other = level.shown(names[meaning]), level.shown(name)
-            raise DataError(
-                f"{shorten(name)}: {names[meaning]} says the same thing, with another value; keep one of the two with "
-                f"{IGNORE} {first} or {IGNORE} {other}"
-            )
+            first = f"{names[meaning]} says the same thing, with another value"
+            raise level.refusal(name, f"{first}; keep it with {IGNORE} {level.shown(names[meaning])}")
     return Fields(level, record, names, values, columns, notes)
 
 

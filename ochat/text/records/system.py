@@ -9,7 +9,6 @@ from ochat.errors import DataError
 from ochat.text.conversation import Message
 from ochat.text.fields import check_text
 from ochat.text.records.content import read_parts
-from ochat.text.records.levels import IGNORE
 from ochat.text.records.messages import Turn
 from ochat.text.records.objects import Fields
 
@@ -34,8 +33,7 @@ def split_system(turns: list[Turn], fields: Fields) -> tuple[str, tuple[Message,
         if first.message.weight or first.message.spans:
             raise DataError(f"{first.place}: the system text is never trained on; remove its weight")
         if system and first.message.content and system != first.message.content:
-            name = fields.name("system")
-            raise DataError(f"{name}: {first.place} has another system text; keep one of the two with {IGNORE} {name}")
+            raise fields.refusal("system", f"{first.place} has another system text; keep one of the two")
         system = system or first.message.content
         turns = others
     for turn in turns:

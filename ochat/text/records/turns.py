@@ -115,7 +115,7 @@ class TurnReader:
             system = [Turn(fields.name("system"), Message("system", said))] if said else []
             for meaning, name in fields.names.items():
                 if meaning not in _PAIR and not (meaning == "system" and is_first):
-                    raise DataError(f"{name}: it is not read beside a question and its answer; {IGNORE} {name}")
+                    raise RECORD.refusal(name, "it is not read beside a question and its answer")
             turns = weighted(TurnReader(value, fields, self.messages).turns(), fields)
         except DataError as error:
             raise DataError(f"{place}.{error}") from None
@@ -131,16 +131,15 @@ class TurnReader:
         """Count a text in which all that is said stands. Raises: DataError for others."""
         if "text" not in self.fields:
             return
-        name, text = self.fields.names["text"], self.fields.text("text")
+        text = self.fields.text("text")
         if any(line.strip() not in text for turn in turns for line in turn.message.content.splitlines()):
-            raise DataError(f"{name}: it says something else than the rest of the record; {IGNORE} {name}")
+            raise self.fields.refusal("text", "it says something else than the rest of the record")
         self.fields.leave_out("text")
 
     def check_said(self, meaning: str, turns: list[Turn], by: str) -> None:
         """Count a key whose messages are all among the turns, and are so no loss. Raises: DataError for others."""
         if meaning not in self.fields:
             return
-        name = self.fields.names[meaning]
         said = [turn.message for turn in turns]
         texts = {message.content.strip() for message in said} | {""}
         for turn in self._read(meaning):
@@ -148,9 +147,7 @@ class TurnReader:
             if turn.message in said or (is_text and turn.message.content.strip() in texts):
                 continue
             prompt = f', or --map with question = "{by}" for a prompt' if meaning == "answer" else ""
-            raise DataError(
-                f"{name}: the record has {by} as well; choose with {IGNORE} {name} or {IGNORE} {by}{prompt}"
-            )
+            raise self.fields.refusal(meaning, f"the record has {by} as well; keep it with {IGNORE} {by}{prompt}")
         self.fields.leave_out(meaning)
 
     def _question(self) -> list[Turn]:
@@ -165,9 +162,7 @@ class TurnReader:
             turns = self.messages.turns("\n\n".join(texts), name, "user", self.fields.notes)
             check_transcript(turns[0], is_open=True)
         elif below:
-            raise DataError(
-                f"{below[0]}: only text can be put below text; write it into {name}, or {IGNORE} {below[0]}"
-            )
+            raise RECORD.refusal(below[0], f"only text can be put below text; write it into {name}")
         else:
             turns = as_prompt(self.messages.turns(said[name], name, "user", self.fields.notes))
         return [*self._read("history"), *turns]
@@ -190,8 +185,7 @@ class TurnReader:
         return [turn._replace(message=replace(turn.message, **beside))]
 
     def _misplaced(self, meaning: str, by: str) -> DataError:
-        name = self.fields.name(meaning)
-        return DataError(f"{name}: it is not read beside messages; write it into {by}, or {IGNORE} {name}")
+        return self.fields.refusal(meaning, f"it is not read beside messages; write it into {by}")
 
     def no_turns(self) -> DataError:
         if not self.record.keys().isdisjoint(MESSAGE.names("role")):
@@ -199,12 +193,9 @@ class TurnReader:
         if "text" in self.fields:
             name = self.fields.names["text"]
             return DataError(f"{name}: text without roles; write messages, or name its columns with --map")
-        named = {meaning: ", ".join(RECORD.names(meaning)) for meaning in ("messages", "question", "answer")}
-        return DataError(
-            f"record: no messages ({named['messages']}), and no question with an answer ({named['question']}; "
-            f"{named['answer']}){self.fields.others()}; name its columns with --map, which ochat prepare --describe "
-            "writes"
-        )
+        messages, question, answer = (", ".join(RECORD.names(each)) for each in ("messages", "question", "answer"))
+        wanted = f"no messages ({messages}), no question ({question}) and answer ({answer}){self.fields.others()}"
+        return DataError(f"record: {wanted}; name its columns with --map, which ochat prepare --describe writes")
 
 
 def check_transcript(turn: Turn, is_open: bool = False) -> None:
