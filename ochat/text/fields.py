@@ -11,6 +11,7 @@ import difflib
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,8 +191,8 @@ def shorten(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "..."
 
 
-def nearest(key: str, record: dict[str, Any]) -> str:
-    """ " (there is 'kez')" for a key of the record that is close to `key`, else ""."""
-    near = [k for k in itertools.islice(record, 100) if len(k) <= LONGEST_NAME]
+def nearest(key: str, keys: Iterable[str]) -> str:
+    """ " (there is 'kez')" for one of the keys that is close to `key`, else ""."""
+    near = [k for k in itertools.islice(keys, 100) if len(k) <= LONGEST_NAME]
     close = difflib.get_close_matches(key, near, n=1)
     return f" (there is {close[0]!r})" if close else ""

@@ -222,8 +222,8 @@ def test_a_file_has_one_class():
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("mesages = 'x'", "mesages: unknown key; did you mean 'messages'"),
-        ("condition = {form = 'x'}", "condition.form: unknown key; did you mean 'from'"),
+        ("mesages = 'x'", "mesages: unknown key .there is 'messages'"),
+        ("condition = {form = 'x'}", "condition.form: unknown key .there is 'from'"),
         ("condition = {from = 'x', bins = [1]}", "1 bins need 2 names"),
         ("condition = {from = 'x', bins = [2, 1], names = ['a', 'b', 'c']}", "bins must rise"),
         ("condition = {from = 'x', bins = [nan], names = ['a', 'b']}", "bins must rise"),

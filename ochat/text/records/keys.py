@@ -32,31 +32,16 @@ ANSWERS = Key(
 
 RECORD = Level(
     "record",
-    Key(
-        "messages",
-        "items messages conversations conversation",
-        "a list, or its JSON text: of messages, of objects with a question and its answer, or of texts that user and "
-        "assistant say in turn",
-    ),
+    Key("messages", "items messages conversations conversation", "messages, pairs or texts: a list, or its JSON text"),
     Key("question", "instruction prompt question query", "the user's message: text, or a list of messages"),
-    Key(
-        "extra",
-        "input context",
-        "text below the question, after an empty line; without a question it is one, also as messages",
-    ),
+    Key("extra", "input context", "text below the question, after an empty line; alone, the question itself"),
     Key("answer", "output response completion answer", "the assistant's message: text, or messages"),
     Key("reasoning", _REASONING, "what the assistant thinks before this answer"),
     Key("tool_calls", "tool_calls function_call", "what this answer calls, as in a message"),
     Key(
-        "history",
-        "history chat_history conversation_history",
-        "earlier turns: `[[question, answer], ...]`, objects of the two, or messages",
+        "history", "history chat_history conversation_history", "earlier turns: `[question, answer]` each, or messages"
     ),
-    Key(
-        "system",
-        "system system_prompt system_message system_instruction preamble",
-        "text before the first turn, or content parts of text; weight 0",
-    ),
+    Key("system", "system system_prompt system_message system_instruction preamble", "text, or parts of it; weight 0"),
     Key("condition", "condition", "the class of the conversation"),
     Key("reward", "reward", 'a number for the conversation; used with `weights.source = "reward"`'),
     Key("weight", _WEIGHT, "a number: multiplies the weight of every message"),
@@ -71,11 +56,7 @@ RECORD = Level(
     _MEDIA,
     Key("", "input_ids attention_mask token_ids", "records of token ids cannot be read; give text"),
     Key("", "labels", "labels of tokens, steps or answers are not read; write weights"),
-    Key(
-        "",
-        "chat_template chat_template_kwargs enable_thinking reasoning_effort",
-        "it changes how the prompt is written, which the template does",
-    ),
+    Key("", "chat_template chat_template_kwargs enable_thinking reasoning_effort", "the template writes the prompt"),
     Key("", "documents passages choices options examples definition", "it is not read; write it into the question"),
     Key("text", "text", "all that is said as one text: metadata where the record says it in another way, else refused"),
     Key("", "segments", "text without roles; write messages"),
@@ -102,11 +83,7 @@ MESSAGE = Level(
     Key("", "reward advantage", "rewards belong to a record; give the message a weight"),
     Key("", "tools functions", "they belong to a record, beside its messages"),
     Key("", "documents attachments files context", "it is not read; write it into content"),
-    Key(
-        "",
-        "parent_id parent_message_id parent replies children",
-        "messages of a tree; make a record of each way through it",
-    ),
+    Key("", "parent_id parent_message_id parent replies children", "messages of a tree; make a record of each path"),
     Key("", "tool_responses tool_results tool_result", "write each reply as a message of the role tool"),
     Key("", "channel recipient", "it says how the message is to be written; write reasoning_content, tool_calls"),
     _MEDIA,
@@ -121,11 +98,8 @@ PART = Level(
     Key("trained", f"{_TRAINED} loss_mask", "true, false, 1 or 0: whether it is trained"),
     Key("", "mask masked", _MASK),
     Key("", "thought", "a part of reasoning has the type thinking"),
-    Key(
-        "",
-        "functionCall function_call functionResponse function_response",
-        "calls belong to the message, as tool_calls; what tools reply is a message of the role tool",
-    ),
+    Key("", "functionCall function_call", "calls belong to the message, as tool_calls"),
+    Key("", "functionResponse function_response", "write each reply as a message of the role tool"),
     _MEDIA,
 )
 

@@ -18,7 +18,6 @@ rejected = "GPT3"
 from __future__ import annotations
 
 import bisect
-import difflib
 import json
 import math
 from fnmatch import fnmatchcase
@@ -29,7 +28,7 @@ import msgspec
 
 from ochat import overrides
 from ochat.errors import ConfigError, DataError
-from ochat.text.fields import check_number, check_text, describe
+from ochat.text.fields import check_number, check_text, describe, nearest
 from ochat.text.records.messages import ROLES
 
 COLUMNS = (
@@ -144,5 +143,4 @@ def _check_keys(table: dict[str, Any], kind: type[msgspec.Struct], place: str) -
     names = [field.encode_name for field in msgspec.structs.fields(kind)]
     for key in table:
         if key not in names:
-            close = "".join(f"did you mean {name!r}? " for name in difflib.get_close_matches(key, names, n=1))
-            raise ConfigError(f"{place}{key}: unknown key; {close}known: {', '.join(names)}")
+            raise ConfigError(f"{place}{key}: unknown key{nearest(key, names)}; known: {', '.join(names)}")

@@ -25,8 +25,8 @@ def weighted(turns: list[Turn], fields: Fields) -> list[Turn]:
     if "mask" in fields:
         turns = _with_list(turns, fields.name("mask"), _mask(turns, fields), check_truth)
     turns = [_untrained(turn) if turn.is_prompt else turn for turn in turns]
-    scale = fields.weight()
-    return turns if scale is None else [turn._replace(message=_scaled(turn.message, scale)) for turn in turns]
+    scale, name = fields.weight(), fields.name("weight")
+    return turns if scale is None else [turn._replace(message=_scaled(turn.message, scale, name)) for turn in turns]
 
 
 def _untrained(turn: Turn) -> Turn:
@@ -57,8 +57,8 @@ def _with_list(turns: list[Turn], name: str, values: list[Any], check: Callable[
     return found
 
 
-def _scaled(message: Message, scale: float) -> Message:
+def _scaled(message: Message, scale: float, name: str) -> Message:
     weight = default_weight(message.role) or None if message.weight is None else message.weight
-    weight = None if weight is None else check_number(weight * scale, "weight")
-    spans = (span._replace(weight=check_number(span.weight * scale, "weight")) for span in message.spans)
+    weight = None if weight is None else check_number(weight * scale, name)
+    spans = (span._replace(weight=check_number(span.weight * scale, name)) for span in message.spans)
     return replace(message, weight=weight, spans=tuple(spans))
