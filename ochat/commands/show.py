@@ -35,7 +35,8 @@ class ShowOptions:
     n: int = 3  # how many to show
     class_: Annotated[str | None, tyro.conf.arg(name="class")] = None  # only of this class; "": without one
     index: int | None = None  # only this one, by its place in the data set from 0
-    line: str = ""  # only what was read from this line of the input: 12, or chats.jsonl:12
+    # only what was read from this line of the input
+    line: Annotated[str, tyro.conf.arg(metavar="[FILE:]NUMBER")] = ""
     ids: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # show each token's id
     base: str = ""  # folder of the tokenizer, for data sets of earlier versions, which have none of their own
 
