@@ -192,6 +192,9 @@ def test_columns_stand_for_role_and_content():
     assert read({"speaker": "gpt", "said": "a", "value": "a"}, columns=columns) == Message("assistant", "a")
     with pytest.raises(DataError, match=r"messages\[0\].content: said says the same thing"):
         read({"speaker": "gpt", "said": "a", "content": "b"}, columns=columns)
+    for missing, message in (("said", {"speaker": "gpt"}), ("speaker", {"said": "a"})):
+        with pytest.raises(DataError, match=rf"messages\[0\].{missing}: missing or null.*; there is '"):
+            read(message, columns=columns)
 
 
 def test_names_of_calls_are_no_roles():

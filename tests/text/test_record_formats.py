@@ -175,6 +175,7 @@ SYSTEM = {"role": "system", "content": "x"}
         (CHAT | {"mask": "Assistant"}, r"mask: text \('Assistant'\) is not read, only User"),
         (CHAT | {"mask": "[0, 1"}, "mask: expected JSON"),
         (CHAT | {"weight": "1"}, "weight: expected a number"),
+        ({"messages": [ANSWERS[0] | {"weight": 1e300}], "loss_scale": 1e300}, "loss_scale: expected a finite number"),
         (CHAT | {"loss": 2.3}, "loss: expected true, false, 1 or 0"),
         ({"messages": [SYSTEM]}, r"messages\[0\]: only a system message"),
         ({"messages": [SYSTEM, *ANSWERS], "system": "y"}, r"system: messages\[0\] has another.*--ignore system"),

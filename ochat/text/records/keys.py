@@ -38,9 +38,7 @@ RECORD = Level(
     Key("answer", "output response completion answer", "the assistant's message: text, or messages"),
     Key("reasoning", _REASONING, "what the assistant thinks before this answer"),
     Key("tool_calls", "tool_calls function_call", "what this answer calls, as in a message"),
-    Key(
-        "history", "history chat_history conversation_history", "earlier turns: `[question, answer]` each, or messages"
-    ),
+    Key("history", "history chat_history conversation_history", "earlier turns: `[[question, answer]]`, or messages"),
     Key("system", "system system_prompt system_message system_instruction preamble", "text, or parts of it; weight 0"),
     Key("condition", "condition", "the class of the conversation"),
     Key("reward", "reward", 'a number for the conversation; used with `weights.source = "reward"`'),
