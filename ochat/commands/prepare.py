@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat.commands import show
-from ochat.data import describe, manifest, prepare
+from ochat.data import manifest, prepare
 from ochat.data.prepare import COUNTED, PrepareReport
 from ochat.data.rejected import REJECTS
 from ochat.errors import ConfigError
@@ -49,6 +49,8 @@ def main(options: PrepareOptions) -> None:
     if options.check and options.input:
         raise ConfigError("--input and --check: give one of them")
     if options.describe:
+        from ochat.data import describe
+
         print(describe.describe(options.describe), end="")
         return
     if options.check:

@@ -112,9 +112,9 @@ class Encoder:
         joined = token_weights.encode([layout.segments for _, layout in layouts], self.tokenizer)
         for (record, layout), (ids, spans) in zip(layouts, joined, strict=True):
             spans = trim(spans)
-            if num_supervised(spans):
-                self._note(encoded, layout, ids)
-                self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans)
+            if supervised := num_supervised(spans):
+                self._note(encoded, layout)
+                self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans, supervised)
             else:
                 why = "items: no message to learn from; every weight is 0, or there is no assistant message"
                 encoded.rejects.append(refuse(record, why))
@@ -125,7 +125,7 @@ class Encoder:
     def _lay_out(self, record: Record, encoded: Encoded) -> list[_Layout]:
         """The record's conversations and their segments, of which only the texts are left to tokenise."""
         notes, value = Notes(), record.value()
-        if isinstance(value, dict):
+        if self._named and isinstance(value, dict):
             encoded.mapped |= self._named & value.keys()
         conversations = self.reader.read(value, notes, record.condition)
         layouts = []
@@ -146,7 +146,8 @@ class Encoder:
             written = self._without_lost_reasoning(conversation)
             is_unthought = self.template.reasoning == "template" and written is not conversation
             layouts.append(_Layout(written, segments, is_unthought))
-        encoded.ignored.update(notes.ignored)
+        if notes.ignored:
+            encoded.ignored.update(notes.ignored)
         return layouts
 
     def _without_lost_reasoning(self, conversation: Conversation) -> Conversation:
@@ -165,13 +166,12 @@ class Encoder:
             )
         return written
 
-    def _note(self, encoded: Encoded, layout: _Layout, ids: list[int]) -> None:
+    def _note(self, encoded: Encoded, layout: _Layout) -> None:
         """Count what users would want to know of a conversation that is kept."""
-        messages = layout.conversation.items
-        if any(map(is_empty_answer, messages)):
+        if self.reader.empty_answers == "keep" and any(map(is_empty_answer, layout.conversation.items)):
             encoded.noted[EMPTY] += 1
         texts = _texts(layout.conversation)
-        if any(len(self.tokenizer.split_at_specials(text)) > 1 for text in texts):
+        if any(map(self.tokenizer.spells_special, texts)):
             encoded.noted[SPECIAL] += 1
         if layout.is_unthought:
             encoded.noted[UNTHOUGHT] += 1
@@ -183,8 +183,9 @@ class Encoder:
                 encoded.noted[UNKNOWN] += 1
 
     def _keep(
-        self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
-    ) -> None:
+        self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span],
+        supervised: int,
+    ) -> None:  # fmt: skip
         """Fit one sequence into the context, count it and append it to its split."""
         split = encoded.splits[is_held_out(conversation, self.held_out)]
         name = conversation.condition
@@ -199,14 +200,13 @@ class Encoder:
                 return
             encoded.noted[LOST] += 1
             spans = trim(cut(spans, self.context))
-            if num_supervised(spans) == 0:
+            supervised = num_supervised(spans)
+            if supervised == 0:
                 split.counts[name, "unsupervised"] += 1
                 return
             ids = ids[: spans[-1].end]
             split.counts[name, "truncated"] += 1
-        split.counts.update(
-            {(name, "kept"): 1, (name, "tokens"): len(ids), (name, "supervised"): num_supervised(spans)}
-        )
+        split.counts.update({(name, "kept"): 1, (name, "tokens"): len(ids), (name, "supervised"): supervised})
         sequences = split.sequences
         sequences.input_ids.append(np.array(ids, np.uint32))
         sequences.span_ends.append([span.end for span in spans])

@@ -170,7 +170,7 @@ def is_empty_answer(message: Message) -> bool:
 
 def _is_blank(text: str) -> bool:
     """Whether nothing of it can be seen: blanks, and characters that only format, such as U+200B."""
-    return all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
+    return not text[:1].isalnum() and all(char.isspace() or unicodedata.category(char) in ("Cc", "Cf") for char in text)
 
 
 def _tools(fields: Fields) -> tuple[dict[str, Any], ...]:

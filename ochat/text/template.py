@@ -191,7 +191,8 @@ class Template:
         if self.reasoning in ("last", "drop"):
             kept = len(items) - 1 if self.reasoning == "last" else len(items)
             items = tuple(replace(m, reasoning="") if i < kept and m.reasoning else m for i, m in enumerate(items))
-        return replace(conversation, condition=condition, items=items)
+        is_same = items is conversation.items and condition == conversation.condition
+        return conversation if is_same else replace(conversation, condition=condition, items=items)
 
     def with_thoughts_apart(self, conversation: Conversation) -> Conversation:
         """The conversation with `<think>` blocks in front of answers as reasoning, where chat_template does so."""

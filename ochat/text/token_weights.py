@@ -74,8 +74,9 @@ def encode(conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> 
     texts = list(dict.fromkeys(s.text for s in segments if s.characters is None and not s.is_live))
     plain = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
     weighted: dict[tuple[str, bool], tuple[list[int], list[tuple[int, int]]]] = {}
-    for is_live in (False, True):
-        texts = list(dict.fromkeys(s.text for s in segments if s.is_live == is_live and (s.characters or is_live)))
+    others = [s for s in segments if s.characters is not None or s.is_live]
+    for is_live in {segment.is_live for segment in others}:
+        texts = list(dict.fromkeys(s.text for s in others if s.is_live == is_live))
         found = tokenizer.encode_with_offsets(texts, specials=is_live)
         weighted |= {(text, is_live): each for text, each in zip(texts, found, strict=True)}
     return [_join(each, plain, weighted) for each in conversations]

@@ -150,6 +150,10 @@ class Tokenizer:
         """The text in turns: ordinary (possibly empty), special, ordinary, ...; the longest special token wins."""
         return self._special_pattern.split(text)
 
+    def spells_special(self, text: str) -> bool:
+        """Whether the text spells a special token."""
+        return self._special_pattern.search(text) is not None
+
     def find_specials(self, text: str) -> Iterator[re.Match[str]]:
         """The special tokens that the text spells, in order."""
         return self._special_pattern.finditer(text)
