@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ochat.data.containers import arrow_stream, compressed
@@ -275,8 +275,12 @@ COLUMNS = st.recursive(
 )  # fmt: skip
 
 
+DATE_AND_NULLS = pyarrow.struct([("a", pyarrow.date32()), ("b", pyarrow.list_(pyarrow.null()))])
+
+
 @settings(max_examples=150, deadline=None)
 @given(column=COLUMNS)
+@example((DATE_AND_NULLS, {"a": DATE, "b": [None, None]}))
 def test_a_column_of_any_type_is_metadata_and_refused_as_text(tmp_path_factory, column):
     """It is counted unless it is null, and never read as text, whatever lies in it."""
     kind, value = column

@@ -149,6 +149,8 @@ def _without_times(kind: Any) -> Any:
     import pyarrow
     from pyarrow import types
 
+    if types.is_null(kind):  # pyarrow 26 casts a part of a list of nulls wrongly to the same type
+        return pyarrow.int8()
     if types.is_temporal(kind) and kind.bit_width in (32, 64):
         return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
     if types.is_dictionary(kind) and types.is_temporal(kind.value_type):
