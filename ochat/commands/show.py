@@ -81,7 +81,7 @@ def read_tokenizer(data: Path, base: str = "") -> Tokenizer:
 def show(
     each: Shown, tokens: Tokenizer, console: Console, *, with_ids: bool = False, most_lines: int | None = None
 ) -> None:
-    """Print one conversation, or its first lines."""
+    """Print one conversation; of one with more than `most_lines`, its beginning and its end."""
     trained = sum(span.end - begin for begin, span in _with_begins(each) if span.is_supervised)
     facts = [f"index {each.index}", each.condition or "no class", each.place, f"{len(each.input_ids):,} tokens"]
     facts += [f"{trained:,} trained", *([] if each.reward is None else [f"reward {each.reward:g}"])]

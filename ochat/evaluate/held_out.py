@@ -139,9 +139,9 @@ class HeldOut:
 @lru_cache(maxsize=256)
 def _can_exchange(own: str, other: str, template: Template, tokenizer: Tokenizer) -> bool:
     """Whether the class in the headers of a prepared conversation can be exchanged: it gives a probe's ids."""
-    probe = Conversation((Message("user", "Why?"), Message("assistant", "So.")) * 2, own, "S")
     if not own:
         return False
+    probe = Conversation((Message("user", "Why?"), Message("assistant", "So.")) * 2, own, "S")
     ids, spans = template.encode_spans(probe, tokenizer)
     found = HeldOut(np.array(ids, np.int64), spans, own)._exchanged(other, tokenizer)[0]
     return found.tolist() == template.encode(replace(probe, condition=other), tokenizer)[0]

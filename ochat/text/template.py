@@ -297,7 +297,7 @@ def with_default_condition(template: Template, condition: str, tokenizer: Tokeni
 
 def check_condition(condition: str, tokenizer: Tokenizer, option: str = "") -> None:
     """Raise ConfigError, which starts with `option`, if the class spells a special token."""
-    if len(tokenizer.split_at_specials(condition)) > 1:
+    if tokenizer.spells_special(condition):
         raise ConfigError(f"{option}the class {condition!r} spells a special token; no prefix can carry it")
 
 
