@@ -127,7 +127,9 @@ class Watchdog:
                 self._launcher = None
                 self._request_stop("the torchrun that started this process is gone")
             problem = "" if self._store_error else self._poll()
-            if not problem and self._is_timed and self._idle_s > self.timeout_s:
+            # a neighbour that is silent may be gone, which says more than a time-out: wait until that is known
+            is_silent = not self._store_error and 0 < self._silence_s < self.silent_s
+            if not problem and self._is_timed and self._idle_s > self.timeout_s and not is_silent:
                 problem = self._describe_hang()
             if problem:
                 self._abort(problem)

@@ -106,6 +106,17 @@ def test_a_process_that_dies_while_it_saves_is_noticed_before_the_time_out_of_di
     assert exit_codes(log)[0] == 3 and newest(run_dir) == 0
 
 
+def test_a_process_that_hangs_and_then_dies_is_reported_as_gone(world, tmp_path):
+    """Whoever waited for it reaches the time-out first, and says what is known a moment later."""
+    run_dir = tmp_path / "run"
+    with start(world, run_dir, 2, *QUICK, in_step="time.sleep(1e6)") as (process, log):
+        wait_for(process, has_steps(run_dir, 4), log)
+        time.sleep(3)
+        os.kill(workers(process)[1], signal.SIGKILL)
+        assert process.wait(30) != 0
+    assert re.search(r"rank 1 \(\S+, pid \d+\) has not been heard of for 5 s, last in step 4", words(log))
+
+
 @pytest.mark.parametrize(
     ("fault", "shown"),
     [
