@@ -19,23 +19,34 @@ from torch import Tensor
 from ochat.errors import ConfigError
 
 BACKENDS = ("sdpa", "varlen")
+WITH_SOFTCAP = ("sdpa",)
 
 
 class Attend(Protocol):
-    """What a block calls: q (T, N, D), k and v (T, K, D) of one layer -> (T, N, D)."""
+    """What a block calls: q (T, N, D), k and v (T, K, D) of one layer -> (T, N, D). `scale`: of q k^T, None:
+    1 / sqrt(D); `softcap`: c of c * tanh(q k^T * scale / c), by which Gemma 2 bounds scores; 0: off."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor: ...
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor: ...
 
 
 class PackedAttention:
-    """softmax(q k^T / sqrt(D)) v within each document of one packed batch, (T, N, D) in q's dtype; every layer calls
-    the same object.
+    """softmax(q k^T * scale) v within each document of one packed batch, (T, N, D) in q's dtype; every layer calls
+    the same object. A softcap bounds the scores before the softmax (Attend).
 
     A token sees itself and those before it in its document; with a `window`, only the nearest so many, itself included.
     Query head n uses key/value head n // (N / K). Args: cu_seqlens (S+1,) int32 on the device, from 0 to T, documents
     of length 0 allowed; max_seqlen: the longest; lengths: the S lengths on the host. Without them `sdpa` reads
-    cu_seqlens once, which synchronises a CUDA device. Raises: ConfigError for a backend that is not known or cannot
-    take these tensors.
+    cu_seqlens once, which synchronises a CUDA device. Raises: ConfigError for a backend that is not known, cannot take
+    these tensors or has no softcap.
     """
 
     def __init__(
@@ -48,11 +59,21 @@ class PackedAttention:
             lengths = cu_seqlens.diff().tolist()
         self.lengths = lengths
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float | None = None,
+        softcap: float = 0.0,
+    ) -> Tensor:
+        check_softcap(self.backend, softcap)
         if self.backend == "varlen":
-            return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen, window)
+            return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen, window, scale)
         assert self.lengths is not None
-        return _sdpa(q, k, v, self.lengths, window)
+        return _sdpa(q, k, v, self.lengths, window, scale, softcap)
 
 
 def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -61,7 +82,34 @@ def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
     return "varlen" if torch.device(device).type == "cuda" and is_half else "sdpa"
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> Tensor:
+def check_softcap(backend: str, softcap: float) -> None:
+    """Raises: ConfigError for a backend that cannot bound scores."""
+    if softcap and backend not in WITH_SOFTCAP:
+        raise ConfigError(
+            f"attention = {backend!r} has no softcap, but the model's is {softcap:g}; set train.attention to "
+            f"{' or '.join(map(repr, WITH_SOFTCAP))}"
+        )
+
+
+def heads_first(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None, softcap: float = 0.0
+) -> Tensor:
+    """Attention of a batch: q (B, N, Q, D), k and v (B, K, E, D) -> (B, N, Q, D). `mask`: bool, to (B, N, Q, E), True
+    where a key is seen; None: causal, Q = E. With a softcap the scores, B N Q E numbers in fp32, are in memory."""
+    if not softcap:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * (scores / softcap).tanh()
+    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q.dtype)
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, scale: float | None, softcap: float
+) -> Tensor:
     """One call per run of documents of equal length: padding is many short ones.
 
     Runs are split off at once: a slice each would make the backward fill a gradient of all tokens for every run.
@@ -71,31 +119,33 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int |
     runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
     sizes = [length * count for length, count in runs]
     parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    outputs = [_equal_documents(q, k, v, count, window) for (_, count), q, k, v in parts]
+    outputs = [_equal_documents(q, k, v, count, window, scale, softcap) for (_, count), q, k, v in parts]
     return torch.cat(outputs) if outputs else torch.empty_like(q)
 
 
-def _equal_documents(q: Tensor, k: Tensor, v: Tensor, count: int, window: int | None) -> Tensor:
+def _equal_documents(
+    q: Tensor, k: Tensor, v: Tensor, count: int, window: int | None, scale: float | None, softcap: float
+) -> Tensor:
     """`count` documents of one length, one after the other: as a batch (count, heads, length, D)."""
     q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
     length, mask = q.shape[2], None
     if window is not None and window < length:  # True where key j <= query i and j > i - window
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)
+    return heads_first(q, k, v, mask, scale, softcap).transpose(1, 2).flatten(0, 1)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None, scale: float | None
+) -> Tensor:
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(f"attention = 'varlen' computes in half precision, not {q.dtype}; set it to 'sdpa'")
-    options = {}
+    options: dict[str, Any] = {"window_size": (-1, 0) if window is None else (window - 1, 0), "scale": scale}
     if q.shape[1] != k.shape[1]:
         if varlen_groups_heads():
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    span = (-1, 0) if window is None else (window - 1, 0)
-    return _varlen_function()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=span, **options)
+    return _varlen_function()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
 
 def varlen_groups_heads() -> bool:

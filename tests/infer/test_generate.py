@@ -52,7 +52,7 @@ def test_unwritten_places_are_never_seen():
 
     cache = KVCache(Shape(), [3, 1], 8, torch.float32, "cpu")
     stored = torch.ones(4, 2, 4)
-    cache.storing(lambda layer, q, k, v, window: q)(0, stored, stored, stored, None)
+    cache.storing(lambda layer, q, k, v, *_: q)(0, stored, stored, stored, None)
     empty = torch.arange(8)[None, :] >= cache.lengths[:, None]
     cache.values[0][empty] = 1e9
     new = torch.ones(2, 2, 4)

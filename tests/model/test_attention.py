@@ -13,18 +13,20 @@ from ochat.model.attention import PackedAttention
 from tests.numerics import assert_close
 
 
-def attend(q, k, v, cu_seqlens, max_seqlen, window=None, backend="sdpa"):
-    return PackedAttention(cu_seqlens, max_seqlen, backend)(0, q, k, v, window)
+def attend(q, k, v, cu_seqlens, max_seqlen, window=None, backend="sdpa", scale=None, softcap=0.0):
+    return PackedAttention(cu_seqlens, max_seqlen, backend)(0, q, k, v, window, scale, softcap)
 
 
-def truth(q, k, v, lengths, window):
+def truth(q, k, v, lengths, window, scale=None, softcap=0.0):
     """One softmax over all T keys with the packed mask spelled out, in float64."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(document))
     distance = place[:, None] - place[None, :]
     seen = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < (window or len(place) + 1))
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = torch.einsum("tnd,snd->nts", q.double(), k) / q.shape[-1] ** 0.5
+    scores = torch.einsum("tnd,snd->nts", q.double(), k) * (scale or q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
     return torch.einsum("nts,snd->tnd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
@@ -42,14 +44,16 @@ def tensors(lengths, heads, kv_heads, head_dim, dtype=torch.float32):
     groups=st.integers(1, 3),
     head_dim=st.sampled_from([2, 6, 16]),
     window=st.none() | st.integers(1, 25),
+    scale=st.none() | st.floats(0.05, 1.0),
+    softcap=st.sampled_from([0.0, 0.5, 3.0]),
 )
-def test_equals_the_written_out_softmax(lengths, kv_heads, groups, head_dim, window):
+def test_equals_the_written_out_softmax(lengths, kv_heads, groups, head_dim, window, scale, softcap):
     q, k, v, cu_seqlens = tensors(lengths, kv_heads * groups, kv_heads, head_dim)
     found, wanted = (
         value_and_gradients(function, q, k, v)
         for function in (
-            lambda *qkv: attend(*qkv, cu_seqlens, max(lengths), window=window),
-            lambda *qkv: truth(*qkv, lengths, window).float(),
+            lambda *qkv: attend(*qkv, cu_seqlens, max(lengths), window=window, scale=scale, softcap=softcap),
+            lambda *qkv: truth(*qkv, lengths, window, scale, softcap).float(),
         )
     )
     for ours, theirs in zip(found, wanted, strict=True):
@@ -71,6 +75,8 @@ def test_what_cannot_be_computed_is_refused():
         PackedAttention(cu_seqlens, 4, "flash")
     with pytest.raises(ConfigError, match="half precision, not torch.float32"):
         attend(q, k, v, cu_seqlens, 4, backend="varlen")
+    with pytest.raises(ConfigError, match="'varlen' has no softcap, but the model's is 50; .* 'sdpa'"):
+        attend(*(x.bfloat16() for x in (q, k, v)), cu_seqlens, 4, backend="varlen", softcap=50.0)
 
 
 def fake_varlen(has_gqa, calls):
@@ -78,11 +84,11 @@ def fake_varlen(has_gqa, calls):
 
     def run(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
         assert q.shape[1] == k.shape[1] == v.shape[1] or enable_gqa
-        assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k and scale is None
+        assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
         calls.append(enable_gqa)
         left, right = window_size
         assert right == 0
-        return attend(q, k, v, cu_q, max_q, window=None if left < 0 else left + 1)
+        return attend(q, k, v, cu_q, max_q, window=None if left < 0 else left + 1, scale=scale)
 
     def old(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
         return run(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
@@ -92,15 +98,15 @@ def fake_varlen(has_gqa, calls):
 
 @pytest.mark.parametrize("has_gqa", [True, False])
 @pytest.mark.parametrize("kv_heads", [2, 4])
-@pytest.mark.parametrize("window", [None, 1, 3])
-def test_varlen_gets_what_either_signature_wants(monkeypatch, has_gqa, kv_heads, window):
+@pytest.mark.parametrize(("window", "scale"), [(None, None), (1, None), (3, 0.7)])
+def test_varlen_gets_what_either_signature_wants(monkeypatch, has_gqa, kv_heads, window, scale):
     calls = []
     module = types.ModuleType("torch.nn.attention.varlen")
     module.varlen_attn = fake_varlen(has_gqa, calls)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     q, k, v, cu_seqlens = tensors([5, 2], 4, kv_heads, 8, torch.bfloat16)
-    found = attend(q, k, v, cu_seqlens, 5, window=window, backend="varlen")
-    torch.testing.assert_close(found, attend(q, k, v, cu_seqlens, 5, window=window))
+    found = attend(q, k, v, cu_seqlens, 5, window=window, backend="varlen", scale=scale)
+    torch.testing.assert_close(found, attend(q, k, v, cu_seqlens, 5, window=window, scale=scale))
     assert calls == [has_gqa and kv_heads == 2]
 
 
