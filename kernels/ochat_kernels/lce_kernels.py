@@ -159,7 +159,7 @@ def lce_stats(
     labels: Tensor,
     weights: Tensor,
     stats: dict[str, Tensor],
-    logit_softcap: float | None,
+    softcap: float,
     gradient: bool,
 ) -> None:
     """Launches the statistics of logits (n, V) into a slice of RowStatistics; with `gradient` the logits become it.
@@ -167,16 +167,16 @@ def lce_stats(
     The stride of the logits' rows may pass V; the columns between belong to the kernel.
     """
     arguments = (
-        {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights} | stats | _settings(logits, logit_softcap)
+        {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights} | stats | _settings(logits, softcap)
     )
     arguments |= {"GRADIENT": gradient}
     launch(lce_stats_kernel, (logits.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
-def lce_grad(logits: Tensor, labels: Tensor, weights: Tensor, lse: Tensor, logit_softcap: float | None) -> None:
+def lce_grad(logits: Tensor, labels: Tensor, weights: Tensor, lse: Tensor, softcap: float) -> None:
     """Launches the gradient alone, over the logits, for weights that were only known after the statistics."""
     arguments = {"logits_ptr": logits, "labels_ptr": labels, "weights_ptr": weights, "lse_ptr": lse}
-    arguments |= _settings(logits, logit_softcap)
+    arguments |= _settings(logits, softcap)
     launch(lce_grad_kernel, (logits.shape[0],), arguments, num_warps=NUM_WARPS)
 
 
@@ -193,11 +193,11 @@ def block_size(dtype: torch.dtype) -> int:
     return 32 * NUM_WARPS * THREAD_BYTES // dtype.itemsize
 
 
-def _settings(logits: Tensor, cap: float | None) -> dict[str, object]:
+def _settings(logits: Tensor, cap: float) -> dict[str, object]:
     return {
         "stride_zn": logits.stride(0),
         "V": logits.shape[1],
-        "cap": 1.0 if cap is None else float(cap),
-        "HAS_CAP": cap is not None,
+        "cap": float(cap),
+        "HAS_CAP": cap > 0,
         "BLOCK_V": block_size(logits.dtype),
     }

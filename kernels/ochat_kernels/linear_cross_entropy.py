@@ -48,7 +48,7 @@ def lce_fwd(
     loss_weights: Tensor,
     rows: Tensor | None,
     chunk_rows: int,
-    logit_softcap: float | None,
+    softcap: float,
     weight_transform: str,
     want_hidden: bool,
     want_weight: bool,
@@ -74,11 +74,11 @@ def lce_fwd(
         torch.mm(x, weight.t(), out=z)
         part = stats.slice(start, end)
         chunk_y, chunk_w = y[start:end], w[start:end]
-        lce_kernels.lce_stats(z, chunk_y, chunk_w, part, logit_softcap, gradients.wanted and transform is None)
+        lce_kernels.lce_stats(z, chunk_y, chunk_w, part, softcap, gradients.wanted and transform is None)
         if transform is not None:
             chunk_w.copy_(torch.where(chunk_w != 0, transform(part["nll_ptr"], chunk_w), 0))
             if gradients.wanted:
-                lce_kernels.lce_grad(z, chunk_y, chunk_w, part["lse_ptr"], logit_softcap)
+                lce_kernels.lce_grad(z, chunk_y, chunk_w, part["lse_ptr"], softcap)
         gradients.add(rows[start:end], x, z)
     loss_sum = (stats.nll * w).sum()
     nll = torch.zeros_like(labels, dtype=torch.float32).index_copy_(0, rows, stats.nll)
@@ -172,7 +172,7 @@ def linear_cross_entropy(
     *,
     rows: Tensor | None = None,
     chunk_rows: int | None = None,
-    logit_softcap: float | None = None,
+    softcap: float = 0.0,
     weight_transform: WeightTransform | None = None,
 ) -> LossOutput:
     """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
@@ -182,7 +182,7 @@ def linear_cross_entropy(
     Args: hidden (T, H) fp32, bf16 or fp16; weight (V, H) of its dtype; labels (T,) int64, -100 where there is none;
     loss_weights (T,) float of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
     0); chunk_rows: rows of logits held at a time, chosen from V by default (see chunk_size).
-    logit_softcap and weight_transform: as in the definition (reference_loss.py).
+    softcap and weight_transform: as in the definition (reference_loss.py).
     Returns: LossOutput; gradients flow from loss_sum to hidden and weight.
     Raises: ValueError for shapes, dtypes, devices and options that do not fit; a label outside the vocabulary makes the
     loss NaN on a GPU (in the interpreter, a ValueError).
@@ -191,11 +191,11 @@ def linear_cross_entropy(
     `rows` given, else one.
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
-    check_softcap(logit_softcap)
+    check_softcap(softcap)
     check_floats("hidden", hidden)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     transform = "" if weight_transform is None else _name(weight_transform)
     loss_sum, nll, correct, _, _ = _forward(
-        hidden, weight, labels, loss_weights, rows, chunk_rows or 0, logit_softcap, transform, *wanted
+        hidden, weight, labels, loss_weights, rows, chunk_rows or 0, softcap, transform, *wanted
     )
     return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)

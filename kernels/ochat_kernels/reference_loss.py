@@ -6,6 +6,7 @@ Letters: T packed tokens, R live rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ def linear_cross_entropy(
     *,
     rows: Tensor | None = None,
     chunk_rows: int | None = None,
-    logit_softcap: float | None = None,
+    softcap: float = 0.0,
     weight_transform: WeightTransform | None = None,
 ) -> LossOutput:
     """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
@@ -47,19 +48,20 @@ def linear_cross_entropy(
     Args: hidden (T, H); weight (V, H) of hidden's dtype; labels (T,) int64, IGNORE_INDEX where there is none;
     loss_weights (T,) fp32 of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
     0), found here when not given, which on CUDA synchronises once; chunk_rows: rows of logits held at a time.
-    logit_softcap c: z becomes c * tanh(z / c). weight_transform f: called as f(nll, w) on detached (n,) fp32 values of
-    some live rows at a time; its result replaces w in the loss (not in weight_sum), without a gradient of its own.
+    softcap c > 0: z becomes c * tanh(z / c), as in Gemma 2; 0: it stays. weight_transform f: called as f(nll, w) on
+    detached (n,) fp32 values of some live rows at a time; its result replaces w in the loss (not in weight_sum),
+    without a gradient of its own.
     Raises: ValueError for shapes, dtypes and options that do not fit, and for a label outside the vocabulary.
     Costs: forward makes loss and gradients in one pass, 6 R H V FLOPs, one chunk of logits + dW in fp32 + dhidden.
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
-    check_softcap(logit_softcap)
+    check_softcap(softcap)
     check_labels(labels, weight.shape[0])
     if rows is None:
         rows = live_rows(labels, loss_weights)
     if chunk_rows is None:
         chunk_rows = min(max(LOGITS_PER_CHUNK // weight.shape[0], 1024 if hidden.is_cuda else 256), 8192)
-    options = logit_softcap, weight_transform
+    options = softcap, weight_transform
     loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, chunk_rows, *options)  # type: ignore[misc]
     return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)
 
@@ -107,9 +109,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
-def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
-    """`cap * tanh(logits / cap)`, or the logits where there is no cap."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """`cap * tanh(logits / cap)`, or the logits themselves where the cap is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def _statistics(
@@ -125,9 +127,9 @@ def _statistics(
     return nll, live & (logits.argmax(-1) == y), torch.where(live, w, 0), lse
 
 
-def _gradient(logits: Tensor, y: Tensor, w: Tensor, lse: Tensor, cap: float | None) -> Tensor:
+def _gradient(logits: Tensor, y: Tensor, w: Tensor, lse: Tensor, cap: float) -> Tensor:
     """Of w * nll to the logits before the cap, (n, V); overwrites `logits`."""
-    slope = None if cap is None else 1 - (logits / cap).square()
+    slope = 1 - (logits / cap).square() if cap else None
     gradient = logits.sub_(lse[:, None]).exp_()  # softmax
     gradient[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1
     if slope is not None:
@@ -172,10 +174,10 @@ def check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows) -> N
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}: expected one device")
 
 
-def check_softcap(cap: float | None) -> None:
-    """ValueError for a cap of the logits that is not above 0."""
-    if cap is not None and not cap > 0:
-        raise ValueError(f"logit_softcap is {cap}: expected a number above 0, or None")
+def check_softcap(cap: float) -> None:
+    """ValueError for a cap of the logits that is no finite number >= 0."""
+    if not 0 <= cap < math.inf:
+        raise ValueError(f"softcap is {cap}: expected a number above 0, or 0 for none")
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.kernels.harness import ATOL, DEVICE, assert_op, likelihood_weight, loss_inputs
 from tests.numerics import assert_close
 
-CAPPED = {"logit_softcap": 2.0}
+CAPPED = {"softcap": 2.0}
 TRANSFORMED = {"weight_transform": likelihood_weight}
 OPTIONS = [{}, CAPPED, TRANSFORMED, CAPPED | TRANSFORMED]
 
@@ -42,6 +42,13 @@ def test_every_option_in_chunks(dtype, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_of_several_blocks_and_an_odd_end(dtype):
     compare(loss_inputs(3, 6, 2 * head.lce_kernels.block_size(dtype) + 77, dtype), **CAPPED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_that_most_logits_reach_and_one_that_none_does(dtype):
+    hidden, *others = loss_inputs(11, 8, 200, dtype)
+    compare((hidden * 100, *others), softcap=30.0)
+    compare((hidden / 16, *others), softcap=30.0)
 
 
 @given(
@@ -151,7 +158,7 @@ def test_a_chunk_of_rows_is_one_launch_and_every_row_of_logits_starts_on_a_line(
     labels, weights = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
     rows = torch.empty(3000, dtype=torch.int64, device="meta")
     with launch.record() as launches:
-        head.lce_fwd(hidden, weight, labels, weights, rows, 1024, None, "", True, True)
+        head.lce_fwd(hidden, weight, labels, weights, rows, 1024, 0.0, "", True, True)
     assert [item.arguments["logits_ptr"].shape[0] for item in launches] == [1024, 1024, 952]
     assert {item.arguments["stride_zn"] * 2 % 128 for item in launches} == {0}
 
@@ -163,7 +170,8 @@ def test_a_chunk_of_rows_is_one_launch_and_every_row_of_logits_starts_on_a_line(
         ({"hidden": torch.zeros(5, 3, dtype=torch.float64), "weight": torch.zeros(4, 3).double()}, "expected float32"),
         ({"labels": torch.zeros(4, dtype=torch.int64)}, "expected int64 \\(5,\\)"),
         ({"loss_weights": torch.zeros(5, dtype=torch.int64)}, "expected float"),
-        ({"logit_softcap": 0.0}, "logit_softcap is 0.0"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"softcap": float("inf")}, "softcap is inf"),
         ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, "one device"),
         ({"hidden": torch.zeros(5, 3, dtype=torch.bfloat16)}, "expected one dtype"),
         ({"labels": torch.zeros(5)}, "expected int64"),
