@@ -48,7 +48,7 @@ def test_what_the_others_register():
         "rope": (q.clone().requires_grad_(), k.clone().requires_grad_(), *angles),
         "rope_bwd": (q, k, *angles),
         "swiglu": (CALLS["swiglu"][1][0].clone().requires_grad_(),),
-        "linear_cross_entropy": (hidden, head, labels, weights, None, 0, None, "", True, True),
+        "linear_cross_entropy": (hidden, head, labels, weights, None, 0, 2.0, "", True, True),
         "scale": (hidden.detach(), weights[0], torch.bfloat16),
     }.items():
         torch.library.opcheck(getattr(torch.ops.ochat_kernels, name).default, arguments)
