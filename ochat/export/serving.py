@@ -1,6 +1,7 @@
 """What a server needs in addition to the weights: tokenizer, chat template, generation settings, openchat.json.
 
-    write(folder, template, tokenizer, ("GPT3", "GPT4"));  set_default_condition(folder, "GPT3")
+    write(folder, template, tokenizer, ("GPT3", "GPT4"), eos_ids=eos_ids_of(Path("models/base")))
+    set_default_condition(folder, "GPT3")
 
 They are written and checked when a run starts, so that a faulty export stops it there and not at its end; every
 checkpoint carries a copy, so that it can be exported without the base.
@@ -15,12 +16,13 @@ from __future__ import annotations
 import json
 import os.path
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer as ServedTokenizer
 
-from ochat.errors import CheckpointError, DataError
+from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.files import atomic, bounded_json
 from ochat.text import tokenizer as tokenizers
 from ochat.text.chat import llama_tools
@@ -34,23 +36,40 @@ from ochat.text.tokenizer import Tokenizer
 from ochat.text.tokenizer_convert import BOUNDARY
 
 
-def write(folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...]) -> None:
+def write(
+    folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...], *, eos_ids: Sequence[int] = ()
+) -> None:
     """Writes the files into an empty or missing `folder`, after checking that they give training's ids.
 
+    `eos_ids`: where the base stops; a server stops there too, and at the template's end of turn.
     Raises: ConfigError where the tokenizer lacks one of the template's tokens, CheckpointError where ids would differ.
     """
     rendered = render(template, tokenizer)
     tokenizer.save(folder, chat_template=rendered, eos_token=template.eot)
     verify(folder, template, tokenizer)
-    settings = {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.special_tokens[template.eot],
-        "do_sample": False,
-    }
+    # the end of turn first: what reads one id alone takes the first
+    stops = list(dict.fromkeys((tokenizer.special_tokens[template.eot], *eos_ids)))
+    settings = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if stops[1:] else stops[0], "do_sample": False}
     atomic.write_json(folder / "generation_config.json", settings)
     # model_type is the name that OpenChat's server looks up; the rest is what `ochat generate` goes by
     described = {"model_type": template.name, "template": template.to_dict(), "classes": list(classes)}
     atomic.write_json(folder / OPENCHAT, described)
+
+
+def eos_ids_of(base: Path) -> tuple[int, ...]:
+    """The ids at which the base stops: those of its generation_config.json, or else of its config.json.
+
+    Raises: ConfigError for a damaged file.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = base / name
+        found = bounded_json.read_object(path, ConfigError, "fetch it again") if path.is_file() else {}
+        if (ids := found.get("eos_token_id")) is not None:
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(i, int) and 0 <= i <= bounded_json.MAX_INTEGER for i in ids):
+                raise ConfigError(f"{path}: eos_token_id is {bounded_json.shown(ids)}; token ids are expected")
+            return tuple(ids)
+    return ()
 
 
 def set_default_condition(folder: Path, condition: str) -> None:

@@ -61,7 +61,7 @@ def test_openchat_json_names_the_template_and_the_step(world, exported, alone, t
         content = json.loads((folder / "openchat.json").read_text())
         assert content["model_type"] == "openchat_v3.2" and content["step"] == step
     settings = json.loads((exported / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == 258 and settings["bos_token_id"] == 256
+    assert settings["eos_token_id"] == [258, 257] and settings["bos_token_id"] == 256  # the base's 257 too
     assert hf.load(tmp_path / "five").embed.weight.dtype == torch.bfloat16
 
 

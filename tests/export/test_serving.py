@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ochat.errors import CheckpointError, DataError
+from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.export import serving
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
@@ -230,6 +230,21 @@ def test_verify_passes_and_finds_a_difference(exported):
             serving.verify(folder, template, tokenizer)
     finally:
         path.write_text(json.dumps(config))
+
+
+def test_an_export_stops_where_its_base_stops_too(tmp_path):
+    """In the order: the end of turn, then the base's, each once; generation_config.json before config.json."""
+    tokenizer, template = tokenizers.load(text_kit.small_folder("qwen", tmp_path / "base")), templates.load("chatml")
+    eot = tokenizer.special_tokens[template.eot]
+    found = []
+    for i, (name, ids) in enumerate([("config.json", None), ("config.json", 0), ("generation_config.json", [eot, 7])]):
+        (tmp_path / "base" / name).write_text(json.dumps({"eos_token_id": ids}))
+        serving.write(tmp_path / f"{i}", template, tokenizer, (), eos_ids=serving.eos_ids_of(tmp_path / "base"))
+        found.append(json.loads((tmp_path / f"{i}" / "generation_config.json").read_text())["eos_token_id"])
+    assert found == [eot, [eot, 0], [eot, 7]]
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ConfigError, match=r"generation_config.json: eos_token_id is .'</s>'.; token ids"):
+        serving.eos_ids_of(tmp_path / "base")
 
 
 @pytest.mark.parametrize("mode", ["template", "last", "all", "drop"])
