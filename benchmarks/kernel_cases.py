@@ -108,14 +108,16 @@ def rms_norm_cases() -> None:
         _norm(empty(T, H, dtype=dtype), empty(H, dtype=weight_dtype))
     for x in layouts(T, 4096, dtype=bf16):
         _norm(x, empty(4096, dtype=bf16))
+    for H in (256, 1152, 2304, 3584, 5376):  # Gemma's heads, and a width for each size of tile
+        _norm(empty(T, H, dtype=bf16), empty(H, dtype=bf16), offset=1.0)
 
 
-def _norm(x: Tensor, weight: Tensor) -> None:
-    rms_norm.rms_norm_fwd(x, weight, 1e-5)
-    rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5)
+def _norm(x: Tensor, weight: Tensor, offset: float = 0.0) -> None:
+    rms_norm.rms_norm_fwd(x, weight, 1e-5, offset)
+    rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5, offset)
     rstd = empty(x.shape[0], dtype=torch.float32)
     for grad_sum, need_weight in product((None, x), (True, False)):
-        rms_norm.rms_norm_bwd(x, grad_sum, x, weight, rstd, need_weight)
+        rms_norm.rms_norm_bwd(x, grad_sum, x, weight, rstd, offset, need_weight)
 
 
 def adamw_cases() -> None:

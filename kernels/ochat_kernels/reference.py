@@ -13,26 +13,57 @@ from torch import Tensor
 from ochat_kernels.reference_adamw import adamw
 from ochat_kernels.reference_loss import IGNORE_INDEX, LossOutput, linear_cross_entropy, statistics_dtype
 
-__all__ = ["IGNORE_INDEX", "LossOutput", "adamw", "add_rms_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "IGNORE_INDEX",
+    "LossOutput",
+    "adamw",
+    "add_rms_norm",
+    "geglu",
+    "linear_cross_entropy",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension; x (..., H), weight (H,), in x's dtype."""
-    wide = x.to(statistics_dtype(x))
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * rstd * weight.to(wide.dtype)).to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * (offset + weight)` over the last dimension; x (..., H), weight (H,), in x's dtype.
+    Gemma stores its weights less 1: offset 1."""
+    return _normalize(x.to(statistics_dtype(x)), weight, eps, offset).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """`(rms_norm(x + residual), x + residual)`; x and residual (T, H), weight (H,)."""
     new_residual = x + residual
-    return rms_norm(new_residual, weight, eps), new_residual
+    return rms_norm(new_residual, weight, eps, offset), new_residual
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates the pairs (i, i + D/2) of each head by its token's angle: q (T, N, D), k (T, K, D), cos and sin (T,
-    D/2) fp32."""
-    return _rotate(q, cos, sin), _rotate(k, cos, sin)
+    """Rotates the pairs (i, i + d/2) of the first d elements of each head by its token's angle; the others stay. q (T,
+    N, D), k (T, K, D), cos and sin (T, d/2) fp32."""
+    wide = statistics_dtype(q)
+    turned_q, turned_k = (_rotate(x.to(wide), cos, sin).to(x.dtype) for x in (q, k))
+    return turned_q, turned_k
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """rms_norm of each head of q by q_weight and of k by k_weight, both (D,), then rope; rounded once, at the end."""
+    wide = statistics_dtype(q)
+    turned_q, turned_k = (
+        _rotate(_normalize(x.to(wide), weight, eps, offset), cos, sin).to(x.dtype)
+        for x, weight in ((q, q_weight), (k, k_weight))
+    )
+    return turned_q, turned_k
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -41,8 +72,21 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
+def geglu(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up`, otherwise as swiglu; gelu(x) is `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`."""
+    gate, up = gate_up.to(statistics_dtype(gate_up)).chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """rms_norm in the dtype of x (..., H)."""
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * rstd * (offset + weight.to(x.dtype))
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = statistics_dtype(x)
-    first, second = x.to(wide).chunk(2, dim=-1)  # (T, heads, D/2)
-    cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    """rope in the dtype of x (T, heads, D)."""
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)  # (T, heads, d/2) twice, then D - d
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -1,6 +1,6 @@
-"""RMSNorm, alone and with the residual addition before it: y = x / sqrt(mean(x^2) + eps) * weight.
+"""RMSNorm, alone and with the residual addition before it: y = x / sqrt(mean(x^2) + eps) * (offset + weight).
 
-    y = rms_norm(x, weight, eps)                                # (..., H) -> (..., H)
+    y = rms_norm(x, weight, eps, offset=1.0)                    # (..., H) -> (..., H); Gemma's offset, others have none
     y, new_residual = add_rms_norm(x, residual, weight, eps)    # new_residual = x + residual
 A program holds whole rows; every element crosses the memory bus once, in fp32 between. The backward is a fixed number
 of programs that share the rows; each leaves one row of sums for dweight, added up in one fixed order.
@@ -25,7 +25,7 @@ THREAD_BYTES = 32  # of a tile: two 16-byte accesses a thread
 @triton.jit
 def rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, stride_xt, stride_rt, T, H, eps,
-    ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     h = tl.arange(0, BLOCK_H)[None, :]
@@ -37,6 +37,8 @@ def rms_norm_fwd_kernel(
         tl.store(sum_ptr + t * H + h, rounded, mask=mask)
         x = rounded.to(tl.float32)  # the statistics are those of the stream that the next block sees
     weight = tl.load(weight_ptr + h, mask=h < H, other=0.0).to(tl.float32)
+    if OFFSET != 0:
+        weight += OFFSET
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
     tl.store(rstd_ptr + t, rstd, mask=t < T)
     tl.store(y_ptr + t * H + h, narrow(x * rstd * weight, y_ptr.dtype.element_ty), mask=mask)
@@ -45,7 +47,7 @@ def rms_norm_fwd_kernel(
 @triton.jit
 def rms_norm_bwd_kernel(
     dy_ptr, dsum_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, stride_dyt, stride_dst, stride_xt, T, H,
-    ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+    OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
@@ -62,12 +64,16 @@ def rms_norm_bwd_kernel(
         if partial_ptr is not None:
             dweight += product
         weight = tl.load(weight_ptr + h, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        if OFFSET != 0:
+            weight += OFFSET
         along = tl.sum(product * weight[None, :], axis=1, keep_dims=True) / H
         # Kept over the reduction, the rows and their sums spill (seen at H = 16384) or halve the programs that fit:
         # they are read again, from L1. Other cache hints than above, or the compiler makes one load of the two.
         dy = tl.load(dy_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         weight = tl.load(weight_ptr + h, mask=inside, other=0.0).to(tl.float32)
         dx = dy * weight[None, :]
+        if OFFSET != 0:
+            dx += dy * OFFSET  # added to the weight first, it spills (seen at H = 5376)
         x = tl.load(x_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dx = (dx - x * (rstd * along)) * rstd
         if dsum_ptr is not None:
@@ -77,19 +83,21 @@ def rms_norm_bwd_kernel(
         tl.store(partial_ptr + program * H + h, tl.sum(dweight, axis=0), mask=inside)
 
 
-def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """Launches the forward: x (..., H), weight (H,) -> y (..., H) and 1 / sqrt(mean(x^2) + eps), (...) fp32."""
-    y, _, rstd = _forward(x, None, weight, eps)
+    y, _, rstd = _forward(x, None, weight, eps, offset)
     return y, rstd
 
 
-def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launches the forward after the addition: y (..., H), x + residual (..., H), and the sum's rstd (...) fp32."""
-    return _forward(x, residual, weight, eps)
+    return _forward(x, residual, weight, eps, offset)
 
 
 def rms_norm_bwd(
-    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, need_weight: bool
+    grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of x (..., H) and of weight (H,) (empty unless asked for) from that of y.
 
@@ -106,12 +114,14 @@ def rms_norm_bwd(
     arguments = {"dy_ptr": grad, "dsum_ptr": grad_sum, "x_ptr": x, "weight_ptr": weight, "rstd_ptr": rstd}
     arguments |= {"dx_ptr": dx, "partial_ptr": partial, "stride_dyt": grad.stride(0)}
     arguments |= {"stride_dst": 0 if grad_sum is None else grad_sum.stride(0), "stride_xt": x.stride(0)}
-    arguments |= {"T": T, "H": H, "ROWS": rows, "BLOCK_H": block}
+    arguments |= {"T": T, "H": H, "OFFSET": offset, "ROWS": rows, "BLOCK_H": block}
     launch(rms_norm_bwd_kernel, (programs,), arguments, num_warps=warps)
     return dx, weight.new_empty(0) if partial is None else partial.sum(0).to(weight.dtype)
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, the sum (y again where there is no residual) and rstd."""
     y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
     total = y if residual is None else x.new_empty(x.shape)
@@ -125,7 +135,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
         "stride_xt": x.stride(0),
         "stride_rt": 0 if residual is None else residual.stride(0),
     }
-    arguments |= {"T": T, "H": H, "eps": eps, "ROWS": rows, "BLOCK_H": block}
+    arguments |= {"T": T, "H": H, "eps": eps, "OFFSET": offset, "ROWS": rows, "BLOCK_H": block}
     launch(rms_norm_fwd_kernel, (triton.cdiv(T, rows),), arguments, num_warps=warps)
     return y, total, rstd
 
@@ -172,34 +182,35 @@ _backward = torch.library.custom_op("ochat_kernels::rms_norm_bwd", rms_norm_bwd,
 
 
 @_rms_norm.register_fake
-def _(x, weight, eps):
+def _(x, weight, eps, offset):
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @_add_rms_norm.register_fake
-def _(x, residual, weight, eps):
+def _(x, residual, weight, eps, offset):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @_backward.register_fake
-def _(grad, grad_sum, x, weight, rstd, need_weight):
+def _(grad, grad_sum, x, weight, rstd, offset, need_weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _save(ctx, inputs, output):
-    x, weight, _ = inputs
+    x, weight, _, ctx.offset = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, grad, _):
     need_weight = ctx.needs_input_grad[1]
-    dx, dweight = _backward(grad, None, *ctx.saved_tensors, need_weight)
-    return dx, dweight if need_weight else None, None
+    dx, dweight = _backward(grad, None, *ctx.saved_tensors, ctx.offset, need_weight)
+    return dx, dweight if need_weight else None, None, None
 
 
 def _save_sum(ctx, inputs, output):
     _, total, rstd = output
+    ctx.offset = inputs[4]
     ctx.save_for_backward(total, inputs[2], rstd)
     ctx.mark_non_differentiable(rstd)
     ctx.set_materialize_grads(False)  # the sum of the last block has no gradient of its own: no zeros to read
@@ -207,31 +218,32 @@ def _save_sum(ctx, inputs, output):
 
 def _differentiate_sum(ctx, grad, grad_sum, _):
     if grad is None:
-        return grad_sum, grad_sum, None, None
+        return grad_sum, grad_sum, None, None, None
     need_weight = ctx.needs_input_grad[2]
-    dx, dweight = _backward(grad, grad_sum, *ctx.saved_tensors, need_weight)
-    return dx, dx, dweight if need_weight else None, None
+    dx, dweight = _backward(grad, grad_sum, *ctx.saved_tensors, ctx.offset, need_weight)
+    return dx, dx, dweight if need_weight else None, None, None
 
 
 _rms_norm.register_autograd(_differentiate, setup_context=_save)
 _add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * (offset + weight)` over the last dimension.
 
-    Args: x (..., H) fp32, bf16 or fp16, H up to 16384, rows of any stride; weight (H,) of x's dtype or fp32.
+    Args: x (..., H) fp32, bf16 or fp16, H up to 16384, rows of any stride; weight (H,) of x's dtype or fp32, to which
+    offset is added in fp32.
     Returns: x's shape and dtype, contiguous. Raises: ValueError for another dtype, shape or device.
     Costs: 4 T H FLOPs for T rows, backward 8 T H; forward moves 2 T H elements, backward 3 T H; saves x, weight and T
     fp32 numbers; no sync. Two runs give the same bits. Leading dimensions that no one stride spans are copied.
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     _check(x, weight)
-    y, _ = _rms_norm(x, weight, eps)
+    y, _ = _rms_norm(x, weight, eps, offset)
     return y
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """`(rms_norm(x + residual), x + residual)`: the sum rounded to x's dtype, the norm that of the rounded sum.
 
     Args: x and residual (..., H) of one shape and dtype, else as in rms_norm. Returns: (y, new_residual), contiguous.
@@ -241,5 +253,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """
     _check(x, weight)
     check_like("residual", residual, "x", x)
-    y, total, _ = _add_rms_norm(x, residual, weight, eps)
+    y, total, _ = _add_rms_norm(x, residual, weight, eps, offset)
     return y, total

@@ -44,7 +44,7 @@ class SelectiveRecompute:
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Saves calls instead of results. Costs in backward, a block: for each norm 2 T H elements to move, for RoPE
-        2 T (N + K) D, for SwiGLU 3 T F."""
+        2 T (N + K) D (with the norms of q and k or without), for SwiGLU or GeGLU 3 T F."""
         self._results = WeakKeyDictionary()
         try:
             with saved_tensors_hooks(self._pack, unpack):
@@ -52,14 +52,16 @@ class SelectiveRecompute:
         finally:
             self._results = None
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y = self.ops.rms_norm(x, weight, eps)
-        self._record((y,), self.ops.rms_norm, x, weight, eps)
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        y = self.ops.rms_norm(x, weight, eps, offset)
+        self._record((y,), self.ops.rms_norm, x, weight, eps, offset)
         return y
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, total = self.ops.add_rms_norm(x, residual, weight, eps)
-        self._record((y,), self.ops.rms_norm, total, weight, eps)
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        y, total = self.ops.add_rms_norm(x, residual, weight, eps, offset)
+        self._record((y,), self.ops.rms_norm, total, weight, eps, offset)
         return y, total
 
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,9 +69,30 @@ class SelectiveRecompute:
         self._record(rotated, self.ops.rope, q, k, cos, sin)
         return rotated
 
+    def qk_norm_rope(
+        self,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (q, k, q_weight, k_weight, cos, sin, eps, offset)
+        rotated = self.ops.qk_norm_rope(*inputs)
+        self._record(rotated, self.ops.qk_norm_rope, *inputs)
+        return rotated
+
     def swiglu(self, gate_up: Tensor) -> Tensor:
         y = self.ops.swiglu(gate_up)
         self._record((y,), self.ops.swiglu, gate_up)
+        return y
+
+    def geglu(self, gate_up: Tensor) -> Tensor:
+        y = self.ops.geglu(gate_up)
+        self._record((y,), self.ops.geglu, gate_up)
         return y
 
     def _record(self, results: tuple[Tensor, ...], function: Callable[..., Any], *inputs: Any) -> None:

@@ -32,11 +32,12 @@ def test_again_checkpointed_and_compiled(name):
 def test_what_the_norms_register(wanted):
     leaves = [x.clone().requires_grad_(want) for x, want in zip(CALLS["add_rms_norm"][1], wanted, strict=True)]
     ops = torch.ops.ochat_kernels
-    torch.library.opcheck(ops.rms_norm.default, (leaves[0], leaves[2], 1e-5))
-    torch.library.opcheck(ops.add_rms_norm.default, (*leaves, 1e-5))
+    torch.library.opcheck(ops.rms_norm.default, (leaves[0], leaves[2], 1e-5, 1.0))
+    torch.library.opcheck(ops.add_rms_norm.default, (*leaves, 1e-5, 0.0))
     x, grad, weight = (x.detach() for x in leaves)
     for grad_sum, need_weight in ((grad, True), (None, False)):
-        torch.library.opcheck(ops.rms_norm_bwd.default, (grad, grad_sum, x, weight, x.new_ones(6), need_weight))
+        arguments = (grad, grad_sum, x, weight, x.new_ones(6), 1.0, need_weight)
+        torch.library.opcheck(ops.rms_norm_bwd.default, arguments)
 
 
 def test_what_the_others_register():

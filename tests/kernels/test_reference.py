@@ -77,23 +77,61 @@ def test_rms_norm_is_its_formula_and_add_rms_norm_its_sum():
     x, residual, weight = draw(7, 12), draw(7, 12, seed=1), draw(12, seed=2)
     expected = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-3) * weight
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-3), expected)
-    y, total = ops.add_rms_norm(x, residual, weight, 1e-3)
-    torch.testing.assert_close(total, x + residual)
-    torch.testing.assert_close(y, ops.rms_norm(x + residual, weight, 1e-3))
+    torch.testing.assert_close(ops.rms_norm(x, weight - 1, 1e-3, 1.0), expected)
+    for offset in (0.0, 1.0):
+        y, total = ops.add_rms_norm(x, residual, weight, 1e-3, offset)
+        torch.testing.assert_close(total, x + residual)
+        torch.testing.assert_close(y, ops.rms_norm(x + residual, weight, 1e-3, offset))
 
 
-def test_rope_turns_each_pair_by_its_angle():
-    q, k, angles = draw(5, 3, 8), draw(5, 1, 8, seed=1), draw(5, 4, seed=2)
+def test_an_offset_is_added_in_fp32():
+    x, weight = draw(9, 64, dtype=torch.bfloat16), draw(64, seed=1, dtype=torch.bfloat16) / 100
+    exact = ops.rms_norm(x.double(), weight.double(), 1e-5, 1.0)
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5, 1.0), exact.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("turned", [8, 6, 2])
+def test_rope_turns_each_pair_by_its_angle(turned):
+    half = turned // 2
+    q, k, angles = draw(5, 3, 8), draw(5, 1, 8, seed=1), draw(5, half, seed=2)
     turned_q, turned_k = ops.rope(q, k, angles.cos().float(), angles.sin().float())
-    for x, turned in ((q, turned_q), (k, turned_k)):
-        complex_x = torch.complex(x[..., :4], x[..., 4:]) * torch.exp(1j * angles.float().double())[:, None]
-        torch.testing.assert_close(turned, torch.cat((complex_x.real, complex_x.imag), -1), atol=1e-6, rtol=1e-6)
+    for x, y in ((q, turned_q), (k, turned_k)):
+        complex_x = torch.complex(x[..., :half], x[..., half:turned]) * torch.exp(1j * angles.float().double())[:, None]
+        expected = torch.cat((complex_x.real, complex_x.imag, x[..., turned:]), -1)
+        torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)
 
 
-def test_swiglu_takes_the_gate_from_the_first_half():
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("turned", [8, 4])
+def test_qk_norm_rope_is_a_norm_of_each_head_and_then_rope(turned, offset):
+    q, k, angles = draw(5, 3, 8), draw(5, 2, 8, seed=1), draw(5, turned // 2, seed=2)
+    weights, cos, sin = (draw(8, seed=3), draw(8, seed=4)), angles.cos(), angles.sin()
+    normal = [ops.rms_norm(x, weight, 1e-3, offset) for x, weight in zip((q, k), weights, strict=True)]
+    torch.testing.assert_close(ops.qk_norm_rope(q, k, *weights, cos, sin, 1e-3, offset), ops.rope(*normal, cos, sin))
+
+
+def test_a_gate_stands_in_the_first_half():
     gate_up = draw(5, 14)
     gate, up = gate_up[:, :7], gate_up[:, 7:]
     torch.testing.assert_close(ops.swiglu(gate_up), gate * torch.sigmoid(gate) * up)
+    gelu = gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+    torch.testing.assert_close(ops.geglu(gate_up), gelu * up)
+
+
+def test_gradients_of_the_definitions_are_their_differences():
+    """Through fp64, where autograd's gradients must be what small steps show."""
+    x, residual, weight = (draw(*shape, seed=i).requires_grad_() for i, shape in enumerate([(3, 6), (3, 6), (6,)]))
+    q, k = draw(3, 2, 6, seed=4).requires_grad_(), draw(3, 1, 6, seed=5).requires_grad_()
+    angles, other = draw(3, 2, seed=6), draw(6, seed=7).requires_grad_()
+    cos, sin = angles.cos(), angles.sin()
+    for function, leaves in (
+        (lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-3, 1.0), (x, residual, weight)),
+        (lambda q, k, a, b: ops.qk_norm_rope(q, k, a, b, cos, sin, 1e-3, 1.0), (q, k, weight, other)),
+        (lambda q, k: ops.rope(q, k, cos, sin), (q, k)),
+        (ops.swiglu, (x,)),
+        (ops.geglu, (x,)),
+    ):
+        assert torch.autograd.gradcheck(function, leaves)
 
 
 def test_unknown_kernels_are_refused():

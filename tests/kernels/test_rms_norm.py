@@ -46,6 +46,16 @@ def test_outputs_and_gradients(shape, lay_out, dtype):
     assert_op(add_norm, add_norm_definition, [lay_out(x), lay_out(residual), weight])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7), (5, 130), (0, 12)])
+def test_an_offset_of_the_weight(shape, dtype):
+    x, residual, weight = draw(*shape, dtype=dtype)
+    for small in (weight / 100, torch.zeros_like(weight)):  # Gemma's are stored less 1, some near 0
+        assert_op(partial(norm, offset=1.0), partial(norm_definition, offset=1.0), [x, small])
+        functions = partial(add_norm, offset=1.0), partial(add_norm_definition, offset=1.0)
+        assert_op(*functions, [x, residual, small])
+
+
 @pytest.mark.parametrize("shape", [(67, 130), (150, 8), (7, 4096), (6, 4097)])
 def test_programs_that_walk_several_tiles(shape, one_processor):
     assert_op(add_norm, add_norm_definition, list(draw(*shape, dtype=torch.bfloat16)))
@@ -147,8 +157,8 @@ def test_sums_of_a_weight_are_rounded_once(monkeypatch):
     monkeypatch.setattr(rms_norm, "TILE", 256)  # a row a program
     x, _, weight = draw(60, 256, dtype=torch.bfloat16)
     upstream = random(60, 256, dtype=torch.bfloat16, seed=1).abs() * x.sign()  # no part cancels another
-    _, rstd = rms_norm.rms_norm_fwd(x, weight, EPS)
-    _, dweight = rms_norm.rms_norm_bwd(upstream, None, x, weight, rstd, True)
+    _, rstd = rms_norm.rms_norm_fwd(x, weight, EPS, 0.0)
+    _, dweight = rms_norm.rms_norm_bwd(upstream, None, x, weight, rstd, 0.0, True)
     exact = (upstream.double() * x.double() * rstd.double()[:, None]).sum(0)
     torch.testing.assert_close(dweight, exact.to(torch.bfloat16), rtol=0, atol=0)
 
@@ -167,7 +177,7 @@ def test_the_number_of_programs():
     for T, H in ((0, 64), (3, 4096), (10**6, 128), (10**6, 8192), (10**6, rms_norm.MAX_H)):
         x = torch.empty(T, H, dtype=torch.bfloat16, device="meta")
         with launch.record() as launches:
-            _, dweight = rms_norm.rms_norm_bwd(x, x, x, x.new_empty(H), x.new_empty(T), True)
+            _, dweight = rms_norm.rms_norm_bwd(x, x, x, x.new_empty(H), x.new_empty(T), 0.0, True)
         assert dweight.shape == (H,)
         assert len(launches) == (1 if T else 0)
         for noted in launches:
