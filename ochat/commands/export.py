@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Literal
 from rich.markup import escape
 from rich.table import Table
 
+from ochat import config as configuration
 from ochat.console import stdout, waiting
 from ochat.errors import ConfigError
 
 if TYPE_CHECKING:
     from ochat.checkpoint.best import Choice, Evaluation
+
+MOST_CHATS = 5000  # in which messages are counted: seconds
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ class ExportOptions:
     """of the written weights"""
     adapter: bool = False
     """of a run with [lora]: write the adapter as PEFT's files instead of the merged model"""
+    boundary: Literal["auto", "always", "never"] = "auto"
+    """the mark between a prefix and its message where a server could merge them, for templates that tokenise each
+    alone; auto: where transformers and vLLM read it; llama.cpp never does"""
+    data: tuple[Path, ...] = ()
+    """what messages are counted in that an export without the mark changes: prepared data or conversations; left out:
+    the run's"""
     base: str = ""
     """of a run with [lora]: the folder of its base, if it was moved"""
     overwrite: bool = False
@@ -61,9 +70,45 @@ def main(options: ExportOptions) -> None:
     with waiting("exporting"):
         step = export(
             source, options.output, dtype=options.dtype, overwrite=options.overwrite, base=options.base,
-            condition=options.condition, adapter=options.adapter,
+            condition=options.condition, adapter=options.adapter, boundary=options.boundary,
         )  # fmt: skip
     stdout.print(f"exported step {step} to {options.output}", markup=False, soft_wrap=True)
+    if note := boundary_note(options):
+        stdout.print(note, markup=False, soft_wrap=True)
+
+
+def boundary_note(options: ExportOptions) -> str:
+    """How many messages get other ids from the export than in training, if it needs a boundary and has none."""
+    from ochat.evaluate import chats
+    from ochat.export import serving
+    from ochat.text import tokenizer as tokenizers
+    from ochat.text.openchat_json import load_template
+
+    tokenizer = tokenizers.load(options.output)
+    template = load_template(options.output, None, tokenizer)
+    if not serving.lacks_boundary(options.output, template, tokenizer):
+        return ""
+    data = options.data or _data_of_run(options.source)
+    if not data:
+        return "without it, servers may give other ids than training where the two merge; --data DATA counts how often"
+    found = chats.read_chats(data, template, tokenizer, MOST_CHATS)
+    changed, count = chats.count_changed(options.output, template, tokenizer, found)
+    share = changed / max(count, 1)
+    return f"without it, {changed:,} of {count:,} messages ({share:.1%}) get other ids from servers than in training"
+
+
+def _data_of_run(source: Path) -> tuple[Path, ...]:
+    """The data sets of the run that a checkpoint is of, if they are still there."""
+    from ochat.run import layout
+
+    places = [folder / layout.CONFIG for folder in (source, source.parent.parent)]
+    path = next(filter(Path.is_file, places), None)
+    if path is None:
+        return ()
+    data = configuration.load(path).data
+    found = [data.path, *(each.path for each in data.mix.values())]
+    paths = [Path(one) for each in found for one in ([each] if isinstance(each, str) else each) if one]
+    return tuple(paths) if all(each.is_dir() for each in paths) else ()
 
 
 def best_table(title: str, choice: Choice, kept: set[int]) -> Table:

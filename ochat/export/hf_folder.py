@@ -8,6 +8,7 @@ base, into which model/peft.py (`merged_parameters`) merges them, unless they ar
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -17,10 +18,13 @@ from ochat.checkpoint.manifest import copy_serving_files, verify_weights
 from ochat.errors import ConfigError
 from ochat.export import serving
 from ochat.export.open_model import holds_adapters, whole_parameters
+from ochat.export.serving import Boundary
 from ochat.files import atomic, checksums
 from ochat.model import hf, peft
 from ochat.model.config import ModelConfig
 from ochat.text.openchat_json import OPENCHAT
+
+log = logging.getLogger(__name__)
 
 
 def export(
@@ -32,10 +36,12 @@ def export(
     base: str = "",
     condition: str | None = None,
     adapter: bool = False,
+    boundary: Boundary = "auto",
 ) -> int:
     """Writes `output` from a run folder (its newest checkpoint) or a checkpoint folder; returns the step. Needs no GPU.
 
     `condition`: the class that the chat template takes where none is named; None: the expert's, as the run had it.
+    `boundary`: whether there is one between prefix and content where a server could merge them (serving.py).
     Adapters are merged into their base, read from `base` or from where the run had it; with `adapter` they are written
     alone, as PEFT loads them. Raises: CheckpointError where there is no checkpoint, a damaged one (all files but the
     optimizer's are checked) or another base; ConfigError where `output` is in the way, the base is gone, no prefix
@@ -52,8 +58,12 @@ def export(
         copy_serving_files(manifest.folder, folder)
         described = json.loads((manifest.folder / OPENCHAT).read_text(encoding="utf-8"))
         atomic.write_json(folder / OPENCHAT, described | {"step": manifest.step})
-        if condition is not None:
-            serving.set_default_condition(folder, condition)
+        has_boundary = serving.keeps_boundary(model.model_type, boundary)
+        if serving.adapt(folder, condition=condition, boundary=has_boundary):
+            reason = (
+                "" if boundary == "never" else f": transformers and vLLM take it for text in {model.model_type} models"
+            )
+            log.info("%s has no boundary between prefix and message%s", output, reason)
         if adapter:
             adapter_config = peft.AdapterConfig.read(manifest.folder)
             peft.save(folder, model, adapter_config, dict(iterate_parameters(manifest)))

@@ -1,14 +1,15 @@
 """What a server needs in addition to the weights: tokenizer, chat template, generation settings, openchat.json.
 
     write(folder, template, tokenizer, ("GPT3", "GPT4"), eos_ids=eos_ids_of(Path("models/base")))
-    set_default_condition(folder, "GPT3")
+    adapt(folder, condition="GPT3", boundary=False)
 
 They are written and checked when a run starts, so that a faulty export stops it there and not at its end; every
 checkpoint carries a copy, so that it can be exported without the base.
 
 With the chat template (Jinja) a server gets training's ids for a whole chat. Training tokenises each segment alone, a
 server the rendered string as a whole. Where a prefix and its content could merge, the template separates them: by a
-blank (which is SentencePiece's dummy prefix), or by a boundary that the exported tokenizer drops.
+blank (which is SentencePiece's dummy prefix), or by a boundary that the exported tokenizer drops. A reader that runs
+another tokenizer takes the boundary for text, so an export can do without it (keeps_boundary).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 from tokenizers import Tokenizer as ServedTokenizer
 
@@ -34,6 +36,8 @@ from ochat.text.openchat_json import OPENCHAT, template_as
 from ochat.text.template import FOLDER, Template
 from ochat.text.tokenizer import Tokenizer
 from ochat.text.tokenizer_convert import BOUNDARY
+
+Boundary = Literal["auto", "always", "never"]
 
 
 def write(
@@ -72,23 +76,60 @@ def eos_ids_of(base: Path) -> tuple[int, ...]:
     return ()
 
 
-def set_default_condition(folder: Path, condition: str) -> None:
-    """Makes `condition` the class that the chat template and `ochat generate` take where none is named.
+def keeps_boundary(model_type: str, boundary: Boundary) -> bool:
+    """Whether an export has the boundary; auto: where transformers, and so vLLM, runs its tokenizer.json.
 
-    Raises: ConfigError where no prefix can carry it, CheckpointError where the ids would differ from training's.
+    For the others it builds the tokenizer anew by the rules of its class for that model type, and of tokenizer.json
+    takes vocabulary, merges and added tokens alone.
     """
+    return boundary == "always" or (boundary == "auto" and model_type not in ("qwen2",))
+
+
+def adapt(folder: Path, *, condition: str | None, boundary: bool) -> bool:
+    """Makes `condition` the class that the chat template and `ochat generate` take where none is named (None: as it
+    is); without `boundary`, takes the boundary out of chat template and tokenizer. Returns whether there was one.
+
+    Raises: ConfigError where no prefix can carry the class, CheckpointError where the ids would differ from training's;
+    without a boundary, where the text would.
+    """
+    if condition is None and boundary:
+        return False
     described = bounded_json.read_object(folder / OPENCHAT, CheckpointError, "export the run again")
     tokenizer = tokenizers.load(folder)
     template = template_as(folder, None, condition, tokenizer)
-    config = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
-    rendered = render(template, tokenizer)
-    atomic.write_json(folder / "tokenizer_config.json", config | {"chat_template": rendered})
-    verify(folder, template, tokenizer)
+    exact = render(template, tokenizer)
+    rendered = exact if boundary else render(template, tokenizer, boundary=False)
+    tokenizer.save(folder, chat_template=rendered, eos_token=template.eot)
+    verify(folder, template, tokenizer, ids=rendered == exact)
     atomic.write_json(folder / OPENCHAT, described | {"template": template.to_dict()})
+    return rendered != exact
 
 
-def render(template: Template, tokenizer: Tokenizer) -> str:
-    """The Jinja source of the chat template.
+def lacks_boundary(folder: Path, template: Template, tokenizer: Tokenizer) -> bool:
+    """Whether the exported folder is without the boundary that its template needs with this tokenizer."""
+    source = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
+    return BOUNDARY not in source["chat_template"] and BOUNDARY in render(template, tokenizer)
+
+
+class Served:
+    """What a server makes of a conversation with the chat template and the tokenizer.json of an exported folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = ServedTokenizer.from_file(str(folder / "tokenizer.json"))
+        config = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
+        self.chat = ChatSource(config["chat_template"], parse_date("2001-01-01"))  # no date that training writes
+
+    def text(self, conversation: Conversation, **variables: Any) -> str:
+        """The rendered text. Raises: DataError where the chat template refuses."""
+        return self.chat.render(**chat_variables(conversation), **variables)
+
+    def ids(self, text: str) -> list[int]:
+        """Its ids, in which special tokens are live."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def render(template: Template, tokenizer: Tokenizer, *, boundary: bool = True) -> str:
+    """The Jinja source of the chat template; without `boundary`, prefix and content may merge.
 
     Its variables: `messages` (system in front is allowed), `tools`, `add_generation_prompt`, `condition` (undefined:
     the template's default; "": none). Rendering refuses a message that holds a special token: served, it would be live.
@@ -98,7 +139,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str:
     if template.tokenize == "rendered":
         return template.served_source()
     roles = ("user", "assistant", "system", "tool")
-    joints = {f"join_{role}": _joint(template, role, tokenizer) for role in roles}
+    joints = {f"join_{role}": _joint(template, role, tokenizer, boundary) for role in roles}
     uses_boundary = any(BOUNDARY in joint for joint in joints.values())
     values = joints | {
         "default": _quoted(template.default_condition),
@@ -137,11 +178,13 @@ def _marks(tokenizer: Tokenizer, uses_boundary: bool) -> list[str]:
     return [*sorted(mark for marks in families for mark in marks), *([BOUNDARY] if uses_boundary else [])]
 
 
-def _joint(template: Template, role: str, tokenizer: Tokenizer) -> str:
+def _joint(template: Template, role: str, tokenizer: Tokenizer, boundary: bool) -> str:
     """What comes between a prefix and `content` that is not empty, as a Jinja expression."""
     tail = tokenizer.split_at_specials(template.role_prefix(role))[-1]
     if not tail:
         return _quoted("")  # a special token, or nothing, is in front of the content
+    if not boundary:
+        return _quoted(" " if tokenizer.has_dummy_prefix else "")
     if tokenizer.has_dummy_prefix:
         return _quoted(BOUNDARY + " " if _grows_across_blanks(tokenizer) else " ")
     if tail.endswith("\n") and _splits_after(tail, tokenizer):
@@ -169,41 +212,40 @@ def _splits_after(tail: str, tokenizer: Tokenizer) -> bool:
     return all(tokenizer.encode(tail + content) == head + tokenizer.encode(content) for content in contents)
 
 
-def verify(folder: Path, template: Template, tokenizer: Tokenizer) -> None:
-    """Render awkward conversations with the exported chat template, tokenise with the exported tokenizer, compare ids.
+def verify(folder: Path, template: Template, tokenizer: Tokenizer, *, ids: bool = True) -> None:
+    """Render awkward conversations with the exported chat template, tokenise with the exported tokenizer, compare ids;
+    without `ids`, the text that they spell.
 
     Raises: CheckpointError at the first difference.
     """
-    exported = ServedTokenizer.from_file(str(folder / "tokenizer.json"))
-    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    chat = ChatSource(config["chat_template"], parse_date("2001-01-01"))  # no date that training writes
-    exported.encode_special_tokens = True
+    served = Served(folder)
+    served.tokenizer.encode_special_tokens = True
     for text in (*_AWKWARD, *list(tokenizer.special_tokens)[:8]):
-        _compare(exported, text, tokenizer.encode(text), folder)
-    exported.encode_special_tokens = False
+        _compare(served, text, tokenizer.encode(text), folder)
+    served.tokenizer.encode_special_tokens = False
     compared = 0
     for conversation in map(template.prepared, _probes()):
-        variables = chat_variables(conversation)
         try:
-            ids, _ = template.encode(conversation, tokenizer)
+            whole, _ = template.encode(conversation, tokenizer)
         except DataError:  # a chat template may refuse roles that do not alternate, or system text
             continue
         asked = replace(conversation, items=conversation.items[:-1])
         opened = replace(template, default_condition="").encode_prompt(asked, tokenizer)
-        _compare(exported, chat.render(**variables), ids, folder)
-        _compare(exported, chat.render(**chat_variables(asked), add_generation_prompt=True), opened, folder)
+        _compare(served, served.text(conversation), whole, folder, ids=ids)
+        _compare(served, served.text(asked, add_generation_prompt=True), opened, folder, ids=ids)
         compared += 1
     if not compared:
         raise CheckpointError(f"{folder}: the chat template writes none of the conversations that it is checked with")
 
 
-def _compare(exported: ServedTokenizer, text: str, trained: list[int], folder: Path) -> None:
-    served = exported.encode(text, add_special_tokens=False).ids
-    if served != trained:
-        at = len(os.path.commonprefix([served, trained]))
+def _compare(served: Served, text: str, trained: list[int], folder: Path, *, ids: bool = True) -> None:
+    found = served.ids(text)
+    spelt = (served.tokenizer.decode(each, skip_special_tokens=False) for each in (found, trained))
+    if found != trained and (ids or len(set(spelt)) > 1):
+        at = len(os.path.commonprefix([found, trained]))
         raise CheckpointError(
             f"{folder}: the exported tokenizer and chat template give other ids than training from token {at} on "
-            f"({served[at : at + 4]} instead of {trained[at : at + 4]}) for {text!r}"
+            f"({found[at : at + 4]} instead of {trained[at : at + 4]}) for {text!r}"
         )
 
 

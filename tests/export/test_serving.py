@@ -287,3 +287,41 @@ def test_the_boundary_is_written_only_where_it_is_needed(exported):
         assert (serving.BOUNDARY in source) == ("<start_of_turn>" in tokenizer.special_tokens)
     if tokenizer.kind == "tiktoken" and template.prefix.endswith("\n"):
         assert serving.BOUNDARY in source and serving.BOUNDARY not in text
+
+
+def _exported_qwen2(folder, mode):
+    """(tokenizer, template, folder) of a model of type qwen2 whose end of prefix merges with what follows."""
+    tokenizer = tokenizers.load(text_kit.small_folder("qwen", folder / "base"), ("<|end_of_turn|>",))
+    template, out = templates.load("openchat_3.5"), folder / "out"
+    serving.write(out, template, tokenizer, ("GPT4 Correct",))
+    (out / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    serving.adapt(out, condition=None, boundary=serving.keeps_boundary("qwen2", mode))
+    return tokenizer, template, out
+
+
+@pytest.mark.parametrize("mode", ["always", "auto"])
+def test_transformers_rebuilds_the_tokenizer_of_qwen2_so_it_gets_no_boundary(mode, tmp_path):
+    """Why `auto` leaves it out. The tokenizer here has the class's own pattern for letters."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer, template, out = _exported_qwen2(tmp_path, mode)
+    served = transformers.AutoTokenizer.from_pretrained(out)
+    assert type(served).__name__ == "Qwen2Tokenizer"
+    asked = Conversation((Message("user", "Why is it so?"),), "GPT4 Correct")
+    ids = served_ids(served, asked, add_generation_prompt=True)
+    assert (ids == template.encode_prompt(asked, tokenizer)) == (mode == "auto")
+    assert serving.lacks_boundary(out, template, tokenizer) == (mode == "auto")
+
+
+def test_an_export_without_a_boundary_is_checked_for_its_text(tmp_path):
+    tokenizer, template, out = _exported_qwen2(tmp_path, "never")
+    written = [json.loads((out / name).read_text("utf-8")) for name in ("tokenizer.json", "tokenizer_config.json")]
+    assert serving.BOUNDARY not in json.dumps(written, ensure_ascii=False)
+    merging = Conversation((Message("user", ") -- e"),), "GPT4 Correct")
+    served = serving.Served(out)
+    assert served.ids(served.text(merging)) != template.encode(merging, tokenizer)[0]
+    with pytest.raises(CheckpointError, match="other ids than training"):
+        serving.verify(out, template, tokenizer)
+    path = out / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("~ content", "~ content | trim"))
+    with pytest.raises(CheckpointError, match="other ids than training"):
+        serving.verify(out, template, tokenizer, ids=False)
