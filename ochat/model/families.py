@@ -49,6 +49,7 @@ READ_KEYS = frozenset(
     """model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act attention_bias
     mlp_bias attention_dropout pretraining_tp rope_theta rope_scaling rope_parameters partial_rotary_factor
+    rope_local_base_freq original_max_position_embeddings
     sliding_window use_sliding_window max_window_layers layer_types bos_token_id eos_token_id pad_token_id
     initializer_range dtype torch_dtype""".split()  # noqa: SIM905 (reads better than a list of literals)
 )

@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         """
         if self.inv_freq.device != input_ids.device:
             self.inv_freq = self.inv_freq.to(input_ids.device)
-        cos, sin = rope.cos_sin(position_ids, self.inv_freq)
+        cos, sin = rope.cos_sin(position_ids, self.inv_freq, self.config.rope)
         x, residual = self.embed(input_ids, self.compute_dtype or self.embed.weight.dtype), None
         rows_of = [*[None] * (len(self.blocks) - 1), rows]  # only the last block's results are picked
         for i, (block, picked) in enumerate(zip(self.blocks, rows_of, strict=True)):
