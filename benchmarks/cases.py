@@ -45,7 +45,7 @@ MODELS = {
         Model("Llama-3.2-3B", H=3072, F=8192, N=24, K=8, D=128, V=128256, L=9),
     ]
 }
-OPERATORS = ["linear_cross_entropy", "rms_norm", "add_rms_norm", "rope", "swiglu", "adamw"]
+OPERATORS = ["linear_cross_entropy", "rms_norm", "add_rms_norm", "rope", "swiglu", "geglu", "adamw"]
 OPTIMIZER_VARIANTS = ["bf16", "fp32"]
 ELEMENT_BYTES = 2  # activations are bf16
 
@@ -89,7 +89,8 @@ def cost(case: Case, which: str) -> Cost:
     """The floor of one pass of a case; a backward pass counts what it must read and write itself.
 
     rms_norm 2 + 3 passes over (T, H); add_rms_norm 4 + 4; rope 2 + 2 over (T, (N + K) D) and the angles twice; swiglu
-    3 + 5 over (T, F); the head 2 R H V FLOPs forward, 6 with gradients; adamw each state, parameter and gradient once.
+    and geglu 3 + 5 over (T, F); the head 2 R H V FLOPs forward, 6 with gradients; adamw each state, parameter and
+    gradient once.
     """
     m, T, both = case.model, case.num_tokens, which == "forward+backward"
     if case.operator == "rms_norm":
@@ -98,7 +99,7 @@ def cost(case: Case, which: str) -> Cost:
         return Cost(0, ELEMENT_BYTES * T * m.H * (8 if both else 4))
     if case.operator == "rope":
         return Cost(0, (ELEMENT_BYTES * 2 * T * (m.N + m.K) * m.D + 4 * T * m.D) * (2 if both else 1))
-    if case.operator == "swiglu":
+    if case.operator in ("swiglu", "geglu"):
         return Cost(0, ELEMENT_BYTES * T * m.F * (8 if both else 3))
     if case.operator == "linear_cross_entropy":
         once = ELEMENT_BYTES * (case.live_rows * m.H + m.V * m.H)  # read; as much again is written for the gradients
@@ -130,7 +131,7 @@ class Problem:
 
 def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
     """Random inputs, never zeros: a matrix product of zeros runs faster than one of data."""
-    make = {"rope": _rope, "swiglu": _swiglu, "linear_cross_entropy": _head, "adamw": _adamw}
+    make = {"rope": _rope, "swiglu": _gated, "geglu": _gated, "linear_cross_entropy": _head, "adamw": _adamw}
     return make.get(case.operator, _norm)(case, Draw(device, seed))
 
 
@@ -164,7 +165,7 @@ def _rope(case: Case, draw: Draw) -> Problem:
     return _problem(inputs, {"cos": angles.cos(), "sin": angles.sin()}, [draw(T, m.N, m.D), draw(T, m.K, m.D)])
 
 
-def _swiglu(case: Case, draw: Draw) -> Problem:
+def _gated(case: Case, draw: Draw) -> Problem:
     F = case.model.F
     return _problem({"gate_up": draw(case.num_tokens, 2 * F)}, {}, [draw(case.num_tokens, F)])
 

@@ -138,6 +138,9 @@ _OTHERS = {
              lambda f, a: [f(a[name][None], a["cos"], a["sin"])[0] for name in ("q", "k")]),
     ],
     "swiglu": [peer("liger", f"{LIGER}:LigerFusedGateUpSiLUMulFunction.apply", lambda f, a: f(a["gate_up"]))],
+    "geglu": [
+        peer("liger", f"{LIGER}:LigerGELUMulFunction.apply", lambda f, a: f(*a["gate_up"].chunk(2, dim=-1))),
+    ],
     "linear_cross_entropy": [
         peer("torch", "torch.nn.functional:linear_cross_entropy", _weighted_head),  # torch >= 2.13
         peer("liger", LIGER_HEAD, partial(_liger_head, reduction="none")),

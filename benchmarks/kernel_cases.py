@@ -1,6 +1,6 @@
 """Launches of every operator over the shapes, layouts, dtypes and options that decide what is compiled.
 
-    launches = note("swiglu")   # on meta tensors: no memory, no GPU
+    launches = note("glu")   # on meta tensors: no memory, no GPU
 A new operator gets a function here: kernels_check fails for a kernel that none of them launches. bf16, which models
 train in, gets every case, the other dtypes those that need most: a compilation costs a fifth of a second.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from ochat_kernels import adamw, lce_kernels, linear_cross_entropy, rms_norm, rope, swiglu
+from ochat_kernels import adamw, glu, lce_kernels, linear_cross_entropy, rms_norm, rope
 from ochat_kernels.launch import FLOATS, Launch, record
 from torch import Tensor
 
@@ -52,11 +52,12 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def swiglu_cases() -> None:
+def glu_cases() -> None:
     for dtype, F in product(FLOATS, [1, *widths("F")]):
         for gate_up, grad in zip(layouts(T, 2 * F, dtype=dtype), layouts(T, F, dtype=dtype), strict=True):
-            swiglu.swiglu_fwd(gate_up)
-            swiglu.swiglu_bwd(gate_up, grad)
+            for is_gelu in (False, True):
+                glu.glu_fwd(gate_up, is_gelu)
+                glu.glu_bwd(gate_up, grad, is_gelu)
 
 
 def linear_cross_entropy_cases() -> None:
@@ -132,7 +133,7 @@ def adamw_cases() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
-    "swiglu": swiglu_cases,
+    "glu": glu_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "rope": rope_cases,
     "rms_norm": rms_norm_cases,

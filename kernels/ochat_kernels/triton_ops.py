@@ -1,9 +1,9 @@
 """Every operator as Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (see launch.py)."""
 
 from ochat_kernels.adamw import adamw
+from ochat_kernels.glu import geglu, swiglu
 from ochat_kernels.linear_cross_entropy import linear_cross_entropy
 from ochat_kernels.rms_norm import add_rms_norm, rms_norm
 from ochat_kernels.rope import rope
-from ochat_kernels.swiglu import swiglu
 
-__all__ = ["adamw", "add_rms_norm", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]
+__all__ = ["adamw", "add_rms_norm", "geglu", "linear_cross_entropy", "rms_norm", "rope", "swiglu"]

@@ -67,6 +67,7 @@ def operators(T: int, H: int, dtype: torch.dtype) -> dict[str, tuple[Callable, l
         "add_rms_norm": (lambda x, r, w: triton_ops.add_rms_norm(x, r, w, 1e-5, 1.0), [x, residual, weight]),
         "rope": (lambda qkv: triton_ops.rope(*qkv.split((3, 2, 2), dim=1)[:2], cos, sin), [qkv]),
         "swiglu": (triton_ops.swiglu, [random(T, 2 * H, dtype=dtype, seed=6)]),
+        "geglu": (triton_ops.geglu, [random(T, 2 * H, dtype=dtype, seed=6)]),
         "linear_cross_entropy": (loss, [x, head]),
         "linear_cross_entropy, transform": (lambda h, w: loss(h, w, likelihood_weight), [x, head]),
     }

@@ -38,7 +38,7 @@ with record() as launches:
     launch(broken_kernel, (1,), {"x_ptr": x, "BLOCK": 1024})
     launch(broken_kernel, (1,), {"BLOCK": 1024})
 console = Console(width=200)
-missing = [name for name in never_launched(launches) if name.startswith("swiglu")]
+missing = [name for name in never_launched(launches) if name.startswith("glu")]
 sys.exit(check(launches, [80], console, missing=missing))
 """
 
@@ -55,7 +55,7 @@ def test_one_operator_on_one_card(tmp_path):
     assert "none spills, all fit" in result.stdout
     (table,) = tmp_path.glob("kernels_triton*.csv")
     text = table.read_text()
-    assert "swiglu_fwd_kernel" in text and "swiglu_bwd_kernel" in text and ",80," not in text
+    assert "glu_fwd_kernel" in text and "glu_bwd_kernel" in text and ",80," not in text
 
 
 def test_what_is_wrong_is_named(tmp_path):
@@ -67,7 +67,7 @@ def test_what_is_wrong_is_named(tmp_path):
     assert any("spilling_kernel (x=fp32 BLOCK=16384; 1 warps; sm_80) spills:" in line for line in faulty)
     assert not any("BLOCK=1024; 4 warps; sm_80) spills" in line for line in faulty)
     assert sum("broken_kernel" in line and "does not compile" in line for line in faulty) == 2
-    assert any("swiglu_fwd_kernel: no case launches it" in line for line in faulty)
+    assert any("glu_fwd_kernel: no case launches it" in line for line in faulty)
     assert "nothing is not defined" in result.stdout
 
 

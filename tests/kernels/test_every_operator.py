@@ -48,7 +48,8 @@ def test_what_the_others_register():
     for name, arguments in {
         "rope": (q.clone().requires_grad_(), k.clone().requires_grad_(), *angles),
         "rope_bwd": (q, k, *angles),
-        "swiglu": (CALLS["swiglu"][1][0].clone().requires_grad_(),),
+        "glu": (CALLS["swiglu"][1][0].clone().requires_grad_(), True),
+        "glu_bwd": (random(6, 20), random(6, 10), False),
         "linear_cross_entropy": (hidden, head, labels, weights, None, 0, 2.0, "", True, True),
         "scale": (hidden.detach(), weights[0], torch.bfloat16),
     }.items():
@@ -57,6 +58,7 @@ def test_what_the_others_register():
 
 X, W, Q, K, ANGLES = (torch.zeros(shape) for shape in [(2, 4), (4,), (3, 4, 8), (3, 2, 8), (3, 4)])
 GOOD = {"rms_norm": (X, W, 1e-5), "add_rms_norm": (X, X, W, 1e-5), "rope": (Q, K, ANGLES, ANGLES), "swiglu": (X,)}
+GOOD["geglu"] = GOOD["swiglu"]
 REFUSED = [
     ("rms_norm", {0: X.double()}, "x is torch.float64: expected float32"),
     ("rms_norm", {1: W.int()}, "weight is torch.int32: expected float32"),
@@ -86,6 +88,7 @@ REFUSED = [
     ("swiglu", {0: Q}, "expected 2 dimensions"),
     ("swiglu", {0: X.new_zeros(2, 5)}, "5 columns: expected an even number"),
     ("swiglu", {0: X.to("meta")}, "on meta"),
+    ("geglu", {0: X.new_zeros(2, 5)}, "5 columns: expected an even number"),
 ]
 
 

@@ -1,6 +1,8 @@
-"""SwiGLU over a fused gate/up product: y = silu(gate) * up; backward recomputes from the input that it saves.
+"""Gated linear units over a fused gate/up product: y = f(gate) * up; backward recomputes from its input.
 
     y = swiglu(gate_up)   # (T, 2F) -> (T, F), gate first
+    y = geglu(gate_up)    # with gelu by its tanh approximation, as Gemma has it
+Both are x * sigmoid(u): silu has u = x, and gelu, x (1 + tanh(u / 2)) / 2, has u = sqrt(8 / pi) (x + 0.044715 x^3).
 One program per row and block of F columns; every element is read and written once, in fp32 between.
 """
 
@@ -18,72 +20,85 @@ BLOCK_F = 1024  # 8 elements a thread: 16-byte accesses in bf16
 
 
 @triton.jit
-def swiglu_fwd_kernel(x_ptr, y_ptr, stride_xt, F, BLOCK_F: tl.constexpr):
+def glu_fwd_kernel(x_ptr, y_ptr, stride_xt, F, IS_GELU: tl.constexpr, BLOCK_F: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < F
     gate = tl.load(x_ptr + t * stride_xt + f, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + t * stride_xt + F + f, mask=mask, other=0.0).to(tl.float32)
-    y = gate * tl.sigmoid(gate) * up
-    tl.store(y_ptr + t * F + f, narrow(y, y_ptr.dtype.element_ty), mask=mask)
+    sigmoid, _ = _sigmoid(gate, IS_GELU)
+    tl.store(y_ptr + t * F + f, narrow(gate * sigmoid * up, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def swiglu_bwd_kernel(x_ptr, dy_ptr, dx_ptr, stride_xt, stride_dyt, F, BLOCK_F: tl.constexpr):
+def glu_bwd_kernel(x_ptr, dy_ptr, dx_ptr, stride_xt, stride_dyt, F, IS_GELU: tl.constexpr, BLOCK_F: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < F
     gate = tl.load(x_ptr + t * stride_xt + f, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + t * stride_xt + F + f, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + t * stride_dyt + f, mask=mask, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    dgate = dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    sigmoid, slope = _sigmoid(gate, IS_GELU)
+    dgate = dy * up * sigmoid * (1.0 + slope * (1.0 - sigmoid))
     dup = dy * gate * sigmoid
     tl.store(dx_ptr + t * 2 * F + f, narrow(dgate, dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dx_ptr + t * 2 * F + F + f, narrow(dup, dx_ptr.dtype.element_ty), mask=mask)
 
 
-def swiglu_fwd(gate_up: Tensor) -> Tensor:
+@triton.jit
+def _sigmoid(x, IS_GELU: tl.constexpr):
+    """sigmoid(u) and x * du/dx."""
+    if IS_GELU:
+        cubic = 0.044715 * x * x
+        scaled = 1.5957691216057308 * x  # by sqrt(8 / pi)
+        return tl.sigmoid(scaled * (1.0 + cubic)), scaled * (1.0 + 3.0 * cubic)
+    else:
+        return tl.sigmoid(x), x
+
+
+def glu_fwd(gate_up: Tensor, is_gelu: bool) -> Tensor:
     """Launches the forward: (T, 2F) -> (T, F)."""
     gate_up = rows_of(gate_up)
     T, F = gate_up.shape[0], gate_up.shape[1] // 2
     y = gate_up.new_empty(T, F)
-    arguments = {"x_ptr": gate_up, "y_ptr": y, "stride_xt": gate_up.stride(0), "F": F, "BLOCK_F": BLOCK_F}
-    launch(swiglu_fwd_kernel, (T, triton.cdiv(F, BLOCK_F)), arguments)
+    arguments = {"x_ptr": gate_up, "y_ptr": y, "stride_xt": gate_up.stride(0), "F": F}
+    arguments |= {"IS_GELU": is_gelu, "BLOCK_F": BLOCK_F}
+    launch(glu_fwd_kernel, (T, triton.cdiv(F, BLOCK_F)), arguments)
     return y
 
 
-def swiglu_bwd(gate_up: Tensor, grad: Tensor) -> Tensor:
+def glu_bwd(gate_up: Tensor, grad: Tensor, is_gelu: bool) -> Tensor:
     """Launches the backward: the gradient of gate_up, (T, 2F), from that of y, (T, F)."""
     gate_up, grad = rows_of(gate_up), rows_of(grad)
     T, F = grad.shape
     dx = gate_up.new_empty(T, 2 * F)
     arguments = {"x_ptr": gate_up, "dy_ptr": grad, "dx_ptr": dx, "stride_xt": gate_up.stride(0)}
-    arguments |= {"stride_dyt": grad.stride(0), "F": F, "BLOCK_F": BLOCK_F}
-    launch(swiglu_bwd_kernel, (T, triton.cdiv(F, BLOCK_F)), arguments)
+    arguments |= {"stride_dyt": grad.stride(0), "F": F, "IS_GELU": is_gelu, "BLOCK_F": BLOCK_F}
+    launch(glu_bwd_kernel, (T, triton.cdiv(F, BLOCK_F)), arguments)
     return dx
 
 
-_forward = torch.library.custom_op("ochat_kernels::swiglu", swiglu_fwd, mutates_args=())
-_backward = torch.library.custom_op("ochat_kernels::swiglu_bwd", swiglu_bwd, mutates_args=())
+_forward = torch.library.custom_op("ochat_kernels::glu", glu_fwd, mutates_args=())
+_backward = torch.library.custom_op("ochat_kernels::glu_bwd", glu_bwd, mutates_args=())
 
 
 @_forward.register_fake
-def _(gate_up):
+def _(gate_up, is_gelu):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
 @_backward.register_fake
-def _(gate_up, grad):
+def _(gate_up, grad, is_gelu):
     return gate_up.new_empty(gate_up.shape)
 
 
 def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    gate_up, ctx.is_gelu = inputs
+    ctx.save_for_backward(gate_up)
 
 
 def _differentiate(ctx, grad):
-    return _backward(*ctx.saved_tensors, grad)
+    return _backward(*ctx.saved_tensors, grad, ctx.is_gelu), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -97,7 +112,21 @@ def swiglu(gate_up: Tensor) -> Tensor:
     Costs: 5 T F FLOPs; forward moves 3 T F elements, backward 5 T F; saves its input alone; no sync.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
+    _check(gate_up)
+    return _forward(gate_up, False)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    """`gelu(gate) * up`, gelu(x) = `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`; all else as in swiglu.
+
+    Costs: 10 T F FLOPs, else those of swiglu. Source: Hendrycks and Gimpel 2016, arXiv:1606.08415; transformers'
+    "gelu_pytorch_tanh".
+    """
+    _check(gate_up)
+    return _forward(gate_up, True)
+
+
+def _check(gate_up: Tensor) -> None:
     check_floats("gate_up", gate_up, dims=2)
     if gate_up.shape[1] % 2:
         raise ValueError(f"gate_up has {gate_up.shape[1]} columns: expected an even number, gate and up side by side")
-    return _forward(gate_up)
