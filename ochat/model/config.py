@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ochat.errors import ConfigError, how_to_fetch
-from ochat.files import bounded_json
+from ochat.errors import ConfigError
+from ochat.files import bounded_json, model_folder
 from ochat.files.bounded_json import Fields
 from ochat.model import families
 from ochat.model import rope as rope_settings
@@ -50,20 +50,25 @@ class ModelConfig:
     pad_token_id: int | None = None
     initializer_range: float = 0.02
     dtype: str = field(default="float32", compare=False)  # in which the weights are stored; no part of the computation
+    is_wrapped: bool = field(default=False, compare=False)  # read from a multimodal model, whose part it is
 
     @classmethod
     def load(cls, directory: str | Path) -> ModelConfig:
         """Read `directory/config.json`. Raises: ConfigError where it is missing, no JSON, or not implemented."""
         path = Path(directory) / "config.json"
+        if model_folder.has_only_gguf(path.parent):  # its config.json, if any, has no sizes
+            raise ConfigError(f"{directory} has no safetensors. {model_folder.how_to_get_base(directory)}")
         try:
             record = bounded_json.read_object(path, ConfigError, "fetch it again")
         except FileNotFoundError:
-            raise ConfigError(f"{path.absolute()} does not exist. {how_to_fetch(directory)}") from None
+            problem = f"{path.absolute()} does not exist"
+            raise ConfigError(f"{problem}. {model_folder.how_to_get_base(directory)}") from None
         return cls.from_hf(record, str(path))
 
     @classmethod
     def from_hf(cls, record: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """The config of one JSON object, in the old spelling or that of transformers 5. Raises: ConfigError."""
+        record, is_wrapped = families.text_record(record)
         fields = Fields(record, where)
         family = families.find(fields)
         families.refuse_unimplemented(fields, family)
@@ -86,6 +91,7 @@ class ModelConfig:
             pad_token_id=fields.integer("pad_token_id", None, least=-1),
             initializer_range=fields.number("initializer_range", 0.02),
             dtype=str(record.get("dtype") or record.get("torch_dtype") or "float32").removeprefix("torch."),
+            is_wrapped=is_wrapped,
         )
         _check_heads(config, fields)
         return config

@@ -6,6 +6,7 @@ Defaults and special rules are those of transformers' classes, so a missing key 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,24 @@ FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", 32768, qkv_bias=True, reads_layer_types=True),
     "qwen3": Family("Qwen3ForCausalLM", 32768, 128, qk_norm=True, reads_attention_bias=True, reads_layer_types=True),
 }
+
+
+# Multimodal model types, of which the text model is read: their class, and what it assumes of the text model.
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "model_type": "gemma3_text", "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4,
+            "head_dim": 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+        },
+    ),
+    "mistral3": ("Mistral3ForConditionalGeneration", {"model_type": "mistral"}),
+}  # fmt: skip
+IMAGE_KEYS = frozenset(
+    """vision_config image_token_index image_token_id boi_token_index boi_token_id eoi_token_index eoi_token_id
+    mm_tokens_per_image multimodal_projector_bias projector_hidden_act spatial_merge_size
+    vision_feature_layer""".split()  # noqa: SIM905
+)
 
 # our name -> key, and several times what the largest published models have
 SIZES = {
@@ -65,6 +84,24 @@ HARMLESS_KEYS = frozenset(
     decoder_start_token_id sep_token_id prefix task_specific_params finetuning_task
     tokenizer_class""".split()  # noqa: SIM905
 )
+
+
+def text_record(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
+    """(the config of the text model, whether it is part of a multimodal one).
+
+    What text_config leaves out stands around it, or is the class's default. Of tie_word_embeddings and the ids of
+    begin, end and padding what stands around it counts, as in transformers 5.
+    """
+    text, model_type = record.get("text_config"), record.get("model_type")
+    if not isinstance(text, dict) or not isinstance(model_type, str) or model_type not in WRAPPERS:
+        return record, False
+    architecture, defaults = WRAPPERS[model_type]
+    around = {k: v for k, v in record.items() if k not in IMAGE_KEYS | {"text_config", "model_type"} and v is not None}
+    if around.get("architectures") == [architecture]:
+        del around["architectures"]
+    inner = {key: value for key, value in text.items() if key != "architectures"}
+    first = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    return defaults | around | inner | {key: around[key] for key in first if key in around}, True
 
 
 def find(fields: Fields) -> Family:

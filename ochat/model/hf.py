@@ -2,15 +2,17 @@
 
     model = load("path/to/base", dtype="float32");  save("out", model.config, model.named_parameters(), "bfloat16")
 `parameter_parts` is the one table of names: blocks.0.attn.qkv.weight = q_proj, k_proj, v_proj;
-blocks.0.mlp.gate_up.weight = gate_proj, up_proj; everything else has one part.
+blocks.0.mlp.gate_up.weight = gate_proj, up_proj; everything else has one part. Files of a wrapped model (compiled,
+multimodal, without its head) are read by the same names: `plain_name`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +28,17 @@ from ochat.model.safetensors_files import check_finite, open_folder, torch_dtype
 from ochat.model.transformer import Transformer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Segments of a name that say only what was around the decoder: its class with a head, or with a vision tower;
+# DistributedDataParallel; torch.compile.
+WRAPPERS = frozenset(("model", "language_model", "module", "_orig_mod"))
+VISION = frozenset(("vision_tower", "multi_modal_projector"))
+# Segments of names that GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors and MLX write beside or for a weight.
+QUANTISED = frozenset(
+    """qweight qzeros scales g_idx weight_scale weight_scale_inv input_scale activation_scale absmax nested_absmax
+    quant_map quant_state SCB weight_packed weight_shape weight_zero_point""".split()  # noqa: SIM905
+)
 NAMES_SHOWN = 5
+log = logging.getLogger(__name__)
 
 
 class HFTensor(NamedTuple):
@@ -87,28 +99,43 @@ def build(
 
 
 def open_tensors(directory: str | Path, config: ModelConfig) -> dict[str, StoredTensor]:
-    """Map a folder's weights and check that they have the names, shapes and dtypes that `config` asks for. Costs: reads
-    the files' headers.
+    """Map a folder's weights, by their plain names, and check that they have the names, shapes and dtypes that `config`
+    asks for. Of a multimodal model the vision tensors are left out, with a note. Costs: reads the files' headers.
 
-    Raises: as open_folder; CheckpointError naming tensors that are missing, left over, quantised or misshapen.
+    Raises: as open_folder; CheckpointError naming tensors that are missing, left over, quantised or misshapen, or two
+    that have the same plain name.
     """
-    stored = open_folder(directory)
     wanted = {part.name: part.shape for parts in parameter_parts(config).values() for part in parts}
-    found = {name for name in stored if not name.endswith("rotary_emb.inv_freq")}  # computed, never read
+    stored = _by_plain_names(open_folder(directory), wanted.keys() | {HEAD})
+    # frequencies of the rotation are computed, never read
+    left_over = {name for name in stored.keys() - wanted.keys() if "rotary_emb" not in name}
     if config.tie_embeddings:
-        found.discard(HEAD)
-    if missing := wanted.keys() - found:
-        raise CheckpointError(f"{directory} lacks {_list(missing)}, which its config.json asks for")
-    if unexpected := found - wanted.keys():
-        raise CheckpointError(f"{directory} holds {_list(unexpected)}, which its config.json has no place for")
+        left_over.discard(HEAD)
+    vision = {name for name in left_over if config.is_wrapped and not VISION.isdisjoint(name.split("."))}
+    left_over -= vision
+    if left_over or not wanted.keys() <= stored.keys():
+        raise CheckpointError(f"{directory} {_misfit(wanted.keys() - stored.keys(), left_over)}")
     for tensor, shape in ((stored[name], shape) for name, shape in wanted.items()):
         if tensor.shape != shape:
             raise CheckpointError(f"{tensor} has shape {tensor.shape}, but config.json asks for {shape}")
         if tensor.dtype not in ("F32", "BF16", "F16"):
             raise CheckpointError(
-                f"{tensor} is {tensor.dtype}; expected F32, BF16 or F16 (quantised weights are not read)"
+                f"{tensor} is {tensor.dtype}; expected F32, BF16 or F16 (quantised weights are not read: take the "
+                f"model that they were made from)"
             )
+    if vision:
+        log.info("%s: %d vision tensors are left out of the text model: %s", directory, len(vision), _list(vision))
     return stored
+
+
+def plain_name(stored: str) -> str:
+    """The name of a tensor in a plain text model, whatever was around the decoder when it was stored.
+
+    `language_model.model.norm.weight`, `model.language_model.norm.weight`, `_orig_mod.model.norm.weight` and
+    `norm.weight` are all `model.norm.weight`.
+    """
+    rest = ".".join(segment for segment in stored.split(".") if segment not in WRAPPERS)
+    return rest if rest == HEAD else f"model.{rest}"
 
 
 def read_parameters(stored: Mapping[str, Readable], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -222,6 +249,34 @@ def _fill_shards(
         yield tensors
     if left := [name for name, _ in pairs]:
         raise CheckpointError(f"cannot save the model: {_list(left)} given twice or unknown")
+
+
+def _by_plain_names(stored: Mapping[str, StoredTensor], wanted: Collection[str]) -> dict[str, StoredTensor]:
+    """The tensors by their plain names where those are wanted, else by their own."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        plain = plain_name(name)
+        other = found.setdefault(plain if plain in wanted else name, tensor)
+        if other is not tensor:
+            raise CheckpointError(
+                f"{other} and {name} are both read as {plain}: two models in one folder; remove the one not meant"
+            )
+    return found
+
+
+def _misfit(missing: set[str], left_over: set[str]) -> str:
+    """What is wrong with a folder's names, and what to do."""
+    if quantised := [name for name in left_over if not QUANTISED.isdisjoint(name.split("."))]:
+        return f"holds {_list(quantised)}: quantised weights are not read; take the model that they were made from"
+    if adapters := [name for name in left_over if ".lora_" in name]:
+        return f"holds {_list(adapters)}: merge the adapter into its weights first (PEFT: merge_and_unload)"
+    if EMBEDDING in missing and (foreign := [name for name in left_over if name.endswith("embed_tokens.weight")]):
+        return f"holds {foreign[0]} where {EMBEDDING} is expected; take that prefix off its tensors' names"
+    if missing == {HEAD}:
+        return f"lacks {HEAD}; if its embedding is the head too, set tie_word_embeddings to true in config.json"
+    if missing:
+        return f"lacks {_list(missing)}, which its config.json asks for"
+    return f"holds {_list(left_over)}, which its config.json has no place for"
 
 
 def _check_tied_head(stored: Mapping[str, Any], config: ModelConfig, start: int, stop: int) -> None:

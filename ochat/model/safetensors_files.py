@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from ochat.errors import CheckpointError, ConfigError, how_to_fetch
-from ochat.files import atomic, bounded_json, safetensors_file
+from ochat.files import atomic, bounded_json, model_folder, safetensors_file
 from ochat.files.bounded_json import shown
 from ochat.files.safetensors_file import StoredTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADVICE = "fetch it again"
+LFS_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of a large file
 
 
 def open_folder(directory: str | Path) -> dict[str, StoredTensor]:
     """The tensors of a folder's one file, or of its shards by their index, by name.
 
     Raises: ConfigError for a hub id or a folder without safetensors (it says how to get them); CheckpointError for a
-    damaged or incomplete set of files.
+    damaged or incomplete set of files, or pointers of Git LFS in their place.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -34,9 +35,10 @@ def open_folder(directory: str | Path) -> dict[str, StoredTensor]:
     if has_single and has_index:
         raise CheckpointError(f"{directory} holds both {SINGLE} and {INDEX}; remove the one that is not the model's")
     if has_single:
-        return safetensors_file.open_file(directory / SINGLE, CheckpointError, ADVICE)
+        return _open_file(directory / SINGLE)
     if not has_index:
-        raise ConfigError(_no_safetensors(directory))
+        problem = f"{directory} has neither {SINGLE} nor {INDEX}"
+        raise ConfigError(f"{problem}. {model_folder.how_to_get_base(directory)}")
     index = _read_index(directory / INDEX)
     shards = {name: _open_shard(directory / name) for name in sorted(set(index.values()))}
     _compare_index(directory / INDEX, index, shards)
@@ -72,17 +74,6 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     return dtype
 
 
-def _no_safetensors(directory: Path) -> str:
-    pickled = sorted(path.name for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
-    problem = f"{directory} has neither {SINGLE} nor {INDEX}"
-    if not pickled:
-        return f"{problem}; expected the weights of a Hugging Face model there"
-    return (
-        f"{problem}, but {pickled[0]}: pickled weights can run code and are not read. Convert them with transformers: "
-        f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained(NEW_DIR)"
-    )
-
-
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = bounded_json.read_object(path, CheckpointError, ADVICE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -96,7 +87,16 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open_shard(path: Path) -> dict[str, StoredTensor]:
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing, but {INDEX} names it; {ADVICE}")
+        fetch = f"`hf download ORG/NAME {path.name} --local-dir {path.parent}`"
+        raise CheckpointError(f"{path} is missing, but {INDEX} names it; fetch it with {fetch}")
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> dict[str, StoredTensor]:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            fetch = f"`git -C {path.parent} lfs pull`"
+            raise CheckpointError(f"{path}: a Git LFS pointer instead of the file; fetch it with {fetch}")
     return safetensors_file.open_file(path, CheckpointError, ADVICE)
 
 

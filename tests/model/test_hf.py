@@ -89,6 +89,17 @@ def change(folder, edit):
     save_file(tensors, folder / "model.safetensors")
 
 
+def renamed(new_name):
+    """An edit that stores all tensors under other names."""
+
+    def edit(tensors):
+        old = dict(tensors)
+        tensors.clear()
+        tensors.update({new_name(name): tensor for name, tensor in old.items()})
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
@@ -97,7 +108,12 @@ def change(folder, edit):
         (lambda t: t.update(extra=torch.zeros(2)), "holds extra, which"),
         (lambda t: t.update({Q_PROJ: torch.zeros(32, 16)}), rf"{Q_PROJ} has shape \(32, 16\).*\(32, 32\)"),
         (lambda t: t.update({Q_PROJ: torch.zeros(32, 32, dtype=torch.int8)}), f"{Q_PROJ} is I8"),
-        (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight"),
+        (lambda t: t.pop("lm_head.weight"), "lacks lm_head.weight; if .* set tie_word_embeddings to true"),
+        (lambda t: t.update({Q_PROJ: torch.zeros(32, 32, dtype=torch.float8_e4m3fn)}), "is F8_E4M3.*take the model"),
+        (renamed(lambda name: f"policy.{name}"), f"holds policy.{EMBED} where {EMBED} is expected; take that prefix"),
+        (lambda t: t.update({f"language_model.{EMBED}": t[EMBED] + 0}), f"{EMBED} .* both read as {EMBED}: two models"),
+        (lambda t: t.update({"vision_tower.norm.weight": torch.zeros(2)}), "holds vision_tower.norm.weight, which"),
+        (lambda t: t.update({"lm_head.bias": torch.zeros(97)}), "holds lm_head.bias, which"),
     ],
 )
 def test_weights_that_do_not_fit_are_named_by_the_files_headers_alone(edit, named, tmp_path, monkeypatch):
@@ -107,6 +123,74 @@ def test_weights_that_do_not_fit_are_named_by_the_files_headers_alone(edit, name
     with pytest.raises(CheckpointError, match=named) as caught:
         hf.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+QUANTISED = {  # the tensors that take a weight's place
+    "GPTQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32},
+    "AWQ": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16},
+    "FP8": {"weight": torch.float8_e4m3fn, "weight_scale_inv": torch.float32},
+    "FP8, one scale": {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32, "input_scale": torch.float32},
+    "bitsandbytes 4": {
+        "weight": torch.uint8, "weight.absmax": torch.uint8, "weight.quant_map": torch.float32,
+        "weight.quant_state.bitsandbytes__nf4": torch.uint8,
+    },
+    "bitsandbytes 8": {"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8},
+    "compressed-tensors": {"weight_packed": torch.int32, "weight_scale": torch.bfloat16, "weight_shape": torch.int64},
+    "MLX": {"weight": torch.uint32, "scales": torch.bfloat16, "biases": torch.bfloat16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors", QUANTISED.values(), ids=QUANTISED)
+def test_quantised_weights_say_to_take_what_they_were_made_from(tensors, tmp_path):
+    """Also where config.json is silent, as old quantisers left it."""
+    make("llama2", tmp_path)
+    place = Q_PROJ.removesuffix("weight")
+    new = {f"{place}{name}": torch.zeros(4, 4).to(dtype) for name, dtype in tensors.items()}
+    change(tmp_path, lambda t: (t.pop(Q_PROJ), t.update(new)))
+    with pytest.raises(CheckpointError, match=f"holds {place}.*quantised weights are not read; take the model that"):
+        hf.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama-tied-odd-head", "qwen3-mixed"])
+@pytest.mark.parametrize(
+    "new_name",
+    [
+        lambda name: name.removeprefix("model."),  # of a model class without a head
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("layers.1.", "layers.1._orig_mod."),  # blocks compiled one by one
+        lambda name: f"language_model.{name}",
+        lambda name: name.replace("model.", "model.language_model."),
+    ],
+    ids=["bare", "compiled", "ddp", "both", "blocks", "old wrapper", "new wrapper"],
+)
+def test_names_are_read_whatever_was_around_the_model(new_name, family, tmp_path):
+    make(family, tmp_path)
+    wanted = dict(hf.load(tmp_path, dtype="float32").named_parameters())
+    change(tmp_path, renamed(new_name))
+    found = dict(hf.load(tmp_path, dtype="float32").named_parameters())
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_names_that_a_compiled_model_and_one_without_a_head_have(tmp_path):
+    """By PyTorch and transformers themselves."""
+    peer, (ids,) = make("llama-tied-odd-head", tmp_path), random_ids(9)
+    wanted = hf.load(tmp_path, dtype="float32").logits([ids])[0]
+    compiled = torch.compile(peer).state_dict()
+    assert all(name.startswith("_orig_mod.") for name in compiled)
+    for state in (compiled, peer.model.state_dict()):
+        save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "model.safetensors")
+        assert torch.equal(hf.load(tmp_path, dtype="float32").logits([ids])[0], wanted)
+
+
+def test_dtypes_may_be_mixed_within_a_fused_parameter(tmp_path):
+    make("llama2", tmp_path)
+    half = {"q_proj": torch.float16, "k_proj": torch.bfloat16}
+    change(tmp_path, lambda t: t.update({n: x.to(half.get(n.split(".")[-2], x.dtype)) for n, x in t.items()}))
+    stored, model = load_file(tmp_path / "model.safetensors"), hf.load(tmp_path, dtype="float32")
+    parts = [stored[Q_PROJ.replace("q_proj", name)].float() for name in ("q_proj", "k_proj", "v_proj")]
+    assert torch.equal(dict(model.named_parameters())["blocks.1.attn.qkv.weight"], torch.cat(parts))
 
 
 def test_a_tied_head_may_be_stored_but_not_differ_and_frequencies_are_no_weights(tmp_path):
