@@ -39,6 +39,8 @@ COMMANDS = {
     "train": "train on one process (many: torchrun -m ochat.train)",
     "export": "write a checkpoint as a Hugging Face folder",
     "generate": "answer prompts under a condition",
+    "chat": "talk to a model, and compare its classes",
+    "serve": "serve an export with vLLM",
     "eval": "measure held-out answers under every class's prefix",
     "answer": "answer AlpacaEval, MT-bench and Vicuna-bench",
     "report": "show runs as one HTML file",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -20,8 +21,9 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.errors import OchatError, message
+from ochat.errors import DataError, OchatError, message
 
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # all but tab and line break
 stdout = Console(highlight=False)  # one for all, so that printed lines and a live bar do not overwrite each other
 
 
@@ -91,3 +93,17 @@ def complain(error: OchatError | OSError) -> None:
     Console(stderr=True, highlight=False).print(
         f"{where}[bold red]{type(error).__name__}[/]: {escape(message(error))}", soft_wrap=True
     )
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of stdin with their ends, as they come. Raises: DataError if they are not UTF-8."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin, line {number}: not UTF-8 ({error.reason}); convert it, as with iconv") from None
+
+
+def printable(text: str) -> str:
+    """A model's words without the control characters that would steer a terminal, where stdout is one."""
+    return text.translate(_CONTROLS) if stdout.is_terminal else text

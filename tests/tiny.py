@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 from benchmarks import step_cases
 from ochat import config as configuration
-from ochat.commands import init_base
+from ochat.commands import generate, init_base
+from ochat.commands.generate import GenerateOptions
 from ochat.commands.init_base import InitBaseOptions
 from ochat.data.prepare import prepare
 from ochat.files.checksums import SUMS
@@ -170,6 +171,12 @@ def torchrun_command(world: World, run_dir: Path, processes: int, *more: str) ->
     """The words of `torchrun ... -m ochat.train ...`."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*program, "-m", "ochat.train", *options(world, run_dir, *more)]
+
+
+def generated(options: GenerateOptions) -> list[str]:
+    """The answers that `ochat generate` prints."""
+    _, batches = generate.answer(options)
+    return [text for batch in batches for _, text, _ in batch]
 
 
 def environment() -> dict[str, str]:

@@ -32,7 +32,9 @@ class EvalOptions:
     limit: int | None = None  # measure the first so many conversations of each class; left out: all
     template: str | None = None  # of a model without openchat.json: a template's name or file
     output: Path | None = None  # write the numbers to this JSON file too
-    prompts: Path | None = None  # a file of prompts, {"prompt": "..."} or conversations, to be answered
+    prompts: Path | None = (
+        None  # a file of prompts to be answered: .txt, one a line; or {"prompt": "..."} or conversations
+    )
     answers: Path | None = None  # the JSON Lines file that the answers go to; needed with --prompts
     max_new_tokens: int = 512  # the longest answer to a prompt, in tokens
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the weights and the computation
@@ -63,7 +65,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     from ochat.model.config import ModelConfig
     from ochat.model.device import find_device
     from ochat.text import tokenizer as tokenizers
-    from ochat.text.openchat_json import read_description, warn_of_unknown_class
+    from ochat.text.openchat_json import known_classes, warn_of_unknown_class
 
     if not options.data:
         raise ConfigError("DATA is missing: name a prepared data set, or files of conversations, after MODEL")
@@ -78,10 +80,11 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     everything = held_out.read_held_out(options.data, template, tokenizer)
     conditions = held_out.choose_conditions(options.conditions, everything, template, tokenizer)
     for condition in conditions:
-        warn_of_unknown_class(condition, read_description(folder).get("classes"))
+        warn_of_unknown_class(condition, known_classes(folder))
     conversations = held_out.select(everything, options.only_class, options.limit)
     context = ModelConfig.load(folder).max_position_embeddings
-    asked = prompts.read_prompts(options.prompts, conditions, template, tokenizer, context) if options.prompts else []
+    read = prompts.read_conversations(options.prompts) if options.prompts else ()
+    asked = prompts.encode(read, conditions, template, tokenizer, context)
     model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
     with bar("conversations", len(conversations) * len(conditions)) as advance:
         sums = swap.swap_matrix(model, template, tokenizer, conversations, conditions, advance)
@@ -97,5 +100,6 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     if options.output:
         atomic.write_json(options.output, record)
     if options.answers:
-        prompts.write_answers(options.answers, asked, model, tokenizer, template.eot, options.max_new_tokens)
+        answered = prompts.answer(asked, model, tokenizer, template.eot, options.max_new_tokens)
+        prompts.write_answers(options.answers, answered, len(asked))
     return record

@@ -1,20 +1,31 @@
-"""`ochat generate MODEL --condition GPT4 --prompt "..." [--prompt "..."]`: answers prompts under a class."""
+"""`ochat generate MODEL --condition GPT4 --prompt "..." [--prompt "..."]`: answers prompts under a class.
+
+git diff | ochat generate models/mine --system "Review this change." --prompt -
+ochat generate models/mine --prompts prompts.txt --output answers.jsonl
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.console import configure_logging, waiting
+from ochat.console import configure_logging, printable, stdin_lines, waiting
 from ochat.errors import ConfigError
-from ochat.model.device import find_device
-from ochat.text import tokenizer as tokenizers
+from ochat.files import atomic
+from ochat.overrides import at_least
 from ochat.text.conversation import Conversation, Message
-from ochat.text.openchat_json import template_as
+
+if TYPE_CHECKING:
+    from ochat.evaluate.prompts import Prompt
+
+log = logging.getLogger(__name__)
+Answers = Iterator[list[tuple["Prompt", str, bool]]]
 
 
 @dataclass(frozen=True)
@@ -22,10 +33,12 @@ class GenerateOptions:
     """Answers prompts with an exported model, a run, or any model folder with --template."""
 
     model: Path  # an exported folder, a run (its newest checkpoint), a checkpoint, or a Hugging Face folder
-    prompt: tuple[str, ...] = ()  # a user message; several are answered each on its own
+    prompt: tuple[str, ...] = ()  # a user message, "-": all of stdin; several are answered each on its own
+    prompts: Path | None = None  # a file of prompts: .txt, one a line; or records of {"prompt"} or messages; -: stdin
+    output: Path | None = None  # write the answered conversations to this JSON Lines file instead
     condition: str | None = None  # the class whose answer is wanted; left out: the template's default; "": none
-    system: str = ""  # system text before the prompt
-    template: str | None = None  # a template's name or file; left out: what openchat.json in the folder says
+    system: str = ""  # system text before the prompts
+    template: str | None = None  # a template's name or file, or base; left out: what openchat.json in the folder says
     max_new_tokens: int = 512  # the longest answer, in tokens
     temperature: float = 0.0  # 0: the likeliest token, always
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
@@ -40,29 +53,64 @@ def main(options: GenerateOptions) -> None:
     """The command `ochat generate`."""
     configure_logging(Console(stderr=True, highlight=False))  # stdout holds the answers only
     console = Console(highlight=False)
-    answers = answer(options)
-    for prompt, text in zip(options.prompt, answers, strict=True):
-        if len(answers) > 1:
-            console.print(f"[bold]> {escape(prompt)}[/]", soft_wrap=True)
-        console.print(escape(text), soft_wrap=True)
+    asked, batches = answer(options)
+    if options.output:
+        from ochat.evaluate.prompts import write_answers
+
+        num_cut = write_answers(options.output, batches, len(asked))
+        cut = (
+            f"{num_cut:,} of them cut short by --max-new-tokens or the context" if num_cut else "none of them cut short"
+        )
+        log.info("%s answers in %s, %s", f"{len(asked):,}", options.output, cut)
+        return
+    while True:
+        with waiting("answering"):
+            batch = next(batches, ())
+        for prompt, text, is_cut in batch:
+            if len(asked) > 1:
+                console.print(f"[bold]> {escape(prompt.conversation.items[-1].content)}[/]", soft_wrap=True)
+            console.print(escape(printable(text)), soft_wrap=True)
+            if is_cut:
+                most = options.max_new_tokens
+                log.warning("%s: the answer is cut short by --max-new-tokens %d or the context", prompt.place, most)
+        if not batch:
+            break
 
 
-def answer(options: GenerateOptions) -> list[str]:
-    """One answer per prompt; ConfigError where there is no prompt, no template or no such device."""
-    if not options.prompt:
-        raise ConfigError('nothing to answer; give --prompt "..."')
-    from ochat.export.open_model import folder_of, open_model  # torch takes seconds to import; a missing prompt
-    from ochat.infer.generate import complete  # should not
+def answer(options: GenerateOptions) -> tuple[list[Prompt], Answers]:
+    """The prompts, and their answers batch by batch as prompts.answer gives them.
+
+    Raises: ConfigError where there is no prompt, no template, no such class or device, or no place for the output.
+    """
+    if not options.prompt and options.prompts is None:
+        raise ConfigError('nothing to answer; give --prompt "...", --prompt - (stdin) or --prompts FILE')
+    at_least(options, max_new_tokens=1)
+    atomic.check_writable(options.output)
+    from ochat.evaluate import prompts  # torch takes seconds to import; a missing prompt should not
+    from ochat.export.open_model import folder_of, open_model
+    from ochat.model.config import ModelConfig
+    from ochat.model.device import find_device
+    from ochat.text import tokenizer as tokenizers
+    from ochat.text.openchat_json import template_as
 
     device, folder = find_device(options.device), folder_of(options.model)
     tokenizer = tokenizers.load(folder)
     template = template_as(folder, options.template, options.condition, tokenizer)
-    prompts = [
-        template.encode_prompt(Conversation((Message("user", prompt),), system=options.system), tokenizer)
-        for prompt in options.prompt
-    ]
+    context = ModelConfig.load(folder).max_position_embeddings
+    asked = prompts.encode(_conversations(options), [template.default_condition], template, tokenizer, context)
     settings = {key: getattr(options, key) for key in ("temperature", "top_p", "top_k", "seed")}
-    with waiting("answering"):
+    with waiting("loading the model"):
         model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
-        answers = complete(model, prompts, tokenizer, template.eot, options.max_new_tokens, **settings)
-    return [text for text, _ in answers]
+    return asked, prompts.answer(asked, model, tokenizer, template.eot, options.max_new_tokens, **settings)
+
+
+def _conversations(options: GenerateOptions) -> Iterator[tuple[str, Conversation]]:
+    """What is asked, and where it stands."""
+    from ochat.evaluate.prompts import read_conversations
+
+    for number, text in enumerate(options.prompt, 1):
+        said = "".join(stdin_lines()) if text == "-" else text
+        place = "stdin" if text == "-" else f"prompt {number}"
+        yield place, Conversation((Message("user", said),), system=options.system)
+    for place, conversation in read_conversations(options.prompts) if options.prompts else ():
+        yield place, replace(conversation, system=options.system or conversation.system)

@@ -1,22 +1,23 @@
 """Answer prompts under chosen classes, as conversations that `ochat prepare` and `ochat eval` read.
 
-    asked = read_prompts(Path("prompts.jsonl"), ["GPT4", "GPT3"], template, tokenizer, context=4096)
-    write_answers(Path("answers.jsonl"), asked, model, tokenizer, template.eot, 256)
+    asked = encode(read_conversations(Path("prompts.jsonl")), ["GPT4", "GPT3"], template, tokenizer, context=4096)
+    write_answers(Path("answers.jsonl"), answer(asked, model, tokenizer, template.eot, 256), len(asked))
 
-A record is {"prompt": "...", "system": "..."} or one of any format, whose last answer is dropped and asked for again.
+A file is text with a prompt a line (.txt), or holds records: {"prompt": "...", "system": "..."}, or one of any format,
+whose last answer is dropped and asked for again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ochat.console import bar
+from ochat.console import bar, stdin_lines
 from ochat.data.readers import parse_records
-from ochat.errors import ConfigError
+from ochat.errors import ConfigError, DataError
 from ochat.infer.generate import complete
 from ochat.model.transformer import Transformer
 from ochat.text.conversation import Conversation, Message
@@ -37,43 +38,84 @@ class Prompt:
     ids: list[int]  # ready for the answer
 
 
-def read_prompts(
-    path: Path, conditions: Sequence[str], template: Template, tokenizer: Tokenizer, context: int
+def read_conversations(path: Path) -> Iterator[tuple[str, Conversation]]:
+    """(file:line, conversation without its answer) of each record, or of each line of text that is not blank: in a
+    .txt, and on stdin ("-"). Raises: DataError naming file and line of a record without a prompt."""
+    if str(path) == "-" or path.suffix == ".txt":
+        name, lines = ("stdin", stdin_lines()) if str(path) == "-" else (str(path), _text_lines(path))
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield f"{name}:{number}", Conversation((Message("user", line.strip()),))
+        return
+    for record, conversation in parse_records(path, _unanswered):
+        yield record.location, conversation
+
+
+def encode(
+    conversations: Iterable[tuple[str, Conversation]],
+    conditions: Sequence[str],
+    template: Template,
+    tokenizer: Tokenizer,
+    context: int,
 ) -> list[Prompt]:
-    """Every prompt under every condition. Raises: DataError naming file and line of a record without a prompt;
-    ConfigError naming one that fills the model's context."""
+    """Every conversation, with the place that errors name, under every condition, whatever its own class. Raises:
+    ConfigError for one that fills the model's context."""
     plain = replace(template, default_condition="")  # which would replace an empty class
     found = []
-    for record, conversation in parse_records(path, _unanswered):
+    for place, conversation in conversations:
         for asked in (replace(conversation, condition=condition) for condition in conditions):
             ids = plain.encode_prompt(asked, tokenizer)
             if len(ids) >= context:
                 raise ConfigError(
-                    f"{record.location}: the prompt has {len(ids)} tokens, but the model's context is {context}; "
-                    "shorten it or leave it out"
+                    f"{place}: the prompt has {len(ids)} tokens, but the model's context is {context}; shorten it or "
+                    "leave it out"
                 )
-            found.append(Prompt(record.location, asked, ids))
+            found.append(Prompt(place, asked, ids))
     return found
 
 
-def write_answers(
-    path: Path, prompts: Sequence[Prompt], model: Transformer, tokenizer: Tokenizer, stop: str, most: int
-) -> None:
-    """Write the answered conversations as JSON Lines, in order, each as soon as its batch is done. Decoding is greedy,
-    up to the token `stop` or `most` tokens.
+def answer(
+    prompts: Sequence[Prompt],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    stop: str,
+    most: int,
+    *,
+    seed: int = 0,
+    **settings: Any,
+) -> Iterator[list[tuple[Prompt, str, bool]]]:
+    """Batch by batch each prompt, its answer, and whether it was cut before it reached the token `stop`. An answer has
+    at most `most` tokens. `settings`: of sampling, as infer.generate.steps; without them the likeliest token is
+    taken."""
+    for first in range(0, len(prompts), PROMPTS_PER_BATCH):
+        batch = prompts[first : first + PROMPTS_PER_BATCH]
+        found = complete(model, [each.ids for each in batch], tokenizer, stop, most, seed=seed + first, **settings)
+        yield [(each, text, is_cut) for each, (text, is_cut) in zip(batch, found, strict=True)]
 
-    A record also has `source`, the prompt's file:line, and `is_cut`: the answer did not reach `stop`. Raises: OSError.
+
+def write_answers(path: Path, batches: Iterable[list[tuple[Prompt, str, bool]]], num_prompts: int) -> int:
+    """Write the answered conversations as JSON Lines, in order, each as soon as its batch is done; how many were cut.
+
+    A record also has `source`, the prompt's file:line, and `is_cut`. Raises: OSError.
     """
-    with path.open("w", encoding="utf-8", newline="") as file, bar("answers", len(prompts)) as advance:
-        for first in range(0, len(prompts), PROMPTS_PER_BATCH):
-            batch = prompts[first : first + PROMPTS_PER_BATCH]
-            found = complete(model, [each.ids for each in batch], tokenizer, stop, most)
-            for each, (text, is_cut) in zip(batch, found, strict=True):
+    num_cut = 0
+    with path.open("w", encoding="utf-8", newline="") as file, bar("answers", num_prompts) as advance:
+        for batch in batches:
+            for each, text, is_cut in batch:
                 items = (*each.conversation.items, Message("assistant", text))
                 record = replace(each.conversation, items=items).to_dict() | {"source": each.place, "is_cut": is_cut}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                num_cut += is_cut
             file.flush()
             advance(len(batch))
+    return num_cut
+
+
+def _text_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason}, byte {error.start}); convert it, as with iconv") from None
 
 
 def _unanswered(value: dict[str, Any]) -> Conversation:

@@ -1,6 +1,7 @@
 """Answer prompts: one packed pass over all of them, then one token per step for each, with a KV cache.
 
     new_ids = generate(model, [[1, 5, 9], [1, 7]], max_new_tokens=64, stop_ids={2})
+    for tokens in steps(model, [[1, 5, 9]], max_new_tokens=64, stop_ids={2}): ...       # {0: 17}, then {0: 4}, ...
 An answer does not depend on the other prompts, sampled or not: each prompt has its own random draws.
 
 Letters: B sequences, C capacity, L layers, N query heads, K key/value heads, D head dim, V vocabulary.
@@ -9,7 +10,7 @@ Letters: B sequences, C capacity, L layers, N query heads, K key/value heads, D 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +36,17 @@ def complete(
     return [(tokenizer.decode(ids), len(ids) == count) for ids, count in zip(answers, room, strict=True)]
 
 
+def generate(model: Transformer, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+    """The new ids of each prompt, without the stop id that ended it. `settings`, errors and costs: as steps."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for tokens in steps(model, prompts, **settings):
+        for index, token in tokens.items():
+            answers[index].append(token)
+    return answers
+
+
 @torch.no_grad()
-def generate(
+def steps(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
@@ -47,8 +57,8 @@ def generate(
     top_k: int = 0,
     seed: int | Sequence[int] = 0,
     device: torch.device | str | None = None,
-) -> list[list[int]]:
-    """The new ids of each prompt, without the stop id that ended it.
+) -> Iterator[dict[int, int]]:
+    """Step by step the next id of each answer that goes on, {number of its prompt: id}; never a stop id.
 
     An answer ends at a stop id, after `max_new_tokens`, or where the model's context does. Temperature 0 takes the
     largest logit; above it, tokens are drawn from the `top_k` likeliest (0: all), of which the fewest that reach
@@ -62,24 +72,22 @@ def generate(
     lengths, context = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
     _check_lengths(lengths, context)
     if not prompts:
-        return []
+        return
     input_ids, position_ids, attend = pack_ids(model, prompts, device)
     capacity = min(max(lengths) + max_new_tokens, context)
     dtype = model.compute_dtype or model.embed.weight.dtype
     cache = KVCache(model.config, lengths, capacity, dtype, input_ids.device)
     last = cache.lengths.cumsum(0) - 1  # rows of the prompts' last tokens
     logits = model(input_ids, position_ids, cache.storing(attend), lambda x, weight: F.linear(x[last], weight).float())
-    answers: list[list[int]] = [[] for _ in prompts]
-    open_answers = list(range(len(prompts)))
+    room = {index: min(max_new_tokens, context - length) for index, length in enumerate(lengths)}  # of open answers
     while True:
         tokens = sampler(logits)
         said = tokens.tolist()
-        open_answers = [index for index in open_answers if said[index] not in stop_ids]
-        for index in open_answers:
-            answers[index].append(said[index])
-        open_answers = [i for i in open_answers if len(answers[i]) < min(max_new_tokens, context - lengths[i])]
-        if not open_answers:
-            return answers
+        room = {index: left - 1 for index, left in room.items() if said[index] not in stop_ids}
+        yield {index: said[index] for index in room}
+        room = {index: left for index, left in room.items() if left}
+        if not room:
+            return
         logits = model(tokens, cache.lengths, cache)
         cache.advance()
 

@@ -286,12 +286,12 @@ def with_reasoning(template: Template, mode: ReasoningMode) -> Template:
     return replace(template, reasoning=mode)
 
 
-def with_default_condition(template: Template, condition: str, tokenizer: Tokenizer) -> Template:
-    """The template with this condition where none is given; "": none. Raises: ConfigError where no prefix carries
-    it."""
+def with_default_condition(template: Template, condition: str, tokenizer: Tokenizer, option: str) -> Template:
+    """The template with this condition where none is given; "": none. Raises: ConfigError, which starts with `option`,
+    where no prefix carries it."""
     if condition and template.condition_roles == "none":
-        raise ConfigError(f"--condition: the template {template.name} has none in its prefixes; leave it out")
-    check_condition(condition, tokenizer, "--condition: ")
+        raise ConfigError(f"{option}the template {template.name} has no class in its prefixes; leave it out")
+    check_condition(condition, tokenizer, option)
     return replace(template, default_condition=condition)
 
 

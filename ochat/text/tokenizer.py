@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,20 @@ class Tokenizer:
             else:
                 texts += ["" if i in self._special_ids else "\ufffd" for i in stretch]
         return "".join(texts)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids that come one by one, each part as soon as its characters are whole; together `decode`'s."""
+        known: list[int] = []
+        text = shown = ""
+        for token_id in ids:
+            known.append(token_id)
+            text = self.decode(known)
+            whole = text.rstrip("\ufffd")  # at the end it may be the first bytes of a character
+            if len(whole) > len(shown):
+                yield whole[len(shown) :]
+                shown = whole
+        if text[len(shown) :]:
+            yield text[len(shown) :]
 
     def _is_ordinary(self, token_id: int) -> bool:
         return token_id not in self._special_ids and token_id >= 0 and self.model.id_to_token(token_id) is not None

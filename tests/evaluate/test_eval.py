@@ -12,7 +12,7 @@ import pytest
 
 from ochat import cli
 from ochat.commands.eval import EvalOptions, evaluate
-from ochat.commands.generate import GenerateOptions, answer
+from ochat.commands.generate import GenerateOptions
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.export.hf_folder import export
@@ -39,7 +39,7 @@ def test_a_run_its_checkpoint_and_its_export_are_one_model(world, chats, exporte
             for key in ("nll", "accuracy"):
                 assert cell[f"{key}_interval"][0] < cell[key] < cell[f"{key}_interval"][1]
     asked = {"condition": "GPT3", "max_new_tokens": 8, "dtype": "float32"}
-    said = [answer(GenerateOptions(model, ("1+1", "20+3"), **asked)) for model in models]
+    said = [tiny.generated(GenerateOptions(model, ("1+1", "20+3"), **asked)) for model in models]
     assert said[0] == said[1] == said[2] and len(said[0]) == 2 and any(said[0])
 
 

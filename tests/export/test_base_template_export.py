@@ -9,7 +9,7 @@ import random
 import pytest
 
 from ochat.commands import eval as evaluation
-from ochat.commands import generate, init_base
+from ochat.commands import init_base
 from ochat.commands import prepare as prepare_command
 from ochat.commands.eval import EvalOptions
 from ochat.commands.generate import GenerateOptions
@@ -107,8 +107,8 @@ def test_it_answers_and_is_measured(world, tmp_path):
     """By the class, from conversations and from a prepared set alike."""
     out = world.folder / "out"
     (prompt,) = tiny.metrics(world.folder / "run", "samples.jsonl")[-1:]
-    options = GenerateOptions(out, ("1+1",), prompt["condition"], max_new_tokens=3, dtype="float32")
-    assert generate.answer(options) == [prompt["answer"]]
+    options = GenerateOptions(out, ("1+1",), condition=prompt["condition"], max_new_tokens=3, dtype="float32")
+    assert tiny.generated(options) == [prompt["answer"]]
     files = {"limit": 5, "dtype": "float32"}
     record = evaluation.evaluate(EvalOptions(out, (world.folder / "chats.jsonl",), ("GPT4", "GPT3", ""), **files))
     cells = record["classes"]["GPT4"]["prefixes"]

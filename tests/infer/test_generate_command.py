@@ -1,19 +1,29 @@
-"""`ochat generate` names what cannot be, and answers unknown classes: pytest tests/infer/test_generate_command.py"""
+"""`ochat generate` names what cannot be, and takes prompts from everywhere.
+
+pytest tests/infer/test_generate_command.py
+"""
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from ochat.commands import generate as generation
+from ochat.commands.chat import ChatOptions, open_chat
 from ochat.commands.generate import GenerateOptions, answer
-from ochat.errors import ConfigError
+from ochat.errors import ConfigError, DataError
+from ochat.evaluate import prompts
+from ochat.evaluate.model_client import LocalAnswerer
+from ochat.export.hf_folder import export
 from ochat.model.device import find_device
 from ochat.text import tokenizer as tokenizers
 from ochat.text.openchat_json import load_template
+from tests import tiny
 
 
 @pytest.fixture
@@ -79,16 +89,105 @@ def test_a_described_template_needs_no_name_of_its_own_and_a_missing_folder_says
 
 
 @pytest.mark.parametrize(
-    ("classes", "condition", "warned"),
+    ("classes", "condition", "said"),
     [
-        (["GPT4", "GPT3"], "A [x]", "'A [x]'; it knows 'GPT4', 'GPT3'"),
-        (["good", ""], None, "'GPT4'; it knows 'good', none"),
+        (["good", ""], None, "WARNING the model was not trained on the class 'GPT4'; it knows 'good', none"),
         (["GPT4", "GPT3"], "GPT3", ""),
         (["GPT4", "GPT3"], "", ""),
+        ([], "Math [x]", ""),  # as in models that do not say what they were trained with
     ],
 )
-def test_an_unknown_class_is_warned_of_on_stderr_and_answered(model, capsys, classes, condition, warned):
-    generation.main(options(model(PLAIN | {"classes": classes}), condition=condition))
+def test_the_class_is_one_of_the_models_any_where_it_names_none_and_the_default_is_warned_of(
+    model, capsys, classes, condition, said
+):
+    generation.main(options(model(PLAIN | ({"classes": classes} if classes else {})), condition=condition))
     shown = capsys.readouterr()
-    assert shown.out and "WARNING" not in shown.out
-    assert warned in shown.err and bool(warned) == ("WARNING" in shown.err)
+    errors = [line for line in shown.err.splitlines() if "cut short" not in line]
+    assert shown.out and "WARNING" not in shown.out and errors == [said] * bool(said)
+
+
+@pytest.mark.parametrize(
+    ("condition", "needle"),
+    [
+        ("gpt3", "--condition: the model has no class 'gpt3'; did you mean 'GPT3'\\? known: 'GPT4', 'GPT3', none"),
+        ("Math [x]", "--condition: the model has no class 'Math \\[x\\]'; known: 'GPT4'"),
+    ],
+)
+def test_a_class_that_does_not_exist_is_refused_in_every_command(model, tmp_path, condition, needle):
+    folder = model(PLAIN | {"classes": ["GPT4", "GPT3", ""]})
+    with pytest.raises(ConfigError, match=needle):
+        answer(options(folder, condition=condition))
+    with pytest.raises(ConfigError, match=needle):
+        open_chat(ChatOptions(folder, condition))
+    settings = {"max_new_tokens": 1, "seed": 0, "template": None, "dtype": "float32", "device": "cpu", "base": ""}
+    with pytest.raises(ConfigError, match=needle):
+        LocalAnswerer(folder, condition=condition, **settings)
+
+
+def test_export_refuses_a_class_that_was_not_trained(world, alone, tmp_path):
+    with pytest.raises(ConfigError, match="--condition: the model has no class 'gpt3'; did you mean 'GPT3'"):
+        export(world.folder / "alone", tmp_path / "out", condition="gpt3")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_come_from_stdin_and_files_and_answers_go_to_a_file(model, monkeypatch, capsys, tmp_path):
+    """The same answers however the prompts come, more of them than a batch holds."""
+    folder = model(PLAIN)
+    monkeypatch.setattr(prompts, "PROMPTS_PER_BATCH", 2)
+    asked = ["1+1", "é 2", "3+3"]
+    text = tmp_path / "prompts.txt"
+    text.write_text("1+1\n\n é 2 \n3+3", "utf-8")
+    records = tmp_path / "prompts.jsonl"
+    chat = {"messages": [{"role": "user", "content": "é 2"}, {"role": "assistant", "content": "dropped"}]}
+    tiny.write_lines(records, [{"prompt": "1+1"}, chat, {"prompt": "3+3"}])
+
+    def shown(**more):
+        generation.main(GenerateOptions(folder, max_new_tokens=2, dtype="float32", **more))
+        return capsys.readouterr()
+
+    wanted = shown(prompt=tuple(asked))
+    assert [line for line in wanted.out.splitlines() if line.startswith("> ")] == [f"> {each}" for each in asked]
+    assert shown(prompts=text).out == shown(prompts=records).out == wanted.out
+    stdin(monkeypatch, "1+1\né 2\n3+3\n")
+    assert shown(prompts=Path("-")).out == wanted.out
+    stdin(monkeypatch, "1+1\n\n2")
+    whole = shown(prompt=("-",))
+    assert whole.out == shown(prompt=("1+1\n\n2",)).out and "stdin: the answer is cut short" in whole.err
+    assert f"{text}:3: the answer is cut short by --max-new-tokens 2" in shown(prompts=text).err
+    output = tmp_path / "answers.jsonl"
+    told = shown(prompts=records, output=output, condition="GPT3", system="Add.")
+    found = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert "3 answers" in told.err and not told.out
+    assert [each["items"][0]["content"] for each in found] == asked and found[1]["source"] == f"{records}:2"
+    assert {(each["condition"], each["system"], len(each["items"]), each["is_cut"]) for each in found} == {
+        ("GPT3", "Add.", 2, True)
+    }
+    again = shown(prompt=tuple(asked), condition="GPT3", system="Add.").out
+    assert again == "".join(f"> {each['items'][0]['content']}\n{each['items'][1]['content']}\n" for each in found)
+
+
+def test_draws_of_later_batches_are_their_own(model, monkeypatch, capsys):
+    monkeypatch.setattr(prompts, "PROMPTS_PER_BATCH", 1)
+    many = GenerateOptions(model(PLAIN), ("1+1",) * 3, max_new_tokens=8, dtype="float32", temperature=2.0)
+    _, batches = answer(many)
+    assert len({text for [(_, text, _)] in batches}) == 3
+
+
+def stdin(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+@pytest.mark.parametrize(
+    ("more", "needle"),
+    [
+        ({}, "nothing to answer; give --prompt"),
+        ({"prompt": ("1" * 600,)}, "prompt 1: the prompt has 6.. tokens, but the model's context is 512"),
+        ({"prompts": Path("no.txt")}, "no.txt"),
+        ({"prompts": Path("no.jsonl")}, "no.jsonl: no such file"),
+        ({"prompt": ("a",), "output": Path("no/where")}, "no/where: cannot be written"),
+        ({"prompt": ("a",), "template": "base"}, "chat.template"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(model, more, needle):
+    with pytest.raises((ConfigError, DataError, OSError), match=needle):
+        answer(GenerateOptions(model(PLAIN), dtype="float32", **more))

@@ -70,6 +70,22 @@ def test_decode_undoes_encode(tokenizer, text):
     assert tokenizer.decode([*ids, tokenizer.vocab_size + 5]) == normal + "\ufffd"
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.data(), st.lists(texts, max_size=3))
+def test_streamed_text_is_whole_characters_that_add_up(tokenizer, data, parts):
+    """Of written text, and of ids as a model may say them, bytes of unfinished characters among them."""
+    for text in ["".join(parts), "a\U0001f600\U0001f469\u200d\U0001f469\u200d\U0001f467 \u6f22"]:
+        ids = tokenizer.encode(text)
+        streamed = list(tokenizer.decode_stream(ids))
+        assert "".join(streamed) == tokenizer.decode(ids) and all(streamed)
+        assert "\ufffd" in tokenizer.decode(ids) or not any("\ufffd" in part for part in streamed)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1) | st.sampled_from(ids), max_size=8))
+    streamed = list(tokenizer.decode_stream(ids))
+    # SentencePiece's decoder takes back the good letters of a run of bytes with a bad one: they were shown
+    assert "".join(streamed) == tokenizer.decode(ids) or "\ufffd" in tokenizer.decode(ids)
+    assert not any(part.endswith("\ufffd") for part in streamed[:-1])
+
+
 @settings(max_examples=50, deadline=None)
 @given(batch=st.lists(texts, max_size=5))
 def test_a_batch_is_its_texts_one_by_one(tokenizer, batch):
