@@ -88,7 +88,8 @@ def _unchanged(nll: Tensor, weights: Tensor) -> Tensor:
 
 
 def rope_cases() -> None:
-    models = product(MODELS.values(), (torch.float32, torch.bfloat16))
+    bf16 = torch.bfloat16
+    models = product(MODELS.values(), (torch.float32, bf16))
     for model, dtype in [*models, (MODELS["Llama-3-8B"], torch.float16)]:
         N, K, D = model.N, model.K, model.D
         angles = [empty(T, D // 2, dtype=torch.float32)] * 2
@@ -98,6 +99,9 @@ def rope_cases() -> None:
             q, k, _ = (part.unflatten(1, (-1, D)) for part in packed.split((N * D, K * D, K * D), dim=1))
             rope.rope_fwd(q, k, *angles)
         rope.rope_fwd(q[1:], k[1:], *(x[1:] for x in angles))
+    for N, K, D, d in ((24, 8, 128, 96), (32, 32, 80, 32), (16, 16, 256, 64)):  # models that turn a part of each head
+        q, k, angles = empty(T, N, D, dtype=bf16), empty(T, K, D, dtype=bf16), empty(T, d // 2, dtype=torch.float32)
+        rope.rope_fwd(q, k, angles, angles)
 
 
 def rms_norm_cases() -> None:

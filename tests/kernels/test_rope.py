@@ -13,9 +13,9 @@ from tests.kernels.harness import DEVICE, assert_op, random
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def angles(T: int, D: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (T, D/2) of angles of every quadrant."""
-    turns = random(T, D // 2, seed=7, scale=4.0)
+def angles(T: int, d: int) -> tuple[Tensor, Tensor]:
+    """cos and sin (T, d/2) of angles of every quadrant."""
+    turns = random(T, d // 2, seed=7, scale=4.0)
     return turns.cos(), turns.sin()
 
 
@@ -24,8 +24,8 @@ def views(T: int, N: int, K: int, D: int, dtype: torch.dtype, seed: int = 0) -> 
     return random(T, N + 2 * K, D, dtype=dtype, seed=seed).split((N, K, K), dim=1)[:2]
 
 
-def assert_rope(q: Tensor, k: Tensor) -> None:
-    cos, sin = angles(q.shape[0], q.shape[2])
+def assert_rope(q: Tensor, k: Tensor, d: int | None = None) -> None:
+    cos, sin = angles(q.shape[0], q.shape[2] if d is None else d)
     assert_op(lambda q, k: rope.rope(q, k, cos, sin), lambda q, k: reference.rope(q, k, cos, sin), [q, k])
     back, opposite = rope.rope_bwd(q, k, cos, sin), rope.rope_fwd(q, k, cos, -sin)
     still = rope.rope(q, k, torch.ones_like(cos), torch.zeros_like(sin))  # as at position 0
@@ -41,17 +41,30 @@ def test_outputs_and_gradients(T, N, K, D, dtype):
     assert_rope(*views(T, N, K, D, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "N", "K", "D", "d"),
+    [(3, 24, 8, 128, 96), (5, 3, 1, 64, 16), (2, 2, 2, 7, 2), (40, 1, 1, 130, 2), (1, 2, 1, 2050, 1026)],
+)
+def test_a_part_of_each_head(T, N, K, D, d, dtype):
+    q, k = views(T, N, K, D, dtype)
+    assert_rope(q, k, d)
+    turned = rope.rope(q, k, *angles(T, d))
+    assert all(torch.equal(y[..., d:], x[..., d:]) for x, y in zip((q, k), turned, strict=True))
+
+
 @given(
     T=st.integers(0, 6),
     N=st.integers(0, 9),
     K=st.integers(0, 4),
     half=st.integers(1, 12),
+    rest=st.sampled_from([0, 0, 1, 5]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=20, deadline=None)
-def test_any_shape(T, N, K, half, dtype, seed):
-    assert_rope(*views(T, N, K, 2 * half, dtype, seed))
+def test_any_shape(T, N, K, half, rest, dtype, seed):
+    assert_rope(*views(T, N, K, 2 * half + rest, dtype, seed), 2 * half)
 
 
 def test_any_strides():
