@@ -50,7 +50,6 @@ class ModelConfig:
     pad_token_id: int | None = None
     initializer_range: float = 0.02
     dtype: str = field(default="float32", compare=False)  # in which the weights are stored; no part of the computation
-    is_wrapped: bool = field(default=False, compare=False)  # read from a multimodal model, whose part it is
 
     @classmethod
     def load(cls, directory: str | Path) -> ModelConfig:
@@ -67,8 +66,9 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, record: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-        """The config of one JSON object, in the old spelling or that of transformers 5. Raises: ConfigError."""
-        record, is_wrapped = families.text_record(record)
+        """The config of one JSON object, in the old spelling or that of transformers 5; of a multimodal model the text
+        model's. Raises: ConfigError."""
+        record = families.text_record(record)
         fields = Fields(record, where)
         family = families.find(fields)
         families.refuse_unimplemented(fields, family)
@@ -91,7 +91,6 @@ class ModelConfig:
             pad_token_id=fields.integer("pad_token_id", None, least=-1),
             initializer_range=fields.number("initializer_range", 0.02),
             dtype=str(record.get("dtype") or record.get("torch_dtype") or "float32").removeprefix("torch."),
-            is_wrapped=is_wrapped,
         )
         _check_heads(config, fields)
         return config

@@ -86,22 +86,27 @@ HARMLESS_KEYS = frozenset(
 )
 
 
-def text_record(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """(the config of the text model, whether it is part of a multimodal one).
+def is_multimodal(record: Mapping[str, Any]) -> bool:
+    """Whether a config is that of a multimodal model, of which the text model can be read."""
+    model_type = record.get("model_type")
+    return isinstance(model_type, str) and model_type in WRAPPERS and isinstance(record.get("text_config"), dict)
+
+
+def text_record(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the text model: of a multimodal config a part, of others all.
 
     What text_config leaves out stands around it, or is the class's default. Of tie_word_embeddings and the ids of
     begin, end and padding what stands around it counts, as in transformers 5.
     """
-    text, model_type = record.get("text_config"), record.get("model_type")
-    if not isinstance(text, dict) or not isinstance(model_type, str) or model_type not in WRAPPERS:
-        return record, False
-    architecture, defaults = WRAPPERS[model_type]
+    if not is_multimodal(record):
+        return record
+    architecture, defaults = WRAPPERS[record["model_type"]]
     around = {k: v for k, v in record.items() if k not in IMAGE_KEYS | {"text_config", "model_type"} and v is not None}
     if around.get("architectures") == [architecture]:
         del around["architectures"]
-    inner = {key: value for key, value in text.items() if key != "architectures"}
+    inner = {key: value for key, value in record["text_config"].items() if key != "architectures"}
     first = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
-    return defaults | around | inner | {key: around[key] for key in first if key in around}, True
+    return defaults | around | inner | {key: around[key] for key in first if key in around}
 
 
 def find(fields: Fields) -> Family:

@@ -9,6 +9,7 @@ multimodal, without its head) are read by the same names: `plain_name`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -20,9 +21,10 @@ import ochat_kernels
 import torch
 from torch import Tensor
 
-from ochat.errors import CheckpointError
-from ochat.files import atomic, checksums
+from ochat.errors import CheckpointError, ConfigError
+from ochat.files import atomic, bounded_json, checksums
 from ochat.files.safetensors_file import StoredTensor
+from ochat.model import families
 from ochat.model.config import ModelConfig
 from ochat.model.safetensors_files import check_finite, open_folder, torch_dtype, write_shards
 from ochat.model.transformer import Transformer
@@ -111,8 +113,10 @@ def open_tensors(directory: str | Path, config: ModelConfig) -> dict[str, Stored
     left_over = {name for name in stored.keys() - wanted.keys() if "rotary_emb" not in name}
     if config.tie_embeddings:
         left_over.discard(HEAD)
-    vision = {name for name in left_over if config.is_wrapped and not VISION.isdisjoint(name.split("."))}
-    left_over -= vision
+    vision = {name for name in left_over if not VISION.isdisjoint(name.split("."))}
+    if vision and families.is_multimodal(bounded_json.read_object(Path(directory) / "config.json", ConfigError, "")):
+        _note_vision(directory, len(vision), _list(vision))
+        left_over -= vision
     if left_over or not wanted.keys() <= stored.keys():
         raise CheckpointError(f"{directory} {_misfit(wanted.keys() - stored.keys(), left_over)}")
     for tensor, shape in ((stored[name], shape) for name, shape in wanted.items()):
@@ -123,8 +127,6 @@ def open_tensors(directory: str | Path, config: ModelConfig) -> dict[str, Stored
                 f"{tensor} is {tensor.dtype}; expected F32, BF16 or F16 (quantised weights are not read: take the "
                 f"model that they were made from)"
             )
-    if vision:
-        log.info("%s: %d vision tensors are left out of the text model: %s", directory, len(vision), _list(vision))
     return stored
 
 
@@ -262,6 +264,11 @@ def _by_plain_names(stored: Mapping[str, StoredTensor], wanted: Collection[str])
                 f"{other} and {name} are both read as {plain}: two models in one folder; remove the one not meant"
             )
     return found
+
+
+@functools.cache  # once: a run opens its base several times
+def _note_vision(directory: str | Path, count: int, names: str) -> None:
+    log.info("%s: %d vision tensors are left out of the text model: %s", directory, count, names)
 
 
 def _misfit(missing: set[str], left_over: set[str]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from ochat.commands.init_base import InitBaseOptions
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import families, hf
 from ochat.model.config import ModelConfig
+from tests import tiny
 from tests.model.test_init_base import write_json_tokenizer
 from tests.model_families import random_ids
 
 SMALL = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "max_position_embeddings": 256,
+    "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 256,
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -37,12 +39,12 @@ WRAPPED = {
 KINDS = [name for name in WRAPPED if WRAPPED[name][0]["model_type"] in families.FAMILIES]
 
 
-def make(kind, folder, **options):
+def make(kind, folder, vocab_size=97, **options):
     """The peer, random in every number, saved in `folder`."""
     torch.manual_seed(0)
     text, vision, rest = WRAPPED[kind]
     config = getattr(transformers, f"{kind}Config")(
-        text_config=SMALL | text, vision_config=VISION | vision, **rest, **options
+        text_config=SMALL | text | {"vocab_size": vocab_size}, vision_config=VISION | vision, **rest, **options
     )
     peer = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
     with torch.no_grad():
@@ -95,7 +97,6 @@ def test_init_base_writes_a_plain_text_model(kind, tmp_path):
     init_base.main(InitBaseOptions(tmp_path / "out", hf=tmp_path / "source", add_token=("<|spare|>",)))
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(plain).__name__ == {"Mistral3": "MistralForCausalLM", "Gemma3": "Gemma3ForCausalLM"}[kind]
-    assert not ModelConfig.load(tmp_path / "out").is_wrapped
     assert {"lm_head.weight", "model.norm.weight"} < load_file(tmp_path / "out" / "model.safetensors").keys()
     wanted = peer_logits(peer, ids)
     found = plain(torch.tensor([ids])).logits[0]
@@ -123,8 +124,8 @@ def test_what_text_config_leaves_out_stands_around_it_or_is_the_default():
         "vision_config": {"hidden_size": 1152}, "image_token_index": 262144, "initializer_range": 0.03,
         "eos_token_id": [1, 106], "torch_dtype": "bfloat16", "tie_word_embeddings": False, "unknown": 1,
     }  # fmt: skip
-    found, is_wrapped = families.text_record(record)
-    assert is_wrapped and "architectures" not in found and "vision_config" not in found
+    found = families.text_record(record)
+    assert families.is_multimodal(record) and "architectures" not in found and "vision_config" not in found
     wanted = {
         "model_type": "gemma3_text", "hidden_size": 2560, "vocab_size": 262208, "num_attention_heads": 8,
         "num_key_value_heads": 4, "head_dim": 256, "eos_token_id": [1, 106], "torch_dtype": "bfloat16",
@@ -132,18 +133,37 @@ def test_what_text_config_leaves_out_stands_around_it_or_is_the_default():
     }  # fmt: skip
     assert wanted.items() <= found.items()
     for plain in (text, record | {"model_type": "llava"}, record | {"text_config": None}):
-        assert families.text_record(plain) == (plain, False)
+        assert families.text_record(plain) is plain and not families.is_multimodal(plain)
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_the_defaults_are_those_of_transformers(kind):
     name, (text, _, _) = kind.lower(), WRAPPED[kind]
     peer = getattr(transformers, f"{kind}Config")(text_config={"model_type": text["model_type"]}).text_config
-    found, _ = families.text_record({"model_type": name, "text_config": {}})
+    found = families.text_record({"model_type": name, "text_config": {}})
     assert {key: getattr(peer, key) for key in found} == dict(found)
 
 
-def test_other_classes_of_a_multimodal_model_are_refused(tmp_path):
+def test_other_classes_of_a_multimodal_model_are_refused():
     record = {"model_type": "mistral3", "architectures": ["Mistral3Model"], "text_config": SMALL}
     with pytest.raises(ConfigError, match="architectures is .'Mistral3Model'.; expected .'MistralForCausalLM'."):
         ModelConfig.from_hf(record)
+
+
+def test_a_run_on_the_folder_is_one_on_its_text_model(tmp_path):
+    world = tiny.make(tmp_path)
+    size = ModelConfig.load(world.base).vocab_size
+    make("Mistral3", tmp_path / "whole", vocab_size=size)
+    for path in world.base.glob("*token*"):
+        shutil.copy(path, tmp_path / "whole")
+    init_base.main(InitBaseOptions(tmp_path / "text", hf=tmp_path / "whole"))
+    for options in ((), ("--lora.rank=2",)):
+        curves = []
+        for base in ("whole", "text"):
+            run = tmp_path / f"{base}{len(options)}"
+            curves.append(
+                tiny.curve(tiny.train(world, run, "--data.max_steps=2", f"--base.path={tmp_path / base}", *options))
+            )
+            exported = load_file(run / "export" / "model.safetensors")
+            assert exported.keys() == load_file(tmp_path / "text" / "model.safetensors").keys()
+        assert curves[0] == curves[1]
