@@ -57,7 +57,9 @@ def _product(name: str) -> Prepare:
     """A backend of ochat/model/attention.py."""
 
     def prepare(documents: Documents, window: int | None) -> Attend:
-        attend = PackedAttention(documents.cu_seqlens, documents.max_seqlen, name, documents.lengths)
+        if name == "flex":
+            torch._dynamo.reset()  # else another shape would be compiled for any shape
+        attend = PackedAttention(documents.cu_seqlens, documents.max_seqlen, name, documents.lengths, [window])
         return lambda q, k, v: attend(0, q, k, v, window)
 
     return prepare
@@ -95,35 +97,14 @@ def _cudnn(documents: Documents, window: int | None) -> Attend:
     return attend
 
 
-def _flex(documents: Documents, window: int | None) -> Attend:
-    """flex_attention with the mask of the documents' blocks, compiled on a GPU."""
-    flex = import_module("torch.nn.attention.flex_attention")
-    sizes = documents.cu_seqlens.diff()
-    document = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)  # (T,)
-    reach = len(document) if window is None else window
-
-    def is_seen(_batch: Tensor, _head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (document[i] == document[j]) & (i >= j) & (i - j < reach)
-
-    mask = flex.create_block_mask(is_seen, None, None, len(document), len(document), device=sizes.device)
-    torch._dynamo.reset()  # else another shape would be compiled for any shape
-    function = torch.compile(flex.flex_attention, dynamic=False) if sizes.is_cuda else flex.flex_attention
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = [x.transpose(0, 1)[None] for x in (q, k, v)]  # (1, N or K, T, D)
-        return function(*heads, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
-
-    return attend
-
-
 BACKENDS = (
     backend("sdpa", _product("sdpa")),
     backend("varlen", _product("varlen")),
     backend("varlen, FA3", _product("varlen"), flash="FA3"),
     backend("varlen, FA4", _product("varlen"), flash="FA4", is_compiled=True),
-    backend("flash-attn 2", _flash("flash_attn", -1)),
+    backend("flash-attn 2", _product("flash2")),
     backend("flash-attn 3", _flash("flash_attn_interface", -1)),
     backend("flash-attn 4", _flash("flash_attn.cute", None), is_compiled=True),
     backend("cuDNN", _cudnn),
-    backend("flex", _flex, is_compiled=True),
+    backend("flex", _product("flex"), is_compiled=True),
 )

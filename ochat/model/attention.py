@@ -1,14 +1,15 @@
-"""Causal attention over packed documents that never see each other: SDPA per document, or torch's varlen on CUDA.
+"""Causal attention over packed documents that never see each other: SDPA per document, or a kernel on CUDA.
 
     attend = PackedAttention(cu_seqlens, max_seqlen, backend=default_backend("cpu", torch.float32), lengths=[3, 5])
     out = attend(layer, q, k, v, window)
-`sdpa` is the definition and runs anywhere; `varlen` needs CUDA and half precision. Letters: T, N, K, D; S documents.
+`sdpa` is the definition and runs anywhere; `varlen` and `flash2` need CUDA and half precision, `flex` needs CUDA.
+Letters: T, N, K, D; S documents.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ochat.errors import ConfigError
+from ochat.model.flex import FlexAttention
 
-BACKENDS = ("sdpa", "varlen")
-WITH_SOFTCAP = ("sdpa",)
+BACKENDS = ("sdpa", "varlen", "flash2", "flex")
+HALF = (torch.bfloat16, torch.float16)
+WITH_SOFTCAP = ("flex", "flash2", "sdpa")
 
 
 class Attend(Protocol):
@@ -44,20 +47,26 @@ class PackedAttention:
 
     A token sees itself and those before it in its document; with a `window`, only the nearest so many, itself included.
     Query head n uses key/value head n // (N / K). Args: cu_seqlens (S+1,) int32 on the device, from 0 to T, documents
-    of length 0 allowed; max_seqlen: the longest; lengths: the S lengths on the host. Without them `sdpa` reads
-    cu_seqlens once, which synchronises a CUDA device. Raises: ConfigError for a backend that is not known, cannot take
-    these tensors or has no softcap.
+    of length 0 allowed; max_seqlen: the longest; lengths: the S lengths on the host. Without them `sdpa` and `flex`
+    read cu_seqlens once, which synchronises a CUDA device. windows: all that layers will ask for (`flex` makes their
+    masks at once). Raises: ConfigError for a backend that is not known, cannot take these tensors or has no softcap.
     """
 
     def __init__(
-        self, cu_seqlens: Tensor, max_seqlen: int, backend: str = "sdpa", lengths: Sequence[int] | None = None
+        self,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        backend: str = "sdpa",
+        lengths: Sequence[int] | None = None,
+        windows: Iterable[int | None] = (),
     ) -> None:
         if backend not in BACKENDS:
             raise ConfigError(f"attention = {backend!r} is not known; expected one of {', '.join(BACKENDS)}")
         self.cu_seqlens, self.max_seqlen, self.backend = cu_seqlens, max_seqlen, backend
-        if backend == "sdpa" and lengths is None:
+        if backend in ("sdpa", "flex") and lengths is None:
             lengths = cu_seqlens.diff().tolist()
         self.lengths = lengths
+        self.flex = FlexAttention(cu_seqlens, sum(lengths or ()), windows or (None,)) if backend == "flex" else None
 
     def __call__(
         self,
@@ -69,26 +78,35 @@ class PackedAttention:
         scale: float | None = None,
         softcap: float = 0.0,
     ) -> Tensor:
-        check_softcap(self.backend, softcap)
+        check(self.backend, q.dtype, softcap)
+        if self.flex is not None:
+            return self.flex(q, k, v, window, scale, softcap)
         if self.backend == "varlen":
             return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen, window, scale)
+        if self.backend == "flash2":
+            return _flash2(q, k, v, self.cu_seqlens, self.max_seqlen, window, scale, softcap)
         assert self.lengths is not None
         return _sdpa(q, k, v, self.lengths, window, scale, softcap)
 
 
-def default_backend(device: torch.device | str, dtype: torch.dtype) -> str:
-    """varlen where it runs (CUDA, half precision), else sdpa."""
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    return "varlen" if torch.device(device).type == "cuda" and is_half else "sdpa"
+def default_backend(device: torch.device | str, dtype: torch.dtype, softcap: float = 0.0) -> str:
+    """One that has what a model needs: on CUDA varlen in half precision and flex with a softcap, else sdpa."""
+    if torch.device(device).type != "cuda":
+        return "sdpa"
+    if softcap:
+        return "flex"
+    return "varlen" if dtype in HALF else "sdpa"
 
 
-def check_softcap(backend: str, softcap: float) -> None:
-    """Raises: ConfigError for a backend that cannot bound scores."""
+def check(backend: str, dtype: torch.dtype, softcap: float) -> None:
+    """Raises: ConfigError for a backend that cannot compute in this dtype or has no softcap."""
     if softcap and backend not in WITH_SOFTCAP:
         raise ConfigError(
-            f"attention = {backend!r} has no softcap, but the model's is {softcap:g}; set train.attention to "
-            f"{' or '.join(map(repr, WITH_SOFTCAP))}"
+            f"attention = {backend!r} has no softcap, but the model's is {softcap:g}; set train.attention to 'auto', "
+            f"or to one of {', '.join(WITH_SOFTCAP)}"
         )
+    if backend in ("varlen", "flash2") and dtype not in HALF:
+        raise ConfigError(f"attention = {backend!r} computes in half precision, not {dtype}; set it to flex or sdpa")
 
 
 def heads_first(
@@ -137,9 +155,7 @@ def _equal_documents(
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None, scale: float | None
 ) -> Tensor:
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise ConfigError(f"attention = 'varlen' computes in half precision, not {q.dtype}; set it to 'sdpa'")
-    options: dict[str, Any] = {"window_size": (-1, 0) if window is None else (window - 1, 0), "scale": scale}
+    options: dict[str, Any] = {"window_size": _span(window), "scale": scale}
     if q.shape[1] != k.shape[1]:
         if varlen_groups_heads():
             options["enable_gqa"] = True
@@ -158,3 +174,28 @@ def _varlen_function() -> Any:
     from torch.nn.attention.varlen import varlen_attn  # takes a second
 
     return varlen_attn
+
+
+def _flash2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    window: int | None,
+    scale: float | None,
+    softcap: float,
+) -> Tensor:
+    """FlashAttention-2 of the package flash-attn, which groups heads itself."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    places = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+    return flash_attn_varlen_func(
+        *(q, k, v, *places), softmax_scale=scale, causal=True, window_size=_span(window), softcap=softcap,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+
+
+def _span(window: int | None) -> tuple[int, int]:
+    """How many keys before and after its own a token sees; -1: all."""
+    return (-1 if window is None else window - 1), 0

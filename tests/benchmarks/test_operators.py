@@ -178,7 +178,6 @@ def test_the_definition_of_attention_equals_the_written_out_softmax(window):
 @pytest.mark.parametrize(
     ("name", "module", "sides", "has_lse"),
     [
-        ("flash-attn 2", "flash_attn", (-1, -1), False),
         ("flash-attn 3", "flash_attn_interface", (-1, -1), True),
         ("flash-attn 4", "flash_attn.cute", (None, None), True),
     ],
