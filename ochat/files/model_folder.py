@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ochat.errors import OchatError, how_to_fetch
+from ochat.errors import CheckpointError, OchatError, how_to_fetch
 from ochat.files import bounded_json
 
 ADAPTER = "adapter_config.json"
+LFS_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of a large file
 
 
 def how_to_get_base(directory: str | Path) -> str:
@@ -35,6 +36,14 @@ def how_to_get_base(directory: str | Path) -> str:
     if inner := [path.parent for below in ("*", "*/*") for path in sorted(folder.glob(f"{below}/model*.safetensors"))]:
         return f"{inner[0]} has weights: name that folder"
     return how_to_fetch(directory)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises: CheckpointError for a file of which only the pointer of Git LFS is there."""
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            fetch = f"`git -C {path.parent} lfs pull`"
+            raise CheckpointError(f"{path}: a Git LFS pointer instead of the file; fetch it with {fetch}")
 
 
 def has_only_gguf(folder: Path) -> bool:

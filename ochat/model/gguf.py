@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ochat.errors import CheckpointError, ConfigError
+from ochat.files import model_folder
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 
@@ -172,6 +173,7 @@ def _open(path: Path) -> Any:
         from gguf import GGUFReader
     except ImportError as error:
         raise ConfigError(f"reading GGUF needs PyPI `gguf`: pip install 'ochat-crlft[data]' ({error})") from error
+    model_folder.refuse_pointer(path)
     try:
         return GGUFReader(path)
     except (ValueError, IndexError, KeyError) as error:  # what the reader raises on cut or damaged files
@@ -179,9 +181,15 @@ def _open(path: Path) -> Any:
 
 
 def _check_architecture(metadata: dict[str, Any], path: Path) -> None:
+    if (parts := metadata.get("split.count", 1)) > 1:  # all but the first have no other key
+        join = "`llama-gguf-split --merge FIRST_PART WHOLE.gguf` (of llama.cpp)"
+        raise ConfigError(f"{path}: one of {parts} parts; join them with {join}")
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ConfigError(f"{path}: general.architecture is {architecture!r}; only 'llama' is implemented")
+        raise ConfigError(
+            f"{path}: general.architecture is {architecture!r}; only 'llama' is read from GGUF; "
+            f"take the model's safetensors and `ochat init-base --hf`"
+        )
     known = {*REQUIRED_KEYS.values(), *OPTIONAL_KEYS.values(), *HEAD_DIM_KEYS, "llama.vocab_size"}
     for key, value in metadata.items():
         if key.startswith("llama.") and key not in known and value not in (0, "none", False):

@@ -19,7 +19,6 @@ from ochat.files.safetensors_file import StoredTensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADVICE = "fetch it again"
-LFS_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in place of a large file
 
 
 def open_folder(directory: str | Path) -> dict[str, StoredTensor]:
@@ -93,10 +92,7 @@ def _open_shard(path: Path) -> dict[str, StoredTensor]:
 
 
 def _open_file(path: Path) -> dict[str, StoredTensor]:
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            fetch = f"`git -C {path.parent} lfs pull`"
-            raise CheckpointError(f"{path}: a Git LFS pointer instead of the file; fetch it with {fetch}")
+    model_folder.refuse_pointer(path)
     return safetensors_file.open_file(path, CheckpointError, ADVICE)
 
 

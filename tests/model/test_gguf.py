@@ -132,7 +132,8 @@ def test_tokenizer_follows_the_metadata(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architecture": "qwen2"}, "'qwen2'"),
+        ({"architecture": "qwen2"}, "'qwen2'; only 'llama' is read from GGUF; take the model's safetensors"),
+        ({"extra_keys": {"split.count": 3}}, "one of 3.0 parts; join them with `llama-gguf-split --merge"),
         ({"extra_keys": {"llama.rope.scaling.factor": 4.0}}, "llama.rope.scaling.factor"),
         ({"extra_keys": {"llama.expert_count": 8.0}}, "llama.expert_count"),
         ({"extra_keys": {"llama.rope.dimension_count": 8.0}}, "llama.rope.dimension_count"),
@@ -149,8 +150,11 @@ def test_damaged_files_are_named(tmp_path):
     whole = write(tmp_path / "m.gguf").read_bytes()
     for content in (whole[: len(whole) // 2], whole[:40], b"hello", b""):
         (tmp_path / "damaged.gguf").write_bytes(content)
-        with pytest.raises(CheckpointError, match="damaged.gguf"):
+        with pytest.raises(CheckpointError, match="damaged.gguf: damaged"):
             GGUFFile(tmp_path / "damaged.gguf")
+    (tmp_path / "m.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match=f"m.gguf: a Git LFS pointer.*`git -C {tmp_path} lfs pull`"):
+        GGUFFile(tmp_path / "m.gguf")
     for name in ("model.norm.weight", "model.embed_tokens.weight"):
         with pytest.raises(CheckpointError, match=f"{name} is missing"):
             GGUFFile(write(tmp_path / "less.gguf", leave_out=(name,)))
