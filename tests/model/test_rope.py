@@ -149,6 +149,34 @@ def test_longrope_as_phi_spelled_it():
     assert rope.from_hf({"max_position_embeddings": 131072, "rope_parameters": inside}) == read
 
 
+def rotated_alone(mine, length):
+    positions = torch.arange(length)
+    theirs = LlamaRotaryEmbedding(LlamaConfig(head_dim=8, max_position_embeddings=MAX, **rope.to_hf(mine)))
+    return [table[0, :, :4] for table in theirs(torch.zeros(1), positions[None])]
+
+
+@settings(deadline=None)
+@given(drawn=ropes(kinds=("longrope",), pairs=4), near=st.lists(st.integers(-3, 3), min_size=1, max_size=6))
+def test_each_packed_document_has_the_factors_of_its_own_length(drawn, near):
+    mine = replace(drawn[0], original_max_position_embeddings=16, factor=MAX / 16)
+    lengths = [16 + more for more in near] + [1, 1]  # padding is documents of one token
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    assert rope.document_lengths(positions).tolist() == [length for length in lengths for _ in range(length)]
+    alone = [rotated_alone(mine, length) for length in lengths]
+    for got, parts in zip(rope.cos_sin(positions, rope.inv_freq(mine, 8), mine), zip(*alone, strict=True), strict=True):
+        assert torch.equal(got, torch.cat(parts))
+
+
+def test_a_step_with_a_cache_has_the_factors_of_the_length_so_far():
+    mine = RopeConfig(kind="longrope", original_max_position_embeddings=16, factor=8192.0,
+                      short_factor=(1.0, 1.5, 2.0, 2.5), long_factor=(2.0, 3.0, 4.0, 5.0))  # fmt: skip
+    positions = torch.tensor([14, 15, 16, 3])  # neighbours by chance, not one document
+    assert rope.document_lengths(positions).tolist() == [15, 16, 17, 4]
+    cos, _ = rope.cos_sin(positions, rope.inv_freq(mine, 8), mine)
+    assert torch.equal(cos, torch.stack([rotated_alone(mine, int(p) + 1)[0][-1] for p in positions]))
+    assert rope.document_lengths(torch.empty(0, dtype=torch.int64)).tolist() == []
+
+
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
