@@ -41,7 +41,7 @@ class RopeConfig:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192  # dynamic: max_position_embeddings
+    original_max_position_embeddings: int = 8192
     partial_rotary_factor: float = 1.0  # the share of each head's dimensions that rotates, its first ones
     attention_factor: float | None = None  # of cos and sin; None: derived from the factor
     beta_fast: float = 32.0
@@ -151,13 +151,6 @@ def _linear(rope: RopeConfig, exponents: Tensor, dim: int) -> Tensor:
     return _plain(rope, exponents, dim) / rope.factor
 
 
-def _dynamic(rope: RopeConfig, exponents: Tensor, dim: int) -> Tensor:
-    """NTK within the trained length: the plain rotation, but for the rounding of transformers' formula."""
-    length = rope.original_max_position_embeddings
-    stretch = (rope.factor * length / length) - (rope.factor - 1)
-    return 1.0 / ((rope.theta * stretch ** (dim / (dim - 2))) ** exponents)
-
-
 def _llama3(rope: RopeConfig, exponents: Tensor, dim: int) -> Tensor:
     """Llama 3.1: long waves are slowed by `factor`, short ones kept, those between mixed."""
     frequencies = _plain(rope, exponents, dim)
@@ -193,8 +186,8 @@ def _longrope(rope: RopeConfig, exponents: Tensor, dim: int) -> Tensor:
     return 1.0 / (factors * rope.theta**exponents)
 
 
-FREQUENCIES = {
-    "default": _plain, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope,
+FREQUENCIES = {  # dynamic NTK changes the base beyond max_position_embeddings, where training refuses documents
+    "default": _plain, "linear": _linear, "dynamic": _plain, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope,
 }  # fmt: skip
 
 
@@ -243,8 +236,8 @@ def _from_table(fields: Fields, outer: Fields, theta_key: str, theta: float) -> 
         if fields.record[name] is not None:
             raise fields.fail(name, f" = {shown(fields.record[name])} is not implemented for rope type {kind!r}")
     settings = {name: _setting(fields, outer, name) for name in SCALING_KEYS[kind]}
-    if kind in ("dynamic", "longrope"):
-        settings |= _of_length(fields, outer, kind, settings)
+    if kind == "longrope":
+        settings["factor"] = _longrope_factor(fields, outer, settings[WHOLE])
     if kind == "yarn":
         settings["attention_factor"] = _yarn_attention(fields, settings)
     if kind == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:
@@ -269,16 +262,12 @@ def _setting(fields: Fields, outer: Fields, name: str) -> Any:
     return tuple(Fields({name: value}, fields.where).number(name) for value in values)
 
 
-def _of_length(fields: Fields, outer: Fields, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What follows from max_position_embeddings: dynamic's trained length, longrope's factor."""
-    longest = outer.integer("max_position_embeddings")
-    if kind == "dynamic":
-        return {WHOLE: longest}
-    factor = longest / settings[WHOLE]
+def _longrope_factor(fields: Fields, outer: Fields, original: int) -> float:
+    factor = outer.integer("max_position_embeddings") / original
     if fields.number("factor", factor) != factor:
         given = fields.record["factor"]
         raise fields.fail("factor", f" is {shown(given)}, but max_position_embeddings / {WHOLE} is {factor}")
-    return {"factor": factor}
+    return factor
 
 
 def _yarn_attention(fields: Fields, settings: dict[str, Any]) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig, Olmo3Config, Phi3Config
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
@@ -26,13 +26,13 @@ POSITIONS = [0, 1, 7, 100, 4095, 8191, 50000, MAX - 1]
 def ropes(draw, kinds=tuple(rope.SCALING_KEYS), pairs=None):
     """A rotation that from_hf can return, with MAX as max_position_embeddings, and its number of pairs."""
     kind, pairs = draw(st.sampled_from(kinds)), pairs or draw(st.integers(2, 64))
-    original = draw(st.sampled_from([16, 512, 8192, 32768]))
+    original = draw(st.sampled_from([6, 16, 512, 8192, 32768]))
     numbers = st.lists(st.floats(0.5, 64.0), min_size=pairs, max_size=pairs).map(tuple)
     pick = {
         "factor": st.just(MAX / original) if kind == "longrope" else st.sampled_from([1.0, 2.3, 2.5, 8.0, 32.0]),
         "low_freq_factor": st.sampled_from([0.5, 1.0]),
         "high_freq_factor": st.sampled_from([2.0, 4.0]),
-        "original_max_position_embeddings": st.just(MAX if kind == "dynamic" else original),
+        "original_max_position_embeddings": st.just(original),
         "attention_factor": st.sampled_from([None, 1.25, 0.7]),
         "beta_fast": st.sampled_from([32.0, 64.0]),
         "beta_slow": st.sampled_from([1.0, 0.5]),
@@ -41,7 +41,6 @@ def ropes(draw, kinds=tuple(rope.SCALING_KEYS), pairs=None):
         "long_factor": numbers,
     }
     used = set(rope.SCALING_KEYS[kind]) | ({"factor"} if kind == "longrope" else set())
-    used |= {rope.WHOLE} if kind == "dynamic" else set()
     theta = draw(st.sampled_from([10000.0, 500000.0, 1e6, 123.0]))
     return RopeConfig(theta, kind, **{name: draw(pick[name]) for name in pick if name in used}), pairs
 
@@ -57,6 +56,7 @@ def assert_tables_are(theirs, mine, head_dim, positions, layer_type=()):
 
 @settings(deadline=None)
 @given(drawn=ropes())
+@example(drawn=(RopeConfig(1e4, "yarn", 4.0, original_max_position_embeddings=6), 16))  # a ramp of no width
 def test_frequencies_and_tables_are_transformers(drawn):
     mine, pairs = drawn
     config = LlamaConfig(head_dim=2 * pairs, max_position_embeddings=MAX, **rope.to_hf(mine))
@@ -206,7 +206,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25: this model type"),
         ({"rope_scaling": YARN}, "original_max_position_embeddings is missing"),
         ({"rope_scaling": YARN | {rope.WHOLE: 64, "truncate": 1}}, "truncate is 1; expected true or false"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "max_position_embeddings is missing"),
+        ({"rope_scaling": LONGROPE, rope.WHOLE: 64}, "max_position_embeddings is missing"),
         ({"rope_scaling": LONGROPE, "max_position_embeddings": 64}, "original_max_position_embeddings is missing"),
         ({"rope_scaling": LONGROPE | {"long_factor": 2}, rope.WHOLE: 64}, "long_factor is 2; expected a list"),
         ({"rope_scaling": LONGROPE | {"long_factor": [0]}, rope.WHOLE: 64}, "long_factor is 0; expected a finite"),
