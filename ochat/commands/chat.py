@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from ochat.infer.chat import Chat
 
 HELP = {
-    "/class NAME": 'NAME answers from now on ("": no class); without NAME: list the classes',
-    "/both": "show the answers of all classes to the last question, side by side",
+    "/class NAME": 'NAME answers from now on ("": no class); alone: the classes',
+    "/both": "the answers of all classes to the last question, side by side",
     "/new": "forget what was said",
-    "/help": "show this list",
-    "/quit": "end, as Ctrl-D does",
+    "/help": "this list",
+    "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer and keeps what was said",
 }
 NO_CLASS = "(no class)"
 LEAST_WIDTH = 36  # columns of the terminal that an answer beside others needs
@@ -68,9 +68,10 @@ def main(options: ChatOptions) -> None:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # which lets input() edit lines and go back to earlier ones
-    _note(notes, f"{_classes(chat)}. /help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    _note(notes, f"{_classes(chat)}. /help lists commands, Ctrl-D ends")
     while True:
         try:
+            print()
             line = input(f"{chat.condition}> ")
             if line.strip() == "/quit":
                 break
@@ -167,7 +168,7 @@ def _show_all(chat: Chat) -> None:
     width = (stdout.width + 1) // per_row - 1
     panels = [
         Panel(
-            Text(printable(text.strip())), title=escape(name or NO_CLASS), subtitle="cut" if is_cut else None,
+            Text(printable(text.strip()), overflow="fold"), title=escape(name or NO_CLASS), subtitle="cut" if is_cut else None,
             width=width, title_align="left", subtitle_align="right",
         )
         for name, (text, is_cut) in answers.items()

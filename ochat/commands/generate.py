@@ -71,8 +71,9 @@ def main(options: GenerateOptions) -> None:
                 console.print(f"[bold]> {escape(prompt.conversation.items[-1].content)}[/]", soft_wrap=True)
             console.print(escape(printable(text)), soft_wrap=True)
             if is_cut:
+                place = f"{prompt.place}: " if len(asked) > 1 else ""
                 most = options.max_new_tokens
-                log.warning("%s: the answer is cut short by --max-new-tokens %d or the context", prompt.place, most)
+                log.warning("%sthe answer is cut short by --max-new-tokens %d or the context", place, most)
         if not batch:
             break
 

@@ -64,14 +64,19 @@ class Chat:
 
     def answers(self) -> dict[str, tuple[str, bool]]:
         """{class: its answer to the last question, and whether it was cut}, of all classes: those that the model knows,
-        or else that have answered. The chat stays as it is. Raises: as ask, and ConfigError before any question."""
+        or else that have answered. The class that has just answered says the same again.
+
+        Raises: as ask; ConfigError before any question.
+        """
         if not self.items:
             raise ConfigError("no question yet; ask one first")
-        classes = self.classes or self.tried
-        prompts = [self._prompt(self.items[:-1], name) for name in classes]
-        options: dict[str, Any] = {"seed": [self.seed] * len(prompts)} | self.settings
-        found = complete(self.model, prompts, self.tokenizer, self.template.eot, self.max_new_tokens, **options)
-        return dict(zip(classes, found, strict=True))
+        prompts = {name: self._prompt(self.items[:-1], name) for name in self.classes or self.tried}
+        options: dict[str, Any] = {"seed": self.seed + self.num_answers - 1} | self.settings
+        # one by one: in bfloat16 neighbours change the last bit, and so the answer that was just given
+        return {
+            name: complete(self.model, [prompt], self.tokenizer, self.template.eot, self.max_new_tokens, **options)[0]
+            for name, prompt in prompts.items()
+        }
 
     def forget(self) -> None:
         """Start anew, as the same class."""

@@ -69,6 +69,10 @@ def test_a_full_context_is_said_and_a_question_that_does_not_fit_refused(chat):
 
 
 def test_draws_differ_between_the_turns_and_come_again_with_the_seed(exported):
+    chat = open_chat(ChatOptions(exported, max_new_tokens=8, temperature=2.0, dtype="bfloat16"))
+    for question in ("1+1", "2+2"):
+        assert ask(chat, question) == chat.answers()["GPT4"][0]
+
     def said(seed):
         chat = open_chat(ChatOptions(exported, max_new_tokens=8, temperature=2.0, seed=seed, dtype="float32"))
         found = []

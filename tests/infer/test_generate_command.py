@@ -152,7 +152,7 @@ def test_prompts_come_from_stdin_and_files_and_answers_go_to_a_file(model, monke
     assert shown(prompts=Path("-")).out == wanted.out
     stdin(monkeypatch, "1+1\n\n2")
     whole = shown(prompt=("-",))
-    assert whole.out == shown(prompt=("1+1\n\n2",)).out and "stdin: the answer is cut short" in whole.err
+    assert whole.out == shown(prompt=("1+1\n\n2",)).out and "WARNING the answer is cut short" in whole.err
     assert f"{text}:3: the answer is cut short by --max-new-tokens 2" in shown(prompts=text).err
     output = tmp_path / "answers.jsonl"
     told = shown(prompts=records, output=output, condition="GPT3", system="Add.")
