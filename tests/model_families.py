@@ -27,6 +27,23 @@ QWEN_MIXED = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "use_sliding_window": True,
     "sliding_window": 3, "attention_bias": True, "head_dim": 8,
 }  # fmt: skip
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+SMOLLM3_WINDOWS = {
+    "use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0, 1], "pad_token_id": 0,
+}  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.4, "logits_scaling": 3.0,
+}  # fmt: skip
+GEMMA = {"head_dim": 12, "num_key_value_heads": 1}
+GEMMA2 = GEMMA | {
+    "sliding_window": 5, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0,
+}  # fmt: skip
+GEMMA3 = GEMMA | {
+    "sliding_window": 5, "query_pre_attn_scalar": 20, "sliding_window_pattern": 2, "rope_parameters": GEMMA3_ROPE,
+}  # fmt: skip
 FAMILIES = {
     "llama2": ("Llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}),
@@ -39,6 +56,16 @@ FAMILIES = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-mixed": ("Qwen3", QWEN_MIXED),
+    "phi3": ("Phi3", {"sliding_window": 5, "pad_token_id": 0}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "smollm3-windows": ("SmolLM3", SMOLLM3_WINDOWS),
+    "granite": ("Granite", GRANITE),
+    "seed-oss": ("SeedOss", {"head_dim": 12, "pad_token_id": 0}),
+    "gemma": ("Gemma", GEMMA),
+    "gemma2": ("Gemma2", GEMMA2),
+    "gemma3": ("Gemma3Text", GEMMA3),
+    "olmo2": ("Olmo2", {"pad_token_id": 0}),
+    "olmo3": ("Olmo3", {"sliding_window": 4, "num_hidden_layers": 4, "pad_token_id": 0}),
 }
 
 
@@ -51,8 +78,7 @@ def config(family: str) -> transformers.PreTrainedConfig:
 def make(family: str, folder: Path, seed: int = 0) -> transformers.PreTrainedModel:
     """The peer, fp32, saved in `folder`. Biases and norms are random too: at 0 and 1 a lost one would not show."""
     torch.manual_seed(seed)
-    name, _ = FAMILIES[family]
-    peer = getattr(transformers, f"{name}ForCausalLM")(config(family)).eval()
+    peer = transformers.AutoModelForCausalLM.from_config(config(family)).eval()
     with torch.no_grad():
         for parameter in peer.parameters():
             parameter.normal_(0.0, 0.3)

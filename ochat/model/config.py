@@ -1,16 +1,17 @@
 """The model configuration: read from and written to a Hugging Face `config.json`; parameter and FLOP counts.
 
     config = ModelConfig.load("path/to/base");  config.num_parameters()
-Llama 1/2/3/3.1/3.2, Mistral, Qwen2 and Qwen3. A setting that would change the computation and is not implemented is
-refused by name: a model trained with ignored settings would be silently wrong.
+The families of families.py. A setting that would change the computation and is not implemented is refused by name: a
+model trained with ignored settings would be silently wrong.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,10 @@ from ochat.model.rope import RopeConfig
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One decoder: pre-norm blocks of rotary attention and SwiGLU. Letters of the repository: H, F, L, N, K, D, V."""
+    """One decoder: blocks of attention and a gated MLP. Letters of the repository: H, F, L, N, K, D, V.
+
+    What is not given is as Llama has it.
+    """
 
     model_type: str
     vocab_size: int  # V
@@ -40,16 +44,29 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     tie_embeddings: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
+    local_rope: RopeConfig | None = None  # of layers with a window, where theirs differs
+    rope_layers: tuple[bool, ...] = ()  # per layer, whether q and k are rotated; empty: all
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the gate: SwiGLU or GeGLU
+    norm_placement: Literal["before", "after", "both"] = "before"  # of a norm and each branch of a block
+    norm_offset: float = 0.0  # a norm scales by offset + weight
+    qk_norm: Literal["", "head", "full"] = ""  # of each head of q and k, or of all heads together
     windows: tuple[int | None, ...] = ()  # per layer, how many keys a token sees (itself included); empty: all
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of a branch's output, before it is added
+    logits_scale: float = 1.0  # of the last norm's output, in front of the head
+    attention_scale: float | None = None  # of q k^T; None: 1 / sqrt(D)
+    attention_softcap: float = 0.0  # q k^T becomes cap * tanh(q k^T / cap); 0: off
+    logit_softcap: float = 0.0
+    fused_files: bool = False  # files hold q, k, v as one tensor, and gate and up as one
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     initializer_range: float = 0.02
     dtype: str = field(default="float32", compare=False)  # in which the weights are stored; no part of the computation
+    source: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # the keys that were read
 
     @classmethod
     def load(cls, directory: str | Path) -> ModelConfig:
@@ -71,59 +88,96 @@ class ModelConfig:
         record = families.text_record(record)
         fields = Fields(record, where)
         family = families.find(fields)
-        families.refuse_unimplemented(fields, family)
-        sizes = families.sizes(fields, family)
-        attention_bias = fields.flag("attention_bias", False) and family.reads_attention_bias
+        families.check(fields, family)
+        sizes, keys = families.sizes(fields, family), families.read_keys(family)
+        default = family.attention_bias
+        attention_bias = default is not None and fields.flag("attention_bias", default)
+        own_out_bias = family.out_bias_key != "attention_bias"
+        read_rope = functools.partial(rope_settings.from_hf, record, fields.where, is_partial=family.rotates_partly)
+        layers = ("full_attention", "sliding_attention") if family.local_theta else (None, None)
+        base = read_rope(family.theta, layers[0])
+        local = read_rope(family.local_theta, layers[1]) if family.local_theta else None
         config = cls(
             model_type=record["model_type"],
             **sizes,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            **families.scalars(fields, sizes["hidden_size"]),
+            norm_eps=fields.number("rms_norm_eps", family.norm_eps),
             max_position_embeddings=fields.integer("max_position_embeddings", family.max_position_embeddings),
-            tie_embeddings=fields.flag("tie_word_embeddings", False),
-            rope=rope_settings.from_hf(record, where),
+            tie_embeddings=fields.flag("tie_word_embeddings", family.ties_embeddings),
+            rope=base,
+            local_rope=local,
+            rope_layers=families.rope_layers(fields, family, sizes["num_layers"]),
             qkv_bias=family.qkv_bias or attention_bias,
-            out_bias=attention_bias,
-            mlp_bias=fields.flag("mlp_bias", False),
+            out_bias=fields.flag(family.out_bias_key, False) if own_out_bias else attention_bias,
+            mlp_bias=family.reads_mlp_bias and fields.flag("mlp_bias", False),
+            activation="silu" if family.activations == ("silu",) else "gelu_tanh",
+            norm_placement=family.norm_placement,
+            norm_offset=family.norm_offset,
             qk_norm=family.qk_norm,
             windows=families.windows(fields, family, sizes["num_layers"]),
+            fused_files=family.fused_files,
             bos_token_id=fields.integer("bos_token_id", None, least=0),
             eos_token_ids=_eos_token_ids(fields),
             pad_token_id=fields.integer("pad_token_id", None, least=-1),
             initializer_range=fields.number("initializer_range", 0.02),
             dtype=str(record.get("dtype") or record.get("torch_dtype") or "float32").removeprefix("torch."),
+            source={key: value for key, value in record.items() if key in keys},
         )
         _check_heads(config, fields)
         return config
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json that transformers 4 and 5 load: the old spelling, which both know."""
+        """A config.json that transformers 4 and 5 load: the keys that were read, in the old spelling, which both know.
+
+        Raises: ConfigError for a configuration, changed in code, that its model type cannot express.
+        """
         family = FAMILIES[self.model_type]
-        record: dict[str, Any] = {
-            "architectures": [family.architecture],
-            "model_type": self.model_type,
+        generic: dict[str, Any] = {
             **{key: getattr(self, ours) for ours, (key, _) in families.SIZES.items()},
-            "hidden_act": "silu",
+            family.activation_key: family.activations[0],
             "rms_norm_eps": self.norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_embeddings,
-            **rope_settings.to_hf(self.rope),
             "attention_dropout": 0.0,
             "initializer_range": self.initializer_range,
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
-            "pad_token_id": self.pad_token_id,
-            "use_cache": True,
-            "torch_dtype": self.dtype,
         }
-        if family.reads_attention_bias:
-            record["attention_bias"] = self.out_bias
+        if family.attention_bias is not None:
+            generic["attention_bias"] = self.qkv_bias
         if family.reads_mlp_bias:
-            record["mlp_bias"] = self.mlp_bias
-        return record | _windows_to_hf(self, family)
+            generic["mlp_bias"] = self.mlp_bias
+        newer = {"dtype", "rope_parameters"}  # spelled below as older versions do
+        known = {key: value for key, value in self.source.items() if key not in newer}
+        record = (
+            _windows_to_hf(self, family)
+            | generic
+            | known
+            | {
+                "architectures": [family.architecture],
+                "model_type": self.model_type,
+                "vocab_size": self.vocab_size,
+                **rope_settings.to_hf(self.rope, self.local_rope),
+                "bos_token_id": self.bos_token_id,
+                "eos_token_id": self.eos_token_ids[0]
+                if len(self.eos_token_ids) == 1
+                else list(self.eos_token_ids) or None,
+                "pad_token_id": self.pad_token_id,
+                "use_cache": True,
+                "torch_dtype": self.dtype,
+            }
+        )
+        if ModelConfig.from_hf(record) != self:
+            raise ConfigError(f"config.json of a {self.model_type} model cannot express all of {self}")
+        return record
 
     def window(self, layer: int) -> int | None:
         """How many keys a token of this layer sees, itself included; None: all before it."""
         return self.windows[layer] if self.windows else None
+
+    def rope_of(self, layer: int) -> RopeConfig | None:
+        """The rotation of this layer's q and k; None: none."""
+        if self.rope_layers and not self.rope_layers[layer]:
+            return None
+        return self.local_rope if self.local_rope is not None and self.window(layer) else self.rope
 
     def matmul_params(self) -> int:
         """Weights of the blocks' matrix products: q, k, v, out, gate, up, down; neither embeddings nor head."""
@@ -139,7 +193,8 @@ class ModelConfig:
         qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         biases = qkv * self.qkv_bias + self.hidden_size * self.out_bias
         biases += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
-        norms = 2 * self.hidden_size + 2 * self.head_dim * self.qk_norm
+        qk_norms = {"": 0, "head": 2, "full": self.num_heads + self.num_kv_heads}[self.qk_norm] * self.head_dim
+        norms = self.hidden_size * (4 if self.norm_placement == "both" else 2) + qk_norms
         embeddings = self.head_params() * (1 if self.tie_embeddings else 2)
         return self.matmul_params() + self.num_layers * (biases + norms) + self.hidden_size + embeddings
 
@@ -175,15 +230,18 @@ def _check_heads(config: ModelConfig, fields: Fields) -> None:
 
 
 def _windows_to_hf(config: ModelConfig, family: Family) -> dict[str, Any]:
-    if family is FAMILIES["llama"]:
-        return {}
+    """The keys of a configuration that was made in code."""
     window = next((size for size in config.windows if size), None)
-    if not family.reads_layer_types:
-        return {"sliding_window": window}
-    first = next((layer for layer, size in enumerate(config.windows) if size), config.num_layers)
-    record = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": first}
+    if family.windows in ("none", "all"):
+        return {"sliding_window": window} if family.windows == "all" else {}
     types = ["sliding_attention" if size else "full_attention" for size in config.windows]
-    return record | ({"layer_types": types} if types else {})
+    record = {"sliding_window": window} | ({"layer_types": types} if types else {})
+    if family.switches_windows:
+        record["use_sliding_window"] = window is not None
+    if family.windows == "upper":
+        first = next((layer for layer, size in enumerate(config.windows) if size), config.num_layers)
+        record["max_window_layers"] = first
+    return record
 
 
 def _eos_token_ids(fields: Fields) -> tuple[int, ...]:

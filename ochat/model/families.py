@@ -1,16 +1,21 @@
-"""Model families: which keys of a `config.json` are read, ignored as harmless, or refused.
+"""Model families: what each fixes, which keys of a `config.json` it reads, and which settings are refused.
 
-    family = find(Fields(json.load(open("config.json")), "config.json"));  refuse_unimplemented(fields, family)
-Defaults and special rules are those of transformers' classes, so a missing key means the same model in both.
+    fields = Fields(json.load(open("config.json")), "config.json");  family = find(fields);  check(fields, family)
+Defaults and special rules are those of transformers' classes, so a missing key means the same model in both, and a key
+that the class never reads is only warned of.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from ochat.files.bounded_json import REQUIRED, Fields, shown
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,18 +25,119 @@ class Family:
     architecture: str
     max_position_embeddings: int
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    norm_eps: float = 1e-6
+    theta: float = 10000.0  # rope_theta
+    local_theta: float | None = None  # of layers with a window, where these have a rotation of their own
+    ties_embeddings: bool = False
+    infers_kv_heads: bool = False  # a missing num_key_value_heads: as many as heads
+    activations: tuple[str, ...] = ("silu",)  # spellings of the one it has
+    activation_key: str = "hidden_act"
+    norm_offset: float = 0.0
+    norm_placement: Literal["before", "after", "both"] = "before"
+    qk_norm: Literal["", "head", "full"] = ""
+    fused_files: bool = False
     qkv_bias: bool = False
-    qk_norm: bool = False
-    reads_attention_bias: bool = False
+    attention_bias: bool | None = None  # where attention_bias is missing; None: the key is not read
+    out_bias_key: str = "attention_bias"
     reads_mlp_bias: bool = False
-    reads_layer_types: bool = False
+    # which layers have a window where layer_types is missing: none, all, those from max_window_layers on, those
+    # without rotation, or all but every n-th
+    windows: Literal["none", "all", "upper", "unrotated"] | int = "none"
+    window: int | None = None  # a missing sliding_window
+    switches_windows: bool = False  # reads use_sliding_window, by default false
+    rotates_partly: bool = False  # reads partial_rotary_factor
+    keys: tuple[str, ...] = ()  # further ones that it reads
 
 
+LLAMA = Family("LlamaForCausalLM", 2048, attention_bias=False, reads_mlp_bias=True, infers_kv_heads=True)
+QWEN2 = Family("Qwen2ForCausalLM", 32768, qkv_bias=True, windows="upper", window=4096, switches_windows=True)
+GEMMA = Family(
+    "GemmaForCausalLM",
+    8192,
+    head_dim=256,
+    ties_embeddings=True,
+    activations=("gelu_pytorch_tanh", "gelu"),
+    norm_offset=1.0,
+    attention_bias=False,
+    keys=("use_bidirectional_attention",),
+)
+GEMMA2 = replace(
+    GEMMA,
+    architecture="Gemma2ForCausalLM",
+    activations=("gelu_pytorch_tanh",),
+    activation_key="hidden_activation",
+    norm_placement="both",
+    windows=2,
+    window=4096,
+    keys=(*GEMMA.keys, "query_pre_attn_scalar", "final_logit_softcapping", "attn_logit_softcapping"),
+)
+OLMO2 = Family(
+    "Olmo2ForCausalLM",
+    2048,
+    norm_eps=1e-5,
+    infers_kv_heads=True,
+    norm_placement="after",
+    qk_norm="full",
+    attention_bias=False,
+)
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", 2048, reads_attention_bias=True, reads_mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", 131072),
-    "qwen2": Family("Qwen2ForCausalLM", 32768, qkv_bias=True, reads_layer_types=True),
-    "qwen3": Family("Qwen3ForCausalLM", 32768, 128, qk_norm=True, reads_attention_bias=True, reads_layer_types=True),
+    "llama": LLAMA,
+    "mistral": Family("MistralForCausalLM", 131072, windows="all", window=4096),
+    "qwen2": QWEN2,
+    "qwen3": replace(
+        QWEN2, architecture="Qwen3ForCausalLM", head_dim=128, qk_norm="head", qkv_bias=False, attention_bias=False
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        4096,
+        norm_eps=1e-5,
+        infers_kv_heads=True,
+        fused_files=True,
+        windows="all",
+        rotates_partly=True,
+        keys=("resid_pdrop", "embd_pdrop"),
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        32768,
+        theta=2000000.0,
+        ties_embeddings=True,
+        attention_bias=False,
+        reads_mlp_bias=True,
+        windows="unrotated",
+        switches_windows=True,
+        keys=("no_rope_layers", "no_rope_layer_interval"),
+    ),
+    "granite": replace(
+        LLAMA,
+        architecture="GraniteForCausalLM",
+        keys=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        524288,
+        head_dim=128,
+        attention_bias=True,
+        out_bias_key="attention_out_bias",
+        reads_mlp_bias=True,
+        keys=("attention_out_bias", "residual_dropout"),
+    ),
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": replace(
+        GEMMA2,
+        architecture="Gemma3ForCausalLM",
+        max_position_embeddings=131072,
+        theta=1000000.0,
+        local_theta=10000.0,
+        qk_norm="head",
+        windows=6,
+        keys=(*GEMMA2.keys, "sliding_window_pattern", "rope_local_base_freq"),
+    ),
+    "olmo2": OLMO2,
+    "olmo3": replace(
+        OLMO2, architecture="Olmo3ForCausalLM", theta=500000.0, local_theta=500000.0, windows=4, window=4096
+    ),
 }
 
 
@@ -62,15 +168,16 @@ SIZES = {
     "num_kv_heads": ("num_key_value_heads", 1 << 14),
     "head_dim": ("head_dim", 1 << 14),
 }
-ONLY = {"hidden_act": "silu", "attention_dropout": 0, "pretraining_tp": 1}
-
-READ_KEYS = frozenset(
+REFUSED = {
+    "quantization_config": ": the weights are quantised; take the unquantised base",
+    "use_bidirectional_attention": ": only causal attention is implemented",
+}
+DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")
+COMMON_KEYS = frozenset(
     """model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings hidden_act attention_bias
-    mlp_bias attention_dropout pretraining_tp rope_theta rope_scaling rope_parameters partial_rotary_factor
-    rope_local_base_freq original_max_position_embeddings
-    sliding_window use_sliding_window max_window_layers layer_types bos_token_id eos_token_id pad_token_id
-    initializer_range dtype torch_dtype""".split()  # noqa: SIM905 (reads better than a list of literals)
+    num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings attention_dropout rope_theta
+    rope_scaling rope_parameters partial_rotary_factor original_max_position_embeddings layer_types bos_token_id
+    eos_token_id pad_token_id initializer_range dtype torch_dtype is_causal""".split()  # noqa: SIM905 (reads better than a list of literals)
 )
 # Bookkeeping, and defaults of generation that old versions wrote into config.json: no logit depends on them.
 HARMLESS_KEYS = frozenset(
@@ -81,8 +188,9 @@ HARMLESS_KEYS = frozenset(
     num_return_sequences temperature top_k top_p typical_p repetition_penalty length_penalty diversity_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids begin_suppress_tokens suppress_tokens
     forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty remove_invalid_values
-    decoder_start_token_id sep_token_id prefix task_specific_params finetuning_task
-    tokenizer_class""".split()  # noqa: SIM905
+    decoder_start_token_id sep_token_id prefix task_specific_params finetuning_task cache_implementation
+    tokenizer_class auto_map pretraining_tp chunk_size_feed_forward is_decoder is_encoder_decoder hidden_act
+    _sliding_window_pattern""".split()  # noqa: SIM905
 )
 
 
@@ -121,55 +229,141 @@ def find(fields: Fields) -> Family:
     return family
 
 
-def refuse_unimplemented(fields: Fields, family: Family) -> None:
-    """Raises: ConfigError for every setting that would change a logit and is not implemented."""
+def read_keys(family: Family) -> frozenset[str]:
+    """The keys on which the model of a family, or its training, depends."""
+    optional = {
+        "attention_bias": family.attention_bias is not None,
+        "mlp_bias": family.reads_mlp_bias,
+        "sliding_window": family.windows != "none",
+        "max_window_layers": family.windows == "upper",
+        "use_sliding_window": family.switches_windows,
+    }
+    read = (key for key, is_read in optional.items() if is_read)
+    return COMMON_KEYS.union(read, family.keys, [family.activation_key])
+
+
+def check(fields: Fields, family: Family) -> None:
+    """Warns of settings without effect. Raises: ConfigError for one that changes a logit and is not implemented."""
     record = fields.record
-    for key, only in ONLY.items():
-        if (found := record.get(key) or only) != only:
-            raise fields.fail(key, f" is {shown(found)}; only {only!r} is implemented")
-    if not family.reads_attention_bias and record.get("attention_bias") not in (None, family.qkv_bias):
-        raise fields.fail("attention_bias", f" is {shown(record['attention_bias'])}, against what this model type has")
-    if record.get("mlp_bias") and not family.reads_mlp_bias:
-        raise fields.fail("mlp_bias", " is set, but this model type has none")
-    for key in sorted(record.keys() - READ_KEYS - HARMLESS_KEYS):
-        if record[key]:
-            raise fields.fail(key, f" = {shown(record[key])} is not implemented; if it changes nothing, remove it")
+    for key, problem in REFUSED.items():
+        if record.get(key):
+            raise fields.fail(key, f" = {shown(record[key])}{problem}")
+    if record.get("is_causal") is False:
+        raise fields.fail("is_causal", " is false; only causal attention is implemented")
+    activation = record.get(family.activation_key) or family.activations[0]
+    if activation not in family.activations:
+        raise fields.fail(
+            family.activation_key, f" is {shown(activation)}; only {family.activations[0]!r} is implemented"
+        )
+    _check_own_code(fields, family)
+    dropouts = [key for key in DROPOUTS if record.get(key)]
+    if dropouts:
+        warn_once(f"{fields.where}: {', '.join(dropouts)}: no dropout is applied in training")
+    unread = sorted(key for key in record.keys() - read_keys(family) - HARMLESS_KEYS if record[key])
+    if unread and record.get("auto_map"):
+        raise fields.fail(unread[0], f" = {shown(record[unread[0]])}: may be read by the model's own code (auto_map)")
+    if unread:
+        warn_once(f"{fields.where}: {family.architecture} reads no {', '.join(unread)}: ignored")
+
+
+def _check_own_code(fields: Fields, family: Family) -> None:
+    """A folder may bring code of its own: that of its makers for the class that transformers has, too, or another."""
+    own = fields.record.get("auto_map") or {}
+    named = own.get("AutoModelForCausalLM", "") if isinstance(own, dict) else own
+    if own and str(named).split(".")[-1] != family.architecture:
+        raise fields.fail("auto_map", f" is {shown(own)}: a model with code of its own is not implemented")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Several parts of a program may read one file."""
+    log.warning("%s", text)
 
 
 def sizes(fields: Fields, family: Family) -> dict[str, int]:
     """The sizes that ModelConfig takes, by its names; their bounds hold before any weight is seen."""
-    # Files of Llama 1 and 2 may leave the key/value heads out; the other families' silent defaults fit one size only.
-    silent = {"head_dim": None} | ({"num_kv_heads": None} if family is FAMILIES["llama"] else {})
+    silent = {"head_dim": None} | ({"num_kv_heads": None} if family.infers_kv_heads else {})
     found = {ours: fields.integer(key, silent.get(ours, REQUIRED), most=most) for ours, (key, most) in SIZES.items()}
     found["num_kv_heads"] = found["num_kv_heads"] or found["num_heads"]
     found["head_dim"] = found["head_dim"] or family.head_dim or found["hidden_size"] // found["num_heads"]
     return found
 
 
+def scalars(fields: Fields, hidden_size: int) -> dict[str, Any]:
+    """The factors and softcaps that ModelConfig takes, by its names."""
+    model_type = fields.record["model_type"]
+    if model_type == "granite":
+        return {
+            "embedding_scale": fields.number("embedding_multiplier", 1.0),
+            "residual_scale": fields.number("residual_multiplier", 1.0),
+            "attention_scale": fields.number("attention_multiplier", 1.0),
+            "logits_scale": 1 / fields.number("logits_scaling", 1.0),
+        }
+    if not model_type.startswith("gemma"):
+        return {}
+    found: dict[str, Any] = {"embedding_scale": hidden_size**0.5}
+    if model_type != "gemma":
+        found["attention_scale"] = fields.number("query_pre_attn_scalar", 256.0) ** -0.5
+        found["logit_softcap"] = _softcap(fields, "final_logit_softcapping", 30.0 if model_type == "gemma2" else 0.0)
+    if model_type == "gemma2":
+        found["attention_softcap"] = _softcap(fields, "attn_logit_softcapping", 50.0)
+    elif fields.record.get("attn_logit_softcapping"):  # Gemma 3: transformers reads it and does nothing with it
+        raise fields.fail("attn_logit_softcapping", " is set, but this model type has none")
+    return found
+
+
+def _softcap(fields: Fields, key: str, silent: float) -> float:
+    if key in fields.record and fields.record[key] is None:
+        return 0.0  # null turns it off, no entry means the default
+    return fields.number(key, silent) if key in fields.record else silent
+
+
+def rope_layers(fields: Fields, family: Family, num_layers: int) -> tuple[bool, ...]:
+    """Whether each layer rotates; empty if all do."""
+    if family.windows != "unrotated":
+        return ()
+    every = fields.integer("no_rope_layer_interval", 4)
+    listed = fields.value("no_rope_layers", None) or [int((layer + 1) % every != 0) for layer in range(num_layers)]
+    if not isinstance(listed, list) or len(listed) != num_layers or any(each not in (0, 1) for each in listed):
+        raise fields.fail("no_rope_layers", f" is {shown(listed)}; expected a list of {num_layers} zeros and ones")
+    return () if all(listed) else tuple(map(bool, listed))
+
+
 def windows(fields: Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
     """Each layer's window, by the rules of transformers; empty if no layer has one."""
-    types = fields.record.get("layer_types")
-    window = _window(fields, family)
-    first = fields.integer("max_window_layers", 28, least=0) if family.reads_layer_types else 0
-    chosen = by_threshold = tuple(window if layer >= first else None for layer in range(num_layers))
-    if types is not None:
+    window, types = _window(fields, family), fields.record.get("layer_types")
+    by_rule = tuple(window if has else None for has in _has_window(fields, family, num_layers))
+    if types is None:
+        chosen = by_rule
+    else:
         chosen = _windows_of_types(fields, types, window, num_layers)
-        if not family.reads_layer_types and chosen != by_threshold:
+        if family.windows in ("none", "all") and chosen != by_rule:
             raise fields.fail("layer_types", f" = {shown(types)} does not fit the other settings of this model type")
     return chosen if any(chosen) else ()
 
 
+def _has_window(fields: Fields, family: Family, num_layers: int) -> list[bool]:
+    """Which layers have one if layer_types does not say it."""
+    layers = range(num_layers)
+    if family.windows == "upper":
+        first = fields.integer("max_window_layers", 28, least=0)
+        return [layer >= first for layer in layers]
+    if family.windows == "unrotated":
+        rotated = rope_layers(fields, family, num_layers) or [True] * num_layers
+        return [not each for each in rotated]
+    if isinstance(family.windows, int):
+        reads_pattern = "sliding_window_pattern" in read_keys(family)
+        every = fields.integer("sliding_window_pattern", family.windows) if reads_pattern else family.windows
+        return [(layer + 1) % every != 0 for layer in layers]
+    return [family.windows == "all" for _ in layers]
+
+
 def _window(fields: Fields, family: Family) -> int | None:
-    silent = None if "sliding_window" in fields.record else 4096  # null turns it off, no entry means the default
-    if family is FAMILIES["llama"]:
-        if fields.record.get("sliding_window") is not None or fields.record.get("use_sliding_window"):
-            raise fields.fail("sliding_window", " is set, but this model type has none (model_type 'mistral' has)")
+    if family.windows == "none" or (family.switches_windows and not fields.flag("use_sliding_window", False)):
         return None
-    if family is FAMILIES["mistral"]:
-        if fields.record.get("use_sliding_window") is False:
-            raise fields.fail("use_sliding_window", " is false, but unknown here; set sliding_window to null")
-        return fields.integer("sliding_window", silent)
-    return fields.integer("sliding_window", silent) if fields.flag("use_sliding_window", False) else None
+    if "sliding_window" in fields.record and fields.record["sliding_window"] is None:
+        return None  # null turns it off, no entry means the default
+    return fields.integer("sliding_window", family.window)
 
 
 def _windows_of_types(fields: Fields, types: Any, window: int | None, num_layers: int) -> tuple[int | None, ...]:

@@ -40,6 +40,15 @@ QUANTISED = frozenset(
     quant_map quant_state SCB weight_packed weight_shape weight_zero_point""".split()  # noqa: SIM905
 )
 NAMES_SHOWN = 5
+# our norms of a block -> theirs, by ModelConfig.norm_placement
+NORMS = {
+    "before": {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
+    "after": {"attn_norm": "post_attention_layernorm", "mlp_norm": "post_feedforward_layernorm"},
+    "both": {
+        "norm1": "input_layernorm", "attn_norm": "post_attention_layernorm",
+        "norm2": "pre_feedforward_layernorm", "mlp_norm": "post_feedforward_layernorm",
+    },
+}  # fmt: skip
 log = logging.getLogger(__name__)
 
 
@@ -200,15 +209,21 @@ def parameter_parts(config: ModelConfig) -> dict[str, tuple[HFTensor, ...]]:
     hidden, ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     qkv = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    gate_up = {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}
+    if config.fused_files:
+        qkv, gate_up = {"self_attn.qkv_proj": q + 2 * kv}, {"mlp.gate_up_proj": 2 * ffn}
+    heads = {"": {}, "head": {"q": config.head_dim, "k": config.head_dim}, "full": {"q": q, "k": kv}}[config.qk_norm]
+    norms = NORMS[config.norm_placement]
     # our module, the rows of each of its parts, the columns (none of a norm), whether it has a bias
     block = (
-        ("norm1", {"input_layernorm": hidden}, (), False),
+        *((name, {norms[name]: hidden}, (), False) for name in ("norm1",) if name in norms),
         ("attn.qkv", qkv, (hidden,), config.qkv_bias),
-        *((f"attn.{x}_norm", {f"self_attn.{x}_norm": config.head_dim}, (), False) for x in "qk" if config.qk_norm),
+        *((f"attn.{x}_norm", {f"self_attn.{x}_norm": size}, (), False) for x, size in heads.items()),
         ("attn.out", {"self_attn.o_proj": hidden}, (q,), config.out_bias),
-        ("norm2", {"post_attention_layernorm": hidden}, (), False),
-        ("mlp.gate_up", {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}, (hidden,), config.mlp_bias),
+        *((name, {norms[name]: hidden}, (), False) for name in ("attn_norm", "norm2") if name in norms),
+        ("mlp.gate_up", gate_up, (hidden,), config.mlp_bias),
         ("mlp.down", {"mlp.down_proj": hidden}, (ffn,), config.mlp_bias),
+        *((name, {norms[name]: hidden}, (), False) for name in ("mlp_norm",) if name in norms),
     )
     parts: dict[str, tuple[HFTensor, ...]] = {"embed.weight": (HFTensor(EMBEDDING, (vocab, hidden)),)}
     for layer, (module, pieces, columns, has_bias) in itertools.product(range(config.num_layers), block):

@@ -19,9 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ochat.config import LoraConfig
+from ochat.errors import ConfigError
 from ochat.model import hf
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Linear, Transformer
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 class TargetLinear(NamedTuple):
@@ -126,9 +129,26 @@ def attach(model: Transformer, config: LoraConfig, token_ids: tuple[int, ...]) -
             model.head.tokens = model.embed.tokens if tied else TokenRows(token_ids, model.config.hidden_size)
 
 
+def target_modules(config: ModelConfig, targets: tuple[str, ...]) -> tuple[str, ...]:
+    """`targets` by the names of the model's files, which may hold several linears as one (Phi-3).
+
+    Raises: ConfigError where only some of these are targets.
+    """
+    found = dict.fromkeys(targets)
+    for fused, parts in FUSED.items() if config.fused_files else ():
+        if chosen := [part for part in parts if part in found]:
+            if len(chosen) < len(parts):
+                raise ConfigError(
+                    f"lora.targets: {config.model_type} has one {fused} for {', '.join(parts)}; name all or none"
+                )
+            found = {name: None for name in found if name not in parts} | {fused: None}
+    return tuple(found)
+
+
 def adapted_parts(config: ModelConfig, targets: tuple[str, ...]) -> dict[str, list[TargetLinear]]:
-    """Our linears with at least one part among `targets` -> all their parts, in the order of their rows."""
-    found = {}
+    """Our linears with at least one part among `targets` -> all their parts, in the order of their rows. Raises: as
+    target_modules."""
+    targets, found = target_modules(config, targets), {}
     for name, tensors in hf.parameter_parts(config).items():
         if not name.startswith("blocks.") or not name.endswith(".weight") or len(tensors[0].shape) != 2:
             continue

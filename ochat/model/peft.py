@@ -61,7 +61,7 @@ class AdapterConfig:
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": list(self.targets),
+            "target_modules": list(lora.target_modules(config, self.targets)),
             "trainable_token_indices": dict.fromkeys(modules, list(self.token_ids)) if self.token_ids else None,
             "inference_mode": True,
         }

@@ -25,21 +25,24 @@ from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.saved_tensors import ActivationOffload, SelectiveRecompute
 
+Rotation = tuple[Tensor, Tensor]  # cos and sin, (T, d/2) fp32 each
 HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
 RECOMPUTE = ("none", "elementwise", "block")
 
 
 class Embedding(nn.Module):
-    """(T,) int64 -> (T, H)."""
+    """(T,) int64 -> (T, H), times a scale that is rounded to the dtype of the result, as Gemma's makers have it."""
 
-    def __init__(self, num_rows: int, size: int) -> None:
+    def __init__(self, num_rows: int, size: int, scale: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_rows, size))
+        self.scale = scale
         self.tokens: Any = None  # lora.TokenRows where all other rows are frozen
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
         found = F.embedding(input_ids, self.weight).to(dtype)
-        return found if self.tokens is None else self.tokens.look_up(input_ids, found)
+        found = found if self.tokens is None else self.tokens.look_up(input_ids, found)
+        return found if self.scale == 1.0 else found * torch.tensor(self.scale, dtype=dtype).item()
 
 
 class Linear(nn.Module):
@@ -57,51 +60,66 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Scale each row to a root mean square of 1, then by `weight`; a residual is added first. Returns (y, sum)."""
+    """Scale each row to a root mean square of 1, then by offset + weight; a residual is added first. Gives (y, sum)."""
 
-    def __init__(self, size: int, eps: float, ops: SelectiveRecompute) -> None:
+    def __init__(self, size: int, config: ModelConfig, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps, self.ops = eps, ops
+        self.eps, self.offset, self.ops = config.norm_eps, config.norm_offset, ops
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         weight = self.weight.to(x.dtype)
         if residual is None:
-            return self.ops.rms_norm(x, weight, self.eps), x
-        return self.ops.add_rms_norm(x, residual, weight, self.eps)
+            return self.ops.rms_norm(x, weight, self.eps, self.offset), x
+        return self.ops.add_rms_norm(x, residual, weight, self.eps, self.offset)
 
 
 class Attention(nn.Module):
-    """q, k and v by one product, rotation, attention within each document, output projection."""
+    """q, k and v by one product, norms of q and k, rotation, attention within each document, output projection."""
 
     def __init__(self, config: ModelConfig, layer: int, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.layer, self.window, self.ops = layer, config.window(layer), ops
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.head_dim, self.heads = config.head_dim, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim, config.qkv_bias)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops) if config.qk_norm else None
+        self.norms_heads = config.qk_norm == "head"
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            heads = (1, 1) if self.norms_heads else self.heads
+            self.q_norm, self.k_norm = (RMSNorm(count * config.head_dim, config, ops) for count in heads[:2])
         self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, config.out_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend, rows: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)  # (T, N, D), 2 x (T, K, D)
+        q, k = self._prepare(q, k, rotation)
+        attended = attend(self.layer, q, k, v, self.window, self.scale, self.softcap)
+        return self.out(_pick(attended.flatten(1), rows))
+
+    def _prepare(self, q: Tensor, k: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        """q and k, normed and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (norm(x.flatten(0, 1))[0].view(x.shape) for norm, x in ((self.q_norm, q), (self.k_norm, k)))
-        q, k = self.ops.rope(q, k, cos, sin)
-        return self.out(_pick(attend(self.layer, q, k, v, self.window).flatten(1), rows))
+            if self.norms_heads and rotation is not None:
+                weights = self.q_norm.weight.to(q.dtype), self.k_norm.weight.to(q.dtype)
+                return self.ops.qk_norm_rope(q, k, *weights, *rotation, self.q_norm.eps, self.q_norm.offset)
+            start = 0 if self.norms_heads else 1  # the dimensions that are rows of the norm
+            q, k = (
+                norm(x.flatten(start, start + 1))[0].view(x.shape) for norm, x in ((self.q_norm, q), (self.k_norm, k))
+            )
+        return (q, k) if rotation is None else self.ops.rope(q, k, *rotation)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one product."""
+    """down(act(gate(x)) * up(x)), gate and up in one product: SwiGLU or GeGLU."""
 
     def __init__(self, config: ModelConfig, ops: SelectiveRecompute) -> None:
         super().__init__()
-        self.ops = ops
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.activation = ops.swiglu if config.activation == "silu" else ops.geglu
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.ops.swiglu(self.gate_up(x)))
+        return self.down(self.activation(self.gate_up(x)))
 
 
 class Block(nn.Module):
@@ -109,39 +127,64 @@ class Block(nn.Module):
 
     The next norm adds them (one kernel); residual is None before the first block. With `rows` (R,), what follows
     attention is computed for these only, and both results are (R, H): of the other rows only keys and values are used.
+    Each branch has a norm before it, after it, or both; a branch's output is scaled before it is added.
     """
 
     def __init__(self, config: ModelConfig, layer: int, ops: SelectiveRecompute) -> None:
         super().__init__()
-        self.norm1 = RMSNorm(config.hidden_size, config.norm_eps, ops)
+        has_before, has_after = config.norm_placement != "after", config.norm_placement != "before"
+        self.scale = config.residual_scale
+        self.norm1 = RMSNorm(config.hidden_size, config, ops) if has_before else None
         self.attn = Attention(config, layer, ops)
-        self.norm2 = RMSNorm(config.hidden_size, config.norm_eps, ops)
+        self.attn_norm = RMSNorm(config.hidden_size, config, ops) if has_after else None
+        self.norm2 = RMSNorm(config.hidden_size, config, ops) if has_before else None
         self.mlp = MLP(config, ops)
+        self.mlp_norm = RMSNorm(config.hidden_size, config, ops) if has_after else None
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
+        self, x: Tensor, residual: Tensor | None, rotation: Rotation | None, attend: Attend, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        x, stream = self.norm1(x, residual)
-        x, stream = self.norm2(self.attn(x, cos, sin, attend, rows), _pick(stream, rows))
-        return self.mlp(x), stream
+        x, stream = _add(self.norm1, x, residual)
+        x = self._finish(self.attn_norm, self.attn(x, rotation, attend, rows))
+        x, stream = _add(self.norm2, x, _pick(stream, rows))
+        return self._finish(self.mlp_norm, self.mlp(x)), stream
+
+    def _finish(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
+        """What a branch adds to the stream, from its last product."""
+        x = x if norm is None else norm(x)[0]
+        return x if self.scale == 1.0 else x * self.scale
+
+
+def _add(norm: RMSNorm | None, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(what a branch reads, the stream): the stream is x + residual, or x at first."""
+    if norm is not None:
+        return norm(x, residual)
+    stream = x if residual is None else x + residual
+    return stream, stream
 
 
 class Head(nn.Module):
-    """Hidden states to logits (T, V) fp32, or to the result of `function(hidden, weight)`.
+    """Hidden states, scaled, to logits (T, V) fp32, or to the result of `function(hidden, weight)`, whose logits have
+    no softcap yet.
 
     The function runs inside forward because FSDP gathers the weight around forward.
     """
 
-    def __init__(self, size: int, num_rows: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_rows, size))
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.scale, self.softcap = config.logits_scale, config.logit_softcap
         self.tokens: Any = None  # lora.TokenRows where all other rows are frozen
 
     def forward(self, hidden: Tensor, function: HeadFunction | None) -> Any:
         weight = self.weight.to(hidden.dtype)
         if self.tokens is not None:
             self.tokens.write(weight)
-        return F.linear(hidden, weight).float() if function is None else function(hidden, weight)
+        hidden = hidden if self.scale == 1.0 else hidden * self.scale
+        if function is not None:
+            return function(hidden, weight)
+        logits = F.linear(hidden, weight).float()
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
 
 class Transformer(nn.Module):
@@ -159,12 +202,15 @@ class Transformer(nn.Module):
         self.offload_activations = False  # with "block": its inputs wait in (pinned) host memory
         self.activation_offload = ActivationOffload()
         self.compute_dtype: torch.dtype | None = None  # None: that of the parameters
-        self.inv_freq = rope.inv_freq(config.rope, config.head_dim)  # (D/2,) fp32; no buffer: to_empty() would wipe it
+        ropes = [config.rope_of(layer) for layer in range(config.num_layers)]
+        self.ropes = ropes  # of each block
+        # (d/2,) fp32 each; no buffers: to_empty() would wipe them
+        self.inv_freq = {each: rope.inv_freq(each, config.head_dim) for each in ropes if each is not None}
         self.ops = SelectiveRecompute(ops)
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, config.embedding_scale)
         self.blocks = nn.ModuleList(Block(config, layer, self.ops) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, self.ops)
-        self.head = Head(config.hidden_size, config.vocab_size)
+        self.norm = RMSNorm(config.hidden_size, config, self.ops)
+        self.head = Head(config)
         self._tie()
 
     def forward(
@@ -181,13 +227,13 @@ class Transformer(nn.Module):
         rows of the result, in this order. Costs: ModelConfig.flops_per_step, less the last block's
         out, gate, up and down for all other rows.
         """
-        if self.inv_freq.device != input_ids.device:
-            self.inv_freq = self.inv_freq.to(input_ids.device)
-        cos, sin = rope.cos_sin(position_ids, self.inv_freq, self.config.rope)
+        self.inv_freq = {each: frequencies.to(input_ids.device) for each, frequencies in self.inv_freq.items()}
+        tables = {each: rope.cos_sin(position_ids, frequencies, each) for each, frequencies in self.inv_freq.items()}
+        rotations = [None if each is None else tables[each] for each in self.ropes]
         x, residual = self.embed(input_ids, self.compute_dtype or self.embed.weight.dtype), None
         rows_of = [*[None] * (len(self.blocks) - 1), rows]  # only the last block's results are picked
-        for i, (block, picked) in enumerate(zip(self.blocks, rows_of, strict=True)):
-            x, residual = self._run(i, partial(block, cos=cos, sin=sin, attend=attend, rows=picked), x, residual)
+        for i, (block, rotation, picked) in enumerate(zip(self.blocks, rotations, rows_of, strict=True)):
+            x, residual = self._run(i, partial(block, rotation=rotation, attend=attend, rows=picked), x, residual)
         self.activation_offload.wait()
         return self.head(self.norm(x, residual)[0], head)
 
@@ -205,11 +251,11 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Fill every parameter for training from nothing: normal(0, initializer_range), norms 1, biases 0."""
+        """Fill every parameter for training from nothing: normal(0, initializer_range), scales of norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0 - self.config.norm_offset)
                 continue
             drawn = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
             parameter.copy_(drawn)

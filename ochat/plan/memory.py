@@ -170,7 +170,7 @@ def block_saved_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) 
     if model.qk_norm:
         before, narrow = before + q + kv, narrow + model.num_heads + model.num_kv_heads
     if model.num_kv_heads < model.num_heads and not varlen_groups_heads():
-        product = (q + 2 * kv) * (model.qk_norm or not remakes)  # recomputing q and k without norms needs it
+        product = (q + 2 * kv) * bool(model.qk_norm or not remakes)  # recomputing q and k without norms needs it
         before += 2 * q - product - kv * (not remakes)
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
@@ -194,7 +194,7 @@ def _adapter_elements(model: ModelConfig, at: Layout, *, is_last: bool) -> int:
 
 def cast_bytes(model: ModelConfig, at: Layout) -> int:
     """One block's matrices and norms in the dtype of the computation; 0 where that is the masters'."""
-    norms = 2 * model.hidden_size + 2 * model.head_dim * model.qk_norm
+    norms = 2 * model.hidden_size + 2 * model.head_dim * bool(model.qk_norm)
     return at.itemsize * (_block_matrices(model) + norms) * at.has_casts
 
 

@@ -10,6 +10,7 @@ import transformers
 from ochat.errors import ConfigError
 from ochat.model import hf
 from ochat.model.config import ModelConfig
+from ochat.model.families import warn_once
 from ochat.model.rope import RopeConfig
 from tests.model_families import FAMILIES, config
 
@@ -21,6 +22,10 @@ LLAMA = {
 MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 QWEN2 = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+GEMMA2 = LLAMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+GEMMA3 = LLAMA | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+SMOLLM3 = LLAMA | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}
+OWN_CODE = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -105,19 +110,24 @@ def test_windows_per_layer(record, windows):
 @pytest.mark.parametrize(
     ("base", "change", "named"),
     [
-        (LLAMA, {"model_type": "gemma"}, "model_type is 'gemma'"),
+        (LLAMA, {"model_type": "mixtral"}, "model_type is 'mixtral'"),
         (LLAMA, {"model_type": None}, "model_type is missing"),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures.*SequenceClassification"),
         (LLAMA, {"architectures": ["MistralForCausalLM"]}, "architectures"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        (LLAMA, {"attention_dropout": 0.1}, "attention_dropout is 0.1"),
-        (LLAMA, {"pretraining_tp": 2}, "pretraining_tp is 2"),
-        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config.*take the unquantised base"),
         (LLAMA, {"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),
-        (LLAMA, {"num_local_experts": 8}, "num_local_experts = 8"),
-        (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        (LLAMA, {"some_new_trick": True}, "some_new_trick = True is not implemented"),
-        (LLAMA, {"sliding_window": 4096}, "sliding_window is set"),
+        (
+            LLAMA,
+            {"auto_map": OWN_CODE, "some_new_trick": True},
+            "some_new_trick = True: may be read by the model",
+        ),
+        (LLAMA, {"is_causal": False}, "is_causal is false; only causal attention"),
+        (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention.*only causal attention"),
+        (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        (GEMMA2, {"final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
+        (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is set, but this model type has none"),
+        (SMOLLM3, {"no_rope_layers": [1, 2]}, r"no_rope_layers is \[1, 2\]; expected a list of 2"),
         (LLAMA, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         (LLAMA, {"layer_types": ["full_attention"]}, "layer_types.*list of 2"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -129,16 +139,10 @@ def test_windows_per_layer(record, windows):
         (LLAMA, {"head_dim": 7}, "head_dim = 7 is odd"),
         (LLAMA, {"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         (LLAMA, {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
-        (MISTRAL, {"attention_bias": True}, "attention_bias is True"),
-        (MISTRAL, {"mlp_bias": True}, "mlp_bias is set"),
         (MISTRAL, {"num_key_value_heads": None}, "num_key_value_heads is missing"),
-        (MISTRAL, {"sliding_window": 8, "use_sliding_window": False}, "use_sliding_window is false"),
         (MISTRAL, {"sliding_window": 8, "layer_types": ["full_attention"] * 2}, "layer_types"),
-        (QWEN2, {"attention_bias": False}, "attention_bias is False"),
         (QWEN2, {"layer_types": ["sliding_attention"] * 2}, "layer_types asks for a sliding window"),
         (QWEN2, {"layer_types": ["chunked_attention"] * 2}, "layer_types names 'chunked_attention'"),
-        (QWEN3, {"mlp_bias": True}, "mlp_bias is set"),
-        (QWEN3, {"num_experts": 128}, "num_experts = 128"),
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(base, change, named):
@@ -147,11 +151,49 @@ def test_what_is_not_implemented_is_refused_by_name(base, change, named):
         ModelConfig.from_hf(base | change, "base/config.json")
 
 
+@pytest.mark.parametrize(
+    ("base", "unread"),
+    [
+        (LLAMA, {"is_llama_config": True, "unsloth_fixed": True}),
+        (LLAMA, {"max_sequence_length": 2048, "rope_interleaved": True}),
+        (LLAMA, {"sliding_window": 4096, "final_logit_softcapping": 30.0, "num_local_experts": 8}),
+        (MISTRAL, {"attention_bias": True, "mlp_bias": True}),
+        (MISTRAL, {"use_sliding_window": True}),
+        (QWEN2, {"attention_multiplier": 2.0}),
+        (QWEN3, {"no_rope_layers": [1, 0], "num_experts": 128}),
+        (GEMMA2, {"sliding_window_pattern": 7}),
+    ],
+)
+def test_what_the_class_of_transformers_never_reads_is_warned_of(base, unread, caplog):
+    """And not written."""
+    warn_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        found = ModelConfig.from_hf(base | unread)
+    assert found == ModelConfig.from_hf(base) and not found.to_hf().keys() & unread.keys()
+    assert ", ".join(sorted(unread)) in caplog.text and base["architectures"][0] in caplog.text
+
+
+def test_dropout_is_warned_of(caplog):
+    """No logit depends on it; Seed-OSS is published with it."""
+    warn_once.cache_clear()
+    dropped = LLAMA | {"attention_dropout": 0.1}
+    assert ModelConfig.from_hf(dropped) == ModelConfig.from_hf(LLAMA)
+    assert "attention_dropout: no dropout is applied in training" in caplog.text
+    assert ModelConfig.from_hf(dropped).to_hf()["attention_dropout"] == 0.1
+
+
+def test_what_was_changed_in_code_must_be_expressible():
+    config = dataclasses.replace(ModelConfig.from_hf(LLAMA), vocab_size=70, eos_token_ids=(3, 4))
+    assert (config.to_hf()["vocab_size"], config.to_hf()["eos_token_id"]) == (70, [3, 4])
+    with pytest.raises(ConfigError, match="a llama model cannot express"):
+        dataclasses.replace(config, residual_scale=0.5).to_hf()
+
+
 def test_harmless_settings_are_no_obstacle():
     harmless = {
         "use_cache": False, "transformers_version": "4.40.0", "_name_or_path": "x", "temperature": 0.7,
-        "max_length": 4096, "pretraining_tp": 1, "attention_dropout": 0.0, "quantization_config": None,
-        "is_decoder": False, "pruned_heads": {},
+        "max_length": 4096, "pretraining_tp": 2, "attention_dropout": 0.0, "quantization_config": None,
+        "is_decoder": False, "pruned_heads": {}, "auto_map": OWN_CODE,
         "partial_rotary_factor": 1.0, "rope_scaling": None,
     }  # fmt: skip
     assert ModelConfig.from_hf(LLAMA | harmless) == ModelConfig.from_hf(LLAMA)

@@ -26,8 +26,8 @@ from ochat.model.transformer import RECOMPUTE, Transformer, pack_ids
 from ochat.train import sharding
 from ochat.train.loss import head_loss
 
-CONFIG = ModelConfig("qwen3", 67, 24, 40, 3, 4, 2, 8, qk_norm=True, windows=(None, 6, 6), tie_embeddings=True)
-PLAIN = dataclasses.replace(CONFIG, model_type="llama", qk_norm=False, qkv_bias=True, mlp_bias=True, windows=())
+CONFIG = ModelConfig("qwen3", 67, 24, 40, 3, 4, 2, 8, qk_norm="head", windows=(None, 6, 6), tie_embeddings=True)
+PLAIN = dataclasses.replace(CONFIG, model_type="llama", qk_norm="", qkv_bias=True, mlp_bias=True, windows=())
 IDS = [[i % 67 for i in range(start, start + length)] for start, length in ((3, 9), (5, 1), (7, 30), (9, 9))]
 ROWS = torch.tensor([1, 2, 11, 30, 48])
 

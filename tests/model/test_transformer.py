@@ -82,11 +82,12 @@ def test_tied_weights_stay_tied_wherever_the_model_goes(tmp_path):
     with torch.device("meta"):
         model = Transformer(config, OPS)
     assert all(parameter.is_meta for parameter in model.parameters())
-    wanted = model.inv_freq.clone()
+    wanted = {rope: frequencies.clone() for rope, frequencies in model.inv_freq.items()}
     for moved in (model, model.bfloat16(), model.to_empty(device="cpu"), model.float()):
         assert moved.head.weight is moved.embed.weight
         assert "head.weight" not in dict(moved.named_parameters())
-    assert torch.equal(model.inv_freq, wanted) and not model.inv_freq.is_meta
+    for rope, frequencies in model.inv_freq.items():
+        assert torch.equal(frequencies, wanted[rope]) and not frequencies.is_meta
 
 
 def test_ids_outside_the_vocabulary_are_named(tmp_path):

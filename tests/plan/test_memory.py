@@ -29,7 +29,7 @@ from tests import pool
 # Real widths, few blocks.
 LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 6, 32, 8, 128)
 LLAMA_1B = ModelConfig("llama", 128256, 2048, 8192, 5, 32, 8, 64, tie_embeddings=True)
-QWEN3 = ModelConfig("qwen3", 151936, 1024, 3072, 6, 16, 8, 128, tie_embeddings=True, qk_norm=True)
+QWEN3 = ModelConfig("qwen3", 151936, 1024, 3072, 6, 16, 8, 128, tie_embeddings=True, qk_norm="head")
 SMALL_VOCABULARY = ModelConfig("qwen2", 1000, 1024, 3072, 4, 16, 8, 64, qkv_bias=True)
 MODELS = {"8B": LLAMA_8B, "1B": LLAMA_1B, "qwen3": QWEN3, "small vocabulary": SMALL_VOCABULARY}
 CU_SEQLENS = 4 * 3  # the batch's own
