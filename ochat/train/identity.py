@@ -43,6 +43,12 @@ def check_inputs(
             )
         if replace(each.template, context=0) != replace(dataset.template, context=0):
             raise ConfigError(f"{each.path}: prepared with another template or --conditions than {dataset.path}")
+        longest, context = int(each.lengths.max(initial=0)), model.max_position_embeddings
+        if longest > context and model.rope.kind == "dynamic":
+            raise ConfigError(
+                f"{each.path}: a conversation has {longest:,} tokens, but beyond max_position_embeddings = {context:,} "
+                f"dynamic RoPE scaling changes the base, which is not implemented; prepare it with --context {context}"
+            )
     if tokenizer.vocab_size > model.vocab_size:
         raise ConfigError(
             f"{base_path}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {model.vocab_size} "

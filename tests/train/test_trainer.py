@@ -140,10 +140,13 @@ def test_a_run_folder_of_another_run_is_refused_and_kept(world, alone, tmp_path,
 
 def test_what_does_not_belong_together_is_refused_before_the_first_step(world, tmp_path):
     chats, other, small = [world.folder / "conversations.jsonl"], tmp_path / "other_data", tmp_path / "small"
+    dynamic, scaling = tmp_path / "dynamic", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
     prepare(chats, world.base, "openchat_v3.2", other, conditions="ignore", progress=False)
     shutil.copytree(world.base, small)
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 258}))
+    shutil.copytree(world.base, dynamic)
+    (dynamic / "config.json").write_text(json.dumps(config | scaling | {"max_position_embeddings": 16}))
     weights = "--classes.GPT4.weight={} --classes.GPT3.weight={}"
     for options, reason in (
         (weights.format(0, 0), "no token has a weight other than 0"),
@@ -151,6 +154,7 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(world, t
         ('--samples.conditions=["GPT5"]', "names 'GPT5'; the classes of .* are GPT4, GPT3"),
         (f"--data.eval_path={other}", "another template"),
         (f"--base.path={small}", "its embedding 258 rows.*--add-token"),
+        (f"--base.path={dynamic}", "dynamic RoPE scaling .* prepare it with --context 16"),
     ):
         with pytest.raises(ConfigError, match=reason):
             tiny.train(world, tmp_path / "run", *options.split())
