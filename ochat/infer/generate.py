@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ochat.errors import ConfigError
+from ochat.model import rope
 from ochat.model.attention import Attend, heads_first
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
@@ -65,7 +66,8 @@ def steps(
     `top_p` of the probability are kept. `seed`: of all, or of each prompt, which then draws as if it were alone.
     `device`: where to compute, if not on the device of the embeddings.
     Raises: ConfigError for settings out of range, an empty prompt or one that fills the context; DataError for a token
-    id outside the vocabulary. Costs: a synchronisation per token.
+    id outside the vocabulary. Costs: a synchronisation per token; for LongRoPE one more pass over all sequences where
+    one grows beyond the original length: then all its keys turn by the long factors, as in training.
     """
     sampler = Sampler(temperature, top_p, top_k, seed, len(prompts))
     expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number >= 1")
@@ -73,13 +75,12 @@ def steps(
     _check_lengths(lengths, context)
     if not prompts:
         return
-    input_ids, position_ids, attend = pack_ids(model, prompts, device)
     capacity = min(max(lengths) + max_new_tokens, context)
-    dtype = model.compute_dtype or model.embed.weight.dtype
-    cache = KVCache(model.config, lengths, capacity, dtype, input_ids.device)
-    last = cache.lengths.cumsum(0) - 1  # rows of the prompts' last tokens
-    logits = model(input_ids, position_ids, cache.storing(attend), lambda x, weight: F.linear(x[last], weight).float())
+    weight = model.embed.weight
+    cache = KVCache(model.config, lengths, capacity, model.compute_dtype or weight.dtype, device or weight.device)
+    logits = _read(model, prompts, cache, device)
     room = {index: min(max_new_tokens, context - length) for index, length in enumerate(lengths)}  # of open answers
+    held = [list(prompt) for prompt in prompts]
     while True:
         tokens = sampler(logits)
         said = tokens.tolist()
@@ -88,8 +89,23 @@ def steps(
         room = {index: left for index, left in room.items() if left}
         if not room:
             return
+        for index in room:
+            held[index].append(said[index])
+        if any(rope.turns_long(model.config.rope, len(held[index])) for index in room):
+            logits = _read(model, held, cache, device)  # the kept keys were rotated for a short document
+            continue
         logits = model(tokens, cache.lengths, cache)
         cache.advance()
+
+
+def _read(
+    model: Transformer, sequences: Sequence[Sequence[int]], cache: KVCache, device: torch.device | str | None
+) -> Tensor:
+    """Logits (B, V) behind the sequences, by one packed pass over all of them, after which the cache holds them."""
+    input_ids, position_ids, attend = pack_ids(model, sequences, device)
+    cache.restart([len(sequence) for sequence in sequences])
+    last = cache.lengths.cumsum(0) - 1  # rows of the last tokens
+    return model(input_ids, position_ids, cache.storing(attend), lambda x, weight: F.linear(x[last], weight).float())
 
 
 def _check_lengths(lengths: Sequence[int], context: int) -> None:
@@ -149,9 +165,13 @@ class KVCache:
         # Zeros, not empty: a masked value has weight 0, and 0 times a stray NaN would be NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
-        self.longest = max(lengths)  # on the host: how much of the capacity a call has to look at
         self.rows = torch.arange(len(lengths), device=device)
+        self.restart(lengths)
+
+    def restart(self, lengths: Sequence[int]) -> None:
+        """Of each sequence `lengths` tokens are held, or will be by `storing`."""
+        self.lengths = torch.tensor(lengths, dtype=torch.int64, device=self.rows.device)
+        self.longest = max(lengths)  # on the host: how much of the capacity a call has to look at
 
     def storing(self, attend: Attend) -> Attend:
         """`attend` over the packed prompts, `lengths` tokens of each sequence; keys and values are kept on the way."""

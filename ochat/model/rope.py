@@ -134,6 +134,11 @@ def document_lengths(position_ids: Tensor) -> Tensor:
     return torch.where(is_first.any(), position_ids + ends - index, position_ids + 1)
 
 
+def turns_long(rope: RopeConfig, length: int) -> bool:
+    """Whether a document's last token, at which it has this `length`, changes the rotation of all before it."""
+    return rope.kind == "longrope" and length == rope.original_max_position_embeddings + 1
+
+
 def attention_factor(rope: RopeConfig) -> float:
     """What cos and sin are multiplied by: the setting, or what YaRN and LongRoPE derive from the factor."""
     if rope.attention_factor is not None or rope.kind not in ("yarn", "longrope") or rope.factor <= 1:

@@ -1,14 +1,18 @@
 """Greedy answers equal transformers' generate, token by token with a cache as the whole sequence at once; sampled ones
 follow the distribution; neighbours change neither."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from ochat_kernels import reference
 
 from ochat.errors import ConfigError, DataError
 from ochat.infer import generate as generation
 from ochat.infer.generate import KVCache, Sampler, generate
 from ochat.model import hf
-from ochat.model.transformer import pack_ids
+from ochat.model.rope import RopeConfig
+from ochat.model.transformer import Transformer, pack_ids
 from tests.model_families import FAMILIES, make, random_ids
 
 LENGTHS = (11, 1, 20, 4)
@@ -42,6 +46,22 @@ def test_greedy_answers_are_the_peers_and_cached_logits_the_whole_sequences(fami
         cache.advance()
     for found, wanted in zip(torch.stack(steps, dim=1), ours.logits(sequences), strict=True):  # (13, V) each
         assert (found - wanted[-13:]).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_an_answer_that_outgrows_the_original_length_is_that_of_the_whole_sequence(model):
+    """LongRoPE then turns all keys anew, those of a short prompt that the cache holds too."""
+    factors = torch.linspace(1, 4, model.config.head_dim // 2)
+    longrope = RopeConfig(
+        kind="longrope", original_max_position_embeddings=16, factor=16.0,
+        short_factor=tuple(factors.tolist()), long_factor=tuple((4 * factors).tolist()),
+    )  # fmt: skip
+    ours = Transformer(replace(model.config, rope=longrope), reference)
+    ours.load_state_dict(model.state_dict())
+    prompts = random_ids(*LENGTHS)  # 11, 1 and 4 tokens grow beyond 16, 20 are there
+    for prompt, answer in zip(prompts, generate(ours, prompts, max_new_tokens=24, stop_ids=()), strict=True):
+        for at, token in enumerate(answer):
+            assert token == ours.logits([prompt + answer[:at]])[0][-1].argmax()
 
 
 def test_unwritten_places_are_never_seen():
