@@ -150,7 +150,9 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 256, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
         },
     ),
-    "mistral3": ("Mistral3ForConditionalGeneration", {"model_type": "mistral"}),
+    "mistral3": (
+        "Mistral3ForConditionalGeneration", {"model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2},
+    ),
 }  # fmt: skip
 IMAGE_KEYS = frozenset(
     """vision_config image_token_index image_token_id boi_token_index boi_token_id eoi_token_index eoi_token_id

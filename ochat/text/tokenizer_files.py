@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ochat.errors import ConfigError, how_to_fetch
-from ochat.files import bounded_json
+from ochat.files import bounded_json, model_folder
 from ochat.text import sentencepiece_model
 from ochat.text.sentencepiece_model import Piece
 
@@ -72,9 +72,9 @@ def _candidates(folder: Path) -> list[TokenizerFiles]:
     paths = named or sorted([*folder.glob("*.model*"), *folder.glob("*.tiktoken")])
     files = [_read_file(path) for path in [*paths, folder / "tokenizer.json"] if path.is_file()]
     if not files:
-        raise ConfigError(
-            f"tokenizer {str(folder)!r}: no tokenizer.model, *.model, *.tiktoken or tokenizer.json in the folder"
-        )
+        advice = f". {model_folder.how_to_get_base(folder)}" if model_folder.has_only_gguf(folder) else ""
+        names = "tokenizer.model, *.model, *.tiktoken or tokenizer.json"
+        raise ConfigError(f"tokenizer {str(folder)!r}: no {names} in the folder{advice}")
     return files
 
 

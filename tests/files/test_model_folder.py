@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import hf
 from ochat.model.safetensors_files import INDEX, SINGLE
+from ochat.text import tokenizer as tokenizers
 from tests.model_families import make, peer_logits, random_ids
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:{}\nsize 2200119864\n".format("0" * 64)
@@ -62,7 +63,10 @@ def test_a_folder_of_gguf_files_names_the_least_quantised(base, config):
         (base / "config.json").write_text(json.dumps(config))
     (base / "m.Q4_K_M.gguf").write_bytes(b"GGUF" * 4)
     (base / "m.Q8_0.gguf").write_bytes(b"GGUF" * 8)
-    assert f"`ochat init-base --gguf {base / 'm.Q8_0.gguf'} NEW_DIR`" in error(base)
+    advice = f"`ochat init-base --gguf {base / 'm.Q8_0.gguf'} NEW_DIR`"
+    assert advice in error(base)
+    with pytest.raises(ConfigError, match=advice):  # as prepare, which reads no weights
+        tokenizers.load(base)
 
 
 def test_an_adapter_names_its_base_and_merges_into_it(base, tmp_path):
