@@ -31,6 +31,11 @@ GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {  # of a part of each head: 3 pairs
+    "rope_type": "longrope", "type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.3], "long_factor": [1.2, 3.0, 7.0],
+}  # fmt: skip
 SMOLLM3_WINDOWS = {
     "use_sliding_window": True, "sliding_window": 4, "no_rope_layers": [1, 0, 1], "pad_token_id": 0,
 }  # fmt: skip
@@ -56,6 +61,8 @@ FAMILIES = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3-mixed": ("Qwen3", QWEN_MIXED),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "phi3-longrope": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 16, "pad_token_id": 0}),
     "phi3": ("Phi3", {"sliding_window": 5, "pad_token_id": 0}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "no_rope_layer_interval": 2, "pad_token_id": 0}),
     "smollm3-windows": ("SmolLM3", SMOLLM3_WINDOWS),

@@ -105,7 +105,8 @@ def inv_freq(rope: RopeConfig, head_dim: int) -> Tensor:
     for name in ("short_factor", "long_factor") if rope.kind == "longrope" else ():
         if (given := len(getattr(rope, name))) != len(exponents):
             raise ConfigError(f"rope_scaling: {name} has {given} numbers, but {len(exponents)} pairs of a head rotate")
-    return FREQUENCIES[rope.kind](rope, exponents, dim)
+    with torch.device("cpu"):  # also where a model is built on the meta device
+        return FREQUENCIES[rope.kind](rope, exponents, dim)
 
 
 def cos_sin(position_ids: Tensor, inv_freq: Tensor, rope: RopeConfig) -> tuple[Tensor, Tensor]:
@@ -187,7 +188,7 @@ def _yarn(rope: RopeConfig, exponents: Tensor, dim: int) -> Tensor:
 
 
 def _longrope(rope: RopeConfig, exponents: Tensor, dim: int) -> Tensor:
-    factors = torch.tensor([rope.short_factor, rope.long_factor], dtype=torch.float32, device="cpu")
+    factors = torch.tensor([rope.short_factor, rope.long_factor], dtype=torch.float32)
     return 1.0 / (factors * rope.theta**exponents)
 
 
