@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from ochat_kernels import adamw, glu, lce_kernels, linear_cross_entropy, rms_norm, rope
+from ochat_kernels import adamw, glu, lce_kernels, linear_cross_entropy, qk_norm_rope, rms_norm, rope
 from ochat_kernels.launch import FLOATS, Launch, record
 from torch import Tensor
 
@@ -104,6 +104,32 @@ def rope_cases() -> None:
         rope.rope_fwd(q, k, angles, angles)
 
 
+def qk_norm_rope_cases() -> None:
+    """Heads of Qwen3 (0.6B to 32B), of Gemma 3 (1B, 4B, 27B), of odd sizes, and such that only a part of them turns."""
+    fp32, bf16, fp16 = FLOATS
+    heads = [(16, 8, 128, 128), (32, 8, 128, 128), (64, 8, 128, 128), (4, 1, 256, 256), (8, 4, 256, 256)]
+    heads += [(32, 16, 128, 128), (5, 3, 14, 14), (9, 3, 64, 64), (16, 16, 256, 64), (24, 8, 128, 96), (5, 3, 15, 4)]
+    for (N, K, D, d), dtype, offset in product(heads, (fp32, bf16), (0.0, 1.0)):
+        _qk_norm_rope(empty(T, N + 2 * K, D, dtype=dtype), N, K, d, offset)
+    N, K, D = 32, 8, 128
+    for packed in [*layouts(T, (N + 2 * K) * D, dtype=bf16), empty(T, (N + 2 * K) * D, dtype=fp16)]:
+        _qk_norm_rope(packed.unflatten(1, (-1, D)), N, K, D, 0.0)
+    _qk_norm_rope(empty(T, N + 2 * K, D, dtype=bf16), N, K, D, 0.0, weight_dtype=fp32)
+
+
+def _qk_norm_rope(
+    packed: Tensor, N: int, K: int, d: int, offset: float, weight_dtype: torch.dtype | None = None
+) -> None:
+    q, k, _ = packed.split((N, K, K), dim=1)
+    weight = empty(q.shape[2], dtype=weight_dtype or q.dtype)
+    angles, rstd = empty(T, d // 2, dtype=torch.float32), empty(T, N + K, dtype=torch.float32)
+    inputs = (q, k, weight, weight, angles, angles)
+    qk_norm_rope.qk_norm_rope_fwd(*inputs, 1e-6, offset)
+    grad_q, grad_k = (empty(*x.shape, dtype=x.dtype) for x in (q, k))
+    for need_weights in (True, False):
+        qk_norm_rope.qk_norm_rope_bwd(grad_q, grad_k, *inputs, rstd, offset, need_weights)
+
+
 def rms_norm_cases() -> None:
     """Widths of the models, of their heads and of the longest row, then the blocks and the odd widths between."""
     fp32, bf16, fp16 = FLOATS
@@ -140,6 +166,7 @@ CASES: dict[str, Callable[[], None]] = {
     "glu": glu_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "rope": rope_cases,
+    "qk_norm_rope": qk_norm_rope_cases,
     "rms_norm": rms_norm_cases,
     "adamw": adamw_cases,
 }
