@@ -171,8 +171,8 @@ class TrainConfig(Section, frozen=True):
     """of activations and matrix products; weights: optim.master_dtype"""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """auto: triton on CUDA, plain PyTorch elsewhere"""
-    attention: Literal["auto", "varlen", "sdpa"] = "auto"
-    """auto: varlen on CUDA in bfloat16, else SDPA document by document"""
+    attention: Literal["auto", "varlen", "flash2", "flex", "sdpa"] = "auto"
+    """auto: on CUDA varlen in bfloat16, flex for a model with an attention softcap, else SDPA document by document"""
     recompute: Recompute = "auto"
     """activation checkpointing: elementwise recomputes norm, RoPE and SwiGLU, block a whole block; auto: the least that
     fits in memory"""

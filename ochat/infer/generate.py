@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ochat.errors import ConfigError
@@ -105,7 +104,7 @@ def _read(
     input_ids, position_ids, attend = pack_ids(model, sequences, device)
     cache.restart([len(sequence) for sequence in sequences])
     last = cache.lengths.cumsum(0) - 1  # rows of the last tokens
-    return model(input_ids, position_ids, cache.storing(attend), lambda x, weight: F.linear(x[last], weight).float())
+    return model(input_ids, position_ids, cache.storing(attend), rows=last)
 
 
 def _check_lengths(lengths: Sequence[int], context: int) -> None:

@@ -307,6 +307,6 @@ def pack_ids(
     input_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
     position_ids = torch.cat([torch.arange(length) for length in lengths])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    backend = default_backend(device, model.compute_dtype or weight.dtype)
-    attend = PackedAttention(cu_seqlens, max(lengths), backend, lengths)
+    backend = default_backend(device, model.compute_dtype or weight.dtype, model.config.attention_softcap)
+    attend = PackedAttention(cu_seqlens, max(lengths), backend, lengths, model.config.windows)
     return input_ids.to(device), position_ids.to(device), attend

@@ -175,7 +175,7 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     """
     model, device = inputs.model_config, ranks.device
     kernels = choices.kernels(config.train.kernels, device)
-    attention = choices.attention(config.train.attention, device, config.train.dtype)
+    attention = choices.attention(config.train.attention, device, config.train.dtype, model.attention_softcap)
     train = structs.replace(config.train, kernels=kernels, attention=attention)
     fullest = Workload(LengthCounts.of(np.array([config.data.token_budget])), supervised_share=1.0)
     planned = PlanInputs(model, fullest, 0, config.data, train, config.optim, config.parallel, config.lora)

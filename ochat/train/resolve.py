@@ -1,7 +1,7 @@
 """Decide what "auto" means for train.kernels, train.attention and train.recompute on the device of this run, and make
 torch compute as run.deterministic asks.
 
-    kernels("auto", device);  attention("auto", device, "bfloat16");  recompute(...) -> ("block", "block, chosen: ...")
+    kernels("auto", device);  attention("auto", device, "bfloat16", softcap=0.0);  recompute(...)
 
 The learning rate's "auto" is schedule.py's.
 """
@@ -9,12 +9,13 @@ The learning rate's "auto" is schedule.py's.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 import torch
 
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
-from ochat.model.attention import default_backend
+from ochat.model.attention import check, default_backend
 from ochat.plan.forecast import PlanInputs, with_policy
 from ochat.plan.memory import CONTEXT_BYTES, GIB
 
@@ -38,9 +39,16 @@ def kernels(asked: str, device: torch.device) -> str:
     return asked
 
 
-def attention(asked: str, device: torch.device, dtype: str) -> str:
-    """The attention backend."""
-    return default_backend(device, getattr(torch, dtype)) if asked == "auto" else asked
+def attention(asked: str, device: torch.device, dtype: str, softcap: float) -> str:
+    """The attention backend of a model with this softcap. Raises: ConfigError where it cannot run."""
+    if asked == "auto":
+        return default_backend(device, getattr(torch, dtype), softcap)
+    check(asked, getattr(torch, dtype), softcap)
+    if asked != "sdpa" and device.type != "cuda":
+        raise ConfigError(f"train.attention = {asked!r} runs on CUDA, but the run is on a CPU; use 'auto' or 'sdpa'")
+    if asked == "flash2" and find_spec("flash_attn") is None:
+        raise ConfigError("train.attention = 'flash2' is the package flash-attn: pip install flash-attn, or use 'auto'")
+    return asked
 
 
 def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:

@@ -134,7 +134,8 @@ class Trainer:
 
     def forward(self, batch: PackedBatch) -> LossOutput:
         """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows."""
-        attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, self.config.train.attention, batch.lengths)
+        backend, windows = self.config.train.attention, self.inputs.model_config.windows
+        attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths, windows)
         head = head_loss(self.parts.ops, batch, self.model.head.tokens)
         return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
 

@@ -12,7 +12,7 @@ from ochat.infer import generate as generation
 from ochat.infer.generate import KVCache, Sampler, generate
 from ochat.model import hf
 from ochat.model.rope import RopeConfig
-from ochat.model.transformer import Transformer, pack_ids
+from ochat.model.transformer import Transformer
 from tests.model_families import FAMILIES, make, random_ids
 
 LENGTHS = (11, 1, 20, 4)
@@ -38,8 +38,7 @@ def test_greedy_answers_are_the_peers_and_cached_logits_the_whole_sequences(fami
     sequences = random_ids(25, 13, 18)
     prompts = [sequence[:-12] for sequence in sequences]  # 13, 1 and 6 tokens, then 12 more of each
     cache = KVCache(ours.config, [len(prompt) for prompt in prompts], 25, torch.float32, "cpu")
-    input_ids, position_ids, attend = pack_ids(ours, prompts)
-    steps = [ours(input_ids, position_ids, cache.storing(attend))[cache.lengths.cumsum(0) - 1]]
+    steps = [generation._read(ours, prompts, cache, None)]
     for offset in range(12):
         tokens = torch.tensor([sequence[offset - 12] for sequence in sequences])
         steps.append(ours(tokens, cache.lengths, cache))
