@@ -182,8 +182,7 @@ def _yarn(rope: RopeConfig, exponents: Tensor, dim: int) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 * (low == high)
-    index = torch.arange(dim // 2, dtype=torch.float32, device="cpu")
-    kept = 1 - ((index - low) / (high - low)).clamp(0, 1)
+    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     periods = rope.theta**exponents
     return 1.0 / (rope.factor * periods) * (1 - kept) + 1.0 / periods * kept
 
