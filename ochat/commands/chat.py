@@ -89,7 +89,7 @@ def open_chat(options: ChatOptions) -> Chat:
     """The loaded model, nothing said yet. Raises: ConfigError and CheckpointError; before the model is loaded for all
     that can be known by then."""
     at_least(options, max_new_tokens=1)
-    from ochat.export.open_model import folder_of, open_model  # torch takes seconds to import; --help does without
+    from ochat.export.open_model import folder_of, open_model, stop_ids  # torch takes seconds to import
     from ochat.infer.chat import Chat
     from ochat.infer.generate import Sampler
     from ochat.model.device import find_device
@@ -103,8 +103,9 @@ def open_chat(options: ChatOptions) -> Chat:
     Sampler(**settings, seed=options.seed, num_sequences=1)  # refuses what is out of range
     with waiting("loading the model"):
         model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
+    ends = stop_ids(folder, template, tokenizer)
     return Chat(
-        model, tokenizer, template, known_classes(folder), options.max_new_tokens, options.seed, settings,
+        model, tokenizer, template, ends, known_classes(folder), options.max_new_tokens, options.seed, settings,
         options.system,
     )  # fmt: skip
 
@@ -168,8 +169,9 @@ def _show_all(chat: Chat) -> None:
     width = (stdout.width + 1) // per_row - 1
     panels = [
         Panel(
-            Text(printable(text.strip()), overflow="fold"), title=escape(name or NO_CLASS), subtitle="cut" if is_cut else None,
-            width=width, title_align="left", subtitle_align="right",
+            Text(printable(text.strip()), overflow="fold"),  # else wide characters cost the last letter of a line
+            title=escape(name or NO_CLASS), title_align="left",
+            subtitle="cut" if is_cut else None, subtitle_align="right", width=width,
         )
         for name, (text, is_cut) in answers.items()
     ]  # fmt: skip

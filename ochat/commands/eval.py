@@ -61,7 +61,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     """
     from ochat.data.dataset import shown_paths
     from ochat.evaluate import held_out, intervals, prompts, swap
-    from ochat.export.open_model import folder_of, open_model
+    from ochat.export.open_model import folder_of, open_model, stop_ids
     from ochat.model.config import ModelConfig
     from ochat.model.device import find_device
     from ochat.text import tokenizer as tokenizers
@@ -100,6 +100,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     if options.output:
         atomic.write_json(options.output, record)
     if options.answers:
-        answered = prompts.answer(asked, model, tokenizer, template.eot, options.max_new_tokens)
+        ends = stop_ids(folder, template, tokenizer)
+        answered = prompts.answer(asked, model, tokenizer, ends, options.max_new_tokens)
         prompts.write_answers(options.answers, answered, len(asked))
     return record

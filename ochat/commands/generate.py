@@ -88,7 +88,7 @@ def answer(options: GenerateOptions) -> tuple[list[Prompt], Answers]:
     at_least(options, max_new_tokens=1)
     atomic.check_writable(options.output)
     from ochat.evaluate import prompts  # torch takes seconds to import; a missing prompt should not
-    from ochat.export.open_model import folder_of, open_model
+    from ochat.export.open_model import folder_of, open_model, stop_ids
     from ochat.model.config import ModelConfig
     from ochat.model.device import find_device
     from ochat.text import tokenizer as tokenizers
@@ -102,7 +102,8 @@ def answer(options: GenerateOptions) -> tuple[list[Prompt], Answers]:
     settings = {key: getattr(options, key) for key in ("temperature", "top_p", "top_k", "seed")}
     with waiting("loading the model"):
         model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
-    return asked, prompts.answer(asked, model, tokenizer, template.eot, options.max_new_tokens, **settings)
+    ends = stop_ids(folder, template, tokenizer)
+    return asked, prompts.answer(asked, model, tokenizer, ends, options.max_new_tokens, **settings)
 
 
 def _conversations(options: GenerateOptions) -> Iterator[tuple[str, Conversation]]:

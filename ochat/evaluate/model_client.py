@@ -23,7 +23,7 @@ from typing import Any
 
 from ochat.errors import ConfigError, ServerError
 from ochat.evaluate.answer_files import Answer, Question
-from ochat.export.open_model import folder_of, open_model
+from ochat.export.open_model import folder_of, open_model, stop_ids
 from ochat.files import checksums
 from ochat.infer.generate import complete
 from ochat.model.config import ModelConfig
@@ -177,6 +177,7 @@ class LocalAnswerer:
         self.context = ModelConfig.load(folder).max_position_embeddings
         self.tokenizer = tokenizers.load(folder)
         self.speaks = template_as(folder, self.template, self.condition, self.tokenizer)
+        self.stop_ids = stop_ids(folder, self.speaks, self.tokenizer)
         self.about: dict[str, Any] = {"model": fingerprint(folder), "condition": self.speaks.default_condition}
         self.about |= {"template": self.speaks.name, "dtype": self.dtype}  # what decides the answers
 
@@ -210,8 +211,7 @@ class LocalAnswerer:
             fits = {index: ids for index in asked if len(ids := self._prompt(said[index])) < self.context}
             seeds = [turn_seed(self.seed, batch[index].key, turn) for index in fits]
             settings = {"temperature": temperature, "seed": seeds}
-            stop = self.speaks.eot
-            found = complete(model, list(fits.values()), self.tokenizer, stop, self.max_new_tokens, **settings)
+            found = complete(model, list(fits.values()), self.tokenizer, self.stop_ids, self.max_new_tokens, **settings)
             answers = dict.fromkeys(asked, ("", True)) | dict(zip(fits, found, strict=True))
             for index, (text, is_cut) in answers.items():
                 said[index].append(text.strip())

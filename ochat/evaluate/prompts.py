@@ -1,7 +1,7 @@
 """Answer prompts under chosen classes, as conversations that `ochat prepare` and `ochat eval` read.
 
     asked = encode(read_conversations(Path("prompts.jsonl")), ["GPT4", "GPT3"], template, tokenizer, context=4096)
-    write_answers(Path("answers.jsonl"), answer(asked, model, tokenizer, template.eot, 256), len(asked))
+    write_answers(Path("answers.jsonl"), answer(asked, model, tokenizer, stop_ids, 256), len(asked))
 
 A file is text with a prompt a line (.txt), or holds records: {"prompt": "...", "system": "..."}, or one of any format,
 whose last answer is dropped and asked for again.
@@ -10,7 +10,7 @@ whose last answer is dropped and asked for again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,18 +78,18 @@ def answer(
     prompts: Sequence[Prompt],
     model: Transformer,
     tokenizer: Tokenizer,
-    stop: str,
+    stop_ids: Collection[int],
     most: int,
     *,
     seed: int = 0,
     **settings: Any,
 ) -> Iterator[list[tuple[Prompt, str, bool]]]:
-    """Batch by batch each prompt, its answer, and whether it was cut before it reached the token `stop`. An answer has
+    """Batch by batch each prompt, its answer, and whether it was cut before it reached a stop id. An answer has
     at most `most` tokens. `settings`: of sampling, as infer.generate.steps; without them the likeliest token is
     taken."""
     for first in range(0, len(prompts), PROMPTS_PER_BATCH):
         batch = prompts[first : first + PROMPTS_PER_BATCH]
-        found = complete(model, [each.ids for each in batch], tokenizer, stop, most, seed=seed + first, **settings)
+        found = complete(model, [each.ids for each in batch], tokenizer, stop_ids, most, seed=seed + first, **settings)
         yield [(each, text, is_cut) for each, (text, is_cut) in zip(batch, found, strict=True)]
 
 

@@ -14,11 +14,14 @@ from torch import Tensor
 from ochat.checkpoint.load import iterate_parameters, open_checkpoint
 from ochat.checkpoint.manifest import BASE, Manifest, verify_weights
 from ochat.errors import CheckpointError, ConfigError
+from ochat.export.serving import eos_ids_of
 from ochat.model import hf, lora, peft
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.run import layout
 from ochat.text.openchat_json import read_description
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
 
 
 def folder_of(source: Path) -> Path:
@@ -42,6 +45,12 @@ def open_model(source: Path, *, dtype: str, device: str, base: str = "") -> Tran
     verify_weights(manifest)
     config = ModelConfig.load(manifest.folder)
     return hf.build(config, whole_parameters(manifest, config, base), dtype=dtype, device=device)
+
+
+def stop_ids(folder: Path, template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Where an answer of the model in `folder` ends, in servers too: at the template's end of turn, and at the ids at
+    which its base stops. Raises: ConfigError for a damaged generation_config.json."""
+    return tokenizer.special_tokens[template.eot], *eos_ids_of(folder)
 
 
 def holds_adapters(manifest: Manifest) -> bool:

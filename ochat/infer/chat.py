@@ -1,6 +1,6 @@
 """A chat: the turns so far, the class that answers, each answer as it comes, and what the other classes would say.
 
-    chat = Chat(model, tokenizer, template, classes=["GPT4", "GPT3"], max_new_tokens=512)
+    chat = Chat(model, tokenizer, template, stop_ids, classes=["GPT4", "GPT3"], max_new_tokens=512)
     for text in chat.ask("Why is the sky blue?"): ...      # then chat.ending;  chat.answers() is of all classes
 
 Every turn encodes the whole chat anew, as a server does, so an answer is what `ochat generate` gives to the same turns.
@@ -8,7 +8,7 @@ Every turn encodes the whole chat anew, as a server does, so an answer is what `
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ class Chat:
     model: Transformer
     tokenizer: Tokenizer
     template: Template  # whose default condition is the class that answers
+    stop_ids: Collection[int]  # where an answer ends
     classes: Sequence[str]
     max_new_tokens: int
     seed: int = 0
@@ -74,7 +75,7 @@ class Chat:
         options: dict[str, Any] = {"seed": self.seed + self.num_answers - 1} | self.settings
         # one by one: in bfloat16 neighbours change the last bit, and so the answer that was just given
         return {
-            name: complete(self.model, [prompt], self.tokenizer, self.template.eot, self.max_new_tokens, **options)[0]
+            name: complete(self.model, [prompt], self.tokenizer, self.stop_ids, self.max_new_tokens, **options)[0]
             for name, prompt in prompts.items()
         }
 
@@ -93,14 +94,13 @@ class Chat:
         return ids
 
     def _answer(self, items: tuple[Message, ...], prompt: list[int]) -> Generator[str]:
-        stop = self.tokenizer.special_tokens[self.template.eot]
         options: dict[str, Any] = {"seed": self.seed + self.num_answers} | self.settings
         left = room = min(self.max_new_tokens, self.context - len(prompt))
         self.ending, self.num_answers, said = "stopped", self.num_answers + 1, []
 
         def new_ids() -> Iterator[int]:
             nonlocal left
-            for tokens in steps(self.model, [prompt], max_new_tokens=room, stop_ids=[stop], **options):
+            for tokens in steps(self.model, [prompt], max_new_tokens=room, stop_ids=self.stop_ids, **options):
                 left -= len(tokens)
                 yield from tokens.values()
 

@@ -26,11 +26,15 @@ from ochat.text.tokenizer import Tokenizer
 
 
 def complete(
-    model: Transformer, prompts: Sequence[Sequence[int]], tokenizer: Tokenizer, stop: str, most: int, **settings: Any
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    stop_ids: Collection[int],
+    most: int,
+    **settings: Any,
 ) -> list[tuple[str, bool]]:
-    """(the answer's text, whether it was cut before it reached the token `stop`) of each prompt. An answer has at most
-    `most` tokens. `settings`, errors and costs: as generate."""
-    stop_ids = [tokenizer.special_tokens[stop]]
+    """(the answer's text, whether it was cut before it reached a stop id) of each prompt. An answer has at most `most`
+    tokens. `settings`, errors and costs: as generate."""
     answers = generate(model, prompts, max_new_tokens=most, stop_ids=stop_ids, **settings)
     room = (min(most, model.config.max_position_embeddings - len(prompt)) for prompt in prompts)
     return [(tokenizer.decode(ids), len(ids) == count) for ids, count in zip(answers, room, strict=True)]

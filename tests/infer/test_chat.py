@@ -20,7 +20,7 @@ def answer_alone(chat, turns, condition):
     """What generate gives to these turns of user and assistant."""
     items = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns))
     ids = chat.template.encode_prompt(Conversation(items, condition), chat.tokenizer)
-    [(text, is_cut)] = complete(chat.model, [ids], chat.tokenizer, chat.template.eot, chat.max_new_tokens)
+    [(text, is_cut)] = complete(chat.model, [ids], chat.tokenizer, chat.stop_ids, chat.max_new_tokens)
     return text, is_cut
 
 

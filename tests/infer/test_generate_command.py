@@ -20,6 +20,7 @@ from ochat.errors import ConfigError, DataError
 from ochat.evaluate import prompts
 from ochat.evaluate.model_client import LocalAnswerer
 from ochat.export.hf_folder import export
+from ochat.files.checksums import SUMS
 from ochat.model.device import find_device
 from ochat.text import tokenizer as tokenizers
 from ochat.text.openchat_json import load_template
@@ -164,6 +165,23 @@ def test_prompts_come_from_stdin_and_files_and_answers_go_to_a_file(model, monke
     }
     again = shown(prompt=tuple(asked), condition="GPT3", system="Add.").out
     assert again == "".join(f"> {each['items'][0]['content']}\n{each['items'][1]['content']}\n" for each in found)
+
+
+def test_an_answer_ends_where_generation_config_says_too(model, capsys):
+    """As in servers: models still say the end of their base."""
+    folder = model(PLAIN)
+    whole = tiny.generated(GenerateOptions(folder, ("1+1",), max_new_tokens=6, dtype="float32"))[0]
+    letter = next(each for each in whole if each.isascii())
+    settings = folder / "generation_config.json"
+    for path in (settings, folder / SUMS):  # links
+        path.unlink(missing_ok=True)
+    settings.write_text(json.dumps({"eos_token_id": [257, *tokenizers.load(folder).encode(letter)]}))
+    asked = GenerateOptions(folder, ("1+1",), max_new_tokens=6, dtype="float32")
+    ended = tiny.generated(asked)[0]
+    chat = open_chat(ChatOptions(folder, max_new_tokens=6, dtype="float32"))
+    assert ended == whole[: whole.index(letter)] == "".join(chat.ask("1+1"))
+    generation.main(asked)
+    assert "cut" not in capsys.readouterr().err
 
 
 def test_draws_of_later_batches_are_their_own(model, monkeypatch, capsys):
