@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from ochat.checkpoint.load import iterate_parameters, open_checkpoint
@@ -65,8 +66,7 @@ def export(
             )
             log.info("%s has no boundary between prefix and message%s", output, reason)
         if adapter:
-            adapter_config = peft.AdapterConfig.read(manifest.folder)
-            peft.save(folder, model, adapter_config, dict(iterate_parameters(manifest)))
+            peft.save(folder, model, _adapter_config(manifest.folder, base), dict(iterate_parameters(manifest)))
         else:
             (folder / peft.CONFIG).unlink(missing_ok=True)  # a loader would look for the adapter's weights
             hf.save(folder, model, whole_parameters(manifest, model, base), dtype)
@@ -74,6 +74,19 @@ def export(
         shutil.rmtree(output, ignore_errors=True)
         os.rename(folder, output)
     return manifest.step
+
+
+def _adapter_config(folder: Path, base: str) -> peft.AdapterConfig:
+    """The adapter's, with `base`, if given, as its base. Raises: ConfigError for a base in which PEFT would not find
+    the adapted modules: it passes over them without an error."""
+    found = peft.AdapterConfig.read(folder)
+    found = replace(found, base=base or found.base)
+    if hf.is_multimodal(found.base):
+        raise ConfigError(
+            f"{found.base}: a multimodal model; the adapter is of its text model. Make that with "
+            f"`ochat init-base --hf {found.base} NEW_DIR` and export with --base NEW_DIR, or without --adapter"
+        )
+    return found
 
 
 def _refuse_overwriting(output: Path, overwrite: bool) -> None:

@@ -123,7 +123,7 @@ def open_tensors(directory: str | Path, config: ModelConfig) -> dict[str, Stored
     if config.tie_embeddings:
         left_over.discard(HEAD)
     vision = {name for name in left_over if not VISION.isdisjoint(name.split("."))}
-    if vision and families.is_multimodal(_read_config(directory)):
+    if vision and is_multimodal(directory):
         _note_vision(directory, len(vision), _list(vision))
         left_over -= vision
     if left_over or not wanted.keys() <= stored.keys():
@@ -137,6 +137,13 @@ def open_tensors(directory: str | Path, config: ModelConfig) -> dict[str, Stored
                 f"model that they were made from)"
             )
     return stored
+
+
+def is_multimodal(directory: str | Path) -> bool:
+    """Whether a folder holds a multimodal model, of which the text model is read. Raises: ConfigError for a damaged
+    config.json."""
+    path = Path(directory) / "config.json"
+    return path.is_file() and families.is_multimodal(bounded_json.read_object(path, ConfigError, "fetch it again"))
 
 
 def plain_name(stored: str) -> str:
@@ -279,10 +286,6 @@ def _by_plain_names(stored: Mapping[str, StoredTensor], wanted: Collection[str])
                 f"{other} and {name} are both read as {plain}: two models in one folder; remove the one not meant"
             )
     return found
-
-
-def _read_config(directory: str | Path) -> dict[str, Any]:
-    return bounded_json.read_object(Path(directory) / "config.json", ConfigError, "fetch it again")
 
 
 @functools.cache  # once: a run opens its base several times

@@ -195,8 +195,8 @@ def base_digest(base: Path, model: ModelConfig) -> str:
     Costs: a page or two of each tensor is read.
     """
     stored, found = hf.open_tensors(base, model), hashlib.sha256()
-    for tensor in (stored[part.name] for parts in hf.parameter_parts(model).values() for part in parts):
-        found.update(f"{tensor.name} {tensor.dtype} {tensor.shape}".encode())
+    for name, tensor in ((p.name, stored[p.name]) for parts in hf.parameter_parts(model).values() for p in parts):
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         for row in (0, tensor.shape[0] - 1):
             found.update(tensor.rows(row, row + 1).contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ochat.commands import init_base
 from ochat.commands.init_base import InitBaseOptions
 from ochat.errors import CheckpointError, ConfigError
+from ochat.export.hf_folder import export
 from ochat.model import families, hf
 from ochat.model.config import ModelConfig
 from tests import tiny
@@ -168,3 +169,18 @@ def test_a_run_on_the_folder_is_one_on_its_text_model(tmp_path):
             exported = load_file(run / "export" / "model.safetensors")
             assert exported.keys() == load_file(tmp_path / "text" / "model.safetensors").keys()
         assert curves[0] == curves[1]
+
+    run, adapter = tmp_path / "whole1", tmp_path / "adapter"
+    with pytest.raises(ConfigError, match=f"`ochat init-base --hf {tmp_path / 'whole'} NEW_DIR` .* --base NEW_DIR"):
+        export(run, adapter, adapter=True)
+    export(run, adapter, adapter=True, base=str(tmp_path / "text"))
+    export(run, tmp_path / "merged", dtype="float32", base=str(tmp_path / "text"))
+    peft = pytest.importorskip("peft", reason="PyPI `peft` (extra `dev`) is not installed")
+    ids = torch.tensor(random_ids(20))
+    with torch.no_grad():
+        found = peft.AutoPeftModelForCausalLM.from_pretrained(adapter)(ids).logits
+        plain = transformers.AutoModelForCausalLM.from_pretrained
+        wanted, untrained = (plain(tmp_path / name)(ids).logits for name in ("merged", "text"))
+    scale = float(wanted.abs().max())
+    torch.testing.assert_close(found, wanted, atol=2e-5 * scale, rtol=0)
+    assert (wanted - untrained).abs().max() > 1e-3 * scale
