@@ -10,7 +10,7 @@ Letters: T token_budget, R of them supervised, H hidden, F FFN, N and K query an
 vocabulary, L blocks, P parameters, B those of one block, E = V H, A parameters of all adapters, s GPUs that share a
 copy of the model, e bytes of an activation.
 
-What backward keeps of a block (the operators of kernels/ochat_kernels, torch's varlen attention):
+What backward keeps of a block (the operators of kernels/ochat_kernels, torch's varlen attention; flex keeps no more):
   norms      e T 2H + 4 T 2      the two streams and their rstd
   matmuls    e T (2H + F)        inputs of qkv, gate_up and down; that of `out` is attention's output
   attention  e T (N + K + (N + 2K) + N) D + 4 T N + 16    q and k after RoPE, the matmul output that holds v, the

@@ -1,15 +1,20 @@
 """`ochat plan` as a user meets it: pytest tests/plan/test_plan.py"""
 
+import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 
 from ochat import cli
+from ochat.commands import plan
+from ochat.config import BaseConfig, Config, DataConfig, TrainConfig
 from ochat.data import manifest as manifests
 from ochat.data.prepare import prepare
-from ochat.errors import CheckpointError, DataError, UsageError
+from ochat.errors import CheckpointError, ConfigError, DataError, UsageError
+from ochat.model.config import ModelConfig
 from tests.tiny import MODEL, write_lines
 
 
@@ -109,6 +114,14 @@ def test_broken_weights_are_no_base_to_look_at(world, bare, capsys):
     (bare / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(CheckpointError):
         say(capsys, world.config, f"--base.path={bare}")
+
+
+def test_attention_that_lacks_what_the_model_needs_is_refused(bare):
+    gemma = dataclasses.replace(ModelConfig.load(bare), attention_softcap=50.0)
+    for attention in ("auto", "flex", "flash2", "varlen"):  # no package or GPU is needed to plan for one
+        config = Config(BaseConfig(str(bare)), DataConfig(), train=TrainConfig(attention=attention))
+        with pytest.raises(ConfigError, match="no softcap") if attention == "varlen" else nullcontext():
+            assert plan.check(config, None, gemma)
 
 
 @pytest.mark.parametrize(
