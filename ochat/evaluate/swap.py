@@ -111,7 +111,7 @@ def rows(model: Transformer, batch: PackedBatch) -> NDArray[np.float64]:
     config = model.config
     backend = default_backend(weight.device, model.compute_dtype or weight.dtype, config.attention_softcap)
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths, config.windows)
-    head = head_loss(ochat_kernels.load("reference"), batch)
+    head = head_loss(ochat_kernels.load("reference"), model, batch)
     out = model(batch.input_ids, batch.position_ids, attend, head, batch.supervised_rows)
     return torch.stack([torch.ones_like(out.nll).double(), out.nll.double(), out.correct.double()], 1).cpu().numpy()
 

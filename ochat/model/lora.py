@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from ochat_kernels.reference_loss import soft_cap
 from torch import Tensor, nn
 
 from ochat.config import LoraConfig
@@ -92,10 +93,18 @@ class TokenRows(nn.Module):
         weight.index_copy_(0, self.places(weight.device), self.weight.to(weight.dtype))
 
     def loss_term(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor, rows: Tensor, nll: Tensor
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        rows: Tensor,
+        nll: Tensor,
+        softcap: float,
     ) -> Tensor:
         """() 0, with the gradient to the rows of sum_t w_t nll_t, of which the head's operator gives none: with x_t
-        hidden_t, (w_t (softmax(z_t) - onehot))^T x_t for the n columns alone.
+        hidden_t, (w_t (softmax(z_t) - onehot))^T x_t for the n columns alone. With a cap of the logits, softcap, z_t
+        are the capped ones, and each column's number is multiplied by 1 - (z / softcap)^2.
 
         Args: as linear_cross_entropy's; rows (R,) the live ones; nll (T,) its result, which with the label's logit
         gives logsumexp. Costs: 2 R H (n + 1) FLOPs and a copy of R rows of `weight`, instead of the (V, H) gradient.
@@ -103,9 +112,11 @@ class TokenRows(nn.Module):
         with torch.no_grad():
             x, y, own = hidden[rows], labels[rows], self.weight.to(hidden.dtype)
             label_logit = torch.bmm(x[:, None], weight[y][:, :, None]).flatten()  # rounded as the operator's logits are
-            lse = nll[rows] + label_logit.to(nll.dtype)
-            slope = (F.linear(x, own).to(nll.dtype) - lse[:, None]).exp()  # (R, n)
-            slope -= (y[:, None] == self.places(y.device)).to(nll.dtype)
+            lse = nll[rows] + soft_cap(label_logit.to(nll.dtype), softcap)
+            logits = soft_cap(F.linear(x, own).to(nll.dtype), softcap)  # (R, n)
+            slope = (logits - lse[:, None]).exp() - (y[:, None] == self.places(y.device)).to(nll.dtype)
+            if softcap:
+                slope *= 1 - (logits / softcap).square()
             slope *= loss_weights[rows][:, None]
             gradient = (slope.to(x.dtype).t() @ x).to(self.weight.dtype)
         return ((self.weight - self.weight.detach()) * gradient).sum()

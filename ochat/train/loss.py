@@ -14,24 +14,21 @@ from ochat_kernels import LossOutput
 from torch import Tensor
 
 from ochat.data.batch import PackedBatch
-from ochat.model.lora import TokenRows
+from ochat.model.transformer import Transformer
 
 
-def head_loss(
-    ops: ModuleType, batch: PackedBatch, tokens: TokenRows | None = None
-) -> Callable[[Tensor, Tensor], LossOutput]:
-    """A head for `Transformer.forward(..., rows=batch.supervised_rows)`: (hidden (R, H) of these rows, head weight
-    (V, H)) -> LossOutput, nll and correct (R,).
-
-    `tokens`: the head's trainable rows if all others are frozen."""
+def head_loss(ops: ModuleType, model: Transformer, batch: PackedBatch) -> Callable[[Tensor, Tensor], LossOutput]:
+    """A head for `model(..., rows=batch.supervised_rows)`: (hidden (R, H) of these rows, head weight (V, H)) ->
+    LossOutput, nll and correct (R,)."""
+    softcap, tokens = model.config.logit_softcap, model.head.tokens
 
     def head(hidden: Tensor, weight: Tensor) -> LossOutput:
         labels, weights = batch.supervised_labels, batch.supervised_weights
         rows = torch.arange(len(labels), device=labels.device)  # all of them are live
-        out = ops.linear_cross_entropy(hidden, weight, labels, weights, rows=rows)
+        out = ops.linear_cross_entropy(hidden, weight, labels, weights, rows=rows, softcap=softcap)
         if tokens is None or not torch.is_grad_enabled():
             return out
-        term = tokens.loss_term(hidden, weight, labels, weights, rows, out.nll)
+        term = tokens.loss_term(hidden, weight, labels, weights, rows, out.nll, softcap)
         return out._replace(loss_sum=out.loss_sum + term)
 
     return head

@@ -136,7 +136,7 @@ class Trainer:
         """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows."""
         backend, windows = self.config.train.attention, self.inputs.model_config.windows
         attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths, windows)
-        head = head_loss(self.parts.ops, batch, self.model.head.tokens)
+        head = head_loss(self.parts.ops, self.model, batch)
         return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
 
     def after(self, step: int) -> None:

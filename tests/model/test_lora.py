@@ -81,12 +81,13 @@ def plain_loss(model: Transformer, settings: LoraConfig, leaves: dict[str, torch
 
 
 @pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
 @pytest.mark.parametrize("targets", [LINEARS, ("q_proj", "v_proj", "up_proj")])
-def test_gradients_are_those_of_a_plain_model_with_merged_weights(targets, tied):
-    config = dataclasses.replace(MODEL, tie_embeddings=tied, qkv_bias=True)
+def test_gradients_are_those_of_a_plain_model_with_merged_weights(targets, softcap, tied):
+    config = dataclasses.replace(MODEL, tie_embeddings=tied, qkv_bias=True, logit_softcap=softcap)
     settings = LoraConfig(rank=3, alpha=6.0, targets=targets)
     model, given = adapted(config, settings), batch(20, config.vocab_size)
-    head = head_loss(REFERENCE, given, model.head.tokens)
+    head = head_loss(REFERENCE, model, given)
     loss = model(*packed(given), head=head, rows=given.supervised_rows).loss_sum
     loss.backward()
     trained = local_shards.trainable_parameters(model)

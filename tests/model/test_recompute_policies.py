@@ -114,7 +114,8 @@ def make_batch(share: float):
 
 def loss_and_gradients(model: Transformer, batch, *, picks: bool):
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, "sdpa", batch.lengths)
-    head, picked = head_loss(ochat_kernels.load("reference"), batch), slice(None) if picks else batch.supervised_rows
+    head = head_loss(ochat_kernels.load("reference"), model, batch)
+    picked = slice(None) if picks else batch.supervised_rows
     out = model(
         batch.input_ids, batch.position_ids, attend, rows=batch.supervised_rows if picks else None,
         head=lambda hidden, weight: head(hidden[picked], weight),

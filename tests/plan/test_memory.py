@@ -91,7 +91,7 @@ class FakeStep:
         ids = torch.zeros(tokens, dtype=torch.int64)
         rows = ids[: self.at.supervised]  # a view: nothing to count
         batch: Any = SimpleNamespace(supervised_labels=ids[rows], supervised_weights=torch.zeros(tokens)[rows])
-        head = head_loss(self.ops, batch, self.model.head.tokens)
+        head = head_loss(self.ops, self.model, batch)
         attend = PackedAttention(cu_seqlens, tokens // 2, "varlen", [tokens // 2] * 2)
         return self.model(ids, ids, attend, head=head, rows=rows).loss_sum
 
