@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from ochat_kernels.reference_loss import soft_cap
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -183,8 +184,7 @@ class Head(nn.Module):
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if function is not None:
             return function(hidden, weight)
-        logits = F.linear(hidden, weight).float()
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        return soft_cap(F.linear(hidden, weight).float(), self.softcap)
 
 
 class Transformer(nn.Module):

@@ -13,6 +13,9 @@ from tests import model_families
 from tests.numerics import relative_error
 
 OPS = ochat_kernels.load("reference")
+FAMILIES = (  # all that differs between families is in one of these
+    "llama2", "llama-tied-odd-head", "qwen3-mixed", "phi3", "smollm3", "granite", "gemma2", "gemma3", "olmo3",
+)  # fmt: skip
 
 
 def conversations(lengths, seed=0):
@@ -52,7 +55,7 @@ def gradients_by_hand(peer, config, examples, step_weight):
 
 
 @pytest.mark.parametrize(("lengths", "pad_to"), [((7, 1, 19, 2), None), ((5, 31), 64)])
-@pytest.mark.parametrize("family", ["llama2", "llama-tied-odd-head"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_packed_loss_and_gradients_equal_conversations_alone_in_float64(family, lengths, pad_to, tmp_path):
     peer = model_families.make(family, tmp_path)
     model = hf.load(tmp_path, dtype="float32")
@@ -63,4 +66,4 @@ def test_packed_loss_and_gradients_equal_conversations_alone_in_float64(family, 
     assert abs(loss.double() - truth) <= 2e-6  # of about 5 a unit of weight; weights of both signs cancel
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
-        assert relative_error(gradient, expected[name]) < 1e-5, name
+        assert relative_error(gradient, expected[name]) < 2e-5, name

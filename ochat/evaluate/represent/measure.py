@@ -5,7 +5,8 @@ row = measure(
 )
 
 A conversation is the mean over its tokens of the last layer's hidden states, after the final norm: the states that the
-head multiplies, transformers' `hidden_states[-1]`. Letters: T packed tokens, H hidden.
+head multiplies, transformers' `hidden_states[-1]` (Granite's are scaled, which no number here depends on). Letters: T
+packed tokens, H hidden.
 """
 
 from __future__ import annotations
