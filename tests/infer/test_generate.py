@@ -35,6 +35,8 @@ def test_greedy_answers_are_the_peers_and_cached_logits_the_whole_sequences(fami
         ids = torch.tensor([prompt])
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
         assert answer == peer.generate(ids, max_new_tokens=24, **options)[0, len(prompt) :].tolist()
+    if ours.config.rope.kind == "longrope":
+        return  # the whole sequence turns by other factors than its beginning: generate reads it anew at the border
     sequences = random_ids(25, 13, 18)
     prompts = [sequence[:-12] for sequence in sequences]  # 13, 1 and 6 tokens, then 12 more of each
     cache = KVCache(ours.config, [len(prompt) for prompt in prompts], 25, torch.float32, "cpu")
