@@ -3,7 +3,7 @@
     model = load("path/to/base", dtype="float32");  save("out", model.config, model.named_parameters(), "bfloat16")
 `parameter_parts` is the one table of names: blocks.0.attn.qkv.weight = q_proj, k_proj, v_proj;
 blocks.0.mlp.gate_up.weight = gate_proj, up_proj; everything else has one part. Files of a wrapped model (compiled,
-multimodal, without its head) are read by the same names: `plain_name`.
+multimodal, without its head) are read by the same names (stored_names.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,19 +27,9 @@ from ochat.files.safetensors_file import StoredTensor
 from ochat.model import families
 from ochat.model.config import ModelConfig
 from ochat.model.safetensors_files import check_finite, open_folder, torch_dtype, write_shards
+from ochat.model.stored_names import EMBEDDING, HEAD, VISION, by_plain_names, listed, misfit
 from ochat.model.transformer import Transformer
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Segments of a name that say only what was around the decoder: its class with a head, or with a vision tower;
-# DistributedDataParallel; torch.compile.
-WRAPPERS = frozenset(("model", "language_model", "module", "_orig_mod"))
-VISION = frozenset(("vision_tower", "multi_modal_projector"))
-# Segments of names that GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors and MLX write beside or for a weight.
-QUANTISED = frozenset(
-    """qweight qzeros scales g_idx weight_scale weight_scale_inv input_scale activation_scale absmax nested_absmax
-    quant_map quant_state SCB weight_packed weight_shape weight_zero_point""".split()  # noqa: SIM905
-)
-NAMES_SHOWN = 5
 # our norms of a block -> theirs, by ModelConfig.norm_placement
 NORMS = {
     "before": {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"},
@@ -117,17 +107,17 @@ def open_tensors(directory: str | Path, config: ModelConfig) -> dict[str, Stored
     that have the same plain name.
     """
     wanted = {part.name: part.shape for parts in parameter_parts(config).values() for part in parts}
-    stored = _by_plain_names(open_folder(directory), wanted.keys() | {HEAD})
+    stored = by_plain_names(open_folder(directory), wanted.keys() | {HEAD})
     # frequencies of the rotation are computed, never read
     left_over = {name for name in stored.keys() - wanted.keys() if "rotary_emb" not in name}
     if config.tie_embeddings:
         left_over.discard(HEAD)
     vision = {name for name in left_over if not VISION.isdisjoint(name.split("."))}
     if vision and is_multimodal(directory):
-        _note_vision(directory, len(vision), _list(vision))
+        _note_vision(directory, len(vision), listed(vision))
         left_over -= vision
     if left_over or not wanted.keys() <= stored.keys():
-        raise CheckpointError(f"{directory} {_misfit(wanted.keys() - stored.keys(), left_over)}")
+        raise CheckpointError(f"{directory} {misfit(wanted.keys() - stored.keys(), left_over)}")
     for tensor, shape in ((stored[name], shape) for name, shape in wanted.items()):
         if tensor.shape != shape:
             raise CheckpointError(f"{tensor} has shape {tensor.shape}, but config.json asks for {shape}")
@@ -144,16 +134,6 @@ def is_multimodal(directory: str | Path) -> bool:
     config.json."""
     path = Path(directory) / "config.json"
     return path.is_file() and families.is_multimodal(bounded_json.read_object(path, ConfigError, "fetch it again"))
-
-
-def plain_name(stored: str) -> str:
-    """The name of a tensor in a plain text model, whatever was around the decoder when it was stored.
-
-    `language_model.model.norm.weight`, `model.language_model.norm.weight`, `_orig_mod.model.norm.weight` and
-    `norm.weight` are all `model.norm.weight`.
-    """
-    rest = ".".join(segment for segment in stored.split(".") if segment not in WRAPPERS)
-    return rest if rest == HEAD else f"model.{rest}"
 
 
 def read_parameters(stored: Mapping[str, Readable], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -272,40 +252,12 @@ def _fill_shards(
                 tensors[part.name] = piece.to("cpu", dtype, copy=True).contiguous()
         yield tensors
     if left := [name for name, _ in pairs]:
-        raise CheckpointError(f"cannot save the model: {_list(left)} given twice or unknown")
-
-
-def _by_plain_names(stored: Mapping[str, StoredTensor], wanted: Collection[str]) -> dict[str, StoredTensor]:
-    """The tensors by their plain names where those are wanted, else by their own."""
-    found: dict[str, StoredTensor] = {}
-    for name, tensor in stored.items():
-        plain = plain_name(name)
-        other = found.setdefault(plain if plain in wanted else name, tensor)
-        if other is not tensor:
-            raise CheckpointError(
-                f"{other} and {name} are both read as {plain}: two models in one folder; remove the one not meant"
-            )
-    return found
+        raise CheckpointError(f"cannot save the model: {listed(left)} given twice or unknown")
 
 
 @functools.cache  # once: a run opens its base several times
 def _note_vision(directory: str | Path, count: int, names: str) -> None:
     log.info("%s: %d vision tensors are left out of the text model: %s", directory, count, names)
-
-
-def _misfit(missing: set[str], left_over: set[str]) -> str:
-    """What is wrong with a folder's names, and what to do."""
-    if quantised := [name for name in left_over if not QUANTISED.isdisjoint(name.split("."))]:
-        return f"holds {_list(quantised)}: quantised weights are not read; take the model that they were made from"
-    if adapters := [name for name in left_over if ".lora_" in name]:
-        return f"holds {_list(adapters)}: merge the adapter into its weights first (PEFT: merge_and_unload)"
-    if EMBEDDING in missing and (foreign := [name for name in left_over if name.endswith("embed_tokens.weight")]):
-        return f"holds {foreign[0]} where {EMBEDDING} is expected; take that prefix off its tensors' names"
-    if missing == {HEAD}:
-        return f"lacks {HEAD}; if its embedding is the head too, set tie_word_embeddings to true in config.json"
-    if missing:
-        return f"lacks {_list(missing)}, which its config.json asks for"
-    return f"holds {_list(left_over)}, which its config.json has no place for"
 
 
 def _check_tied_head(stored: Mapping[str, Any], config: ModelConfig, start: int, stop: int) -> None:
@@ -316,9 +268,3 @@ def _check_tied_head(stored: Mapping[str, Any], config: ModelConfig, start: int,
             f"{stored[HEAD]} differs from {EMBEDDING}, but config.json ties them; "
             f"set tie_word_embeddings to false or remove {HEAD}"
         )
-
-
-def _list(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - NAMES_SHOWN} more" if len(ordered) > NAMES_SHOWN else ""
-    return ", ".join(ordered[:NAMES_SHOWN]) + more
