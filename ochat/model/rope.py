@@ -249,6 +249,8 @@ def _from_table(fields: Fields, outer: Fields, theta_key: str, theta: float) -> 
     if kind == "llama3" and settings["high_freq_factor"] <= settings["low_freq_factor"]:
         raise fields.fail("high_freq_factor", f" = {settings['high_freq_factor']} must be larger than low_freq_factor")
     place, key = _place(fields, outer, "rope_theta", theta_key)
+    if kind == "yarn" and place.number(key, theta) <= 1:
+        raise place.fail(key, f" is {shown(place.record[key])}; YaRN needs a base > 1")
     share, name = _place(fields, outer, "partial_rotary_factor")
     return RopeConfig(place.number(key, theta), kind, partial_rotary_factor=share.number(name, 1.0), **settings)
 
@@ -256,7 +258,7 @@ def _from_table(fields: Fields, outer: Fields, theta_key: str, theta: float) -> 
 def _setting(fields: Fields, outer: Fields, name: str) -> Any:
     if name == WHOLE:
         place, key = _place(fields, outer, name)
-        return place.integer(key)
+        return place.integer(key, least=2)  # LongRoPE divides by its logarithm
     if name == "truncate":
         return fields.flag(name, True)
     if name not in ("short_factor", "long_factor"):

@@ -206,6 +206,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25: this model type"),
         ({"rope_scaling": YARN}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": YARN | {rope.WHOLE: 64}, "rope_theta": 1}, "rope_theta is 1; YaRN needs a base > 1"),
+        (
+            {"rope_scaling": LONGROPE, rope.WHOLE: 1},
+            "original_max_position_embeddings is 1; expected a whole number >= 2",
+        ),
         ({"rope_scaling": YARN | {rope.WHOLE: 64, "truncate": 1}}, "truncate is 1; expected true or false"),
         ({"rope_scaling": LONGROPE, rope.WHOLE: 64}, "max_position_embeddings is missing"),
         ({"rope_scaling": LONGROPE, "max_position_embeddings": 64}, "original_max_position_embeddings is missing"),
