@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention
 
 from ochat.errors import ConfigError
-from ochat.model import flex
+from ochat.model import flex, hf, transformer
 from ochat.model.attention import BACKENDS, PackedAttention, check, default_backend
+from tests.model_families import make, peer_logits, random_ids
 from tests.numerics import assert_close
 
 
@@ -63,6 +64,17 @@ def test_flex_equals_it_too(monkeypatch, lengths, window, scale, softcap):
     though it has them."""
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
     check_against_truth("flex", lengths, 2, 2, 16, window, scale, softcap)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@torch.no_grad()
+def test_a_whole_model_of_mixed_windows_and_softcaps_is_the_peers_with_flex(monkeypatch, tmp_path):
+    peer, ours = make("gemma2", tmp_path), hf.load(tmp_path, dtype="float32")
+    monkeypatch.setattr(transformer, "default_backend", lambda *_: "flex")
+    sequences = random_ids(9, 1, 30)
+    for sequence, found in zip(sequences, ours.logits(sequences), strict=True):
+        wanted = peer_logits(peer, sequence)
+        assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
 def check_against_truth(backend, lengths, kv_heads, groups, head_dim, window, scale, softcap):
