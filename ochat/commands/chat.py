@@ -138,7 +138,7 @@ def _answer(chat: Chat, question: str, notes: Console) -> None:
     with contextlib.closing(chat.ask(question)) as parts:  # after Ctrl-C too, so that what was said is kept
         try:
             for text in parts:
-                stdout.out(printable(text), end="", highlight=False)
+                print(printable(text), end="", flush=True)  # rich would change tabs and :smile:
         except KeyboardInterrupt:
             if not sys.stdin.isatty():
                 raise

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ochat.console import configure_logging, printable, stdin_lines, waiting
 from ochat.errors import ConfigError
@@ -68,8 +68,8 @@ def main(options: GenerateOptions) -> None:
             batch = next(batches, ())
         for prompt, text, is_cut in batch:
             if len(asked) > 1:
-                console.print(f"[bold]> {escape(prompt.conversation.items[-1].content)}[/]", soft_wrap=True)
-            console.print(escape(printable(text)), soft_wrap=True)
+                console.print(Text(f"> {prompt.conversation.items[-1].content}", "bold"), soft_wrap=True)
+            print(printable(text), flush=True)  # rich would change tabs and :smile:
             if is_cut:
                 place = f"{prompt.place}: " if len(asked) > 1 else ""
                 most = options.max_new_tokens

@@ -16,6 +16,7 @@ import torch
 from ochat.commands import generate as generation
 from ochat.commands.chat import ChatOptions, open_chat
 from ochat.commands.generate import GenerateOptions, answer
+from ochat.console import stdout
 from ochat.errors import ConfigError, DataError
 from ochat.evaluate import prompts
 from ochat.evaluate.model_client import LocalAnswerer
@@ -165,6 +166,16 @@ def test_prompts_come_from_stdin_and_files_and_answers_go_to_a_file(model, monke
     }
     again = shown(prompt=tuple(asked), condition="GPT3", system="Add.").out
     assert again == "".join(f"> {each['items'][0]['content']}\n{each['items'][1]['content']}\n" for each in found)
+
+
+def test_answers_are_printed_to_the_letter(monkeypatch, capsys, model):
+    said = ":smile: [bold]x[/] \x1b[31m\tred\x07" + "long " * 50
+    monkeypatch.setattr(prompts, "complete", lambda *_, **__: [(said, False)])
+    generation.main(options(model(PLAIN)))
+    assert capsys.readouterr().out == said + "\n"
+    monkeypatch.setattr(stdout, "_force_terminal", True)
+    generation.main(options(model(PLAIN)))
+    assert capsys.readouterr().out == said.replace("\x1b", "").replace("\x07", "") + "\n"
 
 
 def test_an_answer_ends_where_generation_config_says_too(model, capsys):
