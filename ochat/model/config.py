@@ -188,15 +188,20 @@ class ModelConfig:
         """Weights of the product with the vocabulary, shared with the embeddings or not."""
         return self.vocab_size * self.hidden_size
 
+    def block_norm_params(self) -> int:
+        """Numbers in the norms of one block."""
+        qk_norms = {"": 0, "head": 2, "full": self.num_heads + self.num_kv_heads}[self.qk_norm] * self.head_dim
+        return self.hidden_size * (4 if self.norm_placement == "both" else 2) + qk_norms
+
     def num_parameters(self) -> int:
         """All trainable numbers; tied embeddings count once."""
         qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         biases = qkv * self.qkv_bias + self.hidden_size * self.out_bias
         biases += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
-        qk_norms = {"": 0, "head": 2, "full": self.num_heads + self.num_kv_heads}[self.qk_norm] * self.head_dim
-        norms = self.hidden_size * (4 if self.norm_placement == "both" else 2) + qk_norms
         embeddings = self.head_params() * (1 if self.tie_embeddings else 2)
-        return self.matmul_params() + self.num_layers * (biases + norms) + self.hidden_size + embeddings
+        return (
+            self.matmul_params() + self.num_layers * (biases + self.block_norm_params()) + self.hidden_size + embeddings
+        )
 
     def flops_per_step(self, num_tokens: int, sum_len_sq: int, num_supervised: int) -> float:
         """Model FLOPs of forward and backward over packed documents, the work a perfect implementation must do.

@@ -11,19 +11,22 @@ vocabulary, L blocks, P parameters, B those of one block, E = V H, A parameters 
 copy of the model, e bytes of an activation.
 
 What backward keeps of a block (the operators of kernels/ochat_kernels, torch's varlen attention; flex keeps no more):
-  norms      e T 2H + 4 T 2      the two streams and their rstd
+  norms      e T 2H + 4 T 2      their inputs and rstd: the two streams before the branches, what the branches gave
+                                 after them; twice that where a block has both
   matmuls    e T (2H + F)        inputs of qkv, gate_up and down; that of `out` is attention's output
-  attention  e T (N + K + (N + 2K) + N) D + 4 T N + 16    q and k after RoPE, the matmul output that holds v, the
-                                 output of attention, its logsumexp, a random state
-  SwiGLU     e T 2F              its input
-  qk norms   e T (N + K) D + 4 T (N + K), where the model has them
+  attention  e T (N + K + (N + 2K) + N) D + 4 T N + 16    q and k after RoPE (a layer without has no such copies), the
+                                 matmul output that holds v, the output of attention, its logsumexp, a random state
+  MLP        e T 2F              the input of SwiGLU or GeGLU
+  qk norms   4 T (N + K), or 4 T 2 of norms over all heads: their rstd; they read the matmul's output
   copies     with torch 2.11, where K < N: k and v with N heads, e T 2N D, instead of the originals
   weights    e B                 on one process: the casts of fp32 masters, without biases
 After attention the last block computes R rows only; the rows that it picks are a copy of attention's output.
-recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after RoPE: e T (2H + F + (N + K) D) less.
+recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after RoPE: e T (2H + F + (N + K) D) less, or
+e T (F + (N + K) D) where there are no norms before the branches, whose inputs are then the streams.
 "block" keeps e T 2H, the block's inputs (nothing on the GPU if they are offloaded), and all of the above for the one
 block in backward.
-Outside the blocks: 8 T ids, 4 T D angles; the last norm's e R H + 4 R + e H; the head's dhidden e R H and dW 4 E.
+Outside the blocks: 8 T ids, 4 T D angles of each kind of rotation (where only a part of a head rotates, of that); the
+last norm's e R H + 4 R + e H; the head's dhidden e R H and dW 4 E.
 
 With adapters (LoRA) the frozen weights have the dtype of the computation, e P / s, and matmuls read them: no casts, no
 gradients, no dW. Backward also keeps x A^T of each adapted linear and the casts of its A and its block-diagonal B, but
@@ -33,6 +36,7 @@ not the input of a linear without adapter.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 
 from ochat.config import LoraConfig
@@ -132,11 +136,13 @@ def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
     one process: 4 P once there are any, 2 P of bf16 masters in one micro-batch; with updates in backward only those of
     the embeddings. Under FSDP 4 P / s (2 P / s) at every moment, and the whole model's 4 P while a rank adds up
     micro-batches before it reduces them (reduce = "step").
-      head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e R H, and the larger of the
-              logits of a chunk of rows and dW's cast into the gradient, e E (4 E more for sums of bf16 masters)
+      head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e R H (three where logits are
+              scaled), and the larger of the logits of a chunk of rows and dW's cast into the gradient, e E (4 E more
+              for sums of bf16 masters)
       block   backward of the last block, of the one before it, which has T rows, or of the first one, when all other
               gradients exist: activations up to it, e T (2F + H) of gradients within it, and what it recomputes: e T H,
-              its output, or e T F, SwiGLU's
+              its output, or e T F, SwiGLU's; e T F more where `down` is frozen and has no adapter, e T H less with
+              norms after the branches
       end     all gradients; the embeddings' new one, 4 E, and 4 T H
     FSDP gathers: in `head` e E, which stay until the step's last micro-batch, else 3 e B (this block, the next, a
     buffer) and 8 B of gradients being reduced; with reshard = "step" e P at any time. Tied embeddings hold the head's
@@ -160,21 +166,24 @@ def saved_bytes(model: ModelConfig, at: Layout) -> int:
     return kept if at.lora.rank else kept + casts + 4 * model.head_params()
 
 
-def block_saved_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> int:
+def block_saved_bytes(model: ModelConfig, at: Layout, *, is_rotated: bool = True, is_last: bool = False) -> int:
     """What backward keeps of one block, without weights; with recompute = "block", while that block is in backward."""
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     H, F, remakes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
-    before = H * (1 if remakes else 2) + (q + 2 * kv) + (q + kv) * (not remakes) + q  # attention and what precedes it
-    after = H * (1 if remakes else 2) + F * (2 if remakes else 3)
-    narrow = 1 + model.num_heads
-    if model.qk_norm:
-        before, narrow = before + q + kv, narrow + model.num_heads + model.num_kv_heads
+    has_before, has_after = model.norm_placement != "after", model.norm_placement != "before"
+    read = H * (1 + (not remakes)) if has_before else H  # the stream, and its norm that a branch reads
+    prepared = (q + kv) * (is_rotated or bool(model.qk_norm)) * (not remakes)
+    before = read + (q + 2 * kv) + prepared + q  # attention and what precedes it
+    after = read + 2 * H * has_after + F * (2 if remakes else 3)
+    narrow = has_before + model.num_heads
+    narrow += {"": 0, "head": model.num_heads + model.num_kv_heads, "full": 2}[model.qk_norm]
     if model.num_kv_heads < model.num_heads and not varlen_groups_heads():
-        product = (q + 2 * kv) * bool(model.qk_norm or not remakes)  # recomputing q and k without norms needs it
-        before += 2 * q - product - kv * (not remakes)
+        is_read = model.qk_norm or remakes or not prepared  # the product: by the norms, to rotate again, or as q
+        before += 2 * q - (q + 2 * kv) * (not is_read) - kv * bool(prepared)
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
-    inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + rows * (at.itemsize * after + 4) + picked
+    inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16
+    inside += rows * (at.itemsize * after + 4 * (has_before + 2 * has_after)) + picked
     return inside + at.itemsize * (_adapter_elements(model, at, is_last=is_last) if at.lora.rank else 0)
 
 
@@ -188,14 +197,14 @@ def _adapter_elements(model: ModelConfig, at: Layout, *, is_last: bool) -> int:
         columns = at.lora.rank * sum(part.is_adapted for part in parts)
         count += columns * (rows * bool(parts) + size_in + sum(part.rows for part in parts))
         if not parts:  # attention keeps its output anyway, but not the rows picked from it
-            count -= rows * size_in * (is_last if name == "attn.out" else at.recompute != "elementwise")
+            is_remade = at.recompute == "elementwise" and (name == "mlp.down" or model.norm_placement != "after")
+            count -= rows * size_in * (is_last if name == "attn.out" else not is_remade)
     return count
 
 
 def cast_bytes(model: ModelConfig, at: Layout) -> int:
     """One block's matrices and norms in the dtype of the computation; 0 where that is the masters'."""
-    norms = 2 * model.hidden_size + 2 * model.head_dim * bool(model.qk_norm)
-    return at.itemsize * (_block_matrices(model) + norms) * at.has_casts
+    return at.itemsize * (_block_matrices(model) + model.block_norm_params()) * at.has_casts
 
 
 def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
@@ -210,6 +219,7 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
 def head_moment(model: ModelConfig, at: Layout) -> MemoryUse:
     """Memory in the backward of the head, when all activations exist."""
     E, stream = model.head_params(), at.supervised * model.hidden_size * at.itemsize
+    streams = 2 + (model.logits_scale != 1.0)  # scaled hidden states are a copy
     chunk, gathered = chunk_bytes(model, at.supervised, at.itemsize), at.itemsize * E * (at.ranks > 1)
     if at.lora.rank:
         weights, working = gathered, max(chunk, 2 * stream)
@@ -224,16 +234,16 @@ def head_moment(model: ModelConfig, at: Layout) -> MemoryUse:
         working += 4 * E
     kept = 0 if at.offload_activations else _kept(model, at, model.num_layers)
     activations = kept + _kept_outside(model, at)
-    return _use(model, at, 0, weights, activations, working + 2 * stream)
+    return _use(model, at, 0, weights, activations, working + streams * stream)
 
 
 def block_moment(model: ModelConfig, at: Layout, layer: int) -> MemoryUse:
     """Memory in the backward of one block, after the backward of all later blocks."""
     E, B, later = model.head_params(), _block_matrices(model), model.num_layers - 1 - layer
-    is_last = later == 0
+    is_last, is_rotated = later == 0, model.rope_of(layer) is not None
     held = min(layer, 1) if at.offload_activations else layer  # offloaded: in backward the previous block is fetched
-    activations = _kept(model, at, held) + block_saved_bytes(model, at, is_last=is_last)
-    activations += at.token_budget * (8 + 4 * model.head_dim)
+    activations = _kept(model, at, held) + block_saved_bytes(model, at, is_rotated=is_rotated, is_last=is_last)
+    activations += at.token_budget * (8 + _angle_bytes(model))
     working = passing_bytes(model, at, is_last=is_last)
     if at.lora.rank:
         weights = 3 * at.itemsize * B * (at.ranks > 1)
@@ -311,15 +321,22 @@ def _kept(model: ModelConfig, at: Layout, num_blocks: int) -> int:
     """Bytes kept of the first blocks before their backward, without weights."""
     if at.recompute == "block":
         return num_blocks * 2 * at.token_budget * model.hidden_size * at.itemsize
-    has_last = num_blocks == model.num_layers
-    inside = (num_blocks - has_last) * block_saved_bytes(model, at)
-    return inside + has_last * block_saved_bytes(model, at, is_last=True)
+    last = model.num_layers - 1
+    kinds = Counter((model.rope_of(layer) is not None, layer == last) for layer in range(num_blocks))
+    return sum(
+        count * block_saved_bytes(model, at, is_rotated=is_rotated, is_last=is_last)
+        for (is_rotated, is_last), count in kinds.items()
+    )
 
 
 def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> float:
     """Gradients in flight within a block's MLP, and what is recomputed with them, at the fullest."""
     H, F, rows = model.hidden_size, model.intermediate_size, at.supervised if is_last else at.token_budget
     again = {"none": 0, "elementwise": rows * F, "block": at.token_budget * H}[at.recompute]
+    if at.lora.rank and "down_proj" not in at.lora.targets and at.recompute != "elementwise":
+        again += rows * F  # the gradient of what `down` reads, which else takes the place of what it read
+    if model.norm_placement != "before":
+        again -= rows * H  # what the last norm kept is gone
     return at.itemsize * (rows * 2 * F + at.token_budget * H + again)
 
 
@@ -327,8 +344,14 @@ def _kept_outside(model: ModelConfig, at: Layout) -> int:
     """Bytes kept outside the blocks, without dW."""
     cast = at.itemsize * model.hidden_size * (at.has_casts and not at.lora.rank)
     T, R = at.token_budget, at.supervised
-    return T * (8 + 4 * model.head_dim) + R * (4 + 2 * at.itemsize * model.hidden_size) + cast
+    return T * (8 + _angle_bytes(model)) + R * (4 + 2 * at.itemsize * model.hidden_size) + cast
 
 
 def _block_matrices(model: ModelConfig) -> int:
     return model.matmul_params() // model.num_layers
+
+
+def _angle_bytes(model: ModelConfig) -> int:
+    """Of a token's cos and sin, in fp32, of every kind of rotation that the blocks use."""
+    ropes = {model.rope_of(layer) for layer in range(model.num_layers)}
+    return sum(4 * int(model.head_dim * rope.partial_rotary_factor) for rope in ropes if rope is not None)

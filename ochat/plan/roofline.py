@@ -100,6 +100,7 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     embedding and the head; a share of OVERLAP overlaps with computation. AdamW moves 28 P / s bytes, the norm 4 P / s
     (14 and 2 where masters and moments are bf16, which need no casts, except for the sums of one process); moments on
     the host cross the bus, 16 P / s (8), and so do offloaded inputs of blocks, 4 e T H L.
+    These are Llama's operators; _moved_per_token and _recomputed_per_token count those of other norms and scales.
     With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
     gradients and optimizer.
     """
@@ -157,15 +158,22 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
 
 def _moved_per_token(model: ModelConfig) -> int:
     """Elements that the memory-bound operators of a block read and write for a token, forward and backward: two norms
-    with their residual 16 H, RoPE 4 (N + K) D, gradients of q, k and v in one tensor 2 (N + 2K) D, SwiGLU 8 F."""
-    heads = 6 * model.num_heads + 8 * model.num_kv_heads
-    return 16 * model.hidden_size + heads * model.head_dim + 8 * model.intermediate_size
+    with their residual 16 H, RoPE 4 (N + K) D, gradients of q, k and v in one tensor 2 (N + 2K) D, SwiGLU or GeGLU 8 F.
+
+    A norm after a branch is 5 H, a residual that no norm adds 6 H, a scale of a branch 4 H; norms of the heads of q and
+    k are one read more, norms over all their heads 5 (N + K) D."""
+    streams = {"before": 16, "both": 26, "after": 22}[model.norm_placement] + 8 * (model.residual_scale != 1.0)
+    norms = {"": 0, "head": 1, "full": 5}[model.qk_norm]
+    heads = (6 + norms) * model.num_heads + (8 + norms) * model.num_kv_heads
+    return streams * model.hidden_size + heads * model.head_dim + 8 * model.intermediate_size
 
 
 def _recomputed_per_token(model: ModelConfig) -> int:
-    """Elements that norms, RoPE and SwiGLU read and write again for a token of a block."""
-    heads = model.num_heads + model.num_kv_heads
-    return 4 * model.hidden_size + 2 * heads * model.head_dim + 3 * model.intermediate_size
+    """Elements that norms, RoPE and SwiGLU read and write again for a token of a block; what norms after the branches
+    gave is not asked for."""
+    heads = (model.num_heads + model.num_kv_heads) * (2 if model.qk_norm == "full" else 1)
+    streams = 0 if model.norm_placement == "after" else 4
+    return streams * model.hidden_size + 2 * heads * model.head_dim + 3 * model.intermediate_size
 
 
 def _after_attention(model: ModelConfig) -> int:

@@ -20,6 +20,9 @@ MODELS = {
     "3B": ModelConfig("llama", 128256, 3072, 8192, 28, 24, 8, 128, tie_embeddings=True),
     "1B": ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, tie_embeddings=True),
     "135M": ModelConfig("llama", 49152, 576, 1536, 30, 9, 3, 64, tie_embeddings=True),
+    "norms everywhere": ModelConfig(
+        "llama", 128256, 4096, 14336, 32, 32, 8, 128, norm_placement="both", qk_norm="head"
+    ),
 }
 H200 = dataclasses.replace(GPUS["H200"], attention_tflops=FLASH_3_HOPPER)  # as the ceilings assume
 
@@ -58,6 +61,7 @@ def test_more_work_takes_longer():
     base = predict().step_seconds
     assert predict(share=0.3).step_seconds < base
     assert predict(length=8192).step_seconds > base
+    assert predict("norms everywhere").step_seconds > base
     assert predict(imbalance=1.2).step_seconds == pytest.approx(base * 1.2, rel=0.02)
     assert predict(recompute="block").step_seconds > 1.2 * base
     assert base < predict(recompute="elementwise").step_seconds < 1.05 * base
