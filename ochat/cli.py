@@ -38,6 +38,7 @@ COMMANDS = {
     "plan": "show what a run will do: steps, packing, learning rate",
     "train": "train on one process (many: torchrun -m ochat.train)",
     "export": "write a checkpoint as a Hugging Face folder",
+    "verify-export": "compare a server's ids and answers with training's",
     "generate": "answer prompts under a condition",
     "chat": "talk to a model, and compare its classes",
     "serve": "serve an export with vLLM",

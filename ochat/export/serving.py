@@ -37,6 +37,7 @@ from ochat.text.template import FOLDER, Template
 from ochat.text.tokenizer import Tokenizer
 from ochat.text.tokenizer_convert import BOUNDARY
 
+GENERATION = "generation_config.json"
 Boundary = Literal["auto", "always", "never"]
 
 
@@ -54,7 +55,7 @@ def write(
     # the end of turn first: what reads one id alone takes the first
     stops = list(dict.fromkeys((tokenizer.special_tokens[template.eot], *eos_ids)))
     settings = {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if stops[1:] else stops[0], "do_sample": False}
-    atomic.write_json(folder / "generation_config.json", settings)
+    atomic.write_json(folder / GENERATION, settings)
     # model_type is the name that OpenChat's server looks up; the rest is what `ochat generate` goes by
     described = {"model_type": template.name, "template": template.to_dict(), "classes": list(classes)}
     atomic.write_json(folder / OPENCHAT, described)
@@ -65,7 +66,7 @@ def eos_ids_of(base: Path) -> tuple[int, ...]:
 
     Raises: ConfigError for a damaged file.
     """
-    for name in ("generation_config.json", "config.json"):
+    for name in (GENERATION, "config.json"):
         path = base / name
         found = bounded_json.read_object(path, ConfigError, "fetch it again") if path.is_file() else {}
         if (ids := found.get("eos_token_id")) is not None:
@@ -109,6 +110,16 @@ def lacks_boundary(folder: Path, template: Template, tokenizer: Tokenizer) -> bo
     """Whether the exported folder is without the boundary that its template needs with this tokenizer."""
     source = bounded_json.read_object(folder / "tokenizer_config.json", CheckpointError, "export the run again")
     return BOUNDARY not in source["chat_template"] and BOUNDARY in render(template, tokenizer)
+
+
+def spells_boundary(text: str) -> bool:
+    """Whether a server's tokens spell the boundary, in whole or in part."""
+    return BOUNDARY[0] in text or BOUNDARY[1] in text
+
+
+def without_boundary(text: str) -> str:
+    """What an export without a boundary renders instead."""
+    return text.replace(BOUNDARY, "")
 
 
 class Served:
