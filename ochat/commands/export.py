@@ -1,6 +1,7 @@
 """`ochat export RUN OUTPUT`: write a run's weights as a Hugging Face folder that any server loads.
 
 ochat export runs/a exported/a            the newest checkpoint of a run, or `runs/a/checkpoints/step_20`
+ochat export runs/a exported/a --gguf a.gguf
 ochat export runs/a exported/a --best     the checkpoint with the lowest held-out loss of the expert class
 """
 
@@ -47,6 +48,8 @@ class ExportOptions:
     data: tuple[Path, ...] = ()
     """what messages are counted in that an export without the mark changes: prepared data or conversations; left out:
     the run's"""
+    gguf: Path | None = None
+    """a file to write for llama.cpp, too, by its own converter"""
     base: str = ""
     """of a run with [lora]: the folder of its base, if it was moved"""
     overwrite: bool = False
@@ -56,6 +59,7 @@ class ExportOptions:
 def main(options: ExportOptions) -> None:
     """Export a checkpoint and say which."""
     from ochat.checkpoint.best import best_checkpoint  # torch takes seconds to import
+    from ochat.export import gguf_file
     from ochat.export.hf_folder import export
     from ochat.run import layout
 
@@ -67,12 +71,22 @@ def main(options: ExportOptions) -> None:
         kept = {layout.step_of(folder) for folder in layout.checkpoint_folders(options.source)}
         stdout.print(best_table(f"evaluations of {options.source}", choice, kept))
         source = choice.folder
+    if options.gguf:
+        gguf_file.find_converter()
+        if options.adapter:
+            raise ConfigError("--gguf writes a whole model; leave out --adapter")
+        if options.gguf.exists() and not options.overwrite:
+            raise ConfigError(f"{options.gguf}: exists; add --overwrite to replace it")
     with waiting("exporting"):
         step = export(
             source, options.output, dtype=options.dtype, overwrite=options.overwrite, base=options.base,
             condition=options.condition, adapter=options.adapter, boundary=options.boundary,
         )  # fmt: skip
     stdout.print(f"exported step {step} to {options.output}", markup=False, soft_wrap=True)
+    if options.gguf:
+        with waiting("converting"):
+            gguf_file.write(options.output, options.gguf, options.dtype)
+        stdout.print(f"wrote {options.gguf}", markup=False, soft_wrap=True)
     if note := boundary_note(options):
         stdout.print(note, markup=False, soft_wrap=True)
 

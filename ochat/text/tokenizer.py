@@ -268,10 +268,17 @@ class Tokenizer:
         names: dict[str, Any] = ({"bos_token": self.bos} if self.bos else {}) | {"eos_token": eos_token}
         if self.bos and self.adds_bos != (self.kind != "json" or self._writes_bos):  # what reading it back would find
             names["add_bos_token"] = self.adds_bos
+        if self.kind == "sentencepiece":  # what reads tokenizer.model (llama.cpp's converter) finds no others
+            flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+            added = self.special_tokens.keys() - self.pieces
+            names["added_tokens_decoder"] = {
+                str(i): {"content": token, **flags} for token, i in self.special_tokens.items() if token in added
+            }
         # clean-up would change decoded text ("do n't"), which then encodes to other ids
         fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         atomic.write_json(folder / "tokenizer.json", for_server(self.to_json(), boundary=BOUNDARY in chat_template))
         atomic.write_json(folder / "tokenizer_config.json", fixed | names | {"chat_template": chat_template})
-        atomic.write_json(folder / "special_tokens_map.json", names)
+        named = {key: text for key, text in names.items() if key in ("bos_token", "eos_token")}
+        atomic.write_json(folder / "special_tokens_map.json", named)
         if self.content:
             (folder / "tokenizer.model").write_bytes(self.content)
