@@ -105,11 +105,12 @@ def rope_cases() -> None:
 
 
 def qk_norm_rope_cases() -> None:
-    """Heads of Qwen3 (0.6B to 32B), of Gemma 3 (1B, 4B, 27B), of odd sizes, and such that only a part of them turns."""
+    """Heads of Qwen3 and SmolLM2 without an offset, of Gemma 3 (1B, 4B) with one, of Qwen3-Next, which turns a quarter
+    of each, and of odd sizes; then the layouts and dtypes of one size."""
     fp32, bf16, fp16 = FLOATS
-    heads = [(16, 8, 128, 128), (32, 8, 128, 128), (64, 8, 128, 128), (4, 1, 256, 256), (8, 4, 256, 256)]
-    heads += [(32, 16, 128, 128), (5, 3, 14, 14), (9, 3, 64, 64), (16, 16, 256, 64), (24, 8, 128, 96), (5, 3, 15, 4)]
-    for (N, K, D, d), dtype, offset in product(heads, (fp32, bf16), (0.0, 1.0)):
+    heads = [(32, 8, 128, 128, 0.0), (4, 1, 256, 256, 1.0), (8, 4, 256, 256, 1.0), (9, 3, 64, 64, 0.0)]
+    heads += [(16, 2, 256, 64, 1.0), (5, 3, 14, 14, 0.0), (5, 3, 15, 4, 1.0)]
+    for (N, K, D, d, offset), dtype in product(heads, (fp32, bf16)):
         _qk_norm_rope(empty(T, N + 2 * K, D, dtype=dtype), N, K, d, offset)
     N, K, D = 32, 8, 128
     for packed in [*layouts(T, (N + 2 * K) * D, dtype=bf16), empty(T, (N + 2 * K) * D, dtype=fp16)]:

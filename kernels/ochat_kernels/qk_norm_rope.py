@@ -24,7 +24,7 @@ PROGRAMS = 4  # of the backward, for each of the card's processors: what its reg
 def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, yq_ptr, yk_ptr, rstd_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, T, eps, OFFSET: tl.constexpr,
-    N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    N, K, HALF: tl.constexpr, REST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
@@ -40,7 +40,7 @@ def qk_norm_rope_fwd_kernel(
 
 @triton.jit
 def _norm_and_turn(x_ptr, weight_ptr, y_ptr, rstd_at, stride_xt, stride_xh, t, i, cos, sin, T, eps,
-                   OFFSET: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+                   OFFSET: tl.constexpr, HEADS, HALF: tl.constexpr, REST: tl.constexpr,
                    BLOCK_H: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """Every head of x, at tokens `t` (BLOCK_T, 1, 1) and pairs `i` (1, 1, BLOCK_I), into y (T, HEADS, D)."""
     D: tl.constexpr = 2 * HALF + REST
@@ -51,7 +51,7 @@ def _norm_and_turn(x_ptr, weight_ptr, y_ptr, rstd_at, stride_xt, stride_xh, t, i
         h = start + tl.arange(0, BLOCK_H)[None, :, None]
         inside = (t < T) & (h < HEADS)
         mask = inside & (i < HALF)
-        x_row, y_row = x_ptr + t * stride_xt + h.to(tl.int64) * stride_xh, y_ptr + (t * HEADS + h) * D
+        x_row, y_row = x_ptr + t * stride_xt + h.to(tl.int64) * stride_xh, y_ptr + t * (HEADS * D) + h * D
         first = tl.load(x_row + i, mask=mask, other=0.0).to(tl.float32)
         second = tl.load(x_row + HALF + i, mask=mask, other=0.0).to(tl.float32)
         squares = tl.sum(first * first + second * second, axis=2, keep_dims=True)
@@ -72,7 +72,7 @@ def _norm_and_turn(x_ptr, weight_ptr, y_ptr, rstd_at, stride_xt, stride_xh, t, i
 def qk_norm_rope_bwd_kernel(
     dyq_ptr, dyk_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dq_ptr, dk_ptr, partial_ptr,
     stride_dyqt, stride_dyqh, stride_dykt, stride_dykh, stride_qt, stride_qh, stride_kt, stride_kh, T,
-    OFFSET: tl.constexpr, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+    OFFSET: tl.constexpr, N, K, HALF: tl.constexpr, REST: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     D: tl.constexpr = 2 * HALF + REST
@@ -91,7 +91,7 @@ def qk_norm_rope_bwd_kernel(
 @triton.jit
 def _turn_back(dy_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, partial_ptr,
                stride_dyt, stride_dyh, stride_xt, stride_xh, T, OFFSET: tl.constexpr,
-               HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+               HEADS, ALL_HEADS, HALF: tl.constexpr, REST: tl.constexpr,
                BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr):  # fmt: skip
     """The gradient of x (T, HEADS, D) at this program's tokens, and their sums (D,) for the weight."""
     D: tl.constexpr = 2 * HALF + REST
@@ -112,7 +112,7 @@ def _turn_back(dy_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, pa
             mask = inside & (i < HALF)
             dy_row = dy_ptr + t * stride_dyt + h.to(tl.int64) * stride_dyh
             x_row = x_ptr + t * stride_xt + h.to(tl.int64) * stride_xh
-            dx_row = dx_ptr + (t * HEADS + h) * D
+            dx_row = dx_ptr + t * (HEADS * D) + h * D
             rstd = tl.load(rstd_ptr + t * ALL_HEADS + h, mask=inside, other=0.0)
             first_dy = tl.load(dy_row + i, mask=mask, other=0.0).to(tl.float32)
             second_dy = tl.load(dy_row + HALF + i, mask=mask, other=0.0).to(tl.float32)

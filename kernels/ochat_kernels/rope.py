@@ -90,9 +90,10 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
 def head_blocks(num_kv_heads: int, D: int, half: int, element_size: int) -> dict[str, int]:
     """Tokens, heads, pairs and elements not turned of a tile: heads by k, whose count divides q's, then tokens until
     threads are busy."""
-    elements = 32 * NUM_WARPS * PAIR_BYTES // element_size
+    pair_bytes = PAIR_BYTES if D * element_size % 16 == 0 else PAIR_BYTES // 4  # an address for every element
+    elements = 32 * NUM_WARPS * pair_bytes // element_size
     block_i, block_r = triton.next_power_of_2(half), triton.next_power_of_2(max(1, D - 2 * half))
-    width = max(block_i, block_r // 2)
+    width = max(block_i, block_r)
     block_h = min(triton.next_power_of_2(max(1, num_kv_heads)), MAX_BLOCK_H, max(1, elements // width))
     block_t = max(1, elements // (block_h * width))
     return {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_I": block_i, "BLOCK_R": block_r}

@@ -119,15 +119,20 @@ def test_norms_at_real_sizes(H):
 
 
 @pytest.mark.parametrize(("N", "K", "D"), [(32, 8, 128), (32, 8, 64), (64, 8, 128)])
-def test_rope_and_swiglu_at_real_sizes(N, K, D):
+def test_rotations_and_gates_at_real_sizes(N, K, D):
     q, k = random(4096, N, D, dtype=BF16), random(4096, K, D, dtype=BF16, seed=1)
     angles = random(4096, D // 2, seed=2)
     cos, sin = angles.cos(), angles.sin()
     assert_op(*[lambda q, k, m=m: m.rope(q, k, cos, sin) for m in (triton_ops, reference)], [q, k])
-    assert_op(triton_ops.swiglu, reference.swiglu, [random(1024, 2 * N * D, dtype=BF16)])
+    weights = [random(D, dtype=BF16, seed=seed) for seed in (3, 4)]
+    assert_op(*[lambda *x, m=m: m.qk_norm_rope(*x, cos, sin, EPS) for m in (triton_ops, reference)], [q, k, *weights])
+    for name in ("swiglu", "geglu"):
+        assert_op(*[getattr(m, name) for m in (triton_ops, reference)], [random(1024, 2 * N * D, dtype=BF16)])
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entropy"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "linear_cross_entropy"]
+)
 def test_nothing_waits_for_the_gpu(name, plain_mode):
     function, leaves = operators(2048, 2048, BF16)[name]
     step(function, leaves)  # compiles
