@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,6 +222,17 @@ class ModelConfig:
         flops *= lengths
         flops += self.flops_per_step(0, 0, 1) * num_supervised
         return flops
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """The fields of a ModelConfig that distinguish its computation, as JSON: none at its default, so that a field of a
+    later version changes nothing for the models of today."""
+    found = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.compare and value != each.default:
+            found[each.name] = settings(value) if is_dataclass(value) else value
+    return found
 
 
 def _check_heads(config: ModelConfig, fields: Fields) -> None:

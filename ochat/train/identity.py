@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import tomllib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.errors import ConfigError
 from ochat.files import atomic
-from ochat.model.config import ModelConfig
+from ochat.model.config import ModelConfig, settings
 from ochat.run import layout
 from ochat.run.nonfinite import Bins
 from ochat.text.template import Template
@@ -68,10 +68,9 @@ def served_template(dataset: TokenDataset) -> Template:
 
 def identity(loader: Loader, model: ModelConfig, data: DataConfig, seed: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes from it must have in common, as name -> short value."""
-    shape = {key: value for key, value in asdict(model).items() if key != "dtype"}
     plan = loader.plan(0)
     return {
-        "model": _digest(json.dumps(shape, sort_keys=True, default=str).encode()),
+        "model": _digest(json.dumps(settings(model), sort_keys=True).encode()),
         "template": loader.dataset.template.name,
         "data set": loader.dataset.fingerprint[:16],
         "run.seed": seed,

@@ -9,7 +9,7 @@ import transformers
 
 from ochat.errors import ConfigError
 from ochat.model import hf
-from ochat.model.config import ModelConfig
+from ochat.model.config import ModelConfig, settings
 from ochat.model.families import warn_once
 from ochat.model.rope import RopeConfig
 from tests.model_families import FAMILIES, config
@@ -180,6 +180,13 @@ def test_dropout_is_warned_of(caplog):
     assert ModelConfig.from_hf(dropped) == ModelConfig.from_hf(LLAMA)
     assert "attention_dropout: no dropout is applied in training" in caplog.text
     assert ModelConfig.from_hf(dropped).to_hf()["attention_dropout"] == 0.1
+
+
+def test_settings_hold_what_distinguishes_two_models_and_no_default():
+    config = ModelConfig.from_hf(LLAMA | {"rope_theta": 5e5, "dtype": "bfloat16", "hidden_act": "silu"})
+    wanted = {"model_type": "llama", "hidden_size": 32, "rope": {"theta": 5e5}}
+    assert settings(config).items() >= wanted.items() and not settings(config).keys() & {"dtype", "source", "qk_norm"}
+    json.dumps(settings(dataclasses.replace(config, windows=(None, 3))))
 
 
 def test_what_was_changed_in_code_must_be_expressible():
