@@ -105,8 +105,9 @@ def _asking(options: VerifyExportOptions) -> Iterator[tuple[Ask, Callable[[], st
             yield by_server(url), lambda: versions[0]
     else:
         assert options.gguf is not None
-        with engines.llama_cpp(options.gguf, options.python) as url:
-            yield by_server(url), lambda: versions[0]
+        with engines.llama_cpp(options.gguf, options.python) as url:  # its own version is of no release
+            version = engines.version("xllamacpp", options.python)
+            yield by_server(url), lambda: f"llama.cpp, xllamacpp {version}"
 
 
 def table(title: str, compared: Compared) -> Table:

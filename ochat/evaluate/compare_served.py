@@ -176,8 +176,8 @@ def _compare_class(
     tolerance = TOLERANCES.get(exported.config.dtype, TOLERANCES["bfloat16"])
     answers = generate(exported.model, prompts, max_new_tokens=MOST, stop_ids=exported.stop_ids)
     greedy_equal, ties, largest = 0, 0, None
-    for chat, prompt, ours, reply in zip(chats, prompts, answers, replies, strict=True):
-        difference = None
+    for chat, prompt, ours, told in zip(chats, prompts, answers, replies, strict=True):
+        reply, difference = _with_withheld(exported.tokenizer, ours, told), None
         if reply.answer_ids and reply.logprobs:
             difference = _logprob_difference(exported.model, prompt, reply.answer_ids, reply.logprobs)
             largest = difference if largest is None else max(largest, difference)
@@ -241,6 +241,24 @@ def _answer_problem(
         exported.tokenizer.model.decode(each[at : at + 6], skip_special_tokens=False) for each in (ours, theirs)
     )
     return f"the answer goes on with {other!r} for {own!r} after {at} tokens", False
+
+
+def _with_withheld(tokenizer: Tokenizer, ours: list[int], reply: Reply) -> Reply:
+    """The reply with those of our tokens put in that are part of a character, where it tells fewer than it counts."""
+    if not reply.withheld or reply.answer_ids is None or reply.logprobs is None:
+        return reply
+    told = list(zip(reply.answer_ids, reply.logprobs, strict=True))
+    found, left = [], reply.withheld
+    for token in ours:
+        if told and told[0][0] == token:
+            found.append(told.pop(0))
+        elif left and "\ufffd" in tokenizer.decode([token]):
+            found.append((token, {}))
+            left -= 1
+        else:
+            break
+    found += told
+    return replace(reply, answer_ids=[token for token, _ in found], logprobs=[each for _, each in found])
 
 
 @torch.no_grad()

@@ -97,6 +97,12 @@ def llama_cpp(gguf: Path, python: str) -> Iterator[str]:
         yield url
 
 
+def version(package: str, python: str) -> str:
+    """The version of a package in the environment of an interpreter."""
+    program = [python, "-c", f"import importlib.metadata as m; print(m.version({package!r}))"]
+    return subprocess.run(program, env=_environment(), capture_output=True, text=True).stdout.strip()
+
+
 @contextmanager
 def _running(package: str, program: list[str], port: int, environment: dict[str, str]) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"

@@ -35,6 +35,7 @@ class Reply:
     answer_ids: list[int] | None
     text: str
     logprobs: list[dict[int, float]] | None  # of each token of the answer: its own and the likeliest
+    withheld: int = 0  # tokens of the answer that are not told: llama.cpp's that end within a character
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -80,8 +81,10 @@ class Server:
             if self.kind == "llama.cpp":
                 answer_ids = [each["id"] for each in choice["logprobs"]["content"]]
             prompt_ids = found.get("prompt_token_ids") or prompt_ids
-            count = (found.get("usage") or {}).get("prompt_tokens")
-            return Reply(prompt_ids, count, answer_ids, choice["message"].get("content") or "", logprobs)
+            usage = found.get("usage") or {}
+            withheld = max(usage.get("completion_tokens", 0) - len(answer_ids or ()), 0)
+            text = choice["message"].get("content") or ""
+            return Reply(prompt_ids, usage.get("prompt_tokens"), answer_ids, text, logprobs, withheld)
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"{self.url}: an answer of another shape than a chat completion ({error!r})") from None
 

@@ -159,6 +159,19 @@ def test_a_tie_is_no_difference_and_a_merge_is_counted(exported):
     assert (row.ids_equal, row.merged) == (1, 1) and not any("ids" in problem for problem in problems)
 
 
+def test_tokens_within_a_character_that_a_server_does_not_tell_are_put_in(exported):
+    """llama.cpp leaves them out of its list. Only where it counts more than it tells, and only our own."""
+    tokenizer = Exported.open(exported, "cpu").tokenizer
+    a, b, euro = (tokenizer.encode(text) for text in ("a", "b", "€"))
+    ours = [*a, *euro, *b]
+    told = compare_served.Reply([1], 1, [*a, euro[2], *b], "", [{1: 0.0}, {2: 0.0}, {3: 0.0}], withheld=2)
+    filled = compare_served._with_withheld(tokenizer, ours, told)
+    assert filled.answer_ids == ours and filled.logprobs == [{1: 0.0}, {}, {}, {2: 0.0}, {3: 0.0}]
+    assert compare_served._with_withheld(tokenizer, ours, replace(told, withheld=0)).answer_ids == told.answer_ids
+    other = replace(told, answer_ids=[*a, *a, *b])
+    assert compare_served._with_withheld(tokenizer, [*a, *b, *b], other).answer_ids == other.answer_ids
+
+
 class Merging:
     """A served folder that makes other ids."""
 
