@@ -15,6 +15,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,19 @@ from ochat.model.config import ModelConfig
 LENGTHS = (40, 1, 11, 23)  # on both sides of the windows and of the trained length
 WINDOW, CONTEXT, LAYERS, VOCABULARY = 6, 16, 7, 131
 FP32, SLACK = 2e-5, 1.5  # what is allowed: of the scale; times transformers' own error in bfloat16
-COLUMNS = ("config", "model_type", "accepted", "parameters", "fp32", "bf16", "bf16_transformers", "says")
+COLUMNS = (
+    "date",
+    "torch",
+    "transformers",
+    "config",
+    "model_type",
+    "accepted",
+    "parameters",
+    "fp32",
+    "bf16",
+    "bf16_transformers",
+    "says",
+)
 
 
 class Errors(NamedTuple):
@@ -138,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.add_row(path.stem, str(found.get("model_type")), *numbers, says)
         if rows is not None:
             count = "" if errors is None else config.num_parameters()
-            values = (path.stem, found.get("model_type"), errors is not None, count, *numbers, says)
+            versions = (datetime.now(UTC).date(), torch.__version__, transformers.__version__)
+            values = (*versions, path.stem, found.get("model_type"), errors is not None, count, *numbers, says)
             rows.add(dict(zip(COLUMNS, values, strict=True)))
     stdout.print(table)
     stdout.print(f"{accepted} accepted, {accepted - differ} of them equal; all others are refused")
