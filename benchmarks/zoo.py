@@ -140,17 +140,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found, says, errors = json.loads(path.read_text()), "", None
         try:
             config = ModelConfig.from_hf(found, path.name)
+        except ConfigError as refusal:
+            config, says = None, str(refusal)
+        if config is not None:
             with tempfile.TemporaryDirectory() as folder:
                 errors = compare(tiny_record(config), Path(folder))
-        except ConfigError as refusal:
-            says = str(refusal)
         accepted += errors is not None
         differ += errors is not None and not errors.is_equal
         numbers = ("", "", "") if errors is None else tuple(f"{each:.1e}" for each in errors)
         says = says or ("equal" if errors is not None and errors.is_equal else "DIFFERENT")
         table.add_row(path.stem, str(found.get("model_type")), *numbers, says)
         if rows is not None:
-            count = "" if errors is None else config.num_parameters()
+            count = "" if config is None else config.num_parameters()
             versions = (datetime.now(UTC).date(), torch.__version__, transformers.__version__)
             values = (*versions, path.stem, found.get("model_type"), errors is not None, count, *numbers, says)
             rows.add(dict(zip(COLUMNS, values, strict=True)))
