@@ -89,6 +89,11 @@ class ModelConfig:
         fields = Fields(record, where)
         family = families.find(fields)
         families.check(fields, family)
+        return cls._read(fields, family)
+
+    @classmethod
+    def _read(cls, fields: Fields, family: Family) -> ModelConfig:
+        record = fields.record
         sizes, keys = families.sizes(fields, family), families.read_keys(family)
         default = family.attention_bias
         attention_bias = default is not None and fields.flag("attention_bias", default)
@@ -134,7 +139,6 @@ class ModelConfig:
         family = FAMILIES[self.model_type]
         generic: dict[str, Any] = {
             **{key: getattr(self, ours) for ours, (key, _) in families.SIZES.items()},
-            family.activation_key: family.activations[0],
             "rms_norm_eps": self.norm_eps,
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_embeddings,
@@ -146,6 +150,7 @@ class ModelConfig:
         if family.reads_mlp_bias:
             generic["mlp_bias"] = self.mlp_bias
         newer = {"dtype", "rope_parameters"}  # spelled below as older versions do
+        rope = rope_settings.to_hf(self.rope, self.local_rope)
         known = {key: value for key, value in self.source.items() if key not in newer}
         record = (
             _windows_to_hf(self, family)
@@ -155,7 +160,8 @@ class ModelConfig:
                 "architectures": [family.architecture],
                 "model_type": self.model_type,
                 "vocab_size": self.vocab_size,
-                **rope_settings.to_hf(self.rope, self.local_rope),
+                family.activation_key: family.activations[0],  # Gemma's "gelu" is another one in some versions
+                **{key: value for key, value in rope.items() if key in families.read_keys(family)},
                 "bos_token_id": self.bos_token_id,
                 "eos_token_id": self.eos_token_ids[0]
                 if len(self.eos_token_ids) == 1
@@ -165,7 +171,7 @@ class ModelConfig:
                 "torch_dtype": self.dtype,
             }
         )
-        if ModelConfig.from_hf(record) != self:
+        if ModelConfig._read(Fields(record, "config.json"), family) != self:
             raise ConfigError(f"config.json of a {self.model_type} model cannot express all of {self}")
         return record
 

@@ -170,8 +170,13 @@ SIZES = {
     "num_kv_heads": ("num_key_value_heads", 1 << 14),
     "head_dim": ("head_dim", 1 << 14),
 }
+QUANTISED = ": the weights are quantised; take the unquantised base"
 REFUSED = {
-    "quantization_config": ": the weights are quantised; take the unquantised base",
+    "quantization_config": QUANTISED,
+    "quantization": QUANTISED,  # of MLX
+    "compression_config": QUANTISED,  # of compressed-tensors before it was quantization_config
+    "dual_chunk_attention_config": ": not implemented; it changes nothing in documents of up to chunk_size - "
+    "local_size tokens: remove it from config.json to train on those",
     "use_bidirectional_attention": ": only causal attention is implemented",
 }
 DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")
@@ -192,8 +197,25 @@ HARMLESS_KEYS = frozenset(
     forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty remove_invalid_values
     decoder_start_token_id sep_token_id prefix task_specific_params finetuning_task cache_implementation
     tokenizer_class auto_map pretraining_tp chunk_size_feed_forward is_decoder is_encoder_decoder hidden_act
-    _sliding_window_pattern""".split()  # noqa: SIM905
+    _sliding_window_pattern max_window_layers""".split()  # noqa: SIM905
 )
+# Read by makers' code or by old versions; at this value they say what our model does anyway
+NEUTRAL = {"full_attn_mod": 1, "interpolate_factor": 1, "hidden_activation": "gelu_pytorch_tanh"}
+# Kinds of models that are not implemented, and keys by which they are known
+KINDS = {
+    "mixture-of-experts": frozenset(
+        """num_experts num_local_experts n_routed_experts moe_num_experts num_experts_per_tok""".split()  # noqa: SIM905
+    ),
+    "multimodal": frozenset(
+        """vision_config audio_config text_config thinker_config visual img_processor audio_processor mm_vision_tower
+        image_token_id image_token_index""".split()  # noqa: SIM905
+    ),
+    "linear-attention or state-space": frozenset(
+        """mamba_d_state mamba_d_ssm mamba_d_conv state_size ssm_state_size linear_num_key_heads linear_conv_kernel_dim
+        hybrid_override_pattern layers_block_type lru_width""".split()  # noqa: SIM905
+    ),
+    "encoder-decoder": frozenset(["is_encoder_decoder"]),
+}
 
 
 def is_multimodal(record: Mapping[str, Any]) -> bool:
@@ -223,12 +245,21 @@ def find(fields: Fields) -> Family:
     """The family of a config's model_type, its architecture checked. Raises: ConfigError."""
     model_type = fields.value("model_type", REQUIRED)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise fields.fail("model_type", f" is {shown(model_type)}: not implemented ({', '.join(FAMILIES)} are)")
+        kinds = ", ".join(_kinds(fields.record))
+        kind = f" ({kinds} model)" if kinds else ""
+        raise fields.fail("model_type", f" is {shown(model_type)}{kind}: not implemented ({', '.join(FAMILIES)} are)")
     family = FAMILIES[model_type]
     found = fields.record.get("architectures") or [family.architecture]
     if found != [family.architecture]:
         raise fields.fail("architectures", f" is {shown(found)}; expected [{family.architecture!r}] for {model_type!r}")
     return family
+
+
+def _kinds(record: Mapping[str, Any]) -> list[str]:
+    """What kinds of an unknown model its keys, or those of its text model, tell."""
+    inner = record.get("text_config")
+    keys = {key for part in (record, inner) if isinstance(part, Mapping) for key, value in part.items() if value}
+    return [kind for kind, marks in KINDS.items() if keys & marks]
 
 
 def read_keys(family: Family) -> frozenset[str]:
@@ -261,7 +292,8 @@ def check(fields: Fields, family: Family) -> None:
     dropouts = [key for key in DROPOUTS if record.get(key)]
     if dropouts:
         warn_once(f"{fields.where}: {', '.join(dropouts)}: no dropout is applied in training")
-    unread = sorted(key for key in record.keys() - read_keys(family) - HARMLESS_KEYS if record[key])
+    unknown = record.keys() - read_keys(family) - HARMLESS_KEYS
+    unread = sorted(key for key in unknown if record[key] and record[key] != NEUTRAL.get(key))
     if unread and record.get("auto_map"):
         raise fields.fail(unread[0], f" = {shown(record[unread[0]])}: may be read by the model's own code (auto_map)")
     if unread:

@@ -29,7 +29,9 @@ SCALING_KEYS = {
     "longrope": ("short_factor", "long_factor", WHOLE, "attention_factor"),
 }
 OPTIONAL = {"attention_factor": None, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
-OTHER_KEYS = {"yarn": ("mscale", "mscale_all_dim", "attn_factor"), "longrope": ("factor",)}  # they become those above
+OTHER_KEYS = {  # they become those above, or say nothing more
+    "yarn": ("mscale", "mscale_all_dim", "attn_factor", "finetuned"), "longrope": ("factor",), "dynamic": (WHOLE,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,8 @@ def _from_table(fields: Fields, outer: Fields, theta_key: str, theta: float) -> 
 def _setting(fields: Fields, outer: Fields, name: str) -> Any:
     if name == WHOLE:
         place, key = _place(fields, outer, name)
+        if _kind(fields) == "yarn" and place.record.get(key) is None:  # as transformers
+            place, key = outer, "max_position_embeddings"
         return place.integer(key, least=2)  # LongRoPE divides by its logarithm
     if name == "truncate":
         return fields.flag(name, True)

@@ -25,6 +25,8 @@ QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
 GEMMA2 = LLAMA | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
 GEMMA3 = LLAMA | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
 SMOLLM3 = LLAMA | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}
+PHI3 = LLAMA | {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+PHI3_CODE = {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
 OWN_CODE = {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}
 LLAMA3_ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -110,18 +112,29 @@ def test_windows_per_layer(record, windows):
 @pytest.mark.parametrize(
     ("base", "change", "named"),
     [
-        (LLAMA, {"model_type": "mixtral"}, "model_type is 'mixtral'"),
+        (LLAMA, {"model_type": "arcee"}, "model_type is 'arcee': not implemented .llama, "),
+        (LLAMA, {"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' .mixture-of-experts model.: not implem"),
+        (LLAMA, {"model_type": "qwen3_vl", "text_config": LLAMA}, "'qwen3_vl' .multimodal model.: not implemented"),
+        (
+            LLAMA,
+            {"model_type": "jamba", "text_config": {"num_experts": 16, "mamba_d_state": 16}},
+            "'jamba' .mixture-of-experts, multimodal, linear-attention or state-space model.: not implemented",
+        ),
+        (LLAMA, {"model_type": "t5gemma", "is_encoder_decoder": True}, "'t5gemma' .encoder-decoder model."),
         (LLAMA, {"model_type": None}, "model_type is missing"),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures.*SequenceClassification"),
         (LLAMA, {"architectures": ["MistralForCausalLM"]}, "architectures"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config.*take the unquantised base"),
+        (LLAMA, {"quantization": {"bits": 4}}, "quantization = .*take the unquantised base"),
+        (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 9}}, "dual_chunk.*remove it from config.json to train"),
         (LLAMA, {"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),
         (
             LLAMA,
             {"auto_map": OWN_CODE, "some_new_trick": True},
             "some_new_trick = True: may be read by the model",
         ),
+        (PHI3, {"auto_map": PHI3_CODE, "interpolate_factor": 2}, "interpolate_factor = 2: may be read by the model"),
         (LLAMA, {"is_causal": False}, "is_causal is false; only causal attention"),
         (GEMMA2, {"use_bidirectional_attention": True}, "use_bidirectional_attention.*only causal attention"),
         (GEMMA2, {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
@@ -194,6 +207,27 @@ def test_what_was_changed_in_code_must_be_expressible():
     assert (config.to_hf()["vocab_size"], config.to_hf()["eos_token_id"]) == (70, [3, 4])
     with pytest.raises(ConfigError, match="a llama model cannot express"):
         dataclasses.replace(config, residual_scale=0.5).to_hf()
+
+
+def test_what_phi4_mini_says_to_its_own_code_changes_nothing(caplog):
+    warn_once.cache_clear()
+    found = ModelConfig.from_hf(PHI3 | {"auto_map": PHI3_CODE, "full_attn_mod": 1, "interpolate_factor": 1})
+    assert found == ModelConfig.from_hf(PHI3) and not caplog.text
+
+
+def test_gelu_of_gemma_1_is_written_as_what_it_means():
+    """Versions of transformers differ in what they take for "gelu"."""
+    gemma = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"}
+    assert ModelConfig.from_hf(gemma).to_hf()["hidden_act"] == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_written_is_read_without_a_warning(family, caplog):
+    warn_once.cache_clear()
+    ours = ModelConfig.from_hf(config(family).to_dict() | {"attention_dropout": 0.0})
+    caplog.clear()
+    ModelConfig.from_hf(ours.to_hf())
+    assert not caplog.text
 
 
 def test_harmless_settings_are_no_obstacle():

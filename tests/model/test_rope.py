@@ -122,6 +122,14 @@ def test_settings_read_back_in_both_spellings(drawn):
     )
 
 
+def test_settings_that_transformers_derives_or_passes_over():
+    """YaRN's original length where the file has none; what LLaMA-Factory and Nous Research write besides."""
+    read = rope.from_hf({"rope_scaling": YARN | {"finetuned": True}, "max_position_embeddings": 64})
+    assert read == rope.from_hf({"rope_scaling": YARN | {rope.WHOLE: 64}})
+    dynamic = {"rope_type": "dynamic", "factor": 2.0}
+    assert rope.from_hf({"rope_scaling": dynamic | {rope.WHOLE: 64}}) == rope.from_hf({"rope_scaling": dynamic})
+
+
 def test_yarn_settings_that_name_the_attention_factor():
     yarn = {"rope_type": "yarn", "factor": 4.0, rope.WHOLE: 32768}
     derived = 0.1 * math.log(4.0) + 1.0
@@ -205,7 +213,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 32}, "is 64, the top level says 32"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25: this model type"),
-        ({"rope_scaling": YARN}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": YARN}, "max_position_embeddings is missing"),
         ({"rope_scaling": YARN | {rope.WHOLE: 64}, "rope_theta": 1}, "rope_theta is 1; YaRN needs a base > 1"),
         (
             {"rope_scaling": LONGROPE, rope.WHOLE: 1},
