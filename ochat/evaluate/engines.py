@@ -137,7 +137,10 @@ def _failure(package: str, python: str, output: str) -> str:
     if f"No module named '{package}'" in output:
         return f"{python} has no {package}; name with --python the interpreter of the environment that has it"
     lines = [line for line in output.splitlines() if line.strip()]
-    told = next((line for line in lines if "Error: " in line and "root cause" not in line), lines[-1] if lines else "")
+    told = next(
+        (line for line in lines if "Error: " in line and not ("WARNING" in line or "root cause" in line)),
+        lines[-1] if lines else "",
+    )
     return f"{package} did not start: {told.strip()[-400:] or 'it said nothing'}"
 
 
