@@ -82,7 +82,7 @@ def tiny_record(config: ModelConfig) -> dict[str, Any]:
         record["sliding_window"] = WINDOW
     if "max_window_layers" in record:
         record["max_window_layers"] = min(record["max_window_layers"], 2)
-    for table in (record, record.get("rope_scaling") or {}):
+    for table in (record, record.get("rope_scaling") or {}, *(record.get("rope_parameters") or {}).values()):
         if "original_max_position_embeddings" in table:
             table["original_max_position_embeddings"] = CONTEXT
     return record

@@ -234,7 +234,7 @@ def text_record(record: Mapping[str, Any]) -> Mapping[str, Any]:
         return record
     architecture, defaults = WRAPPERS[record["model_type"]]
     around = {k: v for k, v in record.items() if k not in IMAGE_KEYS | {"text_config", "model_type"} and v is not None}
-    if around.get("architectures") == [architecture]:
+    if _names(around.get("architectures"), architecture):
         del around["architectures"]
     inner = {key: value for key, value in record["text_config"].items() if key != "architectures"}
     first = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -250,15 +250,24 @@ def find(fields: Fields) -> Family:
         raise fields.fail("model_type", f" is {shown(model_type)}{kind}: not implemented ({', '.join(FAMILIES)} are)")
     family = FAMILIES[model_type]
     found = fields.record.get("architectures") or [family.architecture]
-    if found != [family.architecture]:
+    if not _names(found, family.architecture):
         raise fields.fail("architectures", f" is {shown(found)}; expected [{family.architecture!r}] for {model_type!r}")
     return family
+
+
+def _names(architectures: Any, expected: str) -> bool:
+    """Whether `architectures` is the one class expected, with FSDP in front where a sharded model was saved, or in the
+    first Llama's spelling, LLaMAForCausalLM."""
+    names = architectures if isinstance(architectures, list) else []
+    return [str(name).removeprefix("FSDP").lower() for name in names] == [expected.lower()]
 
 
 def _kinds(record: Mapping[str, Any]) -> list[str]:
     """What kinds of an unknown model its keys, or those of its text model, tell."""
     inner = record.get("text_config")
-    keys = {key for part in (record, inner) if isinstance(part, Mapping) for key, value in part.items() if value}
+    parts = [part for part in (record, inner) if isinstance(part, Mapping)]
+    # a dense model may have one expert
+    keys = {key for part in parts for key, value in part.items() if value and (value is True or value != 1)}
     return [kind for kind, marks in KINDS.items() if keys & marks]
 
 

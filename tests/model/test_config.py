@@ -112,7 +112,7 @@ def test_windows_per_layer(record, windows):
 @pytest.mark.parametrize(
     ("base", "change", "named"),
     [
-        (LLAMA, {"model_type": "arcee"}, "model_type is 'arcee': not implemented .llama, "),
+        (LLAMA, {"model_type": "hunyuan", "num_experts": 1}, "model_type is 'hunyuan': not implemented .llama, "),
         (LLAMA, {"model_type": "mixtral", "num_local_experts": 8}, "'mixtral' .mixture-of-experts model.: not implem"),
         (LLAMA, {"model_type": "qwen3_vl", "text_config": LLAMA}, "'qwen3_vl' .multimodal model.: not implemented"),
         (
@@ -219,6 +219,11 @@ def test_gelu_of_gemma_1_is_written_as_what_it_means():
     """Versions of transformers differ in what they take for "gelu"."""
     gemma = LLAMA | {"model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu"}
     assert ModelConfig.from_hf(gemma).to_hf()["hidden_act"] == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "FSDPLlamaForCausalLM", "LLaMAForCausalLM"])
+def test_names_that_one_class_has_had(name):
+    assert ModelConfig.from_hf(LLAMA | {"architectures": [name]}).to_hf()["architectures"] == ["LlamaForCausalLM"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
