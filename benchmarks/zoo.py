@@ -127,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="with one JSON file a model")
     parser.add_argument("--out", type=Path, help="a CSV for the same rows")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # for models so small more only wait for each other
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.disable(logging.WARNING)

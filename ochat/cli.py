@@ -200,5 +200,5 @@ def _unknown(name: str) -> str:
 def _print_usage(console: Console) -> None:
     console.print("usage: ochat COMMAND ...\n")
     for name, purpose in COMMANDS.items():
-        console.print(f"  [bold]{name:<10}[/] {escape(purpose)}")
+        console.print(f"  [bold]{name:<13}[/] {escape(purpose)}")
     console.print("\n`ochat COMMAND --help` says what each takes.")

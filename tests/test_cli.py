@@ -119,7 +119,7 @@ def shown(monkeypatch, capsys, *line: str, columns: str = "80") -> str:
 
 def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys):
     lines = shown(monkeypatch, capsys, "--help", columns="40").splitlines()
-    assert {f"  {name:<10} {purpose}" for name, purpose in cli.COMMANDS.items()} <= set(lines)
+    assert {f"  {name:<13} {purpose}" for name, purpose in cli.COMMANDS.items()} <= set(lines)
 
 
 @pytest.mark.parametrize("name", ["plan", "train", "ablate"])

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VerifyExportOptions:
-    """Compares a server with training: prompt ids, greedy answers and log-probabilities, under every class."""
+    """Compares a server with training, by class: prompt ids, answers, log-probabilities."""
 
     model: Path  # the folder of an export
     server: str = ""  # of a running server: its address, such as http://127.0.0.1:8000
     engine: Literal["vllm", "transformers", "llama.cpp"] | None = None  # what to start for it instead of --server
-    python: str = sys.executable  # of --engine: the interpreter of the environment that has it
+    python: str = ""  # of --engine: the interpreter of the environment that has it; empty: this one
     gguf: Path | None = None  # of --engine llama.cpp: the file that `ochat export --gguf` wrote
     # prepared data, or conversations, whose questions are asked; left out: eight of our own
     data: tuple[Path, ...] = ()
@@ -84,7 +84,7 @@ def _asking(options: VerifyExportOptions) -> Iterator[tuple[Ask, Callable[[], st
     from ochat.evaluate.compare_served import MOST
     from ochat.evaluate.server_client import TOP, Server
 
-    versions: list[str] = []
+    versions, python = [], options.python or sys.executable
 
     def by_server(url: str) -> Ask:
         server = Server(url, options.model.resolve().name)
@@ -92,7 +92,7 @@ def _asking(options: VerifyExportOptions) -> Iterator[tuple[Ask, Callable[[], st
         return lambda asked: [server.ask(chat, condition, MOST) for chat, condition in asked]
 
     def by_transformers(asked: Sequence[Asked]) -> Sequence[Reply]:
-        replies, version = engines.ask_transformers(options.model, options.python, asked, MOST, TOP)
+        replies, version = engines.ask_transformers(options.model, python, asked, MOST, TOP)
         versions.append(f"transformers {version}")
         return replies
 
@@ -101,12 +101,12 @@ def _asking(options: VerifyExportOptions) -> Iterator[tuple[Ask, Callable[[], st
     elif options.engine == "transformers":
         yield by_transformers, lambda: versions[0]
     elif options.engine == "vllm":
-        with engines.vllm(options.model, options.python, on_cpu=not torch.cuda.is_available()) as url:
+        with engines.vllm(options.model, python, on_cpu=not torch.cuda.is_available()) as url:
             yield by_server(url), lambda: versions[0]
     else:
         assert options.gguf is not None
-        with engines.llama_cpp(options.gguf, options.python) as url:  # its own version is of no release
-            version = engines.version("xllamacpp", options.python)
+        with engines.llama_cpp(options.gguf, python) as url:  # its own version is of no release
+            version = engines.version("xllamacpp", python)
             yield by_server(url), lambda: f"llama.cpp, xllamacpp {version}"
 
 

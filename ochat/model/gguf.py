@@ -173,6 +173,8 @@ def _open(path: Path) -> Any:
         from gguf import GGUFReader
     except ImportError as error:
         raise ConfigError(f"reading GGUF needs PyPI `gguf`: pip install 'ochat-crlft[data]' ({error})") from error
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder. {model_folder.how_to_get_base(path)}")
     model_folder.refuse_pointer(path)
     try:
         return GGUFReader(path)

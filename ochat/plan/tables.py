@@ -34,8 +34,8 @@ TIME_COLUMNS = {
     "optimizer": "optim.", "imbalance": "imbal.",
 }  # fmt: skip
 TIME_LEGEND = (
-    "memory: norms, RoPE, SwiGLU and casts, which memory bandwidth limits; launch: host time beyond the GPU's; comm.: "
-    "what does not overlap with computation; imbal.: waiting for the fullest bin"
+    "memory: norms, RoPE, activations and casts, which memory bandwidth limits; launch: host time beyond the GPU's; "
+    "comm.: what does not overlap with computation; imbal.: waiting for the fullest bin"
 )
 SAVINGS = (
     'train.recompute = "block", parallel.reduce = "micro_batch", optim.moment_dtype and optim.master_dtype = '

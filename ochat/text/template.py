@@ -245,7 +245,8 @@ def of_base(base: str | Path, tokenizer: Tokenizer, date: str, context: int | No
     if context is None:
         path = folder / "config.json"
         config = bounded_json.read_object(path, ConfigError, "fetch it again") if path.exists() else {}
-        context = config.get("max_position_embeddings")
+        text = config.get("text_config")  # of a multimodal model
+        context = (text if isinstance(text, dict) else config).get("max_position_embeddings")
         if not isinstance(context, int):
             raise ConfigError(f"{folder}/config.json: no max_position_embeddings; give --context")
     template = Template(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model import hf
+from ochat.model.gguf import GGUFFile
 from ochat.model.safetensors_files import INDEX, SINGLE
 from ochat.text import tokenizer as tokenizers
 from tests.model_families import make, peer_logits, random_ids
@@ -67,6 +68,15 @@ def test_a_folder_of_gguf_files_names_the_least_quantised(base, config):
     assert advice in error(base)
     with pytest.raises(ConfigError, match=advice):  # as prepare, which reads no weights
         tokenizers.load(base)
+
+
+def test_a_file_where_a_folder_is_expected_and_the_other_way_round(base):
+    (base / "model.safetensors").unlink()
+    (base / "model-Q4_0.gguf").write_bytes(b"GGUF")
+    file = base / "model-Q4_0.gguf"
+    assert f"{file} is a file: name its folder, or make a base of GGUF: `ochat init-base --gguf {file}" in error(file)
+    with pytest.raises(ConfigError, match=f"{base} is a folder. It holds GGUF: .*--gguf {file} "):
+        GGUFFile(base)
 
 
 def test_an_adapter_names_its_base_and_merges_into_it(base, tmp_path):

@@ -171,6 +171,8 @@ def test_the_template_of_a_base(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
     with pytest.raises(ConfigError, match=r"config\.json: no max_position_embeddings; give --context"):
         templates.of_base(tmp_path, tokenizer, "2026-02-03", None)
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"max_position_embeddings": 66}}))
+    assert templates.of_base(tmp_path, tokenizer, "2026-02-03", None).context == 66
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 77}))
     template = templates.of_base(tmp_path, tokenizer, "2026-02-03", None)
     assert (template.name, template.context, template.date) == ("base", 77, "2026-02-03")
