@@ -64,16 +64,17 @@ def rms_norm_bwd_kernel(
         if partial_ptr is not None:
             dweight += product
         weight = tl.load(weight_ptr + h, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        scaled = product * weight[None, :]
         if OFFSET != 0:
-            weight += OFFSET
-        along = tl.sum(product * weight[None, :], axis=1, keep_dims=True) / H
+            scaled += product * OFFSET  # added to the weight first, here alone, it spills (seen at H = 5376)
+        along = tl.sum(scaled, axis=1, keep_dims=True) / H
         # Kept over the reduction, the rows and their sums spill (seen at H = 16384) or halve the programs that fit:
         # they are read again, from L1. Other cache hints than above, or the compiler makes one load of the two.
         dy = tl.load(dy_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         weight = tl.load(weight_ptr + h, mask=inside, other=0.0).to(tl.float32)
-        dx = dy * weight[None, :]
         if OFFSET != 0:
-            dx += dy * OFFSET  # added to the weight first, it spills (seen at H = 5376)
+            weight += OFFSET
+        dx = dy * weight[None, :]
         x = tl.load(x_at, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         dx = (dx - x * (rstd * along)) * rstd
         if dsum_ptr is not None:
