@@ -3,18 +3,20 @@
     python -m benchmarks.zoo FOLDER [--out zoo.csv]
 
 Of an accepted configuration a tiny variant is made: sizes, windows and trained lengths shrink, every other setting
-stays. transformers draws and saves the weights; both compute documents alone and packed. The error is the largest
-difference over the largest logit; in bfloat16 it is that of either from transformers' fp32.
+stays as it is spelled. transformers draws and saves the weights; both compute documents alone and packed. The error in
+fp32 is the largest difference over the largest logit; in bfloat16 the root mean square of either's from transformers'
+fp32.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ from rich.table import Table
 from benchmarks.csv_file import CsvFile
 from ochat.console import stdout
 from ochat.errors import ConfigError
-from ochat.model import hf
+from ochat.model import families, hf
 from ochat.model.config import ModelConfig
 
 LENGTHS = (40, 1, 11, 23)  # on both sides of the windows and of the trained length
@@ -59,16 +61,17 @@ class Errors(NamedTuple):
         return self.fp32 <= FP32 and self.bf16 <= SLACK * self.bf16_transformers
 
 
-def tiny_record(config: ModelConfig) -> dict[str, Any]:
-    """A config.json with every setting of `config` but its sizes."""
+def tiny_record(given: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A config.json of the text model, as it is spelled, but for its sizes; `config`: what we read of it."""
     heads = min(config.num_heads, 4)
     group = config.num_heads // config.num_kv_heads
     layers = min(config.num_layers, LAYERS)
-    record: dict[str, Any] = config.to_hf() | {
+    record: dict[str, Any] = copy.deepcopy(dict(families.text_record(given))) | {
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": max(heads // group, 1),
         "hidden_size": heads * config.head_dim,  # some families have no other head dim
+        "head_dim": config.head_dim,
         "intermediate_size": 56,
         "vocab_size": VOCABULARY,
         "bos_token_id": 1,
@@ -78,12 +81,13 @@ def tiny_record(config: ModelConfig) -> dict[str, Any]:
     for key in ("layer_types", "no_rope_layers"):
         if record.get(key):
             record[key] = record[key][:layers]
-    if record.get("sliding_window"):
+    if any(config.windows):
         record["sliding_window"] = WINDOW
     if "max_window_layers" in record:
         record["max_window_layers"] = min(record["max_window_layers"], 2)
-    for table in (record, record.get("rope_scaling") or {}, *(record.get("rope_parameters") or {}).values()):
-        if "original_max_position_embeddings" in table:
+    tables = [record, record.get("rope_scaling"), parameters := record.get("rope_parameters") or {}]
+    for table in [*tables, *parameters.values()]:
+        if isinstance(table, dict) and "original_max_position_embeddings" in table:
             table["original_max_position_embeddings"] = CONTEXT
     return record
 
@@ -145,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config, says = None, str(refusal)
         if config is not None:
             with tempfile.TemporaryDirectory() as folder:
-                errors = compare(tiny_record(config), Path(folder))
+                errors = compare(tiny_record(found, config), Path(folder))
         accepted += errors is not None
         differ += errors is not None and not errors.is_equal
         numbers = ("", "", "") if errors is None else tuple(f"{each:.1e}" for each in errors)

@@ -141,7 +141,7 @@ def _failure(package: str, python: str, output: str) -> str:
         (line for line in lines if "Error: " in line and not ("WARNING" in line or "root cause" in line)),
         lines[-1] if lines else "",
     )
-    return f"{package} did not start: {told.strip()[-400:] or 'it said nothing'}"
+    return f"{package} did not start: {told.strip()[:400] or 'it said nothing'}"
 
 
 def _environment() -> dict[str, str]:

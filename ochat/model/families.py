@@ -175,8 +175,6 @@ REFUSED = {
     "quantization_config": QUANTISED,
     "quantization": QUANTISED,  # of MLX
     "compression_config": QUANTISED,  # of compressed-tensors before it was quantization_config
-    "dual_chunk_attention_config": ": not implemented; it changes nothing in documents of up to chunk_size - "
-    "local_size tokens: remove it from config.json to train on those",
     "use_bidirectional_attention": ": only causal attention is implemented",
 }
 DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop")

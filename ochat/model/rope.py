@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ochat.errors import ConfigError
 from ochat.files.bounded_json import REQUIRED, Fields, shown
+from ochat.model.families import warn_once
 
 DEFAULT_THETA = 10000.0
 WHOLE = "original_max_position_embeddings"
@@ -283,12 +284,16 @@ def _longrope_factor(fields: Fields, outer: Fields, original: int) -> float:
 
 
 def _yarn_attention(fields: Fields, settings: dict[str, Any]) -> float | None:
-    """YaRN's attention factor, None where it is the one derived. `attn_factor`, which DeepSeek writes, multiplies the
-    derived one, as it does in the servers that it was written for; transformers passes over it."""
+    """YaRN's attention factor, None where it is the one derived. `attn_factor`, which DeepSeek wrote for the servers of
+    its time, is passed over with a warning, as transformers and today's servers do."""
     factor, derived = settings["factor"], _yarn_factor(settings["factor"])
     found = settings["attention_factor"]
     if found is None and fields.value("attn_factor", None) is not None:
-        found = fields.number("attn_factor") * derived
+        meant = fields.number("attn_factor") * derived
+        warn_once(
+            f"{fields.where}: attn_factor is not read, as in transformers and vLLM: cos and sin are multiplied by "
+            f"{derived:.4g}; for {meant:.4g}, as older vLLM had it, write attention_factor = {meant:.10g} instead"
+        )
     if found is None and all(fields.value(name, 0) for name in ("mscale", "mscale_all_dim")):
         found = _yarn_factor(factor, fields.number("mscale")) / _yarn_factor(factor, fields.number("mscale_all_dim"))
     return None if found == derived else found

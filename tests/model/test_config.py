@@ -127,7 +127,6 @@ def test_windows_per_layer(record, windows):
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config.*take the unquantised base"),
         (LLAMA, {"quantization": {"bits": 4}}, "quantization = .*take the unquantised base"),
-        (QWEN2, {"dual_chunk_attention_config": {"chunk_size": 9}}, "dual_chunk.*remove it from config.json to train"),
         (LLAMA, {"auto_map": {"AutoModel": "modeling.py"}}, "auto_map"),
         (
             LLAMA,
@@ -172,7 +171,7 @@ def test_what_is_not_implemented_is_refused_by_name(base, change, named):
         (LLAMA, {"sliding_window": 4096, "final_logit_softcapping": 30.0, "num_local_experts": 8}),
         (MISTRAL, {"attention_bias": True, "mlp_bias": True}),
         (MISTRAL, {"use_sliding_window": True}),
-        (QWEN2, {"attention_multiplier": 2.0}),
+        (QWEN2, {"attention_multiplier": 2.0, "dual_chunk_attention_config": {"chunk_size": 9}}),
         (QWEN3, {"no_rope_layers": [1, 0], "num_experts": 128}),
         (GEMMA2, {"sliding_window_pattern": 7}),
     ],

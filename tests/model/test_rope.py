@@ -16,6 +16,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from ochat.errors import ConfigError
 from ochat.model import rope
+from ochat.model.families import warn_once
 from ochat.model.rope import RopeConfig
 
 MAX = 131072
@@ -130,14 +131,19 @@ def test_settings_that_transformers_derives_or_passes_over():
     assert rope.from_hf({"rope_scaling": dynamic | {rope.WHOLE: 64}}) == rope.from_hf({"rope_scaling": dynamic})
 
 
-def test_yarn_settings_that_name_the_attention_factor():
+def test_yarn_settings_that_name_the_attention_factor(caplog):
     yarn = {"rope_type": "yarn", "factor": 4.0, rope.WHOLE: 32768}
     derived = 0.1 * math.log(4.0) + 1.0
     assert rope.attention_factor(rope.from_hf({"rope_scaling": yarn})) == derived
-    # DeepSeek-R1-0528-Qwen3-8B undoes the derived factor
-    read = rope.from_hf({"rope_scaling": yarn | {"attn_factor": 0.8782488562869419}})
-    assert rope.attention_factor(read) == 1.0
-    written = rope.to_hf(read)["rope_scaling"]
+    # DeepSeek-R1-0528-Qwen3-8B undoes the derived factor, for servers of its time
+    warn_once.cache_clear()
+    assert rope.from_hf({"rope_scaling": yarn | {"attn_factor": 0.8782488562869419}}) == rope.from_hf(
+        {"rope_scaling": yarn}
+    )
+    assert (
+        "attn_factor is not read, as in transformers and vLLM" in caplog.text and "attention_factor = 1 " in caplog.text
+    )
+    written = rope.to_hf(rope.from_hf({"rope_scaling": yarn | {"attention_factor": 1.0}}))["rope_scaling"]
     assert written["attention_factor"] == 1.0 and written["attn_factor"] == 1.0 / derived
     assert rope.attention_factor(rope.from_hf({"rope_scaling": yarn | {"mscale": 1.0, "mscale_all_dim": 1.0}})) == 1.0
     olmo = yarn | {"factor": 8.0, "attention_factor": 1.2079441541679836}

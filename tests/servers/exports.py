@@ -67,7 +67,8 @@ def make(folder: Path, family: str, template: str, tokenizer: str) -> Path:
     names = (needed.eot, *needed.special_tokens)
     vocabulary = load_tokenizer(path, names)
     model = SHAPE | {"model_type": family, "vocab_size": vocabulary.vocab_size, "bos_token_id": vocabulary.bos_id}
-    model |= {"tie_word_embeddings": tokenizer == "qwen"}
+    # vLLM loads a Gemma as all are published, with one matrix for embedding and head
+    model |= {"tie_word_embeddings": tokenizer == "qwen" or family.startswith("gemma")}
     (folder / "model.json").write_text(json.dumps(model))
     base = folder / "base"
     init_base.main(InitBaseOptions(base, random=folder / "model.json", tokenizer=path, add_token=names))
