@@ -19,8 +19,8 @@ def how_to_get_base(directory: str | Path) -> str:
     it."""
     folder = Path(directory)
     files = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    if folder.is_file():
-        return f"{folder} is a file: name its folder, or make a base of GGUF: `ochat init-base --gguf {folder} NEW_DIR`"
+    if folder.is_file() and folder.suffix == ".gguf":
+        return f"{folder.name} is a GGUF file: make a base of it with `ochat init-base --gguf {folder} NEW_DIR`"
     if ADAPTER in files:
         return _merge_adapter(folder)
     if has_only_gguf(folder):

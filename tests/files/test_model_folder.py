@@ -74,7 +74,7 @@ def test_a_file_where_a_folder_is_expected_and_the_other_way_round(base):
     (base / "model.safetensors").unlink()
     (base / "model-Q4_0.gguf").write_bytes(b"GGUF")
     file = base / "model-Q4_0.gguf"
-    assert f"{file} is a file: name its folder, or make a base of GGUF: `ochat init-base --gguf {file}" in error(file)
+    assert f"{file.name} is a GGUF file: make a base of it with `ochat init-base --gguf {file} " in error(file)
     with pytest.raises(ConfigError, match=f"{base} is a folder. It holds GGUF: .*--gguf {file} "):
         GGUFFile(base)
 
