@@ -17,8 +17,7 @@ import torch
 from ochat.errors import CheckpointError, DataError
 from ochat.evaluate.server_client import Messages, Reply
 from ochat.export import serving
-from ochat.export.open_model import open_model
-from ochat.files import bounded_json
+from ochat.export.open_model import open_model, stop_ids
 from ochat.infer.generate import generate
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
@@ -65,8 +64,6 @@ class Exported:
             raise CheckpointError(f"{folder}: not what `ochat export` writes; give the folder of an export")
         tokenizer, config = tokenizers.load(folder), ModelConfig.load(folder)
         template = load_template(folder, None, tokenizer)
-        settings = bounded_json.read_object(folder / serving.GENERATION, CheckpointError, "export the run again")
-        stops = settings["eos_token_id"]
         return cls(
             folder,
             template,
@@ -74,7 +71,7 @@ class Exported:
             open_model(folder, dtype=config.dtype, device=device),
             config,
             serving.Served(folder),
-            frozenset(stops if isinstance(stops, list) else [stops]),
+            frozenset(stop_ids(folder, template, tokenizer)),
         )
 
     def prompt(self, chat: Conversation, condition: str | None) -> list[int]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from ochat_kernels.reference_loss import soft_cap
 from torch import Tensor
 
 from ochat.errors import ConfigError
@@ -121,8 +122,7 @@ def heads_first(
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * (scores / softcap).tanh()
-    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q.dtype)
+    return (soft_cap(scores, softcap).masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q.dtype)
 
 
 def _sdpa(

@@ -201,16 +201,21 @@ def parameter_parts(config: ModelConfig) -> dict[str, tuple[HFTensor, ...]]:
         qkv, gate_up = {"self_attn.qkv_proj": q + 2 * kv}, {"mlp.gate_up_proj": 2 * ffn}
     heads = {"": {}, "head": {"q": config.head_dim, "k": config.head_dim}, "full": {"q": q, "k": kv}}[config.qk_norm]
     norms = NORMS[config.norm_placement]
+
+    def norm(name: str) -> list[tuple[str, dict[str, int], tuple[()], bool]]:
+        return [(name, {norms[name]: hidden}, (), False)] if name in norms else []
+
     # our module, the rows of each of its parts, the columns (none of a norm), whether it has a bias
     block = (
-        *((name, {norms[name]: hidden}, (), False) for name in ("norm1",) if name in norms),
+        *norm("norm1"),
         ("attn.qkv", qkv, (hidden,), config.qkv_bias),
         *((f"attn.{x}_norm", {f"self_attn.{x}_norm": size}, (), False) for x, size in heads.items()),
         ("attn.out", {"self_attn.o_proj": hidden}, (q,), config.out_bias),
-        *((name, {norms[name]: hidden}, (), False) for name in ("attn_norm", "norm2") if name in norms),
+        *norm("attn_norm"),
+        *norm("norm2"),
         ("mlp.gate_up", gate_up, (hidden,), config.mlp_bias),
         ("mlp.down", {"mlp.down_proj": hidden}, (ffn,), config.mlp_bias),
-        *((name, {norms[name]: hidden}, (), False) for name in ("mlp_norm",) if name in norms),
+        *norm("mlp_norm"),
     )
     parts: dict[str, tuple[HFTensor, ...]] = {"embed.weight": (HFTensor(EMBEDDING, (vocab, hidden)),)}
     for layer, (module, pieces, columns, has_bias) in itertools.product(range(config.num_layers), block):
