@@ -46,7 +46,7 @@ MODELS = {
     ]
 }
 OPERATORS = ["linear_cross_entropy", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "adamw"]
-OPTIMIZER_VARIANTS = ["bf16", "fp32"]
+OPTIMIZER_VARIANTS = {"bf16": 14, "fp32": 28, "fp32, bf16 copies": 30}  # bytes an element
 ELEMENT_BYTES = 2  # activations are bf16
 
 
@@ -106,8 +106,7 @@ def cost(case: Case, which: str) -> Cost:
     if case.operator == "linear_cross_entropy":
         once = ELEMENT_BYTES * (case.live_rows * m.H + m.V * m.H)  # read; as much again is written for the gradients
         return Cost((6 if both else 2) * case.live_rows * m.H * m.V, once * (2 if both else 1))
-    element = {"bf16": 14, "fp32": 28}[case.variant]
-    return Cost(0, element * num_parameters(case))
+    return Cost(0, OPTIMIZER_VARIANTS[case.variant] * num_parameters(case))
 
 
 def num_parameters(case: Case) -> int:
@@ -194,7 +193,7 @@ def _head(case: Case, draw: Draw) -> Problem:
 
 
 def _adamw(case: Case, draw: Draw) -> Problem:
-    dtype = torch.float32 if case.variant == "fp32" else torch.bfloat16
+    dtype = torch.bfloat16 if case.variant == "bf16" else torch.float32
     shapes = case.model.layer_shapes() * case.model.L
     arguments: dict[str, Any] = {
         "params": [draw(*shape, dtype=dtype, scale=0.02) for shape in shapes],
@@ -202,6 +201,8 @@ def _adamw(case: Case, draw: Draw) -> Problem:
         "exp_avgs": [draw(*shape, dtype=dtype, scale=1e-3) for shape in shapes],
         "exp_avg_sqs": [draw(*shape, dtype=dtype, scale=1e-3).square_() for shape in shapes],
     }
+    if "copies" in case.variant:
+        arguments["copies"] = [draw(*shape) for shape in shapes]
     settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 100}
     return Problem(arguments | settings, [], [])
 

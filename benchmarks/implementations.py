@@ -74,6 +74,8 @@ def _torch_adamw() -> Function:
         if not made or made[0].param_groups[0]["params"][0] is not a["params"][0]:
             made[:] = [_optimizer(a)]
         made[0].step()
+        if "copies" in a:
+            torch._foreach_copy_(a["copies"], a["params"])  # pyright: ignore[reportPrivateImportUsage]
 
     return step
 

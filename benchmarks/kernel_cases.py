@@ -162,7 +162,9 @@ def adamw_cases() -> None:
             params, grads, *moments = ([empty(size, dtype=kind) for size in (4096, 1031)] for kind in kinds)
             numbers = {"lr": 1e-4, "beta_1": 0.9, "beta_2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 1}
             numbers |= {"seed": 0, "ids": [0, 1], "offsets": [0, 0]}
-            adamw.adamw_step(params, grads, moments[0], moments[1], grad_scale, grad_scale, **numbers)
+            copies = [empty(size, dtype=bf16) for size in (4096, 1031)] if dtype == fp32 else []
+            for written in ([], copies) if copies else ([],):
+                adamw.adamw_step(params, grads, moments[0], moments[1], written, grad_scale, grad_scale, **numbers)
 
 
 CASES: dict[str, Callable[[], None]] = {

@@ -3,6 +3,7 @@
     adamw(params, grads, exp_avgs, exp_avg_sqs, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, step=1)
 A program finds its tensor in a table of addresses, then reads and writes every value of one block once, in fp32
 between; bf16 is rounded stochastically, with random bits from a hash that costs some sixteen integer operations.
+`copies` take what fp32 parameters are to compute with, rounded to nearest, in the same pass.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from torch import Tensor
 from ochat_kernels import reference_adamw as definition
 from ochat_kernels.launch import check_device, launch
 from ochat_kernels.reference_adamw import tensor_key
+from ochat_kernels.rounding import narrow
 
 BLOCK = 1024  # 8 elements a thread: 16-byte accesses in bf16
-COLUMNS = 7  # int64 of the table: addresses of param, grad and two moments; elements; hash key; offset
+COLUMNS = 8  # int64 of the table: elements; hash key; offset; addresses of param, grad, two moments and copy (or 0)
 TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 HASH_1, HASH_2, HASH_3 = (tl.constexpr(x) for x in (definition.HASH_1, definition.HASH_2, definition.HASH_3))
@@ -64,13 +66,13 @@ def block_of(table_ptr, column, start, dtype: tl.constexpr, ALIGNED: tl.constexp
 def adamw_kernel(
     table_ptr, programs_ptr, grad_scale_ptr, corrections_ptr,
     beta_1, rest_1, beta_2, rest_2, eps, decay, step_size, root_correction,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COPY: tl.constexpr, ALIGNED: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     row = table_ptr + tl.load(program) * COLUMNS
     start = tl.load(program + 1).to(tl.int64) * BLOCK
-    left = tl.minimum(tl.load(row + 4) - start, BLOCK).to(tl.int32)
+    left = tl.minimum(tl.load(row) - start, BLOCK).to(tl.int32)
     if grad_scale_ptr is not None:
         grad_scale = tl.load(grad_scale_ptr)
         left = tl.where(tl.abs(grad_scale) < float("inf"), left, 0)  # a step to skip reads and writes nothing
@@ -80,11 +82,11 @@ def adamw_kernel(
     mask = lanes < left
     if corrections_ptr is not None:
         step_size, root_correction = tl.load(corrections_ptr), tl.load(corrections_ptr + 1)
-    p_at = block_of(row, 0, start, PARAM, ALIGNED) + lanes
-    m_at = block_of(row, 2, start, STATE, ALIGNED) + lanes
-    v_at = block_of(row, 3, start, STATE, ALIGNED) + lanes
+    p_at = block_of(row, 3, start, PARAM, ALIGNED) + lanes
+    m_at = block_of(row, 5, start, STATE, ALIGNED) + lanes
+    v_at = block_of(row, 6, start, STATE, ALIGNED) + lanes
 
-    g = tl.load(block_of(row, 1, start, GRAD, ALIGNED) + lanes, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(block_of(row, 4, start, GRAD, ALIGNED) + lanes, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(m_at, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_at, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
@@ -94,10 +96,12 @@ def adamw_kernel(
     v = v * beta_2 + g * g * rest_2
     p = p * decay - m / (tl.sqrt(v) * root_correction + eps) * step_size
 
-    bits, bits_p = random_words(tl.load(row + 5), tl.load(row + 6) + start, lanes)
+    bits, bits_p = random_words(tl.load(row + 1), tl.load(row + 2) + start, lanes)
     tl.store(m_at, round_with(m, bits & 0xFFFF, STATE), mask=mask)
     tl.store(v_at, round_with(v, bits >> 16, STATE), mask=mask)
     tl.store(p_at, round_with(p, bits_p, PARAM), mask=mask)
+    if COPY is not None:
+        tl.store(block_of(row, 7, start, COPY, ALIGNED) + lanes, narrow(p, COPY), mask=mask)
 
 
 def adamw_step(
@@ -105,6 +109,7 @@ def adamw_step(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
+    copies: list[Tensor],
     grad_scale: Tensor | None,
     skipped: Tensor | None,
     lr: float,
@@ -117,14 +122,14 @@ def adamw_step(
     ids: list[int],
     offsets: list[int],
 ) -> None:
-    """Launches the step, once for each combination of dtypes. Tensors that allow no 16-byte accesses (an odd
-    size, an odd place in a buffer) have a launch of their own and slow no other."""
-    columns = [params, grads, exp_avgs, exp_avg_sqs]
+    """Launches the step, once for each combination of dtypes; `copies` may be none. Tensors that allow no 16-byte
+    accesses (an odd size, an odd place in a buffer) have a launch of their own and slow no other."""
+    columns = [params, grads, exp_avgs, exp_avg_sqs, copies or [None] * len(params)]
     keys = [tensor_key(seed, step, i) for i in ids]
     rows = [_row(*row) for row in zip(zip(*columns, strict=True), keys, offsets, strict=True)]
     groups: dict[tuple, list[int]] = {}
     for i, row in enumerate(rows):
-        aligned = all(value % 16 == 0 for value in row[:5])
+        aligned = all(value % 16 == 0 for value in (row[0], *row[3:]))
         groups.setdefault((params[i].dtype, grads[i].dtype, exp_avgs[i].dtype, aligned), []).append(i)
     if not groups:
         return
@@ -141,13 +146,14 @@ def adamw_step(
     for (param, grad, state, aligned), members in groups.items():
         programs = _programs(tuple((i, params[i].numel()) for i in members), device, _stream(device))
         constants = {"PARAM": TRITON[param], "GRAD": TRITON[grad], "STATE": TRITON[state]}
-        constants |= {"ALIGNED": aligned, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
+        constants |= {"COPY": tl.bfloat16 if copies else None, "ALIGNED": aligned, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
         launch(adamw_kernel, (programs.shape[0],), common | constants | {"programs_ptr": programs})
 
 
-def _row(tensors: Sequence[Tensor], key: int, offset: int) -> list[int]:
-    """One tensor's row of the table."""
-    return [*(tensor.data_ptr() for tensor in tensors), tensors[0].numel(), key, offset]
+def _row(tensors: Sequence[Tensor | None], key: int, offset: int) -> list[int]:
+    """One parameter's row of the table."""
+    assert tensors[0] is not None
+    return [tensors[0].numel(), key, offset, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors)]
 
 
 @lru_cache(maxsize=16)
@@ -171,11 +177,12 @@ def _upload(values: Tensor | list[list[int]], dtype: torch.dtype, device: torch.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-_step = torch.library.custom_op("ochat_kernels::adamw", adamw_step, mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "copies")
+_step = torch.library.custom_op("ochat_kernels::adamw", adamw_step, mutates_args=WRITTEN)
 
 
 @_step.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, grad_scale, skipped, *numbers):
+def _(params, grads, exp_avgs, exp_avg_sqs, copies, grad_scale, skipped, *numbers):
     return None
 
 
@@ -191,6 +198,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     step: int,
+    copies: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     skipped: Tensor | None = None,
     seed: int = 0,
@@ -203,21 +211,22 @@ def adamw(
     n = step - skipped; p = p (1 - lr weight_decay) - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
 
     Args: params, fp32 or bf16 of any shape, contiguous; grads of their shapes, fp32 or bf16; exp_avgs and exp_avg_sqs
-    likewise, the two of a parameter of one dtype; step counts from 1. grad_scale () fp32: multiplies every gradient; if
-    it is NaN or infinite, the step is skipped and nothing changes, bit for bit. skipped () fp32: how many of the steps
+    likewise, the two of a parameter of one dtype; step counts from 1. copies: bf16, of the shapes of params, then all
+    fp32; they receive the new params rounded to nearest even. grad_scale () fp32: multiplies every gradient; if it is
+    NaN or infinite, the step is skipped and nothing changes, bit for bit. skipped () fp32: how many of the steps
     before were skipped. seed: for stochastic rounding of bf16 params and moments; the bits of an element also follow
     from its tensor's id (ids, default 0, 1, ...) and its position, counted from the tensor's offset (offsets, default
     0), which says where in the whole tensor a shard or a piece begins. The update uses the moments before rounding.
     Raises: ValueError for lists, shapes, dtypes, devices, layouts and numbers that do not fit.
-    Costs: 14 FLOPs an element; moves each value once: 14 bytes an element all in bf16, 28 all in fp32; keeps 8 bytes
-    for 1024 elements; no sync. Not for a CUDA graph: each call sends a table of addresses from the host, since
-    gradients move.
+    Costs: 14 FLOPs an element; moves each value once: 14 bytes an element all in bf16, 28 all in fp32, 2 more with
+    copies; keeps 8 bytes for 1024 elements; no sync. Not for a CUDA graph: each call sends a table of addresses from
+    the host, since gradients move.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
     """
-    definition.check_adamw(params, grads, exp_avgs, exp_avg_sqs, grad_scale, skipped)
+    definition.check_adamw(params, grads, exp_avgs, exp_avg_sqs, copies, grad_scale, skipped)
     definition.check_numbers(lr, betas, eps, weight_decay, step, seed)
     places = definition.places(len(params), ids, offsets)
     for i, param in enumerate(params):
         check_device(f"params[{i}]", param)
-    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs)]
+    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, copies or ())]
     _step(*lists, grad_scale, skipped, lr, *betas, eps, weight_decay, step, seed, *places)

@@ -38,6 +38,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     step: int,
+    copies: Sequence[Tensor] | None = None,
     grad_scale: Tensor | None = None,
     skipped: Tensor | None = None,
     seed: int = 0,
@@ -50,8 +51,9 @@ def adamw(
     n = step - skipped; p = p (1 - lr weight_decay) - lr / (1 - b1^n) * m / (sqrt(v / (1 - b2^n)) + eps)
 
     Args: params, fp32 or bf16 of any shape, contiguous; grads of their shapes, fp32 or bf16; exp_avgs and exp_avg_sqs
-    likewise, the two of a parameter of one dtype; step counts from 1. grad_scale () fp32: multiplies every gradient; if
-    it is NaN or infinite, the step is skipped and nothing changes, bit for bit. skipped () fp32: how many of the steps
+    likewise, the two of a parameter of one dtype; step counts from 1. copies: bf16, of the shapes of params, then all
+    fp32; they receive the new params rounded to nearest even. grad_scale () fp32: multiplies every gradient; if it is
+    NaN or infinite, the step is skipped and nothing changes, bit for bit. skipped () fp32: how many of the steps
     before were skipped. seed: for stochastic rounding of bf16 params and moments; the bits of an element also follow
     from its tensor's id (ids, default 0, 1, ...) and its position, counted from the tensor's offset (offsets, default
     0), which says where in the whole tensor a shard or a piece begins. The update uses the moments before rounding.
@@ -59,7 +61,7 @@ def adamw(
     Costs: 14 FLOPs an element; several passes over memory; no sync.
     Source: Loshchilov and Hutter 2019, arXiv:1711.05101; stochastic rounding: Gupta et al. 2015, arXiv:1502.02551.
     """
-    check_adamw(params, grads, exp_avgs, exp_avg_sqs, grad_scale, skipped, (*DTYPES, torch.float64))
+    check_adamw(params, grads, exp_avgs, exp_avg_sqs, copies, grad_scale, skipped, (*DTYPES, torch.float64))
     check_numbers(lr, betas, eps, weight_decay, step, seed)
     ids, offsets = places(len(params), ids, offsets)
     step_size, root_correction = corrections(lr, betas, step if skipped is None else step - skipped.double())
@@ -75,6 +77,8 @@ def adamw(
         _store(exp_avg, m, key, offsets[i], EXP_AVG, is_kept)
         _store(exp_avg_sq, v, key, offsets[i], EXP_AVG_SQ, is_kept)
         _store(param, p, key, offsets[i], PARAM, is_kept)
+        if copies is not None:
+            copies[i].copy_(p if is_kept is None else torch.where(is_kept, p, copies[i]))
 
 
 def corrections(lr: float, betas: tuple[float, float], count: Any) -> tuple[Any, Any]:
@@ -127,17 +131,21 @@ def check_adamw(
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor] | None,
     grad_scale: Tensor | None,
     skipped: Tensor | None,
     dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
     """ValueError unless the lists fit one another and are of `dtypes`."""
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    for name, tensors in lists.items():
+    for name, tensors in (lists if copies is None else lists | {"copies": copies}).items():
         if len(tensors) != len(params):
             raise ValueError(f"{name} has {len(tensors)} tensors: expected {len(params)}, one for each of params")
         for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            _check_tensor(f"{name}[{i}]", tensor, param, params[0].device, dtypes)
+            _check_tensor(f"{name}[{i}]", tensor, param, params[0].device, DTYPES[1:] if name == "copies" else dtypes)
+    wide = [i for i, param in enumerate(params) if param.dtype != torch.float32]
+    if copies is not None and wide:
+        raise ValueError(f"params[{wide[0]}] is {params[wide[0]].dtype}: expected float32, since there are copies")
     for i, (first, second) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
         if first.dtype != second.dtype:
             raise ValueError(f"exp_avg_sqs[{i}] is {second.dtype}: expected that of exp_avgs[{i}], {first.dtype}")
@@ -167,7 +175,8 @@ def _check_tensor(
     name: str, tensor: Tensor, param: Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}: expected float32 or bfloat16")
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes if dtype in DTYPES)
+        raise ValueError(f"{name} is {tensor.dtype}: expected {names}")
     if tensor.shape != param.shape or tensor.device != device:
         raise ValueError(
             f"{name} is {tuple(tensor.shape)} on {tensor.device}: expected its parameter's shape {tuple(param.shape)}, "

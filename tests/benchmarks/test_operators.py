@@ -68,7 +68,7 @@ def test_the_least_work_of_the_optimizer_and_of_half_the_rows():
     assert half.flops * 2 == whole.flops
     assert Ceilings(790.0, 4300.0).floor_ms(whole.flops, whole.bytes) == pytest.approx(65.4, abs=0.05)
     layer = 6144 * 4096 + 4096 * 4096 + 3 * 14336 * 4096 + 2 * 4096
-    for variant, element in (("bf16", 14), ("fp32", 28)):
+    for variant, element in (("bf16", 14), ("fp32", 28), ("fp32, bf16 copies", 30)):
         assert cost(Case("adamw", LLAMA, 16384, variant=variant), "step") == (0, element * LLAMA.L * layer)
 
 

@@ -50,6 +50,11 @@ def lists(sizes, dtypes, seed: int = 0) -> Lists:
     return Lists(*([x.to(d) for x in xs] for xs, d in zip(draws, (param, grad, state, state), strict=True)))
 
 
+def copies_of(sizes) -> list[Tensor]:
+    """Of parameters of these sizes, not yet written."""
+    return [torch.full((n,), 7.0, dtype=BF16, device=DEVICE) for n in sizes]
+
+
 def run(function, values: Lists, **options) -> Lists:
     """The lists after one step by `function`; those given stay as they are."""
     values = copy.deepcopy(values)
@@ -115,12 +120,47 @@ def test_every_combination_of_dtypes_with_a_scale_and_without(dtypes):
 
 
 @both
+@pytest.mark.parametrize("grad", [FP32, BF16])
+def test_copies_are_the_new_parameters_rounded_to_nearest(function, grad):
+    """Beside a step that is bit for bit that without them: of NaN and infinities and of halves between two neighbours
+    (to even) as of any other value, in views that allow no wide accesses as in those that do."""
+    values, shift = lists(SIZES, (FP32, grad, BF16)), [0, 1, 0, 0, 3, 8]
+    values.grads[3][5], values.grads[3][6] = float("nan"), float("inf")
+    values.params[4][:4], values.grads[4][:4], values.exp_avgs[4][:4] = 1.0, 0.0, 0.0
+    values.params[4][:4] += torch.tensor([1, 3, -1, 5], device=DEVICE) * 2.0**-8  # bf16's are 2^-7 or 2^-8 apart here
+    options = {"weight_decay": 0.0, "grad_scale": torch.tensor(0.25, device=DEVICE)}
+    whole = run(function, values, **options)
+    buffers = [torch.full((n + by + 1,), 7.0, dtype=BF16, device=DEVICE) for n, by in zip(SIZES, shift, strict=True)]
+    copies = [buffer[by : by + n] for buffer, n, by in zip(buffers, SIZES, shift, strict=True)]
+    got = run(function, values, copies=copies, **options)
+    for with_copies, without in zip(got.written, whole.written, strict=True):
+        assert torch.equal(with_copies.nan_to_num(), without.nan_to_num())
+    torch.testing.assert_close(copies, [p.to(BF16) for p in got.params], rtol=0, atol=0, equal_nan=True)
+    assert copies[3][5].isnan() and copies[4][:4].tolist() == [1.0, 1.015625, 0.99609375, 1.015625]
+    for buffer, n, by in zip(buffers, SIZES, shift, strict=True):
+        assert (buffer[:by] == 7.0).all() and (buffer[by + n :] == 7.0).all()
+
+
+@both
+def test_copies_of_pieces_are_those_of_the_whole(function):
+    values, whole = lists([3000], (FP32, FP32, BF16)), copies_of([3000])
+    run(function, values, copies=whole, ids=[4])
+    cuts, copies = [(0, 1000), (1000, 2001), (2001, 3000)], copies_of([3000])
+    parts = Lists(*([tensors[0][a:b] for a, b in cuts] for tensors in values))
+    pieces = [copies[0][a:b] for a, b in cuts]
+    run(function, parts, copies=pieces, ids=[4] * 3, offsets=[a for a, _ in cuts])
+    assert torch.equal(copies[0], whole[0]) and copies[0].isfinite().all()
+
+
+@both
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
 def test_a_scale_that_is_not_finite_leaves_every_bit_as_it_is(function, scale):
     for dtypes in (ALL_FP32, ALL_BF16):
         values = lists(SIZES, dtypes)
         values.grads[3][7] = float("nan")
-        got = run(function, values, grad_scale=torch.tensor(scale, device=DEVICE))
+        copies = copies_of(SIZES) if dtypes == ALL_FP32 else None
+        got = run(function, values, grad_scale=torch.tensor(scale, device=DEVICE), copies=copies)
+        assert copies is None or all((copy == 7.0).all() for copy in copies)
         for after, before in zip(got.written, values.written, strict=True):
             assert torch.equal(after, before)
 
@@ -248,7 +288,8 @@ def test_values_are_rounded_by_the_bits_of_their_seed_step_and_place(begin, monk
     size, tensors = 1100, range(2)
 
     def row(tensors, key, offset):
-        return [*(x.data_ptr() - begin * x.itemsize for x in tensors), begin + size, key, offset]
+        addresses = (0 if x is None else x.data_ptr() - begin * x.itemsize for x in tensors)
+        return [begin + size, key, offset, *addresses]
 
     monkeypatch.setattr(adamw, "_row", row)
     blocks = [[i, begin // adamw.BLOCK + block] for i in tensors for block in range(2)]
@@ -268,7 +309,7 @@ def test_one_launch_for_each_combination_of_dtypes():
         numbers = {"lr": 1e-3, "beta_1": 0.9, "beta_2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 1, "seed": 0}
         tensors = [[torch.empty(n, dtype=d, device="meta")] * count for d in (*dtypes, dtypes[-1])]
         with record() as launches:
-            adamw.adamw_step(*tensors, None, None, **(numbers | options), ids=[0] * count, offsets=[0] * count)
+            adamw.adamw_step(*tensors, [], None, None, **(numbers | options), ids=[0] * count, offsets=[0] * count)
         return launches
 
     for dtypes in COMBINATIONS:
@@ -280,7 +321,7 @@ def test_one_launch_for_each_combination_of_dtypes():
     plain, shifted = torch.zeros(64), torch.zeros(65)[1:]
     with record() as launches:
         adamw.adamw_step(
-            *[[plain, shifted, plain]] * 4, None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0, [0, 1, 2], [0, 0, 0]
+            *[[plain, shifted, plain]] * 4, [], None, None, 1e-3, 0.9, 0.99, 1e-8, 0.1, 1, 0, [0, 1, 2], [0, 0, 0]
         )
     assert [(x.arguments["ALIGNED"], len(x.arguments["programs_ptr"])) for x in launches] == [(True, 2), (False, 1)]
 
@@ -296,8 +337,13 @@ def test_one_launch_for_each_combination_of_dtypes():
 def test_what_the_operator_registers():
     """The parameters are written in place, those that require gradients too."""
     values, one = lists([48, 5], ALL_BF16), torch.ones((), device=DEVICE)
-    arguments = (*values, one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7, [4, 5], [0, 9])
+    arguments = (*values, [], one, one, 1e-3, 0.9, 0.99, 1e-8, 0.1, 3, 7, [4, 5], [0, 9])
     torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, arguments)
+    wide, copies = lists([48, 5], ALL_FP32), copies_of([48, 5])
+    torch.library.opcheck(torch.ops.ochat_kernels.adamw.default, (*wide, copies, *arguments[5:]))
+    before = [copy._version for copy in copies]
+    adamw.adamw(*wide, copies=copies, **ANY)
+    assert all(copy._version > old for copy, old in zip(copies, before, strict=True))
     version = values.params[0].requires_grad_()._version
     adamw.adamw(*values, **ANY)
     assert values.params[0].is_leaf and values.params[0]._version > version
@@ -316,6 +362,12 @@ def test_what_the_operator_registers():
         ({"grad_scale": lambda x: torch.ones(1)}, r"grad_scale is torch.float32 \(1,\): expected float32 \(\)"),
         ({"grad_scale": lambda x: torch.ones((), device="meta")}, "grad_scale is on meta"),
         ({"skipped": lambda x: torch.ones((), dtype=torch.int64)}, r"skipped is torch.int64 \(\): expected float32"),
+        ({"copies": lambda x: []}, "copies has 0 tensors: expected 1, one for each of params"),
+        ({"copies": lambda x: [torch.ones(4, 6)]}, r"copies\[0\] is torch.float32: expected bfloat16"),
+        ({"copies": lambda x: [torch.ones(6, dtype=BF16)]}, r"copies\[0\] is \(6,\) .* shape \(4, 6\)"),
+        ({"copies": lambda x: [torch.ones(6, 4, dtype=BF16).T]}, r"copies\[0\] has strides \(1, 4\)"),
+        ({"params": lambda x: [x[0].bfloat16()], "copies": lambda x: [torch.ones(4, 6, dtype=BF16)]},
+         r"params\[0\] is torch.bfloat16: expected float32, since there are copies"),
         ({"lr": lambda x: -1.0}, "lr is -1.0"),
         ({"weight_decay": lambda x: float("nan")}, "weight_decay is nan"),
         ({"betas": lambda x: (0.9, 1.0)}, r"betas are \(0.9, 1.0\)"),
