@@ -17,6 +17,7 @@ from benchmarks import step_cases
 from benchmarks.cases import ELEMENT_BYTES, MODELS, Case, Cost, Draw, Problem
 from ochat.data import batch
 from ochat.model.attention import PackedAttention
+from ochat.model.sdpa import Scores
 
 T = 16384
 CHATS = "chats"
@@ -97,6 +98,6 @@ def definition(problem: Problem) -> list[Tensor]:
     found = []
     for q, k, v, upstream in zip(*parts, strict=True):
         q, k, v = (x.float().requires_grad_() for x in (q, k, v))
-        out = attend(0, q, k, v, window)
+        out = attend(0, q, k, v, Scores(window))
         found.append([out.detach(), *torch.autograd.grad(out, (q, k, v), upstream.float())])
     return [torch.cat(heads, dim=1) for heads in zip(*found, strict=True)]

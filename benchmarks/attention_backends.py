@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.attention import Documents
 from benchmarks.implementations import Arguments, Function, Implementation
 from ochat.model.attention import PackedAttention
+from ochat.model.sdpa import Scores
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (T, N, D), k and v (T, K, D) -> (T, N, D), causal
 Prepare = Callable[[Documents, int | None], Attend]  # window: a token sees itself and window - 1 tokens before it
@@ -60,7 +61,7 @@ def _product(name: str) -> Prepare:
         if name == "flex":
             torch._dynamo.reset()  # else another shape would be compiled for any shape
         attend = PackedAttention(documents.cu_seqlens, documents.max_seqlen, name, documents.lengths, [window])
-        return lambda q, k, v: attend(0, q, k, v, window)
+        return lambda q, k, v: attend(0, q, k, v, Scores(window))
 
     return prepare
 

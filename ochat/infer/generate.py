@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ochat.errors import ConfigError
 from ochat.model import rope
-from ochat.model.attention import Attend, heads_first
+from ochat.model.attention import Attend
 from ochat.model.config import ModelConfig
+from ochat.model.sdpa import Scores, heads_first
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.overrides import expect
 from ochat.text.tokenizer import Tokenizer
@@ -182,38 +183,21 @@ class KVCache:
         starts = (self.lengths.cumsum(0) - self.lengths)[rows]
         places = torch.arange(len(rows), device=rows.device) - starts
 
-        def attend_and_store(
-            layer: int,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            window: int | None,
-            scale: float | None = None,
-            softcap: float = 0.0,
-        ) -> Tensor:
+        def attend_and_store(layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
             self.keys[layer, rows, places] = k
             self.values[layer, rows, places] = v
-            return attend(layer, q, k, v, window, scale, softcap)
+            return attend(layer, q, k, v, scores)
 
         return attend_and_store
 
-    def __call__(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float | None = None,
-        softcap: float = 0.0,
-    ) -> Tensor:
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """One new token per sequence sees all that is held of its own: q (B, N, D), k and v (B, K, D) -> (B, N, D)."""
         self.keys[layer, self.rows, self.lengths] = k
         self.values[layer, self.rows, self.lengths] = v
         end = self.longest + 1
         keys, values = (held[layer, :, :end].transpose(1, 2) for held in (self.keys, self.values))  # (B, K, end, D)
-        mask = self._seen(end, window)[:, None, None, :]
-        return heads_first(q[:, :, None], keys, values, mask, scale, softcap)[:, :, 0]
+        mask = self._seen(end, scores.window)[:, None, None, :]
+        return heads_first(q[:, :, None], keys, values, mask, scores)[:, :, 0]
 
     def advance(self) -> None:
         """After all layers took the token. A full sequence writes over its last place: its answer has ended, and it

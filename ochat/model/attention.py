@@ -1,7 +1,7 @@
 """Causal attention over packed documents that never see each other: SDPA per document, or a kernel on CUDA.
 
     attend = PackedAttention(cu_seqlens, max_seqlen, backend=default_backend("cpu", torch.float32), lengths=[3, 5])
-    out = attend(layer, q, k, v, window)
+    out = attend(layer, q, k, v, Scores(window))
 `sdpa` is the definition and runs anywhere; `varlen` and `flash2` need CUDA and half precision, `flex` needs CUDA.
 Letters: T, N, K, D; S documents.
 """
@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from ochat_kernels.reference_loss import soft_cap
 from torch import Tensor
 
 from ochat.errors import ConfigError
+from ochat.model import sdpa
 from ochat.model.flex import FlexAttention
+from ochat.model.sdpa import Scores
 
 BACKENDS = ("sdpa", "varlen", "flash2", "flex")
 HALF = (torch.bfloat16, torch.float16)
@@ -27,30 +26,20 @@ WITH_SOFTCAP = ("flex", "flash2", "sdpa")
 
 
 class Attend(Protocol):
-    """What a block calls: q (T, N, D), k and v (T, K, D) of one layer -> (T, N, D). `scale`: of q k^T, None:
-    1 / sqrt(D); `softcap`: c of c * tanh(q k^T * scale / c), by which Gemma 2 bounds scores; 0: off."""
+    """What a block calls: q (T, N, D), k and v (T, K, D) of one layer -> (T, N, D)."""
 
-    def __call__(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float | None = None,
-        softcap: float = 0.0,
-    ) -> Tensor: ...
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor: ...
 
 
 class PackedAttention:
     """softmax(q k^T * scale) v within each document of one packed batch, (T, N, D) in q's dtype; every layer calls
-    the same object. A softcap bounds the scores before the softmax (Attend).
+    the same object.
 
-    A token sees itself and those before it in its document; with a `window`, only the nearest so many, itself included.
-    Query head n uses key/value head n // (N / K). Args: cu_seqlens (S+1,) int32 on the device, from 0 to T, documents
-    of length 0 allowed; max_seqlen: the longest; lengths: the S lengths on the host. Without them `sdpa` and `flex`
-    read cu_seqlens once, which synchronises a CUDA device. windows: all that layers will ask for (`flex` makes their
-    masks at once). Raises: ConfigError for a backend that is not known, cannot take these tensors or has no softcap.
+    A token sees itself and those before it in its document, as far as Scores.window reaches. Query head n uses
+    key/value head n // (N / K). Args: cu_seqlens (S+1,) int32 on the device, from 0 to T, documents of length 0
+    allowed; max_seqlen: the longest; lengths: the S lengths on the host. Without them `sdpa` and `flex` read cu_seqlens
+    once, which synchronises a CUDA device. windows: all that layers will ask for (`flex` makes their masks at once).
+    Raises: ConfigError for a backend that is not known, cannot take these tensors or has no softcap.
     """
 
     def __init__(
@@ -69,25 +58,16 @@ class PackedAttention:
         self.lengths = lengths
         self.flex = FlexAttention(cu_seqlens, sum(lengths or ()), windows or (None,)) if backend == "flex" else None
 
-    def __call__(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        window: int | None,
-        scale: float | None = None,
-        softcap: float = 0.0,
-    ) -> Tensor:
-        check(self.backend, q.dtype, softcap)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
+        check(self.backend, q.dtype, scores.softcap)
         if self.flex is not None:
-            return self.flex(q, k, v, window, scale, softcap)
+            return self.flex(q, k, v, scores)
         if self.backend == "varlen":
-            return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen, window, scale)
+            return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen, scores)
         if self.backend == "flash2":
-            return _flash2(q, k, v, self.cu_seqlens, self.max_seqlen, window, scale, softcap)
+            return _flash2(q, k, v, self.cu_seqlens, self.max_seqlen, scores)
         assert self.lengths is not None
-        return _sdpa(q, k, v, self.lengths, window, scale, softcap)
+        return sdpa.documents(q, k, v, self.lengths, scores)
 
 
 def default_backend(device: torch.device | str, dtype: torch.dtype, softcap: float = 0.0) -> str:
@@ -110,89 +90,23 @@ def check(backend: str, dtype: torch.dtype, softcap: float) -> None:
         raise ConfigError(f"attention = {backend!r} computes in half precision, not {dtype}; set it to flex or sdpa")
 
 
-def heads_first(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None, softcap: float = 0.0
-) -> Tensor:
-    """Attention of a batch: q (B, N, Q, D), k and v (B, K, E, D) -> (B, N, Q, D). `mask`: bool, to (B, N, Q, E), True
-    where a key is seen; None: causal, Q = E. With a softcap the scores, B N Q E numbers in fp32, are in memory."""
-    if not softcap:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
-    if mask is None:
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    wide = torch.promote_types(q.dtype, torch.float32)
-    k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return (soft_cap(scores, softcap).masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q.dtype)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, scale: float | None, softcap: float
-) -> Tensor:
-    """One call per run of documents of equal length: padding is many short ones.
-
-    Runs are split off at once: a slice each would make the backward fill a gradient of all tokens for every run.
-    """
-    if sum(lengths) != q.shape[0]:
-        raise ValueError(f"lengths sum to {sum(lengths)}, but there are {q.shape[0]} tokens")
-    runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
-    sizes = [length * count for length, count in runs]
-    parts = zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
-    outputs = [_equal_documents(q, k, v, count, window, scale, softcap) for (_, count), q, k, v in parts]
-    return torch.cat(outputs) if outputs else torch.empty_like(q)
-
-
-def _equal_documents(
-    q: Tensor, k: Tensor, v: Tensor, count: int, window: int | None, scale: float | None, softcap: float
-) -> Tensor:
-    """`count` documents of one length, one after the other: as a batch (count, heads, length, D)."""
-    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
-    length, mask = q.shape[2], None
-    if window is not None and window < length:  # True where key j <= query i and j > i - window
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    return heads_first(q, k, v, mask, scale, softcap).transpose(1, 2).flatten(0, 1)
-
-
-def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None, scale: float | None
-) -> Tensor:
-    options: dict[str, Any] = {"window_size": _span(window), "scale": scale}
-    if q.shape[1] != k.shape[1]:
-        if varlen_groups_heads():
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return _varlen_function()(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
-
-
-def varlen_groups_heads() -> bool:
-    """Whether several query heads may read one key/value head; torch 2.11 wants as many of these, so they are
-    copied."""
-    return "enable_gqa" in inspect.signature(_varlen_function()).parameters
-
-
-def _varlen_function() -> Any:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scores: Scores) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # takes a second
 
-    return varlen_attn
+    options: dict[str, Any] = {"window_size": _span(scores.window), "scale": scores.scale}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 groups heads without it
+        options["enable_gqa"] = True
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
 
 
-def _flash2(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    window: int | None,
-    scale: float | None,
-    softcap: float,
-) -> Tensor:
+def _flash2(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scores: Scores) -> Tensor:
     """FlashAttention-2 of the package flash-attn, which groups heads itself."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     places = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
     return flash_attn_varlen_func(
-        *(q, k, v, *places), softmax_scale=scale, causal=True, window_size=_span(window), softcap=softcap,
-        deterministic=torch.are_deterministic_algorithms_enabled(),
+        *(q, k, v, *places), softmax_scale=scores.scale, causal=True, window_size=_span(scores.window),
+        softcap=scores.softcap, deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """torch's flex_attention over packed documents: a block mask made on the device, and the scores' softcap.
 
-    attend = FlexAttention(cu_seqlens, num_tokens=8, windows=[None, 4]); out = attend(q, k, v, window=4, softcap=50.0)
+    attend = FlexAttention(cu_seqlens, num_tokens=8, windows=[None, 4]); out = attend(q, k, v, Scores(4, softcap=50.0))
 Compiled on CUDA; on a CPU it runs as it is written, forward only. Letters: T, N, K, D; S documents.
 """
 
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ochat.model.sdpa import Scores
 
 BLOCK = 128  # rows and keys of a block that is skipped, taken whole, or masked
 KERNEL: Any = {"BACKEND": "TRITON"}  # for fewer rows than BLOCK torch 2.13 wants another, which it cannot always make
@@ -29,14 +31,12 @@ class FlexAttention:
         self.masks = {window: block_mask(cu_seqlens, num_tokens, window) for window in set(windows)}
         self.function = _function(cu_seqlens.device.type)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float | None = None, softcap: float = 0.0
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         """q (T, N, D), k and v (T, K, D) -> (T, N, D)."""
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = self.function(
-            *(q, k, v, _capped(softcap) if softcap else None, self.masks[window]), scale=scale,
-            enable_gqa=q.shape != k.shape, kernel_options=KERNEL,
+            *(q, k, v, _capped(scores.softcap) if scores.softcap else None, self.masks[scores.window]),
+            scale=scores.scale, enable_gqa=q.shape != k.shape, kernel_options=KERNEL,
         )  # fmt: skip
         return out[0].transpose(0, 1)
 

@@ -25,6 +25,7 @@ from ochat.model import rope
 from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.saved_tensors import ActivationOffload, SelectiveRecompute
+from ochat.model.sdpa import Scores
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (T, d/2) fp32 each
 HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
@@ -80,8 +81,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, ops: SelectiveRecompute) -> None:
         super().__init__()
-        self.layer, self.window, self.ops = layer, config.window(layer), ops
-        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.layer, self.ops = layer, ops
+        self.scores = Scores(config.window(layer), config.attention_scale, config.attention_softcap)
         self.head_dim, self.heads = config.head_dim, (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.qkv = Linear(config.hidden_size, sum(self.heads) * config.head_dim, config.qkv_bias)
         self.norms_heads = config.qk_norm == "head"
@@ -94,7 +95,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend, rows: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)  # (T, N, D), 2 x (T, K, D)
         q, k = self._prepare(q, k, rotation)
-        attended = attend(self.layer, q, k, v, self.window, self.scale, self.softcap)
+        attended = attend(self.layer, q, k, v, self.scores)
         return self.out(_pick(attended.flatten(1), rows))
 
     def _prepare(self, q: Tensor, k: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ What backward keeps of a block (the operators of kernels/ochat_kernels, torch's 
                                  matmul output that holds v, the output of attention, its logsumexp, a random state
   MLP        e T 2F              the input of SwiGLU or GeGLU
   qk norms   4 T (N + K), or 4 T 2 of norms over all heads: their rstd; they read the matmul's output
-  copies     with torch 2.11, where K < N: k and v with N heads, e T 2N D, instead of the originals
   weights    e B                 on one process: the casts of fp32 masters, without biases
 After attention the last block computes R rows only; the rows that it picks are a copy of attention's output.
 recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after RoPE: e T (2H + F + (N + K) D) less, or
@@ -41,7 +40,6 @@ from dataclasses import dataclass
 
 from ochat.config import LoraConfig
 from ochat.model import lora
-from ochat.model.attention import varlen_groups_heads
 from ochat.model.config import ModelConfig
 
 GIB = 2**30
@@ -177,9 +175,6 @@ def block_saved_bytes(model: ModelConfig, at: Layout, *, is_rotated: bool = True
     after = read + 2 * H * has_after + F * (2 if remakes else 3)
     narrow = has_before + model.num_heads
     narrow += {"": 0, "head": model.num_heads + model.num_kv_heads, "full": 2}[model.qk_norm]
-    if model.num_kv_heads < model.num_heads and not varlen_groups_heads():
-        is_read = model.qk_norm or remakes or not prepared  # the product: by the norms, to rotate again, or as q
-        before += 2 * q - (q + 2 * kv) * (not is_read) - kv * bool(prepared)
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
     inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16

@@ -12,6 +12,7 @@ from ochat.infer import generate as generation
 from ochat.infer.generate import KVCache, Sampler, generate
 from ochat.model import hf
 from ochat.model.rope import RopeConfig
+from ochat.model.sdpa import Scores
 from ochat.model.transformer import Transformer
 from tests.model_families import FAMILIES, make, random_ids
 
@@ -73,11 +74,11 @@ def test_unwritten_places_are_never_seen():
 
     cache = KVCache(Shape(), [3, 1], 8, torch.float32, "cpu")
     stored = torch.ones(4, 2, 4)
-    cache.storing(lambda layer, q, k, v, *_: q)(0, stored, stored, stored, None)
+    cache.storing(lambda layer, q, k, v, *_: q)(0, stored, stored, stored, Scores())
     empty = torch.arange(8)[None, :] >= cache.lengths[:, None]
     cache.values[0][empty] = 1e9
     new = torch.ones(2, 2, 4)
-    assert torch.allclose(cache(0, new, new, new, None), new)
+    assert torch.allclose(cache(0, new, new, new, Scores()), new)
 
 
 def test_an_answer_ends_before_its_stop_id_while_others_go_on(model):

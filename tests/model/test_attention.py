@@ -14,12 +14,14 @@ from torch.nn.attention import flex_attention
 from ochat.errors import ConfigError
 from ochat.model import flex, hf, transformer
 from ochat.model.attention import BACKENDS, PackedAttention, check, default_backend
+from ochat.model.sdpa import Scores
 from tests.model_families import make, peer_logits, random_ids
 from tests.numerics import assert_close
 
 
 def attend(q, k, v, cu_seqlens, max_seqlen, window=None, backend="sdpa", scale=None, softcap=0.0):
-    return PackedAttention(cu_seqlens, max_seqlen, backend, windows=[window])(0, q, k, v, window, scale, softcap)
+    scores = Scores(window, scale, softcap)
+    return PackedAttention(cu_seqlens, max_seqlen, backend, windows=[window])(0, q, k, v, scores)
 
 
 def truth(q, k, v, lengths, window, scale=None, softcap=0.0):
@@ -89,7 +91,7 @@ def check_against_truth(backend, lengths, kv_heads, groups, head_dim, window, sc
     )
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # a few fp32 roundings of values near 1
-    assert (found[0] - wanted[0]).abs().max() < 2e-6
+    assert (found[0] - wanted[0]).abs().max() < 5e-6  # scores of 16 are rounded to 1e-6, values reach 4
 
 
 def value_and_gradients(function, *inputs):
@@ -135,7 +137,7 @@ def test_flex_is_compiled_once_for_batches_of_one_size(monkeypatch):
         q, k, v, cu_seqlens = tensors(lengths, 4, 2, 16)
         packed = PackedAttention(cu_seqlens, 256, "flex", lengths, [None, 9])
         for layer, window in enumerate([None, 9, None]):
-            out = packed(layer, q, k, v, window, softcap=5.0)
+            out = packed(layer, q, k, v, Scores(window, softcap=5.0))
             torch.testing.assert_close(out, attend(q, k, v, cu_seqlens, 256, window=window, softcap=5.0))
     assert len(graphs) == 1
 
@@ -143,7 +145,7 @@ def test_flex_is_compiled_once_for_batches_of_one_size(monkeypatch):
 def test_what_cannot_be_computed_is_refused():
     q, k, v, cu_seqlens = tensors([4, 3], 2, 2, 4)
     with pytest.raises(ValueError, match="lengths sum to 6, but there are 7"):
-        PackedAttention(cu_seqlens, 4, "sdpa", [4, 2])(0, q, k, v, None)
+        PackedAttention(cu_seqlens, 4, "sdpa", [4, 2])(0, q, k, v, Scores())
     with pytest.raises(ConfigError, match="'flash'.*sdpa, varlen"):
         PackedAttention(cu_seqlens, 4, "flash")
     for backend in ("varlen", "flash2"):
@@ -168,12 +170,12 @@ def test_the_default_has_what_a_model_needs():
 
 
 def fake_varlen(has_gqa, calls):
-    """Stands in for the CUDA kernel: computes with the other backend, and checks what it was given as torch does."""
+    """Stands in for the CUDA kernel: computes with the other backend, and checks what it was given as torch does (2.11
+    takes fewer key/value heads as they are)."""
 
     def run(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
-        assert q.shape[1] == k.shape[1] == v.shape[1] or enable_gqa
         assert torch.equal(cu_q, cu_k) and cu_q.dtype == torch.int32 and max_q == max_k
-        calls.append(enable_gqa)
+        calls.append((k.shape[1], v.shape[1], enable_gqa))
         left, right = window_size
         assert right == 0
         return attend(q, k, v, cu_q, max_q, window=None if left < 0 else left + 1, scale=scale)
@@ -195,7 +197,7 @@ def test_varlen_gets_what_either_signature_wants(monkeypatch, has_gqa, kv_heads,
     q, k, v, cu_seqlens = tensors([5, 2], 4, kv_heads, 8, torch.bfloat16)
     found = attend(q, k, v, cu_seqlens, 5, window=window, backend="varlen", scale=scale)
     torch.testing.assert_close(found, attend(q, k, v, cu_seqlens, 5, window=window, scale=scale))
-    assert calls == [has_gqa and kv_heads == 2]
+    assert calls == [(kv_heads, kv_heads, has_gqa)]
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
