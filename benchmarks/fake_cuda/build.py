@@ -35,7 +35,7 @@ def build(folder: Path, packages: Path) -> dict[str, str]:
     libraries = [packages / "torch" / "lib" / f"{name}.so" for name in USERS]
     wanted = {name for library in libraries if library.exists() for name in undefined(library)}
     runtime, driver = folder / "libfakecuda.so", folder / "libcuda.so.1"
-    parts = [HERE / "runtime.c", HERE / "libraries.c"]
+    parts = [HERE / "runtime.c", HERE / "libraries.c", HERE / "log.c"]
     link(runtime, parts, {name for name in wanted if RUNTIME.fullmatch(name)}, headers)
     names = set(DRIVER.findall((headers[0] / "cuda.h").read_text("utf-8"))) | {n for n in wanted if DRIVER.match(n)}
     link(driver, [HERE / "driver.c"], names, headers)

@@ -2,6 +2,8 @@
 #include <cuda.h>
 #include <stdlib.h>
 
+void fake_cuda_note(const char *format, ...); /* log.c */
+
 static int num_devices(void) { const char *text = getenv("FAKE_CUDA_DEVICES"); return text ? atoi(text) : 1; }
 
 static int device_attribute(int attribute, int otherwise) {

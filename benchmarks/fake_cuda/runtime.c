@@ -150,11 +150,17 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+  const char *name = is_device(from) ? is_device(to) ? "device to device" : "device to host" : "host to device";
+  fake_cuda_note("{\"kind\": \"copy\", \"name\": \"%s\", \"bytes\": %zu}\n", name, size);
   if (size <= COPY_BYTES) memmove(to, from, size);
   return cudaSuccess;
 }
 
-cudaError_t cudaMemset(void *p, int value, size_t size) { if (size <= COPY_BYTES) memset(p, value, size); return cudaSuccess; }
+cudaError_t cudaMemset(void *p, int value, size_t size) {
+  fake_cuda_note("{\"kind\": \"fill\", \"name\": \"cudaMemset\", \"bytes\": %zu}\n", size);
+  if (size <= COPY_BYTES) memset(p, value, size);
+  return cudaSuccess;
+}
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   return cudaMemcpy(to, from, size, kind);

@@ -8,7 +8,6 @@ own, several under FSDP. Letters as in cases.py.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -19,24 +18,23 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import csv_file, step_cases
-from benchmarks.step_cases import CLASSES, IN_BACKWARD, PHASES, Case, Peer, World
+from benchmarks import bare_world, csv_file, step_cases
+from benchmarks.fake_cuda import launches
+from benchmarks.step_cases import BF16, IN_BACKWARD, PHASES, Case, Peer
 from benchmarks.step_peers import Ours
 from ochat import config as configuration
-from ochat.checkpoint import load as checkpoint
 from ochat.distributed import processes
-from ochat.model import hf
 from ochat.plan.gpus import GPUS
 from ochat.plan.memory import GIB
-from ochat.train import verify
 from ochat.train.metrics import peak_memory_gib
 
+ODD = 13 * 1024  # tokens of a micro-batch: none of its tensors has as many elements as a weight
+SMALLEST = 2**20  # elements of what counts as a weight: no norms, no adapters
 STEPS = 6  # after the first, which compiles
 OFFLOADED = ("--train.recompute=block", "--train.offload_activations=true")
 CASES = [
@@ -49,28 +47,28 @@ CASES = [
     Case("Llama-3-8B", 8192, 2, processes=2, options=("--parallel.reduce=micro_batch",)),
     Case("Llama-3-8B", 16384, 4, processes=4),
     Case("Llama-3-8B", 16384, 8, processes=4, options=("--parallel.reduce=micro_batch",)),
+    Case("Llama-3-8B", ODD, 1, options=IN_BACKWARD),
+    Case("Llama-3-8B", ODD, 2, options=(*BF16, "--train.recompute=elementwise")),
+    Case("Llama-3-8B", ODD, 2, options=("--train.recompute=block",)),
+    Case("Llama-3-8B", ODD, 2, options=("--lora.rank=16", "--lora.tokens=none")),
+    Case("Llama-3.2-1B", ODD, 4),
+    Case("Llama-3-8B", ODD, 4, processes=2),
+    Case("Llama-3.2-1B", ODD, 4, processes=2, options=("--parallel.reduce=micro_batch",)),
 ]
 COLUMNS = [
     *("date", "commit", "cpu", "python", "torch", "triton", "processes", "model", "token_budget", "bins_per_step"),
     *("options", "recompute", "predicted_gib", "of_it_allowance_gib", "allocated_gib", "reserved_gib"),
-    *("host_ms", "host_least_ms", "host_most_ms", "predicted_step_ms", "waits"),
+    *("host_ms", "host_least_ms", "host_most_ms", "predicted_step_ms", "waits", *launches.KINDS, "weight_sized"),
 ]
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """One case in this process: memory, host time and synchronisations of its steps."""
-    world = World(folder / "base", folder / "data", step_cases.model_config(case), CLASSES)
-    world.base.mkdir()
-    (world.base / "config.json").write_text(json.dumps(world.model.to_hf()), encoding="utf-8")
-    step_cases.write_bytes_tokenizer(world.base, step_cases.END_OF_TURN)
-    step_cases.write_data(world, case, STEPS + 1)
+    world = bare_world.make(case, folder, STEPS + 2)
     (folder / "run.toml").touch()
     settings = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run", "optim.lr": 1e-5}
     config = configuration.load(folder / "run.toml", [*step_cases.options(case, settings), *world.options])
-    nothing = [(hf, "open_tensors"), (verify, "base"), (checkpoint, "load_base")]  # of weights that are not there
-    with contextlib.ExitStack() as stack:
-        for module, name in nothing:
-            stack.enter_context(mock.patch.object(module, name))
+    with bare_world.weights_are(bare_world.left):
         ours = Ours(config, torch.device("cuda"), Peer())
     ours.step()
     with warnings.catch_warnings(record=True) as caught:
@@ -78,12 +76,29 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         torch.cuda.set_sync_debug_mode("warn")
         taken_ms = [_milliseconds(ours) for _ in range(STEPS)]
         torch.cuda.set_sync_debug_mode("default")
-    return {
+    with launches.recorded() as found:
+        ours.step()
+    return launches.counts(found) | {
+        "weight_sized": _weight_sized(case, ours, found),
         "recompute": ours.trainer.model.recompute,
         "allocated_gib": peak_memory_gib(torch.device("cuda")), "reserved_gib": torch.cuda.max_memory_reserved() / GIB,
         "host_ms": statistics.median(taken_ms), "host_least_ms": min(taken_ms), "host_most_ms": max(taken_ms),
         "waits": sum("called a synchronizing" in str(each.message) for each in caught),
     }  # fmt: skip
+
+
+def _weight_sized(case: Case, ours: Ours, found: list[dict[str, Any]]) -> str:
+    """launches.weight_sized for the matrices and their shards; nothing at micro-batches where it could err."""
+    if not is_odd(case):
+        return ""
+    weights = {p.numel() for p in ours.trainer.model.parameters() if p.numel() >= SMALLEST}
+    sizes = weights | {size // case.processes for size in weights}
+    return "; ".join(f"{count} x {name}" for name, count in launches.weight_sized(found, sizes).items()) or "none"
+
+
+def is_odd(case: Case) -> bool:
+    """Whether nothing but weights has a weight's size."""
+    return case.token_budget == ODD
 
 
 def _milliseconds(ours: Ours) -> float:
