@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from ochat_kernels import adamw, glu, lce_kernels, linear_cross_entropy, qk_norm_rope, rms_norm, rope
+from ochat_kernels import adamw, adamw_with_norm, glu, lce_kernels, linear_cross_entropy, qk_norm_rope, rms_norm, rope
 from ochat_kernels.launch import FLOATS, Launch, record
 from torch import Tensor
 
@@ -167,6 +167,18 @@ def adamw_cases() -> None:
                 adamw.adamw_step(params, grads, moments[0], moments[1], written, grad_scale, grad_scale, **numbers)
 
 
+def adamw_with_norm_cases() -> None:
+    """Sizes that allow wide accesses and that do not; a whole gradient at an odd address."""
+    fp32, bf16 = torch.float32, torch.bfloat16
+    numbers = {"lr": 1e-4, "beta_1": 0.9, "beta_2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3, "skipped": 1}
+    numbers |= {"key": 1, "offset": 0}
+    for dtype, grad, state in product((fp32, bf16), repeat=3):
+        for shape in ((4096, 4096), (4095,)):
+            for copy in (None, empty(*shape, dtype=bf16)) if dtype == fp32 else (None,):
+                param, gradient, *moments = (empty(*shape, dtype=kind) for kind in (dtype, grad, state, state))
+                adamw_with_norm.adamw_with_norm_step(param, gradient, moments[0], moments[1], copy, **numbers)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "glu": glu_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
@@ -174,4 +186,5 @@ CASES: dict[str, Callable[[], None]] = {
     "qk_norm_rope": qk_norm_rope_cases,
     "rms_norm": rms_norm_cases,
     "adamw": adamw_cases,
+    "adamw_with_norm": adamw_with_norm_cases,
 }

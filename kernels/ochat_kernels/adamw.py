@@ -82,26 +82,37 @@ def adamw_kernel(
     mask = lanes < left
     if corrections_ptr is not None:
         step_size, root_correction = tl.load(corrections_ptr), tl.load(corrections_ptr + 1)
-    p_at = block_of(row, 3, start, PARAM, ALIGNED) + lanes
-    m_at = block_of(row, 5, start, STATE, ALIGNED) + lanes
-    v_at = block_of(row, 6, start, STATE, ALIGNED) + lanes
-
     g = tl.load(block_of(row, 4, start, GRAD, ALIGNED) + lanes, mask=mask, other=0.0).to(tl.float32)
-    m = tl.load(m_at, mask=mask, other=0.0).to(tl.float32)
-    v = tl.load(v_at, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(p_at, mask=mask, other=0.0).to(tl.float32)
     if grad_scale_ptr is not None:
         g *= grad_scale
+    p_at = block_of(row, 3, start, PARAM, ALIGNED)
+    m_at, v_at = block_of(row, 5, start, STATE, ALIGNED), block_of(row, 6, start, STATE, ALIGNED)
+    copy_at = None
+    if COPY is not None:
+        copy_at = block_of(row, 7, start, COPY, ALIGNED)
+    update_block(p_at, g, m_at, v_at, copy_at, lanes, mask, tl.load(row + 1), tl.load(row + 2) + start,
+                 beta_1, rest_1, beta_2, rest_2, eps, decay, step_size, root_correction)  # fmt: skip
+
+
+@triton.jit
+def update_block(p_at, g, m_at, v_at, copy_at, lanes, mask, key, first,
+                 beta_1, rest_1, beta_2, rest_2, eps, decay, step_size, root_correction):  # fmt: skip
+    """Moves the parameter, the moments and the copy (or None) at these addresses by the gradient g, where `mask` says;
+    `first`: the place of the block's first element in its whole tensor."""
+    STATE: tl.constexpr = m_at.dtype.element_ty
+    m = tl.load(m_at + lanes, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_at + lanes, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(p_at + lanes, mask=mask, other=0.0).to(tl.float32)
     m = m * beta_1 + g * rest_1
     v = v * beta_2 + g * g * rest_2
     p = p * decay - m / (tl.sqrt(v) * root_correction + eps) * step_size
 
-    bits, bits_p = random_words(tl.load(row + 1), tl.load(row + 2) + start, lanes)
-    tl.store(m_at, round_with(m, bits & 0xFFFF, STATE), mask=mask)
-    tl.store(v_at, round_with(v, bits >> 16, STATE), mask=mask)
-    tl.store(p_at, round_with(p, bits_p, PARAM), mask=mask)
-    if COPY is not None:
-        tl.store(block_of(row, 7, start, COPY, ALIGNED) + lanes, narrow(p, COPY), mask=mask)
+    bits, bits_p = random_words(key, first, lanes)
+    tl.store(m_at + lanes, round_with(m, bits & 0xFFFF, STATE), mask=mask)
+    tl.store(v_at + lanes, round_with(v, bits >> 16, STATE), mask=mask)
+    tl.store(p_at + lanes, round_with(p, bits_p, p_at.dtype.element_ty), mask=mask)
+    if copy_at is not None:
+        tl.store(copy_at + lanes, narrow(p, copy_at.dtype.element_ty), mask=mask)
 
 
 def adamw_step(
@@ -133,11 +144,7 @@ def adamw_step(
         groups.setdefault((params[i].dtype, grads[i].dtype, exp_avgs[i].dtype, aligned), []).append(i)
     if not groups:
         return
-    device = params[0].device
-    # Every number stays a float: Triton compiles anew for integers that are 1 or multiples of 16.
-    numbers = {"beta_1": beta_1, "rest_1": 1 - beta_1, "beta_2": beta_2, "rest_2": 1 - beta_2, "eps": eps}
-    step_size, root_correction = definition.corrections(lr, (beta_1, beta_2), step)
-    numbers |= {"decay": 1 - lr * weight_decay, "step_size": step_size, "root_correction": root_correction}
+    device, numbers = params[0].device, numbers_of(lr, beta_1, beta_2, eps, weight_decay, step)
     corrections = None
     if skipped is not None:
         corrections = torch.stack(definition.corrections(lr, (beta_1, beta_2), step - skipped.double())).float()
@@ -148,6 +155,16 @@ def adamw_step(
         constants = {"PARAM": TRITON[param], "GRAD": TRITON[grad], "STATE": TRITON[state]}
         constants |= {"COPY": tl.bfloat16 if copies else None, "ALIGNED": aligned, "COLUMNS": COLUMNS, "BLOCK": BLOCK}
         launch(adamw_kernel, (programs.shape[0],), common | constants | {"programs_ptr": programs})
+
+
+def numbers_of(
+    lr: float, beta_1: float, beta_2: float, eps: float, weight_decay: float, count: int
+) -> dict[str, float]:
+    """What update_block takes in the `count`-th step; all stay floats, since Triton compiles anew for integers that are
+    1 or multiples of 16."""
+    step_size, root_correction = definition.corrections(lr, (beta_1, beta_2), count)
+    numbers = {"beta_1": beta_1, "rest_1": 1 - beta_1, "beta_2": beta_2, "rest_2": 1 - beta_2, "eps": eps}
+    return numbers | {"decay": 1 - lr * weight_decay, "step_size": step_size, "root_correction": root_correction}
 
 
 def _row(tensors: Sequence[Tensor | None], key: int, offset: int) -> list[int]:

@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ochat_kernels.reference_adamw import adamw
+from ochat_kernels.reference_adamw import adamw, adamw_with_norm
 from ochat_kernels.reference_loss import IGNORE_INDEX, LossOutput, linear_cross_entropy, statistics_dtype
 
 __all__ = [
     "IGNORE_INDEX",
     "LossOutput",
     "adamw",
+    "adamw_with_norm",
     "add_rms_norm",
     "geglu",
     "linear_cross_entropy",

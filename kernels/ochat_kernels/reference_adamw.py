@@ -81,6 +81,44 @@ def adamw(
             copies[i].copy_(p if is_kept is None else torch.where(is_kept, p, copies[i]))
 
 
+@torch.no_grad()
+def adamw_with_norm(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    skipped: int = 0,
+    copy: Tensor | None = None,
+    seed: int = 0,
+    tensor_id: int = 0,
+    offset: int = 0,
+) -> Tensor:
+    """The 2-norm of the gradient; if it is finite, also one step of `adamw` for this parameter, in place.
+
+    Args: as those of adamw, one tensor of each list: param, grad, exp_avg, exp_avg_sq, and copy, tensor_id and offset;
+    skipped: how many of the steps before were skipped. If the norm is NaN or infinite, nothing changes, bit for bit.
+    Returns: the norm () fp32 (float64 of a float64 gradient).
+    Raises: ValueError as adamw.
+    Costs: 16 FLOPs an element; several passes over memory; no sync.
+    Source: as adamw.
+    """
+    copies = None if copy is None else [copy]
+    check_adamw([param], [grad], [exp_avg], [exp_avg_sq], copies, None, None, (*DTYPES, torch.float64))
+    check_numbers(lr, betas, eps, weight_decay, step, seed, skipped)
+    norm = torch.linalg.vector_norm(grad, dtype=statistics_dtype(grad))
+    numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": step, "seed": seed}
+    numbers |= {"grad_scale": torch.where(norm.isfinite(), 1.0, torch.nan).float()}
+    numbers |= {"skipped": torch.full_like(norm, skipped, dtype=torch.float32)}
+    adamw([param], [grad], [exp_avg], [exp_avg_sq], copies=copies, ids=[tensor_id], offsets=[offset], **numbers)
+    return norm
+
+
 def corrections(lr: float, betas: tuple[float, float], count: Any) -> tuple[Any, Any]:
     """What the first moment, and the root of the second, are multiplied with in the `count`-th step, an int or a
     float64 tensor."""
@@ -156,7 +194,9 @@ def check_adamw(
             raise ValueError(f"{name} is on {number.device}: expected {params[0].device}, as params are")
 
 
-def check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, seed: int) -> None:
+def check_numbers(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, seed: int, skipped: int = 0
+) -> None:
     """ValueError for a hyperparameter out of its range."""
     for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
         if not 0 <= value < float("inf"):
@@ -167,6 +207,8 @@ def check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_deca
         raise ValueError(f"eps is {eps}: expected a finite number above 0")
     if step < 1:
         raise ValueError(f"step is {step}: expected at least 1")
+    if not 0 <= skipped < step:
+        raise ValueError(f"skipped is {skipped}: expected a count of the steps before step {step}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed is {seed}: expected an integer from 0 to 2^63 - 1")
 

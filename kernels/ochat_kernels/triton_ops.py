@@ -1,10 +1,21 @@
 """Every operator as Triton kernels: CUDA tensors, or CPU tensors in Triton's interpreter (see launch.py)."""
 
 from ochat_kernels.adamw import adamw
+from ochat_kernels.adamw_with_norm import adamw_with_norm
 from ochat_kernels.glu import geglu, swiglu
 from ochat_kernels.linear_cross_entropy import linear_cross_entropy
 from ochat_kernels.qk_norm_rope import qk_norm_rope
 from ochat_kernels.rms_norm import add_rms_norm, rms_norm
 from ochat_kernels.rope import rope
 
-__all__ = ["adamw", "add_rms_norm", "geglu", "linear_cross_entropy", "qk_norm_rope", "rms_norm", "rope", "swiglu"]
+__all__ = [
+    "adamw",
+    "adamw_with_norm",
+    "add_rms_norm",
+    "geglu",
+    "linear_cross_entropy",
+    "qk_norm_rope",
+    "rms_norm",
+    "rope",
+    "swiglu",
+]

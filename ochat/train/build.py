@@ -211,7 +211,7 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
     optimizer = optim.build(
         model,
         config.optim,
-        ops.adamw if is_ours else None,  # where it is faster or the only one that can, else torch's
+        ops if is_ours else None,  # where it is faster or the only one that can, else torch's
         host_moments=offload == "optimizer",
         micro_batches=config.data.bins_per_step // ranks.world,
         seed=config.run.seed,

@@ -1,6 +1,6 @@
 """AdamW, global-norm clipping, and the update of each parameter inside backward.
 
-    optimizer = build(model, config.optim, ops.adamw);  update(optimizer, lr=2e-5, clip=1.0, loss=loss)
+    optimizer = build(model, config.optim, ops);  update(optimizer, lr=2e-5, clip=1.0, loss=loss)
 
 Parameters are fp32 masters, or bf16 without masters; moments are fp32 or bf16; bf16 is always rounded stochastically.
 Weight decay applies to matrices (embeddings included), never to norms and biases.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +29,20 @@ CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
 class FusedAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's state and result, computed by a multi-tensor kernel that also scales the gradients.
 
-    `adamw`: ochat_kernels' operator. Each rank updates its shard of a sharded parameter. Random bits for rounding to
-    bf16 follow from `seed`, the step and the element's index in the whole model, so a resumed run and runs on other
-    numbers of processes draw the same. `host_moments`: the moments stay in (pinned) host memory and are copied to the
-    GPU piece by piece; each step transfers 4 moments' worth of bytes per parameter, and the host waits for them.
+    `ops`: the operators. Each rank updates its shard of a sharded parameter. Random bits for rounding to bf16 follow
+    from `seed`, the step and the element's index in the whole model, so a resumed run and runs on other numbers of
+    processes draw the same. `host_moments`: the moments stay in (pinned) host memory and are copied to the GPU piece by
+    piece; each step transfers 4 moments' worth of bytes per parameter, and the host waits for them.
     `config.in_backward`: backward updates each parameter as soon as its gradient is complete, and frees the gradient;
     it is not clipped, and one with a NaN or an infinity updates nothing.
     """
 
-    def __init__(
-        self, groups: list[dict], adamw: Callable[..., None], config: OptimConfig, host_moments: bool, seed: int
-    ):
+    def __init__(self, groups: list[dict], ops: ModuleType, config: OptimConfig, host_moments: bool, seed: int):
         super().__init__(groups, {"lr": 0.0, "betas": config.betas, "eps": config.eps})
-        self.adamw, self.host_moments, self.seed = adamw, host_moments, seed
+        self.ops, self.host_moments, self.seed = ops, host_moments, seed
         self.state_dtype = getattr(torch, config.moment_dtype)
-        self.skipped: Tensor | None = None  # () fp32 on the device: steps counted in the state that were not applied
+        # () fp32: steps counted in the state that were not applied; on the device, or on the host if in backward
+        self.skipped: Tensor | None = None
         self.ids = {parameter: i for i, (_, parameter) in enumerate(self._parameters())}
         self.norms: dict[int, Tensor] | None = {} if config.in_backward else None  # () fp32 of each gradient, by id
         for group, parameter in self._parameters() if config.in_backward else ():
@@ -70,18 +70,25 @@ class FusedAdamW(torch.optim.Optimizer):
     @record_function("optimizer")
     def _update_now(self, group: dict, parameter: Tensor) -> None:
         assert self.norms is not None and parameter.grad is not None
-        norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+        skipped = 0 if self.skipped is None else int(self.skipped)
+        if self.host_moments:
+            norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
+            scale = torch.where(norm.isfinite(), 1.0, torch.nan)
+            self._update(group, [parameter], scale, torch.full_like(norm, skipped))
+        else:
+            state = self._state(parameter)
+            tensors = (parameter, parameter.grad, *(state[moment] for moment in MOMENTS))
+            numbers = _numbers(group) | {"step": int(state["step"]), "skipped": skipped, "seed": self.seed}
+            norm = self.ops.adamw_with_norm(*tensors, **numbers, tensor_id=self.ids[parameter])
         self.norms[self.ids[parameter]] = norm
-        skipped = torch.zeros_like(norm) if self.skipped is None else self.skipped
-        self._update(group, [parameter], torch.where(norm.isfinite(), 1.0, torch.nan), skipped)
         parameter.grad = None
 
     def _update(self, group: dict, parameters: list[Tensor], grad_scale: Tensor, skipped: Tensor) -> None:
         states = [self._state(p) for p in parameters]
         lists = [parameters, [p.grad for p in parameters], *([s[moment] for s in states] for moment in MOMENTS)]
-        numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")} | {"skipped": skipped}
         step = int(states[0]["step"]) if states else 1  # a host tensor
-        adamw = partial(self.adamw, **numbers, step=step, grad_scale=grad_scale, seed=self.seed)
+        numbers = _numbers(group) | {"step": step, "skipped": skipped, "grad_scale": grad_scale, "seed": self.seed}
+        adamw = partial(self.ops.adamw, **numbers)
         places = [self.ids[p] for p in parameters], [global_offset(p) for p in parameters]
         lists = [[local_shard(t) for t in tensors] for tensors in lists]
         if self.host_moments:
@@ -100,13 +107,13 @@ class FusedAdamW(torch.optim.Optimizer):
 def build(
     model: nn.Module,
     config: OptimConfig,
-    adamw: Callable[..., None] | None = None,
+    ops: ModuleType | None = None,
     *,
     host_moments: bool = False,
     micro_batches: int = 1,
     seed: int = 0,
 ) -> torch.optim.AdamW | FusedAdamW:
-    """AdamW (decoupled weight decay) over the trainable parameters: with the operator `adamw` if given, else torch's,
+    """AdamW (decoupled weight decay) over the trainable parameters: with the operators `ops` if given, else torch's,
     which cannot do what needs_kernel lists.
 
     Gradients of bf16 parameters are bf16, or fp32 if a process accumulates them over several `micro_batches`.
@@ -116,13 +123,13 @@ def build(
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    if adamw is None:
+    if ops is None:
         assert not needs_kernel(config)
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
     for parameter in parameters:
         if micro_batches > 1 and not isinstance(parameter, DTensor):  # FSDP accumulates in its reduce_dtype
             parameter.grad_dtype = torch.float32
-    return FusedAdamW(groups, adamw, config, host_moments, seed)
+    return FusedAdamW(groups, ops, config, host_moments, seed)
 
 
 def check(config: OptimConfig, num_processes: int) -> None:
@@ -182,11 +189,17 @@ def start_state(optimizer: torch.optim.AdamW | FusedAdamW, steps_done: int, skip
         for parameter in group["params"]:
             if isinstance(optimizer, FusedAdamW):
                 state = optimizer.zero_moments(parameter) | {"step": torch.tensor(float(steps_done))}
-                optimizer.skipped = torch.tensor(float(skipped), device=local_shard(parameter).device)
+                device = "cpu" if optimizer.norms is not None else local_shard(parameter).device
+                optimizer.skipped = torch.tensor(float(skipped), device=device)
             else:
                 state = {name: torch.zeros_like(parameter) for name in MOMENTS}
                 state["step"] = torch.full((), float(steps_done - skipped), device=parameter.device)
             optimizer.state[parameter] = state
+
+
+def _numbers(group: dict) -> dict:
+    """The group's settings that both operators take."""
+    return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
 
 
 def _update_in_pieces(adamw: Callable[..., None], ids: list[int], offsets: list[int], *lists: list[Tensor]) -> None:

@@ -41,7 +41,7 @@ def small_model(dtype, seed=0, tied=False):
 
 
 def build(model, config=NARROW, **more):
-    return optim.build(model, config, REFERENCE.adamw, seed=3, **more)
+    return optim.build(model, config, REFERENCE, seed=3, **more)
 
 
 def everything(model, optimizer):

@@ -33,8 +33,8 @@ def give_gradients(model, step, bad=None):
 @pytest.fixture(params=["torch", "reference", "triton"])
 def build(request):
     """optim.build with torch's AdamW, and with the operator of each kind."""
-    adamw = None if request.param == "torch" else ochat_kernels.load(request.param).adamw
-    return lambda model, config: optim.build(model, config, adamw)
+    ops = None if request.param == "torch" else ochat_kernels.load(request.param)
+    return lambda model, config: optim.build(model, config, ops)
 
 
 def moments(model, optimizer, names=manifest.MOMENTS):
@@ -113,7 +113,7 @@ def test_moments_in_host_memory_come_and_go_in_pieces_and_change_nothing(monkeyp
     results = []
     for host_moments in (False, True):
         model, config = small_model(), OptimConfig(moment_dtype=moment_dtype)
-        optimizer = optim.build(model, config, ochat_kernels.load("reference").adamw, host_moments=host_moments)
+        optimizer = optim.build(model, config, ochat_kernels.load("reference"), host_moments=host_moments)
         optim.start_state(optimizer, 2)
         for step in range(3):
             give_gradients(model, step)
