@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator
 from itertools import product
 
 import torch
-from ochat_kernels import adamw, adamw_with_norm, glu, lce_kernels, linear_cross_entropy, qk_norm_rope, rms_norm, rope
+from ochat_kernels import (
+    adamw,
+    adamw_with_norm,
+    fp8,
+    glu,
+    lce_kernels,
+    linear_cross_entropy,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+)
 from ochat_kernels.launch import FLOATS, Launch, record
 from torch import Tensor
 
@@ -57,6 +67,7 @@ def glu_cases() -> None:
         for gate_up, grad in zip(layouts(T, 2 * F, dtype=dtype), layouts(T, F, dtype=dtype), strict=True):
             for is_gelu in (False, True):
                 glu.glu_fwd(gate_up, is_gelu)
+                glu.glu_fp8_fwd(gate_up, is_gelu)
                 glu.glu_bwd(gate_up, grad, is_gelu)
 
 
@@ -149,6 +160,9 @@ def rms_norm_cases() -> None:
 def _norm(x: Tensor, weight: Tensor, offset: float = 0.0) -> None:
     rms_norm.rms_norm_fwd(x, weight, 1e-5, offset)
     rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5, offset)
+    if x.shape[1] % fp8.MULTIPLE == 0:
+        rms_norm.rms_norm_fp8_fwd(x, weight, 1e-5, offset)
+        rms_norm.add_rms_norm_fp8_fwd(x, x, weight, 1e-5, offset)
     rstd = empty(x.shape[0], dtype=torch.float32)
     for grad_sum, need_weight in product((None, x), (True, False)):
         rms_norm.rms_norm_bwd(x, grad_sum, x, weight, rstd, offset, need_weight)
@@ -179,6 +193,19 @@ def adamw_with_norm_cases() -> None:
                 adamw_with_norm.adamw_with_norm_step(param, gradient, moments[0], moments[1], copy, **numbers)
 
 
+def fp8_cases() -> None:
+    """What linears quantise: their inputs, weights and gradients, bf16 or fp32, and rows that nothing is known of."""
+    fp32, bf16, fp16 = FLOATS
+    for dtype, H in product((fp32, bf16), {*widths("H"), *widths("F"), *(2 * F for F in widths("F")), 1, 4097}):
+        for x in layouts(T, H, dtype=dtype):
+            fp8.rows_fwd(x, None)
+            fp8.rows_fwd(x, empty(H, 1, dtype=fp32))
+    for dtype, (OUT, IN) in product(FLOATS, ((4096, 14336), (28672, 4096), (576, 576), (1031, 1033))):
+        for weight in layouts(OUT, IN, dtype=dtype):
+            fp8.transposed_fwd(weight, empty(OUT, 1, dtype=fp32))
+    fp8.rows_fwd(empty(T, 4096, dtype=fp16), None)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "glu": glu_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
@@ -187,4 +214,5 @@ CASES: dict[str, Callable[[], None]] = {
     "rms_norm": rms_norm_cases,
     "adamw": adamw_cases,
     "adamw_with_norm": adamw_with_norm_cases,
+    "fp8": fp8_cases,
 }

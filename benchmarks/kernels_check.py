@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import filterfalse, groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +27,7 @@ import ochat_kernels
 import torch
 import triton
 from ochat_kernels.launch import INTERPRETED, Launch
+from ochat_kernels.reference_fp8 import FP8
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -50,7 +51,8 @@ SHARED_KIB = {80: 163, 90: 227}  # shared memory that a block may ask for; a pro
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one processor, the same on both
 WORKERS = 2  # most of a compilation runs outside Python's lock
 CUOBJDUMP = Path(triton.__path__[0]) / "backends/nvidia/bin/cuobjdump"
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64", FP8: "e4m3"}
+FP8_ARCH = 90  # no earlier one converts to e4m3
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class CompiledKernel:
 
 
 def compile_all(launches: list[Launch], arch: int) -> list[CompiledKernel]:
-    """Every distinct compilation among `launches`, in their order."""
+    """Every distinct compilation among `launches` that a GPU of this architecture can run, in their order."""
     stub: Any = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
         get_current_device=lambda: arch,
@@ -99,10 +101,15 @@ def compile_all(launches: list[Launch], arch: int) -> list[CompiledKernel]:
     driver.set_active(stub)  # what Triton asks of a driver before it compiles
     with ThreadPoolExecutor(WORKERS) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         pending = {}  # the JIT gives one object for launches that share a binary
-        for launch in launches:
+        for launch in launches if arch >= FP8_ARCH else filterfalse(needs_fp8, launches):
             compilation = _start(launch)
             pending.setdefault(id(compilation), (launch, compilation))
         return [_finish(launch, compilation, arch) for launch, compilation in pending.values()]
+
+
+def needs_fp8(launch: Launch) -> bool:
+    """Whether a kernel reads or writes e4m3."""
+    return any(isinstance(value, Tensor) and value.dtype == FP8 for value in launch.arguments.values())
 
 
 def faults(kernel: CompiledKernel) -> list[str]:

@@ -2,8 +2,10 @@
 
     y = swiglu(gate_up)   # (T, 2F) -> (T, F), gate first
     y = geglu(gate_up)    # with gelu by its tanh approximation, as Gemma has it
+    y, y8, scale = swiglu_fp8(gate_up)    # and y's rows in e4m3 (fp8.py), in the same pass
 Both are x * sigmoid(u): silu has u = x, and gelu, x (1 + tanh(u / 2)) / 2, has u = sqrt(8 / pi) (x + 0.044715 x^3).
-One program per row and block of F columns; every element is read and written once, in fp32 between.
+One program per row and block of F columns, or per row where it takes the row's scale; every element is read and written
+once, in fp32 between.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ochat_kernels.fp8 import empty_rows, magnitude, row_scale, to_fp8
 from ochat_kernels.launch import check_floats, launch, rows_of
 from ochat_kernels.rounding import narrow
 
 BLOCK_F = 1024  # 8 elements a thread: 16-byte accesses in bf16
+BLOCK_ROW = 2048  # the same, where a program walks a row
 
 
 @triton.jit
@@ -28,6 +32,29 @@ def glu_fwd_kernel(x_ptr, y_ptr, stride_xt, F, IS_GELU: tl.constexpr, BLOCK_F: t
     up = tl.load(x_ptr + t * stride_xt + F + f, mask=mask, other=0.0).to(tl.float32)
     sigmoid, _ = _sigmoid(gate, IS_GELU)
     tl.store(y_ptr + t * F + f, narrow(gate * sigmoid * up, y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def glu_fp8_fwd_kernel(x_ptr, y_ptr, y8_ptr, scale_ptr, stride_xt, F, IS_GELU: tl.constexpr, BLOCK_F: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    largest = tl.full((), 0.0, tl.float32)
+    for start in range(0, F, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        mask = f < F
+        gate = tl.load(x_ptr + t * stride_xt + f, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(x_ptr + t * stride_xt + F + f, mask=mask, other=0.0).to(tl.float32)
+        sigmoid, _ = _sigmoid(gate, IS_GELU)
+        y = narrow(gate * sigmoid * up, y_ptr.dtype.element_ty)
+        tl.store(y_ptr + t * F + f, y, mask=mask)
+        largest = tl.maximum(largest, tl.max(magnitude(y.to(tl.float32)), axis=0))
+    scale = row_scale(largest)
+    tl.store(scale_ptr + t, scale)
+    tl.debug_barrier()  # y is read again, from the cache, by other threads perhaps
+    for start in range(0, F, BLOCK_F):
+        f = start + tl.arange(0, BLOCK_F)
+        mask = f < F
+        y = tl.load(y_ptr + t * F + f, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y8_ptr + t * F + f, to_fp8(y, scale), mask=mask)
 
 
 @triton.jit
@@ -67,6 +94,18 @@ def glu_fwd(gate_up: Tensor, is_gelu: bool) -> Tensor:
     return y
 
 
+def glu_fp8_fwd(gate_up: Tensor, is_gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward that quantises: y (T, F), its rows in e4m3, their scales (T, 1) fp32."""
+    gate_up = rows_of(gate_up)
+    T, F = gate_up.shape[0], gate_up.shape[1] // 2
+    y = gate_up.new_empty(T, F)
+    y8, scale = empty_rows(y)
+    arguments = {"x_ptr": gate_up, "y_ptr": y, "y8_ptr": y8, "scale_ptr": scale, "stride_xt": gate_up.stride(0)}
+    arguments |= {"F": F, "IS_GELU": is_gelu, "BLOCK_F": BLOCK_ROW}
+    launch(glu_fp8_fwd_kernel, (T,), arguments, num_warps=8)
+    return y, y8, scale
+
+
 def glu_bwd(gate_up: Tensor, grad: Tensor, is_gelu: bool) -> Tensor:
     """Launches the backward: the gradient of gate_up, (T, 2F), from that of y, (T, F)."""
     gate_up, grad = rows_of(gate_up), rows_of(grad)
@@ -79,12 +118,19 @@ def glu_bwd(gate_up: Tensor, grad: Tensor, is_gelu: bool) -> Tensor:
 
 
 _forward = torch.library.custom_op("ochat_kernels::glu", glu_fwd, mutates_args=())
+_forward_fp8 = torch.library.custom_op("ochat_kernels::glu_fp8", glu_fp8_fwd, mutates_args=())
 _backward = torch.library.custom_op("ochat_kernels::glu_bwd", glu_bwd, mutates_args=())
 
 
 @_forward.register_fake
 def _(gate_up, is_gelu):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@_forward_fp8.register_fake
+def _(gate_up, is_gelu):
+    y = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    return y, *empty_rows(y)
 
 
 @_backward.register_fake
@@ -95,13 +141,16 @@ def _(gate_up, grad, is_gelu):
 def _save(ctx, inputs, output):
     gate_up, ctx.is_gelu = inputs
     ctx.save_for_backward(gate_up)
+    if isinstance(output, tuple):
+        ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, grad):
+def _differentiate(ctx, grad, *_):
     return _backward(*ctx.saved_tensors, grad, ctx.is_gelu), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_forward_fp8.register_autograd(_differentiate, setup_context=_save)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -124,6 +173,21 @@ def geglu(gate_up: Tensor) -> Tensor:
     """
     _check(gate_up)
     return _forward(gate_up, True)
+
+
+def swiglu_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, *quantize_rows(y))` for y = swiglu(gate_up), bit for bit: (y, y8, scale).
+
+    y has the gradient, y8 and scale none. Args, Raises: as in swiglu. Costs: those of swiglu, and T F bytes more.
+    """
+    _check(gate_up)
+    return _forward_fp8(gate_up, False)
+
+
+def geglu_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """geglu, quantised as in swiglu_fp8."""
+    _check(gate_up)
+    return _forward_fp8(gate_up, True)
 
 
 def _check(gate_up: Tensor) -> None:

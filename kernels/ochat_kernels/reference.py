@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ochat_kernels.reference_adamw import adamw, adamw_with_norm
+from ochat_kernels.reference_fp8 import quantize_rows, quantize_transposed, scaled_product
 from ochat_kernels.reference_loss import IGNORE_INDEX, LossOutput, linear_cross_entropy, statistics_dtype
 
 __all__ = [
@@ -19,12 +20,19 @@ __all__ = [
     "adamw",
     "adamw_with_norm",
     "add_rms_norm",
+    "add_rms_norm_fp8",
     "geglu",
+    "geglu_fp8",
     "linear_cross_entropy",
     "qk_norm_rope",
+    "quantize_rows",
+    "quantize_transposed",
     "rms_norm",
+    "rms_norm_fp8",
     "rope",
+    "scaled_product",
     "swiglu",
+    "swiglu_fp8",
 ]
 
 
@@ -38,6 +46,20 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
     """`(rms_norm(x + residual), x + residual)`; x and residual (T, H), weight (H,)."""
     new_residual = x + residual
     return rms_norm(new_residual, weight, eps, offset), new_residual
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, *quantize_rows(y))` for y = rms_norm(x), x (T, H); y alone has a gradient."""
+    y = rms_norm(x, weight, eps, offset)
+    return y, *quantize_rows(y.detach())
+
+
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(y, *quantize_rows(y), new_residual)` for (y, new_residual) = add_rms_norm(x, residual)."""
+    y, new_residual = add_rms_norm(x, residual, weight, eps, offset)
+    return y, *quantize_rows(y.detach()), new_residual
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +99,18 @@ def geglu(gate_up: Tensor) -> Tensor:
     """`gelu(gate) * up`, otherwise as swiglu; gelu(x) is `x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2`."""
     gate, up = gate_up.to(statistics_dtype(gate_up)).chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(gate_up.dtype)
+
+
+def swiglu_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, *quantize_rows(y))` for y = swiglu(gate_up); y alone has a gradient."""
+    y = swiglu(gate_up)
+    return y, *quantize_rows(y.detach())
+
+
+def geglu_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """geglu, quantised as in swiglu_fp8."""
+    y = geglu(gate_up)
+    return y, *quantize_rows(y.detach())
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

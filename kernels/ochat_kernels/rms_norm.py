@@ -2,6 +2,7 @@
 
     y = rms_norm(x, weight, eps, offset=1.0)                    # (..., H) -> (..., H); Gemma's offset, others have none
     y, new_residual = add_rms_norm(x, residual, weight, eps)    # new_residual = x + residual
+    y, y8, scale = rms_norm_fp8(x, weight, eps)                 # and y's rows in e4m3 (fp8.py), in the same pass
 A program holds whole rows; every element crosses the memory bus once, in fp32 between. The backward is a fixed number
 of programs that share the rows; each leaves one row of sums for dweight, added up in one fixed order.
 """
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ochat_kernels.fp8 import empty_rows, magnitude, row_scale, to_fp8
 from ochat_kernels.launch import check_floats, check_like, launch, num_processors, rows_of
 from ochat_kernels.rounding import narrow
 
@@ -24,7 +26,7 @@ THREAD_BYTES = 32  # of a tile: two 16-byte accesses a thread
 
 @triton.jit
 def rms_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, stride_xt, stride_rt, T, H, eps,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr, y8_ptr, scale_ptr, stride_xt, stride_rt, T, H, eps,
     OFFSET: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -41,7 +43,13 @@ def rms_norm_fwd_kernel(
         weight += OFFSET
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / H + eps)
     tl.store(rstd_ptr + t, rstd, mask=t < T)
-    tl.store(y_ptr + t * H + h, narrow(x * rstd * weight, y_ptr.dtype.element_ty), mask=mask)
+    y = narrow(x * rstd * weight, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + t * H + h, y, mask=mask)
+    if y8_ptr is not None:
+        y = y.to(tl.float32)
+        scale = row_scale(tl.max(magnitude(y), axis=1, keep_dims=True))
+        tl.store(scale_ptr + t, scale, mask=t < T)
+        tl.store(y8_ptr + t * H + h, to_fp8(y, scale), mask=mask)
 
 
 @triton.jit
@@ -97,6 +105,21 @@ def add_rms_norm_fwd(
     return _forward(x, residual, weight, eps, offset)
 
 
+def rms_norm_fp8_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """rms_norm_fwd, and y's rows in e4m3 with their scales."""
+    rows8 = empty_rows(x)
+    y, _, rstd = _forward(x, None, weight, eps, offset, rows8)
+    return y, rstd, *rows8
+
+
+def add_rms_norm_fp8_fwd(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """add_rms_norm_fwd, and y's rows in e4m3 with their scales."""
+    rows8 = empty_rows(x)
+    return *_forward(x, residual, weight, eps, offset, rows8), *rows8
+
+
 def rms_norm_bwd(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -121,9 +144,14 @@ def rms_norm_bwd(
 
 
 def _forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    rows8: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the sum (y again where there is no residual) and rstd."""
+    """y, the sum (y again where there is no residual) and rstd; `rows8`: to fill with y's rows in e4m3 and scales."""
     y, rstd = x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
     total = y if residual is None else x.new_empty(x.shape)
     x, weight = _matrix(x), rows_of(weight)
@@ -133,6 +161,8 @@ def _forward(
     arguments = {"x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "y_ptr": y, "sum_ptr": total}
     arguments |= {
         "rstd_ptr": rstd,
+        "y8_ptr": rows8[0],
+        "scale_ptr": rows8[1],
         "stride_xt": x.stride(0),
         "stride_rt": 0 if residual is None else residual.stride(0),
     }
@@ -179,6 +209,8 @@ def _check(x: Tensor, weight: Tensor) -> None:
 
 _rms_norm = torch.library.custom_op("ochat_kernels::rms_norm", rms_norm_fwd, mutates_args=())
 _add_rms_norm = torch.library.custom_op("ochat_kernels::add_rms_norm", add_rms_norm_fwd, mutates_args=())
+_rms_norm_fp8 = torch.library.custom_op("ochat_kernels::rms_norm_fp8", rms_norm_fp8_fwd, mutates_args=())
+_add_rms_norm_fp8 = torch.library.custom_op("ochat_kernels::add_rms_norm_fp8", add_rms_norm_fp8_fwd, mutates_args=())
 _backward = torch.library.custom_op("ochat_kernels::rms_norm_bwd", rms_norm_bwd, mutates_args=())
 
 
@@ -192,6 +224,17 @@ def _(x, residual, weight, eps, offset):
     return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+@_rms_norm_fp8.register_fake
+def _(x, weight, eps, offset):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32), *empty_rows(x)
+
+
+@_add_rms_norm_fp8.register_fake
+def _(x, residual, weight, eps, offset):
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape), rstd, *empty_rows(x)
+
+
 @_backward.register_fake
 def _(grad, grad_sum, x, weight, rstd, offset, need_weight):
     return x.new_empty(x.shape), weight.new_empty(weight.shape if need_weight else 0)
@@ -200,24 +243,24 @@ def _(grad, grad_sum, x, weight, rstd, offset, need_weight):
 def _save(ctx, inputs, output):
     x, weight, _, ctx.offset = inputs
     ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, grad, _):
+def _differentiate(ctx, grad, *_):
     need_weight = ctx.needs_input_grad[1]
     dx, dweight = _backward(grad, None, *ctx.saved_tensors, ctx.offset, need_weight)
     return dx, dweight if need_weight else None, None, None
 
 
 def _save_sum(ctx, inputs, output):
-    _, total, rstd = output
+    total, rstd = output[1:3]
     ctx.offset = inputs[4]
     ctx.save_for_backward(total, inputs[2], rstd)
-    ctx.mark_non_differentiable(rstd)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)  # the sum of the last block has no gradient of its own: no zeros to read
 
 
-def _differentiate_sum(ctx, grad, grad_sum, _):
+def _differentiate_sum(ctx, grad, grad_sum, *_):
     if grad is None:
         return grad_sum, grad_sum, None, None, None
     need_weight = ctx.needs_input_grad[2]
@@ -227,6 +270,8 @@ def _differentiate_sum(ctx, grad, grad_sum, _):
 
 _rms_norm.register_autograd(_differentiate, setup_context=_save)
 _add_rms_norm.register_autograd(_differentiate_sum, setup_context=_save_sum)
+_rms_norm_fp8.register_autograd(_differentiate, setup_context=_save)
+_add_rms_norm_fp8.register_autograd(_differentiate_sum, setup_context=_save_sum)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -256,3 +301,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
     check_like("residual", residual, "x", x)
     y, total, _ = _add_rms_norm(x, residual, weight, eps, offset)
     return y, total
+
+
+def rms_norm_fp8(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`(y, *quantize_rows(y))` for y = rms_norm(x), x (T, H), bit for bit: (y, y8, scale).
+
+    y has the gradient, y8 and scale none. Args, Raises: as in rms_norm. Costs: those of rms_norm, and T H bytes more.
+    """
+    check_floats("x", x, dims=2)
+    _check(x, weight)
+    y, _, y8, scale = _rms_norm_fp8(x, weight, eps, offset)
+    return y, y8, scale
+
+
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(y, y8, scale, new_residual)`: add_rms_norm, whose y is quantised as in rms_norm_fp8."""
+    check_floats("x", x, dims=2)
+    _check(x, weight)
+    check_like("residual", residual, "x", x)
+    y, total, _, y8, scale = _add_rms_norm_fp8(x, residual, weight, eps, offset)
+    return y, y8, scale, total

@@ -12,9 +12,17 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """fp32 `x` in `dtype`. Triton's interpreter cuts bf16 off where a GPU rounds, so there it is rounded first."""
+    """fp32 `x` in `dtype`. Triton's interpreter cuts bf16 off where a GPU rounds, and loses the carry of an e4m3 that
+    is rounded up to a power of 2, so there both are rounded first."""
     if _INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    if _INTERPRETED and dtype == tl.float8e4nv:
+        bits = x.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000  # 3 bits after the first
+        even = (tl.abs(x) * 512.0 + 8388608.0 - 8388608.0) / 512.0  # below 2^-6 multiples of 2^-9
+        signed = even.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
+        nearest = tl.where(tl.abs(x) < 0.015625, signed, nearest).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)
     return x.to(dtype)
