@@ -15,10 +15,12 @@ from torch import Tensor
 
 from ochat_kernels import lce_kernels
 from ochat_kernels.launch import check_floats
+from ochat_kernels.products import add_product
 from ochat_kernels.reference_loss import (
     LossOutput,
     WeightTransform,
     check_arguments,
+    check_grad_weight,
     check_labels,
     check_softcap,
     live_rows,
@@ -57,6 +59,42 @@ def lce_fwd(
 
     `chunk_rows` 0: chosen here; `weight_transform`: a key of _transforms, or empty.
     """
+    gradients = _Gradients(hidden, weight, want_hidden, want_weight)
+    found = _by_chunks(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, weight_transform, gradients)
+    return *found, gradients.hidden, gradients.weight
+
+
+def lce_fwd_into(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    rows: Tensor | None,
+    chunk_rows: int,
+    softcap: float,
+    weight_transform: str,
+    want_hidden: bool,
+    total: Tensor,
+    accumulate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As lce_fwd, but grad_weight is written or added to `total` (V, H) fp32."""
+    gradients = _Gradients(hidden, weight, want_hidden, True, total, accumulate)
+    found = _by_chunks(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, weight_transform, gradients)
+    return *found, gradients.hidden
+
+
+def _by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    rows: Tensor | None,
+    chunk_rows: int,
+    softcap: float,
+    weight_transform: str,
+    gradients: _Gradients,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss_sum (), nll and correct (T,), the gradients chunk by chunk."""
     check_labels(labels, weight.shape[0])  # here, where nothing is traced
     transform = _transforms[weight_transform] if weight_transform else None
     rows = live_rows(labels, loss_weights) if rows is None else rows
@@ -64,9 +102,6 @@ def lce_fwd(
     chunk_rows = min(chunk_rows or chunk_size(R, V, hidden.element_size()), max(R, 1))
     y, w = labels.index_select(0, rows), loss_weights.index_select(0, rows).float()
     stats = lce_kernels.RowStatistics(R, hidden.device)
-    gradients = _Gradients(hidden, weight, want_hidden, want_weight)
-    if R == 0:
-        gradients.weight.zero_()  # else its first product writes it
     logits = hidden.new_empty(chunk_rows, triton.cdiv(V, COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)[:, :V]
     for start in range(0, R, chunk_rows):
         end = min(start + chunk_rows, R)
@@ -80,45 +115,51 @@ def lce_fwd(
             if gradients.wanted:
                 lce_kernels.lce_grad(z, chunk_y, chunk_w, part["lse_ptr"], softcap)
         gradients.add(rows[start:end], x, z)
+    gradients.finish()
     loss_sum = (stats.nll * w).sum()
     nll = torch.zeros_like(labels, dtype=torch.float32).index_copy_(0, rows, stats.nll)
     correct = torch.zeros_like(labels, dtype=torch.bool).index_copy_(0, rows, stats.correct.view(torch.bool))
-    return loss_sum, nll, correct, gradients.hidden, gradients.weight
+    return loss_sum, nll, correct
 
 
 class _Gradients:
-    """dhidden and dW as they grow; empty tensors where no gradient is needed."""
+    """dhidden and dW as they grow; empty tensors where no gradient is needed. `total`: where dW goes, otherwise to a
+    tensor of its own."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, want_hidden: bool, want_weight: bool):
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        want_hidden: bool,
+        want_weight: bool,
+        total: Tensor | None = None,
+        accumulate: bool = False,
+    ):
         self.wanted = want_hidden or want_weight
         self.hidden = hidden.new_zeros(hidden.shape if want_hidden else 0)
-        self.weight = weight.new_empty(weight.shape if want_weight else 0, dtype=torch.float32)
-        self.head = weight
-        self.want_hidden, self.want_weight, self.is_first = want_hidden, want_weight, True
+        own = weight.new_empty(weight.shape if want_weight and total is None else 0, dtype=torch.float32)
+        self.weight = own if total is None else total
+        self.head, self.want_hidden, self.want_weight = weight, want_hidden, want_weight
+        self.accumulate = accumulate
 
     def add(self, rows: Tensor, x: Tensor, dlogits: Tensor) -> None:
         """The part of a chunk: rows (n,), their hidden states x (n, H), dlogits (n, V)."""
         if self.want_hidden:
             self.hidden.index_copy_(0, rows, torch.mm(dlogits, self.head))
         if self.want_weight:
-            _accumulate(self.weight, dlogits.t(), x, self.is_first)
-            self.is_first = False
+            add_product(self.weight, dlogits.t(), x, accumulate=self.accumulate)
+            self.accumulate = True
 
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
-    """total = a @ b (+ total): the products of bf16 on the tensor cores, their sum in fp32 in memory too."""
-    beta = 0 if is_first else 1
-    if a.dtype == torch.float32:
-        torch.addmm(total, a, b, beta=beta, out=total)
-    elif not a.is_cuda:  # the interpreter: no product of bf16 into fp32 on a CPU
-        torch.addmm(total, a.float(), b.float(), beta=beta, out=total)
-    elif is_first:
-        torch.mm(a, b, out_dtype=torch.float32, out=total)
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    def finish(self) -> None:
+        """Without rows nothing was written yet."""
+        if self.want_weight and not self.accumulate:
+            self.weight.zero_()
 
 
 _forward = torch.library.custom_op("ochat_kernels::linear_cross_entropy", lce_fwd, mutates_args=())
+_forward_into = torch.library.custom_op(
+    "ochat_kernels::add_linear_cross_entropy", lce_fwd_into, mutates_args=("total",)
+)
 _scale = torch.library.custom_op("ochat_kernels::scale", lce_kernels.lce_scale, mutates_args=())
 
 
@@ -130,6 +171,14 @@ def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, transform
     grad_hidden = hidden.new_empty(hidden.shape if want_h else (0,))
     grad_weight = weight.new_empty(weight.shape if want_w else (0,), dtype=torch.float32)
     return loss_sum, nll, correct, grad_hidden, grad_weight
+
+
+@_forward_into.register_fake
+def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, transform, want_h, total, accumulate):
+    loss_sum = hidden.new_empty((), dtype=torch.float32)
+    nll = torch.empty_like(labels, dtype=torch.float32)
+    correct = torch.empty_like(labels, dtype=torch.bool)
+    return loss_sum, nll, correct, hidden.new_empty(hidden.shape if want_h else (0,))
 
 
 @_scale.register_fake
@@ -156,6 +205,21 @@ def _differentiate(ctx, grad_loss, *_):
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
+class _Attach(torch.autograd.Function):
+    """loss_sum, whose backward gives hidden the gradient that forward made; torch gives none to an operator that writes
+    an argument."""
+
+    @staticmethod
+    def forward(ctx, hidden, loss_sum, grad_hidden):
+        ctx.save_for_backward(grad_hidden)
+        return loss_sum.view_as(loss_sum)
+
+    @staticmethod
+    def backward(ctx, grad_loss):  # type: ignore[override]
+        (grad_hidden,) = ctx.saved_tensors
+        return _scale(grad_hidden, grad_loss, grad_hidden.dtype), None, None
+
+
 @torch.compiler.assume_constant_result
 def _name(transform: WeightTransform) -> str:
     """A key under which the operator finds the function, for as long as its caller keeps it."""
@@ -174,6 +238,8 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     softcap: float = 0.0,
     weight_transform: WeightTransform | None = None,
+    grad_weight: Tensor | None = None,
+    accumulate: bool = False,
 ) -> LossOutput:
     """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
 
@@ -182,7 +248,7 @@ def linear_cross_entropy(
     Args: hidden (T, H) fp32, bf16 or fp16; weight (V, H) of its dtype; labels (T,) int64, -100 where there is none;
     loss_weights (T,) float of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
     0); chunk_rows: rows of logits held at a time, chosen from V by default (see chunk_size).
-    softcap and weight_transform: as in the definition (reference_loss.py).
+    softcap, weight_transform, grad_weight and accumulate: as in the definition (reference_loss.py).
     Returns: LossOutput; gradients flow from loss_sum to hidden and weight.
     Raises: ValueError for shapes, dtypes, devices and options that do not fit; a label outside the vocabulary makes the
     loss NaN on a GPU (in the interpreter, a ValueError).
@@ -192,10 +258,15 @@ def linear_cross_entropy(
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
     check_softcap(softcap)
+    check_grad_weight(grad_weight, weight)
     check_floats("hidden", hidden)
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     transform = "" if weight_transform is None else _name(weight_transform)
-    loss_sum, nll, correct, _, _ = _forward(
-        hidden, weight, labels, loss_weights, rows, chunk_rows or 0, softcap, transform, *wanted
-    )
-    return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)
+    inputs = hidden, weight, labels, loss_weights, rows, chunk_rows or 0, softcap, transform
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    if grad_weight is None:
+        loss_sum, nll, correct, _, _ = _forward(*inputs, *wanted)
+    else:
+        with torch.no_grad():
+            loss_sum, nll, correct, grad_hidden = _forward_into(*inputs, wanted[0], grad_weight, accumulate)
+        loss_sum = _Attach.apply(hidden, loss_sum, grad_hidden)
+    return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)  # type: ignore[arg-type]

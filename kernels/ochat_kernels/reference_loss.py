@@ -40,6 +40,8 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     softcap: float = 0.0,
     weight_transform: WeightTransform | None = None,
+    grad_weight: Tensor | None = None,
+    accumulate: bool = False,
 ) -> LossOutput:
     """Per-token weighted cross-entropy of the linear head, without the (T, V) logits ever existing whole.
 
@@ -50,19 +52,24 @@ def linear_cross_entropy(
     0), found here when not given, which on CUDA synchronises once; chunk_rows: rows of logits held at a time.
     softcap c > 0: z becomes c * tanh(z / c), as in Gemma 2; 0: it stays. weight_transform f: called as f(nll, w) on
     detached (n,) fp32 values of some live rows at a time; its result replaces w in the loss (not in weight_sum),
-    without a gradient of its own.
+    without a gradient of its own. grad_weight (V, H), fp32: the call writes the gradient of loss_sum to weight here, or
+    adds it with `accumulate`; backward then gives none to weight, and reaches hidden alone: for a caller whose loss is
+    loss_sum itself.
     Raises: ValueError for shapes, dtypes and options that do not fit, and for a label outside the vocabulary.
     Costs: forward makes loss and gradients in one pass, 6 R H V FLOPs, one chunk of logits + dW in fp32 + dhidden.
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
     check_softcap(softcap)
+    check_grad_weight(grad_weight, weight)
     check_labels(labels, weight.shape[0])
     if rows is None:
         rows = live_rows(labels, loss_weights)
     if chunk_rows is None:
         chunk_rows = min(max(LOGITS_PER_CHUNK // weight.shape[0], 1024 if hidden.is_cuda else 256), 8192)
-    options = softcap, weight_transform
-    loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, chunk_rows, *options)  # type: ignore[misc]
+    if grad_weight is not None:
+        weight = weight.detach()
+    options = chunk_rows, softcap, weight_transform, grad_weight, accumulate
+    loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, *options)  # type: ignore[misc]
     return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)
 
 
@@ -70,21 +77,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in forward, so that no logits are kept or made again; backward only scales."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_weights, rows, chunk_rows, cap, transform):
+    def forward(ctx, hidden, weight, labels, loss_weights, rows, chunk_rows, cap, transform, total, accumulate):
         wide = statistics_dtype(hidden)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
         nll = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
         correct = torch.zeros(hidden.shape[0], dtype=torch.bool, device=hidden.device)
         grad_rows = hidden.new_empty(rows.shape[0], hidden.shape[1]) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if want_weight else total
+        if total is not None and not accumulate:
+            total.zero_()
         for start in range(0, rows.shape[0], chunk_rows):
             chunk = rows[start : start + chunk_rows]
             x, y, w = hidden[chunk], labels[chunk], loss_weights[chunk].to(wide)
             logits = soft_cap(F.linear(x, weight).to(wide), cap)  # (chunk, V)
             nll[chunk], correct[chunk], w, lse = _statistics(logits, y, w, transform)
             loss_sum += (nll[chunk] * w).sum()
-            if not (want_hidden or want_weight):
+            if grad_rows is None and grad_weight is None:
                 continue
             dlogits = _gradient(logits, y, w, lse, cap).to(hidden.dtype)
             if grad_rows is not None:
@@ -93,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight += dlogits.T @ x
         ctx.shape = hidden.shape
         ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.save_for_backward(rows, grad_rows, grad_weight)
+        ctx.save_for_backward(rows, grad_rows, grad_weight if want_weight else None)
         ctx.mark_non_differentiable(nll, correct)
         return loss_sum, nll, correct
 
@@ -106,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.dtypes[1])
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 8
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
@@ -178,6 +187,18 @@ def check_softcap(cap: float) -> None:
     """ValueError for a cap of the logits that is no finite number >= 0."""
     if not 0 <= cap < math.inf:
         raise ValueError(f"softcap is {cap}: expected a number above 0, or 0 for none")
+
+
+def check_grad_weight(grad_weight: Tensor | None, weight: Tensor) -> None:
+    """ValueError for a sum that does not fit the weight."""
+    if grad_weight is None:
+        return
+    expected = weight.shape, statistics_dtype(weight), weight.device
+    if (grad_weight.shape, grad_weight.dtype, grad_weight.device) != expected:
+        raise ValueError(
+            f"grad_weight is {grad_weight.dtype} {tuple(grad_weight.shape)} on {grad_weight.device}: expected "
+            f"{expected[1]} {tuple(expected[0])} on {expected[2]}"
+        )
 
 
 def check_labels(labels: Tensor, vocab_size: int) -> None:
