@@ -216,9 +216,10 @@ class ParallelConfig(Section, frozen=True):
     reshard: Literal["auto", "block", "step"] = "auto"
     """when gathered weights are freed. block: after each block's forward and backward; step: after the last backward of
     the step, which gathers once a step and holds 2 bytes a parameter of the whole model; auto: block on CUDA"""
-    reduce: Literal["step", "micro_batch"] = "step"
+    reduce: Literal["auto", "step", "micro_batch"] = "auto"
     """when gradients are summed over processes. step: least traffic, each holds 4 bytes a parameter of the whole model;
-    micro_batch: each holds those of its shard"""
+    micro_batch: each holds those of its shard; auto: within a node the faster of those that fit, as `ochat plan`
+    predicts, else step"""
     reduce_dtype: Precision = "float32"
     """of that sum; bfloat16 needs micro_batch"""
     offload: Literal["none", "optimizer", "all"] | bool = "none"

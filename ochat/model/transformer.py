@@ -2,7 +2,7 @@
 
     model = hf.load("path/to/base");  logits = model.logits([[1, 5, 9], [1, 7]])
 Operators come from `ochat_kernels.load(...)`, attention from the batch's `attend`: no module knows its backend.
-Parameters may be wider than the computation (fp32 masters, bf16 products): each is cast where it is used.
+Parameters may be wider than the computation (fp32 masters, bf16 products): linear.py says how they are read.
 Letters: T packed tokens, H hidden, N query heads, K key/value heads, D head dim, F FFN, V vocabulary.
 """
 
@@ -15,20 +15,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from ochat_kernels.reference_loss import soft_cap
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import DataError
-from ochat.model import rope
+from ochat.model import linear, rope
 from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
 from ochat.model.saved_tensors import ActivationOffload, SelectiveRecompute
 from ochat.model.sdpa import Scores
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (T, d/2) fp32 each
-HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H) of hidden's dtype) -> anything
+HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H), the head's parameter) -> anything
 RECOMPUTE = ("none", "elementwise", "block")
 
 
@@ -42,7 +41,7 @@ class Embedding(nn.Module):
         self.tokens: Any = None  # lora.TokenRows where all other rows are frozen
 
     def forward(self, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
-        found = F.embedding(input_ids, self.weight).to(dtype)
+        found = linear.look_up(input_ids, self.weight, dtype)
         found = found if self.tokens is None else self.tokens.look_up(input_ids, found)
         return found if self.scale == 1.0 else found * torch.tensor(self.scale, dtype=dtype).item()
 
@@ -57,7 +56,7 @@ class Linear(nn.Module):
         self.lora: Any = None  # lora.Adapter where weight and bias are frozen
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        y = linear.linear(x, self.weight, self.bias)
         return y if self.lora is None else self.lora(x, y)
 
 
@@ -70,7 +69,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset, self.ops = config.norm_eps, config.norm_offset, ops
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        weight = self.weight.to(x.dtype)
+        weight = linear.cast(self.weight, x.dtype)
         if residual is None:
             return self.ops.rms_norm(x, weight, self.eps, self.offset), x
         return self.ops.add_rms_norm(x, residual, weight, self.eps, self.offset)
@@ -102,7 +101,7 @@ class Attention(nn.Module):
         """q and k, normed and rotated."""
         if self.q_norm is not None and self.k_norm is not None:
             if self.norms_heads and rotation is not None:
-                weights = self.q_norm.weight.to(q.dtype), self.k_norm.weight.to(q.dtype)
+                weights = linear.cast(self.q_norm.weight, q.dtype), linear.cast(self.k_norm.weight, q.dtype)
                 return self.ops.qk_norm_rope(q, k, *weights, *rotation, self.q_norm.eps, self.q_norm.offset)
             start = 0 if self.norms_heads else 1  # the dimensions that are rows of the norm
             q, k = (
@@ -179,13 +178,12 @@ class Head(nn.Module):
         self.tokens: Any = None  # lora.TokenRows where all other rows are frozen
 
     def forward(self, hidden: Tensor, function: HeadFunction | None) -> Any:
-        weight = self.weight.to(hidden.dtype)
         if self.tokens is not None:
-            self.tokens.write(weight)
+            self.tokens.write(self.weight)
         hidden = hidden if self.scale == 1.0 else hidden * self.scale
         if function is not None:
-            return function(hidden, weight)
-        return soft_cap(F.linear(hidden, weight).float(), self.softcap)
+            return function(hidden, self.weight)
+        return soft_cap(linear.linear(hidden, self.weight).float(), self.softcap)
 
 
 class Transformer(nn.Module):
@@ -222,7 +220,8 @@ class Transformer(nn.Module):
         head: HeadFunction | None = None,
         rows: Tensor | None = None,
     ) -> Any:
-        """Logits (T, V) fp32, or `head(hidden, weight)` where given: hidden (T, H) after the last norm, weight (V, H).
+        """Logits (T, V) fp32, or `head(hidden, weight)` where given: hidden (T, H) after the last norm, weight (V, H)
+        the head's parameter.
 
         Args: input_ids and position_ids (T,) int64; attend: the batch's attention; rows (R,) int64, distinct: the only
         rows of the result, in this order. Costs: ModelConfig.flops_per_step, less the last block's

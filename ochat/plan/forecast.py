@@ -22,6 +22,7 @@ from ochat.plan.roofline import Speed, Workload
 BUDGET_STEP = 256  # tokens: resolution of the largest budget that fits
 MAX_BUDGET = 2**22  # tokens: no larger budget is tried
 POLICIES = ("none", "elementwise", "block")  # of train.recompute, from the fastest to the smallest
+REDUCES = ("step", "micro_batch")  # of parallel.reduce
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
@@ -39,7 +40,7 @@ class PlanInputs:
     lora: LoraConfig
 
     def layout(self, ranks: int, gpus_per_node: int, token_budget: int = 0) -> Layout:
-        """The run on so many GPUs, with the configured or another budget; `recompute` may still be "auto"."""
+        """The run on so many GPUs, with this or the configured budget; `recompute`, `reduce` may still be "auto"."""
         parallel, budget = self.parallel, token_budget or self.data.token_budget
         shard = parallel.shard or ranks // parallel.replicate
         return Layout(
@@ -76,6 +77,14 @@ class PlanInputs:
             return layout
         layouts = [with_policy(layout, policy) for policy in self.policies]
         return next((each for each in layouts if self.memory(each).total <= room), layouts[-1])
+
+    def resolve(self, layout: Layout, room: float, gpu: GpuSpec) -> Layout:
+        """Replace every "auto": of the layouts that fit `room` bytes the fastest, else the one that needs least."""
+        found = [self.resolve_recompute(each, room) for each in reductions(layout)]
+        fitting = [each for each in found if self.memory(each).total <= room]
+        if not fitting:
+            return min(found, key=lambda each: self.memory(each).total)
+        return min(fitting, key=lambda each: self.speed(gpu, each).step_seconds)
 
     def memory(self, layout: Layout) -> MemoryUse:
         """Memory of the GPU that needs most."""
@@ -117,7 +126,7 @@ class Forecast:
 def forecast(inputs: PlanInputs, gpu: GpuSpec, *, gpus: int, nodes: int) -> Forecast:
     """The run as configured on `nodes` times `gpus` GPUs."""
     configured = inputs.layout(gpus * nodes, gpus)
-    layout = inputs.resolve_recompute(configured, gpu.memory_gib * GIB)
+    layout = inputs.resolve(configured, gpu.memory_gib * GIB, gpu)
     policies = [with_policy(layout, policy) for policy in POLICIES]
     return Forecast(
         gpu=gpu,
@@ -135,7 +144,7 @@ def largest_budget(inputs: PlanInputs, gpu: GpuSpec, layout: Layout) -> int:
     def is_too_large(budget: int) -> bool:
         room = gpu.memory_gib * GIB
         tried = inputs.layout(layout.ranks, layout.gpus_per_node, budget)
-        return inputs.memory(inputs.resolve_recompute(tried, room)).total > room
+        return inputs.memory(inputs.resolve(tried, room, gpu)).total > room
 
     budgets = range(BUDGET_STEP, MAX_BUDGET + 1, BUDGET_STEP)
     return BUDGET_STEP * bisect_left(budgets, True, key=is_too_large)
@@ -145,6 +154,17 @@ def with_policy(layout: Layout, policy: str) -> Layout:
     """The layout with this train.recompute; only "block" can offload its activations, the inputs of blocks."""
     offloads = layout.offload_activations and policy == "block"
     return dataclasses.replace(layout, recompute=policy, offload_activations=offloads)
+
+
+def reductions(layout: Layout) -> list[Layout]:
+    """The layouts that parallel.reduce = "auto" chooses from: "micro_batch" pays where the sums cross no slow link,
+    so only within a node; sums in bf16 need it, and bf16 masters, whose gradients FSDP would add up in bf16, rule it
+    out."""
+    if layout.reduce != "auto":
+        return [layout]
+    choices = REDUCES if layout.micro_batches > 1 and 1 < layout.shard <= layout.gpus_per_node else REDUCES[:1]
+    choices = REDUCES[:1] if layout.master_itemsize == 2 else REDUCES[1:] if layout.reduce_itemsize == 2 else choices
+    return [dataclasses.replace(layout, reduce=each) for each in choices]
 
 
 def rounded_up(bins: int, ranks: int) -> int:

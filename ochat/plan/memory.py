@@ -18,14 +18,16 @@ What backward keeps of a block (the operators of kernels/ochat_kernels, torch's 
                                  matmul output that holds v, the output of attention, its logsumexp, a random state
   MLP        e T 2F              the input of SwiGLU or GeGLU
   qk norms   4 T (N + K), or 4 T 2 of norms over all heads: their rstd; they read the matmul's output
-  weights    e B                 on one process: the casts of fp32 masters, without biases
+  weights    e B                 only where blocks are recomputed on one process: casts of the block's fp32 masters
 After attention the last block computes R rows only; the rows that it picks are a copy of attention's output.
 recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after RoPE: e T (2H + F + (N + K) D) less, or
 e T (F + (N + K) D) where there are no norms before the branches, whose inputs are then the streams.
 "block" keeps e T 2H, the block's inputs (nothing on the GPU if they are offloaded), and all of the above for the one
 block in backward.
 Outside the blocks: 8 T ids, 4 T D angles of each kind of rotation (where only a part of a head rotates, of that); the
-last norm's e R H + 4 R + e H; the head's dhidden e R H and dW 4 E.
+last norm's e R H + 4 R; the head's dhidden e R H, and its gradient 4 E, which forward makes.
+On one process each fp32 master that a matmul or a norm reads has a bf16 copy at every moment, but no untied embedding;
+with recompute = "block" there are none, and each use casts.
 
 With adapters (LoRA) the frozen weights have the dtype of the computation, e P / s, and matmuls read them: no casts, no
 gradients, no dW. Backward also keeps x A^T of each adapted linear and the casts of its A and its block-diagonal B, but
@@ -46,6 +48,7 @@ GIB = 2**30
 CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's context, kernels, workspaces of matmuls
 NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
 FRAGMENTATION = 0.04  # share of a step's allocations lost between the allocator's blocks: an upper bound
+STAGES = ("activation", "gate_up", "attention", "end")  # of a block's backward, where it may need most
 ADAPTED_TOKENS = 4  # assumed: rows of embedding and head that are trained with adapters
 
 
@@ -82,14 +85,28 @@ class Layout:
         return 1 if self.reduce == "step" else self.micro_batches
 
     @property
+    def adds_up(self) -> bool:
+        """Whether whole gradients are summed over micro-batches before they are reduced or applied."""
+        return self.micro_batches > 1 and (self.ranks == 1 or self.reduce == "step")
+
+    @property
     def gradient_itemsize(self) -> int:
         """Bytes of a gradient that the optimizer reads: fp32 also where one process adds up micro-batches."""
         return 4 if self.ranks == 1 and self.micro_batches > 1 else self.master_itemsize
 
     @property
-    def has_casts(self) -> bool:
-        """Whether matmuls read copies of the masters."""
-        return self.itemsize < self.master_itemsize
+    def has_copies(self) -> bool:
+        """Whether masters have copies in the dtype of the computation; under FSDP gathered weights take their place."""
+        return self.is_narrow and self.ranks == 1 and self.recompute != "block"
+
+    @property
+    def casts(self) -> bool:
+        """Whether each use of a master casts it."""
+        return self.is_narrow and self.ranks == 1 and self.recompute == "block"
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.itemsize < self.master_itemsize and not self.lora.rank
 
     @property
     def gathers_once(self) -> bool:
@@ -117,7 +134,7 @@ class MemoryUse:
     masters: float  # the parameters, fp32 or bf16
     moments: float  # AdamW's two, likewise
     gradients: float  # fp32, or of bf16 parameters bf16
-    weights: float  # what matmuls read: casts of the masters, or gathered blocks
+    weights: float  # what matmuls read: copies or casts of the masters, or gathered blocks
     activations: float  # kept for backward
     working: float  # logits, dW and dhidden of the head; gradients in flight within a block
     allowance: float  # assumed, not derived: the constants above
@@ -130,28 +147,29 @@ class MemoryUse:
 def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
     """Memory of the fullest of five moments of a step, with an allowance for what is not derived.
 
-    At every moment: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16. Gradients on
-    one process: 4 P once there are any, 2 P of bf16 masters in one micro-batch; with updates in backward only those of
-    the embeddings. Under FSDP 4 P / s (2 P / s) at every moment, and the whole model's 4 P while a rank adds up
-    micro-batches before it reduces them (reduce = "step").
-      head    all activations, all casts; the head's weight e E; dW 4 E, two streams 2 e R H (three where logits are
-              scaled), and the larger of the logits of a chunk of rows and dW's cast into the gradient, e E (4 E more
-              for sums of bf16 masters)
+    At every moment: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16; on one process
+    the masters' copies, e P less an untied embedding. Gradients on one process: 4 P once there are any; of bf16 masters
+    in one micro-batch 2 a parameter, but fp32 for embedding and head; with updates in backward those two alone. Under
+    FSDP 4 P / s (2 P / s) at every moment, and the whole model's 4 P while a rank adds up micro-batches before it
+    reduces them (reduce = "step").
+      head    all activations; the head's cast e E where each use casts; its gradient, two streams 2 e R H (three where
+              logits are scaled), and the logits of a chunk of rows
       block   backward of the last block, of the one before it, which has T rows, or of the first one, when all other
               gradients exist: activations up to it, e T (2F + H) of gradients within it, and what it recomputes: e T H,
               its output, or e T F, SwiGLU's; e T F more where `down` is frozen and has no adapter, e T H less with
               norms after the branches
-      end     all gradients; the embeddings' new one, 4 E, and 4 T H
+      end     all gradients; those of T rows of the embeddings, (e + 4) T H
     FSDP gathers: in `head` e E, which stay until the step's last micro-batch, else 3 e B (this block, the next, a
-    buffer) and 8 B of gradients being reduced; with reshard = "step" e P at any time. Tied embeddings hold the head's
-    gradient until the embeddings' joins it, and the sum; under FSDP they stay gathered, e E.
+    buffer) and 8 B of gradients being reduced, and those of embedding or head, 4 E; with reshard = "step" e P at any
+    time. Tied embeddings stay gathered, e E.
     With adapters, at every moment: e P / s + 4 A / s, moments 8 A / s, gradients 4 A. `head` needs the larger of the
     logits of a chunk of rows and, for the rows of tokens, 2 e R H of hidden states and of the labels' weights; `block`
     no gradients of weights, 3 e B gathered; `end` does not occur.
     """
     last = model.num_layers - 1
     moments = [head_moment(model, layout)]
-    moments += [block_moment(model, layout, layer) for layer in {last, max(last - 1, 0), 0}]  # the fullest
+    for stage in STAGES:
+        moments += [block_moment(model, layout, layer, stage) for layer in {last, max(last - 1, 0), 0}]  # the fullest
     moments += [] if layout.lora.rank else [end_moment(model, layout)]
     return max(moments, key=lambda use: use.total)
 
@@ -160,26 +178,33 @@ def saved_bytes(model: ModelConfig, at: Layout) -> int:
     """Bytes held between forward and backward of a micro-batch on one process, without parameters and the batch."""
     first = at.token_budget * model.hidden_size * at.itemsize if at.recompute == "block" else 0  # has no residual yet
     kept = _kept(model, at, model.num_layers) - first + _kept_outside(model, at)
-    casts = 0 if at.recompute == "block" else model.num_layers * cast_bytes(model, at)
-    return kept if at.lora.rank else kept + casts + 4 * model.head_params()
+    return kept if at.lora.rank else kept + 4 * model.head_params()
 
 
 def block_saved_bytes(model: ModelConfig, at: Layout, *, is_rotated: bool = True, is_last: bool = False) -> int:
     """What backward keeps of one block, without weights; with recompute = "block", while that block is in backward."""
     q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    H, F, remakes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
-    has_before, has_after = model.norm_placement != "after", model.norm_placement != "before"
+    H, remakes = model.hidden_size, at.recompute == "elementwise"
+    has_before = model.norm_placement != "after"
     read = H * (1 + (not remakes)) if has_before else H  # the stream, and its norm that a branch reads
     prepared = (q + kv) * (is_rotated or bool(model.qk_norm)) * (not remakes)
     before = read + (q + 2 * kv) + prepared + q  # attention and what precedes it
-    after = read + 2 * H * has_after + F * (2 if remakes else 3)
     narrow = has_before + model.num_heads
     narrow += {"": 0, "head": model.num_heads + model.num_kv_heads, "full": 2}[model.qk_norm]
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
-    inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16
-    inside += rows * (at.itemsize * after + 4 * (has_before + 2 * has_after)) + picked
+    inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + picked
+    inside += _after_attention_bytes(model, at, rows)
     return inside + at.itemsize * (_adapter_elements(model, at, is_last=is_last) if at.lora.rank else 0)
+
+
+def _after_attention_bytes(model: ModelConfig, at: Layout, rows: int) -> int:
+    """What backward keeps of a block's MLP and the norms around it."""
+    H, F, remakes = model.hidden_size, model.intermediate_size, at.recompute == "elementwise"
+    has_before, has_after = model.norm_placement != "after", model.norm_placement != "before"
+    read = H * (1 + (not remakes)) if has_before else H
+    elements = read + 2 * H * has_after + F * (2 if remakes else 3)
+    return rows * (at.itemsize * elements + 4 * (has_before + 2 * has_after))
 
 
 def _adapter_elements(model: ModelConfig, at: Layout, *, is_last: bool) -> int:
@@ -197,9 +222,14 @@ def _adapter_elements(model: ModelConfig, at: Layout, *, is_last: bool) -> int:
     return count
 
 
+def copy_bytes(model: ModelConfig, at: Layout) -> int:
+    """Copies of all masters but an untied embedding, whose rows are cast."""
+    return at.itemsize * (model.num_parameters() - model.head_params() * (not model.tie_embeddings)) * at.has_copies
+
+
 def cast_bytes(model: ModelConfig, at: Layout) -> int:
-    """One block's matrices and norms in the dtype of the computation; 0 where that is the masters'."""
-    return at.itemsize * (_block_matrices(model) + model.block_norm_params()) * at.has_casts
+    """One block's matrices and norms in the dtype of the computation, where each use casts."""
+    return at.itemsize * (_block_matrices(model) + model.block_norm_params()) * at.casts
 
 
 def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
@@ -212,65 +242,81 @@ def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
 
 
 def head_moment(model: ModelConfig, at: Layout) -> MemoryUse:
-    """Memory in the backward of the head, when all activations exist."""
+    """Memory in the head, which makes its gradients in forward, when all activations exist."""
     E, stream = model.head_params(), at.supervised * model.hidden_size * at.itemsize
     streams = 2 + (model.logits_scale != 1.0)  # scaled hidden states are a copy
-    chunk, gathered = chunk_bytes(model, at.supervised, at.itemsize), at.itemsize * E * (at.ranks > 1)
+    chunk, read = chunk_bytes(model, at.supervised, at.itemsize), at.itemsize * E * (at.ranks > 1 or at.casts)
     if at.lora.rank:
-        weights, working = gathered, max(chunk, 2 * stream)
+        weights, working = read, max(chunk, 2 * stream)
     else:
-        # dW is freed before a cast for fp32 masters, but not before one for sums of micro-batches
-        passing = at.itemsize * E + 4 * E * (at.master_itemsize < at.gradient_itemsize)
-        # on one process the head's cast is freed before dW is cast into the gradient
-        read = at.itemsize * E * (at.has_casts or at.ranks > 1)
-        weights, working = max((read, chunk), (gathered, passing), key=sum)
-        weights = gathered_bytes(model, at) if at.gathers_once else weights
-        weights += model.num_layers * cast_bytes(model, at) if at.recompute != "block" and at.ranks == 1 else 0
-        working += 4 * E
+        weights = gathered_bytes(model, at) if at.gathers_once else read + copy_bytes(model, at)
+        working = chunk + _unreduced(model, at)
     kept = 0 if at.offload_activations else _kept(model, at, model.num_layers)
     activations = kept + _kept_outside(model, at)
-    return _use(model, at, 0, weights, activations, working + streams * stream)
+    return _use(model, at, _gradients(model, at, E, 1), weights, activations, working + streams * stream)
 
 
-def block_moment(model: ModelConfig, at: Layout, layer: int) -> MemoryUse:
-    """Memory in the backward of one block, after the backward of all later blocks."""
+def block_moment(model: ModelConfig, at: Layout, layer: int, stage: str) -> MemoryUse:
+    """Memory at a stage of the backward of one block, after the backward of all later blocks."""
     E, B, later = model.head_params(), _block_matrices(model), model.num_layers - 1 - layer
-    is_last, is_rotated = later == 0, model.rope_of(layer) is not None
+    is_tied = model.tie_embeddings
     held = min(layer, 1) if at.offload_activations else layer  # offloaded: in backward the previous block is fetched
-    activations = _kept(model, at, held) + block_saved_bytes(model, at, is_rotated=is_rotated, is_last=is_last)
-    activations += at.token_budget * (8 + _angle_bytes(model))
-    working = passing_bytes(model, at, is_last=is_last)
+    own, inside, working = _stage(model, at, layer, stage)
+    activations = _kept(model, at, held) + inside + at.token_budget * (8 + _angle_bytes(model))
     if at.lora.rank:
         weights = 3 * at.itemsize * B * (at.ranks > 1)
     elif at.ranks > 1:
         weights = gathered_bytes(model, at) if at.gathers_once else 3 * at.itemsize * B + gathered_bytes(model, at)
-        working += 2 * at.reduce_itemsize * B + at.itemsize * E * model.tie_embeddings
+        working += 2 * at.reduce_itemsize * B + _unreduced(model, at) * is_tied
     else:
-        weights = cast_bytes(model, at) * (1 if at.recompute == "block" else layer + 1)
-        working += 4 * E * (model.tie_embeddings and at.micro_batches > 1)
-    return _use(model, at, E + later * B, weights, activations, working)
+        weights = copy_bytes(model, at) + cast_bytes(model, at)
+    tables = 1 if is_tied or not at.in_backward else 0  # an untied head's is applied and freed at once
+    return _use(model, at, _gradients(model, at, E + later * B + own, tables), weights, activations, working)
+
+
+def _stage(model: ModelConfig, at: Layout, layer: int, stage: str) -> tuple[int, float, float]:
+    """In the backward of a block: its weights that have their gradient, what it still keeps, and gradients of
+    activations in flight with what is recomputed for them, in bytes."""
+    H, F, T, e = model.hidden_size, model.intermediate_size, at.token_budget, at.itemsize
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    is_last, is_rotated, remakes = layer == model.num_layers - 1, model.rope_of(layer) is not None, at.recompute
+    rows = at.supervised if is_last else T
+    kept = block_saved_bytes(model, at, is_rotated=is_rotated, is_last=is_last)
+    kept -= e * T * H * (layer == 0 and remakes == "block")  # no sum of two streams
+    again = e * {"none": 0, "elementwise": rows * F, "block": T * H}[remakes]
+    if stage == "activation":
+        if at.lora.rank and "down_proj" not in at.lora.targets and remakes != "elementwise":
+            again += e * rows * F  # the gradient of what `down` reads, which else takes the place of what it read
+        if model.norm_placement != "before":
+            again -= e * rows * H  # what the last norm kept is gone
+        return F * H, kept, e * (rows * 2 * F + T * H) + again
+    if stage == "gate_up":
+        return 3 * F * H, kept - e * rows * F * (remakes != "elementwise"), e * (rows + T) * H + again
+    if stage == "attention":
+        again = e * T * {"none": 0, "elementwise": q + kv, "block": H}[remakes]
+        return 3 * F * H + q * H, kept - _after_attention_bytes(model, at, rows), e * T * (2 * q + 2 * kv + H) + again
+    return _block_matrices(model), 0, e * T * (4 * H + q + 2 * kv)
 
 
 def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
     """Memory in the backward of the embeddings."""
-    E = model.head_params() * (at.gradient_itemsize if at.ranks == 1 else 4)
-    adds = E * ((at.micro_batches > 1 or at.ranks > 1) + model.tie_embeddings)  # else it becomes the gradient
-    working = adds + max(at.master_itemsize * at.token_budget * model.hidden_size, E * model.tie_embeddings)
-    weights = gathered_bytes(model, at) if at.ranks > 1 else 0
-    return _use(model, at, model.num_parameters(), weights, 0, working)
+    tables = 1 if model.tie_embeddings or at.in_backward else 2
+    rows = (at.itemsize + 4 * (at.itemsize < 4)) * at.token_budget * model.hidden_size  # as they came, and in fp32
+    weights = gathered_bytes(model, at) if at.ranks > 1 else copy_bytes(model, at)
+    gradients = _gradients(model, at, model.num_parameters(), tables)
+    return _use(model, at, gradients, weights, 0, rows + _unreduced(model, at))
 
 
 def _use(
     model: ModelConfig,
     at: Layout,
-    done: float,
+    gradients: float,
     weights: float,
     activations: float,
     working: float,
 ) -> MemoryUse:
-    """A moment with what exists at every moment, and the allowance; `done` parameters have their gradient."""
+    """A moment with what exists at every moment, and the allowance."""
     trained, masters = model.num_parameters(), at.master_itemsize * model.num_parameters()
-    gradients = _gradients(model, at, done)
     if at.lora.rank:
         rows = ADAPTED_TOKENS * (1 if model.tie_embeddings else 2) * (at.lora.tokens == "template")
         trained = at.adapters(model) + rows * model.hidden_size
@@ -296,20 +342,25 @@ def gathered_bytes(model: ModelConfig, at: Layout) -> float:
     return at.itemsize * model.head_params() * (model.tie_embeddings or at.micro_batches > 1)
 
 
-def _gradients(model: ModelConfig, at: Layout, done: float) -> float:
-    """Bytes of gradients once the last micro-batch has made those of `done` parameters.
+def _gradients(model: ModelConfig, at: Layout, done: float, tables: int) -> float:
+    """Bytes of gradients once the last micro-batch has made those of `done` parameters, among them those of so many
+    `tables` of the vocabulary, which are fp32.
 
     Under FSDP the shards occupy memory at every moment: they belong to the reducing stream, and the caching allocator
     does not share blocks across streams.
     """
-    if at.in_backward:  # tied: the head's gradient exists until the embeddings' joins it
-        is_there = done == model.num_parameters() or (model.tie_embeddings and done > 0)
-        return at.master_itemsize * model.head_params() * is_there
-    adds_up = at.micro_batches > 1 and (at.ranks == 1 or at.reduce == "step")
-    whole = 4 * model.num_parameters() if adds_up else 0
+    E = model.head_params()
+    if at.in_backward:
+        return 4 * E * tables
+    whole = 4 * model.num_parameters() if at.adds_up else 0
     if at.ranks == 1:
-        return whole or at.gradient_itemsize * done
+        return whole or at.gradient_itemsize * (done - tables * E) + 4 * tables * E
     return whole + at.gradient_itemsize * model.num_parameters() / at.shard * (at.offload != "all")
+
+
+def _unreduced(model: ModelConfig, at: Layout) -> float:
+    """The whole gradient of a table of the vocabulary where FSDP reduces it at once."""
+    return 4 * model.head_params() * (at.ranks > 1 and not at.adds_up)
 
 
 def _kept(model: ModelConfig, at: Layout, num_blocks: int) -> int:
@@ -324,20 +375,9 @@ def _kept(model: ModelConfig, at: Layout, num_blocks: int) -> int:
     )
 
 
-def passing_bytes(model: ModelConfig, at: Layout, *, is_last: bool = False) -> float:
-    """Gradients in flight within a block's MLP, and what is recomputed with them, at the fullest."""
-    H, F, rows = model.hidden_size, model.intermediate_size, at.supervised if is_last else at.token_budget
-    again = {"none": 0, "elementwise": rows * F, "block": at.token_budget * H}[at.recompute]
-    if at.lora.rank and "down_proj" not in at.lora.targets and at.recompute != "elementwise":
-        again += rows * F  # the gradient of what `down` reads, which else takes the place of what it read
-    if model.norm_placement != "before":
-        again -= rows * H  # what the last norm kept is gone
-    return at.itemsize * (rows * 2 * F + at.token_budget * H + again)
-
-
 def _kept_outside(model: ModelConfig, at: Layout) -> int:
     """Bytes kept outside the blocks, without dW."""
-    cast = at.itemsize * model.hidden_size * (at.has_casts and not at.lora.rank)
+    cast = at.itemsize * model.hidden_size * at.casts
     T, R = at.token_budget, at.supervised
     return T * (8 + _angle_bytes(model)) + R * (4 + 2 * at.itemsize * model.hidden_size) + cast
 

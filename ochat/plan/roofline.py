@@ -89,16 +89,17 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
                     attention; never less than 3 reads of the weights
       attention     7 L N D len^2 a document at the rate for its length
       head          6 R E FLOPs, 3 e R V bytes, dW and its scaling (12 + e) E
-      memory_bound  a token and block e (16H + (6N + 8K) D + 8F) bytes; casts e + 4 a weight and direction, 12 to add
-                    up; in the last block R for 8H + 8F, and e (T + 5R) (H + N D) to pick rows and put gradients back
-      recompute     "block": the blocks' forward, a third of matmul, 2/7 of attention, and memory-bound operators;
+      memory_bound  a token and block e (16H + (6N + 8K) D + 8F) bytes; in the last block R for 8H + 8F, and
+                    e (T + 5R) (H + N D) to pick rows and put gradients back; _weight_bytes of weights and gradients,
+                    and casts, e + 4 a weight, where there are no copies
+      recompute     "block": the blocks' forward, a third of matmul, 2/7 of attention, memory-bound operators and casts;
                     "elementwise": a token and block e (4H + 2 (N + K) D + 3F) bytes
     and all wait for the rank with the fullest bin. Of each e P bytes FSDP gathers (s - 1) / s: the blocks' before
     forward and backward of each micro-batch, the embedding's before each forward, the head's once a step (reshard =
     "step": all once). It reduces 4 P of gradients once a step (reduce = "micro_batch": in each). Both over NVLink
     inside a node, over G network cards between nodes, and a ring of s ranks takes s - 1 hops for each block, the
     embedding and the head; a share of OVERLAP overlaps with computation. AdamW moves 28 P / s bytes, the norm 4 P / s
-    (14 and 2 where masters and moments are bf16, which need no casts, except for the sums of one process); moments on
+    (14 and 2 where masters and moments are bf16), and e more to write the copies; moments on
     the host cross the bus, 16 P / s (8), and so do offloaded inputs of blocks, 4 e T H L.
     These are Llama's operators; _moved_per_token and _recomputed_per_token count those of other norms and scales.
     With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
@@ -113,8 +114,11 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     parts["communication"] = _exposed(_gather_seconds(model, gpu, layout, count), busy)
     parts["imbalance"] = (workload.imbalance - 1) * device
     step = {name: count * seconds for name, seconds in parts.items()}
-    step["communication"] += layout.reduces * _exposed(_reduce_seconds(model, gpu, layout), busy)
+    scattered, summed = _reduce_seconds(model, gpu, layout)
+    sums = layout.reduces if layout.reduce_itemsize == 2 else 1  # over groups, where partial sums are rounded each time
+    step["communication"] += layout.reduces * _exposed(scattered, busy) + sums * _exposed(summed, busy)
     moved = 2 * layout.master_itemsize + 4 * layout.state_itemsize + 2 * layout.gradient_itemsize  # bytes a parameter
+    moved += layout.itemsize * layout.has_copies
     over_bus = 4 * layout.state_itemsize / HOST_BANDWIDTH if layout.offload == "optimizer" else 0.0  # there and back
     update = moved / gpu.copy_bandwidth + over_bus
     step["optimizer"] = layout.trained(model) / layout.shard * update
@@ -141,18 +145,20 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
     after = model.hidden_size + model.intermediate_size  # an eighth of the elements moved after attention
     picks = (T + 5 * rows) * (model.hidden_size + model.num_heads * model.head_dim) - 8 * after * (T - rows)
     passes = e * (T * model.num_layers * _moved_per_token(model) + picks) / bandwidth
-    casts = _cast_bytes(model, layout, count) / bandwidth
+    weights = _weight_bytes(model, layout, count) / bandwidth
+    casts = (4 + e) * model.num_parameters() * layout.casts / bandwidth
     forward = matmul / times + attention * 2 / 7 + passes * 0.4
     recompute = 0.0
     if layout.recompute == "block":
-        recompute = forward + (casts / 3 if layout.ranks == 1 else 0)
+        recompute = forward + casts
     if layout.recompute == "elementwise":
         recompute = e * T * model.num_layers * _recomputed_per_token(model) / bandwidth
     if layout.offload_activations:  # each way overlaps: with forward, then with forward and backward
         bus = 2 * e * T * model.hidden_size * model.num_layers / HOST_BANDWIDTH
         recompute += max(bus - forward, 0.0) + max(bus - matmul - attention - passes, 0.0)
     return {
-        "matmul": matmul, "attention": attention, "head": head, "memory_bound": passes + casts, "recompute": recompute,
+        "matmul": matmul, "attention": attention, "head": head, "memory_bound": passes + weights + casts,
+        "recompute": recompute,
     }  # fmt: skip
 
 
@@ -181,18 +187,20 @@ def _after_attention(model: ModelConfig) -> int:
     return model.hidden_size * (model.num_heads * model.head_dim + 3 * model.intermediate_size)
 
 
-def _cast_bytes(model: ModelConfig, layout: Layout, count: int) -> float:
-    """Of weights into the computation's dtype and of gradients back, added up over micro-batches; FSDP casts shards
-    and adds up whole gradients."""
-    P, e = model.num_parameters(), layout.itemsize
-    adds = 12 * layout.trained(model) * (count - 1) / count
+def _weight_bytes(model: ModelConfig, layout: Layout, count: int) -> float:
+    """Bytes of weights and gradients that a micro-batch moves beside its products. A product that adds to a sum reads
+    and writes it again, 8 a parameter; of adapters autograd adds, 12. FSDP casts its shard and copies what it gathered
+    to its place, twice; it copies gradients into the buffer of the reduction, 8, and adds up reduced shards, 12."""
+    P, e, later = model.num_parameters(), layout.itemsize, (count - 1) / count
+    gathers = (1 / count if layout.gathers_once else 2) * (layout.ranks > 1)
     if layout.lora.rank:
-        return adds + (4 * e * P if layout.ranks > 1 else 0)
-    weights = 4 + e if layout.master_itemsize > e else 0
+        return 12 * layout.trained(model) * later + 2 * e * P * gathers
+    shard = (4 + e) * P / layout.shard * (layout.master_itemsize > e)
     if layout.ranks == 1:
-        gradients = 4 + e if layout.gradient_itemsize > e else 0
-        return (weights + gradients) * P + adds
-    return weights * P / layout.shard + 4 * e * P + adds
+        return 8 * P * later
+    if layout.adds_up:
+        return (shard + 2 * e * P) * gathers + 8 * P * later + 8 * P / count
+    return (shard + 2 * e * P) * gathers + 2 * layout.reduce_itemsize * P + 12 * P / layout.shard * later
 
 
 def _gather_seconds(model: ModelConfig, gpu: GpuSpec, layout: Layout, count: int) -> float:
@@ -207,13 +215,13 @@ def _gather_seconds(model: ModelConfig, gpu: GpuSpec, layout: Layout, count: int
     return size / _link(gpu, layout, layout.shard) + rings * (layout.shard - 1) * HOP_SECONDS
 
 
-def _reduce_seconds(model: ModelConfig, gpu: GpuSpec, layout: Layout) -> float:
-    """Seconds in which gradients are scattered over a group's ranks, then summed over the groups."""
-    P, groups = layout.trained(model), layout.ranks // layout.shard
-    scattered = layout.reduce_itemsize * P * (1 - 1 / layout.shard)
-    summed = 2 * layout.reduce_itemsize * P / layout.shard * (1 - 1 / groups)
-    rings = (model.num_layers + 2) * (layout.shard - 1 + 2 * (groups - 1)) * HOP_SECONDS
-    return scattered / _link(gpu, layout, layout.shard) + summed / _link(gpu, layout, layout.ranks) + rings
+def _reduce_seconds(model: ModelConfig, gpu: GpuSpec, layout: Layout) -> tuple[float, float]:
+    """Seconds in which gradients are scattered over a group's ranks, and in which they are summed over the groups."""
+    P, groups, rings = layout.trained(model), layout.ranks // layout.shard, model.num_layers + 2
+    scattered = layout.reduce_itemsize * P * (1 - 1 / layout.shard) / _link(gpu, layout, layout.shard)
+    summed = 2 * layout.reduce_itemsize * P / layout.shard * (1 - 1 / groups) / _link(gpu, layout, layout.ranks)
+    hops = HOP_SECONDS * rings
+    return scattered + hops * (layout.shard - 1), summed + hops * 2 * (groups - 1)
 
 
 def _link(gpu: GpuSpec, layout: Layout, members: int) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -71,8 +71,9 @@ class Resolved:
     """All choices of a run."""
 
     asked: Config  # as the user wrote it; the run folder keeps it
-    config: Config  # without "auto": train.kernels, train.attention, train.recompute and optim.lr are decided
+    config: Config  # without "auto": every choice of resolve.py, and optim.lr, is made
     recompute_reason: str
+    reduce_reason: str
     lr_reason: str
     peak_flops: float  # of one device; MFU is relative to it
     peak_source: str
@@ -179,13 +180,15 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     train = structs.replace(config.train, kernels=kernels, attention=attention)
     fullest = Workload(LengthCounts.of(np.array([config.data.token_budget])), supervised_share=1.0)
     planned = PlanInputs(model, fullest, 0, config.data, train, config.optim, config.parallel, config.lora)
-    recompute, reason = choices.recompute(planned, ranks)
+    reduce, reduce_reason = choices.reduce(planned, ranks)
+    parallel = structs.replace(config.parallel, reduce=reduce)
+    recompute, reason = choices.recompute(replace(planned, parallel=parallel), ranks)
     supervised = inputs.loader.stats().supervised_per_step
     lr, lr_reason = schedule.choose_lr(config.optim.lr, supervised, model, lora=config.lora.rank > 0)
     train, optimizer = structs.replace(train, recompute=recompute), structs.replace(config.optim, lr=lr)
-    decided = structs.replace(config, train=train, optim=optimizer)
+    decided = structs.replace(config, train=train, optim=optimizer, parallel=parallel)
     peak = metrics.peak_flops(device, config.train.peak_tflops, getattr(torch, config.train.dtype))
-    return Resolved(config, decided, reason, lr_reason, *peak)
+    return Resolved(config, decided, reason, reduce_reason, lr_reason, *peak)
 
 
 def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
@@ -202,6 +205,8 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
         lora.attach(model.to(dtype), config.lora, adapters.token_ids)
     sharding.wrap(model, ranks, config.train, config.parallel, dtype)
     model = model.to_empty(device="cpu" if config.parallel.offload == "all" else ranks.device)
+    micro_batches = config.data.bins_per_step // ranks.world
+    sharding.prepare_weights(model, ranks, config.train, config.parallel, micro_batches=micro_batches)
     run = identity.identity(inputs.loader, model_config, config.data, config.run.seed)
     if adapters:
         run |= adapters.identity()
@@ -213,7 +218,6 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
         config.optim,
         ops if is_ours else None,  # where it is faster or the only one that can, else torch's
         host_moments=offload == "optimizer",
-        micro_batches=config.data.bins_per_step // ranks.world,
         seed=config.run.seed,
     )
     return RunModel(ops, adapters, model, optimizer, run)

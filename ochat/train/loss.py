@@ -1,7 +1,7 @@
 """The loss of a step: `sum w * nll / sum |w|` over all its bins and ranks.
 
-The weight of the whole step is summed over ranks once, before the first backward. Each micro-batch then adds its own
-`loss_sum / step_weight`; gradients are summed over ranks, never averaged.
+The weight of the whole step is summed over ranks once, before the first forward, and the tokens' weights are divided by
+it: the head's gradient is then final as soon as it is made. Gradients are summed over ranks, never averaged.
 """
 
 from __future__ import annotations
@@ -14,18 +14,35 @@ from ochat_kernels import LossOutput
 from torch import Tensor
 
 from ochat.data.batch import PackedBatch
+from ochat.model import linear
 from ochat.model.transformer import Transformer
 
 
-def head_loss(ops: ModuleType, model: Transformer, batch: PackedBatch) -> Callable[[Tensor, Tensor], LossOutput]:
-    """A head for `model(..., rows=batch.supervised_rows)`: (hidden (R, H) of these rows, head weight (V, H)) ->
-    LossOutput, nll and correct (R,)."""
-    softcap, tokens = model.config.logit_softcap, model.head.tokens
+def head_loss(
+    ops: ModuleType, model: Transformer, batch: PackedBatch, step_weight: Tensor | None = None
+) -> Callable[[Tensor, Tensor], LossOutput]:
+    """A head for `model(..., rows=batch.supervised_rows)`: (hidden (R, H) of these rows, the head's parameter (V, H))
+    -> LossOutput, nll and correct (R,).
 
-    def head(hidden: Tensor, weight: Tensor) -> LossOutput:
+    `step_weight` (): sum |w| of the whole step. The weights are divided by it, so that loss_sum is this batch's share
+    of the step's loss. Forward adds the head's gradient to its sum at once: call loss_sum.backward() and nothing else.
+    """
+    softcap, tokens = model.config.logit_softcap, model.head.tokens
+    is_tied = model.head.weight is model.embed.weight
+
+    def head(hidden: Tensor, parameter: Tensor) -> LossOutput:
         labels, weights = batch.supervised_labels, batch.supervised_weights
         rows = torch.arange(len(labels), device=labels.device)  # all of them are live
-        out = ops.linear_cross_entropy(hidden, weight, labels, weights, rows=rows, softcap=softcap)
+        options = {"rows": rows, "softcap": softcap}
+        if step_weight is None:
+            weight = linear.cast(parameter, hidden.dtype)
+        else:
+            weights, weight = weights / step_weight, linear.read(parameter, hidden.dtype)
+            if parameter.requires_grad:
+                options["grad_weight"], options["accumulate"] = linear.start_gradient(parameter)
+        out = ops.linear_cross_entropy(hidden, weight, labels, weights, **options)
+        if "grad_weight" in options and not is_tied:  # tied: the embedding adds its part in backward
+            linear.finish_gradient(parameter)
         if tokens is None or not torch.is_grad_enabled():
             return out
         term = tokens.loss_term(hidden, weight, labels, weights, rows, out.nll, softcap)

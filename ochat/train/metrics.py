@@ -53,7 +53,7 @@ class StepMetrics:
         nll, correct = out.nll.double(), out.correct.double()
         per_row = torch.stack((nll * weights.abs(), weights.abs(), correct * weights.abs(), torch.ones_like(nll)), 1)
         self.class_sums.index_add_(0, batch.supervised_classes, per_row)
-        on_device = torch.stack((out.loss_sum.detach().double(), *per_row[:, 1:3].sum(0)))
+        on_device = torch.stack(((nll * weights).sum(), *per_row[:, 1:3].sum(0)))
         on_host = (batch.num_tokens, batch.num_supervised, batch.input_ids.shape[0], batch.sum_len_sq)
         counts = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
         self.sums += torch.cat((on_device, counts))

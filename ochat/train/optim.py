@@ -21,6 +21,7 @@ from ochat.checkpoint.manifest import MOMENTS
 from ochat.config import OptimConfig
 from ochat.distributed.local_shards import global_offset, local_shard, trainable_parameters
 from ochat.errors import ConfigError
+from ochat.model.linear import copy_of, fill_copies
 
 PIECE = 2**26  # elements whose moments are on the GPU at a time: 512 MiB
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -54,7 +55,9 @@ class FusedAdamW(torch.optim.Optimizer):
         skipped = torch.zeros_like(grad_scale) if self.skipped is None else self.skipped
         self.skipped = skipped + ~grad_scale.isfinite()  # for the next step
         for group in self.param_groups:
-            self._update(group, [p for p in group["params"] if p.grad is not None], grad_scale, skipped)
+            for has_copy in (True, False):
+                chosen = [p for p in group["params"] if p.grad is not None and has_copy == (copy_of(p) is not None)]
+                self._update(group, chosen, grad_scale, skipped)
 
     def zero_moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """Both moments of a parameter as zeros, on the host or the device."""
@@ -80,21 +83,24 @@ class FusedAdamW(torch.optim.Optimizer):
             tensors = (parameter, parameter.grad, *(state[moment] for moment in MOMENTS))
             numbers = _numbers(group) | {"step": int(state["step"]), "skipped": skipped, "seed": self.seed}
             norm = self.ops.adamw_with_norm(*tensors, **numbers, tensor_id=self.ids[parameter])
+            fill_copies([parameter])
         self.norms[self.ids[parameter]] = norm
         parameter.grad = None
 
     def _update(self, group: dict, parameters: list[Tensor], grad_scale: Tensor, skipped: Tensor) -> None:
+        """Those of one group; all have a copy or none has."""
         states = [self._state(p) for p in parameters]
         lists = [parameters, [p.grad for p in parameters], *([s[moment] for s in states] for moment in MOMENTS)]
+        copies = [copy for p in parameters if (copy := copy_of(p)) is not None]
         step = int(states[0]["step"]) if states else 1  # a host tensor
         numbers = _numbers(group) | {"step": step, "skipped": skipped, "grad_scale": grad_scale, "seed": self.seed}
         adamw = partial(self.ops.adamw, **numbers)
         places = [self.ids[p] for p in parameters], [global_offset(p) for p in parameters]
         lists = [[local_shard(t) for t in tensors] for tensors in lists]
         if self.host_moments:
-            _update_in_pieces(adamw, *places, *lists)
+            _update_in_pieces(adamw, *places, copies, *lists)
         else:
-            adamw(*lists, ids=places[0], offsets=places[1])
+            adamw(*lists, copies=copies or None, ids=places[0], offsets=places[1])
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -110,14 +116,10 @@ def build(
     ops: ModuleType | None = None,
     *,
     host_moments: bool = False,
-    micro_batches: int = 1,
     seed: int = 0,
 ) -> torch.optim.AdamW | FusedAdamW:
     """AdamW (decoupled weight decay) over the trainable parameters: with the operators `ops` if given, else torch's,
-    which cannot do what needs_kernel lists.
-
-    Gradients of bf16 parameters are bf16, or fp32 if a process accumulates them over several `micro_batches`.
-    """
+    which cannot do what needs_kernel lists."""
     parameters = list(trainable_parameters(model).values())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -126,9 +128,6 @@ def build(
     if ops is None:
         assert not needs_kernel(config)
         return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
-    for parameter in parameters:
-        if micro_batches > 1 and not isinstance(parameter, DTensor):  # FSDP accumulates in its reduce_dtype
-            parameter.grad_dtype = torch.float32
     return FusedAdamW(groups, ops, config, host_moments, seed)
 
 
@@ -178,6 +177,7 @@ def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float,
             nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         optimizer.found_inf = (~is_good).float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
         optimizer.step()
+        fill_copies(parameters)
     optimizer.zero_grad()
     return norm
 
@@ -202,13 +202,17 @@ def _numbers(group: dict) -> dict:
     return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
 
 
-def _update_in_pieces(adamw: Callable[..., None], ids: list[int], offsets: list[int], *lists: list[Tensor]) -> None:
+def _update_in_pieces(
+    adamw: Callable[..., None], ids: list[int], offsets: list[int], copies: list[Tensor], *lists: list[Tensor]
+) -> None:
     """`adamw` with moments in host memory, copied to the device and back piece by piece."""
-    for number, offset, *tensors in zip(ids, offsets, *lists, strict=True):
+    for i, (number, offset, *tensors) in enumerate(zip(ids, offsets, *lists, strict=True)):
         for start in range(0, tensors[0].numel(), PIECE):
-            parameter, gradient, *kept = (tensor.view(-1)[start : start + PIECE] for tensor in tensors)
+            piece = slice(start, start + PIECE)
+            parameter, gradient, *kept = (tensor.view(-1)[piece] for tensor in tensors)
             moments = [[moment.to(parameter.device, non_blocking=True, copy=True)] for moment in kept]
-            adamw([parameter], [gradient], *moments, ids=[number], offsets=[offset + start])
+            place = {"ids": [number], "offsets": [offset + start]}
+            adamw([parameter], [gradient], *moments, copies=[copies[i].view(-1)[piece]] if copies else None, **place)
             for moment, (new,) in zip(kept, moments, strict=True):
                 moment.copy_(new, non_blocking=True)
     if lists[0] and lists[0][0].is_cuda:

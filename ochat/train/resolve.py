@@ -1,5 +1,5 @@
-"""Decide what "auto" means for train.kernels, train.attention and train.recompute on the device of this run, and make
-torch compute as run.deterministic asks.
+"""Decide what "auto" means for train.kernels, train.attention, train.recompute and parallel.reduce on the device of
+this run, and make torch compute as run.deterministic asks.
 
     kernels("auto", device);  attention("auto", device, "bfloat16", softcap=0.0);  recompute(...)
 
@@ -16,7 +16,8 @@ import torch
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.model.attention import check, default_backend
-from ochat.plan.forecast import PlanInputs, with_policy
+from ochat.plan import gpus
+from ochat.plan.forecast import PlanInputs, reductions, with_policy
 from ochat.plan.memory import CONTEXT_BYTES, GIB
 
 # variable -> values that make it deterministic; the first is set if the variable is not
@@ -51,6 +52,23 @@ def attention(asked: str, device: torch.device, dtype: str, softcap: float) -> s
     return asked
 
 
+def reduce(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
+    """(parallel.reduce, what was decided and why), the same on every rank; "auto" chooses on known GPUs."""
+    asked = inputs.parallel.reduce
+    gpu = gpus.lookup(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    layout = inputs.layout(ranks.world, torch.cuda.device_count() or ranks.world)
+    choices = reductions(layout)
+    if asked != "auto":
+        return asked, asked
+    if gpu is None or len(choices) == 1:
+        return choices[0].reduce, f"{choices[0].reduce}, chosen: " + ("one choice" if gpu else "no known GPU")
+    room = _room(ranks)
+    chosen = inputs.resolve(layout, room, gpu)
+    taken = [inputs.resolve_recompute(each, room) for each in choices]
+    times = [f"{each.reduce} takes {inputs.speed(gpu, each).step_seconds * 1e3:,.0f} ms" for each in taken]
+    return chosen.reduce, f"{chosen.reduce}, chosen: {', '.join(times)} a step, as ochat plan predicts"
+
+
 def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
     """(policy, what was decided and why), the same on every rank. "auto" is the first of forecast.POLICIES whose
     memory, as `ochat plan` predicts it, every GPU has; `train.kernels` must be resolved.
@@ -67,12 +85,17 @@ def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
         return asked, asked
     if ranks.device.type != "cuda" and not train.offload_activations:
         return "none", "none, chosen: on a CPU memory is seldom short"
-    room = min(record["room"] for record in ranks.all_gather_json({"room": usable_bytes(ranks.device)}))
+    room = _room(ranks)
     layout = inputs.layout(ranks.world, ranks.world)
     policy = inputs.resolve_recompute(layout, room).recompute
     tried = inputs.policies[: inputs.policies.index(policy) + 1]
     needs = [f"{each} needs {inputs.memory(with_policy(layout, each)).total / GIB:,.1f}" for each in tried]
     return policy, f"{policy}, chosen: {', '.join(needs)} of {room / GIB:,.1f} GiB, as ochat plan predicts"
+
+
+def _room(ranks: Ranks) -> float:
+    """Bytes that a step can use on every GPU."""
+    return min(record["room"] for record in ranks.all_gather_json({"room": usable_bytes(ranks.device)}))
 
 
 def usable_bytes(device: torch.device) -> float:

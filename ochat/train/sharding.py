@@ -7,16 +7,21 @@ weight of the whole step.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch._functorch.config as compiler
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from ochat.config import ParallelConfig, TrainConfig
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
-from ochat.model.transformer import Transformer
+from ochat.model import linear
+from ochat.model.transformer import Head, Linear, RMSNorm, Transformer
 
 
 def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
@@ -91,6 +96,40 @@ def _shard(model: Transformer, ranks: Ranks, parallel: ParallelConfig, dtype: to
     # slower than the device; in backward FSDP2 prefetches one module ahead by itself
     for module, following in pairwise([*passing, *staying[:-1]]):
         module.set_modules_to_forward_prefetch([following])  # type: ignore[operator]
+
+
+def prepare_weights(
+    model: Transformer, ranks: Ranks, train: TrainConfig, parallel: ParallelConfig, *, micro_batches: int
+) -> None:
+    """For a model in memory: set the dtype of each gradient, and on one process keep copies of the weights in the dtype
+    of the computation.
+
+    Gradients are fp32, those of embedding and head always; of a sharded block they have the reduction's dtype, and of
+    bf16 masters bf16 where a process has one of `micro_batches` in a step. There are no copies where blocks are
+    recomputed, which is done to save memory: each use casts, twice 6 bytes a weight for many tokens.
+    """
+    blocks = set(model.blocks)
+    if ranks.mesh is not None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule) and not (train.compile and module in blocks):
+                dtype = getattr(torch, parallel.reduce_dtype) if module in blocks else torch.float32
+                module.register_forward_pre_hook(partial(_set_gradient_dtype, dtype))  # after FSDP's, which gathers
+        return
+    vocabulary = {model.embed.weight, model.head.weight}
+    for parameter in model.parameters():
+        if parameter.requires_grad and (micro_batches > 1 or parameter in vocabulary):
+            parameter.grad_dtype = torch.float32
+    if model.recompute != "block" and not train.compile:
+        readers = (module for module in model.modules() if isinstance(module, (Linear, RMSNorm, Head)))
+        linear.keep_copies((p for each in readers for p in each.parameters(recurse=False)), getattr(torch, train.dtype))
+
+
+def _set_gradient_dtype(dtype: torch.dtype, module: nn.Module, _: Any) -> None:
+    """Have the gradients of gathered weights made and added up in `dtype`: FSDP would take them in the weights' dtype
+    and cast them."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and not isinstance(parameter, DTensor):  # gathered
+            parameter.grad_dtype = dtype
 
 
 def _reshards(ranks: Ranks, parallel: ParallelConfig) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from msgspec import structs
 from ochat_kernels import LossOutput
+from torch import Tensor
 
 from ochat import console
 from ochat.checkpoint import load as checkpoint
@@ -29,6 +30,7 @@ from ochat.distributed.processes import Ranks
 from ochat.distributed.watchdog import StopSignal, Watchdog
 from ochat.export.hf_folder import export
 from ochat.infer.generate import generate
+from ochat.model import linear
 from ochat.model.attention import PackedAttention
 from ochat.plan import tables
 from ochat.run import layout
@@ -95,6 +97,7 @@ class Trainer:
             checkpoint.load_state(found, self.model, self.optimizer.state)
         elif adapters:
             adapters.start(self.model, run.seed)
+        linear.fill_copies(self.model.parameters())
         return found
 
     def run(self) -> None:
@@ -124,19 +127,20 @@ class Trainer:
             batch = batch.to(self.ranks.device)
             is_last = i == len(batches) - 1
             sharding.begin_micro_batch(self.model, self.ranks, self.config.parallel, is_last=is_last)
-            out = self.forward(batch)
-            (out.loss_sum / weight).backward()
+            out = self.forward(batch, weight)
+            out.loss_sum.backward()
             measured.add(batch, out)
         sums = self.ranks.sum_tensor(measured.to_tensor())
         grad_norm = optim.update(self.optimizer, lr=lr, clip=self.config.optim.clip, loss=sums[0])
         self.steps_done = step + 1
         self.metrics.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
 
-    def forward(self, batch: PackedBatch) -> LossOutput:
-        """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows."""
+    def forward(self, batch: PackedBatch, step_weight: Tensor | None = None) -> LossOutput:
+        """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows; `step_weight`:
+        as head_loss takes it."""
         backend, windows = self.config.train.attention, self.inputs.model_config.windows
         attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths, windows)
-        head = head_loss(self.parts.ops, self.model, batch)
+        head = head_loss(self.parts.ops, self.model, batch, step_weight)
         return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
 
     def after(self, step: int) -> None:
@@ -224,6 +228,7 @@ class Trainer:
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
             "computation": f"{config.train.dtype}, kernels {config.train.kernels}, attention {config.train.attention}",
             "recompute": resolved.recompute_reason,
+            **({"reduce": resolved.reduce_reason} if self.ranks.world > 1 else {}),
             "served as": inputs.template.default_condition or "(no condition)",
             "mfu is of": f"{resolved.peak_flops / 1e12:.4g} TFLOP/s a process, {resolved.peak_source}",
         }

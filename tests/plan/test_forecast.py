@@ -40,7 +40,7 @@ def test_the_largest_budget_fits_and_the_next_does_not(model, gpus, gpu, recompu
     largest = forecast.largest_budget(inputs, gpu, inputs.layout(gpus, 8))
 
     def need(budget: int) -> float:
-        return inputs.memory(inputs.resolve_recompute(inputs.layout(gpus, 8, budget), room)).total
+        return inputs.memory(inputs.resolve(inputs.layout(gpus, 8, budget), room, gpu)).total
 
     assert need(largest + 256) > room
     assert largest == 0 or need(largest) <= room
@@ -50,7 +50,7 @@ def test_auto_is_as_fast_as_the_best_policy_that_fits():
     """8B on 8 GPUs: each memory size has another."""
     taken = set()
     for name in ("H100", "H200"):
-        auto = forecast.forecast(make_inputs(recompute="auto"), GPUS[name], gpus=8, nodes=1)
+        auto = forecast.forecast(make_inputs(recompute="auto", reduce="step"), GPUS[name], gpus=8, nodes=1)
         fitting = {policy: rate.tokens_per_s for policy, (use, rate) in auto.policies.items() if auto.has_room(use)}
         assert auto.speed.tokens_per_s == fitting[auto.recompute] == max(fitting.values())
         assert auto.fits and auto.num_steps == 100
@@ -58,8 +58,27 @@ def test_auto_is_as_fast_as_the_best_policy_that_fits():
     assert taken == {"elementwise", "none"}
 
 
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("model", [LLAMA_8B, LLAMA_1B, LLAMA_70B])
+def test_reduce_auto_is_the_faster_that_fits_and_step_between_nodes(model, gpu):
+    for gpus, nodes, bins in ((8, 1, 8), (8, 1, 32), (8, 4, 128)):
+        inputs, room = make_inputs(model, "auto", bins=bins), gpu.memory_gib * GIB
+        taken = inputs.resolve(inputs.layout(gpus * nodes, gpus), room, gpu)
+        both = [
+            inputs.resolve_recompute(dataclasses.replace(taken, reduce=name, recompute="auto"), room)
+            for name in forecast.REDUCES
+        ]
+        fitting = [inputs.speed(gpu, each).step_seconds for each in both if inputs.memory(each).total <= room]
+        if nodes > 1 or bins == 8:
+            assert taken.reduce == "step"
+        elif fitting:
+            assert inputs.speed(gpu, taken).step_seconds == min(fitting)
+        else:
+            assert inputs.memory(taken).total == min(inputs.memory(each).total for each in both)
+
+
 def test_what_does_not_fit_gets_the_budget_that_does_or_what_saves_memory():
-    inputs = make_inputs(budget=32768, recompute="block")
+    inputs = make_inputs(budget=32768, recompute="block", reduce="step")
     big = forecast.forecast(inputs, dataclasses.replace(GPUS["H100"], memory_gib=65), gpus=8, nodes=1)
     assert not big.fits and big.largest_budget >= 4000
     alone = forecast.forecast(inputs, GPUS["A100-80"], gpus=1, nodes=1)

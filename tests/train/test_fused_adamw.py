@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from ochat.checkpoint import manifest
 from ochat.config import OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
+from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError, ConfigError
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer, pack_ids
@@ -131,7 +132,8 @@ def test_the_norm_of_bf16_gradients_is_not_rounded():
 
 def test_gradients_of_several_micro_batches_are_added_up_in_fp32():
     model = small_model(BF16)
-    build(model, micro_batches=2)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    sharding.prepare_weights(model, ranks, TrainConfig(recompute="none"), ParallelConfig(), micro_batches=2)
     weight = model.blocks[0].mlp.down.weight
     parts = [torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)).to(BF16) for i in range(3)]
     for part in parts:
