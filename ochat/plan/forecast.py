@@ -60,6 +60,7 @@ class PlanInputs:
             reduce=parallel.reduce,
             offload=str(parallel.offload),
             offload_activations=self.train.offload_activations,
+            attention=self.train.attention,
             in_backward=self.optim.in_backward,
         )
 

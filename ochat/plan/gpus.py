@@ -2,9 +2,10 @@
 
 gpus.GPUS["H200"].matmul_tflops;  gpus.lookup(torch.cuda.get_device_name())
 
-Measured: on an H200, products of random bf16 matrices and a copy. Published: the maker's data sheets, FlashAttention's
-own figures (forward + backward, causal, head dim 128, by document length; they count 7/6 of our FLOPs, the backward's
-second q k^T too). Everything else is assumed, by analogy. Bandwidths are what is reached, not what is nominal.
+Measured: on an H200, products of random bf16 matrices in a burst, 790 TFLOP/s, and a copy. Published: the maker's
+data sheets, FlashAttention's own figures (forward + backward, causal, head dim 128, by document length; they count 7/6
+of our FLOPs, the backward's second q k^T too). Everything else is assumed, by analogy. Rates are what is reached for
+seconds on end, not what is nominal: a card at its power limit computes slower than in a burst.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ ATTENTION_LENGTHS = (1024, 2048, 4096, 8192)
 FLASH_3_HOPPER = (212.0, 361.0, 491.0, 574.0)  # published, H100
 FLASH_2_HOPPER = tuple(rate / 2 for rate in FLASH_3_HOPPER)  # published as "about half at length"
 FLASH_2_AMPERE = (100.0, 140.0, 165.0, 180.0)  # assumed, from some 200 published for 16k
+FLASH_3_BACKENDS = ("fa3", "fa4", "cudnn")  # of train.attention, whose kernels are made for Hopper
+SUSTAINED_HOPPER = 735.0  # assumed: 720 to 750 at 700 W, of 790 in a burst
 SLOPE_BELOW = 0.77  # of log rate over log length below 1024: the slope between 1024 and 2048 continues
 
 
@@ -28,8 +31,9 @@ class GpuSpec:
     name: str
     memory_gib: float  # what a process sees
     peak_tflops: float  # data sheet, dense: what MFU is taken of
-    matmul_tflops: float  # reached by large matrix products
-    attention_tflops: tuple[float, ...]  # at ATTENTION_LENGTHS
+    matmul_tflops: float  # sustained by large matrix products
+    attention_tflops: tuple[float, ...]  # of FlashAttention-2, at ATTENTION_LENGTHS
+    flash_3_tflops: tuple[float, ...]  # of FLASH_3_BACKENDS, likewise
     copy_bandwidth: float  # bytes read + written a second
     node_bandwidth: float  # of a collective among the GPUs of a node, a GPU
     network_bandwidth: float  # of a GPU's network card
@@ -41,6 +45,7 @@ A100 = GpuSpec(
     peak_tflops=312,  # data sheet
     matmul_tflops=0.85 * 312,  # assumed
     attention_tflops=FLASH_2_AMPERE,
+    flash_3_tflops=FLASH_2_AMPERE,
     copy_bandwidth=0.9 * 2.0e12,  # data sheet, 90 % assumed
     node_bandwidth=230e9,  # assumed, of 300 on the data sheet
     network_bandwidth=0.8 * 25e9,  # assumed: 200 Gbit/s a GPU
@@ -49,8 +54,9 @@ H100 = GpuSpec(
     "H100",
     memory_gib=79.1,  # assumed
     peak_tflops=989,  # data sheet
-    matmul_tflops=790,  # measured on an H200, which computes alike
+    matmul_tflops=SUSTAINED_HOPPER,
     attention_tflops=FLASH_2_HOPPER,
+    flash_3_tflops=FLASH_3_HOPPER,
     copy_bandwidth=0.9 * 3.35e12,  # data sheet, 90 % assumed
     node_bandwidth=360e9,  # assumed, of 450 on the data sheet
     network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
@@ -64,9 +70,11 @@ def lookup(device: str) -> GpuSpec | None:
     return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in device), None)
 
 
-def attention_rate(gpu: GpuSpec, lengths: NDArray) -> NDArray[np.float64]:
-    """TFLOP/s in documents of these lengths: between the known ones by logarithms, beyond the longest as there."""
+def attention_rate(gpu: GpuSpec, lengths: NDArray, backend: str = "varlen") -> NDArray[np.float64]:
+    """TFLOP/s in documents of these lengths: between the known ones by logarithms, beyond the longest as there. Of a
+    `backend` without figures of its own, "auto" among them, FlashAttention-2's."""
+    reached = gpu.flash_3_tflops if backend in FLASH_3_BACKENDS else gpu.attention_tflops
     logs = np.log(np.maximum(lengths, 1))
     known = np.log(ATTENTION_LENGTHS)
-    inside = np.interp(logs, known, np.log(gpu.attention_tflops))
+    inside = np.interp(logs, known, np.log(reached))
     return np.exp(inside + SLOPE_BELOW * np.minimum(logs - known[0], 0))

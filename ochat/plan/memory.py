@@ -72,6 +72,7 @@ class Layout:
     reduce: str = "step"
     offload: str = "none"
     offload_activations: bool = False
+    attention: str = "auto"  # the backend; for time only
     in_backward: bool = False
 
     @property

@@ -39,9 +39,9 @@ class Workload:
         squares = np.arange(self.lengths.longest + 1, dtype=np.float64) ** 2
         return model.flops_per_step(0, 1, 0) * float(self.lengths.counts @ (squares * cost)) / self.lengths.num_tokens
 
-    def attention_seconds(self, model: ModelConfig, gpu: GpuSpec) -> float:
+    def attention_seconds(self, model: ModelConfig, gpu: GpuSpec, backend: str) -> float:
         """Seconds of attention, an average token, at the rate for each document's length; 7 FLOPs are done for 6."""
-        rates = attention_rate(gpu, np.arange(self.lengths.longest + 1))
+        rates = attention_rate(gpu, np.arange(self.lengths.longest + 1), backend)
         return self.attention_per_token(model, 7 / 6 / (rates * 1e12))
 
 
@@ -139,7 +139,7 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
     times, weights = layout.matmuls_of_weight, model.matmul_params()
     flops = (2 * times * weights + 6 * layout.adapters(model)) * T - 2 * times * _after_attention(model) * (T - rows)
     matmul = max(flops / rate, times * e * weights / bandwidth)
-    attention = workload.attention_seconds(model, gpu) * real
+    attention = workload.attention_seconds(model, gpu, layout.attention) * real
     dw = 0 if layout.lora.rank else (12 + e) * E
     head = 2 * times * rows * E / rate + (times * e * rows * model.vocab_size + dw) / bandwidth
     after = model.hidden_size + model.intermediate_size  # an eighth of the elements moved after attention

@@ -9,7 +9,7 @@ from ochat.config import LoraConfig
 from ochat.model import lora
 from ochat.model.config import ModelConfig
 from ochat.plan import roofline
-from ochat.plan.gpus import ATTENTION_LENGTHS, FLASH_3_HOPPER, GPUS, attention_rate
+from ochat.plan.gpus import ATTENTION_LENGTHS, GPUS, attention_rate
 from ochat.plan.lengths import LengthCounts
 from ochat.plan.memory import Layout
 from ochat.plan.roofline import Workload
@@ -24,12 +24,13 @@ MODELS = {
         "llama", 128256, 4096, 14336, 32, 32, 8, 128, norm_placement="both", qk_norm="head"
     ),
 }
-H200 = dataclasses.replace(GPUS["H200"], attention_tflops=FLASH_3_HOPPER)  # as the ceilings assume
+H200 = GPUS["H200"]
 
 
 def predict(name="8B", length=4096, gpu=H200, share=1.0, imbalance=1.0, **changes):
     workload = Workload(LengthCounts.of(np.full(8, length)), share, 1.0, imbalance)
-    return roofline.predict(MODELS[name], gpu, workload, dataclasses.replace(Layout(16384, 8), **changes))
+    layout = dataclasses.replace(Layout(16384, 8, attention="fa3"), **changes)
+    return roofline.predict(MODELS[name], gpu, workload, layout)
 
 
 def test_one_h200_is_predicted_within_ten_percent_of_its_ceiling():
@@ -100,6 +101,8 @@ def test_attention_of_short_documents_is_slower_and_known_rates_are_kept():
         rates = attention_rate(gpu, np.array([0, 1, 64, 512, *ATTENTION_LENGTHS, 10**6]))
         assert (np.diff(rates) >= 0).all() and rates[0] > 0
         np.testing.assert_allclose(rates[4:8], gpu.attention_tflops)
+        np.testing.assert_allclose(attention_rate(gpu, np.array(ATTENTION_LENGTHS), "fa3"), gpu.flash_3_tflops)
+    assert predict(attention="varlen").attention == predict(attention="auto").attention > predict().attention
 
 
 def test_model_flops_are_those_of_the_model():
