@@ -25,7 +25,7 @@ from ochat.train import verify
 
 def make(case: Case, folder: Path, num_steps: int) -> World:
     """The folders of a case: config.json, a tokenizer, and enough drawn conversations for `num_steps`."""
-    world = World(folder / "base", folder / "data", step_cases.model_config(case), CLASSES)
+    world = World(folder / "base", folder / "data", step_cases.model_config(case), CLASSES, has_weights=False)
     world.base.mkdir(parents=True)
     (world.base / "config.json").write_text(json.dumps(world.model.to_hf()), encoding="utf-8")
     step_cases.write_bytes_tokenizer(world.base, END_OF_TURN)

@@ -1,131 +1,159 @@
-"""Everything that needs a GPU, in one command of less than nine minutes: tests, times of kernels and of whole steps.
+"""Everything that needs a GPU, in one command of seven minutes: whole steps, kernels, tests; a digest comes last.
 
-    PYTHONPATH=.:kernels python -m benchmarks.gpu_suite --out DIR       # dry run: --device cpu --quick
-It continues after a failure, reports it at the end (exit status 1), and fetches nothing.
+    PYTHONPATH=.:kernels python -m benchmarks.gpu_suite --out DIR [--phases NAME ...]   # dry run: --device cpu --quick
+Each phase is a process that is killed, with all it started, when its time is over; time that one leaves, the next have.
+What was measured until then is in DIR. A failure is a line of the digest and exit status 1. Nothing is fetched.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-from benchmarks import command_line, csv_file, report
+from benchmarks import command_line, digest
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 520.0
-TEST_SHARE = 0.25  # of the time, at most, for each of the two test runs
-OUR_STEP_SHARE = 0.65  # of what is left after our kernels
-PEERS_SHARE, PEER_STEPS_SHARE = 0.4, 0.7  # of what is left when each begins: other shapes come after them
-LAST_SECONDS = 4.0  # for tables
-ATTENTION_SECONDS = 28.0  # of measuring; with its start less than 40
-GRACE_SECONDS = 45.0  # a group that has begun is measured to its end
-PROCESSES = 8  # of tests that are mostly Triton compiling
+SECONDS = 420.0
+LAST_SECONDS = 4.0  # for the digest
+MEASURING = 0.8  # of a phase's time: what begins later is skipped, so that little is killed
+LOG, TESTS = "log.txt", "tests.txt"
+MOST_LOGGED = 8 * 2**20  # bytes of a file
+PROCESSES = 8  # of tests, which are mostly Triton compiling
 
 
-class Step(NamedTuple):
+class Phase(NamedTuple):
     """One program of the suite."""
 
     name: str
+    seconds: float
     command: list[str]
-    log: Path | None  # a file that its output goes to, too
-    share: float  # of the time that is left
-    most: float = math.inf  # seconds
+    log: str = LOG
 
 
-def steps(options: argparse.Namespace) -> Iterator[Step]:
-    """The most important first."""
-    log = options.out / "tests.txt"
-    tests = [sys.executable, "-m", "pytest", "-vv", "--tb=short", "--timeout=120", "-p", "no:cacheprovider"]
-    on_gpu = ["tests/kernels", "tests/model/test_attention.py", "tests/laws/test_cuda.py"]
-    yield Step("tests on the GPU", [*tests, "-m", "gpu", *on_gpu], log, TEST_SHARE)
-    yield Step("attention", _command(options, "ops", "attention"), None, 1.0, ATTENTION_SECONDS)
-    laws = [*tests, "-m", "not gpu", "tests/kernels", "--ignore=tests/kernels/test_compiled.py"]
-    if options.quick:
-        laws += ["-k", "refuses"]
-    elif find_spec("xdist"):
-        laws += ["-n", str(PROCESSES)]
-    yield Step("laws of the kernels", laws, log, TEST_SHARE)
-    yield Step("times: ours", _command(options, "ops", "ours"), None, 1.0)
-    yield Step("step: ours", _command(options, "train_step", "ours"), None, OUR_STEP_SHARE)
-    yield Step("times: peers", _command(options, "ops", "peers"), None, PEERS_SHARE)
-    yield Step("step: peers", _command(options, "train_step", "peers"), None, PEER_STEPS_SHARE)
-    yield Step("times: rest", _command(options, "ops", "rest"), None, 1.0)
+def phases(options: argparse.Namespace) -> list[Phase]:
+    """The most important first; together they take SECONDS."""
+    winners = ["--winners", str(options.out / digest.WINNERS)]
+    return [
+        Phase("smoke", 30, _program(options, "smoke")),
+        Phase(
+            "step", 70, _program(options, "train_step", "first", "--warmup=3", "--rounds=4", "--steps=2", "--profile")
+        ),
+        Phase("products", 25, _program(options, "products")),
+        Phase("attention", 50, _program(options, "ops", "attention")),
+        Phase(
+            "chosen", 75, _program(options, "train_step", "chosen", "--warmup=3", "--rounds=4", "--steps=2", *winners)
+        ),
+        Phase("operators", 55, _program(options, "ops", "ours", "--phase=rest")),
+        Phase("tests", 60, _tests(options), TESTS),
+        Phase("peers", 16, _program(options, "ops", "peers")),
+        Phase("peers' step", 35, _program(options, "train_step", "peers")),
+    ]
 
 
-def _command(options: argparse.Namespace, program: str, phase: str | None = None) -> list[str]:
-    command = [sys.executable, "-m", f"benchmarks.{program}", "--out", str(options.out), "--device", options.device]
-    command += ["--phase", phase] if phase else []
+def _program(options: argparse.Namespace, name: str, phase: str | None = None, *more: str) -> list[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", f"--out={options.out}", f"--device={options.device}"]
+    command += [f"--phase={phase}"] if phase else []
     command += ["--quick"] if options.quick else []
-    return command + (["--commit", options.commit] if options.commit else [])
+    return [*command, *more, *([f"--commit={options.commit}"] if options.commit else [])]
 
 
-def run(step: Step, seconds_left: float, environment: dict[str, str]) -> str:
-    """Run one step within its share of the time; return "passed", or what went wrong."""
-    limit = min(seconds_left * step.share, step.most)
+def _tests(options: argparse.Namespace) -> list[str]:
+    """The head, rounding and 2^31 elements first, as tests/kernels/test_gpu.py has them; then the kernels' laws."""
+    chosen = ["tests/kernels/test_gpu.py", "tests/laws/test_cuda.py", "tests/model/test_attention.py", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", *chosen, "-v", "--tb=short", "-p", "no:cacheprovider", "--timeout=60"]
+    if options.quick:
+        return [*command, "-k", "refuses"]
+    return [
+        *command,
+        "--deselect=tests/kernels/test_compiled.py",
+        *(["-n", str(PROCESSES)] if find_spec("xdist") else []),
+    ]
+
+
+def run(phase: Phase, until: float, options: argparse.Namespace) -> str:
+    """Run one phase until a time of time.monotonic; "passed", or what went wrong."""
+    before = time.monotonic()
+    limit = until - before
     if limit < 5:
         return "skipped: the time was out"
-    command = step.command
-    if step.log is None:
-        command = [*command, "--seconds", str(round(limit, 1))]
-        limit += min(GRACE_SECONDS, max(seconds_left - limit, 0.0) + GRACE_SECONDS / 3)
-    print(f"\n== {step.name} (at most {limit:.0f} s): {' '.join(command[1:])}", flush=True)
-    before = time.monotonic()
-    status = _watch(command, step.log, limit, environment)
-    outcome = {0: "passed", 5: "passed: nothing to run", None: f"stopped after {limit:.0f} s"}
-    return f"{outcome.get(status, f'failed: exit status {status}')} ({time.monotonic() - before:.0f} s)"
+    measures = phase.log == LOG
+    command = [*phase.command, *([f"--seconds={limit * MEASURING:.0f}"] if measures else [])]
+    print(f"\n== {phase.name} (at most {limit:.0f} s): {' '.join(command[1:])}", flush=True)
+    status = watch(command, options.out / phase.log, limit, environment(options.device))
+    taken = f"{time.monotonic() - before:.0f} s"
+    if status is None:
+        return f"killed after {taken}"
+    return f"passed ({taken})" if status in (0, 5) else f"failed: exit status {status} ({taken})"  # 5: no tests
 
 
-def _watch(command: list[str], log: Path | None, limit: float, environment: dict[str, str]) -> int | None:
-    """The exit status, None after the time limit; output is shown and logged line by line."""
-    keep = f" 2>&1 | tee -a '{log}'" if log else " 2>&1"
-    shell = ["bash", "-c", f'set -o pipefail; timeout --kill-after=5 {limit:.0f} "$@"{keep}', "bash", *command]
-    status = subprocess.run(shell, cwd=ROOT, env=environment).returncode
-    return None if status in (124, 137) else status
+def watch(command: list[str], log: Path, limit: float, variables: dict[str, str]) -> int | None:
+    """The exit status, None where it had to be killed; what it prints is shown and kept, line by line."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with log.open("a", encoding="utf-8") as file:
+        reader = threading.Thread(target=_copy, args=(process.stdout, file), daemon=True)
+        reader.start()
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # workers that it started and left
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            reader.join(5)
 
 
-def _environment(options: argparse.Namespace) -> dict[str, str]:
+def _copy(lines: IO[str], file: IO[str]) -> None:
+    for line in lines:
+        print(line, end="", flush=True)
+        if file.tell() < MOST_LOGGED:
+            file.write(line)
+            file.flush()
+
+
+def environment(device: str) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     known = inherited | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    if options.device == "cpu":
-        known |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return known
-
-
-def finish(out: Path) -> None:
-    """Tables of what was measured, on the screen and in files."""
-    for name, table, write in (("train_step", "steps.txt", report.write_steps), ("ops", "report.txt", report.write)):
-        if not (out / f"{name}.csv").exists():
-            print(f"no times in {name}.csv")
-            continue
-        with (out / table).open("w", encoding="utf-8") as file:
-            write(csv_file.read(out / f"{name}.csv"), file)
-        print((out / table).read_text("utf-8"))
+    return known | ({"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
 def main() -> int:
-    parser = command_line.parser("benchmarks.gpu_suite", "tests, times of kernels and whole steps", "all results")
-    parser.add_argument("--phases", nargs="+", metavar="NAME", help="only the phases whose names begin so")
+    parser = command_line.parser("benchmarks.gpu_suite", "whole steps, times of kernels, tests", "all results")
+    parser.add_argument("--phases", nargs="+", metavar="NAME", help="only these, in the suite's order")
     parser.set_defaults(seconds=SECONDS)
     options = parser.parse_args()
     options.out = options.out.resolve()
+    every = phases(options)
+    if unknown := set(options.phases or ()) - {phase.name for phase in every}:
+        parser.error(f"no phase {', '.join(unknown)}; there are {', '.join(phase.name for phase in every)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + options.seconds - LAST_SECONDS
-    environment = _environment(options)
-    chosen = [step for step in steps(options) if step.name.startswith(tuple(options.phases or [""]))]
-    outcomes = {step.name: run(step, end - time.monotonic(), environment) for step in chosen}
-    finish(options.out)
-    print("", *(f"{name}: {outcome}" for name, outcome in outcomes.items()), sep="\n")
-    print(f"to keep them: copy {options.out}/ops.csv to benchmarks/results/DEVICE-DATE.csv and train_step.csv to")
-    print("benchmarks/results/train_step-DEVICE-DATE.csv, and commit them")
+    start, outcomes, planned = time.monotonic(), {}, 0.0
+    for phase in every:
+        if options.phases and phase.name not in options.phases:
+            continue
+        planned += phase.seconds
+        until = start + min(planned, options.seconds - LAST_SECONDS)
+        outcomes[phase.name] = run(phase, until, options)
+        if phase.name == "attention":
+            digest.write_winners(options.out)
+    lines = digest.lines(options.out, outcomes, options.out / TESTS)
+    print("", *lines, sep="\n")
+    with (options.out / LOG).open("a", encoding="utf-8") as file:
+        print("", *lines, sep="\n", file=file)
     return 0 if all(outcome.startswith("passed") for outcome in outcomes.values()) else 1
 
 

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ if __name__ == "__main__" and re.search(r"--device[ =]cpu\b", " ".join(sys.argv)
 import torch
 from torch import Tensor
 
-from benchmarks import attention, cases, command_line, csv_file, implementations, timing
+from benchmarks import attention, cases, command_line, csv_file, implementations, smoke, timing
 from benchmarks.cases import MODELS, OPERATORS, OPTIMIZER_VARIANTS, Case, Model, Problem
 from benchmarks.implementations import Function, Implementation, outputs_of
 from benchmarks.timing import Ceilings
@@ -123,7 +123,7 @@ def _all_but(name: str, operator: str) -> tuple[str, ...]:
     return tuple(each.name for each in implementations.of(operator) if each.name != name)
 
 
-def _cases(model: Model, fractions: list[float], variants: list[str]) -> list[Case]:
+def _cases(model: Model, fractions: list[float], variants: Iterable[str]) -> list[Case]:
     """The head first, then what is bound by memory, the head's other supervised fractions, the optimizer."""
     made = [Case(operator, model, T) for operator in OPERATORS if operator != "adamw"]
     made += [Case("linear_cross_entropy", model, T, fraction) for fraction in fractions[1:]]
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--phase", choices=PHASES, action="append", help="several may be given (default: all)")
     options = command_line.parse(parser, arguments, "the interpreter would need days for real shapes")
     device, deadline = torch.device(options.device), time.monotonic() + options.seconds
-    ceilings = timing.measure_ceilings(device, quick=options.quick)
+    ceilings = smoke.read(options.out, device) or timing.measure_ceilings(device, quick=options.quick)
     print(f"ceilings: {ceilings.tflop_per_s:.4g} TFLOP/s, {ceilings.gb_per_s:.4g} GB/s", flush=True)
     session = Session(device, ceilings, csv_file.stamp(device, options.commit), deadline, options.quick)
     rows = csv_file.CsvFile(options.out / "ops.csv", COLUMNS)

@@ -101,7 +101,9 @@ PHASES = {
         Case("Llama-3.2-3B", 16384, 1, PEERS, peer=Peer(recompute=True)),
     ],
 }
+PHASES |= {"first": PHASES["ours"][:1], "chosen": PHASES["ours"][:2]}
 QUICK = {
+    **{name: [Case("tiny", 512, 1, longest=256)] for name in ("first", "chosen")},
     "ours": [Case("tiny", 512, 2, longest=256)],
     "peers": [Case("tiny", 512, 2, ("ours", "padded", "packed", "liger"), longest=256)],
 }
@@ -129,6 +131,7 @@ class World:
     data: Path
     model: ModelConfig
     options: tuple[str, ...] = ()
+    has_weights: bool = True  # in files; otherwise who trains draws them
 
 
 def options(case: Case, settings: dict[str, Any]) -> list[str]:

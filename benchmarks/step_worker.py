@@ -2,7 +2,8 @@
 
     taken = take_turns([Start("ours", case, world, folder)], session); rates(taken[0].answers[1:], session, world.model)
     echo 4 | python -m benchmarks.step_worker '{"implementation": "ours", "config": "run.toml", "device": "cpu", ...}'
-The second line is what the first starts: each line of input asks for so many steps; a line of JSON answers.
+The second line is what the first starts: each line of input asks for so many steps, or for the kernels of one ("0"); a
+line of JSON answers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import step_cases, timing
+from benchmarks import bare_world, step_cases, step_profile, timing
 from benchmarks.csv_file import spread
 from benchmarks.step_cases import Case, Peer, World
 from benchmarks.step_peers import RUNNERS, Counts
@@ -42,7 +43,7 @@ class WorkerFailed(Exception):
 
 class Worker:
     """An implementation on `processes` processes. `spec`: implementation, config, options, device, threads, peer,
-    num_steps; `log`: where everything that is printed goes."""
+    num_steps, draws (whether the base has no weights); `log`: where everything that is printed goes."""
 
     def __init__(self, spec: dict[str, Any], log: Path, processes: int = 1) -> None:
         command = [sys.executable, "-m", "benchmarks.step_worker", json.dumps(spec)]
@@ -64,20 +65,27 @@ class Worker:
     def run(self, steps: int, seconds: float) -> dict[str, Any]:
         """So many steps on end: seconds and peak_gib of the slowest and largest process, the losses, and processor
         seconds and Counts of all together. Raises WorkerFailed."""
-        for process in self.processes:
-            assert process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):  # its answer says why
-                process.stdin.write(f"{steps}\n")
-                process.stdin.flush()
-        answers = self._answers(seconds)
+        answers = self._ask(steps, seconds)
         most = {name: max(answer[name] for answer in answers) for name in ("seconds", "peak_gib")}
         totals = {name: sum(answer[name] for answer in answers) for name in ("cpu_seconds", *Counts._fields)}
         return most | totals | {"losses": answers[0]["losses"]}
+
+    def profile(self, seconds: float) -> dict[str, Any]:
+        """One more step: what it `ran` on the first process, as step_profile.Ran, and its `square_lengths`."""
+        return self._ask(0, seconds)[0]
 
     def close(self) -> None:
         for process in self.processes:
             process.kill()
             process.communicate()
+
+    def _ask(self, steps: int, seconds: float) -> list[dict[str, Any]]:
+        for process in self.processes:
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):  # its answer says why
+                process.stdin.write(f"{steps}\n")
+                process.stdin.flush()
+        return self._answers(seconds)
 
     def _answers(self, seconds: float) -> list[dict[str, Any]]:
         end = time.monotonic() + seconds
@@ -118,19 +126,22 @@ class Session:
 
     device: torch.device
     folder: Path  # for bases, data, runs and logs
+    out: Path  # of results
     rounds: int
     steps: int  # of a round
+    warmup: int  # steps before the first
     threads: int  # of a process
     deadline: float  # of time.monotonic
     dtype: str
     lr: float
     peak_flops: float
     stamp: dict[str, Any]
+    profiles: bool = False  # one more step of ours
 
     @property
     def num_steps(self) -> int:
-        """Of a process: a round to warm up, then the timed ones."""
-        return self.steps * (self.rounds + 1)
+        """Of a process: those that warm up, then the timed ones."""
+        return self.warmup + self.steps * self.rounds + self.profiles
 
     def seconds_left(self) -> float:
         return self.deadline - time.monotonic()
@@ -147,11 +158,12 @@ class Start(NamedTuple):
 
 @dataclass
 class Taken:
-    """What a worker reported: its note, an answer for each round, and what ended it early."""
+    """What a worker reported: its note, an answer for each round, what ended it early, and the answer to profile."""
 
     note: str
     answers: list[dict[str, Any]]
     failure: str = ""
+    profile: dict[str, Any] | None = None
 
     @property
     def is_measured(self) -> bool:
@@ -170,20 +182,24 @@ def take_turns(starts: list[Start], session: Session) -> list[Taken]:
                 result.note = worker.ready(min(READY_SECONDS, session.seconds_left()))
             except WorkerFailed as problem:
                 result.failure = str(problem)
-        for _ in range(session.rounds + 1):
+        for steps in (session.warmup, *[session.steps] * session.rounds):
             for worker, result in zip(workers, taken, strict=True):
-                _one_round(worker, result, session)
+                _one_round(worker, result, steps, session)
+        for who, worker, result in zip(starts, workers, taken, strict=True):
+            if session.profiles and who.name == "ours" and not result.failure:
+                with contextlib.suppress(WorkerFailed):  # the times are there
+                    result.profile = worker.profile(session.seconds_left())
     finally:
         for worker in workers:
             worker.close()
     return taken
 
 
-def _one_round(worker: Worker, result: Taken, session: Session) -> None:
+def _one_round(worker: Worker, result: Taken, steps: int, session: Session) -> None:
     if result.failure:
         return worker.close()  # frees its memory for the others
     try:
-        result.answers.append(worker.run(session.steps, session.seconds_left()))
+        result.answers.append(worker.run(steps, session.seconds_left()))
     except WorkerFailed as problem:
         result.failure = str(problem)
 
@@ -202,6 +218,7 @@ def start(who: Start, session: Session) -> Worker:
         "implementation": who.name, "config": str(config), "device": session.device.type,
         "options": [*step_cases.options(who.case, settings), *who.world.options], "num_steps": session.num_steps,
         "threads": 1 if who.case.processes > 1 else session.threads, "peer": asdict(who.case.peer),
+        "draws": not who.world.has_weights,
     }  # fmt: skip
     return Worker(spec, who.folder / "log.txt", who.case.processes)
 
@@ -228,12 +245,14 @@ def main() -> None:
     device = torch.device(spec["device"])
     try:
         config = configuration.load(spec["config"], spec["options"])
-        runner = RUNNERS[spec["implementation"]](config, device, Peer(**spec["peer"]))
+        with bare_world.weights_are(bare_world.drawn) if spec["draws"] else contextlib.nullcontext():
+            runner = RUNNERS[spec["implementation"]](config, device, Peer(**spec["peer"]))
         if runner.loader.num_steps < spec["num_steps"]:
             raise ValueError(f"the data make {runner.loader.num_steps} steps of the {spec['num_steps']} wanted")
         answers.write(json.dumps({"ready": runner.note}) + "\n")
         for line in sys.stdin:
-            answers.write(json.dumps(measure(runner, int(line), device)) + "\n")
+            answer = measure(runner, int(line), device) if int(line) else profile(runner, device)
+            answers.write(json.dumps(answer) + "\n")
     except Exception as problem:
         text = str(problem).strip().split("\n")[0]
         answers.write(json.dumps({"failed": f"{type(problem).__name__}: {text}"[:300]}) + "\n")
@@ -250,6 +269,13 @@ def measure(runner: Any, steps: int, device: torch.device) -> dict[str, Any]:
     taken = {"seconds": time.perf_counter() - before, "cpu_seconds": time.process_time() - busy}
     totals = Counts(*map(sum, zip(*counts, strict=True)))._asdict()
     return taken | totals | {"peak_gib": peak_memory_gib(device), "losses": runner.losses()}
+
+
+def profile(runner: Any, device: torch.device) -> dict[str, Any]:
+    """What one step runs, and the sum of its squared lengths."""
+    counts = []
+    ran = step_profile.profiled(lambda: counts.append(runner.step()), device)
+    return {"ran": ran, "square_lengths": counts[0].square_lengths}
 
 
 def reset_peak_memory(device: torch.device) -> None:

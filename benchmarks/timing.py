@@ -121,6 +121,22 @@ def measure_ceilings(device: torch.device, *, quick: bool = False) -> Ceilings:
     return Ceilings(2 * side**3 / product_ms / 1e9, moved / copy_ms / 1e6)
 
 
+def sustained_tflops(device: torch.device, *, quick: bool = False) -> float:
+    """What the same product reaches when nothing else runs for 3 s: the mean over the last two thirds, in which the
+    card is at its limit of power."""
+    side, seconds = (64, 0.03) if quick else (8192, 3.0)
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    out, start, done, first = torch.empty_like(a), time.perf_counter(), 0, 0.0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        if not first and elapsed > seconds / 3:
+            first, done = elapsed, 0
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        synchronize(device)  # some 30 ms of work for a wait of 20 us
+        done += 20
+    return 2 * side**3 * done / (elapsed - first) / 1e12
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in the main thread after the time: a compiler that never ends must not stop the run."""

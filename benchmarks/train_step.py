@@ -9,21 +9,24 @@ steps; the first round warms up and is not timed. The losses of all must agree w
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import command_line, csv_file, step_cases, timing
-from benchmarks.step_cases import PEERS, PHASES, QUICK, SCALING_AXES, Case, World
+from benchmarks import bare_world, command_line, csv_file, smoke, step_cases, step_profile, timing
+from benchmarks.step_cases import OURS, PEERS, PHASES, QUICK, SCALING_AXES, Case, World
 from benchmarks.step_peers import RUNNERS, WEIGHTED
+from benchmarks.step_profile import Ran, Work
 from benchmarks.step_worker import Session, Start, Taken, rates, take_turns
 from ochat.model.config import ModelConfig
 from ochat.train import metrics
@@ -48,7 +51,7 @@ def measure(cases: list[Case], session: Session, given: World | None) -> Iterato
         for number, case in enumerate(cases):
             where = Path(folder) / str(number)
             try:
-                world = given or step_cases.make_world(case, where / "world", session.device, session.num_steps)
+                world = given or make_world(case, where / "world", session)
             except Exception as problem:
                 yield from excused(case, "failed", timing.reason(problem))
                 continue
@@ -58,7 +61,17 @@ def measure(cases: list[Case], session: Session, given: World | None) -> Iterato
             for who, taken in zip(group, take_turns(group, session), strict=True):
                 if who.name == "ours" and taken.is_measured:
                     ours[who.case] = taken
+                if taken.profile:
+                    write_kernels(who.case, taken.profile, session)
                 yield describe(who, taken, ours.get(who.case), session)
+
+
+def make_world(case: Case, folder: Path, session: Session) -> World:
+    """A world on which all train the same weights; where ours is alone, it draws them itself: a file of 16 GB takes
+    longer than its steps."""
+    if case.implementations == OURS and case.processes == 1:
+        return bare_world.make(case, folder, session.num_steps)
+    return step_cases.make_world(case, folder, session.device, session.num_steps)
 
 
 def describe(who: Start, taken: Taken, ours: Taken | None, session: Session) -> dict[str, Any]:
@@ -83,6 +96,18 @@ def describe(who: Start, taken: Taken, ours: Taken | None, session: Session) -> 
         if who.name in WEIGHTED and not row["loss_difference"] <= LOSS_BOUND[session.dtype]:
             row["status"] = "disagrees"
     return row
+
+
+def write_kernels(case: Case, profile: dict[str, Any], session: Session) -> None:
+    """The step's longest kernels, as rows of kernels.csv."""
+    ceilings = smoke.read(session.out, session.device) or timing.measure_ceilings(session.device, quick=True)
+    ran = [Ran(kernel, name, tuple(map(tuple, shapes)), us) for kernel, name, shapes, us in profile["ran"]]
+    names = ("model", "token_budget", "bins_per_step")
+    shape = {name: getattr(case, name) for name in names} | {"options": " ".join(case.options)}
+    known = {name: value for name, value in session.stamp.items() if name in step_profile.COLUMNS} | shape
+    rows = csv_file.CsvFile(session.out / "kernels.csv", step_profile.COLUMNS)
+    for row in step_profile.longest(ran, Work.of(case, profile["square_lengths"]), ceilings):
+        rows.add(known | row)
 
 
 def losses_of(taken: Taken) -> list[float]:
@@ -150,8 +175,9 @@ def main(arguments: list[str] | None = None) -> int:
     peak, _ = metrics.peak_flops(device, 0.0, getattr(torch, options.dtype))
     with tempfile.TemporaryDirectory(prefix="train-step-") as folder:
         session = Session(
-            device, Path(folder), options.rounds, options.steps, options.threads, time.monotonic() + options.seconds,
-            options.dtype, options.lr, peak, stamp(device, options.commit),
+            device, Path(folder), options.out, options.rounds, options.steps, options.warmup, options.threads,
+            time.monotonic() + options.seconds, options.dtype, options.lr, peak, stamp(device, options.commit),
+            options.profile,
         )  # fmt: skip
         given = World(options.base, options.data, ModelConfig.load(options.base)) if options.base else None
         rows = csv_file.CsvFile(options.out / "train_step.csv", COLUMNS)
@@ -166,12 +192,21 @@ def chosen(options: argparse.Namespace) -> list[list[Case]]:
         names = tuple(options.implementation or PEERS)
         return [[Case(options.base.name, options.token_budget, options.bins_per_step, names)]]
     table = QUICK if options.quick else PHASES
-    return [[case] for phase in options.phase or table for case in table[phase]]
+    chosen = [case for phase in options.phase or ("ours", "peers") for case in table[phase]]
+    winners = json.loads(options.winners.read_text("utf-8")) if options.winners else {}
+    return [[with_attention(case, winners.get(case.model))] for case in chosen]
+
+
+def with_attention(case: Case, name: str | None) -> Case:
+    """The same with a backend of attention; None: what the run chooses."""
+    return replace(case, options=(*case.options, f"--train.attention={name}")) if name else case
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line.parser("benchmarks.train_step", "times the whole step and its peers", "train_step.csv")
-    parser.add_argument("--phase", choices=list(PHASES), action="append", help="several may be given (default: all)")
+    parser.add_argument(
+        "--phase", choices=list(PHASES), action="append", help="several may be given (default: ours and peers)"
+    )
     parser.add_argument("--scaling", action="store_true", help="our own step over sizes, instead")
     parser.add_argument("--base", type=Path, help="a base model's folder, instead of the phases' models")
     parser.add_argument("--data", type=Path, help="a folder that `ochat prepare` wrote for this base")
@@ -180,15 +215,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--implementation", choices=list(RUNNERS), action="append", help="of --base (default: all)")
     parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
     parser.add_argument("--dtype", choices=list(LOSS_BOUND), default="bfloat16", help="of the computation")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
-    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
+    parser.add_argument("--rounds", type=int, help="timed rounds (default: 5; of a dry run 1)")
+    parser.add_argument("--steps", type=int, help="steps of a round (default: 4; of a dry run 10)")
+    parser.add_argument("--warmup", type=int, help="steps before them (default: those of a round)")
+    parser.add_argument("--profile", action="store_true", help="one more step of ours: kernels.csv")
+    parser.add_argument("--winners", type=Path, help="a JSON file: model -> its backend of attention")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a process")
     why_quick = "--scaling, or --base and --data: the phases' models are for a GPU"
     options = command_line.parse(parser, arguments, why_quick, "base", "data", "scaling")
     if (options.base is None) != (options.data is None):
         parser.error("--base and --data come together")
     if options.quick:
-        options.rounds, options.steps, options.threads, options.dtype = 1, 10, 1, "float32"
+        options.threads, options.dtype = 1, "float32"
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    options.steps = options.steps or (10 if options.quick else 4)
+    options.warmup = options.warmup or options.steps
     return options
 
 

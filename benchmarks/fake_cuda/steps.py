@@ -67,6 +67,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     world = bare_world.make(case, folder, STEPS + 2)
     (folder / "run.toml").touch()
     settings = {"base.path": world.base, "data.path": world.data, "run.dir": folder / "run", "optim.lr": 1e-5}
+    settings["train.attention"] = "varlen"  # "auto" compares values
     config = configuration.load(folder / "run.toml", [*step_cases.options(case, settings), *world.options])
     with bare_world.weights_are(bare_world.left):
         ours = Ours(config, torch.device("cuda"), Peer())

@@ -25,7 +25,7 @@ STEPS = 3
 
 
 def session(folder, **changes):
-    made = Session(CPU, folder, 2, 1, 1, math.inf, "float32", 1e-2, 1e9, {})
+    made = Session(CPU, folder, folder, 2, 1, 1, 1, math.inf, "float32", 1e-2, 1e9, {})
     return dataclasses.replace(made, **changes)
 
 
