@@ -20,6 +20,8 @@ from ochat_kernels.rounding import narrow
 
 MAX_H = 16384  # a longer row of the backward's fp32 sums would not fit a processor's registers
 TILE = 4096  # elements of a program at least: several rows where they are short
+TILE_BWD = 512  # of the backward; more than two rows of a model's width leave too few registers for half of the warps
+PAIR_H = 2048  # the widest rows that it takes in pairs
 MAX_ROWS = 32
 THREAD_BYTES = 32  # of a tile: two 16-byte accesses a thread
 
@@ -60,7 +62,7 @@ def rms_norm_bwd_kernel(
     program = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, BLOCK_H)
     inside = h < H
-    dweight = tl.zeros((ROWS, BLOCK_H), tl.float32)
+    dweight = tl.zeros((BLOCK_H,), tl.float32)
     for first in range(program * ROWS, T, tl.num_programs(0) * ROWS):
         t = first + tl.arange(0, ROWS)[:, None]
         mask = (t < T) & inside[None, :]
@@ -70,7 +72,7 @@ def rms_norm_bwd_kernel(
         dy = tl.load(dy_at, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
         product = x * rstd * dy
         if partial_ptr is not None:
-            dweight += product
+            dweight += tl.sum(product, axis=0)  # a thread has the same columns of both rows
         weight = tl.load(weight_ptr + h, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
         scaled = product * weight[None, :]
         if OFFSET != 0:
@@ -89,7 +91,7 @@ def rms_norm_bwd_kernel(
             dx += tl.load(dsum_ptr + t * stride_dst + h[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + t * H + h[None, :], narrow(dx, dx_ptr.dtype.element_ty), mask=mask)
     if partial_ptr is not None:
-        tl.store(partial_ptr + program * H + h, tl.sum(dweight, axis=0), mask=inside)
+        tl.store(partial_ptr + program * H + h, dweight, mask=inside)
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
@@ -131,7 +133,8 @@ def rms_norm_bwd(
     grad, x, weight = _matrix(grad), _matrix(x), rows_of(weight)
     grad_sum = None if grad_sum is None else _matrix(grad_sum)
     # by the wider of the two: a weight in fp32 with eight elements of x in bf16 spills
-    rows, block, warps = _tile(x.shape[1], max(x.element_size(), weight.element_size()))
+    itemsize = max(x.element_size(), weight.element_size())
+    rows, block, warps = _tile(x.shape[1], itemsize, TILE_BWD, least=2 if x.shape[1] <= PAIR_H else 1)
     T, H = x.shape
     programs = _programs(T, rows, warps, x.device)
     partial = x.new_empty(programs, H, dtype=torch.float32) if need_weight else None
@@ -156,7 +159,7 @@ def _forward(
     total = y if residual is None else x.new_empty(x.shape)
     x, weight = _matrix(x), rows_of(weight)
     residual = None if residual is None else _matrix(residual)
-    rows, block, warps = _tile(x.shape[1], x.element_size())
+    rows, block, warps = _tile(x.shape[1], x.element_size(), TILE)
     T, H = x.shape
     arguments = {"x_ptr": x, "residual_ptr": residual, "weight_ptr": weight, "y_ptr": y, "sum_ptr": total}
     arguments |= {
@@ -177,21 +180,19 @@ def _matrix(x: Tensor) -> Tensor:
     return rows_of(x.reshape(-1, x.shape[-1]))
 
 
-def _tile(H: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows and columns of a program's tile, and its warps."""
+def _tile(H: int, itemsize: int, size: int, least: int = 1) -> tuple[int, int, int]:
+    """Rows (`least`, or as many as have `size` elements) and columns of a program's tile, and its warps."""
     block = triton.next_power_of_2(H)
-    rows = min(max(TILE // block, 1), MAX_ROWS)
+    rows = min(max(size // block, least), MAX_ROWS)
     thread_bytes = THREAD_BYTES if H * itemsize % 16 == 0 else THREAD_BYTES // 2  # an address for every element
     return rows, block, min(max(rows * block * itemsize // (32 * thread_bytes), 1), 32)
 
 
 def _programs(T: int, rows: int, warps: int, device: torch.device) -> int:
-    """Programs of the backward: as many as the GPU runs at once, never more than there are tiles.
+    """Programs of the backward, never more than there are tiles: as many as the GPU runs at once.
 
-    Compiled for sm_90, a tile of one row takes up to 64 registers a thread, one of several rows up to 105.
-    """
-    threads = 1024 if rows == 1 else 512
-    return min(triton.cdiv(T, rows), num_processors(device) * max(threads // (32 * warps), 1))
+    Compiled for sm_90, one or two rows take up to 64 registers a thread: 32 warps a processor; more take up to 124."""
+    return min(triton.cdiv(T, rows), num_processors(device) * max((32 if rows <= 2 else 16) // warps, 1))
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

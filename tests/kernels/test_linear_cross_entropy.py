@@ -1,18 +1,21 @@
 """The fused head against its definition: loss, nll, accuracy and gradients, under every option."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ochat_kernels import launch, reference
+from ochat_kernels import launch, lce_kernels, reference
 from ochat_kernels import linear_cross_entropy as head
 from torch import Tensor
 
-from tests.kernels.harness import ATOL, DEVICE, assert_op, likelihood_weight, loss_inputs
+from tests.kernels.harness import ATOL, DEVICE, assert_op, likelihood_weight, loss_inputs, random
 from tests.numerics import assert_close
 
 CAPPED = {"softcap": 2.0}
 TRANSFORMED = {"weight_transform": likelihood_weight}
+ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 OPTIONS = [{}, CAPPED, TRANSFORMED, CAPPED | TRANSFORMED]
 
 
@@ -40,8 +43,92 @@ def test_every_option_in_chunks(dtype, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_of_several_blocks_and_an_odd_end(dtype):
-    compare(loss_inputs(3, 6, 2 * head.lce_kernels.block_size(dtype) + 77, dtype), **CAPPED)
+@pytest.mark.parametrize("options", [CAPPED, TRANSFORMED], ids=["softcap", "weight_transform"])
+def test_a_row_of_several_blocks_and_an_odd_end(dtype, options):
+    compare(loss_inputs(3, 6, several_blocks(dtype) + 77, dtype), **options)
+
+
+def several_blocks(dtype: torch.dtype) -> int:
+    """A vocabulary of two whole blocks."""
+    return 2 * lce_kernels.block_size(torch.empty(0, 10_000, dtype=dtype))
+
+
+def statistics(logits: Tensor, labels: list[int], softcap: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(nll, correct, gradient) of the kernels for rows of logits as they are, each of weight 2; in memory their rows
+    are apart by a multiple of 64."""
+    n, V = logits.shape
+    padded = logits.new_full((n, -(-V // 64) * 64), float("nan"))
+    padded[:, :V] = logits
+    stats = lce_kernels.RowStatistics(n, logits.device)
+    y, w = torch.tensor(labels, device=DEVICE), torch.full((n,), 2.0, device=DEVICE)
+    lce_kernels.lce_stats(padded[:, :V], y, w, stats.slice(0, n), softcap, True)
+    assert (padded[:, V:] == 0).all()
+    return stats.nll, stats.correct.bool(), padded[:, :V]
+
+
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@settings(max_examples=40, deadline=None)
+def test_ties_and_infinities(data, dtype):
+    """Rows of few values, so that many logits are the largest, in vocabularies about whole lanes, blocks and none."""
+    lane, block = 16 // dtype.itemsize, several_blocks(dtype) // 2
+    V = data.draw(st.sampled_from([1, 2, lane, lane + 1, 3 * lane - 1, block - 1, block, block + 1, 2 * block + lane]))
+    values = data.draw(st.lists(st.sampled_from([-math.inf, -30.0, -1.5, 0.0, -0.0, 7.0, 30.0]), min_size=1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    logits = torch.tensor(values)[torch.randint(len(values), (1, V), generator=generator)].to(DEVICE, dtype)
+    first = int(logits[0].argmax())
+    if logits[0, first] == -math.inf:
+        logits[0, first] = 1.0
+    around = sorted({0, V - 1, *(min(max(first + step, 0), V - 1) for step in (-lane, -1, 0, 1, lane))})
+    label = data.draw(st.sampled_from(around))
+    nll, correct, gradient = statistics(logits, [label])
+    exact = logits.double().log_softmax(1)
+    assert bool(correct) == (label == first)
+    torch.testing.assert_close(nll, -exact[:, label].float(), rtol=1e-6, atol=1e-6)
+    expected = exact.exp()
+    expected[0, label] -= 1
+    torch.testing.assert_close(gradient.double(), 2 * expected, rtol=ROUNDING[dtype], atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["in a whole block", "in the partial block", "at the very end"])
+def test_the_label_of_any_block(dtype, where):
+    V = several_blocks(dtype) + 100
+    label = {"in a whole block": V // 3, "in the partial block": V - 50, "at the very end": V - 1}[where]
+    logits = random(2, V, dtype=dtype)
+    logits[1, label] = logits[1].max() + 1
+    nll, correct, gradient = statistics(logits, [label] * 2, softcap=5.0)
+    capped = 5 * torch.tanh(logits.double() / 5)
+    exact = capped.log_softmax(1)
+    torch.testing.assert_close(nll, -exact[:, label].float(), rtol=1e-6, atol=1e-6)
+    assert correct.tolist() == (exact.argmax(1) == label).tolist() and correct[1]
+    expected = exact.exp()
+    expected[:, label] -= 1
+    expected *= 2 * (1 - (capped / 5) ** 2)
+    torch.testing.assert_close(gradient.double(), expected, rtol=ROUNDING[dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("column", [0, 20, 299])
+def test_a_logit_that_is_no_number_is_loud(bad, column):
+    logits = random(1, 300)
+    logits[0, column] = bad
+    for label in (20, 21):
+        nll, _, _ = statistics(logits, [label])
+        assert not nll.isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_not_live_get_zeros_whatever_they_hold(dtype):
+    logits = torch.full((2, 300), math.nan, dtype=dtype, device=DEVICE)
+    nll, correct, gradient = statistics(logits, [-100, -100])
+    assert not nll.any() and not correct.any() and (gradient == 0).all()
+
+
+def test_long_rows_are_few_at_a_time():
+    """So that the second look at a row still finds it in the L2; a processor holds up to 64 warps."""
+    for V, warps in ((128256, 32), (49152, 32), (32000, 16), (1031, 8)):
+        logits = torch.empty(0, V, dtype=torch.bfloat16, device="meta")
+        assert lce_kernels.num_warps(logits) == warps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
