@@ -28,11 +28,11 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite: the difference of two 
 
 
 @triton.jit
-def _exp(x):
+def _exp(x) -> tl.tensor:
     """e^x, and 0 below 2^-126: the results between would cost a card three instructions more than the two of this."""
     if _INTERPRETED:
         return tl.exp(x)
-    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * _LOG2_E], tl.float32, True, 1)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * _LOG2_E], tl.float32, True, 1)  # type: ignore
 
 
 @triton.jit
