@@ -193,7 +193,8 @@ def chosen(options: argparse.Namespace) -> list[list[Case]]:
         return [[Case(options.base.name, options.token_budget, options.bins_per_step, names)]]
     table = QUICK if options.quick else PHASES
     chosen = [case for phase in options.phase or ("ours", "peers") for case in table[phase]]
-    winners = json.loads(options.winners.read_text("utf-8")) if options.winners else {}
+    has_winners = options.winners and options.winners.is_file()
+    winners = json.loads(options.winners.read_text("utf-8")) if has_winners else {}
     return [[with_attention(case, winners.get(case.model))] for case in chosen]
 
 
@@ -219,7 +220,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps of a round (default: 4; of a dry run 10)")
     parser.add_argument("--warmup", type=int, help="steps before them (default: those of a round)")
     parser.add_argument("--profile", action="store_true", help="one more step of ours: kernels.csv")
-    parser.add_argument("--winners", type=Path, help="a JSON file: model -> its backend of attention")
+    parser.add_argument("--winners", type=Path, help="a JSON file, if it is there: model -> its backend of attention")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a process")
     why_quick = "--scaling, or --base and --data: the phases' models are for a GPU"
     options = command_line.parse(parser, arguments, why_quick, "base", "data", "scaling")
