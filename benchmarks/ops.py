@@ -105,17 +105,17 @@ def _quick_groups(phase: str) -> list[Group]:
 
 
 def _attention_groups(session: Session) -> list[Group]:
-    """8B at every length, then what must compile, then other heads and windows. Every group has the baseline, so that
-    groups can be compared."""
+    """8B and 1B on chats and 8B on 2,048, then what must compile there; then other lengths, heads and windows. Every
+    group has the baseline, so that groups can be compared."""
     backends, baseline = implementations.of("attention"), session.attention_baseline
     eager = tuple(each.name for each in backends if not each.is_compiled)
     compiled = tuple(each.name for each in backends if each.is_compiled or each.name == baseline)
     if session.quick:
         tiny = [Case("attention", TINY, 256, variant=x, window=w) for x, w in (("64", None), (attention.CHATS, 24))]
         return [Group(case, names) for case in tiny for names in (eager, compiled)]
-    first = attention.cases(["Llama-3-8B"])
-    rest = attention.cases(["Llama-2-7B", "Llama-3.2-1B"]) + attention.cases(["Llama-3-8B"], attention.WINDOW)
-    order = [(first, eager), (first[:2], compiled), (rest, eager), (first[2:] + rest, compiled)]
+    first, small = attention.cases(["Llama-3-8B"]), attention.cases(["Llama-3.2-1B"])
+    rest = first[2:] + small[1:] + attention.cases(["Llama-2-7B"]) + attention.cases(["Llama-3-8B"], attention.WINDOW)
+    order = [(first[:2] + small[:1], eager), (first[:2] + small[:1], compiled), (rest, eager), (rest, compiled)]
     return [Group(case, names) for chosen, names in order for case in chosen]
 
 
