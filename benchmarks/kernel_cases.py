@@ -23,6 +23,7 @@ from ochat_kernels import (
     rope,
 )
 from ochat_kernels.launch import FLOATS, Launch, record
+from ochat_kernels.reference_fp8 import MULTIPLE
 from torch import Tensor
 
 from benchmarks import cases
@@ -160,7 +161,7 @@ def rms_norm_cases() -> None:
 def _norm(x: Tensor, weight: Tensor, offset: float = 0.0) -> None:
     rms_norm.rms_norm_fwd(x, weight, 1e-5, offset)
     rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5, offset)
-    if x.shape[1] % fp8.MULTIPLE == 0:
+    if x.shape[1] % MULTIPLE == 0:
         rms_norm.rms_norm_fp8_fwd(x, weight, 1e-5, offset)
         rms_norm.add_rms_norm_fp8_fwd(x, x, weight, 1e-5, offset)
     rstd = empty(x.shape[0], dtype=torch.float32)

@@ -169,6 +169,9 @@ class TrainConfig(Section, frozen=True):
 
     dtype: Precision = "bfloat16"
     """of activations and matrix products; weights: optim.master_dtype"""
+    linear: Literal["bf16", "fp8"] = "bf16"
+    """products of the blocks' linears. fp8: forward and gradients of inputs in e4m3 with a scale for each row, on
+    Hopper GPUs or newer; weights, their gradients, embedding and head stay as they are"""
     kernels: Literal["auto", "triton", "reference"] = "auto"
     """auto: triton on CUDA, plain PyTorch elsewhere"""
     attention: Literal["auto", "varlen", "flash2", "flex", "sdpa"] = "auto"
@@ -374,6 +377,8 @@ def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
         (not config.data.eval_path, "checkpoint.keep_best", False, "no data.eval_path: nothing would be measured"),
         (train.recompute in ("none", "elementwise"), "train.offload_activations", False, keeps_more),
         (parallel.reduce == "step", "parallel.reduce_dtype", "float32", 'parallel.reduce = "step"'),
+        (train.linear == "fp8", "train.dtype", "bfloat16", 'train.linear = "fp8"; or set train.linear = "bf16"'),
+        (train.linear == "fp8", "train.compile", False, 'train.linear = "fp8", whose kernels are fused as they are'),
         (train.dtype == "float32", "optim.master_dtype", "float32", 'train.dtype = "float32"'),
         (config.lora.rank > 0, "optim.master_dtype", "float32", "lora.rank: frozen weights have no masters"),
         (parallel.reduce == "micro_batch", "optim.master_dtype", "float32", summed),

@@ -20,7 +20,6 @@ from ochat_kernels.launch import check_device, check_floats, launch, rows_of
 from ochat_kernels.reference_fp8 import FP8, LARGEST, SMALLEST
 from ochat_kernels.rounding import narrow
 
-MULTIPLE = 16  # of rows and columns of a weight: what the card's products take
 BLOCK_H = 4096  # of a row that are in registers at a time
 TILE = 4096  # elements of a program at least: several rows where they are short
 MAX_ROWS = 32

@@ -143,6 +143,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(gate_up)
     if isinstance(output, tuple):
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no zeros for rows in e4m3
 
 
 def _differentiate(ctx, grad, *_):

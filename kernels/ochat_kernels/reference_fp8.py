@@ -17,6 +17,7 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+MULTIPLE = 16  # of both sizes of a weight: what a card's products take
 SMALLEST = 2.0**-100  # a row's largest element counts as no less: 1 / scale is finite, and a row of zeros stays zeros
 
 

@@ -245,6 +245,7 @@ def _save(ctx, inputs, output):
     x, weight, _, ctx.offset = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for rows in e4m3
 
 
 def _differentiate(ctx, grad, *_):

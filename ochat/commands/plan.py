@@ -117,16 +117,19 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
 def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list[str]:
     """Check that what is there of base, data and held-out data belongs together; a note where weights are not.
 
-    Raises: ConfigError for attention that lacks what the model needs; as identity.check_inputs and hf.open_tensors.
+    Raises: ConfigError for attention that lacks what the model needs, or linears that cannot have its sizes; as
+    identity.check_inputs and hf.open_tensors.
     """
     import torch
 
-    from ochat.model import attention, hf
+    from ochat.model import attention, fp8, hf
     from ochat.text import tokenizer as tokenizers
     from ochat.train import build, identity
 
     if config.train.attention != "auto":
         attention.check(config.train.attention, getattr(torch, config.train.dtype), model.attention_softcap)
+    if config.train.linear == "fp8":
+        fp8.check(model)
     base = Path(config.base.path)
     held_out = build.open_eval_dataset(config) if data and config.data.eval_path else None
     if data and any(base.glob("tokenizer*")):

@@ -91,6 +91,20 @@ def finish_gradient(weight: Tensor) -> None:
         hook(weight)
 
 
+def weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dy^T x (out, in) for a backward to return: it becomes weight.grad as it is, or was added to it."""
+    if weight.grad is None:
+        total = torch.empty_like(weight, dtype=weight.grad_dtype, requires_grad=False)
+        return add_product(total, dy.t(), x, accumulate=False)
+    add_product(weight.grad, dy.t(), x, accumulate=True)
+    return None  # autograd tells hooks of the gradient all the same
+
+
+def bias_gradient(dy: Tensor) -> Tensor:
+    """The sum of dy (T, out) over tokens, in fp32 at least."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
 def _has_sum(weight: Tensor) -> bool:
     """Whether its gradient is added up here: not of a frozen weight, nor of one that was computed, nor by a compiler,
     which follows no gradient that is added in place."""
@@ -109,12 +123,7 @@ class _Linear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         needs_x, _, needs_bias = ctx.needs_input_grad
         dx = dy @ values if needs_x else None
-        dbias = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)) if needs_bias else None
-        if ctx.weight.grad is None:
-            total = torch.empty_like(ctx.weight, dtype=ctx.weight.grad_dtype, requires_grad=False)
-            return dx, add_product(total, dy.t(), x, accumulate=False), dbias  # becomes weight.grad as it is
-        add_product(ctx.weight.grad, dy.t(), x, accumulate=True)
-        return dx, None, dbias  # autograd tells hooks of the gradient all the same
+        return dx, weight_gradient(ctx.weight, dy, x), bias_gradient(dy) if needs_bias else None
 
 
 class _LookUp(torch.autograd.Function):

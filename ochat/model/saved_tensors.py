@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ochat.model.fp8 import Fp8Rows
+
 Key = tuple[int, int]  # block, and which of its inputs
 MAX_INPUTS = 2  # of a block
 
@@ -64,6 +66,18 @@ class SelectiveRecompute:
         self._record((y,), self.ops.rms_norm, total, weight, eps, offset)
         return y, total
 
+    def rms_norm_fp8(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Fp8Rows:
+        rows = Fp8Rows(*self.ops.rms_norm_fp8(x, weight, eps, offset))
+        self._record((rows.values,), self.ops.rms_norm, x, weight, eps, offset)
+        return rows
+
+    def add_rms_norm_fp8(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Fp8Rows, Tensor]:
+        *rows, total = self.ops.add_rms_norm_fp8(x, residual, weight, eps, offset)
+        self._record((rows[0],), self.ops.rms_norm, total, weight, eps, offset)
+        return Fp8Rows(*rows), total
+
     def rope(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         rotated = self.ops.rope(q, k, cos, sin)
         self._record(rotated, self.ops.rope, q, k, cos, sin)
@@ -94,6 +108,16 @@ class SelectiveRecompute:
         y = self.ops.geglu(gate_up)
         self._record((y,), self.ops.geglu, gate_up)
         return y
+
+    def swiglu_fp8(self, gate_up: Tensor) -> Fp8Rows:
+        rows = Fp8Rows(*self.ops.swiglu_fp8(gate_up))
+        self._record((rows.values,), self.ops.swiglu, gate_up)
+        return rows
+
+    def geglu_fp8(self, gate_up: Tensor) -> Fp8Rows:
+        rows = Fp8Rows(*self.ops.geglu_fp8(gate_up))
+        self._record((rows.values,), self.ops.geglu, gate_up)
+        return rows
 
     def _record(self, results: tuple[Tensor, ...], function: Callable[..., Any], *inputs: Any) -> None:
         if self._results is None:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import DataError
-from ochat.model import linear, rope
+from ochat.model import fp8, linear, rope
 from ochat.model.attention import Attend, PackedAttention, default_backend
 from ochat.model.config import ModelConfig
+from ochat.model.fp8 import Fp8Rows
 from ochat.model.saved_tensors import ActivationOffload, SelectiveRecompute
 from ochat.model.sdpa import Scores
 
@@ -47,29 +48,40 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """(T, in) -> (T, out): x @ weight.T + bias."""
+    """(T, in) -> (T, out): x @ weight.T + bias; with `fp8` x may be Fp8Rows."""
 
     def __init__(self, size_in: int, size_out: int, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size_out, size_in))
         self.bias = nn.Parameter(torch.empty(size_out)) if has_bias else None
         self.lora: Any = None  # lora.Adapter where weight and bias are frozen
+        self.fp8: ModuleType | None = None  # the operators where products are of e4m3
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = linear.linear(x, self.weight, self.bias)
-        return y if self.lora is None else self.lora(x, y)
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        values = x.values if isinstance(x, Fp8Rows) else x
+        if self.fp8 is None:
+            y = linear.linear(values, self.weight, self.bias)
+        else:
+            y = fp8.linear(x, self.weight, self.bias, self.fp8)
+        return y if self.lora is None else self.lora(values, y)
 
 
 class RMSNorm(nn.Module):
-    """Scale each row to a root mean square of 1, then by offset + weight; a residual is added first. Gives (y, sum)."""
+    """Scale each row to a root mean square of 1, then by offset + weight; a residual is added first. Gives (y, sum), y
+    as Fp8Rows where `feeds_fp8`."""
 
     def __init__(self, size: int, config: ModelConfig, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.eps, self.offset, self.ops = config.norm_eps, config.norm_offset, ops
+        self.feeds_fp8 = False
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Any, Tensor]:
         weight = linear.cast(self.weight, x.dtype)
+        if self.feeds_fp8:
+            if residual is None:
+                return self.ops.rms_norm_fp8(x, weight, self.eps, self.offset), x
+            return self.ops.add_rms_norm_fp8(x, residual, weight, self.eps, self.offset)
         if residual is None:
             return self.ops.rms_norm(x, weight, self.eps, self.offset), x
         return self.ops.add_rms_norm(x, residual, weight, self.eps, self.offset)
@@ -91,7 +103,9 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = (RMSNorm(count * config.head_dim, config, ops) for count in heads[:2])
         self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, config.out_bias)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | Fp8Rows, rotation: Rotation | None, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)  # (T, N, D), 2 x (T, K, D)
         q, k = self._prepare(q, k, rotation)
         attended = attend(self.layer, q, k, v, self.scores)
@@ -116,10 +130,10 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops: SelectiveRecompute) -> None:
         super().__init__()
         self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
-        self.activation = ops.swiglu if config.activation == "silu" else ops.geglu
+        self.activation: Callable[[Tensor], Tensor | Fp8Rows] = ops.swiglu if config.activation == "silu" else ops.geglu
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         return self.down(self.activation(self.gate_up(x)))
 
 
@@ -150,13 +164,21 @@ class Block(nn.Module):
         x, stream = _add(self.norm2, x, _pick(stream, rows))
         return self._finish(self.mlp_norm, self.mlp(x)), stream
 
+    def use_fp8(self, ops: SelectiveRecompute) -> None:
+        """Make every product one of e4m3 rows; norms and the activation that feed one quantise what they give."""
+        for each in (self.attn.qkv, self.attn.out, self.mlp.gate_up, self.mlp.down):
+            each.fp8 = ops.ops
+        for norm in filter(None, (self.norm1, self.norm2)):
+            norm.feeds_fp8 = True
+        self.mlp.activation = ops.swiglu_fp8 if self.mlp.activation == ops.swiglu else ops.geglu_fp8
+
     def _finish(self, norm: RMSNorm | None, x: Tensor) -> Tensor:
         """What a branch adds to the stream, from its last product."""
         x = x if norm is None else norm(x)[0]
         return x if self.scale == 1.0 else x * self.scale
 
 
-def _add(norm: RMSNorm | None, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def _add(norm: RMSNorm | None, x: Tensor, residual: Tensor | None) -> tuple[Any, Tensor]:
     """(what a branch reads, the stream): the stream is x + residual, or x at first."""
     if norm is not None:
         return norm(x, residual)
@@ -236,6 +258,11 @@ class Transformer(nn.Module):
             x, residual = self._run(i, partial(block, rotation=rotation, attend=attend, rows=picked), x, residual)
         self.activation_offload.wait()
         return self.head(self.norm(x, residual)[0], head)
+
+    def use_fp8(self) -> None:
+        """Have the linears of blocks multiply e4m3 rows, forward and for the gradient of their input (fp8.py)."""
+        for block in self.blocks:
+            block.use_fp8(self.ops)  # type: ignore[operator]
 
     @torch.no_grad()
     def logits(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:

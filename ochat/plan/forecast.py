@@ -52,6 +52,7 @@ class PlanInputs:
             gpus_per_node=gpus_per_node,
             supervised=round(budget * self.workload.supervised_share),
             lora=self.lora,
+            linear=self.train.linear,
             itemsize=ITEMSIZE[self.train.dtype],
             master_itemsize=ITEMSIZE[self.optim.master_dtype],
             state_itemsize=ITEMSIZE[self.optim.moment_dtype],

@@ -19,6 +19,8 @@ What backward keeps of a block (the operators of kernels/ochat_kernels, torch's 
   MLP        e T 2F              the input of SwiGLU or GeGLU
   qk norms   4 T (N + K), or 4 T 2 of norms over all heads: their rstd; they read the matmul's output
   weights    e B                 only where blocks are recomputed on one process: casts of the block's fp32 masters
+  fp8        4 (2H + 2F + (N + 2K) D)    where linears are "fp8", the scales of their weights' rows; they read the
+                                 masters, so there are neither casts nor copies of these
 After attention the last block computes R rows only; the rows that it picks are a copy of attention's output.
 recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after RoPE: e T (2H + F + (N + K) D) less, or
 e T (F + (N + K) D) where there are no norms before the branches, whose inputs are then the streams.
@@ -64,6 +66,7 @@ class Layout:
     gpus_per_node: int = 8  # G
     supervised: int = 0  # R, rows of a micro-batch that reach the head; for memory only
     lora: LoraConfig = LoraConfig()  # of rank 0: every parameter is trained
+    linear: str = "bf16"
     itemsize: int = 2  # e, bytes of an activation; 4: train.dtype = "float32"
     master_itemsize: int = 4  # 2: optim.master_dtype = "bfloat16"
     state_itemsize: int = 4  # of each moment; 2: optim.moment_dtype = "bfloat16"
@@ -108,6 +111,11 @@ class Layout:
     @property
     def is_narrow(self) -> bool:
         return self.itemsize < self.master_itemsize and not self.lora.rank
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether the blocks' linears multiply e4m3 rows."""
+        return self.linear == "fp8"
 
     @property
     def gathers_once(self) -> bool:
@@ -158,7 +166,7 @@ def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
       block   backward of the last block, of the one before it, which has T rows, or of the first one, when all other
               gradients exist: activations up to it, e T (2F + H) of gradients within it, and what it recomputes: e T H,
               its output, or e T F, SwiGLU's; e T F more where `down` is frozen and has no adapter, e T H less with
-              norms after the branches
+              norms after the branches; in fp8 a gradient in e4m3 and its weight, 2F (T + H) at the fullest
       end     all gradients; those of T rows of the embeddings, (e + 4) T H
     FSDP gathers: in `head` e E, which stay until the step's last micro-batch, else 3 e B (this block, the next, a
     buffer) and 8 B of gradients being reduced, and those of embedding or head, 4 E; with reshard = "step" e P at any
@@ -195,8 +203,14 @@ def block_saved_bytes(model: ModelConfig, at: Layout, *, is_rotated: bool = True
     rows = at.supervised if is_last else at.token_budget
     picked = at.itemsize * q * rows * is_last
     inside = at.token_budget * (at.itemsize * before + 4 * narrow) + 16 + picked
-    inside += _after_attention_bytes(model, at, rows)
+    inside += _after_attention_bytes(model, at, rows) + _scale_bytes(model) * at.is_fp8
     return inside + at.itemsize * (_adapter_elements(model, at, is_last=is_last) if at.lora.rank else 0)
+
+
+def _scale_bytes(model: ModelConfig) -> int:
+    """Of a scale for each row of a block's weights."""
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    return 4 * (qkv + 2 * model.hidden_size + 2 * model.intermediate_size)
 
 
 def _after_attention_bytes(model: ModelConfig, at: Layout, rows: int) -> int:
@@ -224,13 +238,14 @@ def _adapter_elements(model: ModelConfig, at: Layout, *, is_last: bool) -> int:
 
 
 def copy_bytes(model: ModelConfig, at: Layout) -> int:
-    """Copies of all masters but an untied embedding, whose rows are cast."""
-    return at.itemsize * (model.num_parameters() - model.head_params() * (not model.tie_embeddings)) * at.has_copies
+    """Copies of all masters but an untied embedding, whose rows are cast, and weights that are quantised."""
+    apart = model.head_params() * (not model.tie_embeddings) + model.matmul_params() * at.is_fp8
+    return at.itemsize * (model.num_parameters() - apart) * at.has_copies
 
 
 def cast_bytes(model: ModelConfig, at: Layout) -> int:
     """One block's matrices and norms in the dtype of the computation, where each use casts."""
-    return at.itemsize * (_block_matrices(model) + model.block_norm_params()) * at.casts
+    return at.itemsize * (_block_matrices(model) * (not at.is_fp8) + model.block_norm_params()) * at.casts
 
 
 def chunk_bytes(model: ModelConfig, supervised: int, itemsize: int = 2) -> int:
@@ -292,11 +307,13 @@ def _stage(model: ModelConfig, at: Layout, layer: int, stage: str) -> tuple[int,
             again -= e * rows * H  # what the last norm kept is gone
         return F * H, kept, e * (rows * 2 * F + T * H) + again
     if stage == "gate_up":
+        unmade = 2 * F * H * at.gradient_itemsize * (at.ranks == 1 and not at.adds_up and not at.in_backward)
+        again += max(2 * F * (rows + H) - unmade, 0) * at.is_fp8  # gone when the weight's gradient is made
         return 3 * F * H, kept - e * rows * F * (remakes != "elementwise"), e * (rows + T) * H + again
     if stage == "attention":
         again = e * T * {"none": 0, "elementwise": q + kv, "block": H}[remakes]
         return 3 * F * H + q * H, kept - _after_attention_bytes(model, at, rows), e * T * (2 * q + 2 * kv + H) + again
-    return _block_matrices(model), 0, e * T * (4 * H + q + 2 * kv)
+    return _block_matrices(model), 0, e * T * (4 * H + q + 2 * kv) + (q + 2 * kv) * (T + H) * at.is_fp8
 
 
 def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:

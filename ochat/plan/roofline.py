@@ -86,12 +86,12 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
 
     A micro-batch of T tokens, all of them computed, `fill` of them real, R = supervised_share of those:
       matmul        6 T FLOPs a weight of the blocks at the rate of large matmuls, but 6 R after the last block's
-                    attention; never less than 3 reads of the weights
+                    attention; never less than 3 reads of the weights; in fp8 4 of the 6 at the rate of e4m3 rows
       attention     7 L N D len^2 a document at the rate for its length
       head          6 R E FLOPs, 3 e R V bytes, dW and its scaling (12 + e) E
       memory_bound  a token and block e (16H + (6N + 8K) D + 8F) bytes; in the last block R for 8H + 8F, and
                     e (T + 5R) (H + N D) to pick rows and put gradients back; _weight_bytes of weights and gradients,
-                    and casts, e + 4 a weight, where there are no copies
+                    and casts, e + 4 a weight, where there are no copies; in fp8 what _quantised_bytes says
       recompute     "block": the blocks' forward, a third of matmul, 2/7 of attention, memory-bound operators and casts;
                     "elementwise": a token and block e (4H + 2 (N + K) D + 3F) bytes
     and all wait for the rank with the fullest bin. Of each e P bytes FSDP gathers (s - 1) / s: the blocks' before
@@ -118,7 +118,8 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     sums = layout.reduces if layout.reduce_itemsize == 2 else 1  # over groups, where partial sums are rounded each time
     step["communication"] += layout.reduces * _exposed(scattered, busy) + sums * _exposed(summed, busy)
     moved = 2 * layout.master_itemsize + 4 * layout.state_itemsize + 2 * layout.gradient_itemsize  # bytes a parameter
-    moved += layout.itemsize * layout.has_copies
+    copied = 1 - layout.is_fp8 * model.matmul_params() / model.num_parameters()
+    moved += layout.itemsize * layout.has_copies * copied
     over_bus = 4 * layout.state_itemsize / HOST_BANDWIDTH if layout.offload == "optimizer" else 0.0  # there and back
     update = moved / gpu.copy_bandwidth + over_bus
     step["optimizer"] = layout.trained(model) / layout.shard * update
@@ -137,8 +138,10 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
     real, rate, bandwidth = workload.fill * T, gpu.matmul_tflops * 1e12, gpu.copy_bandwidth
     rows = real * workload.supervised_share
     times, weights = layout.matmuls_of_weight, model.matmul_params()
-    flops = (2 * times * weights + 6 * layout.adapters(model)) * T - 2 * times * _after_attention(model) * (T - rows)
-    matmul = max(flops / rate, times * e * weights / bandwidth)
+    product = 2 * (weights * T - _after_attention(model) * (T - rows))  # FLOPs of one of `times`
+    narrow_rate = (layout.is_fp8 and gpu.fp8_tflops * 1e12) or rate  # forward, and for gradients of inputs
+    adapted = 6 * layout.adapters(model) * T / rate
+    matmul = max(2 * product / narrow_rate + (times - 2) * product / rate + adapted, times * e * weights / bandwidth)
     attention = workload.attention_seconds(model, gpu, layout.attention) * real
     dw = 0 if layout.lora.rank else (12 + e) * E
     head = 2 * times * rows * E / rate + (times * e * rows * model.vocab_size + dw) / bandwidth
@@ -146,8 +149,9 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
     picks = (T + 5 * rows) * (model.hidden_size + model.num_heads * model.head_dim) - 8 * after * (T - rows)
     passes = e * (T * model.num_layers * _moved_per_token(model) + picks) / bandwidth
     weights = _weight_bytes(model, layout, count) / bandwidth
-    casts = (4 + e) * model.num_parameters() * layout.casts / bandwidth
-    forward = matmul / times + attention * 2 / 7 + passes * 0.4
+    casts = (4 + e) * (model.num_parameters() - model.matmul_params() * layout.is_fp8) * layout.casts / bandwidth
+    quantised, again = (each * layout.is_fp8 / bandwidth for each in _quantised_bytes(model, layout))
+    forward = product / narrow_rate + adapted / times + attention * 2 / 7 + passes * 0.4 + again
     recompute = 0.0
     if layout.recompute == "block":
         recompute = forward + casts
@@ -157,8 +161,8 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
         bus = 2 * e * T * model.hidden_size * model.num_layers / HOST_BANDWIDTH
         recompute += max(bus - forward, 0.0) + max(bus - matmul - attention - passes, 0.0)
     return {
-        "matmul": matmul, "attention": attention, "head": head, "memory_bound": passes + weights + casts,
-        "recompute": recompute,
+        "matmul": matmul, "attention": attention, "head": head,
+        "memory_bound": passes + weights + casts + quantised, "recompute": recompute,
     }  # fmt: skip
 
 
@@ -172,6 +176,19 @@ def _moved_per_token(model: ModelConfig) -> int:
     norms = {"": 0, "head": 1, "full": 5}[model.qk_norm]
     heads = (6 + norms) * model.num_heads + (8 + norms) * model.num_kv_heads
     return streams * model.hidden_size + heads * model.head_dim + 8 * model.intermediate_size
+
+
+def _quantised_bytes(model: ModelConfig, layout: Layout) -> tuple[int, int]:
+    """Bytes that a micro-batch moves to quantise, and those of them in forward. Norms before a branch and activations
+    write 1 a number more; the other inputs and the gradients are read again, and each weight forward and backward."""
+    H, F, q = model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim
+    gradients = q + 2 * model.num_kv_heads * model.head_dim + 2 * H + 2 * F
+    again = layout.itemsize + 1  # read and written
+    inputs = F + again * q + 2 * H * (again if model.norm_placement == "after" else 1)
+    weight = 1 + (layout.master_itemsize if layout.ranks == 1 and not layout.lora.rank else layout.itemsize)
+    forward = layout.token_budget * model.num_layers * inputs + weight * model.matmul_params()
+    backward = layout.token_budget * model.num_layers * again * gradients + weight * model.matmul_params()
+    return forward + backward, forward
 
 
 def _recomputed_per_token(model: ModelConfig) -> int:

@@ -194,6 +194,9 @@ def notes(forecasts: Sequence[Forecast], inputs: PlanInputs) -> list[str]:
     for ranks in sorted({each.ranks for each in forecasts}):
         if inputs.optim.in_backward and ranks > 1:
             found.append(f"optim.in_backward = true needs one process: a run on {ranks:,} GPUs will refuse it")
+        for name in sorted({each.gpu.name for each in forecasts if not each.gpu.fp8_tflops}):
+            if inputs.train.linear == "fp8" and ranks == min(each.ranks for each in forecasts):
+                found.append(f'train.linear = "fp8" needs a Hopper GPU: a run on {name} will refuse it')
         if bins % ranks:
             shared = rounded_up(bins, ranks)
             found.append(f"data.bins_per_step = {bins} cannot be shared by {ranks:,} GPUs: predicted with {shared:,}")

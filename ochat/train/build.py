@@ -177,6 +177,7 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     model, device = inputs.model_config, ranks.device
     kernels = choices.kernels(config.train.kernels, device)
     attention = choices.attention(config.train.attention, device, config.train.dtype, model.attention_softcap)
+    choices.linear(config.train.linear, device, model)
     train = structs.replace(config.train, kernels=kernels, attention=attention)
     fullest = Workload(LengthCounts.of(np.array([config.data.token_budget])), supervised_share=1.0)
     planned = PlanInputs(model, fullest, 0, config.data, train, config.optim, config.parallel, config.lora)
@@ -201,6 +202,8 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
     with torch.device("meta"):
         model = Transformer(model_config, ops).to(getattr(torch, config.optim.master_dtype))
     model.compute_dtype = dtype
+    if config.train.linear == "fp8":
+        model.use_fp8()
     if adapters:
         lora.attach(model.to(dtype), config.lora, adapters.token_ids)
     sharding.wrap(model, ranks, config.train, config.parallel, dtype)

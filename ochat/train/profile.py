@@ -99,7 +99,7 @@ def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, f
     inputs = PlanInputs(model, workload, STEPS, *sections)
     layout = inputs.layout(ranks.world, torch.cuda.device_count() or 1, computed // len(all_batches))
     tflops, unlimited = trainer.resolved.peak_flops / 1e12, float("inf")
-    matmul_only = GpuSpec("", 0.0, tflops, tflops, (tflops,) * 4, (tflops,) * 4, unlimited, unlimited, unlimited)
+    matmul_only = GpuSpec("", 0.0, tflops, tflops, 0.0, (tflops,) * 4, (tflops,) * 4, unlimited, unlimited, unlimited)
     known = gpus.lookup(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
     least = inputs.speed(known or matmul_only, layout)
     again = config.train.recompute == "block"

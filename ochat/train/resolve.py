@@ -15,11 +15,14 @@ import torch
 
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
+from ochat.model import fp8
 from ochat.model.attention import check, default_backend
+from ochat.model.config import ModelConfig
 from ochat.plan import gpus
 from ochat.plan.forecast import PlanInputs, reductions, with_policy
 from ochat.plan.memory import CONTEXT_BYTES, GIB
 
+FP8_CAPABILITY = (9, 0)
 # variable -> values that make it deterministic; the first is set if the variable is not
 DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # otherwise cuBLAS may choose other kernels per stream
@@ -67,6 +70,18 @@ def reduce(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
     taken = [inputs.resolve_recompute(each, room) for each in choices]
     times = [f"{each.reduce} takes {inputs.speed(gpu, each).step_seconds * 1e3:,.0f} ms" for each in taken]
     return chosen.reduce, f"{chosen.reduce}, chosen: {', '.join(times)} a step, as ochat plan predicts"
+
+
+def linear(asked: str, device: torch.device, model: ModelConfig) -> None:
+    """Check train.linear. Raises: ConfigError for a card or a model that has no products of fp8."""
+    if asked != "fp8":
+        return
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise ConfigError(
+            f"train.linear = 'fp8' needs a Hopper GPU (H100, H200) or a newer one, and this is a "
+            f"{torch.cuda.get_device_name(device)}; use 'bf16'"
+        )
+    fp8.check(model)
 
 
 def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:

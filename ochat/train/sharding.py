@@ -120,8 +120,10 @@ def prepare_weights(
         if parameter.requires_grad and (micro_batches > 1 or parameter in vocabulary):
             parameter.grad_dtype = torch.float32
     if model.recompute != "block" and not train.compile:
-        readers = (module for module in model.modules() if isinstance(module, (Linear, RMSNorm, Head)))
-        linear.keep_copies((p for each in readers for p in each.parameters(recurse=False)), getattr(torch, train.dtype))
+        readers = [module for module in model.modules() if isinstance(module, (Linear, RMSNorm, Head))]
+        quantised = {each.weight for each in readers if isinstance(each, Linear) and each.fp8}  # from the masters
+        read = (parameter for each in readers for parameter in each.parameters(recurse=False))
+        linear.keep_copies((p for p in read if p not in quantised), getattr(torch, train.dtype))
 
 
 def _set_gradient_dtype(dtype: torch.dtype, module: nn.Module, _: Any) -> None:

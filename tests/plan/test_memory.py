@@ -112,6 +112,8 @@ class FakeStep:
         self.model.compute_dtype, self.model.recompute = torch.bfloat16, at.recompute
         ranks, train = Ranks(0, 1, torch.device("cpu"), None), TrainConfig()
         with self.mode, self.living:
+            if at.is_fp8:
+                self.model.use_fp8()
             sharding.prepare_weights(self.model, ranks, train, ParallelConfig(), micro_batches=at.micro_batches)
 
     def forward(self) -> torch.Tensor:
@@ -171,6 +173,17 @@ def test_what_backward_keeps_is_known_to_the_byte(name, recompute):
 def test_the_peak_of_a_step_is_the_one_predicted(name, recompute, derived_only):
     for tokens, micro_batches, rows in ((1024, 1, 1024), (32768, 1, 32768), (32768, 2, 32768), (32768, 2, 9830)):
         assert_peak_is_predicted(MODELS[name], Layout(tokens, micro_batches, recompute, supervised=rows))
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("name", ["8B", "1B", "gemma3", "olmo2"])
+def test_fp8_keeps_scales_and_no_copies_of_what_it_quantises(name, recompute, derived_only):
+    model, at = MODELS[name], Layout(8192, supervised=2458, recompute=recompute, linear="fp8")
+    assert FakeStep(model, at).saved_bytes() == memory.saved_bytes(model, at) + CU_SEQLENS
+    for tokens, micro_batches, rows in ((1024, 1, 1024), (32768, 1, 32768), (32768, 2, 9830)):
+        for masters in (2, 4):
+            layout = Layout(tokens, micro_batches, recompute, supervised=rows, master_itemsize=masters, linear="fp8")
+            assert_peak_is_predicted(model, layout)
 
 
 @pytest.mark.parametrize("name", ["8B", "1B"])

@@ -176,3 +176,28 @@ def test_frozen_weights_save_a_third_of_the_products():
     assert ours.matmul == pytest.approx(full.matmul * share, rel=1e-3)  # what the last block is spared apart
     assert ours.attention == full.attention and ours.optimizer < 0.01 * full.optimizer
     assert ours.mfu < full.mfu
+
+
+def test_fp8_of_one_h200_is_what_the_parts_make_of_it():
+    """Two of three products at the rate of e4m3, less what quantising moves; nothing else changes."""
+    narrow = {"bins_per_step": 1, "master_itemsize": 2, "state_itemsize": 2, "in_backward": True}
+    bf16, fp8 = (predict("8B", share=0.5, linear=linear, **narrow) for linear in ("bf16", "fp8"))
+    assert 15_500 < fp8.tokens_per_s < 18_500 and 1.15 < fp8.tokens_per_s / bf16.tokens_per_s < 1.35
+    assert fp8.matmul / bf16.matmul == pytest.approx(1 / 3 + 2 / 3 * H200.matmul_tflops / H200.fp8_tflops, rel=1e-6)
+    quantising = fp8.memory_bound - bf16.memory_bound
+    assert 0.015 < quantising / fp8.step_seconds < 0.05
+    same = ("attention", "head", "launches", "communication", "optimizer")
+    assert all(getattr(fp8, part) == getattr(bf16, part) for part in same)
+
+
+def test_fp8_of_adapters_narrows_every_product_of_a_frozen_weight():
+    adapters = {"lora": LoraConfig(rank=16), "bins_per_step": 1}
+    bf16, fp8 = (predict("8B", linear=linear, **adapters) for linear in ("bf16", "fp8"))
+    own = 6 * lora.num_parameters(MODELS["8B"], LoraConfig(rank=16)) * 16384 / H200.matmul_tflops / 1e12
+    ratio = H200.matmul_tflops / H200.fp8_tflops
+    assert fp8.matmul == pytest.approx((bf16.matmul - own) * ratio + own, rel=1e-6)
+
+
+def test_a_card_without_fp8_is_predicted_as_with_bf16_products():
+    bf16, fp8 = (predict("8B", gpu=GPUS["A100-80"], linear=linear) for linear in ("bf16", "fp8"))
+    assert fp8.matmul == bf16.matmul
