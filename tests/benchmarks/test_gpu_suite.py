@@ -116,10 +116,11 @@ def test_the_phases_fit_seven_minutes_and_a_second_run_four(tmp_path, monkeypatc
 
 def test_a_killed_phase_is_a_line_of_the_digest_and_the_next_ones_run(tmp_path, monkeypatch, capsys):
     ended = {"smoke": None, "step": 1}
-    commands = []
+    commands, limits = [], []
 
     def watch(command, log, limit, variables):
         commands.append(command)
+        limits.append(limit)
         return ended.get(
             next(name for name, end in (("smoke", "smoke"), ("step", "train_step")) if end in command[2]), 0
         )
@@ -128,6 +129,7 @@ def test_a_killed_phase_is_a_line_of_the_digest_and_the_next_ones_run(tmp_path, 
     monkeypatch.setattr(sys, "argv", ["suite", "--out", str(tmp_path), "--phases", "step", "smoke"])
     assert gpu_suite.main() == 1
     assert len(commands) == 2 and "--seconds=" in commands[1][-1]
+    assert limits == pytest.approx([30, 100], abs=5)  # the second has what the first left
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last[0].startswith("smoke: killed after ") and last[1].startswith("step: failed: exit status 1")
     assert last[2] == "passed: none"
