@@ -45,6 +45,11 @@ def build(config=CONFIG, kernels="reference", uses=True, dtype=FP32) -> Transfor
     return model.to(dtype)
 
 
+def logits(model: Transformer, ids=IDS) -> torch.Tensor:
+    """As training computes them."""
+    return model(*pack_ids(model, ids)).detach()
+
+
 def gradients(model: Transformer, rows=ROWS) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(*pack_ids(model, IDS), rows=rows).float().square().mean().backward()
@@ -57,8 +62,7 @@ def test_logits_and_gradients_are_near_those_of_fp32(kind):
     exact = build(KINDS[kind], uses=False)
     exact.compute_dtype = FP32
     ours, narrow = build(KINDS[kind]), build(KINDS[kind], uses=False)
-    truth = torch.cat(exact.logits(IDS))
-    error, usual = (relative_error(torch.cat(model.logits(IDS)), truth) for model in (ours, narrow))
+    error, usual = (relative_error(logits(model), logits(exact)) for model in (ours, narrow))
     assert 4 * usual < error < FEWER_BITS * usual
     truth, got, plain = (gradients(model) for model in (exact, ours, narrow))
     assert got.keys() == truth.keys()
@@ -69,8 +73,8 @@ def test_logits_and_gradients_are_near_those_of_fp32(kind):
 def test_both_kernels_are_one_model(kernels=("triton", "reference")):
     """In the interpreter: e4m3 numbers have the same bits unless what they round differs in the last of bf16."""
     models = [build(kernels=name) for name in kernels]
-    logits, grads = [torch.cat(model.logits(IDS)) for model in models], [gradients(model) for model in models]
-    assert relative_error(*logits) < 0.03
+    grads = [gradients(model) for model in models]
+    assert relative_error(*map(logits, models)) < 0.03
     for name in grads[0]:
         assert relative_error(grads[0][name], grads[1][name]) < 0.1, name
 
@@ -78,8 +82,14 @@ def test_both_kernels_are_one_model(kernels=("triton", "reference")):
 def test_rows_are_quantised_by_themselves():
     """Packed logits are those of each sequence alone."""
     model = build()
-    for packed, ids in zip(model.logits(IDS), IDS, strict=True):
-        torch.testing.assert_close(packed, model.logits([ids])[0], rtol=0, atol=2e-2)
+    for packed, ids in zip(logits(model).split([len(ids) for ids in IDS]), IDS, strict=True):
+        torch.testing.assert_close(packed, logits(model, [ids]), rtol=0, atol=2e-2)
+
+
+def test_an_evaluation_is_that_of_the_exported_model():
+    ours, plain = build(), build(uses=False)
+    assert all(map(torch.equal, ours.logits(IDS), plain.logits(IDS)))
+    assert not torch.equal(logits(ours), logits(plain))
 
 
 def test_what_feeds_a_linear_quantises(monkeypatch):
