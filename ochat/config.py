@@ -172,8 +172,9 @@ class TrainConfig(Section, frozen=True):
     linear: Literal["bf16", "fp8"] = "bf16"
     """products of the blocks' linears. fp8: forward and gradients of inputs in e4m3 with a scale for each row, on
     Hopper GPUs or newer; weights, their gradients, embedding and head stay as they are"""
-    kernels: Literal["auto", "triton", "reference"] = "auto"
-    """auto: triton on CUDA, plain PyTorch elsewhere"""
+    kernels: Literal["auto", "triton", "compiled", "reference"] = "auto"
+    """of norms, RoPE, SwiGLU and the loss. triton: for CUDA; compiled: for a CPU with a C++ compiler; reference: plain
+    PyTorch; auto: triton on CUDA, elsewhere compiled for a run of some minutes, else reference"""
     attention: Literal["auto", "varlen", "flash2", "flex", "sdpa"] = "auto"
     """auto: on CUDA varlen in bfloat16, flex for a model with an attention softcap, else SDPA document by document"""
     recompute: Recompute = "auto"

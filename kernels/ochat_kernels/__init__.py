@@ -12,7 +12,11 @@ from types import ModuleType
 
 from ochat_kernels.reference import LossOutput
 
-IMPLEMENTATIONS = {"triton": "ochat_kernels.triton_ops", "reference": "ochat_kernels.reference"}
+IMPLEMENTATIONS = {
+    "triton": "ochat_kernels.triton_ops",
+    "reference": "ochat_kernels.reference",
+    "compiled": "ochat_kernels.compiled",
+}
 
 __all__ = ["IMPLEMENTATIONS", "LossOutput", "load"]
 

@@ -19,6 +19,7 @@ LOGITS_PER_CHUNK = 2**26  # 256 MiB of fp32 logits at a time
 
 # (nll (n,) fp32 detached, weights (n,) fp32) -> weights (n,) fp32, element by element
 WeightTransform = Callable[[Tensor, Tensor], Tensor]
+Passes = tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., Tensor]]
 
 
 class LossOutput(NamedTuple):
@@ -58,6 +59,24 @@ def linear_cross_entropy(
     Raises: ValueError for shapes, dtypes and options that do not fit, and for a label outside the vocabulary.
     Costs: forward makes loss and gradients in one pass, 6 R H V FLOPs, one chunk of logits + dW in fp32 + dhidden.
     """
+    passes, options = (statistics, gradient), (rows, chunk_rows, softcap, weight_transform, grad_weight, accumulate)
+    return by_chunks(passes, hidden, weight, labels, loss_weights, *options)
+
+
+def by_chunks(
+    passes: Passes,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    rows: Tensor | None,
+    chunk_rows: int | None,
+    softcap: float,
+    weight_transform: WeightTransform | None,
+    grad_weight: Tensor | None,
+    accumulate: bool,
+) -> LossOutput:
+    """`linear_cross_entropy` with these passes over a chunk of logits: `statistics` and `gradient`, or the compiled."""
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
     check_softcap(softcap)
     check_grad_weight(grad_weight, weight)
@@ -68,7 +87,7 @@ def linear_cross_entropy(
         chunk_rows = min(max(LOGITS_PER_CHUNK // weight.shape[0], 1024 if hidden.is_cuda else 256), 8192)
     if grad_weight is not None:
         weight = weight.detach()
-    options = chunk_rows, softcap, weight_transform, grad_weight, accumulate
+    options = passes, chunk_rows, softcap, weight_transform, grad_weight, accumulate
     loss_sum, nll, correct = _LinearCrossEntropy.apply(hidden, weight, labels, loss_weights, rows, *options)  # type: ignore[misc]
     return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)
 
@@ -77,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients chunk by chunk in forward, so that no logits are kept or made again; backward only scales."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_weights, rows, chunk_rows, cap, transform, total, accumulate):
+    def forward(ctx, hidden, weight, labels, loss_weights, rows, passes, chunk_rows, cap, transform, total, accumulate):
         wide = statistics_dtype(hidden)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         loss_sum = torch.zeros((), dtype=wide, device=hidden.device)
@@ -90,12 +109,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows.shape[0], chunk_rows):
             chunk = rows[start : start + chunk_rows]
             x, y, w = hidden[chunk], labels[chunk], loss_weights[chunk].to(wide)
-            logits = soft_cap(F.linear(x, weight).to(wide), cap)  # (chunk, V)
-            nll[chunk], correct[chunk], w, lse = _statistics(logits, y, w, transform)
+            logits = F.linear(x, weight)  # (chunk, V)
+            nll[chunk], correct[chunk], lse = passes[0](logits, y, w, cap)
+            if transform is not None:
+                w = torch.where(w != 0, transform(nll[chunk], w).to(w.dtype), 0)
             loss_sum += (nll[chunk] * w).sum()
             if grad_rows is None and grad_weight is None:
                 continue
-            dlogits = _gradient(logits, y, w, lse, cap).to(hidden.dtype)
+            dlogits = passes[1](logits, y, w, lse, cap)
             if grad_rows is not None:
                 grad_rows[start : start + chunk_rows] = dlogits @ weight
             if grad_weight is not None:
@@ -115,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = scaled.new_zeros(ctx.shape).index_copy_(0, rows, scaled)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.dtypes[1])
-        return grad_hidden, grad_weight, *[None] * 8
+        return grad_hidden, grad_weight, *[None] * 9
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
@@ -123,27 +144,23 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def _statistics(
-    logits: Tensor, y: Tensor, w: Tensor, transform: WeightTransform | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(nll, correct, the weight to use, logsumexp) of a chunk's rows; 0 and False where a row is not live."""
-    live = (y != IGNORE_INDEX) & (w != 0)
-    lse = logits.logsumexp(-1)
-    label_logit = logits.gather(1, y.clamp_min(0)[:, None]).squeeze(1)
-    nll = torch.where(live, lse - label_logit, 0)
-    if transform is not None:
-        w = transform(nll, w).to(w.dtype)
-    return nll, live & (logits.argmax(-1) == y), torch.where(live, w, 0), lse
+def statistics(logits: Tensor, y: Tensor, w: Tensor, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(nll, correct, logsumexp) of the rows of a chunk (n, V); 0 and False where a row is not live."""
+    live, z = (y != IGNORE_INDEX) & (w != 0), soft_cap(logits.to(w.dtype), cap)
+    lse = z.logsumexp(-1)
+    label_logit = z.gather(1, y.clamp_min(0)[:, None]).squeeze(1)
+    return torch.where(live, lse - label_logit, 0), live & (z.argmax(-1) == y), lse
 
 
-def _gradient(logits: Tensor, y: Tensor, w: Tensor, lse: Tensor, cap: float) -> Tensor:
-    """Of w * nll to the logits before the cap, (n, V); overwrites `logits`."""
-    slope = 1 - (logits / cap).square() if cap else None
-    gradient = logits.sub_(lse[:, None]).exp_()  # softmax
-    gradient[torch.arange(len(y), device=y.device), y.clamp_min(0)] -= 1
-    if slope is not None:
-        gradient *= slope
-    return gradient.mul_(w[:, None]).masked_fill_((w == 0)[:, None], 0)
+def gradient(logits: Tensor, y: Tensor, w: Tensor, lse: Tensor, cap: float) -> Tensor:
+    """Of w * nll to the logits before the cap, (n, V) of their dtype; 0 where a row is not live."""
+    z = soft_cap(logits.to(w.dtype), cap)
+    is_label = torch.arange(z.shape[1], device=y.device) == y[:, None]
+    slope = (z - lse[:, None]).exp() - is_label.to(z.dtype)
+    if cap:
+        slope = slope * (1 - (z / cap).square())
+    is_live = ((y != IGNORE_INDEX) & (w != 0))[:, None]
+    return torch.where(is_live, slope * w[:, None], 0).to(logits.dtype)
 
 
 def live_rows(labels: Tensor, loss_weights: Tensor) -> Tensor:

@@ -175,7 +175,9 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     Raises: ConfigError for a choice that the device cannot run.
     """
     model, device = inputs.model_config, ranks.device
-    kernels = choices.kernels(config.train.kernels, device)
+    tokens = inputs.loader.num_steps * config.data.bins_per_step * config.data.token_budget
+    flops, train = model.flops_per_step(tokens, 0, 0), config.train
+    kernels = choices.kernels(train.kernels, device, flops, compiles=train.compile)
     attention = choices.attention(config.train.attention, device, config.train.dtype, model.attention_softcap)
     choices.linear(config.train.linear, device, model)
     train = structs.replace(config.train, kernels=kernels, attention=attention)

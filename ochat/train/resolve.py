@@ -12,6 +12,7 @@ import os
 from importlib.util import find_spec
 
 import torch
+from ochat_kernels.compiled import has_compiler
 
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
@@ -23,6 +24,7 @@ from ochat.plan.forecast import PlanInputs, reductions, with_policy
 from ochat.plan.memory import CONTEXT_BYTES, GIB
 
 FP8_CAPABILITY = (9, 0)
+COMPILING_PAYS = 1e14  # FLOPs: some minutes on two cores, of which compiling takes one
 # variable -> values that make it deterministic; the first is set if the variable is not
 DETERMINISTIC = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # otherwise cuBLAS may choose other kernels per stream
@@ -30,11 +32,18 @@ DETERMINISTIC = {
 }
 
 
-def kernels(asked: str, device: torch.device) -> str:
-    """The implementation of the operators, "triton" or "reference". Raises: ConfigError where it cannot run."""
+def kernels(asked: str, device: torch.device, flops: float, *, compiles: bool = False) -> str:
+    """The implementation of the operators, one of ochat_kernels.IMPLEMENTATIONS. `flops`: of the whole run; compiling
+    for a CPU pays from COMPILING_PAYS on. `compiles`: train.compile. Raises: ConfigError where it cannot run."""
     on_gpu = device.type == "cuda"
     if asked == "auto":
-        return "triton" if on_gpu else "reference"
+        if on_gpu:
+            return "triton"
+        return "compiled" if flops > COMPILING_PAYS and not compiles and has_compiler() else "reference"
+    if asked == "compiled" and not has_compiler():
+        raise ConfigError(
+            "train.kernels = 'compiled' needs a C++ compiler (g++ or clang++); install one, or use 'auto'"
+        )
     if asked == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ConfigError(
             "train.kernels = 'triton', but the run is on a CPU, where Triton only runs in its slow interpreter "

@@ -53,9 +53,18 @@ def test_auto_keeps_everything_on_a_cpu_and_a_named_policy_stays(monkeypatch):
 
 
 def test_kernels_and_attention_follow_the_device_and_the_model(monkeypatch):
-    assert [resolve.kernels(asked, each) for asked in ("auto", "reference") for each in (GPU, CPU)] == [
+    assert [resolve.kernels(asked, each, 1.0) for asked in ("auto", "reference") for each in (GPU, CPU)] == [
         "triton", "reference", "reference", "reference",
     ]  # fmt: skip
+    monkeypatch.setattr(resolve, "has_compiler", lambda: True)
+    long = 2 * resolve.COMPILING_PAYS
+    assert resolve.kernels("auto", CPU, long) == resolve.kernels("compiled", CPU, 1.0) == "compiled"
+    assert resolve.kernels("auto", GPU, long) == "triton"
+    assert resolve.kernels("auto", CPU, long, compiles=True) == "reference"
+    monkeypatch.setattr(resolve, "has_compiler", lambda: False)
+    assert resolve.kernels("auto", CPU, long) == "reference"
+    with pytest.raises(ConfigError, match="'compiled' needs a C\\+\\+ compiler"):
+        resolve.kernels("compiled", CPU, long)
     for dtype, device, backend in (("bfloat16", GPU, "varlen"), ("float32", GPU, "sdpa"), ("bfloat16", CPU, "sdpa")):
         assert resolve.attention("auto", device, dtype, 0.0) == backend
         assert resolve.attention("auto", device, dtype, 50.0) == ("sdpa" if device is CPU else "flex")
@@ -73,7 +82,7 @@ def test_kernels_and_attention_follow_the_device_and_the_model(monkeypatch):
         assert resolve.attention(asked, GPU, "bfloat16", softcap) == asked
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="train.kernels = 'triton'"):
-        resolve.kernels("triton", CPU)
+        resolve.kernels("triton", CPU, 1.0)
 
 
 def test_elementwise_is_not_for_compiled_triton_kernels(monkeypatch):
