@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks import step_cases
 from benchmarks.cases import ELEMENT_BYTES, MODELS, Case, Cost, Draw, Problem
 from ochat.data import batch
-from ochat.model.attention import PackedAttention
-from ochat.model.sdpa import Scores
+from ochat.model.attention.packed import PackedAttention
+from ochat.model.attention.sdpa import Scores
 
 T = 16384
 CHATS = "chats"
@@ -31,7 +31,7 @@ class Documents(NamedTuple):
 
     cu_seqlens: Tensor  # (S+1,) int32 on the device
     max_seqlen: int  # at least the longest
-    lengths: list[int]  # S of them, empty ones at the end
+    lengths: list[int]  # S of them
 
 
 def cases(names: list[str], window: int | None = None) -> list[Case]:
@@ -72,12 +72,21 @@ def _pairs(length: int, window: int | None) -> int:
 
 @lru_cache(maxsize=4)
 def documents(case: Case, device: torch.device) -> Documents:
-    """As the loader lays them out: empty documents at the end, max_seqlen a power of two."""
-    real, total = lengths_of(case), case.num_tokens
+    """As the loader lays them out."""
+    return _laid_out(lengths_of(case), None, device)
+
+
+def with_empty(documents: Documents) -> Documents:
+    """As the loader lays them out for a compiler: empty documents at the end, max_seqlen a power of two."""
+    real, total = documents.lengths, sum(documents.lengths)
     most = batch.most_documents(np.array([len(real)]), np.array([total]), total)
+    return _laid_out(real, most, documents.cu_seqlens.device)
+
+
+def _laid_out(real: list[int], num_documents: int | None, device: torch.device) -> Documents:
+    total, places = sum(real), tuple(range(len(real)))
     ids, weights, classes = np.zeros(total, np.int64), np.zeros(total, np.float32), np.zeros(len(real), np.int64)
-    places = {"pad_to": total, "num_documents": most}
-    packed = batch.assemble(ids, weights, np.array(real), classes, tuple(range(len(real))), **places)
+    packed = batch.assemble(ids, weights, np.array(real), classes, places, pad_to=total, num_documents=num_documents)
     return Documents(packed.cu_seqlens.to(device), packed.max_seqlen, list(packed.lengths))
 
 

@@ -28,7 +28,9 @@ from benchmarks import attention, cases, command_line, csv_file, implementations
 from benchmarks.cases import MODELS, OPERATORS, OPTIMIZER_VARIANTS, Case, Model, Problem
 from benchmarks.implementations import Function, Implementation, outputs_of
 from benchmarks.timing import Ceilings
-from ochat.model.attention import default_backend
+from ochat.model.attention.backends import Needs
+from ochat.model.attention.packed import default_backend
+from ochat.model.attention.sdpa import Scores
 
 T = 16384
 FRACTIONS = [1.0, 0.75, 0.5, 0.25]
@@ -72,8 +74,8 @@ class Session:
 
     @property
     def attention_baseline(self) -> str:
-        """The backend that the product takes on this device."""
-        return default_backend(self.device, torch.bfloat16)
+        """The backend that the product takes on this device where none is measured."""
+        return default_backend(self.device, Needs(torch.bfloat16, 128, Scores()))
 
 
 def groups(phase: str, session: Session) -> list[Group]:

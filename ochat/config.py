@@ -49,6 +49,7 @@ RENAMED = {  # keys of earlier versions, `*` for a table's name
     "optim.state": "moment_dtype",
     "data.mix.*.rate": "ratio",
 }
+RENAMED_VALUES = {("train.attention", "flash2"): "flash"}  # those of earlier versions
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
@@ -175,8 +176,8 @@ class TrainConfig(Section, frozen=True):
     kernels: Literal["auto", "triton", "compiled", "reference"] = "auto"
     """of norms, RoPE, SwiGLU and the loss. triton: for CUDA; compiled: for a CPU with a C++ compiler; reference: plain
     PyTorch; auto: triton on CUDA, elsewhere compiled for a run of some minutes, else reference"""
-    attention: Literal["auto", "varlen", "flash2", "flex", "sdpa"] = "auto"
-    """auto: on CUDA varlen in bfloat16, flex for a model with an attention softcap, else SDPA document by document"""
+    attention: Literal["auto", "flash", "fa3", "fa4", "cudnn", "varlen", "flex", "sdpa"] = "auto"
+    """auto: on CUDA the fastest of those that are installed and pass a test at start, on a CPU sdpa"""
     recompute: Recompute = "auto"
     """activation checkpointing: elementwise recomputes norm, RoPE and SwiGLU, block a whole block; auto: the least that
     fits in memory"""
@@ -314,12 +315,15 @@ def from_tree(tree: dict[str, Any]) -> Config:
 
 
 def with_new_names(tree: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """The tables of a configuration with the keys of earlier versions under their new names."""
+    """The tables of a configuration with the keys and values of earlier versions under their new names."""
     changed = {}
     for key, value in tree.items():
         new = next((new for old, new in RENAMED.items() if fnmatchcase(where + key, old)), key)
-        is_table = isinstance(value, dict) and where.count(".") < 3  # a file may nest tables without end
-        changed[new] = with_new_names(value, f"{where}{key}.") if is_table else value
+        if isinstance(value, dict) and where.count(".") < 3:  # a file may nest tables without end
+            value = with_new_names(value, f"{where}{key}.")
+        elif isinstance(value, str):
+            value = RENAMED_VALUES.get((where + new, value), value)
+        changed[new] = value
     return changed
 
 

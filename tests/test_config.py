@@ -135,12 +135,13 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 def test_a_configuration_of_an_earlier_version_is_read(toml):
     old = '[data.mix.A]\npath = "a"\nrate = 2.0\n[optim]\nmaster = "float32"\nstate = "bfloat16"\n[run]\n'
-    path = toml(f"{old}resume_anyway = true\n[train]\nmax_bad_steps = 3\n")
+    path = toml(f'{old}resume_anyway = true\n[train]\nmax_bad_steps = 3\nattention = "flash2"\n')
     path.write_text(path.read_text().replace('path = "data"', 'path = ""'))
     config = configuration.load(path)
     assert (config.optim.moment_dtype, config.run.resume_mismatched) == ("bfloat16", True)
     assert (config.train.max_nonfinite_steps, config.data.mix["A"].ratio) == (3, 2.0)
     assert not configuration.load(path, ["--run.resume_anyway=false"]).run.resume_mismatched
+    assert config.train.attention == configuration.load(path, ["--train.attention=flash2"]).train.attention == "flash"
 
 
 @given(st.text(), st.text(min_size=1), st.floats(0.001, 1), st.booleans())

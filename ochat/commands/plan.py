@@ -122,12 +122,15 @@ def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list
     """
     import torch
 
-    from ochat.model import attention, fp8, hf
+    from ochat.model import fp8, hf
+    from ochat.model.attention import backends
     from ochat.text import tokenizer as tokenizers
     from ochat.train import build, identity
 
     if config.train.attention != "auto":
-        attention.check(config.train.attention, getattr(torch, config.train.dtype), model.attention_softcap)
+        dtype = getattr(torch, config.train.dtype)
+        needs = backends.Needs.of(model, dtype, config.run.deterministic)
+        backends.check(config.train.attention, needs)
     if config.train.linear == "fp8":
         fp8.check(model)
     base = Path(config.base.path)

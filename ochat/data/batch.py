@@ -4,7 +4,7 @@
 
 Letters: T packed tokens, S documents, R supervised rows. How padding works is all in this file: `_pad` adds short
 documents of weight 0 up to `pad_to` tokens, because one document of P padding tokens would cost P^2 in attention; the
-loader chooses `pad_to` and, with `most_documents`, the number of documents.
+loader chooses `pad_to` and, for a compiler, with `most_documents` the number of documents.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 IGNORE_INDEX = -100
 PAD_ID = 0  # any valid id will do: no document sees padding, and padding has no label
 PAD_DOCUMENT_TOKENS = 256  # long enough to keep their number small, short enough to cost nothing in attention
+SEQLEN_MULTIPLE = 128  # rows of a kernel's block: a longer max_seqlen launches blocks without work
 DOCUMENTS_MULTIPLE = 64  # data sets and epochs that differ a little share a compiled shape
 
 
@@ -43,7 +44,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # (S+1,) int32
     supervised_rows: torch.Tensor  # (R,) int64, ascending: label != IGNORE_INDEX and weight != 0
     supervised_classes: torch.Tensor  # (R,) int64, class of the conversation that a row belongs to
-    max_seqlen: int  # at least the longest document
+    max_seqlen: int  # the longest document, rounded up
     num_tokens: int  # without padding
     num_supervised: int  # R
     weight_sum: float  # sum of |weight| over the rows, in float64
@@ -104,9 +105,10 @@ def assemble(
     """A batch of documents whose ids and loss weights, unshifted, are given end to end.
 
     `lengths`, `class_ids` (S,) and `sequences` (places in the data set) describe the documents. `pad_to`: fill up to
-    exactly so many tokens. `num_documents`: exactly so many documents, empty ones at the end, and a `max_seqlen` that
-    is a power of two from PAD_DOCUMENT_TOKENS on, or `pad_to`, so that a compiler meets few shapes. Without documents
-    the batch is padding alone: `pad_to` tokens, or one.
+    exactly so many tokens. `max_seqlen` is that of the longest document, rounded up to SEQLEN_MULTIPLE, or all tokens.
+    `num_documents`: exactly so many documents, empty ones at the end, and a `max_seqlen` that is a power of two from
+    PAD_DOCUMENT_TOKENS on, or `pad_to`, so that a compiler meets few shapes; a kernel then launches blocks for all of
+    them, most without work. Without documents the batch is padding alone: `pad_to` tokens, or one.
     """
     num_tokens = len(input_ids)
     padded, max_seqlen = _pad(lengths.tolist(), pad_to, num_documents)
@@ -147,7 +149,7 @@ def _pad(real: list[int], pad_to: int | None, num_documents: int | None) -> tupl
     total, longest = sum(lengths), max(lengths)
     assert pad_to is None or total == pad_to, f"{num_tokens} tokens do not fit into {pad_to}"
     if num_documents is None:
-        return lengths, longest
+        return lengths, min(-(-longest // SEQLEN_MULTIPLE) * SEQLEN_MULTIPLE, total)
     assert len(lengths) <= num_documents, f"{len(lengths)} documents do not fit into {num_documents}"
     bucket = max(1 << (longest - 1).bit_length(), PAD_DOCUMENT_TOKENS)
     return lengths + [0] * (num_documents - len(lengths)), min(bucket, total)

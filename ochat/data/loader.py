@@ -67,8 +67,9 @@ class LoaderStats:
 class Loader:
     """Makes the steps of a run. Every epoch is planned once at construction, so the number of steps is exact.
 
-    `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens and as many documents
-    as the run's fullest bin. `pin`: in page-locked memory, from which `PackedBatch.to` copies without waiting.
+    `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens. `fix_documents`: and as
+    many documents as the run's fullest bin, so that a compiler meets few shapes. `pin`: in page-locked memory, from
+    which `PackedBatch.to` copies without waiting.
     `mixture`: which sequences an epoch takes; without it, all. `costs` (S,) float: the work of each sequence, which is
     balanced over the bins of a step. Memory: two plans, each of 8 bytes a sequence. Raises ConfigError for impossible
     settings, DataError for a sequence longer than a bin and for a data set without sequences.
@@ -84,6 +85,7 @@ class Loader:
     rank: int = 0
     world: int = 1
     pad: bool = False
+    fix_documents: bool = False
     pin: bool = False
     mixture: Mixture | None = None
     costs: NDArray[np.floating] | None = None
@@ -101,7 +103,7 @@ class Loader:
         counts = [self._count(epoch) for epoch in reversed(range(self.epochs))]  # so that the first two stay planned
         self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))  # before `max_steps` cuts them
         self.pad_to = self.token_budget if self.pad else None
-        self.num_documents = max(most for _, most in counts) if self.pad else None
+        self.num_documents = max(most for _, most in counts) if self.fix_documents else None
         self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
         total = int(self._epoch_starts[-1])
         self.num_steps = min(total, self.max_steps or total)

@@ -33,7 +33,8 @@ from ochat.data.batch import PackedBatch, pack
 from ochat.errors import DataError
 from ochat.evaluate import intervals
 from ochat.evaluate.held_out import HeldOut
-from ochat.model.attention import PackedAttention, default_backend
+from ochat.model.attention.backends import Needs
+from ochat.model.attention.packed import PackedAttention, default_backend
 from ochat.model.transformer import Transformer
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def rows(model: Transformer, batch: PackedBatch) -> NDArray[np.float64]:
     weight = model.embed.weight
     batch = batch.to(weight.device)
     config = model.config
-    backend = default_backend(weight.device, model.compute_dtype or weight.dtype, config.attention_softcap)
+    backend = default_backend(weight.device, Needs.of(config, model.compute_dtype or weight.dtype))
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths, config.windows)
     head = head_loss(ochat_kernels.load("reference"), model, batch)
     out = model(batch.input_ids, batch.position_ids, attend, head, batch.supervised_rows)

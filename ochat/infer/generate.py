@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ochat.errors import ConfigError
 from ochat.model import rope
-from ochat.model.attention import Attend
+from ochat.model.attention.packed import Attend
+from ochat.model.attention.sdpa import Scores, heads_first
 from ochat.model.config import ModelConfig
-from ochat.model.sdpa import Scores, heads_first
 from ochat.model.transformer import Transformer, pack_ids
 from ochat.overrides import expect
 from ochat.text.tokenizer import Tokenizer

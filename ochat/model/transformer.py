@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import DataError
 from ochat.model import fp8, linear, rope
-from ochat.model.attention import Attend, PackedAttention, default_backend
+from ochat.model.attention.backends import Needs
+from ochat.model.attention.packed import Attend, PackedAttention, default_backend
+from ochat.model.attention.sdpa import Scores
 from ochat.model.config import ModelConfig
 from ochat.model.fp8 import Fp8Rows
 from ochat.model.saved_tensors import ActivationOffload, SelectiveRecompute
-from ochat.model.sdpa import Scores
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, (T, d/2) fp32 each
 HeadFunction = Callable[[Tensor, Tensor], Any]  # (hidden (T, H), weight (V, H), the head's parameter) -> anything
@@ -334,6 +335,6 @@ def pack_ids(
     input_ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
     position_ids = torch.cat([torch.arange(length) for length in lengths])
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
-    backend = default_backend(device, model.compute_dtype or weight.dtype, model.config.attention_softcap)
+    backend = default_backend(device, Needs.of(model.config, model.compute_dtype or weight.dtype))
     attend = PackedAttention(cu_seqlens, max(lengths), backend, lengths, model.config.windows)
     return input_ids.to(device), position_ids.to(device), attend

@@ -150,7 +150,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
     planned, last = f" of {run.num_planned:,}" if run.num_planned else "", itemgetter(-1)
     facts = {"state": run.state, "steps": f"{run.num_done:,}{planned}"}
     announced = run.plan.get("facts")
-    for name in ("model", "data", "classes", "computation", "processes", "packing"):
+    for name in ("model", "data", "classes", "computation", "attention", "processes", "packing"):
         if isinstance(announced, dict) and isinstance(announced.get(name), str):
             facts[name] = announced[name]
     names = {class_label(name): f"classes.{name}.loss" for name in class_names([run])}

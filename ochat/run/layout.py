@@ -1,7 +1,7 @@
 """Names of every file and folder in a run folder, each once.
 
-RUN/config.toml  config.until_step_N.toml  plan.json  metrics.jsonl  eval.jsonl  samples.jsonl  nonfinite_steps.jsonl
-    checkpoints/step_N/  latest  serving/  export/  profile/  tensorboard/  swap.json  .lock
+RUN/config.toml  config.until_step_N.toml  plan.json  attention.json  metrics.jsonl  eval.jsonl  samples.jsonl
+    nonfinite_steps.jsonl  checkpoints/step_N/  latest  serving/  export/  profile/  tensorboard/  swap.json  .lock
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-CONFIG, PLAN, SWAP = "config.toml", "plan.json", "swap.json"
+CONFIG, PLAN, ATTENTION, SWAP = "config.toml", "plan.json", "attention.json", "swap.json"
 METRICS, EVAL, SAMPLES, NONFINITE = "metrics.jsonl", "eval.jsonl", "samples.jsonl", "nonfinite_steps.jsonl"
 LINES = (METRICS, EVAL, SAMPLES, NONFINITE)  # appended to while a run trains, cut where it resumes
 EARLIER_NONFINITE = "bad_steps.jsonl"  # of earlier versions

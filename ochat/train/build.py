@@ -37,6 +37,7 @@ from ochat.errors import ConfigError
 from ochat.export import serving
 from ochat.files.jsonl import JsonlWriter
 from ochat.model import hf, lora
+from ochat.model.attention.backends import Needs
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.plan.forecast import PlanInputs
@@ -47,7 +48,7 @@ from ochat.run.nonfinite import NonFiniteGuard
 from ochat.text import tokenizer as tokenizers
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
-from ochat.train import identity, metrics, optim, schedule, sharding, verify
+from ochat.train import attention_choice, identity, metrics, optim, schedule, sharding, verify
 from ochat.train import resolve as choices
 from ochat.train.adapters import Adapters
 from ochat.train.display import Display
@@ -72,6 +73,7 @@ class Resolved:
 
     asked: Config  # as the user wrote it; the run folder keeps it
     config: Config  # without "auto": every choice of resolve.py, and optim.lr, is made
+    attention_reason: str
     recompute_reason: str
     reduce_reason: str
     lr_reason: str
@@ -111,7 +113,8 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
         sets = [*(share.path for share in config.data.mix.values()), config.data.path, config.data.eval_path]
         verify.data(sets, ranks)
     on_gpu = ranks.device.type == "cuda"  # every batch then has data.token_budget tokens; a CPU would compute padding
-    place = {"rank": ranks.rank, "world": ranks.world, "pad": on_gpu, "pin": on_gpu}
+    place: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world, "pad": on_gpu, "pin": on_gpu}
+    place["fix_documents"] = on_gpu and config.train.compile
     dataset, held_out, eval_loader = open_dataset(config), None, None
     loader = open_loader(config, dataset, model_config, **place)
     if config.data.eval_path:  # one pass, one bin per rank at a time; the order never changes
@@ -143,7 +146,7 @@ def open_eval_dataset(config: Config) -> TokenDataset:
 
 def open_loader(config: Config, dataset: TokenDataset, model: ModelConfig, **place: Any) -> Loader:
     """The steps of the run; the bins of a step are balanced by the model's FLOPs. `place`: the Loader's rank, world,
-    pad and pin.
+    pad, fix_documents and pin.
 
     Raises: ConfigError where nothing is supervised, or the bins cannot be divided among the ranks.
     """
@@ -178,7 +181,7 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     tokens = inputs.loader.num_steps * config.data.bins_per_step * config.data.token_budget
     flops, train = model.flops_per_step(tokens, 0, 0), config.train
     kernels = choices.kernels(train.kernels, device, flops, compiles=train.compile)
-    attention = choices.attention(config.train.attention, device, config.train.dtype, model.attention_softcap)
+    attention, attention_reason = choose_attention(config, inputs, ranks)
     choices.linear(config.train.linear, device, model)
     train = structs.replace(config.train, kernels=kernels, attention=attention)
     fullest = Workload(LengthCounts.of(np.array([config.data.token_budget])), supervised_share=1.0)
@@ -191,7 +194,16 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     train, optimizer = structs.replace(train, recompute=recompute), structs.replace(config.optim, lr=lr)
     decided = structs.replace(config, train=train, optim=optimizer, parallel=parallel)
     peak = metrics.peak_flops(device, config.train.peak_tflops, getattr(torch, config.train.dtype))
-    return Resolved(config, decided, reason, reduce_reason, lr_reason, *peak)
+    return Resolved(config, decided, attention_reason, reason, reduce_reason, lr_reason, *peak)
+
+
+def choose_attention(config: Config, inputs: RunInputs, ranks: Ranks) -> tuple[str, str]:
+    """The backend of train.attention, and why it."""
+    model, loader = inputs.model_config, inputs.loader
+    dtype = getattr(torch, config.train.dtype)
+    needs = Needs.of(model, dtype, config.run.deterministic, has_empty=loader.fix_documents)
+    keep = Path(config.run.dir) / layout.ATTENTION
+    return attention_choice.choose(config.train.attention, model, needs, ranks, lambda: loader.step(0)[0], keep)
 
 
 def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:

@@ -1,15 +1,14 @@
-"""Decide what "auto" means for train.kernels, train.attention, train.recompute and parallel.reduce on the device of
-this run, and make torch compute as run.deterministic asks.
+"""Decide what "auto" means for train.kernels, train.recompute and parallel.reduce on the device of this run, and make
+torch compute as run.deterministic asks.
 
-    kernels("auto", device);  attention("auto", device, "bfloat16", softcap=0.0);  recompute(...)
+    kernels("auto", device);  recompute(...)
 
-The learning rate's "auto" is schedule.py's.
+The learning rate's "auto" is schedule.py's, that of train.attention attention_choice.py's.
 """
 
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 
 import torch
 from ochat_kernels.compiled import has_compiler
@@ -17,7 +16,6 @@ from ochat_kernels.compiled import has_compiler
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.model import fp8
-from ochat.model.attention import check, default_backend
 from ochat.model.config import ModelConfig
 from ochat.plan import gpus
 from ochat.plan.forecast import PlanInputs, reductions, with_policy
@@ -49,18 +47,6 @@ def kernels(asked: str, device: torch.device, flops: float, *, compiles: bool = 
             "train.kernels = 'triton', but the run is on a CPU, where Triton only runs in its slow interpreter "
             "(TRITON_INTERPRET=1); use 'auto' or 'reference'"
         )
-    return asked
-
-
-def attention(asked: str, device: torch.device, dtype: str, softcap: float) -> str:
-    """The attention backend of a model with this softcap. Raises: ConfigError where it cannot run."""
-    if asked == "auto":
-        return default_backend(device, getattr(torch, dtype), softcap)
-    check(asked, getattr(torch, dtype), softcap)
-    if asked != "sdpa" and device.type != "cuda":
-        raise ConfigError(f"train.attention = {asked!r} runs on CUDA, but the run is on a CPU; use 'auto' or 'sdpa'")
-    if asked == "flash2" and find_spec("flash_attn") is None:
-        raise ConfigError("train.attention = 'flash2' is the package flash-attn: pip install flash-attn, or use 'auto'")
     return asked
 
 

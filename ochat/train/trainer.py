@@ -31,7 +31,7 @@ from ochat.distributed.watchdog import StopSignal, Watchdog
 from ochat.export.hf_folder import export
 from ochat.infer.generate import generate
 from ochat.model import linear
-from ochat.model.attention import PackedAttention
+from ochat.model.attention.packed import PackedAttention
 from ochat.plan import tables
 from ochat.run import layout
 from ochat.run.lock import acquire_run_dir
@@ -226,7 +226,8 @@ class Trainer:
         facts |= {
             **(self.parts.adapters.facts(self.model) if self.parts.adapters else {}),
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
-            "computation": f"{config.train.dtype}, kernels {config.train.kernels}, attention {config.train.attention}",
+            "computation": f"{config.train.dtype}, kernels {config.train.kernels}",
+            "attention": resolved.attention_reason,
             "recompute": resolved.recompute_reason,
             **({"reduce": resolved.reduce_reason} if self.ranks.world > 1 else {}),
             "served as": inputs.template.default_condition or "(no condition)",

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.attention
 
-from benchmarks import attention, attention_backends, csv_file, implementations, ops, report, timing
+from benchmarks import attention, csv_file, implementations, ops, report, timing
 from benchmarks.attention import CHATS, LENGTHS
 from benchmarks.attention_backends import BACKENDS, backend
 from benchmarks.cases import MODELS, OPERATORS, Case, cost, make_problem
@@ -176,48 +176,17 @@ def test_the_definition_of_attention_equals_the_written_out_softmax(window):
     torch.testing.assert_close(flex.float(), found[0], atol=2e-2, rtol=0)  # bf16 of values near 2
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "sides", "has_lse"),
-    [
-        ("flash-attn 3", "flash_attn_interface", (-1, -1), True),
-        ("flash-attn 4", "flash_attn.cute", (None, None), True),
-    ],
-)
-@pytest.mark.parametrize("window", [None, 3])
-def test_packages_get_what_they_expect(monkeypatch, name, module, sides, has_lse, window):
-    """A stand-in that computes with the definition from the arguments of the package's function."""
+def test_untrimmed_documents_are_the_same_and_empty_ones(monkeypatch):
+    seen = []
 
-    def flash(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size):
-        assert torch.equal(cu_seqlens_q, cu_seqlens_k) and max_seqlen_q == max_seqlen_k and causal
-        assert window_size == (sides if window is None else (window - 1, 0))
-        left = None if window_size == sides else window_size[0] + 1
-        out = attend(q, k, v, cu_seqlens_q, max_seqlen_q, window=left)
-        return (out, None) if has_lse else out
+    def varlen(q, k, v, places, _, longest, *rest, **options):
+        seen.append((len(places) - 1, longest))
+        return attend(q, k, v, places, longest)
 
-    fake = types.ModuleType(module)
-    fake.flash_attn_varlen_func = flash
-    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
-    monkeypatch.setitem(sys.modules, module, fake)
-    for row in measured(monkeypatch, tiny("16", window, 64), NAMED["sdpa"], NAMED[name]).values():
-        assert row["status"] == "ok" and row["max_error"] < 0.02, row
-
-
-def test_cudnn_is_called_causal_and_has_no_window(monkeypatch):
-    calls = []
-
-    def operator(q, k, v, bias, cu_q, cu_k, max_q, max_k, has_lse, dropout, is_causal, is_debug):
-        calls.append((bias, max_q, max_k, has_lse, dropout, is_causal, is_debug))
-        return attend(q, k, v, cu_q, max_q), None
-
-    aten = types.SimpleNamespace(_cudnn_attention_forward=operator)
-    monkeypatch.setattr(attention_backends, "torch", types.SimpleNamespace(ops=types.SimpleNamespace(aten=aten)))
-    problem = attention.make_problem(tiny(CHATS), CPU, 0)
-    longest = problem.arguments["documents"].max_seqlen
-    for arguments, has_lse in ((problem.detached(), False), (problem.arguments, True)):
-        NAMED["cuDNN"].load()(arguments)
-        assert calls.pop() == (None, longest, longest, has_lse, 0.0, True, False)
-    with pytest.raises(NotImplementedError, match="no sliding window"):
-        NAMED["cuDNN"].load()(problem.arguments | {"window": 3})
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", types.SimpleNamespace(varlen_attn=varlen))
+    rows = measured(monkeypatch, tiny("16", None, 64), *(NAMED[x] for x in ("sdpa", "varlen", "varlen, untrimmed")))
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert set(seen) == {(4, 64), (64, 64)}
 
 
 @pytest.fixture
@@ -263,7 +232,7 @@ def test_a_backend_that_computes_something_else_gets_no_time(monkeypatch):
     """Documents that see each other, a window ignored, NaN, wrong gradients: the row says so."""
 
     def half_gradient(documents, window):
-        plain, where = attention_backends.BACKENDS[0].load(), {"documents": documents, "window": window}
+        plain, where = NAMED["sdpa"].load(), {"documents": documents, "window": window}
         return lambda q, k, v: 0.5 * ((out := plain({"q": q, "k": k, "v": v} | where)) + out.detach())
 
     def whole(q, k, v, window):

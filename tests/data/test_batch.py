@@ -47,7 +47,8 @@ def test_a_batch_says_what_its_documents_say(documents, spare):
     assert (batch.labels[total:] == IGNORE_INDEX).all() and not batch.loss_weights[total:].any()
     lengths = list(batch.lengths)
     assert lengths[: len(documents)] == [len(d) for d in documents]
-    assert batch.cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist() and batch.max_seqlen == max(lengths)
+    assert batch.cu_seqlens.tolist() == np.cumsum([0, *lengths]).tolist()
+    assert batch.max_seqlen == min(-(-max(lengths) // 128) * 128, sum(lengths))
     assert batch.position_ids.tolist() == [p for length in lengths for p in range(length)]
     kinds = {name: tensor.dtype for name, tensor in vars(batch).items() if torch.is_tensor(tensor)}
     assert (kinds.pop("loss_weights"), kinds.pop("cu_seqlens")) == (torch.float32, torch.int32)

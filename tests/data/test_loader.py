@@ -100,7 +100,8 @@ def test_fewer_conversations_than_bins_still_make_a_step(data):
 @pytest.mark.parametrize("is_power_of_two", [True, False])
 def test_padded_batches_have_the_shapes_of_a_run_that_never_recompiles(data, is_power_of_two):
     budget = 512 if is_power_of_two else int(data.lengths.max()) + 3
-    loader = load(data, pad=True, epochs=3, token_budget=budget)
+    shape = {"pad": True, "fix_documents": True, "epochs": 3, "token_budget": budget}
+    loader = load(data, **shape)
     made = batches(loader)
     assert {(*each.input_ids.shape, *each.cu_seqlens.shape) for each in made} == {(budget, loader.num_documents + 1)}
     assert {each.max_seqlen for each in made} <= {256, budget}  # padding's documents have 256
@@ -109,8 +110,20 @@ def test_padded_batches_have_the_shapes_of_a_run_that_never_recompiles(data, is_
     for each in made:
         assert budget >= each.max_seqlen >= max(each.lengths) and sum(each.lengths) == budget
         assert each.cu_seqlens.tolist() == np.cumsum([0, *each.lengths]).tolist()
-    ranks = [load(data, pad=True, epochs=3, token_budget=budget, rank=rank, world=4) for rank in range(4)]
+    ranks = [load(data, **shape, rank=rank, world=4) for rank in range(4)]
     assert {rank.num_documents for rank in ranks} == {loader.num_documents}
+
+
+def test_without_a_compiler_padded_batches_have_no_empty_documents(data):
+    """Kernels launch blocks for each document and each 128 tokens of the longest."""
+    shape = {"pad": True, "epochs": 1, "bins_per_step": 8}
+    for each, fixed in zip(batches(load(data, **shape)), batches(load(data, **shape, fix_documents=True)), strict=True):
+        real = len(each.lengths)
+        assert min(each.lengths) > 0 and fixed.lengths[:real] == each.lengths and not any(fixed.lengths[real:])
+        assert torch.equal(fixed.cu_seqlens[: real + 1], each.cu_seqlens) and len(each.cu_seqlens) == real + 1
+        assert 0 <= each.max_seqlen - max(each.lengths) < 128 and each.max_seqlen <= fixed.max_seqlen
+        tensors = [name for name, value in vars(each).items() if torch.is_tensor(value) and name != "cu_seqlens"]
+        assert all(torch.equal(getattr(each, name), getattr(fixed, name)) for name in tensors)
 
 
 def test_going_on_gives_the_same_steps_and_reads_nothing_of_earlier_ones(data, monkeypatch):

@@ -11,8 +11,8 @@ from ochat.errors import ConfigError, DataError
 from ochat.infer import generate as generation
 from ochat.infer.generate import KVCache, Sampler, generate
 from ochat.model import hf
+from ochat.model.attention.sdpa import Scores
 from ochat.model.rope import RopeConfig
-from ochat.model.sdpa import Scores
 from ochat.model.transformer import Transformer
 from tests.model_families import FAMILIES, make, random_ids
 

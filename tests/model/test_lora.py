@@ -19,7 +19,7 @@ from ochat.distributed import local_shards
 from ochat.errors import CheckpointError, ConfigError
 from ochat.export.hf_folder import export
 from ochat.model import hf, lora
-from ochat.model.attention import PackedAttention
+from ochat.model.attention.packed import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
 from ochat.train.loss import head_loss

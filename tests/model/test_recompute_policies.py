@@ -20,7 +20,7 @@ from ochat.config import LoraConfig, ParallelConfig, TrainConfig
 from ochat.data.batch import Example, pack
 from ochat.distributed.processes import Ranks
 from ochat.model import lora
-from ochat.model.attention import PackedAttention
+from ochat.model.attention.packed import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import RECOMPUTE, Transformer, pack_ids
 from ochat.train import sharding

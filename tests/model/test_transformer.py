@@ -105,7 +105,7 @@ def test_packing_lays_sequences_end_to_end_with_positions_of_their_own(tmp_path)
     model = hf.load(tmp_path, dtype="float32")
     input_ids, position_ids, attend = pack_ids(model, [[5, 6, 7], [], [8]])
     assert input_ids.tolist() == [5, 6, 7, 8] and position_ids.tolist() == [0, 1, 2, 0]
-    assert attend.cu_seqlens.tolist() == [0, 3, 3, 4] and attend.cu_seqlens.dtype == torch.int32
-    assert attend.max_seqlen == 3 and attend.backend == "sdpa"
+    assert attend.documents.cu_seqlens.tolist() == [0, 3, 3, 4]
+    assert attend.documents.max_seqlen == 3 and attend.backend == "sdpa"
     for lengths in ((0, 2, 0), (0, 0)):  # empty ones have empty logits
         assert [logits.shape for logits in model.logits(random_ids(*lengths))] == [(n, VOCAB_SIZE) for n in lengths]

@@ -19,7 +19,7 @@ from ochat.config import LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.model import linear, lora
-from ochat.model.attention import PackedAttention
+from ochat.model.attention.packed import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.rope import RopeConfig
 from ochat.model.transformer import RECOMPUTE, Transformer

@@ -10,7 +10,7 @@ import pytest
 
 from ochat import cli
 from ochat.commands import plan
-from ochat.config import BaseConfig, Config, DataConfig, TrainConfig
+from ochat.config import BaseConfig, Config, TrainConfig
 from ochat.data import manifest as manifests
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -117,9 +117,9 @@ def test_broken_weights_are_no_base_to_look_at(world, bare, capsys):
 
 
 def test_attention_that_lacks_what_the_model_needs_is_refused(bare):
-    gemma = dataclasses.replace(ModelConfig.load(bare), attention_softcap=50.0)
-    for attention in ("auto", "flex", "flash2", "varlen"):  # no package or GPU is needed to plan for one
-        config = Config(BaseConfig(str(bare)), DataConfig(), train=TrainConfig(attention=attention))
+    gemma = dataclasses.replace(ModelConfig.load(bare), head_dim=64, attention_softcap=50.0)
+    for attention in ("auto", "flex", "flash", "fa3", "varlen"):  # no package or GPU is needed to plan for one
+        config = Config(base=BaseConfig(str(bare)), train=TrainConfig(attention=attention))
         with pytest.raises(ConfigError, match="no softcap") if attention == "varlen" else nullcontext():
             assert plan.check(config, None, gemma)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ochat.data.batch import Example, pack
 from ochat.model import hf
-from ochat.model.attention import PackedAttention
+from ochat.model.attention.packed import PackedAttention
 from ochat.train.loss import head_loss
 from tests import model_families
 from tests.numerics import relative_error

@@ -52,7 +52,7 @@ def test_auto_keeps_everything_on_a_cpu_and_a_named_policy_stays(monkeypatch):
         assert chosen(10, monkeypatch, recompute=asked) == (asked, asked)
 
 
-def test_kernels_and_attention_follow_the_device_and_the_model(monkeypatch):
+def test_kernels_follow_the_device(monkeypatch):
     assert [resolve.kernels(asked, each, 1.0) for asked in ("auto", "reference") for each in (GPU, CPU)] == [
         "triton", "reference", "reference", "reference",
     ]  # fmt: skip
@@ -65,21 +65,6 @@ def test_kernels_and_attention_follow_the_device_and_the_model(monkeypatch):
     assert resolve.kernels("auto", CPU, long) == "reference"
     with pytest.raises(ConfigError, match="'compiled' needs a C\\+\\+ compiler"):
         resolve.kernels("compiled", CPU, long)
-    for dtype, device, backend in (("bfloat16", GPU, "varlen"), ("float32", GPU, "sdpa"), ("bfloat16", CPU, "sdpa")):
-        assert resolve.attention("auto", device, dtype, 0.0) == backend
-        assert resolve.attention("auto", device, dtype, 50.0) == ("sdpa" if device is CPU else "flex")
-    monkeypatch.setattr(resolve, "find_spec", lambda _: None)
-    for asked, device, dtype, softcap, needle in (
-        ("varlen", GPU, "bfloat16", 50.0, "'varlen' has no softcap.* 50; .*'auto'.* flex, flash2, sdpa"),
-        ("varlen", GPU, "float32", 0.0, "half precision, not torch.float32"),
-        ("flex", CPU, "float32", 50.0, "'flex' runs on CUDA.*'sdpa'"),
-        ("flash2", GPU, "bfloat16", 50.0, "pip install flash-attn"),
-    ):
-        with pytest.raises(ConfigError, match=needle):
-            resolve.attention(asked, device, dtype, softcap)
-    monkeypatch.setattr(resolve, "find_spec", lambda name: name)
-    for asked, softcap in (("varlen", 0.0), ("flash2", 50.0), ("flex", 50.0), ("sdpa", 50.0)):
-        assert resolve.attention(asked, GPU, "bfloat16", softcap) == asked
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="train.kernels = 'triton'"):
         resolve.kernels("triton", CPU, 1.0)

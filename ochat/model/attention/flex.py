@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ochat.model.sdpa import Scores
+from ochat.model.attention.sdpa import Scores
 
 BLOCK = 128  # rows and keys of a block that is skipped, taken whole, or masked
 KERNEL: Any = {"BACKEND": "TRITON"}  # for fewer rows than BLOCK torch 2.13 wants another, which it cannot always make
