@@ -63,6 +63,35 @@ def empty(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def representative(model: Model) -> list[Launch]:
+    """Every kernel as the model launches it in bf16, its optimizer over fp32 parameters with bf16 copies."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    H, F, N, K, D = model.H, model.F, model.N, model.K, model.D
+    x, gate_up, param = empty(T, H, dtype=bf16), empty(T, 2 * F, dtype=bf16), empty(2 * F, H, dtype=fp32)
+    with record() as launches:
+        glu.glu_fwd(gate_up, False)
+        glu.glu_fp8_fwd(gate_up, False)
+        glu.glu_bwd(gate_up, empty(T, F, dtype=bf16), False)
+        for transform in ("", linear_cross_entropy._name(_unchanged)):
+            _head(bf16, model.V, 0, 0.0, transform, wanted=True)
+        lce_kernels.lce_scale(x, empty(dtype=fp32), bf16)
+        angles = empty(T, D // 2, dtype=fp32)
+        rope.rope_fwd(empty(T, N, D, dtype=bf16), empty(T, K, D, dtype=bf16), angles, angles)
+        _qk_norm_rope(empty(T, N + 2 * K, D, dtype=bf16), N, K, D, 0.0)
+        weight, rstd = empty(H, dtype=bf16), empty(T, dtype=fp32)
+        rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5, 0.0)
+        rms_norm.rms_norm_bwd(x, x, x, weight, rstd, 0.0, True)
+        fp8.rows_fwd(x, None)
+        fp8.transposed_fwd(empty(2 * F, H, dtype=bf16), empty(2 * F, 1, dtype=fp32))
+        state, copy = empty(2 * F, H, dtype=fp32), empty(2 * F, H, dtype=bf16)
+        numbers = {"lr": 1e-4, "beta_1": 0.9, "beta_2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+        lists = ([tensor] for tensor in (param, param, state, state, copy))
+        adamw.adamw_step(*lists, empty(dtype=fp32), None, **numbers, seed=0, ids=[0], offsets=[0])
+        numbers |= {"skipped": 0, "key": 1, "offset": 0}
+        adamw_with_norm.adamw_with_norm_step(param, param, state, state, copy, **numbers)
+    return launches
+
+
 def glu_cases() -> None:
     for dtype, F in product(FLOATS, [1, *widths("F")]):
         for gate_up, grad in zip(layouts(T, 2 * F, dtype=dtype), layouts(T, F, dtype=dtype), strict=True):

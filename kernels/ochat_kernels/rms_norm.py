@@ -20,7 +20,7 @@ from ochat_kernels.rounding import narrow
 
 MAX_H = 16384  # a longer row of the backward's fp32 sums would not fit a processor's registers
 TILE = 4096  # elements of a program at least: several rows where they are short
-TILE_BWD = 512  # of the backward; more than two rows of a model's width leave too few registers for half of the warps
+TILE_BWD = 256  # of the backward; more than two rows of a model's width leave too few registers for half of the warps
 PAIR_H = 2048  # the widest rows that it takes in pairs
 MAX_ROWS = 32
 THREAD_BYTES = 32  # of a tile: two 16-byte accesses a thread

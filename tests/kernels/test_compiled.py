@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks.kernels_check import CompiledKernel, faults
+from benchmarks.compiled import CompiledKernel
+from benchmarks.kernels_check import faults
 from tests import tiny
 
 BAD_KERNELS = """
