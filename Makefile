@@ -32,9 +32,10 @@ fake-cuda: $(FAKE_CUDA)/.ready  ## what a step asks of a GPU, on one that is not
 	$(FAKE_CUDA)/bin/python -m pytest -m gpu tests/laws/test_cuda.py -k host_waits; \
 	$(FAKE_CUDA)/bin/python -m pytest -m fake_cuda tests/laws/test_launches.py
 
-kernels-check: .venv/dev $(TRITON36)  ## every GPU kernel compiled for sm_80 and sm_90, by the pinned triton and by 3.6 (no GPU needed)
+kernels-check: .venv/dev $(TRITON36)  ## every GPU kernel compiled for sm_80 and sm_90, by the pinned triton and by 3.6, and what each costs (no GPU needed)
 	TRITON_CACHE_DIR=.cache/triton-compiled $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
 	TRITON_CACHE_DIR=.cache/triton-compiled PYTHONPATH=.cache/triton36 $(BIN)/python -m benchmarks.kernels_check --out .cache/kernels-check
+	TRITON_CACHE_DIR=.cache/triton-compiled $(BIN)/python -m benchmarks.kernels_report
 
 lint: .venv/dev  ## ruff, pyright, and the direction of imports
 	$(BIN)/ruff check .

@@ -85,8 +85,8 @@ def representative(model: Model) -> list[Launch]:
         fp8.transposed_fwd(empty(2 * F, H, dtype=bf16), empty(2 * F, 1, dtype=fp32))
         state, copy = empty(2 * F, H, dtype=fp32), empty(2 * F, H, dtype=bf16)
         numbers = {"lr": 1e-4, "beta_1": 0.9, "beta_2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
-        lists = ([tensor] for tensor in (param, param, state, state, copy))
-        adamw.adamw_step(*lists, empty(dtype=fp32), None, **numbers, seed=0, ids=[0], offsets=[0])
+        lists = [param], [param], [state], [state], [copy], empty(dtype=fp32), None
+        adamw.adamw_step(*lists, **numbers, seed=0, ids=[0], offsets=[0])
         numbers |= {"skipped": 0, "key": 1, "offset": 0}
         adamw_with_norm.adamw_with_norm_step(param, param, state, state, copy, **numbers)
     return launches

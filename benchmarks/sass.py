@@ -5,6 +5,7 @@
 A part is an innermost loop that reads global memory, as often as the code has one (a kernel that passes over its rows
 twice has two); without such a loop it is the whole kernel. Its instructions are those between the loop's label and its
 branch back, whether predicated or not. Its bytes are the widths of its accesses to global memory: from caches, too.
+Both are four times as many in a loop that the assembler unrolled four times, as the second of glu_fp8_fwd_kernel.
 """
 
 from __future__ import annotations

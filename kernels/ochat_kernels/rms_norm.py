@@ -191,7 +191,7 @@ def _tile(H: int, itemsize: int, size: int, least: int = 1) -> tuple[int, int, i
 def _programs(T: int, rows: int, warps: int, device: torch.device) -> int:
     """Programs of the backward, never more than there are tiles: as many as the GPU runs at once.
 
-    Compiled for sm_90, one or two rows take up to 64 registers a thread: 32 warps a processor; more take up to 124."""
+    Compiled for sm_90, one or two rows take up to 64 registers a thread: 32 warps a processor; more take up to 120."""
     return min(triton.cdiv(T, rows), num_processors(device) * max((32 if rows <= 2 else 16) // warps, 1))
 
 
