@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from ochat_kernels.fp8 import scaled_product
+from ochat_kernels.reference_fp8 import quantize_rows
 from torch import Tensor
 
 from benchmarks import command_line, csv_file, smoke, timing
@@ -40,7 +42,6 @@ COLUMNS = [
     *("status", "note", "repeats", "median_ms", "p20_ms", "p80_ms", "tflop_per_s", "ceiling_tflop_per_s", "of_ceiling"),
 ]
 REPEATS = 10
-FP8_MOST = 448.0  # of float8_e4m3fn
 
 
 class Product(NamedTuple):
@@ -93,15 +94,8 @@ def add_product(gradient: Tensor, dy: Tensor, x: Tensor) -> Tensor:
 
 def fp8_product(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
     """(rows, in) times (out, in)^T of fp8 values, which are rounded beforehand: the operators before write them."""
-    (a, of_a), (b, of_b) = (rounded(each) for each in (x, weight))
-    product = torch.ops.aten._scaled_mm
-    return lambda: product(a, b.t(), of_a, of_b.t(), out_dtype=torch.bfloat16)
-
-
-def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x over the scale of its row, in fp8, and the scales (rows, 1) fp32."""
-    scale = x.abs().amax(dim=1, keepdim=True).float() / FP8_MOST
-    return (x / scale).to(torch.float8_e4m3fn), scale
+    rows = (*quantize_rows(x), *quantize_rows(weight))
+    return lambda: scaled_product(*rows)
 
 
 def measure(product: Product, device: torch.device, ceilings: Ceilings, quick: bool) -> Iterator[dict[str, Any]]:
