@@ -67,16 +67,15 @@ def _program(options: argparse.Namespace, name: str, phase: str | None = None, *
 
 
 def _tests(options: argparse.Namespace) -> list[str]:
-    """The head, rounding and 2^31 elements first, as tests/kernels/test_gpu.py has them; then the kernels' laws."""
-    chosen = ["tests/kernels/test_gpu.py", "tests/laws/test_cuda.py", "tests/model/test_attention.py", "tests/kernels"]
+    """What needs a GPU, then the head and rounding, then other laws. Files are named: pytest sorts those of a folder."""
+    first = [f"tests/{name}.py" for name in ("kernels/test_gpu", "laws/test_cuda")]
+    first += [f"tests/kernels/test_{name}.py" for name in ("linear_cross_entropy", "rounding")]
+    laws = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/test_*.py"))
+    chosen = [*first, *(x for x in laws if x not in first and "compiled" not in x), "tests/model/test_attention.py"]
     command = [sys.executable, "-m", "pytest", *chosen, "-v", "--tb=short", "-p", "no:cacheprovider", "--timeout=60"]
     if options.quick:
         return [*command, "-k", "refuses"]
-    return [
-        *command,
-        "--deselect=tests/kernels/test_compiled.py",
-        *(["-n", str(PROCESSES)] if find_spec("xdist") else []),
-    ]
+    return [*command, *(["-n", str(PROCESSES)] if find_spec("xdist") else [])]
 
 
 def run(phase: Phase, until: float, options: argparse.Namespace) -> str:
