@@ -67,7 +67,7 @@ def _program(options: argparse.Namespace, name: str, phase: str | None = None, *
 
 
 def _tests(options: argparse.Namespace) -> list[str]:
-    """What needs a GPU, then the head and rounding, then other laws. Files are named: pytest sorts those of a folder."""
+    """What needs a GPU, the head, rounding, then other laws. Files are named: pytest sorts those of a folder."""
     first = [f"tests/{name}.py" for name in ("kernels/test_gpu", "laws/test_cuda")]
     first += [f"tests/kernels/test_{name}.py" for name in ("linear_cross_entropy", "rounding")]
     laws = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/kernels/test_*.py"))
