@@ -379,6 +379,29 @@ def test_cudnn_gets_what_the_operator_expects(monkeypatch, cudnn_on_cpu, version
     assert cudnn_on_cpu == [shape, shape]
 
 
+@pytest.mark.parametrize(("name", "module", "function"), [
+    ("varlen", "torch.nn.attention.varlen", "varlen_attn"), ("flash", "flash_attn", "flash_attn_varlen_func"),
+])  # fmt: skip
+def test_a_compiler_sees_one_graph_whatever_the_documents(monkeypatch, name, module, function):
+    """And looks through the choice of a backend: other batches are other tensors."""
+
+    def stand_in(q, k, v, *places, enable_gqa=False, cu_seqlens_q=None, **_):
+        return q + (places[0] if cu_seqlens_q is None else cu_seqlens_q).sum()
+
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{function: stand_in}))
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda attend, *qkv: attend(0, *qkv, Scores(9)),
+        fullgraph=True,
+        backend=lambda graph, _: graphs.append(1) or graph,
+    )
+    for lengths in ([5, 2, 0], [1, 6, 0], [7, 0, 0]):
+        q, k, v, cu_seqlens = tensors(lengths, 4, 2, 8, torch.bfloat16)
+        compiled(PackedAttention(cu_seqlens, 8, name, lengths), q, k, v)
+    assert len(graphs) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("scores", [Scores(), Scores(7), Scores(softcap=2.0), Scores(97, 0.1, 2.0)], ids=str)
