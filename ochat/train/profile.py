@@ -47,7 +47,7 @@ PATTERNS = {  # the first that a name, or one around it, matches
     COMMUNICATION: r"nccl|gloo|c10d::|FSDP::|fsdp::",
     HEAD: r"linear_cross_entropy|LinearCrossEntropy|ochat_kernels::scale",
     OPTIMIZER: r"^optimizer$",
-    ATTENTION: r"scaled_dot_product|ScaledDotProduct|varlen_attn|flash|flex_attention|cudnn_attention",
+    ATTENTION: r"scaled_dot_product|ScaledDotProduct|varlen_attn|[fF]lash|flex_attention|cudnn_attention",
     MATMUL: r"^aten::(addmm_?|mm|bmm|baddbmm|_scaled_mm|_scaled_grouped_mm)$|gemm|nvjet|cutlass",
     COPIES: r"^aten::(copy_|_to_copy)$|Memcpy",
 }
