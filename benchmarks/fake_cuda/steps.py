@@ -41,7 +41,6 @@ CASES = [
     *(case for case in PHASES["ours"] if case.model in ("Llama-3-8B", "Llama-2-7B") or case.bins_per_step == 4),
     Case("Llama-3-8B", 16384, 1, options=(*IN_BACKWARD, *OFFLOADED)),
     Case("Llama-3-8B", 8192, 4, processes=2),
-    Case("Llama-3-8B", 16384, 4, processes=4),
     Case("Llama-3-8B", ODD, 1, options=IN_BACKWARD),
     Case("Llama-3-8B", ODD, 2, options=(*BF16, "--train.recompute=elementwise")),
     Case("Llama-3-8B", ODD, 2, options=("--train.recompute=block",)),
@@ -99,15 +98,17 @@ def is_odd(case: Case) -> bool:
 
 
 def _milliseconds(ours: Ours) -> float:
-    start = time.perf_counter()
+    """Of the processor, which other work on the machine disturbs less."""
+    start = time.process_time()
     ours.step()
-    return (time.perf_counter() - start) * 1e3
+    return (time.process_time() - start) * 1e3
 
 
 def row_of(index: int) -> dict[str, Any]:
     """A case measured in processes of its own, and what the plan says of it."""
     case = CASES[index]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(case.processes)] if case.processes > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(case.processes)]
+    launcher = torchrun if case.processes > 1 else []
     command = [sys.executable, *launcher, "-m", "benchmarks.fake_cuda.steps", "--case", str(index)]
     environment = os.environ | {"FAKE_CUDA_DEVICES": str(case.processes)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
