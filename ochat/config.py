@@ -387,6 +387,7 @@ def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
         (train.dtype == "float32", "optim.master_dtype", "float32", 'train.dtype = "float32"'),
         (config.lora.rank > 0, "optim.master_dtype", "float32", "lora.rank: frozen weights have no masters"),
         (parallel.reduce == "micro_batch", "optim.master_dtype", "float32", summed),
+        (parallel.reduce_dtype == "bfloat16", "optim.master_dtype", "float32", 'parallel.reduce_dtype = "bfloat16"'),
         (parallel.offload == "all", "optim.master_dtype", "float32", on_host),
         (parallel.offload == "all", "optim.moment_dtype", "float32", on_host),
         (in_backward, "optim.clip", 0, "optim.in_backward: the norm is known too late"),
