@@ -84,14 +84,16 @@ def test_shared_memory_is_the_cards(arch, fits):
 
 
 def test_spills_are_tolerated_in_rows_that_no_model_has():
-    def spilling(weight, alignment, block):
+    def spilling(weight, alignment, block, name="rms_norm_bwd_kernel"):
         configuration = {"x": "bf16", "weight": weight, "BLOCK_H": block}
-        return CompiledKernel("rms_norm_bwd_kernel", configuration, alignment, 90, num_warps=32, stack_bytes=8)
+        return CompiledKernel(name, configuration, alignment, 90, num_warps=32, stack_bytes=8)
 
     assert faults(spilling("bf16", "", "16384"))
     assert not faults(spilling("fp32", "", "16384"))
     assert not faults(spilling("bf16", "H%16!=0", "16384"))
     assert faults(spilling("bf16", "H%16!=0", "8192"))
+    assert not faults(spilling("bf16", "H%16!=0", "16384", "rms_norm_fwd_kernel"))
+    assert faults(spilling("bf16", "H%16!=0", "16384", "glu_fwd_kernel"))
 
 
 @pytest.mark.parametrize(
