@@ -57,7 +57,8 @@ def is_tolerated(kernel: CompiledKernel) -> bool:
     correct."""
     configuration = kernel.configuration
     is_common = configuration.get("x") == configuration.get("weight") == "bf16" and not kernel.alignment
-    return kernel.name in ("rms_norm_fwd_kernel", "rms_norm_bwd_kernel") and configuration["BLOCK_H"] == "16384" and not is_common
+    is_norm = kernel.name in ("rms_norm_fwd_kernel", "rms_norm_bwd_kernel")
+    return is_norm and configuration["BLOCK_H"] == "16384" and not is_common
 
 
 def main() -> None:

@@ -93,7 +93,10 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
         ("--data.subsample.GPT3=2", "data.subsample.GPT3 = 2: expected a number above 0 up to 1"),
         ("--classes.GPT4=1", "classes.GPT4 = 1: expected a table"),
         ("--classes.GPT4={}", "classes.GPT4 = {}: expected either reward or weight"),
-        ("--parallel.reduce_dtype=bfloat16 --parallel.reduce=step", "parallel.reduce_dtype = 'bfloat16': expected \"float32\" with"),
+        (
+            "--parallel.reduce_dtype=bfloat16 --parallel.reduce=step",
+            "parallel.reduce_dtype = 'bfloat16': expected \"float32\" with",
+        ),
         ("--parallel.offload=moments", "parallel.offload = 'moments': expected one of 'all', 'none', "),
         ("--checkpoint.keep_best=true", "checkpoint.keep_best = True: expected false with no data.eval_path"),
         ("--data.mix.A.path=a", "data.path = 'data': expected \"\" with [data.mix]"),
