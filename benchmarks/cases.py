@@ -45,7 +45,8 @@ MODELS = {
         Model("Llama-3.2-3B", H=3072, F=8192, N=24, K=8, D=128, V=128256, L=9),
     ]
 }
-OPERATORS = ["linear_cross_entropy", "rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "adamw"]
+OPERATORS = ["linear_cross_entropy", "rms_norm", "add_rms_norm", "rope", "qkv_rope", "qkv_norm_rope", "swiglu", "geglu"]
+OPERATORS += ["adamw"]
 OPTIMIZER_VARIANTS = {"bf16": 14, "fp32": 28, "fp32, bf16 copies": 30}  # bytes an element
 ELEMENT_BYTES = 2  # activations are bf16
 
@@ -88,19 +89,19 @@ class Cost(NamedTuple):
 def cost(case: Case, which: str) -> Cost:
     """The floor of one pass of a case; a backward pass counts what it must read and write itself.
 
-    rms_norm 2 + 3 passes over (T, H); add_rms_norm 4 + 4; rope 2 + 2 over (T, (N + K) D) and the angles twice,
-    qk_norm_rope 2 + 3; swiglu and geglu 3 + 5 over (T, F); the head 2 R H V FLOPs forward, 6 with gradients; adamw each
-    state, parameter and gradient once.
+    rms_norm 2 + 3 passes over (T, H); add_rms_norm 4 + 4; rope 2 + 2 over (T, (N + K) D) and the angles twice, qkv_rope
+    the same over (T, (N + 2K) D); qkv_norm_rope reads q and k once more; swiglu and geglu 3 + 5 over (T, F); the head
+    2 R H V FLOPs forward, 6 with gradients; adamw each state, parameter and gradient once.
     """
     m, T, both = case.model, case.num_tokens, which == "forward+backward"
     if case.operator == "rms_norm":
         return Cost(0, ELEMENT_BYTES * T * m.H * (5 if both else 2))
     if case.operator == "add_rms_norm":
         return Cost(0, ELEMENT_BYTES * T * m.H * (8 if both else 4))
-    if case.operator == "rope":
-        return Cost(0, (ELEMENT_BYTES * 2 * T * (m.N + m.K) * m.D + 4 * T * m.D) * (2 if both else 1))
-    if case.operator == "qk_norm_rope":
-        return Cost(0, ELEMENT_BYTES * T * (m.N + m.K) * m.D * (5 if both else 2) + 4 * T * m.D * (2 if both else 1))
+    if case.operator in ("rope", "qkv_rope", "qkv_norm_rope"):
+        heads = m.N + m.K * (1 if case.operator == "rope" else 2)
+        again = (m.N + m.K) * (both and case.operator == "qkv_norm_rope")
+        return Cost(0, T * m.D * ((4 * heads + 4) * (2 if both else 1) + 2 * again))
     if case.operator in ("swiglu", "geglu"):
         return Cost(0, ELEMENT_BYTES * T * m.F * (8 if both else 3))
     if case.operator == "linear_cross_entropy":
@@ -134,7 +135,8 @@ def make_problem(case: Case, device: torch.device, seed: int) -> Problem:
     """Random inputs, never zeros: a matrix product of zeros runs faster than one of data."""
     make = {
         "rope": _rope,
-        "qk_norm_rope": _rope,
+        "qkv_rope": _product,
+        "qkv_norm_rope": _product,
         "swiglu": _gated,
         "geglu": _gated,
         "linear_cross_entropy": _head,
@@ -170,11 +172,18 @@ def _rope(case: Case, draw: Draw) -> Problem:
     q, k, _ = packed.split([m.N * m.D, m.K * m.D, m.K * m.D], dim=1)
     angles = draw(T, m.D // 2, dtype=torch.float32, scale=math.pi)
     inputs = {"q": q.view(T, m.N, m.D).detach(), "k": k.view(T, m.K, m.D).detach()}
-    fixed: dict[str, Any] = {"cos": angles.cos(), "sin": angles.sin()}
-    if case.operator == "qk_norm_rope":
+    return _problem(inputs, {"cos": angles.cos(), "sin": angles.sin()}, [draw(T, m.N, m.D), draw(T, m.K, m.D)])
+
+
+def _product(case: Case, draw: Draw) -> Problem:
+    m, T = case.model, case.num_tokens
+    inputs = {"qkv": draw(T, (m.N + 2 * m.K) * m.D)}
+    angles = draw(T, m.D // 2, dtype=torch.float32, scale=math.pi)
+    fixed: dict[str, Any] = {"cos": angles.cos(), "sin": angles.sin(), "num_heads": m.N, "num_kv_heads": m.K}
+    if case.operator == "qkv_norm_rope":
         inputs |= {name: draw(m.D, scale=0.1).add_(1.0) for name in ("q_weight", "k_weight")}
         fixed["eps"] = EPS
-    return _problem(inputs, fixed, [draw(T, m.N, m.D), draw(T, m.K, m.D)])
+    return _problem(inputs, fixed, [draw(T, count, m.D) for count in (m.N, m.K, m.K)])
 
 
 def _gated(case: Case, draw: Draw) -> Problem:

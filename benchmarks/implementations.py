@@ -139,7 +139,8 @@ _OTHERS = {
         peer("quack", "quack.rotary:apply_rotary_emb",  # it takes (1, T, heads, D), one tensor at a time
              lambda f, a: [f(a[name][None], a["cos"], a["sin"])[0] for name in ("q", "k")]),
     ],
-    "qk_norm_rope": [],
+    "qkv_rope": [],
+    "qkv_norm_rope": [],
     "swiglu": [peer("liger", f"{LIGER}:LigerFusedGateUpSiLUMulFunction.apply", lambda f, a: f(a["gate_up"]))],
     "geglu": [
         peer("liger", f"{LIGER}:LigerGELUMulFunction.apply", lambda f, a: f(*a["gate_up"].chunk(2, dim=-1))),

@@ -18,7 +18,7 @@ from ochat_kernels import (
     glu,
     lce_kernels,
     linear_cross_entropy,
-    qk_norm_rope,
+    qkv_norm_rope,
     rms_norm,
     rope,
 )
@@ -76,8 +76,8 @@ def representative(model: Model) -> list[Launch]:
             _head(bf16, model.V, 0, 0.0, transform, wanted=True)
         lce_kernels.lce_scale(x, empty(dtype=fp32), bf16)
         angles = empty(T, D // 2, dtype=fp32)
-        rope.rope_fwd(empty(T, N, D, dtype=bf16), empty(T, K, D, dtype=bf16), angles, angles)
-        _qk_norm_rope(empty(T, N + 2 * K, D, dtype=bf16), N, K, D, 0.0)
+        rope.qkv_rope_fwd(empty(T, (N + 2 * K) * D, dtype=bf16), angles, angles, N, K)
+        _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=bf16), N, K, D, 0.0)
         weight, rstd = empty(H, dtype=bf16), empty(T, dtype=fp32)
         rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5, 0.0)
         rms_norm.rms_norm_bwd(x, x, x, weight, rstd, 0.0, True)
@@ -136,42 +136,45 @@ def rope_cases() -> None:
         angles = [empty(T, D // 2, dtype=torch.float32)] * 2
         q, k = empty(T, N, D, dtype=dtype), empty(T, K, D, dtype=dtype)
         rope.rope_bwd(q, k, *angles)
+        rope.qkv_rope_bwd(q, k, k, *angles)
         for packed in layouts(T, (N + 2 * K) * D, dtype=dtype):
-            q, k, _ = (part.unflatten(1, (-1, D)) for part in packed.split((N * D, K * D, K * D), dim=1))
+            rope.qkv_rope_fwd(packed, angles[0], angles[1], N, K)
+            q, k, _ = rope.heads_of(packed, N, K)
             rope.rope_fwd(q, k, *angles)
         rope.rope_fwd(q[1:], k[1:], *(x[1:] for x in angles))
     for N, K, D, d in ((24, 8, 128, 96), (32, 32, 80, 32), (16, 16, 256, 64)):  # models that turn a part of each head
         q, k, angles = empty(T, N, D, dtype=bf16), empty(T, K, D, dtype=bf16), empty(T, d // 2, dtype=torch.float32)
         rope.rope_fwd(q, k, angles, angles)
+        rope.qkv_rope_fwd(empty(T, (N + 2 * K) * D, dtype=bf16), angles, angles, N, K)
+        rope.qkv_rope_bwd(q, k, k, angles, angles)
 
 
-def qk_norm_rope_cases() -> None:
+def qkv_norm_rope_cases() -> None:
     """Heads of Qwen3 and SmolLM2 without an offset, of Gemma 3 (1B, 4B) with one, and of odd sizes, with a part that
     turns; then the layouts and dtypes of one size, and in bf16 Qwen3-Next's, a quarter of which turns. Triton 3.6
-    spills up to 16 bytes for odd sizes of which less than half turns; no model has these."""
+    spills up to 16 bytes for odd sizes of which half turns or less; no model has these."""
     fp32, bf16, fp16 = FLOATS
     heads = [(32, 8, 128, 128, 0.0), (4, 1, 256, 256, 1.0), (8, 4, 256, 256, 1.0), (9, 3, 64, 64, 0.0)]
-    heads += [(5, 3, 14, 14, 0.0), (5, 3, 15, 8, 1.0)]
+    heads += [(5, 3, 14, 14, 0.0), (5, 3, 15, 10, 1.0)]
     for (N, K, D, d, offset), dtype in product(heads, (fp32, bf16)):
-        _qk_norm_rope(empty(T, N + 2 * K, D, dtype=dtype), N, K, d, offset)
+        _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=dtype), N, K, d, offset)
     N, K, D = 32, 8, 128
     for packed in [*layouts(T, (N + 2 * K) * D, dtype=bf16), empty(T, (N + 2 * K) * D, dtype=fp16)]:
-        _qk_norm_rope(packed.unflatten(1, (-1, D)), N, K, D, 0.0)
-    _qk_norm_rope(empty(T, N + 2 * K, D, dtype=bf16), N, K, D, 0.0, weight_dtype=fp32)
-    _qk_norm_rope(empty(T, 16 + 2 * 2, 256, dtype=bf16), 16, 2, 64, 1.0)
+        _qkv_norm_rope(packed, N, K, D, 0.0)
+    _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=bf16), N, K, D, 0.0, weight_dtype=fp32)
+    _qkv_norm_rope(empty(T, (16 + 2 * 2) * 256, dtype=bf16), 16, 2, 64, 1.0)
 
 
-def _qk_norm_rope(
+def _qkv_norm_rope(
     packed: Tensor, N: int, K: int, d: int, offset: float, weight_dtype: torch.dtype | None = None
 ) -> None:
-    q, k, _ = packed.split((N, K, K), dim=1)
-    weight = empty(q.shape[2], dtype=weight_dtype or q.dtype)
+    gradients = rope.new_heads(packed, N, K)
+    weight = empty(gradients[0].shape[2], dtype=weight_dtype or packed.dtype)
     angles, rstd = empty(T, d // 2, dtype=torch.float32), empty(T, N + K, dtype=torch.float32)
-    inputs = (q, k, weight, weight, angles, angles)
-    qk_norm_rope.qk_norm_rope_fwd(*inputs, 1e-6, offset)
-    grad_q, grad_k = (empty(*x.shape, dtype=x.dtype) for x in (q, k))
+    inputs = (packed, weight, weight, angles, angles)
+    qkv_norm_rope.qkv_norm_rope_fwd(*inputs, N, K, 1e-6, offset)
     for need_weights in (True, False):
-        qk_norm_rope.qk_norm_rope_bwd(grad_q, grad_k, *inputs, rstd, offset, need_weights)
+        qkv_norm_rope.qkv_norm_rope_bwd(*gradients, *inputs, rstd, offset, need_weights)
 
 
 def rms_norm_cases() -> None:
@@ -240,7 +243,7 @@ CASES: dict[str, Callable[[], None]] = {
     "glu": glu_cases,
     "linear_cross_entropy": linear_cross_entropy_cases,
     "rope": rope_cases,
-    "qk_norm_rope": qk_norm_rope_cases,
+    "qkv_norm_rope": qkv_norm_rope_cases,
     "rms_norm": rms_norm_cases,
     "adamw": adamw_cases,
     "adamw_with_norm": adamw_with_norm_cases,

@@ -68,16 +68,15 @@ def _row(kernel: CompiledKernel, model: str) -> Row:
 
 def elements(kernel: CompiledKernel) -> float:
     """What a thread holds at a time: its share of a tile, whose sides are the constants BLOCK... and ROWS (BLOCK_R is
-    the part of a head that does not turn). A kernel of pairs, which has a HALF, holds both of each; where the numbers
-    of heads are constants, it takes all heads in one piece of code."""
+    the part of a head that does not turn, BLOCK_D a whole head). A kernel of pairs, which has a HALF, holds both of
+    each; its loop is that over heads."""
     constants = {name: int(value) for name, value in kernel.configuration.items() if value.isdecimal()}
-    sides = [size for name, size in constants.items() if name in ("BLOCK", "ROWS") or name.startswith("BLOCK_")]
-    tile = math.prod(sides) // constants.get("BLOCK_R", 1)
+    names = [name for name in constants if name in ("BLOCK", "ROWS") or name.startswith("BLOCK_")]
+    tile = math.prod(constants[name] for name in names if name not in ("BLOCK_R", "BLOCK_D"))
     if kernel.name in SQUARE_TILES:
         tile *= tile
     if "HALF" in constants:
-        groups = (-(-constants[heads] // constants["BLOCK_H"]) for heads in ("N", "K") if heads in constants)
-        tile *= 2 * (sum(groups) or 1)
+        tile *= 2
     return tile / (32 * kernel.num_warps)
 
 

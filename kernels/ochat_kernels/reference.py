@@ -24,7 +24,8 @@ __all__ = [
     "geglu",
     "geglu_fp8",
     "linear_cross_entropy",
-    "qk_norm_rope",
+    "qkv_norm_rope",
+    "qkv_rope",
     "quantize_rows",
     "quantize_transposed",
     "rms_norm",
@@ -70,23 +71,32 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return turned_q, turned_k
 
 
-def qk_norm_rope(
-    q: Tensor,
-    k: Tensor,
+def qkv_rope(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """rope of q and k (T, K, D), and v (T, K, D), of one product (T, (N + 2K) D), in new memory."""
+    q, k, v = _heads(qkv, num_heads, num_kv_heads)
+    return *rope(q, k, cos, sin), v.clone(memory_format=torch.contiguous_format)
+
+
+def qkv_norm_rope(
+    qkv: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
     cos: Tensor,
     sin: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
     eps: float,
     offset: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """rms_norm of each head of q by q_weight and of k by k_weight, both (D,), then rope; rounded once, at the end."""
-    wide = statistics_dtype(q)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv_rope after rms_norm of each head of q by q_weight and of k by k_weight, both (D,); rounded once, at the
+    end."""
+    wide = statistics_dtype(qkv)
+    q, k, v = _heads(qkv, num_heads, num_kv_heads)
     turned_q, turned_k = (
         _rotate(_normalize(x.to(wide), weight, eps, offset), cos, sin).to(x.dtype)
         for x, weight in ((q, q_weight), (k, k_weight))
     )
-    return turned_q, turned_k
+    return turned_q, turned_k, v.clone(memory_format=torch.contiguous_format)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -111,6 +121,12 @@ def geglu_fp8(gate_up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """geglu, quantised as in swiglu_fp8."""
     y = geglu(gate_up)
     return y, *quantize_rows(y.detach())
+
+
+def _heads(qkv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
+    """q (T, N, D), k and v (T, K, D) as views of a product (T, (N + 2K) D)."""
+    each = (num_heads, num_kv_heads, num_kv_heads)
+    return qkv.unflatten(1, (sum(each), qkv.shape[1] // sum(each))).split(each, dim=1)
 
 
 def _normalize(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:

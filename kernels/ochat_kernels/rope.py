@@ -1,8 +1,9 @@
-"""Rotary position embedding of packed q and k: pairs (i, i + d/2) of each head turned by their token's angle.
+"""Rotary position embedding of q and k: pairs (i, i + d/2) of each head turned by their token's angle.
 
     q, k = rope(q, k, cos, sin)   # q (T, N, D), k (T, K, D), cos and sin (T, d/2): elements from d on stay
-One launch turns both; a program takes a few tokens, reads their angles once and walks over the heads, in fp32.
-The gradient is the rotation by the opposite angle.
+    q, k, v = qkv_rope(qkv, cos, sin, N, K)   # of one product (T, (N + 2K) D), which no result is a view of
+One launch turns q and k, and copies v; a program takes a few tokens, reads their angles once and walks over the heads,
+in fp32. The gradient is the rotation by the opposite angle, written into one tensor where the product was one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ NUM_WARPS = 4
 # One access for each half of a thread's pairs: about 40 registers, so that enough programs wait for memory at once.
 PAIR_BYTES = 16
 MAX_BLOCK_H = 8  # divides the head counts of most models, so that no lane idles
+
+Heads = tuple[Tensor, Tensor, Tensor]  # q (T, N, D), k and v (T, K, D)
 
 
 @triton.jit
@@ -44,11 +47,25 @@ def _turn(x_ptr, y_ptr, stride_xt, stride_xh, stride_yt, stride_yh, t, tokens, i
 
 
 @triton.jit
+def copy_heads(x_ptr, y_ptr, stride_xt, stride_xh, stride_yt, stride_yh, t, tokens, HEADS,
+               D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Every head of x, at tokens `t` (BLOCK_T, 1, 1), into y as it is."""
+    d = tl.arange(0, BLOCK_D)[None, None, :]
+    for start in range(0, HEADS, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)[None, :, None]
+        mask = tokens & (h < HEADS) & (d < D)
+        h = h.to(tl.int64)
+        x = tl.load(x_ptr + t * stride_xt + h * stride_xh + d, mask=mask)
+        tl.store(y_ptr + t * stride_yt + h * stride_yh + d, x, mask=mask)
+
+
+@triton.jit
 def rope_kernel(
-    q_ptr, k_ptr, yq_ptr, yk_ptr, cos_ptr, sin_ptr, stride_qt, stride_qh, stride_kt, stride_kh,
-    stride_yqt, stride_yqh, stride_ykt, stride_ykh, T, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr,
-    REST: tl.constexpr, INVERSE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, yq_ptr, yk_ptr, yv_ptr, cos_ptr, sin_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_yqt, stride_yqh, stride_ykt, stride_ykh, stride_yvt, stride_yvh,
+    T, N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, INVERSE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
     i = tl.arange(0, BLOCK_I)[None, None, :]
@@ -61,42 +78,87 @@ def rope_kernel(
           N, HALF, REST, BLOCK_H, BLOCK_R)  # fmt: skip
     _turn(k_ptr, yk_ptr, stride_kt, stride_kh, stride_ykt, stride_ykh, t, tokens, i, cols, cos, sin,
           K, HALF, REST, BLOCK_H, BLOCK_R)  # fmt: skip
+    if v_ptr is not None:
+        copy_heads(v_ptr, yv_ptr, stride_vt, stride_vh, stride_yvt, stride_yvh, t, tokens,
+                   K, 2 * HALF + REST, BLOCK_H, BLOCK_D)  # fmt: skip
 
 
 def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Launches the forward: q (T, N, D) and k (T, K, D), turned."""
-    return _launch(q, k, cos, sin, inverse=False)
+    turned = q.new_empty(q.shape), k.new_empty(k.shape)
+    _launch((q, k, None), (*turned, None), cos, sin, inverse=False)
+    return turned
 
 
 def rope_bwd(grad_q: Tensor, grad_k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Launches the backward: the gradients of q (T, N, D) and k (T, K, D) from those of what rope_fwd returned."""
-    return _launch(grad_q, grad_k, cos, sin, inverse=True)
+    gradients = grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
+    _launch((grad_q, grad_k, None), (*gradients, None), cos, sin, inverse=True)
+    return gradients
 
 
-def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    yq, yk, (T, N, D), half = q.new_empty(q.shape), k.new_empty(k.shape), q.shape, cos.shape[1]
-    q, k = rows_of(q), rows_of(k)
-    arguments = {"q_ptr": q, "k_ptr": k, "yq_ptr": yq, "yk_ptr": yk}
-    arguments |= {"cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
-    arguments |= {"stride_qt": q.stride(0), "stride_qh": q.stride(1), "stride_kt": k.stride(0)}
-    arguments |= {"stride_kh": k.stride(1), "stride_yqt": yq.stride(0), "stride_yqh": yq.stride(1)}
-    arguments |= {"stride_ykt": yk.stride(0), "stride_ykh": yk.stride(1), "T": T}
-    arguments |= {"N": N, "K": k.shape[1], "HALF": half, "REST": D - 2 * half, "INVERSE": inverse}
-    blocks = head_blocks(k.shape[1], D, half, q.element_size())
+def qkv_rope_fwd(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the forward: q (T, N, D) and k (T, K, D), turned, and v (T, K, D) of a product (T, (N + 2K) D)."""
+    parts = heads_of(rows_of(qkv), num_heads, num_kv_heads)
+    results = new_heads(qkv, num_heads, num_kv_heads)
+    _launch(parts, results, cos, sin, inverse=False)
+    return results
+
+
+def qkv_rope_bwd(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Launches the backward: the gradient (T, (N + 2K) D) of the product from those of what qkv_rope_fwd returned."""
+    (T, N, D), K = grad_q.shape, grad_k.shape[1]
+    packed = grad_q.new_empty(T, (N + 2 * K) * D)
+    _launch((grad_q, grad_k, grad_v), heads_of(packed, N, K), cos, sin, inverse=True)
+    return packed
+
+
+def heads_of(qkv: Tensor, num_heads: int, num_kv_heads: int) -> Heads:
+    """q, k and v as views of the product (T, (N + 2K) D)."""
+    each = (num_heads, num_kv_heads, num_kv_heads)
+    q, k, v = qkv.unflatten(1, (sum(each), qkv.shape[1] // sum(each))).split(each, dim=1)
+    return q, k, v
+
+
+def new_heads(qkv: Tensor, num_heads: int, num_kv_heads: int) -> Heads:
+    """q, k and v, contiguous, with no values yet."""
+    T, D = qkv.shape[0], qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    q, k, v = (qkv.new_empty(T, count, D) for count in (num_heads, num_kv_heads, num_kv_heads))
+    return q, k, v
+
+
+def _launch(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    outputs: tuple[Tensor, Tensor, Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    inverse: bool,
+) -> None:
+    """Writes q and k (T, heads, D) turned, and v, if there, as it is, into the outputs, all of any strides."""
+    (T, N, D), K, half = inputs[0].shape, inputs[1].shape[1], cos.shape[1]
+    arguments: dict[str, object] = {"cos_ptr": cos.contiguous(), "sin_ptr": sin.contiguous()}
+    for name, x, y in zip("qkv", inputs, outputs, strict=True):
+        for side, tensor in ((name, None if x is None else rows_of(x)), (f"y{name}", y)):
+            strides = (None, None) if tensor is None else tensor.stride()
+            arguments |= {f"{side}_ptr": tensor, f"stride_{side}t": strides[0], f"stride_{side}h": strides[1]}
+    arguments |= {"T": T, "N": N, "K": K, "HALF": half, "REST": D - 2 * half, "INVERSE": inverse}
+    blocks = head_blocks(K, D, half, inputs[0].element_size())
     launch(rope_kernel, (triton.cdiv(T, blocks["BLOCK_T"]),), arguments | blocks, num_warps=NUM_WARPS)
-    return yq, yk
 
 
 def head_blocks(num_kv_heads: int, D: int, half: int, element_size: int) -> dict[str, int]:
-    """Tokens, heads, pairs and elements not turned of a tile: heads by k, whose count divides q's, then tokens until
-    threads are busy."""
-    pair_bytes = PAIR_BYTES if D * element_size % 16 == 0 else PAIR_BYTES // 4  # an address for every element
-    elements = 32 * NUM_WARPS * pair_bytes // element_size
+    """Tokens, heads, pairs, elements not turned and all elements of a tile: heads by k, whose count divides q's, then
+    tokens until threads are busy."""
+    pairs = PAIR_BYTES // element_size if D * element_size % 16 == 0 else 1  # else an address for every element
+    elements = 32 * NUM_WARPS * pairs
     block_i, block_r = triton.next_power_of_2(half), triton.next_power_of_2(max(1, D - 2 * half))
     width = max(block_i, block_r)
     block_h = min(triton.next_power_of_2(max(1, num_kv_heads)), MAX_BLOCK_H, max(1, elements // width))
     block_t = max(1, elements // (block_h * width))
-    return {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_I": block_i, "BLOCK_R": block_r}
+    blocks = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_I": block_i, "BLOCK_R": block_r}
+    return blocks | {"BLOCK_D": triton.next_power_of_2(D)}
 
 
 _forward = torch.library.custom_op("ochat_kernels::rope", rope_fwd, mutates_args=())
@@ -123,6 +185,30 @@ def _differentiate(ctx, grad_q, grad_k):
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 
+_forward_of_product = torch.library.custom_op("ochat_kernels::qkv_rope", qkv_rope_fwd, mutates_args=())
+_backward_of_product = torch.library.custom_op("ochat_kernels::qkv_rope_bwd", qkv_rope_bwd, mutates_args=())
+
+
+@_forward_of_product.register_fake
+def _(qkv, cos, sin, num_heads, num_kv_heads):
+    return new_heads(qkv, num_heads, num_kv_heads)
+
+
+@_backward_of_product.register_fake
+def _(grad_q, grad_k, grad_v, cos, sin):
+    return grad_q.new_empty(grad_q.shape[0], (grad_q.shape[1] + 2 * grad_k.shape[1]) * grad_q.shape[2])
+
+
+def _save_angles(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _differentiate_product(ctx, grad_q, grad_k, grad_v):
+    return _backward_of_product(grad_q, grad_k, grad_v, *ctx.saved_tensors), None, None, None, None
+
+
+_forward_of_product.register_autograd(_differentiate_product, setup_context=_save_angles)
+
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q and k with the pairs (i, i + d/2) of each head turned by their token's angle, and all from d on as it was.
@@ -137,6 +223,32 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     check_heads(q, k, cos, sin)
     return _forward(q, k, cos, sin)
+
+
+def qkv_rope(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> Heads:
+    """q and k of one product, turned as `rope` turns them, and v: none is a view of the product.
+
+    Args: qkv (T, (N + 2K) D) fp32, bf16 or fp16, the heads of q before those of k and of v, rows of any stride (copied
+    if they are not dense); cos and sin (T, d/2) fp32, d from 2 to D.
+    Returns: q (T, N, D), k and v (T, K, D) of its dtype, contiguous. The gradient is one contiguous tensor, too.
+    Raises: ValueError for another dtype, shape or device, and for cos or sin that require a gradient.
+    Costs: 3 T (N + K) d FLOPs; forward and backward each move 2 T (N + 2K) D elements and T d fp32; saves cos and sin
+    alone, so that nothing keeps the product; no sync.
+    Source: as rope.
+    """
+    check_product(qkv, cos, sin, num_heads, num_kv_heads)
+    return _forward_of_product(qkv, cos, sin, num_heads, num_kv_heads)
+
+
+def check_product(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int) -> None:
+    """ValueError for a product and angles that don't fit each other."""
+    check_floats("qkv", qkv, dims=2)
+    count = num_heads + 2 * num_kv_heads
+    if min(num_heads, num_kv_heads) < 1 or qkv.shape[1] % count:
+        heads = f"{num_heads} heads of q and {num_kv_heads} each of k and v"
+        raise ValueError(f"qkv has rows of {qkv.shape[1]} elements: expected a multiple of {count}, for {heads}")
+    q, k, _ = heads_of(qkv, num_heads, num_kv_heads)
+    check_heads(q, k, cos, sin)
 
 
 def check_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -46,7 +46,7 @@ class SelectiveRecompute:
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Saves calls instead of results. Costs in backward, a block: for each norm 2 T H elements to move, for RoPE
-        2 T (N + K) D (with the norms of q and k or without), for SwiGLU or GeGLU 3 T F."""
+        with the norms of q's and k's heads 2 T (N + 2K) D (without, nothing), for SwiGLU or GeGLU 3 T F."""
         self._results = WeakKeyDictionary()
         try:
             with saved_tensors_hooks(self._pack, unpack):
@@ -83,21 +83,28 @@ class SelectiveRecompute:
         self._record(rotated, self.ops.rope, q, k, cos, sin)
         return rotated
 
-    def qk_norm_rope(
+    def qkv_rope(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Its results are kept, and are all of the product that is: as large as that, and nothing need be remade."""
+        return self.ops.qkv_rope(qkv, cos, sin, num_heads, num_kv_heads)
+
+    def qkv_norm_rope(
         self,
-        q: Tensor,
-        k: Tensor,
+        qkv: Tensor,
         q_weight: Tensor,
         k_weight: Tensor,
         cos: Tensor,
         sin: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
         eps: float,
         offset: float = 0.0,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (q, k, q_weight, k_weight, cos, sin, eps, offset)
-        rotated = self.ops.qk_norm_rope(*inputs)
-        self._record(rotated, self.ops.qk_norm_rope, *inputs)
-        return rotated
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (qkv, q_weight, k_weight, cos, sin, num_heads, num_kv_heads, eps, offset)
+        results = self.ops.qkv_norm_rope(*inputs)
+        self._record(results, self.ops.qkv_norm_rope, *inputs)
+        return results
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         y = self.ops.swiglu(gate_up)

@@ -107,22 +107,27 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor | Fp8Rows, rotation: Rotation | None, attend: Attend, rows: Tensor | None = None
     ) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)  # (T, N, D), 2 x (T, K, D)
-        q, k = self._prepare(q, k, rotation)
+        q, k, v = self._prepare(self.qkv(x), rotation)
         attended = attend(self.layer, q, k, v, self.scores)
         return self.out(_pick(attended.flatten(1), rows))
 
-    def _prepare(self, q: Tensor, k: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """q and k, normed and rotated."""
+    def _prepare(self, qkv: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q (T, N, D) and k (T, K, D), normed and rotated, and v (T, K, D), of their product. Where one operator does
+        all, no result is a view that keeps the whole product; elsewhere backward needs the product, or its views are
+        all there is."""
+        if rotation is not None and self.q_norm is None:
+            return self.ops.qkv_rope(qkv, *rotation, *self.heads[:2])
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             if self.norms_heads and rotation is not None:
-                weights = linear.cast(self.q_norm.weight, q.dtype), linear.cast(self.k_norm.weight, q.dtype)
-                return self.ops.qk_norm_rope(q, k, *weights, *rotation, self.q_norm.eps, self.q_norm.offset)
+                weights = linear.cast(self.q_norm.weight, qkv.dtype), linear.cast(self.k_norm.weight, qkv.dtype)
+                options = (*self.heads[:2], self.q_norm.eps, self.q_norm.offset)
+                return self.ops.qkv_norm_rope(qkv, *weights, *rotation, *options)
             start = 0 if self.norms_heads else 1  # the dimensions that are rows of the norm
             q, k = (
                 norm(x.flatten(start, start + 1))[0].view(x.shape) for norm, x in ((self.q_norm, q), (self.k_norm, k))
             )
-        return (q, k) if rotation is None else self.ops.rope(q, k, *rotation)
+        return (q, k, v) if rotation is None else (*self.ops.rope(q, k, *rotation), v)
 
 
 class MLP(nn.Module):

@@ -14,16 +14,17 @@ What backward keeps of a block (the operators of kernels/ochat_kernels, torch's 
   norms      e T 2H + 4 T 2      their inputs and rstd: the two streams before the branches, what the branches gave
                                  after them; twice that where a block has both
   matmuls    e T (2H + F)        inputs of qkv, gate_up and down; that of `out` is attention's output
-  attention  e T (N + K + (N + 2K) + N) D + 4 T N + 16    q and k after RoPE (a layer without has no such copies), the
-                                 matmul output that holds v, the output of attention, its logsumexp, a random state
+  attention  e T ((N + 2K) + N) D + 4 T N + 16    q and k after RoPE and v (in a layer without RoPE the matmul's output
+                                 itself), the output of attention, its logsumexp, a random state
   MLP        e T 2F              the input of SwiGLU or GeGLU
-  qk norms   4 T (N + K), or 4 T 2 of norms over all heads: their rstd; they read the matmul's output
+  qk norms   e T (N + 2K) D      the matmul's output, which they read (without RoPE, or with norms over all heads, it
+                                 holds v: e T (N + K) D); their rstd, 4 T (N + K), or 4 T 2 of norms over all heads
   weights    e B                 only where blocks are recomputed on one process: casts of the block's fp32 masters
   fp8        4 (2H + 2F + (N + 2K) D)    where linears are "fp8", the scales of their weights' rows; they read the
                                  masters, so there are neither casts nor copies of these
 After attention the last block computes R rows only; the rows that it picks are a copy of attention's output.
-recompute = "elementwise" does not keep the matmuls' inputs, nor q and k after RoPE: e T (2H + F + (N + K) D) less, or
-e T (F + (N + K) D) where there are no norms before the branches, whose inputs are then the streams.
+recompute = "elementwise" does not keep the matmuls' inputs, e T (2H + F) less, or e T F where there are no norms before
+the branches, whose inputs are then the streams; with qk norms it keeps the matmul's output alone, and not q, k and v.
 "block" keeps e T 2H, the block's inputs (nothing on the GPU if they are offloaded), and all of the above for the one
 block in backward.
 Outside the blocks: 8 T ids, 4 T D angles of each kind of rotation (where only a part of a head rotates, of that); the
@@ -196,8 +197,9 @@ def block_saved_bytes(model: ModelConfig, at: Layout, *, is_rotated: bool = True
     H, remakes = model.hidden_size, at.recompute == "elementwise"
     has_before = model.norm_placement != "after"
     read = H * (1 + (not remakes)) if has_before else H  # the stream, and its norm that a branch reads
-    prepared = (q + kv) * (is_rotated or bool(model.qk_norm)) * (not remakes)
-    before = read + (q + 2 * kv) + prepared + q  # attention and what precedes it
+    before = (
+        read + (q + 2 * kv) + _normed_elements(model, is_rotated) * (not remakes) + q
+    )  # attention and what precedes
     narrow = has_before + model.num_heads
     narrow += {"": 0, "head": model.num_heads + model.num_kv_heads, "full": 2}[model.qk_norm]
     rows = at.supervised if is_last else at.token_budget
@@ -211,6 +213,13 @@ def _scale_bytes(model: ModelConfig) -> int:
     """Of a scale for each row of a block's weights."""
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     return 4 * (qkv + 2 * model.hidden_size + 2 * model.intermediate_size)
+
+
+def _normed_elements(model: ModelConfig, is_rotated: bool) -> int:
+    """Of a token's q and k, and v where one operator makes all three, beside the matmul's output, which norms read."""
+    is_fused = is_rotated and model.qk_norm == "head"
+    heads = model.num_heads + model.num_kv_heads * (2 if is_fused else 1)
+    return heads * model.head_dim * bool(model.qk_norm)
 
 
 def _after_attention_bytes(model: ModelConfig, at: Layout, rows: int) -> int:
@@ -311,7 +320,7 @@ def _stage(model: ModelConfig, at: Layout, layer: int, stage: str) -> tuple[int,
         again += max(2 * F * (rows + H) - unmade, 0) * at.is_fp8  # gone when the weight's gradient is made
         return 3 * F * H, kept - e * rows * F * (remakes != "elementwise"), e * (rows + T) * H + again
     if stage == "attention":
-        again = e * T * {"none": 0, "elementwise": q + kv, "block": H}[remakes]
+        again = e * T * {"none": 0, "elementwise": _normed_elements(model, is_rotated), "block": H}[remakes]
         return 3 * F * H + q * H, kept - _after_attention_bytes(model, at, rows), e * T * (2 * q + 2 * kv + H) + again
     return _block_matrices(model), 0, e * T * (4 * H + q + 2 * kv) + (q + 2 * kv) * (T + H) * at.is_fp8
 

@@ -168,13 +168,14 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
 
 def _moved_per_token(model: ModelConfig) -> int:
     """Elements that the memory-bound operators of a block read and write for a token, forward and backward: two norms
-    with their residual 16 H, RoPE 4 (N + K) D, gradients of q, k and v in one tensor 2 (N + 2K) D, SwiGLU or GeGLU 8 F.
+    with their residual 16 H, the split and RoPE of q, k and v 4 (N + 2K) D, SwiGLU or GeGLU 8 F.
 
     A norm after a branch is 5 H, a residual that no norm adds 6 H, a scale of a branch 4 H; norms of the heads of q and
-    k are one read more, norms over all their heads 5 (N + K) D."""
+    k are one read more, (N + K) D; norms over all their heads 5 (N + K) D, with RoPE 4 (N + K) D and the gradients of
+    q, k and v in one tensor 2 (N + 2K) D."""
     streams = {"before": 16, "both": 26, "after": 22}[model.norm_placement] + 8 * (model.residual_scale != 1.0)
-    norms = {"": 0, "head": 1, "full": 5}[model.qk_norm]
-    heads = (6 + norms) * model.num_heads + (8 + norms) * model.num_kv_heads
+    q, kv = {"": (4, 8), "head": (5, 9), "full": (11, 13)}[model.qk_norm]
+    heads = q * model.num_heads + kv * model.num_kv_heads
     return streams * model.hidden_size + heads * model.head_dim + 8 * model.intermediate_size
 
 
@@ -194,7 +195,8 @@ def _quantised_bytes(model: ModelConfig, layout: Layout) -> tuple[int, int]:
 def _recomputed_per_token(model: ModelConfig) -> int:
     """Elements that norms, RoPE and SwiGLU read and write again for a token of a block; what norms after the branches
     gave is not asked for."""
-    heads = (model.num_heads + model.num_kv_heads) * (2 if model.qk_norm == "full" else 1)
+    q, kv = {"": (0, 0), "head": (1, 2), "full": (2, 2)}[model.qk_norm]  # without norms nothing of the product is kept
+    heads = q * model.num_heads + kv * model.num_kv_heads
     streams = 0 if model.norm_placement == "after" else 4
     return streams * model.hidden_size + 2 * heads * model.head_dim + 3 * model.intermediate_size
 

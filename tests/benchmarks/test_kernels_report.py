@@ -41,8 +41,7 @@ def test_loops_of_machine_code():
     [
         ({"BLOCK_V": "16384", "LANE": "8", "logits": "bf16"}, 32, 16),
         ({"ROWS": "2", "BLOCK_H": "2048"}, 8, 16),
-        ({"HALF": "64", "BLOCK_T": "2", "BLOCK_H": "8", "BLOCK_I": "64", "BLOCK_R": "1"}, 4, 16),
-        ({"HALF": "64", "N": "32", "K": "8", "BLOCK_T": "2", "BLOCK_H": "8", "BLOCK_I": "64", "BLOCK_R": "1"}, 4, 80),
+        ({"HALF": "64", "BLOCK_T": "2", "BLOCK_H": "8", "BLOCK_I": "64", "BLOCK_R": "2", "BLOCK_D": "128"}, 4, 16),
         ({"BLOCKS": "8", "BLOCK": "1024"}, 4, 8),
     ],
 )

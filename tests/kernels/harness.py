@@ -66,8 +66,9 @@ def operators(T: int, H: int, dtype: torch.dtype) -> dict[str, tuple[Callable, l
         "rms_norm": (lambda x, w: triton_ops.rms_norm(x, w, 1e-5), [x, weight]),
         "add_rms_norm": (lambda x, r, w: triton_ops.add_rms_norm(x, r, w, 1e-5, 1.0), [x, residual, weight]),
         "rope": (lambda qkv: triton_ops.rope(*qkv.split((3, 2, 2), dim=1)[:2], cos, sin), [qkv]),
-        "qk_norm_rope": (
-            lambda qkv, a, b: triton_ops.qk_norm_rope(*qkv.split((3, 2, 2), dim=1)[:2], a, b, cos, sin, 1e-5, 1.0),
+        "qkv_rope": (lambda qkv: triton_ops.qkv_rope(qkv.flatten(1), cos, sin, 3, 2), [qkv]),
+        "qkv_norm_rope": (
+            lambda qkv, a, b: triton_ops.qkv_norm_rope(qkv.flatten(1), a, b, cos, sin, 3, 2, 1e-5, 1.0),
             [qkv, weight, random(H, dtype=dtype, seed=7)],
         ),
         "swiglu": (triton_ops.swiglu, [random(T, 2 * H, dtype=dtype, seed=6)]),

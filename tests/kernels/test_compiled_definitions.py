@@ -31,6 +31,11 @@ def calls(tokens):
             lambda f, x, r, w: f(x, r, w, 1e-5), [draw(tokens, 21), draw(tokens, 21, seed=1), draw(21, seed=2)],
         ),
         "rope": (lambda f, q, k: f(q, k, angles.cos(), angles.sin()), [draw(tokens, 3, 7), draw(tokens, 1, 7, seed=1)]),
+        "qkv_rope": (lambda f, qkv: f(qkv, angles.cos(), angles.sin(), 3, 1), [draw(tokens, 5 * 7)]),
+        "qkv_norm_rope": (
+            lambda f, qkv, a, b: f(qkv, a, b, angles.cos(), angles.sin(), 3, 1, 1e-5),
+            [draw(tokens, 5 * 7), draw(7, seed=1), draw(7, seed=2)],
+        ),
         "swiglu": (lambda f, x: f(x), [draw(tokens, 2 * 19)]),
         "linear_cross_entropy": (
             lambda f, h, w: f(h, w, labels, weights, chunk_rows=4, softcap=5.0)[::2],

@@ -41,7 +41,8 @@ def test_what_the_norms_register(wanted):
 
 
 def test_what_the_others_register():
-    q, k, _ = CALLS["rope"][1][0].split((3, 2, 2), dim=1)
+    q, k, v = CALLS["rope"][1][0].split((3, 2, 2), dim=1)
+    qkv = CALLS["rope"][1][0].flatten(1)
     angles = [random(6, 5, seed=i) for i in range(2)]
     norms = [random(10, seed=i) for i in range(2)]
     hidden, head = (x.clone().requires_grad_() for x in CALLS["linear_cross_entropy"][1])
@@ -49,8 +50,10 @@ def test_what_the_others_register():
     for name, arguments in {
         "rope": (q.clone().requires_grad_(), k.clone().requires_grad_(), *angles),
         "rope_bwd": (q, k, *angles),
-        "qk_norm_rope": (q.clone().requires_grad_(), k.clone().requires_grad_(), *norms, *angles, 1e-5, 1.0),
-        "qk_norm_rope_bwd": (q, k, q, k, *norms, *angles, random(6, 5), 0.0, True),
+        "qkv_rope": (qkv.clone().requires_grad_(), *angles, 3, 2),
+        "qkv_rope_bwd": (q, k, v, *angles),
+        "qkv_norm_rope": (qkv.clone().requires_grad_(), *norms, *angles, 3, 2, 1e-5, 1.0),
+        "qkv_norm_rope_bwd": (q, k, v, qkv, *norms, *angles, random(6, 5), 0.0, True),
         "glu": (CALLS["swiglu"][1][0].clone().requires_grad_(), True),
         "glu_bwd": (random(6, 20), random(6, 10), False),
         "linear_cross_entropy": (hidden, head, labels, weights, None, 0, 2.0, "", True, True),
@@ -61,7 +64,9 @@ def test_what_the_others_register():
 
 X, W, Q, K, ANGLES = (torch.zeros(shape) for shape in [(2, 4), (4,), (3, 4, 8), (3, 2, 8), (3, 4)])
 GOOD = {"rms_norm": (X, W, 1e-5), "add_rms_norm": (X, X, W, 1e-5), "rope": (Q, K, ANGLES, ANGLES), "swiglu": (X,)}
-GOOD |= {"geglu": (X,), "qk_norm_rope": (Q, K, ANGLES[0].repeat(2), ANGLES[0].repeat(2), ANGLES, ANGLES, 1e-5)}
+QKV, HEAD = torch.zeros(3, 64), torch.zeros(8)
+GOOD |= {"geglu": (X,), "qkv_rope": (QKV, ANGLES, ANGLES, 4, 2)}
+GOOD |= {"qkv_norm_rope": (QKV, HEAD, HEAD, ANGLES, ANGLES, 4, 2, 1e-5)}
 REFUSED = [
     ("rms_norm", {0: X.double()}, "x is torch.float64: expected float32"),
     ("rms_norm", {1: W.int()}, "weight is torch.int32: expected float32"),
@@ -89,11 +94,17 @@ REFUSED = [
     ("rope", {3: ANGLES.bfloat16()}, "sin is torch.bfloat16"),
     ("rope", {2: ANGLES.clone().requires_grad_()}, r"cos requires a gradient.*pass cos.detach\(\)"),
     ("rope", {3: ANGLES.clone().requires_grad_()}, "sin requires a gradient"),
-    ("qk_norm_rope", {1: K[:2]}, "k is torch.float32"),
-    ("qk_norm_rope", {2: X[0]}, r"q_weight is torch.float32 \(4,\): expected .*\(8,\)"),
-    ("qk_norm_rope", {3: Q[0, 0].bfloat16()}, "k_weight is torch.bfloat16 .*expected torch.float32"),
-    ("qk_norm_rope", {3: Q[0, 0].to("meta")}, "k_weight is on meta"),
-    ("qk_norm_rope", {4: ANGLES[:1]}, "cos is torch.float32"),
+    ("qkv_rope", {0: Q}, "qkv has shape .* expected 2 dimensions"),
+    ("qkv_rope", {0: QKV.double()}, "qkv is torch.float64: expected float32"),
+    ("qkv_rope", {0: QKV[:, :63]}, "rows of 63 elements: expected a multiple of 8, for 4 heads of q and 2 each of k"),
+    ("qkv_rope", {3: 0}, "rows of 64 elements: expected a multiple of 4, for 0 heads of q"),
+    ("qkv_rope", {2: ANGLES[:, :2]}, r"sin is torch.float32 \(3, 2\).*as many in cos and sin"),
+    ("qkv_rope", {2: ANGLES.clone().requires_grad_()}, "sin requires a gradient"),
+    ("qkv_norm_rope", {0: QKV[:2]}, "cos is torch.float32"),
+    ("qkv_norm_rope", {1: X[0]}, r"q_weight is torch.float32 \(4,\): expected .*\(8,\)"),
+    ("qkv_norm_rope", {2: HEAD.bfloat16()}, "k_weight is torch.bfloat16 .*expected torch.float32"),
+    ("qkv_norm_rope", {2: HEAD.to("meta")}, "k_weight is on meta"),
+    ("qkv_norm_rope", {3: ANGLES[:1]}, "cos is torch.float32"),
     ("swiglu", {0: X.double()}, "float64: expected float32"),
     ("swiglu", {0: Q}, "expected 2 dimensions"),
     ("swiglu", {0: X.new_zeros(2, 5)}, "5 columns: expected an even number"),

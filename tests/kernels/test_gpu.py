@@ -124,14 +124,17 @@ def test_rotations_and_gates_at_real_sizes(N, K, D):
     angles = random(4096, D // 2, seed=2)
     cos, sin = angles.cos(), angles.sin()
     assert_op(*[lambda q, k, m=m: m.rope(q, k, cos, sin) for m in (triton_ops, reference)], [q, k])
-    weights = [random(D, dtype=BF16, seed=seed) for seed in (3, 4)]
-    assert_op(*[lambda *x, m=m: m.qk_norm_rope(*x, cos, sin, EPS) for m in (triton_ops, reference)], [q, k, *weights])
+    qkv, weights = random(4096, (N + 2 * K) * D, dtype=BF16), [random(D, dtype=BF16, seed=seed) for seed in (3, 4)]
+    assert_op(*[lambda x, m=m: m.qkv_rope(x, cos, sin, N, K) for m in (triton_ops, reference)], [qkv])
+    ops = [lambda *x, m=m: m.qkv_norm_rope(*x, cos, sin, N, K, EPS) for m in (triton_ops, reference)]
+    assert_op(*ops, [qkv, *weights])
     for name in ("swiglu", "geglu"):
         assert_op(*[getattr(m, name) for m in (triton_ops, reference)], [random(1024, 2 * N * D, dtype=BF16)])
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm", "add_rms_norm", "rope", "qk_norm_rope", "swiglu", "geglu", "linear_cross_entropy"]
+    "name",
+    ["rms_norm", "add_rms_norm", "rope", "qkv_rope", "qkv_norm_rope", "swiglu", "geglu", "linear_cross_entropy"],
 )
 def test_nothing_waits_for_the_gpu(name, plain_mode):
     function, leaves = operators(2048, 2048, BF16)[name]
@@ -229,6 +232,8 @@ def test_rope_past_two_to_the_31(plain_mode):
     q, k = packed[:, :32], packed[:, 32:40]
     angles = drawn(T, 64, seed=1, dtype=torch.float32)
     got = triton_ops.rope(q, k, angles.cos(), angles.sin())
+    of_product = triton_ops.qkv_rope(packed.flatten(1), angles.cos(), angles.sin(), 32, 8)
+    assert all(map(torch.equal, of_product, (*got, packed[:, 40:])))
     for ends in (slice(0, 8), slice(-8, None)):
         alone = reference.rope(q[ends], k[ends], angles[ends].cos(), angles[ends].sin())
         for big, small in zip(got, alone, strict=True):

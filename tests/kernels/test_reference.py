@@ -103,11 +103,17 @@ def test_rope_turns_each_pair_by_its_angle(turned):
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("turned", [8, 4])
-def test_qk_norm_rope_is_a_norm_of_each_head_and_then_rope(turned, offset):
-    q, k, angles = draw(5, 3, 8), draw(5, 2, 8, seed=1), draw(5, turned // 2, seed=2)
+def test_a_product_is_split_normed_by_heads_and_turned(turned, offset):
+    parts, angles = (draw(5, 3, 8), draw(5, 2, 8, seed=1), draw(5, 2, 8, seed=5)), draw(5, turned // 2, seed=2)
+    qkv, (q, k, v) = torch.cat(parts, dim=1).flatten(1), parts
     weights, cos, sin = (draw(8, seed=3), draw(8, seed=4)), angles.cos(), angles.sin()
     normal = [ops.rms_norm(x, weight, 1e-3, offset) for x, weight in zip((q, k), weights, strict=True)]
-    torch.testing.assert_close(ops.qk_norm_rope(q, k, *weights, cos, sin, 1e-3, offset), ops.rope(*normal, cos, sin))
+    expected = (*ops.rope(*normal, cos, sin), v)
+    torch.testing.assert_close(ops.qkv_norm_rope(qkv, *weights, cos, sin, 3, 2, 1e-3, offset), expected)
+    plain = ops.qkv_rope(qkv, cos, sin, 3, 2)
+    assert all(map(torch.equal, plain, (*ops.rope(q, k, cos, sin), v)))
+    for result in plain:
+        assert result.is_contiguous() and result.untyped_storage().data_ptr() != qkv.untyped_storage().data_ptr()
 
 
 def test_a_gate_stands_in_the_first_half():
@@ -122,11 +128,13 @@ def test_gradients_of_the_definitions_are_their_differences():
     """Through fp64, where autograd's gradients must be what small steps show."""
     x, residual, weight = (draw(*shape, seed=i).requires_grad_() for i, shape in enumerate([(3, 6), (3, 6), (6,)]))
     q, k = draw(3, 2, 6, seed=4).requires_grad_(), draw(3, 1, 6, seed=5).requires_grad_()
+    qkv = draw(3, 4 * 6, seed=8).requires_grad_()
     angles, other = draw(3, 2, seed=6), draw(6, seed=7).requires_grad_()
     cos, sin = angles.cos(), angles.sin()
     for function, leaves in (
         (lambda x, r, w: ops.add_rms_norm(x, r, w, 1e-3, 1.0), (x, residual, weight)),
-        (lambda q, k, a, b: ops.qk_norm_rope(q, k, a, b, cos, sin, 1e-3, 1.0), (q, k, weight, other)),
+        (lambda qkv, a, b: ops.qkv_norm_rope(qkv, a, b, cos, sin, 2, 1, 1e-3, 1.0), (qkv, weight, other)),
+        (lambda qkv: ops.qkv_rope(qkv, cos, sin, 2, 1), (qkv,)),
         (lambda q, k: ops.rope(q, k, cos, sin), (q, k)),
         (ops.swiglu, (x,)),
         (ops.geglu, (x,)),

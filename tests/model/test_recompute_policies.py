@@ -85,20 +85,24 @@ def test_elementwise_repeats_no_product_and_block_repeats_those_of_forward():
     assert 1.15 * flops["none"] < flops["block"] < 4 / 3 * flops["none"]
 
 
+@pytest.mark.parametrize("config", [PLAIN, CONFIG], ids=["plain", "norms of heads"])
 @pytest.mark.parametrize(("policy", "times"), [("none", 1), ("elementwise", 2), ("block", 2)])
-def test_an_operator_runs_once_more_however_many_documents_ask_for_its_result(policy, times, monkeypatch):
-    model, calls = build(PLAIN), Counter()
+def test_an_operator_runs_once_more_however_many_documents_ask_for_its_result(policy, times, config, monkeypatch):
+    """But for RoPE without norms, whose results elementwise recompute keeps in place of the product."""
+    model, calls = build(config), Counter()
 
     def counting(name, *arguments):
         calls[name] += 1
         return getattr(ochat_kernels.load("reference"), name)(*arguments)
 
-    names = ("rms_norm", "add_rms_norm", "rope", "swiglu")
+    names = ("rms_norm", "add_rms_norm", "qkv_rope", "qkv_norm_rope", "swiglu")
     monkeypatch.setattr(model.ops, "ops", SimpleNamespace(**{name: partial(counting, name) for name in names}))
     model.recompute = policy
     gradients(model)
-    blocks = PLAIN.num_layers
-    assert calls["rope"] == calls["swiglu"] == times * blocks
+    blocks = config.num_layers
+    assert calls["swiglu"] == times * blocks
+    assert calls["qkv_norm_rope"] == times * blocks * (config is CONFIG)
+    assert calls["qkv_rope"] == (1 if policy == "elementwise" else times) * blocks * (config is PLAIN)
     assert calls["rms_norm"] + calls["add_rms_norm"] == times * 2 * blocks + 1  # and the model's last
 
 

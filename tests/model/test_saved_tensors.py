@@ -24,8 +24,12 @@ CALLS = {
     "rms_norm, offset": lambda ops: ops.rms_norm(X, WEIGHT, 1e-5, 1.0),
     "add_rms_norm, offset": lambda ops: ops.add_rms_norm(X, WIDE[:, 8:] * 1, WEIGHT, 1e-5, offset=1.0)[0],
     "rope": lambda ops: ops.rope(QKV[:, :3], QKV[:, 3:5], COS, SIN)[1],
-    "qk_norm_rope": lambda ops: ops.qk_norm_rope(QKV[:, :3], QKV[:, 3:5], WEIGHT, OTHER, COS, SIN, 1e-5, 1.0)[0],
-    "qk_norm_rope, k": lambda ops: ops.qk_norm_rope(QKV[:, :3], QKV[:, 3:5], WEIGHT, OTHER, COS, SIN, 1e-5)[1],
+    **{
+        f"qkv_norm_rope, {name}": lambda ops, i=i: ops.qkv_norm_rope(
+            QKV.flatten(1), WEIGHT, OTHER, COS, SIN, 2, 2, 1e-5, 1.0
+        )[i]
+        for i, name in enumerate("qkv")
+    },
     "swiglu": lambda ops: ops.swiglu(WIDE),
     "geglu": lambda ops: ops.geglu(WIDE),
 }
