@@ -151,7 +151,7 @@ def rope_cases() -> None:
 
 def qkv_norm_rope_cases() -> None:
     """Heads of Qwen3 and SmolLM2 without an offset, of Gemma 3 (1B, 4B) with one, and of odd sizes, with a part that
-    turns; then the layouts and dtypes of one size, and in bf16 Qwen3-Next's, a quarter of which turns. Triton 3.6
+    turns; then the layouts and dtypes of one size, and in bf16 Qwen3-Next's, a quarter of which turns. Triton
     spills up to 16 bytes for odd sizes of which half turns or less; no model has these."""
     fp32, bf16, fp16 = FLOATS
     heads = [(32, 8, 128, 128, 0.0), (4, 1, 256, 256, 1.0), (8, 4, 256, 256, 1.0), (9, 3, 64, 64, 0.0)]
