@@ -22,7 +22,7 @@ ONCE = {"1 x vectorized_elementwise_kernel: FillFunctor"}
 # where blocks are recomputed to save memory, each use casts: weights have no copies
 OF_CASTS = {"vectorized_elementwise_kernel: bfloat16_copy_kernel_cuda"}
 # what FSDP itself copies: shards into the buffer that is gathered, cast on the way; weights out of it; gradients into
-# the buffer that is reduced; and where each micro-batch reduces, sums of shards. The embedding's gradient is filled in each
+# the buffer that is reduced; and where each micro-batch reduces, sums of shards. Each fills the embedding's gradient
 OF_FSDP = {
     "vectorized_elementwise_kernel: FillFunctor",
     "vectorized_elementwise_kernel: CUDAFunctor_add",
