@@ -82,8 +82,8 @@ class FusedAdamW(torch.optim.Optimizer):
             state = self._state(parameter)
             tensors = (parameter, parameter.grad, *(state[moment] for moment in MOMENTS))
             numbers = _numbers(group) | {"step": int(state["step"]), "skipped": skipped, "seed": self.seed}
-            norm = self.ops.adamw_with_norm(*tensors, **numbers, tensor_id=self.ids[parameter])
-            fill_copies([parameter])
+            numbers |= {"tensor_id": self.ids[parameter], "copy": copy_of(parameter)}
+            norm = self.ops.adamw_with_norm(*tensors, **numbers)
         self.norms[self.ids[parameter]] = norm
         parameter.grad = None
 
