@@ -24,8 +24,8 @@ def head_loss(
     """A head for `model(..., rows=batch.supervised_rows)`: (hidden (R, H) of these rows, the head's parameter (V, H))
     -> LossOutput, nll and correct (R,).
 
-    `step_weight` (): sum |w| of the whole step. The weights are divided by it, so that loss_sum is this batch's share
-    of the step's loss. Forward adds the head's gradient to its sum at once: call loss_sum.backward() and nothing else.
+    `step_weight` () float64: sum |w| of the whole step. The weights are divided by it, so that loss_sum is this
+    batch's share of the step's loss. Forward adds the head's gradient to its sum at once: call loss_sum.backward().
     """
     softcap, tokens = model.config.logit_softcap, model.head.tokens
     is_tied = model.head.weight is model.embed.weight
@@ -37,7 +37,7 @@ def head_loss(
         if step_weight is None:
             weight = linear.cast(parameter, hidden.dtype)
         else:
-            weights, weight = weights / step_weight, linear.read(parameter, hidden.dtype)
+            weights, weight = (weights.double() / step_weight).float(), linear.read(parameter, hidden.dtype)
             if parameter.requires_grad:
                 options["grad_weight"], options["accumulate"] = linear.start_gradient(parameter)
         out = ops.linear_cross_entropy(hidden, weight, labels, weights, **options)

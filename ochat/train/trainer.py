@@ -119,7 +119,7 @@ class Trainer:
         """One optimizer step (`step` counts from 0) over this rank's micro-batches of it."""
         self.watchdog.enter(f"step {step + 1}")
         weight = torch.full((), sum(b.weight_sum for b in batches), dtype=torch.float64, device=self.ranks.device)
-        weight = self.ranks.sum_tensor(weight).float().clamp_min(torch.finfo(torch.float32).tiny)
+        weight = self.ranks.sum_tensor(weight).clamp_min(torch.finfo(torch.float32).tiny)
         measured = StepMetrics(self.inputs.dataset.class_names, self.ranks.device)
         lr = schedule.lr_at(step, self.loader.num_steps, self.config.optim)
         optim.begin(self.optimizer, lr=lr)

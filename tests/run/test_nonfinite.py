@@ -1,21 +1,22 @@
 """A step whose loss or gradient is NaN or infinite changes nothing, is named, and ends the run beyond a budget that a
 restart does not renew.
 
-One token's embedding is NaN, so exactly the steps on conversations with that token are bad; on two processes it is a
-weight so large that the loss overflows.
+One token's embedding is NaN, so exactly the steps on conversations with that token are bad.
 """
 
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import Manifest
+from ochat.distributed import local_shards
 from ochat.errors import NonFiniteError
 from ochat.run import layout
 from ochat.text import tokenizer as tokenizers
-from tests import tiny
+from tests import pool, tiny
 
 MARKED = {53: 1, 25: 5}  # conversation, counted from 0, with a token that no other has -> the step that it falls into
 BAD = list(MARKED.values())
@@ -36,27 +37,36 @@ def ask_about_z(record):
     question["content"] = question["content"].replace("+", "z")  # as long as before: the order of the data stays
 
 
-def weigh_too_much(record):
-    record["items"][1]["weight"] = 3e38
-
-
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
     return marked(tmp_path_factory.mktemp("poisoned"), ask_about_z)
+
+
+def broken(row):
+    """checkpoint.load_base of a broken base: a row of its embedding is NaN."""
+    plain = checkpoint.load_base
+
+    def load_base(folder, model):
+        plain(folder, model)
+        first, end = local_shards.row_range(model.embed.weight)
+        if first <= row < end:
+            with torch.no_grad():
+                local_shards.local_shard(model.embed.weight)[row - first] = torch.nan
+
+    return load_base
 
 
 @pytest.fixture
 def nan_for_z(poisoned, monkeypatch):
     """What a broken base would give: one row of the embedding is NaN from the start."""
     (z,) = tokenizers.load(poisoned.base).encode("z")
-    plain = checkpoint.load_base
+    monkeypatch.setattr(checkpoint, "load_base", broken(z))
 
-    def load_base(folder, model):
-        plain(folder, model)
-        with torch.no_grad():
-            model.embed.weight[z] = torch.nan
 
-    monkeypatch.setattr(checkpoint, "load_base", load_base)
+def train_broken(row, *arguments):
+    """In a process of the pool."""
+    with mock.patch.object(checkpoint, "load_base", broken(int(row))):
+        pool.train(*arguments)
 
 
 def state(run_dir, step):
@@ -136,16 +146,34 @@ def test_where_backward_has_updated_weights_the_message_says_what_is_lost(poison
     assert layout.checkpoint_folders(tmp_path / "run") == []
 
 
-def test_two_processes_skip_the_same_steps(tmp_path):
-    """A weight of 3e38 makes the loss of one process infinite: both leave the step out."""
-    world = marked(tmp_path / "world", weigh_too_much)
-    alone = tiny.train(world, tmp_path / "alone", "--train.max_nonfinite_steps=2")
+def test_two_processes_skip_the_same_steps(poisoned, nan_for_z, tmp_path):
+    """The loss of one process is NaN: both leave the step out."""
+    (z,) = tokenizers.load(poisoned.base).encode("z")
+
+    def two(name, allowed, **how):
+        options = tiny.options(poisoned, tmp_path / name, f"--train.max_nonfinite_steps={allowed}")
+        return pool.run(2, "tests.run.test_nonfinite:train_broken", str(z), *options, **how)
+
+    alone = tiny.train(poisoned, tmp_path / "alone", "--train.max_nonfinite_steps=2")
     assert skipped(alone) == BAD
-    tiny.train_on_ranks(world, tmp_path / "two", 2, "--train.max_nonfinite_steps=2")
-    two = tiny.metrics(tmp_path / "two")
-    assert skipped(two) == BAD
-    for ours, theirs in zip(two, alone, strict=True):
+    two("two", 2)
+    lines = tiny.metrics(tmp_path / "two")
+    assert skipped(lines) == BAD
+    for ours, theirs in zip(lines, alone, strict=True):
         assert ours["step"] in BAD or ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    failed = tiny.train_on_ranks(world, tmp_path / "stops", 2, "--train.max_nonfinite_steps=1", check=False)
-    assert failed.returncode and "NonFiniteError: step 5: loss inf" in failed.stderr
+    failed = two("stops", 1, check=False)
+    assert failed.returncode and "NonFiniteError: step 5: loss nan" in failed.stderr
     assert "conversations.jsonl:26" in failed.stderr and "trainer.py" not in failed.stderr
+
+
+def test_weights_near_the_largest_number_train_like_small_ones(tmp_path):
+    """Their sum passes fp32: weights are divided by it in float64, so that only ratios matter."""
+    curves = []
+    for name, weight in (("large", 3e38), ("small", 3.0)):
+        records = tiny.conversations()
+        for item in (item for record in records for item in record["items"] if item["role"] == "assistant"):
+            item["weight"] = weight
+        curves.append(tiny.train(tiny.make(tmp_path / name, records), tmp_path / f"{name}-run", "--data.max_steps=3"))
+    for large, small in zip(*curves, strict=True):
+        assert large["loss"] == pytest.approx(small["loss"], rel=1e-5) and large["grad_norm"] > 0
+        assert large["grad_norm"] == pytest.approx(small["grad_norm"], rel=1e-4)

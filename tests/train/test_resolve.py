@@ -41,7 +41,7 @@ def test_auto_recomputes_the_least_that_fits_on_every_gpu(monkeypatch):
     for policy in RECOMPUTE[:2]:
         room = 40 + taken.index(policy)  # the least in GiB that it is taken in
         needs = float(chosen(room, monkeypatch)[1].split(f"{policy} needs ")[1].split()[0])
-        assert room - 1 < needs <= room
+        assert room - 1.05 < needs <= room  # told to a tenth
     assert chosen(10, monkeypatch)[0] == "block"  # nothing fits: what needs the least
 
 
