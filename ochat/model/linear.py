@@ -136,11 +136,10 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:  # type: ignore[override]
         (ids,) = ctx.saved_tensors
-        total = ctx.weight.grad
-        if total is None:
+        if ctx.weight.grad is None:
             total = torch.zeros_like(ctx.weight, dtype=ctx.weight.grad_dtype, requires_grad=False)
             return None, _add_rows(total, ids, dy), None
-        _add_rows(total, ids, dy)
+        _add_rows(ctx.weight.grad, ids, dy)
         return None, None, None
 
 

@@ -164,8 +164,14 @@ def reductions(layout: Layout) -> list[Layout]:
     out."""
     if layout.reduce != "auto":
         return [layout]
-    choices = REDUCES if layout.micro_batches > 1 and 1 < layout.shard <= layout.gpus_per_node else REDUCES[:1]
-    choices = REDUCES[:1] if layout.master_itemsize == 2 else REDUCES[1:] if layout.reduce_itemsize == 2 else choices
+    if layout.master_itemsize == 2:
+        choices = REDUCES[:1]
+    elif layout.reduce_itemsize == 2:
+        choices = REDUCES[1:]
+    elif layout.micro_batches > 1 and 1 < layout.shard <= layout.gpus_per_node:
+        choices = REDUCES
+    else:
+        choices = REDUCES[:1]
     return [dataclasses.replace(layout, reduce=each) for each in choices]
 
 

@@ -53,11 +53,11 @@ def kernels(asked: str, device: torch.device, flops: float, *, compiles: bool = 
 def reduce(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
     """(parallel.reduce, what was decided and why), the same on every rank; "auto" chooses on known GPUs."""
     asked = inputs.parallel.reduce
+    if asked != "auto":
+        return asked, asked
     gpu = gpus.lookup(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
     layout = inputs.layout(ranks.world, torch.cuda.device_count() or ranks.world)
     choices = reductions(layout)
-    if asked != "auto":
-        return asked, asked
     if gpu is None or len(choices) == 1:
         return choices[0].reduce, f"{choices[0].reduce}, chosen: " + ("one choice" if gpu else "no known GPU")
     room = _room(ranks)
