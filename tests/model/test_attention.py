@@ -19,7 +19,7 @@ from ochat.model import hf, transformer
 from ochat.model.attention import flex
 from ochat.model.attention.backends import BACKENDS, Needs, check
 from ochat.model.attention.packed import PackedAttention, default_backend, few_shapes
-from ochat.model.attention.sdpa import Scores
+from ochat.model.attention.sdpa import Scores, heads_first
 from ochat.model.config import ModelConfig
 from tests.model_families import make, peer_logits, random_ids
 from tests.numerics import assert_close
@@ -111,6 +111,46 @@ def value_and_gradients(function, *inputs):
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = function(*leaves)
     return out.detach(), *torch.autograd.grad((out * out.detach().cos()).sum(), leaves)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 2, 63, 64, 65, 128, 150]), min_size=1, max_size=5).filter(any),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    head_dim=st.sampled_from([6, 16, 64]),
+    scale=st.none() | st.sampled_from([0.07, 1.0]),
+    window=st.none() | st.sampled_from([64, 200]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_blocks_on_a_cpu_are_as_exact_as_torchs_own(lengths, kv_heads, groups, head_dim, scale, window, dtype):
+    """In half precision; a window that is shorter than a document leaves it to torch."""
+    q, k, v, cu_seqlens = tensors(lengths, kv_heads * groups, kv_heads, head_dim, dtype)
+
+    def by_torch(*qkv):
+        parts = zip(*(x.split(lengths) for x in qkv), strict=True)
+        masks = (torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n)) for n in lengths)
+        return torch.cat(
+            [
+                heads_first(*(x.transpose(0, 1)[None] for x in each), mask, Scores(None, scale))[0].transpose(0, 1)
+                for each, mask in zip(parts, masks, strict=True)
+                if each[0].numel()
+            ]
+        )
+
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    functions = [
+        lambda *qkv: attend(*qkv, cu_seqlens, max(lengths), window=window, scale=scale),
+        by_torch,
+        lambda *qkv: truth(*qkv, lengths, window, scale),
+    ]
+    found = [
+        (function(q, k, v), *gradients(function, upstream.to(out), q.to(out), k.to(out), v.to(out)))
+        for function, out in zip(functions, (dtype, dtype, torch.float64), strict=True)
+    ]
+    for ours, torchs, exact in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        assert_close(ours, torchs, exact, atol=torch.finfo(dtype).eps / 2 * exact.abs().max().item())
 
 
 LISTS = [f"{full}{side}_{what}" for full in ("", "full_") for side in ("kv", "q") for what in ("num_blocks", "indices")]

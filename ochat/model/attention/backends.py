@@ -20,10 +20,9 @@ from torch import Tensor
 from ochat.errors import ConfigError
 from ochat.model.attention import sdpa
 from ochat.model.attention.flex import FlexAttention
-from ochat.model.attention.sdpa import Scores
+from ochat.model.attention.sdpa import HALF, Scores
 from ochat.model.config import ModelConfig
 
-HALF = (torch.bfloat16, torch.float16)
 FLOATS = (*HALF, torch.float32, torch.float64)
 CUDNN_EMPTY = 92500  # earlier ones give NaN in the rows of a batch with documents of length 0
 
@@ -218,7 +217,7 @@ BACKENDS = {
         prepare=FlexAttention,
     ),
     "sdpa": Backend(
-        "torch's SDPA, document by document",
+        "torch's SDPA, document by document; blocks.py on a CPU in half precision",
         _sdpa,
         majors=(),
         dtypes=FLOATS,

@@ -1,4 +1,5 @@
-"""The definition of attention: torch's scaled_dot_product_attention, document by document, on any device.
+"""The definition of attention: torch's scaled_dot_product_attention, document by document, on any device; a CPU's half
+precision by blocks.py, where neither a window nor a softcap matters.
 
     out = documents(q, k, v, lengths=[3, 5], scores=Scores(window=4))
 Letters: T, N, K, D; B sequences of a batch, Q of its queries, E of its keys.
@@ -14,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from ochat_kernels.reference_loss import soft_cap
 from torch import Tensor
+
+from ochat.model.attention import blocks
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,12 @@ def documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scores: S
 
 def _equal_documents(q: Tensor, k: Tensor, v: Tensor, count: int, scores: Scores) -> Tensor:
     """`count` documents of one length, one after the other: as a batch (count, heads, length, D)."""
+    length, window = q.shape[0] // count, scores.window
+    is_plain = not scores.softcap and (window is None or window >= length)
+    if is_plain and q.device.type == "cpu" and q.dtype in HALF:
+        return blocks.equal_documents(q, k, v, count, q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
     q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
-    length, mask, window = q.shape[2], None, scores.window
+    mask = None
     if window is not None and window < length:  # True where key j <= query i and j > i - window
         mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     return heads_first(q, k, v, mask, scores).transpose(1, 2).flatten(0, 1)
