@@ -175,16 +175,20 @@ def model_config(case: Case) -> ModelConfig:
 
 def predict(case: Case, gpu: GpuSpec, gpus: int = 1) -> Forecast:
     """What the plan says of ours: the case's own drawn lengths, packed as the run would pack them."""
-    with tempfile.NamedTemporaryFile(suffix=".toml") as empty:
-        config = configuration.load(empty.name, options(case, {"base.path": "-", "data.path": "-"}))
     tokens = PREDICTED_STEPS * case.bins_per_step * case.token_budget
     lengths = draw_lengths(case, np.random.default_rng(0), tokens)
     shape = {"token_budget": case.token_budget, "bins_per_step": case.bins_per_step}
     plan = multipack.plan(lengths, **shape, seed=0, epoch=0)
     workload = Workload(LengthCounts.of(lengths), case.supervised, plan.efficiency())
+    return forecast.forecast(plan_inputs(case, workload, plan.num_steps), gpu, gpus=gpus, nodes=1)
+
+
+def plan_inputs(case: Case, workload: Workload, num_steps: int) -> PlanInputs:
+    """Of a forecast of ours, on data of which no more than the workload is known."""
+    with tempfile.NamedTemporaryFile(suffix=".toml") as empty:
+        config = configuration.load(empty.name, options(case, {"base.path": "-", "data.path": "-"}))
     sections = config.data, config.train, config.optim, config.parallel, config.lora
-    inputs = PlanInputs(model_config(case), workload, plan.num_steps, *sections)
-    return forecast.forecast(inputs, gpu, gpus=gpus, nodes=1)
+    return PlanInputs(model_config(case), workload, num_steps, *sections)
 
 
 def write_bytes_tokenizer(folder: Path, *special: str) -> None:

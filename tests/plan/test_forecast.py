@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import predictions
 from benchmarks.step_cases import Case, draw_lengths
 from ochat import config as configuration
 from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.model.config import ModelConfig
 from ochat.plan import forecast, roofline, tables
 from ochat.plan.forecast import PlanInputs
-from ochat.plan.gpus import GPUS
+from ochat.plan.gpus import FLASH_3_HOPPER, FP8_HOPPER, GPUS, SUSTAINED_HOPPER
 from ochat.plan.lengths import LengthCounts
 from ochat.plan.memory import GIB
 from ochat.plan.roofline import Workload
@@ -22,7 +23,8 @@ from ochat.plan.roofline import Workload
 LLAMA_8B = ModelConfig("llama", 128256, 4096, 14336, 32, 32, 8, 128)
 LLAMA_70B = ModelConfig("llama", 128256, 8192, 28672, 80, 64, 8, 128)
 LLAMA_1B = ModelConfig("llama", 128256, 2048, 8192, 16, 32, 8, 64, tie_embeddings=True)
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 
 
 def make_inputs(model=LLAMA_8B, recompute: Any = "none", longest=4000, budget=8192, bins=64, **parallel) -> PlanInputs:
@@ -137,3 +139,25 @@ def test_the_table_of_recipes_is_what_the_plan_predicts(recipe):
         rate = found.speed.tokens_per_s / size
         assert found.fits and found.recompute == recompute
         assert numbers == [f"{found.use.total / GIB:.0f}", f"{rate:,.0f}", f"{found.speed.mfu:.0%}"]
+
+
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [("docs/performance.md", predictions.steps), ("benchmarks/README.md", predictions.parts)],
+    ids=["steps", "parts"],
+)
+def test_the_tables_of_predictions_are_what_the_plan_predicts(page, table):
+    """Else run python -m benchmarks.predictions, and put its tables there."""
+    rows, text = list(table()), (ROOT / page).read_text("utf-8")
+    start = text.index(rows[0])
+    assert text[start : text.index("\n\n", start)].splitlines() == rows and len(rows) > 8
+
+
+def test_the_pages_state_the_rates_and_the_recipes_of_the_plan():
+    performance = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    for rates in ([SUSTAINED_HOPPER], [FP8_HOPPER], FLASH_3_HOPPER):
+        assert f"{' / '.join(f'{rate:,.0f}' for rate in rates)} TFLOP/s" in performance
+    found = {tuple(line.split("|")[-4:]) for line in (CONFIGS / "README.md").read_text("utf-8").splitlines()}
+    table = (ROOT / "docs" / "memory.md").read_text("utf-8").partition("| recipe |")[2].splitlines()[2:]
+    rows = [tuple(line.split("|")[-4:]) for line in table[: table.index("")]]
+    assert len(rows) > 5 and set(rows) <= found
