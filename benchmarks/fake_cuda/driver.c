@@ -37,7 +37,7 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
 }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **parameters, void **extra) {
-  fake_cuda_note("{\"kind\": \"triton\", \"name\": \"%s\", \"blocks\": %ld, \"threads\": %u, \"elements\": -1}\n", (const char *)function,
+  fake_cuda_note("{\"kind\": \"triton_kernel\", \"name\": \"%s\", \"blocks\": %ld, \"threads\": %u, \"elements\": -1}\n", (const char *)function,
                  (long)config->gridDimX * config->gridDimY * config->gridDimZ, config->blockDimX * config->blockDimY);
   return CUDA_SUCCESS;
 }

@@ -21,7 +21,7 @@ from unittest import mock
 
 from ochat.train import optim, sharding
 
-KINDS = ("kernel", "triton", "copy", "fill", "product", "collective")
+KINDS = ("kernel", "triton_kernel", "copy", "fill", "product", "collective")
 BYTES = (2, 4)  # of an element of a weight, or of its gradient
 MICRO_BATCH, UPDATE = "micro-batch", "update"  # marks
 # copies whose size the log lacks: of a list of tensors, as FSDP makes them, and of two or three by many threads

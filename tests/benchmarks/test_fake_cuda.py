@@ -94,7 +94,7 @@ def test_what_has_as_many_elements_as_a_weight_is_found_by_name():
     of_weights = [
         *({"kind": "mark", "name": launches.MICRO_BATCH}, kernel | {"elements": 6000}, copy | {"bytes": 12000}),
         *(kernel | {"elements": 6000}, copy | {"bytes": 24000}, cat | {"blocks": 5000}),
-        *({"kind": "product", "m": 60, "n": 100, "k": 1}, {"kind": "triton", "name": "adamw", "elements": 6000}),
+        *({"kind": "product", "m": 60, "n": 100, "k": 1}, {"kind": "triton_kernel", "name": "adamw", "elements": 6000}),
     ]
     smaller = [kernel | {"elements": 5999}, copy | {"bytes": 6000}, cat | {"blocks": 5}]
     update = [{"kind": "mark", "name": launches.UPDATE}, kernel | {"elements": 6000}]
@@ -103,7 +103,7 @@ def test_what_has_as_many_elements_as_a_weight_is_found_by_name():
         "vectorized_elementwise_kernel: CUDAFunctor_add": 2, "device to device": 2, "CatArrayBatchedCopy": 1
     }  # fmt: skip
     assert launches.counts(of_weights) == {
-        "kernel": 3, "triton": 1, "copy": 2, "fill": 0, "product": 1, "collective": 0
+        "kernel": 3, "triton_kernel": 1, "copy": 2, "fill": 0, "product": 1, "collective": 0
     }  # fmt: skip
 
 
