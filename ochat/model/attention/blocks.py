@@ -9,7 +9,6 @@ Letters: T, N, K, D; g = N / K; B documents times K; L tokens of a document.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,15 +61,11 @@ def _probabilities(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, 
     """For each block: its rows of q, how many keys they see at most, and the probabilities (B, rows, keys) in fp32."""
     length, group = k.shape[1], q.shape[1] // k.shape[1]
     wide_q, wide_k = q.float() * scale, k.float().transpose(1, 2)
+    square = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)  # True where a key is behind the query
+    hidden = square.repeat_interleave(group, 0)
     for first in range(0, length, QUERIES):
         last = min(first + QUERIES, length)
         rows = slice(first * group, last * group)
         scores = wide_q[:, rows] @ wide_k[..., :last]
-        scores[..., first:].masked_fill_(_hidden(last - first, group), float("-inf"))
+        scores[..., first:].masked_fill_(hidden[: rows.stop - rows.start, : last - first], float("-inf"))
         yield rows, last, scores.softmax(-1)
-
-
-@lru_cache
-def _hidden(queries: int, group: int) -> Tensor:
-    """(queries g, queries) bool: True where a key is behind the query, in a block's own square."""
-    return torch.ones(queries, queries, dtype=torch.bool).triu(1).repeat_interleave(group, 0)
