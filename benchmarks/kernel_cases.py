@@ -1,8 +1,9 @@
 """Launches of every operator over the shapes, layouts, dtypes and options that decide what is compiled.
 
     launches = note("glu")   # on meta tensors: no memory, no GPU
-A new operator gets a function here: kernels_check fails for a kernel that none of them launches. bf16, which models
-train in, gets every case, the other dtypes those that need most: a compilation costs a fifth of a second.
+A new operator gets a function here: kernels_check fails for a kernel that none of them launches. A compilation takes a
+quarter of a second of a core, so bf16, which models train in, gets the widths of every model; layouts come at one width
+and an odd one, and the other dtypes where a thread needs the most registers.
 """
 
 from __future__ import annotations
@@ -93,24 +94,28 @@ def representative(model: Model) -> list[Launch]:
 
 
 def glu_cases() -> None:
-    for dtype, F in product(FLOATS, [1, *widths("F")]):
-        for gate_up, grad in zip(layouts(T, 2 * F, dtype=dtype), layouts(T, F, dtype=dtype), strict=True):
-            for is_gelu in (False, True):
-                glu.glu_fwd(gate_up, is_gelu)
-                glu.glu_fp8_fwd(gate_up, is_gelu)
-                glu.glu_bwd(gate_up, grad, is_gelu)
+    fp32, bf16, fp16 = FLOATS
+    pairs = [(empty(T, 2 * F, dtype=bf16), empty(T, F, dtype=bf16)) for F in (1, *widths("F"))]
+    for F in (14336, 1031):
+        pairs += zip(layouts(T, 2 * F, dtype=bf16), layouts(T, F, dtype=bf16), strict=True)
+        pairs += [(empty(T, 2 * F, dtype=dtype), empty(T, F, dtype=dtype)) for dtype in (fp32, fp16)]
+    for (gate_up, grad), is_gelu in product(pairs, (False, True)):
+        glu.glu_fwd(gate_up, is_gelu)
+        glu.glu_fp8_fwd(gate_up, is_gelu)
+        glu.glu_bwd(gate_up, grad, is_gelu)
 
 
 def linear_cross_entropy_cases() -> None:
-    vocabularies = {*widths("V"), 32002, 128257}
+    """Vocabularies of the models and odd ones: the larger, the more warps a row has, and the fewer registers a thread
+    may take."""
+    fp32, bf16, fp16 = FLOATS
     transforms = ("", linear_cross_entropy._name(_unchanged))
-    for dtype, V in product(FLOATS, vocabularies):
-        for softcap in (0.0, 30.0):
-            _head(dtype, V, 0, softcap, "", wanted=False)
-            for transform in transforms:
-                _head(dtype, V, 0, softcap, transform, wanted=True)
-    for dtype, transform in product(FLOATS, transforms):  # chunks that begin where no address is a multiple of 16
-        _head(dtype, 128257, 1001, 30.0, transform, wanted=True)
+    heads = [(bf16, V) for V in (*widths("V"), 32002, 128257)] + [(fp32, 128256), (fp16, 128256)]
+    for (dtype, V), softcap in product(heads, (0.0, 30.0)):
+        _head(dtype, V, 0, softcap, "", wanted=False)
+        for transform in transforms:
+            _head(dtype, V, 0, softcap, transform, wanted=True)
+    _head(bf16, 128257, 1001, 30.0, "", wanted=True)  # chunks that begin where no address is a multiple of 16
     for dtype, num_elements in product(FLOATS, (T * 4096, 1031 * 63)):
         for source in {dtype, torch.float32}:
             lce_kernels.lce_scale(empty(num_elements, dtype=source), empty(dtype=torch.float32), dtype)
@@ -129,75 +134,85 @@ def _unchanged(nll: Tensor, weights: Tensor) -> Tensor:
 
 
 def rope_cases() -> None:
-    bf16 = torch.bfloat16
-    models = product(MODELS.values(), (torch.float32, bf16))
-    for model, dtype in [*models, (MODELS["Llama-3-8B"], torch.float16)]:
-        N, K, D = model.N, model.K, model.D
-        angles = [empty(T, D // 2, dtype=torch.float32)] * 2
-        q, k = empty(T, N, D, dtype=dtype), empty(T, K, D, dtype=dtype)
-        rope.rope_bwd(q, k, *angles)
-        rope.qkv_rope_bwd(q, k, k, *angles)
-        for packed in layouts(T, (N + 2 * K) * D, dtype=dtype):
-            rope.qkv_rope_fwd(packed, angles[0], angles[1], N, K)
-            q, k, _ = rope.heads_of(packed, N, K)
-            rope.rope_fwd(q, k, *angles)
-        rope.rope_fwd(q[1:], k[1:], *(x[1:] for x in angles))
-    for N, K, D, d in ((24, 8, 128, 96), (32, 32, 80, 32), (16, 16, 256, 64)):  # models that turn a part of each head
-        q, k, angles = empty(T, N, D, dtype=bf16), empty(T, K, D, dtype=bf16), empty(T, d // 2, dtype=torch.float32)
-        rope.rope_fwd(q, k, angles, angles)
-        rope.qkv_rope_fwd(empty(T, (N + 2 * K) * D, dtype=bf16), angles, angles, N, K)
+    """Heads of every model, and of three that turn a part of each (Phi-4-mini's is the first)."""
+    fp32, bf16, fp16 = FLOATS
+    heads = [(model.N, model.K, model.D, model.D, bf16) for model in MODELS.values()]
+    heads += [(N, K, D, d, bf16) for N, K, D, d in ((24, 8, 128, 96), (32, 32, 80, 32), (16, 16, 256, 64))]
+    heads += [(9, 3, 64, 64, fp32), (9, 3, 64, 64, fp16)]
+    for N, K, D, d, dtype in heads:
+        q, k, angles = empty(T, N, D, dtype=dtype), empty(T, K, D, dtype=dtype), empty(T, d // 2, dtype=fp32)
+        rope.rope_bwd(q, k, angles, angles)
         rope.qkv_rope_bwd(q, k, k, angles, angles)
+        _rope(empty(T, (N + 2 * K) * D, dtype=dtype), angles, N, K)
+    for N, K, D in ((32, 8, 128), (5, 3, 14)):
+        angles = empty(T, D // 2, dtype=fp32)
+        for packed in layouts(T, (N + 2 * K) * D, dtype=bf16):
+            _rope(packed, angles, N, K)
+        q, k, _ = rope.heads_of(empty(T, (N + 2 * K) * D, dtype=bf16), N, K)
+        rope.rope_fwd(q[1:], k[1:], angles[1:], angles[1:])
+
+
+def _rope(packed: Tensor, angles: Tensor, N: int, K: int) -> None:
+    rope.qkv_rope_fwd(packed, angles, angles, N, K)
+    q, k, _ = rope.heads_of(packed, N, K)
+    rope.rope_fwd(q, k, angles, angles)
 
 
 def qkv_norm_rope_cases() -> None:
-    """Heads of Qwen3 and SmolLM2 without an offset, of Gemma 3 (1B, 4B) with one, and of odd sizes, with a part that
-    turns; then the layouts and dtypes of one size, and in bf16 Qwen3-Next's, a quarter of which turns. Triton
-    spills up to 16 bytes for odd sizes of which half turns or less; no model has these."""
+    """Heads of Qwen3 and SmolLM2 without an offset, of Gemma 3 (1B, 4B) with one, of Qwen3-Next, a quarter of which
+    turns, and of odd sizes; then the layouts and dtypes of one size. Triton spills up to 16 bytes for odd sizes of
+    which half turns or less; no model has these."""
     fp32, bf16, fp16 = FLOATS
     heads = [(32, 8, 128, 128, 0.0), (4, 1, 256, 256, 1.0), (8, 4, 256, 256, 1.0), (9, 3, 64, 64, 0.0)]
-    heads += [(5, 3, 14, 14, 0.0), (5, 3, 15, 10, 1.0)]
-    for (N, K, D, d, offset), dtype in product(heads, (fp32, bf16)):
-        _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=dtype), N, K, d, offset)
+    heads += [(16, 2, 256, 64, 1.0), (5, 3, 14, 14, 0.0), (5, 3, 15, 10, 1.0)]
+    for N, K, D, d, offset in heads:
+        _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=bf16), N, K, d, offset, frozen=True)
+    for N, K, D, d, offset in ((4, 1, 256, 256, 1.0), (5, 3, 15, 10, 1.0)):
+        _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=fp32), N, K, d, offset)
     N, K, D = 32, 8, 128
     for packed in [*layouts(T, (N + 2 * K) * D, dtype=bf16), empty(T, (N + 2 * K) * D, dtype=fp16)]:
         _qkv_norm_rope(packed, N, K, D, 0.0)
-    _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=bf16), N, K, D, 0.0, weight_dtype=fp32)
-    _qkv_norm_rope(empty(T, (16 + 2 * 2) * 256, dtype=bf16), 16, 2, 64, 1.0)
+    _qkv_norm_rope(empty(T, (N + 2 * K) * D, dtype=bf16), N, K, D, 0.0, dtype=fp32)
 
 
 def _qkv_norm_rope(
-    packed: Tensor, N: int, K: int, d: int, offset: float, weight_dtype: torch.dtype | None = None
+    packed: Tensor, N: int, K: int, d: int, offset: float, dtype: torch.dtype | None = None, frozen: bool = False
 ) -> None:
+    """`dtype`: of the weights, else that of the product; `frozen`: also without their gradients, which takes fewer
+    registers."""
     gradients = rope.new_heads(packed, N, K)
-    weight = empty(gradients[0].shape[2], dtype=weight_dtype or packed.dtype)
+    weight = empty(gradients[0].shape[2], dtype=dtype or packed.dtype)
     angles, rstd = empty(T, d // 2, dtype=torch.float32), empty(T, N + K, dtype=torch.float32)
     inputs = (packed, weight, weight, angles, angles)
     qkv_norm_rope.qkv_norm_rope_fwd(*inputs, N, K, 1e-6, offset)
-    for need_weights in (True, False):
+    for need_weights in (True, False) if frozen else (True,):
         qkv_norm_rope.qkv_norm_rope_bwd(*gradients, *inputs, rstd, offset, need_weights)
 
 
 def rms_norm_cases() -> None:
     """Widths of the models, of their heads and of the longest row, then the blocks and the odd widths between."""
     fp32, bf16, fp16 = FLOATS
-    for dtype, H in product((fp32, bf16), {*widths("H"), *widths("D"), 1, 256, 16383, 16384}):
+    for H in {*widths("H"), *widths("D"), 1, 256, 16383, 16384}:
+        _norm(empty(T, H, dtype=bf16), empty(H, dtype=bf16), frozen=True)
+    for H in (4096, 16384):
+        _norm(empty(T, H, dtype=bf16), empty(H, dtype=fp32))
+    for dtype, H in ((fp32, 1031), (fp32, 8192), (fp32, 16383), (fp32, 16384), (fp16, 16384)):  # those of 32 warps
         _norm(empty(T, H, dtype=dtype), empty(H, dtype=dtype))
-    for (dtype, weight_dtype), H in product([(bf16, fp32), (fp16, fp16)], (64, 4096, 16384)):
-        _norm(empty(T, H, dtype=dtype), empty(H, dtype=weight_dtype))
     for x in layouts(T, 4096, dtype=bf16):
         _norm(x, empty(4096, dtype=bf16))
     for H in (256, 1152, 2304, 3584, 5376):  # Gemma's heads, and a width for each size of tile
-        _norm(empty(T, H, dtype=bf16), empty(H, dtype=bf16), offset=1.0)
+        _norm(empty(T, H, dtype=bf16), empty(H, dtype=bf16), offset=1.0, frozen=True)
 
 
-def _norm(x: Tensor, weight: Tensor, offset: float = 0.0) -> None:
+def _norm(x: Tensor, weight: Tensor, offset: float = 0.0, frozen: bool = False) -> None:
+    """`frozen`: also without the weight's gradient, which takes fewer registers."""
     rms_norm.rms_norm_fwd(x, weight, 1e-5, offset)
     rms_norm.add_rms_norm_fwd(x, x, weight, 1e-5, offset)
     if x.shape[1] % MULTIPLE == 0:
         rms_norm.rms_norm_fp8_fwd(x, weight, 1e-5, offset)
         rms_norm.add_rms_norm_fp8_fwd(x, x, weight, 1e-5, offset)
     rstd = empty(x.shape[0], dtype=torch.float32)
-    for grad_sum, need_weight in product((None, x), (True, False)):
+    for grad_sum, need_weight in product((None, x), (True, False) if frozen else (True,)):
         rms_norm.rms_norm_bwd(x, grad_sum, x, weight, rstd, offset, need_weight)
 
 
@@ -229,14 +244,16 @@ def adamw_with_norm_cases() -> None:
 def fp8_cases() -> None:
     """What linears quantise: their inputs, weights and gradients, bf16 or fp32, and rows that nothing is known of."""
     fp32, bf16, fp16 = FLOATS
-    for dtype, H in product((fp32, bf16), {*widths("H"), *widths("F"), *(2 * F for F in widths("F")), 1, 4097}):
-        for x in layouts(T, H, dtype=dtype):
-            fp8.rows_fwd(x, None)
-            fp8.rows_fwd(x, empty(H, 1, dtype=fp32))
-    for dtype, (OUT, IN) in product(FLOATS, ((4096, 14336), (28672, 4096), (576, 576), (1031, 1033))):
-        for weight in layouts(OUT, IN, dtype=dtype):
-            fp8.transposed_fwd(weight, empty(OUT, 1, dtype=fp32))
-    fp8.rows_fwd(empty(T, 4096, dtype=fp16), None)
+    inputs = [empty(T, H, dtype=bf16) for H in (*widths("H"), *widths("F"), *(2 * F for F in widths("F")), 1)]
+    inputs += [*layouts(T, 4096, dtype=bf16), *layouts(T, 4097, dtype=bf16)]
+    inputs += [empty(T, 4096, dtype=fp32), empty(T, 4097, dtype=fp32), empty(T, 4096, dtype=fp16)]
+    for x in inputs:
+        fp8.rows_fwd(x, None)
+        fp8.rows_fwd(x, empty(x.shape[1], 1, dtype=fp32))
+    weights = [*layouts(4096, 14336, dtype=bf16), *layouts(1031, 1033, dtype=bf16)]
+    weights += [empty(*shape, dtype=dtype) for shape, dtype in product(((4096, 14336), (1031, 1033)), (fp32, fp16))]
+    for weight in weights:
+        fp8.transposed_fwd(weight, empty(weight.shape[0], 1, dtype=fp32))
 
 
 CASES: dict[str, Callable[[], None]] = {
