@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ochat_kernels.compiled import has_compiler
 
 from benchmarks import bare_world, command_line, csv_file, smoke, step_cases, step_profile, timing
 from benchmarks.step_cases import OURS, PEERS, PHASES, QUICK, SCALING_AXES, Case, World
@@ -190,7 +191,9 @@ def chosen(options: argparse.Namespace) -> list[list[Case]]:
         return step_cases.scaling(quick=options.quick)
     if options.base:
         names = tuple(options.implementation or PEERS)
-        return [[Case(options.base.name, options.token_budget, options.bins_per_step, names)]]
+        is_compiled = options.device == "cpu" and not options.quick and has_compiler()
+        told = ("--train.kernels=compiled",) if is_compiled else ()  # "auto" takes them for a run that lasts
+        return [[Case(options.base.name, options.token_budget, options.bins_per_step, names, told)]]
     table = QUICK if options.quick else PHASES
     chosen = [case for phase in options.phase or ("ours", "peers") for case in table[phase]]
     has_winners = options.winners and options.winners.is_file()
