@@ -54,8 +54,9 @@ def outputs_and_gradients(call, function, leaves):
 
 @pytest.mark.parametrize("name", calls(1))
 def test_values_and_gradients_are_those_of_float64(name):
-    """By the rule of all kernels: at most twice the definition's error, plus 1e-3 of the largest value in bf16."""
-    for tokens in (5, 1, 33):
+    """By the rule of all kernels: at most twice the definition's error, plus 1e-3 of the largest value in bf16. For one
+    token torch compiles anew: one norm tries it, and the head's last chunk has one."""
+    for tokens in (5, 1, 33) if name == "rms_norm" else (5, 33):
         call, leaves = calls(tokens)[name]
         ours, theirs = (outputs_and_gradients(call, getattr(each, name), leaves) for each in (compiled, reference))
         wide = [x.detach().double().requires_grad_() for x in leaves]

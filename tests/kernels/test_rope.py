@@ -66,7 +66,7 @@ def test_outputs_and_gradients(T, N, K, D, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("T", "N", "K", "D", "d"),
-    [(3, 24, 8, 128, 96), (5, 3, 1, 64, 16), (2, 2, 2, 7, 2), (40, 1, 1, 130, 2), (1, 2, 1, 2050, 1026)],
+    [(3, 24, 8, 128, 96), (5, 3, 1, 64, 16), (2, 2, 2, 7, 2), (5, 1, 1, 130, 2), (1, 2, 1, 2050, 1026)],
 )
 def test_a_part_of_each_head(T, N, K, D, d, dtype):
     q, k = views(T, N, K, D, dtype)
@@ -81,7 +81,7 @@ def test_a_part_of_each_head(T, N, K, D, d, dtype):
     [
         *((T, N, K, D, D) for T, N, K, D in [(5, 9, 3, 64), (1, 1, 1, 2), (3, 32, 8, 128), (2, 20, 10, 6)]),
         *((T, N, K, D, D) for T, N, K, D in [(300, 2, 1, 8), (1, 3, 5, 96), (1, 2, 1, 2050), (0, 2, 1, 8)]),
-        *[(3, 24, 8, 128, 96), (5, 3, 1, 64, 16), (2, 2, 2, 7, 2), (40, 1, 1, 130, 2)],  # a part of each head
+        *[(3, 24, 8, 128, 96), (5, 3, 1, 64, 16), (2, 2, 2, 7, 2), (5, 1, 1, 130, 2)],  # a part of each head
     ],
 )
 def test_a_product(T, N, K, D, d, dtype):
