@@ -8,7 +8,7 @@ Letters: T, N, K, D; g = N / K; B documents times K; L tokens of a document.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ from torch import Tensor
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
+KEPT = 512  # tokens
 QUERIES = 64  # of a block: what they compute of the keys behind them is lost, and less of them fill no product
 
 
 def equal_documents(q: Tensor, k: Tensor, v: Tensor, count: int, scale: float) -> Tensor:
     """Causal attention of `count` documents of one length, one after the other: q (T, N, D), k and v (T, K, D), bf16 or
-    fp16 -> (T, N, D). Backward computes the probabilities again."""
+    fp16 -> (T, N, D). Backward keeps the probabilities of documents of at most KEPT, 2 N L bytes a token, and computes
+    longer ones' again."""
     kv_heads, head_dim = k.shape[1:]
     q = q.view(count, -1, kv_heads, q.shape[1] // kv_heads, head_dim).transpose(1, 2)  # (count, K, L, g, D)
     k, v = (x.unflatten(0, (count, -1)).transpose(1, 2).flatten(0, 1) for x in (k, v))
@@ -34,20 +36,22 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = torch.empty_like(q)
-        for rows, last, probabilities in _probabilities(q, k, scale):
+        out, kept = torch.empty_like(q), []
+        for rows, last, probabilities in _blocks(q, k, _probabilities(q, k, scale)):
             out[:, rows] = probabilities.to(q.dtype) @ v[:, :last]
+            if k.shape[1] <= KEPT:
+                kept.append(probabilities)
         ctx.scale = scale
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         wide_grad, wide_v = grad_out.float(), v.float().transpose(1, 2)
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))  # sums over blocks
-        for rows, last, probabilities in _probabilities(q, k, ctx.scale):
+        for rows, last, probabilities in _blocks(q, k, kept or _probabilities(q, k, ctx.scale)):
             grad_v[:, :last] += probabilities.to(q.dtype).transpose(1, 2) @ grad_out[:, rows]
             grad_probabilities = wide_grad[:, rows] @ wide_v[..., :last]
             grad_scores = _softmax_backward(grad_probabilities, probabilities, -1, torch.float32)
@@ -57,15 +61,22 @@ class _Blocks(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, int, Tensor]]:
-    """For each block: its rows of q, how many keys they see at most, and the probabilities (B, rows, keys) in fp32."""
+def _blocks(q: Tensor, k: Tensor, values: Iterable[Tensor]) -> Iterator[tuple[slice, int, Tensor]]:
+    """(its rows of q, how many keys they see at most, its value) of each block."""
+    group = q.shape[1] // k.shape[1]
+    for first, value in zip(range(0, k.shape[1], QUERIES), values, strict=True):
+        last = min(first + QUERIES, k.shape[1])
+        yield slice(first * group, last * group), last, value
+
+
+def _probabilities(q: Tensor, k: Tensor, scale: float) -> Iterator[Tensor]:
+    """(B, rows, keys) of each block, in fp32."""
     length, group = k.shape[1], q.shape[1] // k.shape[1]
-    wide_q, wide_k = q.float() * scale, k.float().transpose(1, 2)
+    wide_q, wide_k = (q.float() * scale).split(QUERIES * group, dim=1), k.float().transpose(1, 2)
     square = torch.ones(QUERIES, QUERIES, dtype=torch.bool).triu(1)  # True where a key is behind the query
     hidden = square.repeat_interleave(group, 0)
-    for first in range(0, length, QUERIES):
+    for first, wide in zip(range(0, length, QUERIES), wide_q, strict=True):
         last = min(first + QUERIES, length)
-        rows = slice(first * group, last * group)
-        scores = wide_q[:, rows] @ wide_k[..., :last]
-        scores[..., first:].masked_fill_(hidden[: rows.stop - rows.start, : last - first], float("-inf"))
-        yield rows, last, scores.softmax(-1)
+        scores = wide @ wide_k[..., :last]
+        scores[..., first:].masked_fill_(hidden[: wide.shape[1], : last - first], float("-inf"))
+        yield scores.softmax(-1)
