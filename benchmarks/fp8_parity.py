@@ -1,7 +1,7 @@
 """Train the same model on the same data with bf16 and with fp8 linears, and compare the losses step by step.
 
     PYTHONPATH=.:kernels python -m benchmarks.fp8_parity --gguf SmolLM2-135M-Instruct.Q4_1.gguf --data chats.jsonl.xz \\
-        --work DIR --out benchmarks/results
+        --work DIR --out benchmarks/results --picture docs/pictures/fp8_parity.svg
 On a CPU, whose products are the definition's: 200 steps of 1,024 tokens take about 25 minutes of a core in bf16 and 35
 in fp8. A run that was stopped continues; `--report` only writes what the runs in DIR have reached. Both runs of a seed
 see the same tokens in the same order, so their difference has none of the spread between batches.
@@ -19,6 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +36,8 @@ TEMPLATE, END_OF_TURN = "openchat_v3.2", "<|end_of_turn|>"
 REWARDS = {"GPT4": 1.0, "GPT3": 0.1}
 HELD_OUT = 0.01
 EVALUATIONS, CHECKPOINTS = 4, 4  # of a run
-GROUP = 25  # steps of a row of the table
+GROUP = 50  # steps of a row of the table
+SMOOTHED = 20  # steps of a point of the picture
 
 console = Console(width=120)
 
@@ -109,6 +113,35 @@ def write(options: argparse.Namespace) -> None:
     for row in rows:
         file.add(stamp | row)
     console.print(table(rows))
+    if options.picture:
+        draw(rows, options.picture)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Losses and their difference, each the mean of SMOOTHED steps, a line a seed."""
+    figure = Figure(figsize=(8, 5), layout="tight")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for number, seed in enumerate(sorted({row["seed"] for row in rows})):
+        steps = [row for row in rows if row["seed"] == seed and row["step"]]
+        bf16, fp8 = (np.array([row[f"{linear}_loss"] for row in steps]) for linear in LINEARS)
+        places = np.arange(SMOOTHED, len(steps) + 1)
+        dashes = ("-", "--")[number % 2]
+        above.plot(places, smoothed(bf16), dashes, color="tab:blue", label=f"bf16, seed {seed}")
+        above.plot(places, smoothed(fp8), dashes, color="tab:orange", label=f"fp8, seed {seed}")
+        below.plot(places, smoothed(fp8 - bf16), dashes, color="tab:red", label=f"seed {seed}")
+    below.axhline(0, color="black", linewidth=0.8)
+    above.set_ylabel("loss")
+    below.set_ylabel("fp8 less bf16")
+    below.set_xlabel(f"step; each point is the mean of the {SMOOTHED} steps before it")
+    for axes in (above, below):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same file for the same numbers
+        figure.savefig(path, metadata={"Date": None})
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    return np.convolve(values, np.full(SMOOTHED, 1 / SMOOTHED), "valid")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -153,6 +186,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--commit", help="the commit that is measured, where it is not this one")
+    parser.add_argument("--picture", type=Path, help="an SVG file for the curves")
     parser.add_argument("--report", action="store_true", help="train nothing")
     options = parser.parse_args()
     if not options.report:
