@@ -18,8 +18,8 @@ from torch import Tensor
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
-KEPT = 512  # tokens
-QUERIES = 64  # of a block: what they compute of the keys behind them is lost, and less of them fill no product
+KEPT = 512  # tokens of the longest document whose probabilities backward keeps
+QUERIES = 64  # of a block. More of them compute more hidden scores; fewer make products too small to be fast
 
 
 def equal_documents(q: Tensor, k: Tensor, v: Tensor, count: int, scale: float) -> Tensor:

@@ -33,6 +33,10 @@ class Scores:
     scale: float | None = None
     softcap: float = 0.0
 
+    def factor(self, head_dim: int) -> float:
+        """What q k^T is multiplied by."""
+        return head_dim**-0.5 if self.scale is None else self.scale
+
 
 def documents(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scores: Scores) -> Tensor:
     """q (T, N, D), k and v (T, K, D) -> (T, N, D): one call per run of documents of equal length, as padding is many
@@ -54,7 +58,7 @@ def _equal_documents(q: Tensor, k: Tensor, v: Tensor, count: int, scores: Scores
     length, window = q.shape[0] // count, scores.window
     is_plain = not scores.softcap and (window is None or window >= length)
     if is_plain and q.device.type == "cpu" and q.dtype in HALF:
-        return blocks.equal_documents(q, k, v, count, q.shape[-1] ** -0.5 if scores.scale is None else scores.scale)
+        return blocks.equal_documents(q, k, v, count, scores.factor(q.shape[-1]))
     q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
     mask = None
     if window is not None and window < length:  # True where key j <= query i and j > i - window
@@ -73,5 +77,5 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Sc
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(wide).repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    products = q.to(wide) @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    products = q.to(wide) @ k.transpose(-1, -2) * scores.factor(q.shape[-1])
     return (soft_cap(products, softcap).masked_fill(~mask, float("-inf")).softmax(-1) @ v).to(q.dtype)
