@@ -247,7 +247,8 @@ def linear_cross_entropy(
 
     Args: hidden (T, H) fp32, bf16 or fp16; weight (V, H) of its dtype; labels (T,) int64, -100 where there is none;
     loss_weights (T,) float of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
-    0); chunk_rows: rows of logits held at a time, chosen from V by default (see chunk_size).
+    0) and perhaps of others, which give 0; chunk_rows: rows of logits held at a time, chosen from V by default (see
+    chunk_size).
     softcap, weight_transform, grad_weight and accumulate: as in the definition (reference_loss.py).
     Returns: LossOutput; gradients flow from loss_sum to hidden and weight.
     Raises: ValueError for shapes, dtypes, devices and options that do not fit; a label outside the vocabulary makes the

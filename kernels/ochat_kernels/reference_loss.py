@@ -50,7 +50,8 @@ def linear_cross_entropy(
 
     Args: hidden (T, H); weight (V, H) of hidden's dtype; labels (T,) int64, IGNORE_INDEX where there is none;
     loss_weights (T,) fp32 of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
-    0), found here when not given, which on CUDA synchronises once; chunk_rows: rows of logits held at a time.
+    0) and perhaps of others, which give 0; found here when not given, which on CUDA synchronises once; chunk_rows: rows
+    of logits held at a time.
     softcap c > 0: z becomes c * tanh(z / c), as in Gemma 2; 0: it stays. weight_transform f: called as f(nll, w) on
     detached (n,) fp32 values of some live rows at a time; its result replaces w in the loss (not in weight_sum),
     without a gradient of its own. grad_weight (V, H), fp32: the call writes the gradient of loss_sum to weight here, or

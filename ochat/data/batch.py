@@ -4,7 +4,8 @@
 
 Letters: T packed tokens, S documents, R supervised rows. How padding works is all in this file: `_pad` adds short
 documents of weight 0 up to `pad_to` tokens, because one document of P padding tokens would cost P^2 in attention; the
-loader chooses `pad_to` and, for a compiler, with `most_documents` the number of documents.
+loader chooses `pad_to` and, for a compiler, with `most_documents` the number of documents; or, for a CPU, a `multiple`
+of tokens and of rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,11 +44,11 @@ class PackedBatch:
     loss_weights: torch.Tensor  # (T,) float32, the label's weight; 0 where there is none
     position_ids: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (S+1,) int32
-    supervised_rows: torch.Tensor  # (R,) int64, ascending: label != IGNORE_INDEX and weight != 0
+    supervised_rows: torch.Tensor  # (R,) int64, ascending: weight != 0; with `multiple` a few of weight 0 among them
     supervised_classes: torch.Tensor  # (R,) int64, class of the conversation that a row belongs to
     max_seqlen: int  # the longest document, rounded up
     num_tokens: int  # without padding
-    num_supervised: int  # R
+    num_supervised: int  # rows of weight != 0: R, or less with `multiple`
     weight_sum: float  # sum of |weight| over the rows, in float64
     lengths: tuple[int, ...]  # (S,) of the documents, padding and empty ones included
     sequences: tuple[int, ...]  # data set indices of the first documents; what follows them is padding
@@ -80,9 +82,7 @@ class PackedBatch:
         return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
 
-def pack(
-    examples: Sequence[Example], indices: Sequence[int], class_ids: Sequence[int], **shape: int | None
-) -> PackedBatch:
+def pack(examples: Sequence[Example], indices: Sequence[int], class_ids: Sequence[int], **shape: Any) -> PackedBatch:
     """Lay `examples` end to end, as `assemble` does; `indices` and `class_ids` hold one entry for each."""
     assert len(examples) == len(indices) == len(class_ids), "one index and one class per example"
     input_ids = np.concatenate([np.zeros(0, np.int64), *(example.input_ids for example in examples)])
@@ -101,6 +101,7 @@ def assemble(
     *,
     pad_to: int | None = None,
     num_documents: int | None = None,
+    multiple: int = 1,
 ) -> PackedBatch:
     """A batch of documents whose ids and loss weights, unshifted, are given end to end.
 
@@ -108,9 +109,12 @@ def assemble(
     exactly so many tokens. `max_seqlen` is that of the longest document, rounded up to SEQLEN_MULTIPLE, or all tokens.
     `num_documents`: exactly so many documents, empty ones at the end, and a `max_seqlen` that is a power of two from
     PAD_DOCUMENT_TOKENS on, or `pad_to`, so that a compiler meets few shapes; a kernel then launches blocks for all of
-    them, most without work. Without documents the batch is padding alone: `pad_to` tokens, or one.
+    them, most without work. `multiple`: fill up tokens, where `pad_to` is not given, and supervised rows to a multiple
+    of it, so that a CPU meets few shapes of products, each of which it keeps half a megabyte for. Without documents the
+    batch is padding alone: `pad_to` tokens, or `multiple`.
     """
     num_tokens = len(input_ids)
+    pad_to = _round_up(max(num_tokens, 1), multiple) if pad_to is None else pad_to
     padded, max_seqlen = _pad(lengths.tolist(), pad_to, num_documents)
     cu_seqlens = np.concatenate([[0], np.cumsum(padded)])
     ids = np.full(cu_seqlens[-1], PAD_ID, np.int64)
@@ -122,7 +126,12 @@ def assemble(
     last = cu_seqlens[1 : len(lengths) + 1] - 1  # the last token of a document has no label
     labels[last], weights[last] = IGNORE_INDEX, 0
     rows = np.flatnonzero(weights)
+    num_supervised = len(rows)
     total = np.cumsum(np.abs(weights[rows], dtype=np.float64))  # one after another: rounds alike on every CPU
+    if missing := -num_supervised % multiple:
+        rows = np.sort(np.append(rows, np.flatnonzero(weights == 0)[:missing]))
+    classes = np.zeros(len(ids), np.int64)
+    classes[:num_tokens] = np.repeat(class_ids, lengths)
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -130,26 +139,26 @@ def assemble(
         position_ids=torch.from_numpy(np.arange(len(ids)) - np.repeat(cu_seqlens[:-1], padded)),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
         supervised_rows=torch.from_numpy(rows),
-        supervised_classes=torch.from_numpy(np.repeat(class_ids.astype(np.int64), lengths)[rows]),
+        supervised_classes=torch.from_numpy(classes[rows]),
         max_seqlen=max_seqlen,
         num_tokens=num_tokens,
-        num_supervised=len(rows),
-        weight_sum=float(total[-1]) if len(rows) else 0.0,
+        num_supervised=num_supervised,
+        weight_sum=float(total[-1]) if num_supervised else 0.0,
         lengths=tuple(padded),
         sequences=sequences,
     )
 
 
-def _pad(real: list[int], pad_to: int | None, num_documents: int | None) -> tuple[list[int], int]:
+def _pad(real: list[int], pad_to: int, num_documents: int | None) -> tuple[list[int], int]:
     """Lengths of a batch's documents, padding and empty ones included, and its max_seqlen (see `assemble`)."""
     num_tokens = sum(real)
-    missing = max(max(pad_to or 0, 0 if real else 1) - num_tokens, 0)
+    missing = max(pad_to - num_tokens, 0)
     whole, rest = divmod(missing, PAD_DOCUMENT_TOKENS)
     lengths = real + [PAD_DOCUMENT_TOKENS] * whole + [rest] * (rest > 0)
     total, longest = sum(lengths), max(lengths)
-    assert pad_to is None or total == pad_to, f"{num_tokens} tokens do not fit into {pad_to}"
+    assert total == pad_to, f"{num_tokens} tokens do not fit into {pad_to}"
     if num_documents is None:
-        return lengths, min(-(-longest // SEQLEN_MULTIPLE) * SEQLEN_MULTIPLE, total)
+        return lengths, min(_round_up(longest, SEQLEN_MULTIPLE), total)
     assert len(lengths) <= num_documents, f"{len(lengths)} documents do not fit into {num_documents}"
     bucket = max(1 << (longest - 1).bit_length(), PAD_DOCUMENT_TOKENS)
     return lengths + [0] * (num_documents - len(lengths)), min(bucket, total)
@@ -160,4 +169,8 @@ def most_documents(num_real: NDArray[np.int64], num_tokens: NDArray[np.int64], p
     multiple."""
     padding = -(-(pad_to - num_tokens) // PAD_DOCUMENT_TOKENS)
     most = int((num_real + padding).max(initial=1))
-    return -(-most // DOCUMENTS_MULTIPLE) * DOCUMENTS_MULTIPLE
+    return _round_up(most, DOCUMENTS_MULTIPLE)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -109,8 +109,8 @@ class TokenDataset:
         """(S,) places in the whole data set."""
         return np.arange(len(self)) if self._kept is None else self._kept
 
-    def batch(self, indices: ArrayLike, *, pad_to: int | None = None, num_documents: int | None = None) -> PackedBatch:
-        """These examples as one micro-batch (see `assemble`). Raises IndexError past the ends.
+    def batch(self, indices: ArrayLike, **shape: Any) -> PackedBatch:
+        """These examples as one micro-batch of a `shape` (see `assemble`). Raises IndexError past the ends.
 
         Costs at 40,960 tokens: benchmarks/results/loader.csv.
         """
@@ -128,7 +128,6 @@ class TokenDataset:
             at = wholes[of_shard] - self._starts[number]
             input_ids[to], loss_weights[to] = self._shards[number].read(at, self._rule)
         class_ids, sequences = self.class_ids[chosen], tuple(chosen.tolist())
-        shape = {"pad_to": pad_to, "num_documents": num_documents}
         return assemble(input_ids, loss_weights, lengths, class_ids, sequences, **shape)
 
     @property

@@ -68,8 +68,9 @@ class Loader:
     """Makes the steps of a run. Every epoch is planned once at construction, so the number of steps is exact.
 
     `epochs` >= 1, `max_steps` 0: no cap. `pad`: every batch has exactly `token_budget` tokens. `fix_documents`: and as
-    many documents as the run's fullest bin, so that a compiler meets few shapes. `pin`: in page-locked memory, from
-    which `PackedBatch.to` copies without waiting.
+    many documents as the run's fullest bin, so that a compiler meets few shapes. `multiple`: tokens, where not `pad`,
+    and supervised rows of a batch are filled up to a multiple of it. `pin`: in page-locked memory, from which
+    `PackedBatch.to` copies without waiting.
     `mixture`: which sequences an epoch takes; without it, all. `costs` (S,) float: the work of each sequence, which is
     balanced over the bins of a step. Memory: two plans, each of 8 bytes a sequence. Raises ConfigError for impossible
     settings, DataError for a sequence longer than a bin and for a data set without sequences.
@@ -86,6 +87,7 @@ class Loader:
     world: int = 1
     pad: bool = False
     fix_documents: bool = False
+    multiple: int = 1
     pin: bool = False
     mixture: Mixture | None = None
     costs: NDArray[np.floating] | None = None
@@ -149,7 +151,8 @@ class Loader:
         return [self._batch(plan.bin(b)) for b in bins]
 
     def _batch(self, indices: NDArray[np.int64]) -> PackedBatch:
-        batch = self.dataset.batch(indices, pad_to=self.pad_to, num_documents=self.num_documents)
+        shape = {"pad_to": self.pad_to, "num_documents": self.num_documents, "multiple": self.multiple}
+        batch = self.dataset.batch(indices, **shape)
         return batch.pin_memory() if self.pin else batch
 
     def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Generator[tuple[int, list[PackedBatch]]]:

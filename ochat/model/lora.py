@@ -106,18 +106,20 @@ class TokenRows(nn.Module):
         hidden_t, (w_t (softmax(z_t) - onehot))^T x_t for the n columns alone. With a cap of the logits, softcap, z_t
         are the capped ones, and each column's number is multiplied by 1 - (z / softcap)^2.
 
-        Args: as linear_cross_entropy's; rows (R,) the live ones; nll (T,) its result, which with the label's logit
-        gives logsumexp. Costs: 2 R H (n + 1) FLOPs and a copy of R rows of `weight`, instead of the (V, H) gradient.
+        Args: as linear_cross_entropy's; rows (R,) the live ones, perhaps with others, of weight 0; nll (T,) its result,
+        which with the label's logit gives logsumexp. Costs: 2 R H (n + 1) FLOPs and a copy of R rows of `weight`,
+        instead of the (V, H) gradient.
         """
         with torch.no_grad():
-            x, y, own = hidden[rows], labels[rows], self.weight.to(hidden.dtype)
+            x, y, w = hidden[rows], labels[rows].clamp_min(0), loss_weights[rows][:, None]
+            own = self.weight.to(hidden.dtype)
             label_logit = torch.bmm(x[:, None], weight[y][:, :, None]).flatten()  # rounded as the operator's logits are
             lse = nll[rows] + soft_cap(label_logit.to(nll.dtype), softcap)
             logits = soft_cap(F.linear(x, own).to(nll.dtype), softcap)  # (R, n)
             slope = (logits - lse[:, None]).exp() - (y[:, None] == self.places(y.device)).to(nll.dtype)
             if softcap:
                 slope *= 1 - (logits / softcap).square()
-            slope *= loss_weights[rows][:, None]
+            slope = torch.where(w != 0, slope * w, 0)
             gradient = (slope.to(x.dtype).t() @ x).to(self.weight.dtype)
         return ((self.weight - self.weight.detach()) * gradient).sum()
 

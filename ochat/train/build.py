@@ -54,6 +54,8 @@ from ochat.train.adapters import Adapters
 from ochat.train.display import Display
 from ochat.train.metrics import MetricsLog
 
+CPU_MULTIPLE = 64  # of tokens and of supervised rows: a CPU keeps 0.5 MB for each shape of a product that it meets
+
 
 @dataclass(frozen=True)
 class RunInputs:
@@ -114,6 +116,7 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
         verify.data(sets, ranks)
     on_gpu = ranks.device.type == "cuda"  # every batch then has data.token_budget tokens; a CPU would compute padding
     place: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world, "pad": on_gpu, "pin": on_gpu}
+    place["multiple"] = 1 if on_gpu else CPU_MULTIPLE
     place["fix_documents"] = on_gpu and config.train.compile
     dataset, held_out, eval_loader = open_dataset(config), None, None
     loader = open_loader(config, dataset, model_config, **place)
@@ -146,7 +149,7 @@ def open_eval_dataset(config: Config) -> TokenDataset:
 
 def open_loader(config: Config, dataset: TokenDataset, model: ModelConfig, **place: Any) -> Loader:
     """The steps of the run; the bins of a step are balanced by the model's FLOPs. `place`: the Loader's rank, world,
-    pad, fix_documents and pin.
+    pad, fix_documents, multiple and pin.
 
     Raises: ConfigError where nothing is supervised, or the bins cannot be divided among the ranks.
     """

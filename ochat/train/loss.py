@@ -32,7 +32,7 @@ def head_loss(
 
     def head(hidden: Tensor, parameter: Tensor) -> LossOutput:
         labels, weights = batch.supervised_labels, batch.supervised_weights
-        rows = torch.arange(len(labels), device=labels.device)  # all of them are live
+        rows = torch.arange(len(labels), device=labels.device)  # all are live, or of weight 0
         options = {"rows": rows, "softcap": softcap}
         if step_weight is None:
             weight = linear.cast(parameter, hidden.dtype)

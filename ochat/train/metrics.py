@@ -50,8 +50,8 @@ class StepMetrics:
         """Add one micro-batch, on the device, and the LossOutput of its rows, nll and correct (R,); does not wait for
         the device."""
         weights = batch.supervised_weights.double()
-        nll, correct = out.nll.double(), out.correct.double()
-        per_row = torch.stack((nll * weights.abs(), weights.abs(), correct * weights.abs(), torch.ones_like(nll)), 1)
+        sizes, nll, correct = weights.abs(), out.nll.double(), out.correct.double()
+        per_row = torch.stack((nll * sizes, sizes, correct * sizes, sizes.sign()), 1)
         self.class_sums.index_add_(0, batch.supervised_classes, per_row)
         on_device = torch.stack(((nll * weights).sum(), *per_row[:, 1:3].sum(0)))
         on_host = (batch.num_tokens, batch.num_supervised, batch.input_ids.shape[0], batch.sum_len_sq)

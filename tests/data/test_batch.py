@@ -74,6 +74,23 @@ def test_the_fullest_bin_counts_its_padding(num_real, tokens, most):
     assert most_documents(np.array([num_real, 3]), np.array([tokens, 600]), 600) == most
 
 
+@given(DOCUMENTS, st.sampled_from([2, 7, 64]), st.booleans())
+def test_a_multiple_adds_tokens_and_rows_without_weight(documents, multiple, has_budget):
+    total = sum(map(len, documents))
+    pad_to = total + 70 if has_budget else None
+    shape = {"pad_to": pad_to or -(-max(total, 1) // multiple) * multiple}
+    args = [example(d) for d in documents], range(len(documents)), range(len(documents))
+    plain, batch = pack(*args, **shape), pack(*args, pad_to=pad_to, multiple=multiple)
+    assert batch.lengths == plain.lengths and torch.equal(batch.input_ids, plain.input_ids)
+    rows, weights = batch.supervised_rows, batch.supervised_weights
+    unsupervised = len(plain.labels) - plain.num_supervised
+    assert len(rows) - plain.num_supervised == min(-plain.num_supervised % multiple, unsupervised)
+    assert torch.equal(rows, rows.unique())  # ascending, each once
+    assert torch.equal(rows[weights != 0], plain.supervised_rows)
+    assert torch.equal(batch.supervised_classes[weights != 0], plain.supervised_classes)
+    assert (batch.num_supervised, batch.weight_sum) == (plain.num_supervised, plain.weight_sum)
+
+
 def test_padding_is_short_documents_and_an_empty_bin_is_padding_alone():
     batch = pack([example([(5, 0.0), (6, 1.0)])], [0], [0], pad_to=1000)
     assert sum(batch.lengths) == 1000 and max(batch.lengths[1:]) == PAD_DOCUMENT_TOKENS and min(batch.lengths) > 0

@@ -46,6 +46,11 @@ def test_an_epoch_holds_every_conversation_once(data, pad):
     assert both[0].sequences != load(data, seed=2).step(0)[0].sequences
 
 
+def test_a_multiple_makes_few_shapes(data):
+    for batch in batches(load(data, multiple=64)):
+        assert len(batch.input_ids) % 64 == len(batch.supervised_rows) % 64 == 0
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_the_steps_of_one_process(data, world):
     alone = load(data)

@@ -45,12 +45,13 @@ def adapted(config: ModelConfig, settings: LoraConfig, ids=IDS) -> Transformer:
 
 
 def batch(tokens: int, vocab: int) -> PackedBatch:
-    """One document with every row of IDS, as input and as label; a third of the tokens is not supervised."""
+    """One document with every row of IDS, as input and as label; a third of the tokens is not supervised, but among the
+    rows."""
     draw = torch.Generator().manual_seed(1)
     ids, weights = torch.randint(0, vocab, (tokens,), generator=draw), torch.rand(tokens, generator=draw) - 0.3
     ids[4], ids[7] = IDS
     weights[::3] = 0
-    return pack([Example(ids.numpy(), weights.numpy(), "")], [0], [0])
+    return pack([Example(ids.numpy(), weights.numpy(), "")], [0], [0], multiple=tokens)
 
 
 def packed(given: PackedBatch):

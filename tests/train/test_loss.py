@@ -28,8 +28,8 @@ def conversations(lengths, seed=0):
     return examples
 
 
-def packed_gradients(model, examples, pad_to, step_weight):
-    batch = pack(examples, range(len(examples)), [0] * len(examples), pad_to=pad_to)
+def packed_gradients(model, examples, shape, step_weight):
+    batch = pack(examples, range(len(examples)), [0] * len(examples), **shape)
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, "sdpa", batch.lengths)
     head = head_loss(OPS, model, batch)
     out = model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
@@ -54,14 +54,16 @@ def gradients_by_hand(peer, config, examples, step_weight):
     return loss.detach(), model_families.from_hf(config, {name: p.grad for name, p in peer.named_parameters()})
 
 
-@pytest.mark.parametrize(("lengths", "pad_to"), [((7, 1, 19, 2), None), ((5, 31), 64)])
+@pytest.mark.parametrize(
+    ("lengths", "shape"), [((7, 1, 19, 2), {}), ((5, 31), {"pad_to": 64}), ((5, 31), {"multiple": 32})]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_loss_and_gradients_equal_conversations_alone_in_float64(family, lengths, pad_to, tmp_path):
+def test_packed_loss_and_gradients_equal_conversations_alone_in_float64(family, lengths, shape, tmp_path):
     peer = model_families.make(family, tmp_path)
     model = hf.load(tmp_path, dtype="float32")
     examples = conversations(lengths)
     step_weight = sum(abs(float(w)) for e in examples for w in e.loss_weights[1:]) + 3.5  # other bins have weight too
-    loss, gradients = packed_gradients(model, examples, pad_to, step_weight)
+    loss, gradients = packed_gradients(model, examples, shape, step_weight)
     truth, expected = gradients_by_hand(peer, model.config, examples, step_weight)
     assert abs(loss.double() - truth) <= 2e-6  # of about 5 a unit of weight; weights of both signs cancel
     assert gradients.keys() == expected.keys()

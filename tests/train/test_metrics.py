@@ -17,10 +17,10 @@ WEIGHTS = ([0, 1.0, -0.5, 0.25], [0, 0, 2.0])
 CPU = torch.device("cpu")
 
 
-def batch_and_output():
+def batch_and_output(multiple=1):
     """Two conversations of classes 1 and 0; labels 1 .. 3 of the first and 2 of the second are supervised."""
     examples = [Example(np.arange(len(w)), np.array(w, np.float32), "") for w in WEIGHTS]
-    batch = pack(examples, [0, 1], [1, 0], pad_to=20)
+    batch = pack(examples, [0, 1], [1, 0], pad_to=20, multiple=multiple)
     nll = torch.linspace(1, 2, 20)[batch.supervised_rows]
     correct = batch.supervised_rows % 2 == 0
     loss_sum = (batch.loss_weights[batch.supervised_rows] * nll).sum()
@@ -47,6 +47,15 @@ def test_means_are_weighted_by_absolute_weights_per_class_and_in_all():
         "none": {"loss": None, "accuracy": None, "tokens": 0},
     }
     assert metrics.summarise(StepMetrics(["a"], CPU).to_tensor().tolist(), ["a"])["loss"] == 0.0
+
+
+def test_rows_without_weight_count_nothing():
+    sums = []
+    for multiple in (1, 8):
+        measured = StepMetrics(["a", "b"], CPU)
+        measured.add(*batch_and_output(multiple))
+        sums.append(measured.to_tensor())
+    assert torch.equal(*sums)
 
 
 def metrics_log(path, **change):
