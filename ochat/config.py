@@ -138,6 +138,8 @@ class WeightsConfig(Section, frozen=True):
     """temperature of rewards; the default turns rewards 1 and 0.1 into the paper's weights 1 and 0.1"""
     per_message_mean: bool = False
     """divide a message's weight by its number of tokens"""
+    per_conversation_mean: bool = False
+    """divide a conversation's weights by its number of supervised tokens, so that long ones count no more"""
 
 
 class OptimConfig(Section, frozen=True):
@@ -390,6 +392,7 @@ def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
         (parallel.reduce_dtype == "bfloat16", "optim.master_dtype", "float32", 'parallel.reduce_dtype = "bfloat16"'),
         (parallel.offload == "all", "optim.master_dtype", "float32", on_host),
         (parallel.offload == "all", "optim.moment_dtype", "float32", on_host),
+        (config.weights.per_conversation_mean, "weights.per_message_mean", False, "weights.per_conversation_mean"),
         (in_backward, "optim.clip", 0, "optim.in_backward: the norm is known too late"),
         (in_backward, "data.bins_per_step", 1, "optim.in_backward"),
         (in_backward, "train.max_nonfinite_steps", 0, "optim.in_backward"),

@@ -114,6 +114,10 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
         (f"{IN_BACKWARD} --data.bins_per_step=2", "data.bins_per_step = 2: expected 1 "),
         (f"{IN_BACKWARD} --train.max_nonfinite_steps=1", "train.max_nonfinite_steps = 1: expected 0 "),
         (f"{IN_BACKWARD} --lora.rank=4", "lora.rank = 4: expected 0 "),
+        (
+            "--weights.per_message_mean=true --weights.per_conversation_mean=true",
+            "weights.per_message_mean = True: expected false with weights.per_conversation_mean",
+        ),
         ("--optim.master_dtype=bfloat16 --train.dtype=float32", 'expected "float32" with train.dtype'),
         ("--optim.master_dtype=bfloat16 --lora.rank=4", 'expected "float32" with lora.rank'),
         ("--optim.master_dtype=bfloat16 --parallel.reduce=micro_batch", 'expected "float32" with parallel.reduce'),

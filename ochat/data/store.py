@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ochat.data import manifest
 from ochat.data.manifest import AGAIN, Prepared
-from ochat.data.weights import ROLES, WeightRule
+from ochat.data.weights import ROLES, WeightRule, own_weights
 from ochat.errors import DataError
 from ochat.files.safetensors_file import open_file
 
@@ -81,8 +81,7 @@ class Shard:
         counts = np.empty(len(self), np.int32)
         for first, last in _blocks(len(self)):
             spans = self._spans(np.arange(first, last), rule)
-            labels = np.maximum(spans.ends, 1) - np.maximum(spans.begins, 1)
-            counts[first:last] = np.add.reduceat(np.where(spans.loss_weights != 0, labels, 0), spans.starts)
+            counts[first:last] = _count_labels(spans.begins, spans.ends, spans.loss_weights != 0, spans.starts)
         return counts
 
     def _spans(self, at: NDArray[np.integer], rule: WeightRule) -> _Spans:
@@ -95,6 +94,9 @@ class Shard:
         own, roles, num_tokens = self["span_weights"][index], self["span_roles"][index], ends - begins
         if rule.per_message_mean:
             num_tokens = _of_messages(num_tokens, roles, starts)
+        elif rule.per_conversation_mean and len(starts):
+            # class and reward weigh a whole conversation: its own weights say which labels are supervised
+            num_tokens = np.repeat(_count_labels(begins, ends, own_weights(own, roles) != 0, starts), counts)
         return _Spans(begins, ends, rule(own, roles, class_ids, rewards, num_tokens), starts)
 
 
@@ -105,6 +107,13 @@ class _Spans(NamedTuple):
     ends: NDArray[np.int32]  # (n,)
     loss_weights: NDArray[np.float32]  # (n,)
     starts: NDArray[np.int64]  # of each sequence: the place of its first span
+
+
+def _count_labels(
+    begins: NDArray[np.int32], ends: NDArray[np.int32], chosen: NDArray[np.bool_], starts: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    """Labels in the chosen ones of n spans, of each sequence; its first token is never a label."""
+    return np.add.reduceat(np.where(chosen, np.maximum(ends, 1) - np.maximum(begins, 1), 0), starts)
 
 
 def _of_messages(

@@ -53,6 +53,7 @@ class WeightRule:
         self.source = config.source if config.source != "auto" else ("classes" if classes else "record")
         self.beta = config.beta
         self.per_message_mean = config.per_message_mean
+        self.per_conversation_mean = config.per_conversation_mean
         self.needs_reward = self.source == "reward"
         table = {name: class_weight(entry, name, config.beta) for name, entry in classes.items()}
         if self.source == "classes":
@@ -70,10 +71,10 @@ class WeightRule:
         """Weights (n,) float32 of n spans.
 
         `own` NaN where the record gives none; `class_ids` and `rewards` (NaN: none) of the span's conversation;
-        `num_tokens` that the span's message holds, after truncation. With `classes` and `reward` a negative own weight
-        lends its sign.
+        `num_tokens` among which a mean shares the weight, after truncation: all of the span's message, or the
+        supervised labels of its conversation. With `classes` and `reward` a negative own weight lends its sign.
         """
-        weights = np.where(np.isnan(own), DEFAULT_WEIGHTS[roles], own).astype(np.float32)
+        weights = own_weights(own, roles)
         supervised = weights != 0
         if self.source in ("classes", "reward"):
             by_reward = self.source == "reward"
@@ -81,9 +82,14 @@ class WeightRule:
             weights = np.where(supervised, np.copysign(1, weights) * given, 0)
         elif self.source == "none":
             weights = supervised
-        if self.per_message_mean:
+        if self.per_message_mean or self.per_conversation_mean:
             weights = weights / np.maximum(num_tokens, 1)
         return np.asarray(weights, np.float32)
+
+
+def own_weights(own: NDArray[np.float32], roles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Weights (n,) float32 of spans before those of classes and rewards: `own`, or the role's where it is NaN."""
+    return np.where(np.isnan(own), DEFAULT_WEIGHTS[roles], own).astype(np.float32)
 
 
 def reward_weights(rewards: ArrayLike, beta: float) -> NDArray[np.float64]:

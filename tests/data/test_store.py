@@ -38,6 +38,8 @@ RULES = {
         "classes": {name: ClassConfig(reward=0.2) for name in "abc"},
         "weights": WeightsConfig("classes", 0.5, True),
     },
+    "mean of conversations": {"weights": WeightsConfig(per_conversation_mean=True)},
+    "mean of conversations by reward": {"weights": WeightsConfig("reward", beta=0.7, per_conversation_mean=True)},
 }
 NUM_SEQUENCES, LENGTH = 400_000, 5_000  # 4 GB of token ids, which lie nowhere: the file is sparse
 MIB = 1 << 20
@@ -156,6 +158,23 @@ def test_a_mean_is_by_message_though_its_spans_differ_in_weight(tmp_path):
     for example in data:
         np.testing.assert_allclose(example.loss_weights, np.array(expected, np.float32), rtol=1e-6)
     assert data.manifest["roles"] == ["bos", "system", "prefix", "user", "assistant"], "as before there were tools"
+
+
+@pytest.mark.parametrize("rule", ["record", "classes", "reward", "none"])
+def test_a_mean_of_conversations_divides_by_their_supervised_labels(written, rule):
+    """So each conversation weighs what one of its tokens did, if its own weights are alike, however long it is; what is
+    not supervised does not count, nor does a first token, which is no label."""
+    folder, drawn = written
+    plain = RULES[rule].get("weights", WeightsConfig())
+    classes = RULES[rule].get("classes")
+    mean = WeightsConfig(plain.source, plain.beta, per_conversation_mean=True)
+    undivided, data = (TokenDataset(folder, classes=classes, weights=each) for each in (plain, mean))
+    assert data.supervised.tolist() == undivided.supervised.tolist() and 0 in data.supervised
+    for before, after, count in zip(undivided, data, data.supervised, strict=True):
+        expected = before.loss_weights / np.float32(max(count, 1))
+        np.testing.assert_allclose(after.loss_weights[1:], expected[1:], rtol=1e-6)
+        if rule == "none" and count:
+            assert after.loss_weights[1:].sum() == pytest.approx(1, rel=1e-5)
 
 
 @pytest.mark.parametrize("index", [-1, 60])

@@ -39,13 +39,13 @@ def by_hand(span, source):
     return math.copysign(value, own)
 
 
-@pytest.mark.parametrize("is_mean", [False, True])
+@pytest.mark.parametrize("mean", ["", "per_message_mean", "per_conversation_mean"])
 @pytest.mark.parametrize("source", ["record", "classes", "reward", "none"])
 @given(spans=SPANS)
-def test_weights_equal_the_rules_by_hand(source, is_mean, spans):
-    """A mean shares a message's weight among its tokens."""
-    rule = WeightRule(WeightsConfig(source=source, per_message_mean=is_mean), TABLE, NAMES)
-    wanted = [by_hand(span, source) / (span[-1] if is_mean else 1) for span in spans]
+def test_weights_equal_the_rules_by_hand(source, mean, spans):
+    """A mean shares a weight among tokens."""
+    rule = WeightRule(WeightsConfig(source=source, **{mean: True} if mean else {}), TABLE, NAMES)
+    wanted = [by_hand(span, source) / (span[-1] if mean else 1) for span in spans]
     assert apply(rule, spans) == pytest.approx(wanted, rel=1e-6)
 
 

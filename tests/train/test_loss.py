@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from ochat.data.batch import Example, pack
+from ochat.data.dataset import TokenDataset
 from ochat.model import hf
 from ochat.model.attention.packed import PackedAttention
 from ochat.train.loss import head_loss
-from tests import model_families
+from tests import model_families, tiny
 from tests.numerics import relative_error
 
 OPS = ochat_kernels.load("reference")
@@ -69,3 +70,16 @@ def test_packed_loss_and_gradients_equal_conversations_alone_in_float64(family, 
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected[name]) < 2e-5, name
+
+
+@pytest.mark.parametrize("budget", [96, 300])
+def test_with_conversation_means_a_step_weighs_conversations_alike_in_any_packing(world, tmp_path, budget):
+    """One step of the whole data: the mean over conversations of the mean nll of their supervised labels."""
+    options = ["--data.bins_per_step=64", f"--data.token_budget={budget}", "--weights.source=none"]
+    (line,) = tiny.train(world, tmp_path / "run", *options, "--weights.per_conversation_mean=true")
+    model, means = hf.load(world.base, dtype="float32").double(), []
+    for example in TokenDataset(world.data):
+        ids, is_label = torch.from_numpy(example.input_ids), torch.from_numpy(example.loss_weights[1:]) != 0
+        (logits,) = model.logits([ids.tolist()])
+        means.append(F.cross_entropy(logits.double()[:-1], ids[1:], reduction="none")[is_label].mean())
+    assert line["loss"] == pytest.approx(float(torch.stack(means).mean()), rel=1e-6)
