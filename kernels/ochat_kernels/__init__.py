@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from ochat_kernels.dynamic_weights import Dynamic
 from ochat_kernels.reference import LossOutput
 
 IMPLEMENTATIONS = {
@@ -18,7 +19,7 @@ IMPLEMENTATIONS = {
     "compiled": "ochat_kernels.compiled",
 }
 
-__all__ = ["IMPLEMENTATIONS", "LossOutput", "load"]
+__all__ = ["IMPLEMENTATIONS", "Dynamic", "LossOutput", "load"]
 
 
 def load(name: str) -> ModuleType:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ochat_kernels import reference, reference_loss
+from ochat_kernels.dynamic_weights import Dynamic
 from ochat_kernels.reference import *  # noqa: F403
 from ochat_kernels.reference import LossOutput
 
@@ -48,9 +49,10 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     softcap: float = 0.0,
     weight_transform: reference_loss.WeightTransform | None = None,
+    dynamic: Dynamic | None = None,
     grad_weight: Tensor | None = None,
     accumulate: bool = False,
 ) -> LossOutput:
     """The definition (reference_loss.py), with one pass over a chunk's logits for statistics and one for gradients."""
-    options = rows, chunk_rows, softcap, weight_transform, grad_weight, accumulate
+    options = rows, chunk_rows, softcap, weight_transform, dynamic, grad_weight, accumulate
     return reference_loss.by_chunks(_PASSES, hidden, weight, labels, loss_weights, *options)
