@@ -2,6 +2,7 @@
 
 git diff | ochat generate models/mine --system "Review this change." --prompt -
 ochat generate models/mine --prompts prompts.txt --output answers.jsonl
+ochat generate models/mine --condition GPT4 --guidance 1.5 --against GPT3 --prompt "..."
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.text import Text
@@ -39,6 +40,8 @@ class GenerateOptions:
     condition: str | None = None  # the class whose answer is wanted; left out: the template's default; "": none
     system: str = ""  # system text before the prompts
     template: str | None = None  # a template's name or file, or base; left out: what openchat.json in the folder says
+    guidance: float = 1.0  # how far to go from the class --against to --condition; 1: just there, 1.5: beyond it
+    against: str | None = None  # the class that guidance leads away from; none: no class; left out: the only other one
     max_new_tokens: int = 512  # the longest answer, in tokens
     temperature: float = 0.0  # 0: the likeliest token, always
     top_p: float = 1.0  # sample among the likeliest tokens that together have this probability
@@ -92,14 +95,19 @@ def answer(options: GenerateOptions) -> tuple[list[Prompt], Answers]:
     from ochat.model.config import ModelConfig
     from ochat.model.device import find_device
     from ochat.text import tokenizer as tokenizers
-    from ochat.text.openchat_json import template_as
+    from ochat.text.openchat_json import against, known_classes, template_as
 
     device, folder = find_device(options.device), folder_of(options.model)
     tokenizer = tokenizers.load(folder)
     template = template_as(folder, options.template, options.condition, tokenizer)
     context = ModelConfig.load(folder).max_position_embeddings
-    asked = prompts.encode(_conversations(options), [template.default_condition], template, tokenizer, context)
-    settings = {key: getattr(options, key) for key in ("temperature", "top_p", "top_k", "seed")}
+    chats = list(_conversations(options))
+    asked = prompts.encode(chats, [template.default_condition], template, tokenizer, context)
+    settings: dict[str, Any] = {key: getattr(options, key) for key in ("temperature", "top_p", "top_k", "seed")}
+    if options.guidance != 1 or options.against is not None:
+        other = against(template, options.against, known_classes(folder), tokenizer)
+        others = prompts.encode(chats, [other], template, tokenizer, context)
+        settings |= {"guidance": options.guidance, "against": others}
     with waiting("loading the model"):
         model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
     ends = stop_ids(folder, template, tokenizer)

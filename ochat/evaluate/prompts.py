@@ -82,14 +82,16 @@ def answer(
     most: int,
     *,
     seed: int = 0,
+    against: Sequence[Prompt] = (),
     **settings: Any,
 ) -> Iterator[list[tuple[Prompt, str, bool]]]:
     """Batch by batch each prompt, its answer, and whether it was cut before it reached a stop id. An answer has
-    at most `most` tokens. `settings`: of sampling, as infer.generate.steps; without them the likeliest token is
-    taken."""
+    at most `most` tokens. `against`: with guidance, each prompt under the class to keep away from. `settings`: of
+    sampling and guidance, as infer.generate.steps; without them the likeliest token is taken."""
     for first in range(0, len(prompts), PROMPTS_PER_BATCH):
-        batch = prompts[first : first + PROMPTS_PER_BATCH]
-        found = complete(model, [each.ids for each in batch], tokenizer, stop_ids, most, seed=seed + first, **settings)
+        batch, others = (part[first : first + PROMPTS_PER_BATCH] for part in (prompts, against))
+        settings |= {"seed": seed + first, "against": [each.ids for each in others]}
+        found = complete(model, [each.ids for each in batch], tokenizer, stop_ids, most, **settings)
         yield [(each, text, is_cut) for each, (text, is_cut) in zip(batch, found, strict=True)]
 
 

@@ -4,6 +4,10 @@
     for tokens in steps(model, [[1, 5, 9]], max_new_tokens=64, stop_ids={2}): ...       # {0: 17}, then {0: 4}, ...
 An answer does not depend on the other prompts, sampled or not: each prompt has its own random draws.
 
+Guidance, with two prompts for each answer, one of the class that is wanted and one of the class to keep away from:
+
+    generate(model, wanted, against=others, guidance=1.5, ...)      # z = z_against + 1.5 * (z_wanted - z_against)
+
 Letters: B sequences, C capacity, L layers, N query heads, K key/value heads, D head dim, V vocabulary.
 """
 
@@ -32,12 +36,16 @@ def complete(
     tokenizer: Tokenizer,
     stop_ids: Collection[int],
     most: int,
+    *,
+    guidance: float = 1.0,
+    against: Sequence[Sequence[int]] = (),
     **settings: Any,
 ) -> list[tuple[str, bool]]:
     """(the answer's text, whether it was cut before it reached a stop id) of each prompt. An answer has at most `most`
-    tokens. `settings`, errors and costs: as generate."""
-    answers = generate(model, prompts, max_new_tokens=most, stop_ids=stop_ids, **settings)
-    room = (min(most, model.config.max_position_embeddings - len(prompt)) for prompt in prompts)
+    tokens. Other arguments, errors and costs: as steps."""
+    told: dict[str, Any] = {"max_new_tokens": most, "stop_ids": stop_ids, "guidance": guidance, "against": against}
+    answers = generate(model, prompts, **told, **settings)
+    room = _room(_sides(prompts, against, guidance), most, model.config.max_position_embeddings)
     return [(tokenizer.decode(ids), len(ids) == count) for ids, count in zip(answers, room, strict=True)]
 
 
@@ -61,6 +69,8 @@ def steps(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int | Sequence[int] = 0,
+    guidance: float = 1.0,
+    against: Sequence[Sequence[int]] = (),
     device: torch.device | str | None = None,
 ) -> Iterator[dict[int, int]]:
     """Step by step the next id of each answer that goes on, {number of its prompt: id}; never a stop id.
@@ -68,37 +78,47 @@ def steps(
     An answer ends at a stop id, after `max_new_tokens`, or where the model's context does. Temperature 0 takes the
     largest logit; above it, tokens are drawn from the `top_k` likeliest (0: all), of which the fewest that reach
     `top_p` of the probability are kept. `seed`: of all, or of each prompt, which then draws as if it were alone.
+    `guidance`: s of z = z_against + s * (z - z_against), the logits that tokens are taken from (classifier-free
+    guidance, arXiv 2207.12598; of policies by CFGRL, 2505.23458, and RECAP, 2511.14759). z_against follow `against`, a
+    second prompt for each, and the same answer. 1: z, `against` is not read; 0: z_against.
     `device`: where to compute, if not on the device of the embeddings.
     Raises: ConfigError for settings out of range, an empty prompt or one that fills the context; DataError for a token
     id outside the vocabulary. Costs: a synchronisation per token; for LongRoPE one more pass over all sequences where
-    one grows beyond the original length: then all its keys turn by the long factors, as in training.
+    one grows beyond the original length: then all its keys turn by the long factors, as in training. With guidance a
+    batch of twice as many sequences.
     """
     sampler = Sampler(temperature, top_p, top_k, seed, len(prompts))
     expect(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "a whole number >= 1")
-    lengths, context = [len(prompt) for prompt in prompts], model.config.max_position_embeddings
-    _check_lengths(lengths, context)
+    expect(math.isfinite(guidance) and guidance >= 0, "guidance", guidance, "a number >= 0")
+    sides, context = _sides(prompts, against, guidance), model.config.max_position_embeddings
+    for side in sides:
+        _check_lengths([len(prompt) for prompt in side], context)
     if not prompts:
         return
+    held = [list(prompt) for side in sides for prompt in side]
+    lengths = [len(sequence) for sequence in held]
     capacity = min(max(lengths) + max_new_tokens, context)
     weight = model.embed.weight
     cache = KVCache(model.config, lengths, capacity, model.compute_dtype or weight.dtype, device or weight.device)
-    logits = _read(model, prompts, cache, device)
-    room = {index: min(max_new_tokens, context - length) for index, length in enumerate(lengths)}  # of open answers
-    held = [list(prompt) for prompt in prompts]
+    logits = _read(model, held, cache, device)
+    room = dict(enumerate(_room(sides, max_new_tokens, context)))  # of open answers
     while True:
-        tokens = sampler(logits)
+        tokens = sampler(logits if guidance == 1 else _extrapolated(logits, guidance))
         said = tokens.tolist()
         room = {index: left - 1 for index, left in room.items() if said[index] not in stop_ids}
         yield {index: said[index] for index in room}
         room = {index: left for index, left in room.items() if left}
         if not room:
             return
+        grown = []  # lengths
         for index in room:
-            held[index].append(said[index])
-        if any(rope.turns_long(model.config.rope, len(held[index])) for index in room):
+            for sequence in held[index :: len(prompts)]:  # with guidance two
+                sequence.append(said[index])
+                grown.append(len(sequence))
+        if any(rope.turns_long(model.config.rope, length) for length in grown):
             logits = _read(model, held, cache, device)  # the kept keys were rotated for a short document
             continue
-        logits = model(tokens, cache.lengths, cache)
+        logits = model(tokens.repeat(len(sides)), cache.lengths, cache)
         cache.advance()
 
 
@@ -110,6 +130,28 @@ def _read(
     cache.restart([len(sequence) for sequence in sequences])
     last = cache.lengths.cumsum(0) - 1  # rows of the last tokens
     return model(input_ids, position_ids, cache.storing(attend), rows=last)
+
+
+def _sides(
+    prompts: Sequence[Sequence[int]], against: Sequence[Sequence[int]], guidance: float
+) -> list[Sequence[Sequence[int]]]:
+    """The prompts, and with guidance those of `against`. Raises: ConfigError where each has none of its own."""
+    if guidance == 1:
+        return [prompts]
+    if len(against) != len(prompts):
+        raise ConfigError(f"guidance needs a second prompt for each: {len(prompts)} in against, not {len(against)}")
+    return [prompts, against]
+
+
+def _room(sides: Sequence[Sequence[Sequence[int]]], most: int, context: int) -> list[int]:
+    """How many tokens each answer may have."""
+    return [min(most, context - max(map(len, each))) for each in zip(*sides, strict=True)]
+
+
+def _extrapolated(logits: Tensor, guidance: float) -> Tensor:
+    """Logits (2 B, V), those of `against` behind the others -> (B, V)."""
+    wanted, against = logits.chunk(2)
+    return torch.lerp(against, wanted, guidance)  # 0 and 1 give one of them to the bit
 
 
 def _check_lengths(lengths: Sequence[int], context: int) -> None:

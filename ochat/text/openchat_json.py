@@ -70,6 +70,24 @@ def with_class(
     return template
 
 
+def against(template: Template, name: str | None, classes: Sequence[str], tokenizer: Tokenizer) -> str:
+    """The class that guidance leads away from: `name` ("none": no class, ""), or the only other one of `classes`.
+
+    Raises: ConfigError where there is no or more than one other, for the class that answers, and as with_class.
+    """
+    own = template.default_condition
+    if name is None:
+        others = [each for each in classes if each != own]
+        if len(others) != 1:
+            known = f"the model knows {_named(classes)}" if classes else "the model does not say which classes it knows"
+            raise ConfigError(f"--guidance needs --against CLASS, or --against none for no class; {known}")
+        return others[0]
+    other = "" if name == "none" and name not in classes else name
+    if other == own:
+        raise ConfigError(f"--against {name}: answers are asked of it; name another class, or none")
+    return with_class(template, other, classes, tokenizer, "--against: ").default_condition
+
+
 def read_description(folder: Path) -> dict[str, Any]:
     """The content of openchat.json in an exported folder; {} where there is none. Raises: ConfigError."""
     if not folder.is_dir():

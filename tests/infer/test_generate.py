@@ -13,7 +13,7 @@ from ochat.infer.generate import KVCache, Sampler, generate
 from ochat.model import hf
 from ochat.model.attention.sdpa import Scores
 from ochat.model.rope import RopeConfig
-from ochat.model.transformer import Transformer
+from ochat.model.transformer import Transformer, pack_ids
 from tests.model_families import FAMILIES, make, random_ids
 
 LENGTHS = (11, 1, 20, 4)
@@ -53,13 +53,7 @@ def test_greedy_answers_are_the_peers_and_cached_logits_the_whole_sequences(fami
 @torch.no_grad()
 def test_an_answer_that_outgrows_the_original_length_is_that_of_the_whole_sequence(model):
     """LongRoPE then turns all keys anew, those of a short prompt that the cache holds too."""
-    factors = torch.linspace(1, 4, model.config.head_dim // 2)
-    longrope = RopeConfig(
-        kind="longrope", original_max_position_embeddings=16, factor=16.0,
-        short_factor=tuple(factors.tolist()), long_factor=tuple((4 * factors).tolist()),
-    )  # fmt: skip
-    ours = Transformer(replace(model.config, rope=longrope), reference)
-    ours.load_state_dict(model.state_dict())
+    ours = with_longrope(model)
     prompts = random_ids(*LENGTHS)  # 11, 1 and 4 tokens grow beyond 16, 20 are there
     for prompt, answer in zip(prompts, generate(ours, prompts, max_new_tokens=24, stop_ids=()), strict=True):
         for at, token in enumerate(answer):
@@ -98,6 +92,79 @@ def test_an_answer_does_not_depend_on_its_neighbours(model, options):
     assert generate(model, prompts[:1], max_new_tokens=12, stop_ids=(), **options) == together[:1]
     swapped = [prompts[0], *random_ids(30, 2, seed=7)]
     assert generate(model, swapped, max_new_tokens=12, stop_ids=(), **options)[0] == together[0]
+
+
+def with_longrope(model):
+    """The model with rotations that change once a sequence grows beyond 16 tokens."""
+    factors = torch.linspace(1, 4, model.config.head_dim // 2)
+    longrope = RopeConfig(
+        kind="longrope", original_max_position_embeddings=16, factor=16.0,
+        short_factor=tuple(factors.tolist()), long_factor=tuple((4 * factors).tolist()),
+    )  # fmt: skip
+    ours = Transformer(replace(model.config, rope=longrope), reference)
+    ours.load_state_dict(model.state_dict())
+    return ours
+
+
+AGAINST = (3, 15, 8, 4)  # lengths of the other prompts: shorter, longer and the same
+SAMPLED = {"temperature": 2.0, "top_k": 40, "seed": 3}
+
+
+@pytest.mark.parametrize("kind", ["rope", "longrope"])
+@pytest.mark.parametrize("options", [{}, SAMPLED])
+@torch.no_grad()
+def test_guidance_takes_tokens_from_logits_extrapolated_between_two_prompts(model, kind, options):
+    """z_against + s * (z - z_against) in float64, each of the whole sequence without a cache."""
+    ours, prompts, against = model, random_ids(*LENGTHS), random_ids(*AGAINST, seed=5)
+    if kind == "longrope":
+        ours = with_longrope(model)
+    guided = generate(ours, prompts, max_new_tokens=24, stop_ids=(), guidance=2.5, against=against, **options)
+    assert guided != generate(ours, prompts, max_new_tokens=24, stop_ids=(), **options)
+    settings = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "seed": 0} | options
+    sampler = Sampler(**settings, num_sequences=len(prompts))
+    for at in range(24):
+        said = [answer[:at] for answer in guided]
+        wanted, other = (
+            torch.stack([ours.logits([prompt + text])[0][-1].double() for prompt, text in zip(side, said, strict=True)])
+            for side in (prompts, against)
+        )
+        assert sampler(other + 2.5 * (wanted - other)).tolist() == [answer[at] for answer in guided]
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED])
+def test_guidance_of_1_is_none_to_the_bit_and_of_0_answers_the_other_prompts(model, options, monkeypatch):
+    """In bfloat16, where another batch would have other last bits, and so other draws."""
+    ours = Transformer(model.config, reference)
+    ours.load_state_dict(model.state_dict())
+    ours.bfloat16()
+    read = []
+
+    def watched(model, sequences, device):
+        read.append(sequences)
+        return pack_ids(model, sequences, device)
+
+    monkeypatch.setattr(generation, "pack_ids", watched)
+    prompts, against = random_ids(*LENGTHS), random_ids(*AGAINST, seed=5)
+    settings = {"max_new_tokens": 24, "stop_ids": (), **options}
+    assert generate(ours, prompts, guidance=1, against=against, **settings) == generate(ours, prompts, **settings)
+    assert read[0] == read[1]
+    plain, guided = (generate(model, side, **settings, **more) for side, more in
+                     ((against, {}), (prompts, {"guidance": 0.0, "against": against})))  # fmt: skip
+    assert guided == plain
+
+
+def test_a_guided_answer_does_not_depend_on_its_neighbours_and_ends_where_either_prompt_fills_the_context(model):
+    context = model.config.max_position_embeddings
+    prompts, against = [*random_ids(5, 7)], [*random_ids(context - 3, 2, seed=5)]
+    settings = {"max_new_tokens": 20, "stop_ids": (), "guidance": 1.5}
+    together = generate(model, prompts, against=against, **settings)
+    alone = [generate(model, [prompts[i]], against=[against[i]], **settings)[0] for i in (0, 1)]
+    assert together == alone and [len(answer) for answer in alone] == [3, 20]
+    stop = alone[1][4]
+    assert (
+        generate(model, prompts, against=against, **settings | {"stop_ids": {stop}})[1]
+        == alone[1][: alone[1].index(stop)]
+    )
 
 
 def test_sampling_is_a_function_of_the_seed(model):
@@ -168,6 +235,10 @@ BAD_SETTINGS = [("temperature", -0.1), ("temperature", float("nan")), ("top_p", 
         ({"prompts": [[1], []]}, ConfigError, "prompt 1"),
         ({"prompts": [[1] * 256]}, ConfigError, "prompt 0 .*256 .*256"),
         ({"prompts": [[97]]}, DataError, "97"),  # outside the vocabulary
+        ({"guidance": -0.5}, ConfigError, "guidance = -0.5"),
+        ({"guidance": float("inf")}, ConfigError, "guidance = inf"),
+        ({"guidance": 1.5}, ConfigError, "a second prompt for each: 1 in against, not 0"),
+        ({"guidance": 1.5, "against": [[]]}, ConfigError, "prompt 0"),
     ],
 )
 def test_bad_settings_and_prompts_are_named(model, options, error, needle):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,36 @@ def test_an_answer_ends_where_generation_config_says_too(model, capsys):
     assert ended == whole[: whole.index(letter)] == "".join(chat.ask("1+1"))
     generation.main(asked)
     assert "cut" not in capsys.readouterr().err
+
+
+def test_guidance_leads_away_from_the_other_class_or_from_none(model, monkeypatch):
+    monkeypatch.setattr(prompts, "PROMPTS_PER_BATCH", 1)
+    folder = model(PLAIN | {"classes": ["GPT4", "GPT3"]})
+    asked = GenerateOptions(folder, ("1+1", "22+2"), max_new_tokens=8, dtype="float32", condition="GPT4")
+
+    def said(**more):
+        return tiny.generated(replace(asked, **more))
+
+    assert said(guidance=1.0) == said(guidance=1.0, against="none") == said()
+    assert said(guidance=0.0) == said(guidance=0.0, against="GPT3") == said(condition="GPT3")
+    assert said(guidance=0.0, against="none") == said(condition="")
+    assert len({*map(tuple, (said(), said(guidance=40.0), said(guidance=40.0, against="none")))}) == 3
+
+
+@pytest.mark.parametrize(
+    ("classes", "more", "needle"),
+    [
+        (["GPT4", "GPT3", ""], {}, "--guidance needs --against CLASS, .*; the model knows 'GPT4', 'GPT3', none"),
+        (["GPT4"], {}, "--guidance needs --against CLASS, .*; the model knows 'GPT4'"),
+        ([], {}, "--against none for no class; the model does not say which classes it knows"),
+        (["GPT4", "GPT3"], {"against": "gpt3"}, "--against: the model has no class 'gpt3'; did you mean 'GPT3'"),
+        (["GPT4", "GPT3"], {"against": "GPT4"}, "--against GPT4: answers are asked of it"),
+        (["GPT4", "GPT3"], {"against": "none", "condition": ""}, "--against none: answers are asked of it"),
+    ],
+)
+def test_a_class_that_guidance_cannot_lead_away_from_is_refused(model, classes, more, needle):
+    with pytest.raises(ConfigError, match=needle):
+        answer(options(model(PLAIN | {"classes": classes}), guidance=1.5, **({"condition": "GPT4"} | more)))
 
 
 def test_draws_of_later_batches_are_their_own(model, monkeypatch, capsys):
