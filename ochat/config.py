@@ -161,6 +161,9 @@ class OptimConfig(Section, frozen=True):
     """of AdamW's two moments; bfloat16: stochastic rounding"""
     in_backward: bool = False
     """update each weight as soon as its gradient is complete, so that no gradients are held; one process only"""
+    ema: Beta = 0.0
+    """share of a moving average of the weights, in fp32, that stays at each step, for `ochat export --ema`; 0.999 is
+    usual, 0: no average"""
     warmup_ratio: Share = 0.05
     """share of the steps in which the rate rises"""
     min_lr_ratio: Share = 0.1
@@ -397,4 +400,5 @@ def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
         (in_backward, "data.bins_per_step", 1, "optim.in_backward"),
         (in_backward, "train.max_nonfinite_steps", 0, "optim.in_backward"),
         (in_backward, "lora.rank", 0, "optim.in_backward"),
+        (in_backward, "optim.ema", 0, "optim.in_backward: weights change before it is known whether the step counts"),
     )

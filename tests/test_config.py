@@ -114,6 +114,8 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
         (f"{IN_BACKWARD} --data.bins_per_step=2", "data.bins_per_step = 2: expected 1 "),
         (f"{IN_BACKWARD} --train.max_nonfinite_steps=1", "train.max_nonfinite_steps = 1: expected 0 "),
         (f"{IN_BACKWARD} --lora.rank=4", "lora.rank = 4: expected 0 "),
+        (f"{IN_BACKWARD} --optim.ema=0.9", "optim.ema = 0.9: expected 0 with optim.in_backward"),
+        ("--optim.ema=1.0", "optim.ema = 1.0: expected a number from 0 below 1"),
         (
             "--weights.per_message_mean=true --weights.per_conversation_mean=true",
             "weights.per_message_mean = True: expected false with weights.per_conversation_mean",

@@ -4,7 +4,8 @@
     RUN/latest                one line that names the newest, for people: resuming goes by the folders
 
     found = find_checkpoint(run_dir, "auto", ranks);  load_state(found, model, optimizer.state)
-A checkpoint holds the updated weights and AdamW's moments, in their dtypes, under our names, as safetensors and JSON;
+A checkpoint holds the updated weights and AdamW's moments, in their dtypes, under our names, as safetensors and JSON
+(and with optim.ema the weights' average);
 `ochat export` makes a Hugging Face folder of any of them. The step number alone decides the data that follows and how
 bf16 is rounded.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ochat.checkpoint.manifest import MOMENTS, Manifest, shard_file, verify_checkpoint
+from ochat.checkpoint.manifest import EMA, KINDS, MOMENTS, Manifest, shard_file, verify_checkpoint
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError
@@ -83,17 +84,25 @@ def check_identity(manifest: Manifest, identity: dict[str, Any]) -> None:
         )
 
 
-def load_state(manifest: Manifest, model: nn.Module, state: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
-    """Fills the model and its optimizer's moments from a checkpoint made on any number of processes.
+def load_state(
+    manifest: Manifest,
+    model: nn.Module,
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    average: Mapping[Tensor, Tensor] | None = None,
+) -> None:
+    """Fills the model, its optimizer's moments and the average of its weights from a checkpoint made on any number of
+    processes.
 
-    `state`: of each parameter, as optimizer.state has it. Moments that were saved in another dtype are rounded to
+    `state`: of each parameter, as optimizer.state has it. `average`: this rank's rows of each parameter's; left alone
+    where the checkpoint has none. Moments that were saved in another dtype are rounded to
     nearest, once. Raises: CheckpointError for a model of other shapes or dtypes. Costs: reads the rows that this rank
     holds, once.
     """
     _check_shapes(manifest, model)
-    shards = ShardReader(manifest)
+    shards, averages = ShardReader(manifest), average if average and manifest.ema else {}
     for name, parameter in local_shards.trainable_parameters(model).items():
-        for (kind, stored), target in stored_tensors(name, parameter, state[parameter]).items():
+        targets = stored_tensors(name, parameter, state[parameter], averages.get(parameter))
+        for (kind, stored), target in targets.items():
             _fill(target, shards.read(kind, stored, name, *local_shards.row_range(parameter)))
 
 
@@ -109,19 +118,23 @@ def load_base(folder: Path, model: Transformer) -> None:
         _fill(local_shards.local_shard(parameter), rows)
 
 
-def iterate_parameters(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter, in the dtype it was trained in, read one at a time; the optimizer's files
-    are not opened."""
+def iterate_parameters(manifest: Manifest, kind: str = KINDS[0]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each parameter, in the dtype it was trained in, or of its average (`kind` EMA), in fp32;
+    read one at a time, from the files of this kind alone."""
     shards = ShardReader(manifest)
     for name, described in manifest.parameters.items():
-        pieces = [piece for _, piece in shards.read("weights", name, name, 0, described["shape"][0])]
+        pieces = [piece for _, piece in shards.read(kind, name, name, 0, described["shape"][0])]
         yield name, torch.cat(pieces)
 
 
-def stored_tensors(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """(kind of file, name in it) -> this rank's part of a parameter and of its moments."""
+def stored_tensors(
+    name: str, parameter: Tensor, state: Mapping[str, Tensor], average: Tensor | None = None
+) -> dict[tuple[str, str], Tensor]:
+    """(kind of file, name in it) -> this rank's part of a parameter, of its moments and of its average, if it has
+    one."""
     moments = {("optimizer", f"{moment}.{name}"): local_shards.local_shard(state[moment]) for moment in MOMENTS}
-    return {("weights", name): local_shards.local_shard(parameter)} | moments
+    averages = {} if average is None else {(EMA, name): average}
+    return {("weights", name): local_shards.local_shard(parameter)} | moments | averages
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -5,8 +5,8 @@
 
 parameters  name -> {shape, dtype}                         of the whole tensor
 shards      per shard: name -> [first row, end]            a shard holds rows of each parameter
-files       name -> {bytes, sha256}                        weights-..., optimizer-..., config, tokenizer
-step, skipped, identity, processes; sha256 of all the rest, by which a damaged manifest is recognised
+files       name -> {bytes, sha256}                        weights-..., optimizer-..., ema-..., config, tokenizer
+step, skipped, ema, identity, processes; sha256 of all the rest, by which a damaged manifest is recognised
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 QUIET_BYTES = 2e9  # reading more is announced: it takes seconds
 KINDS = ("weights", "optimizer")  # a shard's two files: only the first is read for an export
+EMA = "ema"  # a third, with optim.ema: the moving average of the weights, which `ochat export --ema` reads instead
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BASE = "base"  # the key of a run's identity that a run of adapters has
 
@@ -63,6 +64,12 @@ class Manifest(msgspec.Struct, frozen=True):
     shards: Annotated[list[dict[str, Rows]], Meta(min_length=1)]
     files: dict[str, File]
     skipped: Annotated[int, Meta(ge=0)] = 0  # non-finite steps among `step`, which were not applied
+    ema: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # optim.ema; 0: there is no average
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of a shard's files."""
+        return (*KINDS, EMA) if self.ema else KINDS
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -113,7 +120,7 @@ class Manifest(msgspec.Struct, frozen=True):
         if bad := [name for name in self.files if not atomic.is_file_name(name)]:
             raise ValueError(f"{bad[0]!r} is no file of a checkpoint")
         count = len(self.shards)
-        if lost := {shard_file(kind, i, count) for kind in KINDS for i in range(count)} - self.files.keys():
+        if lost := {shard_file(kind, i, count) for kind in self.kinds for i in range(count)} - self.files.keys():
             raise ValueError(f"{min(lost)} is not listed")
         for name, described in self.parameters.items():
             rows = sorted(shard[name] for shard in self.shards if name in shard)
@@ -146,9 +153,11 @@ def verify_checkpoint(folder: Path, ranks: Ranks) -> Manifest:
     return found[0]
 
 
-def verify_weights(manifest: Manifest) -> None:
-    """Raises: CheckpointError naming a damaged file; the optimizer's are not read. Costs: reads the others once."""
-    files = {path: sha for path, sha in manifest.checksums().items() if not path.name.startswith("optimizer-")}
+def verify_weights(manifest: Manifest, kind: str = KINDS[0]) -> None:
+    """Raises: CheckpointError naming a damaged file; a shard's files of other kinds are not read. Costs: reads the
+    others once."""
+    unread = tuple(f"{each}-" for each in (*KINDS, EMA) if each != kind)
+    files = {path: sha for path, sha in manifest.checksums().items() if not path.name.startswith(unread)}
     if path := checksums.first_changed(files):
         raise CheckpointError(damaged(path))
 
@@ -186,8 +195,9 @@ def damaged(path: Path) -> str:
 
 def copy_serving_files(source: Path, target: Path) -> None:
     """Copies a run's serving files from their folder, or from a checkpoint, without a checkpoint's other files."""
+    others = *(f"{kind}-" for kind in (*KINDS, EMA)), "config.", "manifest.", "."
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.startswith(("weights-", "optimizer-", "config.", "manifest.", ".")):
+        if file.is_file() and not file.name.startswith(others):
             shutil.copyfile(file, target / file.name)
 
 

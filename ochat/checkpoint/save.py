@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from ochat import background
 from ochat.checkpoint import best
 from ochat.checkpoint.load import dtype_name, stored_tensors
-from ochat.checkpoint.manifest import KINDS, File, Manifest, Parameter, copy_serving_files, shard_file
+from ochat.checkpoint.manifest import EMA, KINDS, File, Manifest, Parameter, copy_serving_files, shard_file
 from ochat.config import CheckpointConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
@@ -51,10 +51,12 @@ class Outcome:
 
 @dataclass(eq=False)
 class AsyncCheckpointer:
-    """Writes checkpoints of one model and its optimizer; every rank has one and all call it at the same steps.
+    """Writes checkpoints of one model, its optimizer and, if there is one, the average of its weights; every rank has
+    one and all call it at the same steps.
 
-    Costs: host memory for this rank's masters and both moments (12 bytes a parameter it holds, 6 where all are bf16),
-    kept for the run; pinned where the model is on a card, where torch rounds each file's buffer up to a power of two.
+    Costs: host memory for this rank's masters and both moments (12 bytes a parameter it holds, 6 where all are bf16; 4
+    more for the average), kept for the run; pinned where the model is on a card, where torch rounds each file's buffer
+    up to a power of two.
     """
 
     run_dir: Path
@@ -65,11 +67,14 @@ class AsyncCheckpointer:
     config: CheckpointConfig
     lines: Sequence[JsonlWriter]
     skipped_steps: Callable[[], int]
+    ema: float = 0.0  # optim.ema
+    average: Mapping[Tensor, Tensor] = field(default_factory=dict)  # of each parameter; empty where ema is 0
 
     def __post_init__(self) -> None:
         self.root = self.run_dir / layout.CHECKPOINTS
         self.parameters = local_shards.trainable_parameters(self.model)  # before a forward replaces them by whole ones
         self.shard, self.num_shards, self.writes = self.ranks.shard
+        self.kinds = (*KINDS, EMA) if self.ema else KINDS
         self.files: dict[str, PinnedSafetensors] = {}  # by kind, laid out at the first save
         self.newest: Path | None = None
         self._saving: Future[Outcome] | None = None
@@ -133,18 +138,19 @@ class AsyncCheckpointer:
             self.wait()
 
     def _copy(self) -> None:
-        """Copies masters and moments to host memory and flushes waiting lines: a checkpoint promises those up to its
-        step."""
+        """Copies masters, moments and averages to host memory and flushes waiting lines: a checkpoint promises those up
+        to its step."""
         for file in self.lines:
             file.flush()
         if not self.writes:
             return
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in self.kinds}
         for name, parameter in self.parameters.items():
-            for (kind, stored), tensor in stored_tensors(name, parameter, self.optimizer.state[parameter]).items():
+            state = self.optimizer.state[parameter], self.average.get(parameter)
+            for (kind, stored), tensor in stored_tensors(name, parameter, *state).items():
                 if tensor.shape[0]:
                     tensors[kind][stored] = tensor.detach()
-        for kind in KINDS:
+        for kind in self.kinds:
             if kind not in self.files:
                 self.files[kind] = PinnedSafetensors(tensors[kind])
             self.files[kind].snapshot(tensors[kind])
@@ -175,7 +181,7 @@ class AsyncCheckpointer:
         if not self.writes:
             return {}
         folder.mkdir(parents=True, exist_ok=True)
-        names = {kind: shard_file(kind, self.shard, self.num_shards) for kind in KINDS}
+        names = {kind: shard_file(kind, self.shard, self.num_shards) for kind in self.kinds}
         files = {name: self.files[kind].write(folder / name) for kind, name in names.items()}
         rows = {name: local_shards.row_range(parameter) for name, parameter in self.parameters.items()}
         return {"files": files, "rows": {name: (first, end) for name, (first, end) in rows.items() if first < end}}
@@ -194,7 +200,7 @@ class AsyncCheckpointer:
             raise CheckpointError(f"{temporary}: {lost[0]} is not there; all processes need the same run folder")
         whole = {name: Parameter(shape=[*p.shape], dtype=dtype_name(p)) for name, p in self.parameters.items()}
         shards = [record["rows"] for record in written]
-        Manifest(temporary, step, self.identity, self.ranks.world, whole, shards, files, skipped).write()
+        Manifest(temporary, step, self.identity, self.ranks.world, whole, shards, files, skipped, self.ema).write()
         for lines in self.lines:
             if lines.path.exists():
                 atomic.fsync(lines.path)

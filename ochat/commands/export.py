@@ -42,6 +42,8 @@ class ExportOptions:
     """of the written weights"""
     adapter: bool = False
     """of a run with [lora]: write the adapter as PEFT's files instead of the merged model"""
+    ema: bool = False
+    """of a run with optim.ema: write the moving average of its weights instead of the weights"""
     boundary: Literal["auto", "always", "never"] = "auto"
     """the mark between a prefix and its message where a server could merge them, for templates that tokenise each
     alone; auto: where transformers and vLLM read it; llama.cpp never does"""
@@ -80,9 +82,10 @@ def main(options: ExportOptions) -> None:
     with waiting("exporting"):
         step = export(
             source, options.output, dtype=options.dtype, overwrite=options.overwrite, base=options.base,
-            condition=options.condition, adapter=options.adapter, boundary=options.boundary,
+            condition=options.condition, adapter=options.adapter, ema=options.ema, boundary=options.boundary,
         )  # fmt: skip
-    stdout.print(f"exported step {step} to {options.output}", markup=False, soft_wrap=True)
+    what = f"the average of weights at step {step}" if options.ema else f"step {step}"
+    stdout.print(f"exported {what} to {options.output}", markup=False, soft_wrap=True)
     if options.gguf:
         with waiting("converting"):
             gguf_file.write(options.output, options.gguf, options.dtype)

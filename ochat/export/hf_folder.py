@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ochat.checkpoint.load import iterate_parameters, open_checkpoint
-from ochat.checkpoint.manifest import copy_serving_files, verify_weights
+from ochat.checkpoint.manifest import EMA, KINDS, copy_serving_files, verify_weights
 from ochat.errors import ConfigError
 from ochat.export import serving
 from ochat.export.open_model import holds_adapters, whole_parameters
@@ -37,6 +37,7 @@ def export(
     base: str = "",
     condition: str | None = None,
     adapter: bool = False,
+    ema: bool = False,
     boundary: Boundary = "auto",
 ) -> int:
     """Writes `output` from a run folder (its newest checkpoint) or a checkpoint folder; returns the step. Needs no GPU.
@@ -44,21 +45,28 @@ def export(
     `condition`: the class that the chat template takes where none is named; None: the expert's, as the run had it.
     `boundary`: whether there is one between prefix and content where a server could merge them (serving.py).
     Adapters are merged into their base, read from `base` or from where the run had it; with `adapter` they are written
-    alone, as PEFT loads them. Raises: CheckpointError where there is no checkpoint, a damaged one (all files but the
-    optimizer's are checked) or another base; ConfigError where `output` is in the way, the base is gone, no prefix
-    carries the condition, or there is no adapter. Costs: reads the weights twice, and what was written once, for
+    alone, as PEFT loads them. `ema`: the weights' moving average in place of the weights. Raises: CheckpointError where
+    there is no checkpoint, a damaged one (the files that are read are checked) or another base; ConfigError where
+    `output` is in the way, the base is gone, no prefix carries the condition, or there is no adapter or no average.
+    Costs: reads the weights twice, and what was written once, for
     SHA256SUMS; holds one file of the output, of at most 5 GB, and one tensor.
     """
     manifest = open_checkpoint(source)
     if adapter and not holds_adapters(manifest):
         raise ConfigError(f"{manifest.folder}: has no adapter, all weights were trained; export it without --adapter")
+    if ema and not manifest.ema:
+        raise ConfigError(
+            f"{manifest.folder}: has no average of weights; train with optim.ema = 0.999, or export it without --ema"
+        )
     _refuse_overwriting(output, overwrite)
-    verify_weights(manifest)
+    kind = EMA if ema else KINDS[0]
+    verify_weights(manifest, kind)
     model = ModelConfig.load(manifest.folder)
     with atomic.staging_dir(output) as folder:
         copy_serving_files(manifest.folder, folder)
         described = json.loads((manifest.folder / OPENCHAT).read_text(encoding="utf-8"))
-        atomic.write_json(folder / OPENCHAT, described | {"step": manifest.step})
+        averaged = {"ema": manifest.ema} if ema else {}
+        atomic.write_json(folder / OPENCHAT, described | {"step": manifest.step} | averaged)
         has_boundary = serving.keeps_boundary(model.model_type, boundary)
         if serving.adapt(folder, condition=condition, boundary=has_boundary):
             reason = (
@@ -66,10 +74,10 @@ def export(
             )
             log.info("%s has no boundary between prefix and message%s", output, reason)
         if adapter:
-            peft.save(folder, model, _adapter_config(manifest.folder, base), dict(iterate_parameters(manifest)))
+            peft.save(folder, model, _adapter_config(manifest.folder, base), dict(iterate_parameters(manifest, kind)))
         else:
             (folder / peft.CONFIG).unlink(missing_ok=True)  # a loader would look for the adapter's weights
-            hf.save(folder, model, whole_parameters(manifest, model, base), dtype)
+            hf.save(folder, model, whole_parameters(manifest, model, base, kind), dtype)
         checksums.write(folder)
         shutil.rmtree(output, ignore_errors=True)
         os.rename(folder, output)

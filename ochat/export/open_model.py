@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ochat.checkpoint.load import iterate_parameters, open_checkpoint
-from ochat.checkpoint.manifest import BASE, Manifest, verify_weights
+from ochat.checkpoint.manifest import BASE, KINDS, Manifest, verify_weights
 from ochat.errors import CheckpointError, ConfigError
 from ochat.export.serving import eos_ids_of
 from ochat.model import hf, lora, peft
@@ -58,14 +58,16 @@ def holds_adapters(manifest: Manifest) -> bool:
     return BASE in manifest.identity
 
 
-def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor) of each parameter, one at a time; adapters are merged into their base, which is read from
-    `base` or from where the run had it.
+def whole_parameters(
+    manifest: Manifest, model: ModelConfig, base: str = "", kind: str = KINDS[0]
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of each parameter, one at a time, from the checkpoint's files of this kind; adapters are
+    merged into their base, which is read from `base` or from where the run had it.
 
     Raises: CheckpointError for another base; ConfigError where none is there.
     """
     if not holds_adapters(manifest):
-        return iterate_parameters(manifest)
+        return iterate_parameters(manifest, kind)
     adapter_config = peft.AdapterConfig.read(manifest.folder)
     folder = Path(base or adapter_config.base)
     if not folder.is_dir():
@@ -76,7 +78,7 @@ def whole_parameters(manifest: Manifest, model: ModelConfig, base: str = "") -> 
             f"{folder}: not the base of {manifest.folder} (its weights' digest is {found}, not "
             f"{manifest.identity[BASE]}); name the right folder with --base"
         )
-    adapter = dict(iterate_parameters(manifest))
+    adapter = dict(iterate_parameters(manifest, kind))
     return peft.merged_parameters(hf.open_tensors(folder, model), model, adapter_config, adapter)
 
 

@@ -63,6 +63,7 @@ class PlanInputs:
             offload_activations=self.train.offload_activations,
             attention=self.train.attention,
             in_backward=self.optim.in_backward,
+            ema=self.optim.ema > 0,
         )
 
     @property

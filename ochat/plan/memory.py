@@ -78,6 +78,7 @@ class Layout:
     offload_activations: bool = False
     attention: str = "auto"  # the backend; for time only
     in_backward: bool = False
+    ema: bool = False  # whether there is an average of the weights
 
     @property
     def micro_batches(self) -> int:
@@ -143,6 +144,7 @@ class MemoryUse:
 
     masters: float  # the parameters, fp32 or bf16
     moments: float  # AdamW's two, likewise
+    average: float  # of the trained weights, fp32
     gradients: float  # fp32, or of bf16 parameters bf16
     weights: float  # what matmuls read: copies or casts of the masters, or gathered blocks
     activations: float  # kept for backward
@@ -157,11 +159,11 @@ class MemoryUse:
 def predict(model: ModelConfig, layout: Layout) -> MemoryUse:
     """Memory of the fullest of five moments of a step, with an allowance for what is not derived.
 
-    At every moment: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16; on one process
-    the masters' copies, e P less an untied embedding. Gradients on one process: 4 P once there are any; of bf16 masters
-    in one micro-batch 2 a parameter, but fp32 for embedding and head; with updates in backward those two alone. Under
-    FSDP 4 P / s (2 P / s) at every moment, and the whole model's 4 P while a rank adds up micro-batches before it
-    reduces them (reduce = "step").
+    At every moment: masters 4 P / s, moments 8 P / s, unless they are on the host; half of each in bf16; with optim.ema
+    4 P / s where the masters are; on one process the masters' copies, e P less an untied embedding. Gradients on one
+    process: 4 P once there are any; of bf16 masters in one micro-batch 2 a parameter, but fp32 for embedding and head;
+    with updates in backward those two alone. Under FSDP 4 P / s (2 P / s) at every moment, and the whole model's 4 P
+    while a rank adds up micro-batches before it reduces them (reduce = "step").
       head    all activations; the head's cast e E where each use casts; its gradient, two streams 2 e R H (three where
               logits are scaled), and the logits of a chunk of rows
       block   backward of the last block, of the one before it, which has T rows, or of the first one, when all other
@@ -354,6 +356,7 @@ def _use(
     return MemoryUse(
         masters=masters / at.shard * (at.offload != "all"),
         moments=2 * at.state_itemsize * trained / at.shard * (at.offload == "none"),
+        average=4 * trained / at.shard * at.ema * (at.offload != "all"),
         gradients=gradients,
         weights=weights,
         activations=activations,

@@ -99,8 +99,8 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     "step": all once). It reduces 4 P of gradients once a step (reduce = "micro_batch": in each). Both over NVLink
     inside a node, over G network cards between nodes, and a ring of s ranks takes s - 1 hops for each block, the
     embedding and the head; a share of OVERLAP overlaps with computation. AdamW moves 28 P / s bytes, the norm 4 P / s
-    (14 and 2 where masters and moments are bf16), and e more to write the copies; moments on
-    the host cross the bus, 16 P / s (8), and so do offloaded inputs of blocks, 4 e T H L.
+    (14 and 2 where masters and moments are bf16), and e more to write the copies; an average of the weights 12 (10);
+    moments on the host cross the bus, 16 P / s (8), and so do offloaded inputs of blocks, 4 e T H L.
     These are Llama's operators; _moved_per_token and _recomputed_per_token count those of other norms and scales.
     With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
     gradients and optimizer.
@@ -119,7 +119,7 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     step["communication"] += layout.reduces * _exposed(scattered, busy) + sums * _exposed(summed, busy)
     moved = 2 * layout.master_itemsize + 4 * layout.state_itemsize + 2 * layout.gradient_itemsize  # bytes a parameter
     copied = 1 - layout.is_fp8 * model.matmul_params() / model.num_parameters()
-    moved += layout.itemsize * layout.has_copies * copied
+    moved += layout.itemsize * layout.has_copies * copied + (8 + layout.master_itemsize) * layout.ema
     over_bus = 4 * layout.state_itemsize / HOST_BANDWIDTH if layout.offload == "optimizer" else 0.0  # there and back
     update = moved / gpu.copy_bandwidth + over_bus
     step["optimizer"] = layout.trained(model) / layout.shard * update

@@ -26,8 +26,8 @@ PREDICTED = (
 )
 MEMORY_PARTS = ("gradients", "weights", "activations", "working", "allowance", "total")
 MEMORY_LEGEND = (
-    "state: master weights and both moments; weights: casts or gathered blocks that matmuls read; working: the head's "
-    "logits and gradients in flight; allowance: assumed for CUDA, NCCL and fragmentation"
+    "state: master weights, both moments and optim.ema's average; weights: casts or gathered blocks that matmuls read; "
+    "working: the head's logits and gradients in flight; allowance: assumed for CUDA, NCCL and fragmentation"
 )
 TIME_COLUMNS = {
     "memory_bound": "memory", "recompute": "recomp.", "launches": "launch", "communication": "comm.",
@@ -155,7 +155,8 @@ def tables(forecasts: Sequence[Forecast], inputs: PlanInputs) -> list[Table | st
 
 
 def _memory_cells(each: Forecast) -> list[str]:
-    bytes_of = [each.use.masters + each.use.moments, *(getattr(each.use, part) for part in MEMORY_PARTS)]
+    state = each.use.masters + each.use.moments + each.use.average
+    bytes_of = [state, *(getattr(each.use, part) for part in MEMORY_PARTS)]
     return [f"{each.ranks:,}", each.recompute, *(f"{size / GIB:,.1f}" for size in bytes_of)]
 
 

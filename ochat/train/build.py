@@ -51,6 +51,7 @@ from ochat.text.tokenizer import Tokenizer
 from ochat.train import attention_choice, identity, metrics, optim, schedule, sharding, verify
 from ochat.train import resolve as choices
 from ochat.train.adapters import Adapters
+from ochat.train.average import WeightAverage
 from ochat.train.display import Display
 from ochat.train.metrics import MetricsLog
 
@@ -91,6 +92,7 @@ class RunModel:
     adapters: Adapters | None  # None: every weight is trained
     model: Transformer
     optimizer: torch.optim.AdamW | optim.FusedAdamW
+    average: WeightAverage | None  # None: optim.ema is 0
     identity: dict[str, Any]  # what a checkpoint and the run that resumes from it have in common
 
 
@@ -240,7 +242,8 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
         host_moments=offload == "optimizer",
         seed=config.run.seed,
     )
-    return RunModel(ops, adapters, model, optimizer, run)
+    average = WeightAverage(model, config.optim.ema) if config.optim.ema else None
+    return RunModel(ops, adapters, model, optimizer, average, run)
 
 
 def open_outputs(
@@ -281,6 +284,8 @@ def open_outputs(
         config.checkpoint,
         lines=list(lines.values()),
         skipped_steps=lambda: nonfinite.count,
+        ema=config.optim.ema,
+        average=parts.average.values if parts.average else {},
     )
     checkpointer.newest = found.folder if found else None
     model = inputs.model_config

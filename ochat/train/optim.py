@@ -22,6 +22,7 @@ from ochat.config import OptimConfig
 from ochat.distributed.local_shards import global_offset, local_shard, trainable_parameters
 from ochat.errors import ConfigError
 from ochat.model.linear import copy_of, fill_copies
+from ochat.train.average import WeightAverage
 
 PIECE = 2**26  # elements whose moments are on the GPU at a time: 512 MiB
 CLIP_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_
@@ -150,12 +151,19 @@ def begin(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float) -> None:
 
 
 @record_function("optimizer")  # its name in a trace
-def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float, loss: Tensor) -> Tensor:
+def update(
+    optimizer: torch.optim.AdamW | FusedAdamW,
+    *,
+    lr: float,
+    clip: float,
+    loss: Tensor,
+    average: WeightAverage | None = None,
+) -> Tensor:
     """One step at rate `lr` with the gradients clipped to a global 2-norm of `clip` (0: not clipped); frees the
-    gradients. Returns the norm before clipping, () fp32.
+    gradients, and takes the weights into their `average`. Returns the norm before clipping, () fp32.
 
-    If the norm or `loss` () of the whole step is NaN or infinite, parameters, moments and the step count of the bias
-    correction do not change. The norm is over all ranks' shards; the host does not wait.
+    If the norm or `loss` () of the whole step is NaN or infinite, parameters, moments, the step count of the bias
+    correction and the average do not change. The norm is over all ranks' shards; the host does not wait.
 
     An optimizer that steps in backward has updated already: only the norm is computed.
     """
@@ -179,6 +187,8 @@ def update(optimizer: torch.optim.AdamW | FusedAdamW, *, lr: float, clip: float,
         optimizer.step()
         fill_copies(parameters)
     optimizer.zero_grad()
+    if average is not None:
+        average.update(is_good)
     return norm
 
 

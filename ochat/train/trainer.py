@@ -36,7 +36,7 @@ from ochat.plan import tables
 from ochat.run import layout
 from ochat.run.lock import acquire_run_dir
 from ochat.text.conversation import Conversation, Message
-from ochat.train import build, identity, metrics, optim, resolve, schedule, sharding, verify
+from ochat.train import average, build, identity, metrics, optim, resolve, schedule, sharding, verify
 from ochat.train.loss import head_loss
 from ochat.train.metrics import StepMetrics
 
@@ -83,7 +83,8 @@ class Trainer:
         self.stop_signal = StopSignal(ranks.world)
 
     def load(self) -> Manifest | None:
-        """Fill model and optimizer from the checkpoint to resume from, which is returned, or else from the base."""
+        """Fill model, optimizer and average from the checkpoint to resume from, which is returned, or else from the
+        base."""
         run, base, adapters = self.config.run, Path(self.config.base.path), self.parts.adapters
         found = checkpoint.find_checkpoint(self.run_dir, run.resume, self.ranks)
         if found is not None and not run.resume_mismatched:
@@ -94,10 +95,12 @@ class Trainer:
         if found is not None:
             log.info(f"resuming from {found.folder}")
             optim.start_state(self.optimizer, found.step, found.skipped)
-            checkpoint.load_state(found, self.model, self.optimizer.state)
+            averages = self.parts.average.values if self.parts.average else None
+            checkpoint.load_state(found, self.model, self.optimizer.state, averages)
         elif adapters:
             adapters.start(self.model, run.seed)
         linear.fill_copies(self.model.parameters())
+        average.take_up(self.parts.average, found)
         return found
 
     def run(self) -> None:
@@ -131,7 +134,8 @@ class Trainer:
             out.loss_sum.backward()
             measured.add(batch, out)
         sums = self.ranks.sum_tensor(measured.to_tensor())
-        grad_norm = optim.update(self.optimizer, lr=lr, clip=self.config.optim.clip, loss=sums[0])
+        settings = {"lr": lr, "clip": self.config.optim.clip, "average": self.parts.average}
+        grad_norm = optim.update(self.optimizer, **settings, loss=sums[0])
         self.steps_done = step + 1
         self.metrics.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
 
@@ -225,6 +229,7 @@ class Trainer:
         facts = tables.describe(self.loader, model, config.data, weights_source=source, lr_reason=resolved.lr_reason)
         facts |= {
             **(self.parts.adapters.facts(self.model) if self.parts.adapters else {}),
+            **({"ema": self.parts.average.fact(self.loader.num_steps)} if self.parts.average else {}),
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",
             "computation": f"{config.train.dtype}, kernels {config.train.kernels}",
             "attention": resolved.attention_reason,

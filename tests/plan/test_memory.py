@@ -263,6 +263,8 @@ def test_what_waits_on_the_host_or_with_another_rank_is_not_on_the_card(derived_
     assert (plain.masters, plain.moments, plain.gradients) == (P, 2 * P, 4 * P + P)  # whole, and shards
     assert dataclasses.replace(use(offload="optimizer"), moments=2 * P) == plain
     assert use(offload="all").masters == use(offload="all").moments == 0
+    assert dataclasses.replace(use(ema=True), average=0.0) == plain and use(ema=True).average == P
+    assert use(ema=True, offload="all").average == 0
     assert use(reduce="micro_batch").gradients == P and use(reduce="micro_batch", offload="all").gradients == 0
     assert use(reshard="step").weights == 2 * P
     inputs = 2 * 2 * 4096 * LLAMA_8B.hidden_size  # of a block, in bf16
