@@ -1,4 +1,4 @@
-"""`ochat eval MODEL DATA`: held-out answers under every class's prefix, and answers to prompts under chosen classes.
+"""`ochat eval MODEL DATA`: held-out answers under every class's prefix, and what that says; answers to prompts.
 
 ochat eval runs/mine data/train-held-out --output swap.json
 ochat eval models/mine chats.jsonl --prompts prompts.jsonl --conditions GPT4 GPT3 --answers answers.jsonl
@@ -6,6 +6,8 @@ ochat eval models/mine chats.jsonl --prompts prompts.jsonl --conditions GPT4 GPT
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +19,17 @@ from ochat.console import bar
 from ochat.errors import ConfigError
 from ochat.files import atomic
 from ochat.overrides import at_least
+from ochat.run import layout
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Measures held-out answers under each class's prefix, and answers prompts."""
+    """Measures held-out answers under each class's prefix, and answers prompts.
+
+    Ends with what the numbers mean. Those of a run or its export also go to RUN/swap.json.
+    """
 
     model: Path  # an exported folder, a run (its newest checkpoint) or a checkpoint
     # a prepared data set, several (the shards of one input), or conversations in files as `ochat prepare` reads them
@@ -49,18 +57,25 @@ def main(options: EvalOptions) -> None:
     record = evaluate(options)
     console = Console(highlight=False)
     console.print(swap.swap_table(record["classes"], record["conditions"]))
-    for path in filter(None, (options.output, options.answers)):
+    for path in filter(None, (options.output, options.answers, place_in_run(options.model))):
         console.print(escape(f"wrote {path}"), soft_wrap=True)
+    console.print(f"\n[bold]{escape(record['verdict'])}[/]")
+
+
+def place_in_run(model: Path) -> Path | None:
+    """RUN/swap.json where `model` is a run or its export; None for another model, and for a run that is read-only."""
+    run = layout.run_of(model)
+    return run / layout.SWAP if run and os.access(run, os.W_OK) else None
 
 
 def evaluate(options: EvalOptions) -> dict[str, Any]:
-    """The content of --output, after it and the answers are written: model, data, conditions, how intervals are made,
-    and `classes` (swap.summarise).
+    """The content of --output and of RUN/swap.json, after they and the answers are written: model, data, conditions,
+    how intervals are made, `classes` (swap.summarise) and `verdict` (its words).
 
     Raises: ConfigError, DataError and CheckpointError; before the model is loaded for all that can be known by then.
     """
     from ochat.data.dataset import shown_paths
-    from ochat.evaluate import held_out, intervals, prompts, swap
+    from ochat.evaluate import held_out, intervals, prompts, swap, verdict
     from ochat.export.open_model import folder_of, open_model, stop_ids
     from ochat.model.config import ModelConfig
     from ochat.model.device import find_device
@@ -88,6 +103,7 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
     model = open_model(options.model, dtype=options.dtype, device=device, base=options.base)
     with bar("conversations", len(conversations) * len(conditions)) as advance:
         sums = swap.swap_matrix(model, template, tokenizer, conversations, conditions, advance)
+    classes = swap.summarise(sums, conditions)
     record = {
         "model": str(folder),
         "data": shown_paths(options.data),
@@ -95,10 +111,14 @@ def evaluate(options: EvalOptions) -> dict[str, Any]:
         "dtype": options.dtype,
         "conditions": list(conditions),
         "interval": {"level": intervals.LEVEL, "method": swap.METHOD, "resamples": swap.RESAMPLES},
-        "classes": swap.summarise(sums, conditions),
+        "classes": classes,
+        "verdict": verdict.verdict(classes, template.default_condition),
     }
-    if options.output:
-        atomic.write_json(options.output, record)
+    kept = place_in_run(options.model)
+    for path in filter(None, (options.output, kept)):
+        atomic.write_json(path, record)
+    if kept is None and layout.run_of(options.model):
+        log.warning("%s: its run is read-only and does not keep these numbers", options.model)
     if options.answers:
         ends = stop_ids(folder, template, tokenizer)
         answered = prompts.answer(asked, model, tokenizer, ends, options.max_new_tokens)

@@ -94,10 +94,7 @@ def generator_name(form: Format, model: str, output: Path) -> str:
     the run's for RUN/export."""
     if form != "alpaca_eval":
         return output.stem
-    folder = Path(model).resolve()
-    if folder.name == layout.EXPORT and (folder.parent / layout.CONFIG).is_file():
-        folder = folder.parent
-    return folder.name or model
+    return (layout.run_of(Path(model)) or Path(model).resolve()).name or model
 
 
 def answer(

@@ -211,4 +211,5 @@ def _shown(cell: dict[str, Any], key: str) -> str:
         return "-"
     ends = None if key in ("perplexity", "exact") else cell[f"{key}_interval"]
     _, scale, form = SHOWN[key]
+    form = ",.0f" if key == "perplexity" and cell[key] >= 1000 else form  # of a class that the model finds unlikely
     return escape(intervals.shown(cell[key], ends, form, scale, join="\n"))

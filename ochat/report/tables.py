@@ -110,7 +110,7 @@ def nonfinite_steps(run: RunRecord) -> Table | None:
 
 
 def swap(record: dict[str, Any], where: str) -> Table:
-    """The matrix that `ochat eval --output` wrote. Raises: DataError for something else."""
+    """The matrix that `ochat eval` wrote, and its verdict. Raises: DataError for something else."""
     try:
         classes = record["classes"]
         cells = [cell for row in classes.values() for cell in row["prefixes"].values()]
@@ -123,7 +123,9 @@ def swap(record: dict[str, Any], where: str) -> Table:
                 whose = [class_label(name), class_label(prefix) + " ★" * (prefix == best)]
                 rows.append(whose + [_measured(cell, key) for key in measures])
         headings = ["answers of", "under the prefix of", *measures.values()]
-        note = f"Nats a token [interval]. ★ the likeliest prefix. Model: {record['model']}. Data: {record['data']}."
+        verdict = f"{record['verdict']} " if isinstance(record.get("verdict"), str) else ""
+        note = f"{verdict}Nats a token [interval]. ★ the likeliest prefix. "
+        note += f"Model: {record['model']}. Data: {record['data']}."
         return Table(f"Held-out answers under each prefix, {where}", headings, rows, 2, marked, note)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{where}: not what `ochat eval --output FILE` writes ({error!r}); name such a file") from None

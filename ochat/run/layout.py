@@ -21,6 +21,13 @@ STEP_PREFIX = "step_"
 _STEP = re.compile(STEP_PREFIX + "(0|[1-9][0-9]*)")
 
 
+def run_of(model: Path) -> Path | None:
+    """The run folder that `model` is, or whose export it is; None for any other model."""
+    folder = model.resolve()
+    folder = folder.parent if folder.name == EXPORT else folder
+    return folder if (folder / CONFIG).is_file() else None
+
+
 def config_until(step: int) -> str:
     """The file that keeps the settings of the steps up to `step`."""
     return f"config.until_step_{step}.toml"

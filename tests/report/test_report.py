@@ -287,10 +287,11 @@ def test_swap_matrices_are_shown(tmp_path):
         "GPT3": {"nll": 0.75, "nll_interval": None, "accuracy": None},
     }
     record = {"model": "m", "data": "d", "conditions": ["GPT4", "GPT3"], "classes": {"GPT4": {"prefixes": cells}}}
+    record["verdict"] = "The prefix <works>."
     (tmp_path / "swap.json").write_text(json.dumps(record))
     found = report(run, swap=(tmp_path / "swap.json",))
     assert "0.500 [0.400, 0.600]" in found.text and "0.750" in found.text and "GPT4 ★" in found.text
-    assert "90.0%" in found.text
+    assert "90.0%" in found.text and "The prefix <works>. Nats a token" in found.text
     shutil.move(tmp_path / "swap.json", run / "swap.json")
     assert "0.500 [0.400, 0.600]" in report(run).text
     (tmp_path / "other.json").write_text('{"classes": {"a": {"prefixes": {}}}}')
