@@ -18,6 +18,7 @@ from ochat.data.batch import IGNORE_INDEX
 from ochat.model import hf
 from ochat.plan import memory
 from ochat.plan.gpus import GPUS
+from ochat.train.build import CPU_MULTIPLE
 
 CPU = torch.device("cpu")
 CASE = Case("tiny", 512, 2, longest=256)
@@ -67,7 +68,7 @@ def test_everyone_trains_the_same_thing_and_only_the_padded_peer_pads(trained, p
     of_data = attrgetter("tokens", "supervised", "square_lengths")
     assert list(map(of_data, counts)) == list(map(of_data, expected_counts))
     real, padded = (sum(getattr(count, name) for count in counts) for name in ("tokens", "padded"))
-    assert all(count.padded == count.tokens for count in expected_counts)
+    assert all(0 <= count.padded - count.tokens < 2 * CPU_MULTIPLE for count in expected_counts)
     assert padded == real if peer == "Packed" else padded > 1.1 * real
     assert parameters.keys() == expected.keys()
     for name, parameter in parameters.items():
