@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def measure(rows: csv_file.CsvFile, name: str, data: TokenDataset, pad: bool) ->
         rows.add(facts | times | {"what": what, "repeats": len(values), "unit": unit})
         print(f"{name:6} padded {pad!s:5} {what:10} {times['median']:10.4g} {unit}")
 
-    shape = {"pad_to": loader.pad_to, "num_documents": loader.num_documents}
+    shape: dict[str, Any] = {"pad_to": loader.pad_to, "num_documents": loader.num_documents}
     data.batch(bins[0], **shape)  # compiles
     row("build", [us(lambda b=b: data.batch(b, **shape)) for b in bins], "us")
     row("definition", [us(lambda b=b: define(data, b, shape)) for b in bins[:40]], "us")
@@ -69,7 +70,7 @@ def measure(rows: csv_file.CsvFile, name: str, data: TokenDataset, pad: bool) ->
     row("loop", slowdowns(loader), "ratio")
 
 
-def define(data: TokenDataset, indices: np.ndarray, shape: dict[str, int | None]) -> batch.PackedBatch:
+def define(data: TokenDataset, indices: np.ndarray, shape: dict[str, Any]) -> batch.PackedBatch:
     """The batch by its definition."""
     return batch.pack([data[int(i)] for i in indices], indices.tolist(), data.class_ids[indices].tolist(), **shape)
 
@@ -128,6 +129,8 @@ def write(
         sequences.span_roles.append(roles)
         sequences.span_weights.append([np.nan] * len(ends))
         sequences.conditions.append(("GPT4", "GPT3")[i % 2])
+        sequences.span_conditions.append([sequences.conditions[-1]] * len(ends))
+        sequences.span_prefixes.append([0] * len(ends))
         sequences.rewards.append(np.nan)
         sequences.lines.append(i + 1)
         sequences.files.append("synthetic")

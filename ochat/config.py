@@ -142,6 +142,15 @@ class WeightsConfig(Section, frozen=True):
     """divide a conversation's weights by its number of supervised tokens, so that long ones count no more"""
 
 
+class ConditionConfig(Section, frozen=True):
+    """When a conversation is trained without its condition. Templates in plain text can leave it out."""
+
+    dropout: Share = 0.0
+    """share of the conversations, drawn anew for each epoch, that are trained without condition"""
+    last: Share = 0.0
+    """share of the run's steps, the last ones, that are wholly without condition"""
+
+
 class OptimConfig(Section, frozen=True):
     """AdamW, clipping and the learning-rate schedule (linear warm-up, then cosine)."""
 
@@ -284,6 +293,7 @@ class Config(Section, frozen=True):
     data: DataConfig = DataConfig()
     classes: dict[str, ClassConfig] = {}
     weights: WeightsConfig = WeightsConfig()
+    condition: ConditionConfig = ConditionConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()

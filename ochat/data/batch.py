@@ -45,7 +45,7 @@ class PackedBatch:
     position_ids: torch.Tensor  # (T,) int64, from 0 in every document
     cu_seqlens: torch.Tensor  # (S+1,) int32
     supervised_rows: torch.Tensor  # (R,) int64, ascending: weight != 0; with `multiple` a few of weight 0 among them
-    supervised_classes: torch.Tensor  # (R,) int64, class of the conversation that a row belongs to
+    supervised_classes: torch.Tensor  # (R,) int64, class of the message that a row's label belongs to
     max_seqlen: int  # the longest document, rounded up
     num_tokens: int  # without padding
     num_supervised: int  # rows of weight != 0: R, or less with `multiple`
@@ -89,7 +89,8 @@ def pack(examples: Sequence[Example], indices: Sequence[int], class_ids: Sequenc
     loss_weights = np.concatenate([np.zeros(0, np.float32), *(example.loss_weights for example in examples)])
     lengths = np.array([len(example.input_ids) for example in examples], np.int64)
     sequences = tuple(int(index) for index in indices)
-    return assemble(input_ids, loss_weights, lengths, np.array(class_ids, np.int64), sequences, **shape)
+    of_tokens = np.repeat(np.array(class_ids, np.int64), lengths)
+    return assemble(input_ids, loss_weights, lengths, of_tokens, sequences, **shape)
 
 
 def assemble(
@@ -103,9 +104,9 @@ def assemble(
     num_documents: int | None = None,
     multiple: int = 1,
 ) -> PackedBatch:
-    """A batch of documents whose ids and loss weights, unshifted, are given end to end.
+    """A batch of documents whose ids, loss weights and classes, unshifted, are given end to end.
 
-    `lengths`, `class_ids` (S,) and `sequences` (places in the data set) describe the documents. `pad_to`: fill up to
+    `lengths` (S,) and `sequences` (places in the data set) describe the documents. `pad_to`: fill up to
     exactly so many tokens. `max_seqlen` is that of the longest document, rounded up to SEQLEN_MULTIPLE, or all tokens.
     `num_documents`: exactly so many documents, empty ones at the end, and a `max_seqlen` that is a power of two from
     PAD_DOCUMENT_TOKENS on, or `pad_to`, so that a compiler meets few shapes; a kernel then launches blocks for all of
@@ -130,8 +131,9 @@ def assemble(
     total = np.cumsum(np.abs(weights[rows], dtype=np.float64))  # one after another: rounds alike on every CPU
     if missing := -num_supervised % multiple:
         rows = np.sort(np.append(rows, np.flatnonzero(weights == 0)[:missing]))
-    classes = np.zeros(len(ids), np.int64)
-    classes[:num_tokens] = np.repeat(class_ids, lengths)
+    classes = np.zeros(len(ids), np.int64)  # of the label, as weights are
+    classes[: max(num_tokens - 1, 0)] = class_ids[1:]
+    classes[last] = class_ids[last]
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),

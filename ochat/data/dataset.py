@@ -27,7 +27,7 @@ from ochat.config import ClassConfig, WeightsConfig
 from ochat.data import manifest, store
 from ochat.data.batch import Example, PackedBatch, assemble
 from ochat.data.manifest import MANIFEST, Prepared
-from ochat.data.store import Shard
+from ochat.data.store import Shard, Tokens
 from ochat.data.weights import ROLES, WeightRule, reward_weights
 from ochat.errors import ConfigError, DataError
 from ochat.text.template import Span, Template
@@ -53,8 +53,9 @@ class TokenDataset:
     template: Template
     sets: dict[str, slice]  # the examples of each set
     class_names: tuple[str, ...]
+    present: tuple[str, ...]  # those of conversations, or of messages that have their own
     lengths: NDArray[np.int64]  # (S,) tokens
-    class_ids: NDArray[np.uint16]  # (S,) places in class_names
+    class_ids: NDArray[np.uint16]  # (S,) places in class_names of the conversations' classes
     supervised: NDArray[np.int32]  # (S,) labels of non-zero weight, that is counted after the shift
 
     def __init__(
@@ -87,8 +88,8 @@ class TokenDataset:
         self.sets = {name: slice(*pair) for name, pair in zip(opened, itertools.pairwise(places), strict=True)}
         self.class_ids = self._column(np.uint16, Shard.class_ids)
         self.lengths = self._column(np.int64, Shard.lengths)
-        present = [self.class_names[i] for i in np.unique(self.class_ids)]
-        self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, present)
+        self.present = tuple(self.class_names[i] for i in self._present())
+        self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, self.present)
         self._check_rewards()
         self.supervised = self._column(np.int32, lambda shard: shard.count_supervised(self._rule))
 
@@ -97,9 +98,8 @@ class TokenDataset:
 
     def __getitem__(self, index: int) -> Example:
         """Ids (len,) int64 and weights (len,) float32 of a conversation, unshifted. Raises IndexError past the end."""
-        shard, at = self._locate(index)
-        input_ids, loss_weights = shard.read(np.array([at]), self._rule)
-        return Example(input_ids.astype(np.int64), loss_weights, self.class_names[self.class_ids[index]])
+        tokens = self._read(index)
+        return Example(tokens.input_ids.astype(np.int64), tokens.loss_weights, self.class_names[self.class_ids[index]])
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -109,26 +109,47 @@ class TokenDataset:
         """(S,) places in the whole data set."""
         return np.arange(len(self)) if self._kept is None else self._kept
 
-    def batch(self, indices: ArrayLike, **shape: Any) -> PackedBatch:
-        """These examples as one micro-batch of a `shape` (see `assemble`). Raises IndexError past the ends.
+    def lengths_under(self, under: NDArray[np.integer]) -> NDArray[np.int64]:
+        """(S,) tokens, each example `under` OWN conditions, NONE or a class (its place in class_names)."""
+        lengths = np.empty(len(self), np.int64)
+        for shard, at, of_shard in self._by_shard(np.arange(len(self))):
+            lengths[of_shard] = shard.lengths_under(at, under[of_shard])
+        return lengths
+
+    def check_exchangeable(self, asked: str) -> None:
+        """Raises: DataError for a data set that does not say where its prefixes are, ConfigError for one in which they
+        cannot be exchanged. `asked`: what needs them."""
+        for folder, described in self.prepared:
+            prefixes = described.get("prefixes", {})
+            if prefixes.get("refused"):
+                raise ConfigError(f"{asked}: {folder}: {prefixes['refused']}; leave it out, or choose another template")
+            if "ids" not in prefixes:
+                raise DataError(
+                    f"{asked}: {folder} was prepared by a version that did not write down where the condition stands: "
+                    "prepare it again"
+                )
+
+    def batch(self, indices: ArrayLike, under: NDArray[np.integer] | None = None, **shape: Any) -> PackedBatch:
+        """These examples as one micro-batch of a `shape` (see `assemble`), each `under` the conditions that
+        lengths_under describes (None: its own). Raises IndexError past the ends.
 
         Costs at 40,960 tokens: benchmarks/results/loader.csv.
         """
         chosen = np.asarray(indices, np.int64)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
             raise IndexError(f"examples {chosen.min()} ... {chosen.max()} of {len(self)}")
-        wholes = chosen if self._kept is None else self._kept[chosen].astype(np.int64)
-        numbers, lengths = np.searchsorted(self._starts, wholes, side="right") - 1, self.lengths[chosen]
+        parts, lengths = list(self._by_shard(chosen)), self.lengths[chosen]
+        if under is not None:
+            for shard, at, of_shard in parts:
+                lengths[of_shard] = shard.lengths_under(at, under[of_shard])
         begins = np.cumsum(lengths) - lengths
         input_ids = np.empty(lengths.sum(), np.int64)
-        loss_weights = np.empty(len(input_ids), np.float32)
-        for number in np.unique(numbers):
-            of_shard = numbers == number
+        loss_weights, class_ids = np.empty(len(input_ids), np.float32), np.empty(len(input_ids), np.int64)
+        for shard, at, of_shard in parts:
             to = store.ranges(begins[of_shard], lengths[of_shard])
-            at = wholes[of_shard] - self._starts[number]
-            input_ids[to], loss_weights[to] = self._shards[number].read(at, self._rule)
-        class_ids, sequences = self.class_ids[chosen], tuple(chosen.tolist())
-        return assemble(input_ids, loss_weights, lengths, class_ids, sequences, **shape)
+            exchanged = None if under is None else under[of_shard]
+            input_ids[to], loss_weights[to], class_ids[to] = shard.read(at, self._rule, exchanged)
+        return assemble(input_ids, loss_weights, lengths, class_ids, tuple(chosen.tolist()), **shape)
 
     @property
     def fingerprint(self) -> str:
@@ -138,10 +159,15 @@ class TokenDataset:
         return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
 
     def mean_weight(self, name: str, sample: int = 200) -> float:
-        """Mean |weight| of the supervised tokens in the first `sample` conversations of a class."""
-        members = np.flatnonzero(self.class_ids == self.class_names.index(name))[:sample]
-        weights = np.abs(np.concatenate([self[int(i)].loss_weights for i in members]))
+        """Mean |weight| of the supervised tokens of a class in the first `sample` conversations that hold it."""
+        class_id = self.class_names.index(name)
+        members = [self._read(int(i)) for i in np.flatnonzero(self._holds(class_id))[:sample]]
+        weights = np.abs(np.concatenate([each.loss_weights[each.class_ids == class_id] for each in members]))
         return float(weights.sum() / max(1, np.count_nonzero(weights)))
+
+    def class_counts(self) -> dict[str, int]:
+        """How many conversations hold a message of each class, of those classes that any holds."""
+        return {name: int(self._holds(self.class_names.index(name)).sum()) for name in self.present}
 
     def source_location(self, index: int) -> str:
         """ "file:line" of the record that an example came from."""
@@ -157,6 +183,29 @@ class TokenDataset:
             Span(end, ROLES[role], None if math.isnan(weight) else weight)
             for end, role, weight in zip(*columns, strict=True)
         ]
+
+    def _read(self, index: int) -> Tokens:
+        shard, at = self._locate(index)
+        return shard.read(np.array([at]), self._rule)
+
+    def _holds(self, class_id: int) -> NDArray[np.bool_]:
+        """(S,) whether a conversation has a message of the class."""
+        return self._column(bool, lambda shard: shard.holds_class(class_id))
+
+    def _present(self) -> list[int]:
+        """The classes of all conversations, or of their messages, in order."""
+        if not any(shard.has_turn_classes for shard in self._shards):
+            return np.unique(self.class_ids).tolist()
+        each = self._by_shard(np.arange(len(self.class_ids)))
+        return sorted({int(i) for shard, at, _ in each for i in shard.classes_of(at)})
+
+    def _by_shard(self, chosen: NDArray[np.int64]) -> Iterator[tuple[Shard, NDArray[np.int64], NDArray[np.bool_]]]:
+        """The shards of some examples: (shard, the places in it, which of `chosen` they are)."""
+        wholes = chosen if self._kept is None else self._kept[chosen].astype(np.int64)
+        numbers = np.searchsorted(self._starts, wholes, side="right") - 1
+        for number in np.unique(numbers):
+            of_shard = numbers == number
+            yield self._shards[number], wholes[of_shard] - self._starts[number], of_shard
 
     def _locate(self, index: int) -> tuple[Shard, int]:
         if not -len(self) <= index < len(self):

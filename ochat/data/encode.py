@@ -112,9 +112,9 @@ class Encoder:
         joined = token_weights.encode([layout.segments for _, layout in layouts], self.tokenizer)
         for (record, layout), (ids, spans) in zip(layouts, joined, strict=True):
             spans = trim(spans)
-            if supervised := num_supervised(spans):
+            if num_supervised(spans):
                 self._note(encoded, layout)
-                self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans, supervised)
+                self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans)
             else:
                 why = "items: no message to learn from; every weight is 0, or there is no assistant message"
                 encoded.rejects.append(refuse(record, why))
@@ -131,16 +131,8 @@ class Encoder:
         layouts = []
         for conversation in conversations:
             _check_numbers(conversation)
-            if conversation.condition and self.template.condition_roles == "none" and not self.ignores_conditions:
-                raise DataError(
-                    f"condition: the template {self.template.name} writes no class; choose another, or train without "
-                    "it with --conditions ignore"
-                )
-            if conversation.condition and self.template.condition_roles != "none":
-                # the prefix that holds it is encoded with special tokens
-                turns = self.tokenizer.split_at_specials(conversation.condition)
-                if len(turns) > 1:
-                    raise DataError(f"condition: it spells the special token {turns[1]!r}; give the class another name")
+            for place, condition in conversation.conditions.items():
+                self._check_condition(condition, place)
             conversation = self.template.with_thoughts_apart(conversation)
             segments = self.template.segments(conversation, self.tokenizer)
             written = self._without_lost_reasoning(conversation)
@@ -149,6 +141,18 @@ class Encoder:
         if notes.ignored:
             encoded.ignored.update(notes.ignored)
         return layouts
+
+    def _check_condition(self, condition: str, place: str) -> None:
+        """Raises: DataError for a class that the template's prefixes cannot carry."""
+        if condition and self.template.condition_roles == "none" and not self.ignores_conditions:
+            raise DataError(
+                f"{place}: the template {self.template.name} writes no class; choose another, or train without "
+                "it with --conditions ignore"
+            )
+        if condition and self.template.condition_roles != "none":
+            turns = self.tokenizer.split_at_specials(condition)  # as the prefix that holds it is encoded
+            if len(turns) > 1:
+                raise DataError(f"{place}: it spells the special token {turns[1]!r}; give the class another name")
 
     def _without_lost_reasoning(self, conversation: Conversation) -> Conversation:
         """The conversation without reasoning that the template leaves out. Raises: DataError for an answer that is
@@ -183,9 +187,8 @@ class Encoder:
                 encoded.noted[UNKNOWN] += 1
 
     def _keep(
-        self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span],
-        supervised: int,
-    ) -> None:  # fmt: skip
+        self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
+    ) -> None:
         """Fit one sequence into the context, count it and append it to its split."""
         split = encoded.splits[is_held_out(conversation, self.held_out)]
         name = conversation.condition
@@ -200,18 +203,20 @@ class Encoder:
                 return
             encoded.noted[LOST] += 1
             spans = trim(cut(spans, self.context))
-            supervised = num_supervised(spans)
-            if supervised == 0:
+            if num_supervised(spans) == 0:
                 split.counts[name, "unsupervised"] += 1
                 return
             ids = ids[: spans[-1].end]
             split.counts[name, "truncated"] += 1
-        split.counts.update({(name, "kept"): 1, (name, "tokens"): len(ids), (name, "supervised"): supervised})
+        split.counts.update({(name, "kept"): 1, (name, "tokens"): len(ids)})
+        split.counts.update({(of, "supervised"): count for of, count in supervised_by_class(spans, name).items()})
         sequences = split.sequences
         sequences.input_ids.append(np.array(ids, np.uint32))
         sequences.span_ends.append([span.end for span in spans])
         sequences.span_roles.append([ROLE_IDS[span.role] for span in spans])
         sequences.span_weights.append([math.nan if span.weight is None else span.weight for span in spans])
+        sequences.span_conditions.append([name if span.condition is None else span.condition for span in spans])
+        sequences.span_prefixes.append([span.prefix for span in spans])
         sequences.conditions.append(name)
         sequences.rewards.append(math.nan if conversation.reward is None else conversation.reward)
         sequences.lines.append(record.line)
@@ -234,8 +239,16 @@ def cut(spans: list[Span], context: int) -> list[Span]:
 
 def num_supervised(spans: list[Span]) -> int:
     """Tokens that are a label with a weight other than 0; the first token of a sequence is never a label."""
-    begins = [1, *(span.end for span in spans)]
-    return sum(max(s.end - begin, 0) for s, begin in zip(spans, begins, strict=False) if s.is_supervised)
+    return sum(supervised_by_class(spans, "").values())
+
+
+def supervised_by_class(spans: list[Span], condition: str) -> Counter[str]:
+    """The same by class; `condition`: the conversation's."""
+    begins, counts = [1, *(span.end for span in spans)], Counter[str]()
+    for span, begin in zip(spans, begins, strict=False):
+        name = condition if span.condition is None else span.condition
+        counts[name] += max(span.end - begin, 0) if span.is_supervised else 0
+    return counts
 
 
 def is_held_out(conversation: Conversation, share: float) -> bool:

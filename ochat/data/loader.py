@@ -13,16 +13,19 @@ from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ochat.data.batch import PackedBatch, most_documents
 from ochat.data.dataset import TokenDataset
-from ochat.data.mixture import Mixture
+from ochat.data.epoch.conditions import ConditionDraws
+from ochat.data.epoch.mixture import Mixture
 from ochat.errors import ConfigError, DataError
 from ochat.packing import multipack
 from ochat.packing.multipack import EpochPlanCache, PackPlan
+from ochat.text.prefixes import NONE
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,13 @@ class Loader:
     and supervised rows of a batch are filled up to a multiple of it. `pin`: in page-locked memory, from which
     `PackedBatch.to` copies without waiting.
     `mixture`: which sequences an epoch takes; without it, all. `costs` (S,) float: the work of each sequence, which is
-    balanced over the bins of a step. Memory: two plans, each of 8 bytes a sequence. Raises ConfigError for impossible
-    settings, DataError for a sequence longer than a bin and for a data set without sequences.
+    balanced over the bins of a step. `conditions`: under which each is trained; without it, its own. Memory: two plans,
+    each of 8 bytes a sequence, and 4 more with `conditions`. Raises ConfigError for impossible settings, DataError for
+    a sequence longer than a bin and for a data set without sequences.
+
+    The cooldown without conditions begins with step `cooldown` (num_steps: never): the steps before it are those that
+    the run would have without a cooldown, and what is left of their epoch is packed anew, as are later epochs. So all
+    of the epoch is trained on once, and the lengths that are packed are exact.
     """
 
     dataset: TokenDataset
@@ -91,6 +99,7 @@ class Loader:
     pin: bool = False
     mixture: Mixture | None = None
     costs: NDArray[np.floating] | None = None
+    conditions: ConditionDraws | None = None
 
     def __post_init__(self) -> None:
         bins, world = self.bins_per_step, self.world
@@ -101,18 +110,42 @@ class Loader:
                 f"use a multiple of {world}, such as {max(round(bins / world), 1) * world}"
             )
         _check_lengths(self.dataset, self.token_budget)
+        self.pad_to = self.token_budget if self.pad else None
+        self._under = lru_cache(multipack.KEPT)(self.conditions) if self.conditions else None
+        self._cools_from = (self.epochs, 0)  # epoch and step in it
+        self._plan_all()
+        self.cooldown = self.num_steps
+        if self.conditions and self.conditions.last:
+            self.cooldown -= max(round(self.conditions.last * self.num_steps), 1)
+            self._cools_from = self.position(self.cooldown)
+            self._plan_all()
+
+    def _plan_all(self) -> None:
+        """Count the steps of every epoch."""
         self.plan = EpochPlanCache(self._plan)
         counts = [self._count(epoch) for epoch in reversed(range(self.epochs))]  # so that the first two stay planned
         self.steps_per_epoch = tuple(steps for steps, _ in reversed(counts))  # before `max_steps` cuts them
-        self.pad_to = self.token_budget if self.pad else None
         self.num_documents = max(most for _, most in counts) if self.fix_documents else None
         self._epoch_starts = np.concatenate([[0], np.cumsum(self.steps_per_epoch)])
         total = int(self._epoch_starts[-1])
         self.num_steps = min(total, self.max_steps or total)
 
     def _plan(self, epoch: int) -> PackPlan:
-        lengths, costs = self.dataset.lengths, self.costs
-        taken = None if self.mixture is None else self.mixture(epoch)
+        taken, (cool_epoch, step) = None if self.mixture is None else self.mixture(epoch), self._cools_from
+        if epoch < cool_epoch:
+            return self._pack(epoch, taken, self._under(epoch) if self._under else None)
+        without = np.full(len(self.dataset), NONE, np.int32)
+        if epoch > cool_epoch or step == 0:
+            return self._pack(epoch, taken, without)
+        assert self._under is not None, "a cooldown has conditions"
+        before = self._pack(epoch, taken, self._under(epoch))
+        left = before.indices[before.bin_offsets[step * self.bins_per_step] :]
+        return multipack.joined(before, step, self._pack(epoch, left, without))
+
+    def _pack(self, epoch: int, taken: NDArray[np.int64] | None, under: NDArray[np.int32] | None) -> PackPlan:
+        """Pack the sequences `taken` (None: all), `under` these conditions (None: their own)."""
+        lengths = self.dataset.lengths if under is None else self.dataset.lengths_under(under)
+        costs = self.costs
         if taken is not None:
             lengths, costs = lengths[taken], None if costs is None else costs[taken]
         plan = multipack.plan(
@@ -148,11 +181,17 @@ class Loader:
         plan = self.plan(epoch)
         first = step_in_epoch * self.bins_per_step
         bins = range(first + self.rank, first + self.bins_per_step, self.world)
-        return [self._batch(plan.bin(b)) for b in bins]
+        return [self._batch(plan.bin(b), self._conditions_of(plan.bin(b), step)) for b in bins]
 
-    def _batch(self, indices: NDArray[np.int64]) -> PackedBatch:
+    def _conditions_of(self, indices: NDArray[np.int64], step: int) -> NDArray[np.int32] | None:
+        """Under what a step trains these sequences; None: their own conditions."""
+        if step >= self.cooldown:
+            return np.full(len(indices), NONE, np.int32)
+        return None if self._under is None else self._under(self.position(step)[0])[indices]
+
+    def _batch(self, indices: NDArray[np.int64], under: NDArray[np.int32] | None) -> PackedBatch:
         shape = {"pad_to": self.pad_to, "num_documents": self.num_documents, "multiple": self.multiple}
-        batch = self.dataset.batch(indices, **shape)
+        batch = self.dataset.batch(indices, under, **shape)
         return batch.pin_memory() if self.pin else batch
 
     def iterate(self, start_step: int = 0, *, prefetch: int = 2) -> Generator[tuple[int, list[PackedBatch]]]:

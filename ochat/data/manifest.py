@@ -22,6 +22,7 @@ import msgspec
 
 from ochat.errors import ConfigError, DataError
 from ochat.files import atomic, bounded_json, checksums
+from ochat.text.chat.plain import NUM_PREFIXES
 
 FORMAT, VERSION, MERGED_VERSION = "ochat-tokens", 1, 2
 MANIFEST = "manifest.json"
@@ -57,6 +58,11 @@ class _Names(msgspec.Struct):
     files: Names
 
 
+class _Prefixes(msgspec.Struct):
+    ids: dict[str, list[list[Count]]] = {}
+    refused: str = ""
+
+
 class _InputShare(msgspec.Struct):
     number: Count
     of: Count
@@ -73,6 +79,7 @@ class _Schema(_Names, kw_only=True):
     parts: list[_Names] = []
     counts: dict[str, Count | dict[str, Count | dict[str, Count]]] = {}
     shard: _InputShare | None = None
+    prefixes: _Prefixes | None = None
 
 
 class Prepared(NamedTuple):
@@ -184,6 +191,11 @@ def _check_content(schema: _Schema, is_merged: bool) -> None:
     for owner in (schema, *schema.parts):
         if len(set(owner.classes)) < len(owner.classes):
             raise ValueError("classes: a name comes twice")
+    if schema.prefixes and not schema.prefixes.refused:
+        if missing := {"", *schema.classes} - schema.prefixes.ids.keys():
+            raise ValueError(f"prefixes: the class {min(missing)!r} has none")
+        if any(len(each) != NUM_PREFIXES for each in schema.prefixes.ids.values()):
+            raise ValueError(f"prefixes: each class needs {NUM_PREFIXES}")
     parts = range(len(schema.parts)) if is_merged else (None,)
     for one in (*schema.shards, *schema.others):
         if not atomic.is_file_name(PurePosixPath(one.file).name if is_merged else one.file):

@@ -29,7 +29,7 @@ from ochat.data.shown import Shown
 from ochat.data.store_writer import StoreWriter, publish
 from ochat.errors import ConfigError, DataError
 from ochat.files import bounded_json
-from ochat.text import template, tokenizer
+from ochat.text import prefixes, template, tokenizer
 from ochat.text.conversation import Conversation, Message
 from ochat.text.record_formats import EmptyAnswers, RecordReader
 from ochat.text.records import map as record_map
@@ -174,6 +174,7 @@ def run(options: PrepareOptions) -> PrepareReport:
             _check_kept(options, report)
         for writer, each, side in zip(writers, filter(None, (report, held_out)), ("train", "held-out"), strict=False):
             manifest = _manifest(options, encoder, each)
+            manifest["prefixes"] = prefixes.describe(encoder.template, encoder.tokenizer, writer.classes)
             manifest |= {"held_out": {"share": options.held_out, "side": side}} if options.held_out else {}
             if of > 1:
                 names = [Path(name).name for name in options.input]  # machines may have them in different folders
@@ -213,7 +214,7 @@ def _make_encoder(options: PrepareOptions) -> Encoder:
     context = form.context if options.context is None else options.context
     reader = RecordReader(
         options.format, options.default_condition, record_map.load(options.map) if options.map else RecordMap(),
-        frozenset(options.ignore), options.empty_answers,
+        frozenset(options.ignore), options.empty_answers, form.attributes,
     )  # fmt: skip
     return Encoder(tokens, form, reader, context, options.over_long, options.held_out, options.conditions == "ignore")
 

@@ -1,7 +1,7 @@
 """Read the shards of prepared data sets through memory maps, which all processes share.
 
     class_names, opened = open_sets({"chat": manifest.read_together([Path("data/train")])})
-    input_ids, loss_weights = opened["chat"][0].read(np.array([3, 5]), rule)
+    input_ids, loss_weights, class_ids = opened["chat"][0].read(np.array([3, 5]), rule)
 
 A shard is a safetensors file, written by store_writer.py. For its S sequences of T tokens and N spans (a span is a run
 of tokens with one role and one weight) it holds:
@@ -11,6 +11,8 @@ of tokens with one role and one weight) it holds:
     span_roles   (N,)   uint8                span_weights (N,)   float32, NaN where the record gives none
     class_ids    (S,)   uint16               rewards      (S,)   float32, NaN where the record gives none
     lines        (S,)   int64                files        (S,)   uint16
+    span_prefixes  (N,) uint8, which prefix that carries a condition the span is (text/prefixes.py); older sets lack it
+    span_class_ids (N,) uint16, absent where each is the sequence's
 
 Opening reads headers, offsets and spans, to refuse a damaged file early; it never reads token ids.
 """
@@ -30,6 +32,8 @@ from ochat.data.manifest import AGAIN, Prepared
 from ochat.data.weights import ROLES, WeightRule, own_weights
 from ochat.errors import DataError
 from ochat.files.safetensors_file import open_file
+from ochat.text.chat.plain import NUM_PREFIXES
+from ochat.text.prefixes import OWN, PrefixTable
 
 COLUMNS = {  # name -> types, length by the letters above
     "input_ids": ("uint16 or uint32", "T"),
@@ -43,6 +47,7 @@ COLUMNS = {  # name -> types, length by the letters above
     "lines": ("int64", "S"),
     "files": ("uint16", "S"),
 }
+OPTIONAL = {"span_prefixes": ("uint8", "N"), "span_class_ids": ("uint16", "N")}
 BLOCK = 1 << 14  # sequences that one pass over a shard looks at together: what it holds stays small
 
 
@@ -54,6 +59,7 @@ class Shard:
     columns: dict[str, NDArray]
     class_map: NDArray[np.uint16]  # the shard's class id -> its place among the classes of all shards
     files: Sequence[str]  # the shard's input files by number
+    prefixes: PrefixTable | None  # None: it does not say where they are
 
     def __len__(self) -> int:
         return len(self.columns["class_ids"])
@@ -65,16 +71,91 @@ class Shard:
         """(S,) tokens of each sequence."""
         return np.diff(self["offsets"])
 
+    def lengths_under(self, at: NDArray[np.integer], under: NDArray[np.integer]) -> NDArray[np.int64]:
+        """(n,) tokens of the sequences `at`, each `under` OWN conditions, NONE or a class of all shards that has
+        prefixes."""
+        lengths = self["offsets"][at + 1] - self["offsets"][at]
+        changed = np.flatnonzero(under != OWN)
+        for first, last in _blocks(len(changed)):
+            chosen = changed[first:last]
+            index, counts = self._places(at[chosen])
+            starts = np.cumsum(counts) - counts
+            ends, numbers = self["span_ends"][index], self["span_prefixes"][index]
+            own = ends - _begins(ends, starts)
+            now = np.where(numbers > 0, self.table.counts[numbers, np.repeat(under[chosen], counts)], own)
+            assert (now[numbers > 0] > 0).all(), "check_exchangeable refuses classes that a data set does not have"
+            lengths[chosen] += np.add.reduceat(now - own, starts)
+        return lengths
+
+    @property
+    def table(self) -> PrefixTable:
+        """The ids of prefixes under every class."""
+        assert self.prefixes is not None, "ConditionDraws asks for none where no prefix can be exchanged"
+        return self.prefixes
+
+    @property
+    def has_turn_classes(self) -> bool:
+        """Whether a message may have another class than its conversation."""
+        return "span_class_ids" in self.columns
+
     def class_ids(self, at: NDArray | slice = slice(None)) -> NDArray[np.uint16]:
         """Places among the classes of all shards, of the sequences `at`."""
         return self.class_map[self["class_ids"][at]]
 
-    def read(self, at: NDArray[np.integer], rule: WeightRule) -> tuple[NDArray, NDArray[np.float32]]:
-        """Ids and loss weights, unshifted, of the sequences `at` (n,), one after another."""
+    def span_class_ids(self, at: NDArray[np.integer]) -> NDArray[np.uint16]:
+        """(n,) the same of the spans of the sequences `at`, each of its message."""
+        index, counts = self._places(at)
+        if not self.has_turn_classes:
+            return np.repeat(self.class_ids(at), counts)
+        return self.class_map[self["span_class_ids"][index]]
+
+    def holds_class(self, class_id: int) -> NDArray[np.bool_]:
+        """(S,) whether a sequence, or any message of it with a weight, is of this class, a place among those of all
+        shards."""
+        if not self.has_turn_classes:
+            return self.class_ids() == class_id
+        of_spans = (self.class_map[self["span_class_ids"]] == class_id) & self._are_trained(slice(None))
+        return np.logical_or.reduceat(of_spans, self["span_offsets"][:-1])
+
+    def classes_of(self, at: NDArray[np.integer]) -> NDArray[np.uint16]:
+        """The classes of the messages with a weight in the sequences `at`, each once."""
+        return np.unique(self.span_class_ids(at)[self._are_trained(self._places(at)[0])])
+
+    def _places(self, at: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the spans of the sequences `at` (n,) are, one after another, and how many each has."""
+        first = self["span_offsets"][at]
+        counts = self["span_offsets"][at + 1] - first
+        return ranges(first, counts), counts
+
+    def _are_trained(self, spans: NDArray | slice) -> NDArray[np.bool_]:
+        return own_weights(self["span_weights"][spans], self["span_roles"][spans]) != 0
+
+    def read(self, at: NDArray[np.integer], rule: WeightRule, under: NDArray[np.integer] | None = None) -> Tokens:
+        """The tokens of the sequences `at` (n,), one after another, each `under` these conditions (None: its own)."""
         starts, ends = self["offsets"][at], self["offsets"][at + 1]
         spans = self._spans(at, rule)
-        ids = self["input_ids"][ranges(starts, ends - starts)]
-        return ids, np.repeat(spans.loss_weights, spans.ends - spans.begins)
+        counts = spans.ends - spans.begins
+        if under is None or (under == OWN).all():
+            ids = self["input_ids"][ranges(starts, ends - starts)]
+        else:
+            ids, counts = self._exchanged(at, starts, spans, under)
+        return Tokens(ids, np.repeat(spans.loss_weights, counts), np.repeat(spans.class_ids, counts))
+
+    def _exchanged(
+        self, at: NDArray[np.integer], starts: NDArray[np.integer], spans: _Spans, under: NDArray[np.integer]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The ids of spans, of which prefixes have those `under` other conditions, and the tokens of each span."""
+        index, num_spans = self._places(at)
+        numbers, classes = self["span_prefixes"][index], np.repeat(under, num_spans)
+        are_own = (numbers == 0) | (classes == OWN)
+        counts = np.where(are_own, spans.ends - spans.begins, self.table.counts[numbers, classes])
+        ids, begins = np.empty(counts.sum(), np.int64), np.cumsum(counts) - counts
+        for which, source, firsts in (
+            (are_own, self["input_ids"], np.repeat(starts, num_spans) + spans.begins),
+            (~are_own, self.table.ids, self.table.starts[numbers, classes]),
+        ):
+            ids[ranges(begins[which], counts[which])] = source[ranges(firsts[which], counts[which])]
+        return ids, counts
 
     def count_supervised(self, rule: WeightRule) -> NDArray[np.int32]:
         """(S,) labels of non-zero weight; the first token of a sequence is never a label."""
@@ -85,19 +166,27 @@ class Shard:
         return counts
 
     def _spans(self, at: NDArray[np.integer], rule: WeightRule) -> _Spans:
-        first, last = self["span_offsets"][at], self["span_offsets"][at + 1]
-        counts = last - first
-        index, starts = ranges(first, counts), np.cumsum(counts) - counts
+        index, counts = self._places(at)
+        starts = np.cumsum(counts) - counts
         ends = self["span_ends"][index]
         begins = _begins(ends, starts)
-        class_ids, rewards = np.repeat(self.class_ids(at), counts), np.repeat(self["rewards"][at], counts)
+        class_ids = self.span_class_ids(at)
+        rewards = np.repeat(self["rewards"][at], counts)
         own, roles, num_tokens = self["span_weights"][index], self["span_roles"][index], ends - begins
         if rule.per_message_mean:
             num_tokens = _of_messages(num_tokens, roles, starts)
         elif rule.per_conversation_mean and len(starts):
-            # class and reward weigh a whole conversation: its own weights say which labels are supervised
+            # a class may weigh 0, but never decides which labels are supervised: the record's own weights do
             num_tokens = np.repeat(_count_labels(begins, ends, own_weights(own, roles) != 0, starts), counts)
-        return _Spans(begins, ends, rule(own, roles, class_ids, rewards, num_tokens), starts)
+        return _Spans(begins, ends, rule(own, roles, class_ids, rewards, num_tokens), class_ids, starts)
+
+
+class Tokens(NamedTuple):
+    """The T tokens of some sequences, one after another, unshifted."""
+
+    input_ids: NDArray  # (T,) as the shard has them
+    loss_weights: NDArray[np.float32]  # (T,)
+    class_ids: NDArray[np.uint16]  # (T,) of the token's message, places among the classes of all shards
 
 
 class _Spans(NamedTuple):
@@ -106,6 +195,7 @@ class _Spans(NamedTuple):
     begins: NDArray[np.int32]  # (n,) within the sequence, as are ends
     ends: NDArray[np.int32]  # (n,)
     loss_weights: NDArray[np.float32]  # (n,)
+    class_ids: NDArray[np.uint16]  # (n,) places among the classes of all shards
     starts: NDArray[np.int64]  # of each sequence: the place of its first span
 
 
@@ -156,17 +246,20 @@ def _open(one: Prepared, entry: dict[str, Any], class_ids: dict[str, int]) -> Sh
     columns = {name: tensor.read().numpy() for name, tensor in open_file(path, DataError, AGAIN).items()}  # mapped
     if problem := _find_damage(columns, len(classes)):
         raise DataError(f"{path}: damaged ({problem}): {AGAIN}")
-    return Shard(path, columns, np.array([class_ids[name] for name in classes], np.uint16), files)
+    described = one.manifest.get("prefixes", {})
+    table = PrefixTable.of(described, list(class_ids)) if "ids" in described and "span_prefixes" in columns else None
+    return Shard(path, columns, np.array([class_ids[name] for name in classes], np.uint16), files, table)
 
 
 def _find_damage(columns: dict[str, NDArray], num_classes: int) -> str:
     """What is wrong with a shard; "" if the tokens, spans and class of every sequence lie within it."""
-    for name, (types, _) in COLUMNS.items():
+    expected = COLUMNS | {name: kind for name, kind in OPTIONAL.items() if name in columns}
+    for name, (types, _) in expected.items():
         if name not in columns or str(columns[name].dtype) not in types.split(" or ") or columns[name].ndim != 1:
             return f"its column {name} is no list of {types}"
     num_sequences, num_spans, num_tokens = (len(columns[name]) for name in ("class_ids", "span_ends", "input_ids"))
     lengths = {"T": num_tokens, "N": num_spans, "S": num_sequences, "S+1": num_sequences + 1}
-    for name, (_, letter) in COLUMNS.items():
+    for name, (_, letter) in expected.items():
         if len(columns[name]) != lengths[letter]:
             return f"{name} has {len(columns[name])} entries, not {lengths[letter]}"
     for name, total in (("offsets", num_tokens), ("span_offsets", num_spans)):
@@ -191,6 +284,10 @@ def _are_damaged(columns: dict[str, NDArray], block: slice, num_classes: int) ->
     spans = slice(span_offsets[0], span_offsets[-1])
     ends, starts = columns["span_ends"][spans], span_offsets[:-1] - span_offsets[0]
     is_wrong = (ends < _begins(ends, starts)) | (columns["span_roles"][spans] >= len(ROLES))
+    if "span_class_ids" in columns:
+        is_wrong |= columns["span_class_ids"][spans] >= num_classes
+    if "span_prefixes" in columns:
+        is_wrong |= columns["span_prefixes"][spans] > NUM_PREFIXES
     return np.logical_or.reduceat(is_wrong, starts) | (ends[span_offsets[1:] - 1 - span_offsets[0]] != np.diff(offsets))
 
 

@@ -40,6 +40,8 @@ class Sequences:
     span_ends: list[list[int]] = field(default_factory=list)
     span_roles: list[list[int]] = field(default_factory=list)
     span_weights: list[list[float]] = field(default_factory=list)
+    span_conditions: list[list[str]] = field(default_factory=list)  # of the span's message, or the conversation's
+    span_prefixes: list[list[int]] = field(default_factory=list)  # as Span.prefix has them
     conditions: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -54,7 +56,11 @@ class Sequences:
             "span_ends": np.array([end for ends in self.span_ends for end in ends], np.int32),
             "span_roles": np.array([role for roles in self.span_roles for role in roles], np.uint8),
             "span_weights": np.array([weight for weights in self.span_weights for weight in weights], np.float32),
+            "span_prefixes": np.array([number for numbers in self.span_prefixes for number in numbers], np.uint8),
             "class_ids": _numbers(self.conditions, class_ids, "classes"),
+            "span_class_ids": _numbers(
+                [name for names in self.span_conditions for name in names], class_ids, "classes"
+            ),
             "rewards": np.array(self.rewards, np.float32),
             "lines": np.array(self.lines, np.int64),
             "files": _numbers(self.files, file_ids, "files"),
@@ -104,11 +110,16 @@ class StoreWriter:
         if self._num_tokens >= SHARD_TOKENS:
             self._write_shard()
 
+    @property
+    def classes(self) -> list[str]:
+        """Those of all sequences so far."""
+        return list(self._class_ids)
+
     def seal(self, manifest: dict[str, Any]) -> None:
         """Write what is left and the manifest, last."""
         if self._num_tokens:
             self._write_shard()
-        described = {"format": FORMAT, "version": VERSION, **manifest, "classes": list(self._class_ids)}
+        described = {"format": FORMAT, "version": VERSION, **manifest, "classes": self.classes}
         known = {shard["file"] for shard in self._shards}
         others = [manifests.describe_file(path) for path in sorted(self.folder.iterdir()) if path.name not in known]
         roles, files = list(ROLES[: self._num_roles]), list(self._file_ids)
@@ -119,6 +130,8 @@ class StoreWriter:
         # each column's parts are freed before the next column is joined, so memory holds only the token ids twice
         joined = {name: np.concatenate([part.pop(name) for part in self._parts]) for name in list(self._parts[0])}
         self._parts, self._num_tokens = [], 0
+        if (joined["span_class_ids"] == np.repeat(joined["class_ids"], joined["span_counts"])).all():
+            del joined["span_class_ids"]
         for counts, offsets in (("lengths", "offsets"), ("span_counts", "span_offsets")):
             joined[offsets] = np.cumsum(np.concatenate([np.zeros(1, np.int64), joined.pop(counts)]))
         path = self.folder / f"shard-{len(self._shards):05d}.safetensors"

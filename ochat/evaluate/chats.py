@@ -32,7 +32,9 @@ def read_chats(data: Paths, template: Template, tokenizer: Tokenizer, most: int)
     """
     found = []
     for chat in _of_set(data, template, tokenizer, most) if is_prepared(data) else _of_files(data):
-        if not any(tokenizer.spells_special(text) for text in (chat.system, *(m.content for m in chat.items))):
+        texts = (chat.system, *(message.content for message in chat.items))
+        is_of_one_class = set(chat.conditions.values()) == {chat.condition}  # else no server can write it
+        if is_of_one_class and not any(map(tokenizer.spells_special, texts)):
             found.append(chat)
         if len(found) == most:
             break

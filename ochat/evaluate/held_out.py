@@ -215,7 +215,7 @@ def read_held_out(data: Paths, template: Template, tokenizer: Tokenizer) -> list
     """
 
     def parse(value: dict[str, Any]) -> HeldOut:
-        return HeldOut.of(record_formats.convert(value), template, tokenizer)
+        return HeldOut.of(record_formats.convert(value, attributes=template.attributes), template, tokenizer)
 
     if is_prepared(data):
         dataset = TokenDataset(data)

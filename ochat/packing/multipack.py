@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -91,6 +91,20 @@ def plan(
     indices, bin_offsets = order.astype(np.int64), np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
     num_steps = len(counts) // bins_per_step
     return PackPlan(indices, bin_offsets, num_steps, token_budget, bins_per_step, bin_tokens, bin_costs)
+
+
+def joined(first: PackPlan, num_steps: int, then: PackPlan) -> PackPlan:
+    """The first `num_steps` steps of a plan, and then all of another one."""
+    bins = num_steps * first.bins_per_step
+    cut = first.bin_offsets[bins]
+    return replace(
+        first,
+        indices=np.concatenate([first.indices[:cut], then.indices]),
+        bin_offsets=np.concatenate([first.bin_offsets[:bins], cut + then.bin_offsets]),
+        num_steps=num_steps + then.num_steps,
+        bin_tokens=np.concatenate([first.bin_tokens[:bins], then.bin_tokens]),
+        bin_costs=np.concatenate([first.bin_costs[:bins], then.bin_costs]),
+    )
 
 
 class EpochPlanCache:

@@ -55,6 +55,7 @@ def describe(
         f"longest {int(dataset.lengths.max()):,}",
         **describe_sets(loader),
         "classes": _describe_classes(dataset, weights_source),
+        **_describe_conditions(loader),
         "supervised": f"{stats.num_supervised:,} tokens, {stats.num_supervised / stats.num_tokens:.1%}",
         **describe_steps(stats, data, flops, lr_reason),
     }
@@ -95,10 +96,22 @@ def describe_sets(loader: Loader) -> dict[str, str]:
     return facts
 
 
+def _describe_conditions(loader: Loader) -> dict[str, str]:
+    """What is trained without its condition; nothing where all have their own."""
+    if loader.conditions is None:
+        return {}
+    facts = []
+    if loader.conditions.dropout:
+        facts.append(f"left out of {loader.conditions.dropout:.1%} of the conversations, others in each epoch")
+    if loader.cooldown < loader.num_steps:
+        left = loader.num_steps - loader.cooldown
+        facts.append(f"none in the last {left:,} steps, from step {loader.cooldown + 1:,} on")
+    return {"condition": "; ".join(facts)}
+
+
 def _describe_classes(dataset: TokenDataset, weights_source: str) -> str:
     """How many conversations each class has and what they weigh; and a note where all classes weigh the same."""
-    counts = np.bincount(dataset.class_ids, minlength=len(dataset.class_names))
-    found = [(name, n, dataset.mean_weight(name)) for name, n in zip(dataset.class_names, counts, strict=True) if n]
+    found = [(name, count, dataset.mean_weight(name)) for name, count in dataset.class_counts().items()]
     weights = [weight for *_, weight in found]
     described = ", ".join(f"{name or '(none)'} {n:,} (mean weight {weight:.4g})" for name, n, weight in found)
     if weights_source != "none" and len(found) > 1 and np.allclose(weights, weights[0]):

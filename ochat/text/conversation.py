@@ -33,6 +33,7 @@ class Message:
     tool_calls: tuple[dict[str, Any], ...] = ()  # {"name", "arguments"}, and "id" if there is one
     name: str = ""  # of the tool that replies
     tool_call_id: str = ""  # of the call that it replies to
+    condition: str | None = None  # its class; None: the conversation's
 
     @property
     def weight_around(self) -> float | None:
@@ -53,7 +54,8 @@ class Message:
             "name": self.name,
             "tool_call_id": self.tool_call_id,
         }
-        return record | {key: value for key, value in optional.items() if value}
+        record |= {key: value for key, value in optional.items() if value}
+        return record if self.condition is None else record | {"condition": self.condition}
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class Conversation:
         from ochat.text import record_formats  # which makes conversations
 
         return record_formats.convert(record)
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """The classes that it names, each by its field."""
+        of_turns = {f"items[{i}].condition": m.condition for i, m in enumerate(self.items) if m.condition is not None}
+        return {"condition": self.condition} | of_turns
 
     def to_dict(self) -> dict[str, Any]:
         """The record that `from_dict` reads back as an equal conversation."""

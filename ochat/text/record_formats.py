@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from ochat.errors import ConfigError, DataError
+from ochat.text.attributes import AttributeFormat
 from ochat.text.conversation import Conversation, Message, default_weight
 from ochat.text.fields import check_object, nearest, shorten
 from ochat.text.records.answers import answered
@@ -28,17 +29,20 @@ from ochat.text.records.turns import QUESTION, TurnReader
 from ochat.text.records.weights import weighted
 
 EmptyAnswers = Literal["refuse", "keep"]
+NO_TEMPLATE = AttributeFormat()  # as templates have it that say nothing
 FORMATS = {"openchat": "items", "messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
 
 
-def convert(record: Any, format: str = "auto", default_condition: str = "") -> Conversation:
+def convert(
+    record: Any, format: str = "auto", default_condition: str = "", attributes: AttributeFormat = NO_TEMPLATE
+) -> Conversation:
     """The conversation in a record, as RecordReader reads it; empty answers are kept."""
-    return _reader(format, default_condition).read(record, Notes())[0]
+    return _reader(format, default_condition, attributes).read(record, Notes())[0]
 
 
 @lru_cache(maxsize=64)
-def _reader(format: str, default_condition: str) -> RecordReader:
-    return RecordReader(format, default_condition, empty_answers="keep")
+def _reader(format: str, default_condition: str, attributes: AttributeFormat) -> RecordReader:
+    return RecordReader(format, default_condition, empty_answers="keep", attributes=attributes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class RecordReader:
     """How records are read. Pickles.
 
     `format`: auto, or one of FORMATS: its key is read where several are there. `default_condition` is for records that
-    have no condition, or an empty one. `ignore`: keys to leave out, as Level.ignores reads them.
+    have no condition, or an empty one. `ignore`: keys to leave out, as Level.ignores reads them. `attributes`: how a
+    condition of several is written.
     """
 
     format: str = "auto"
@@ -54,6 +59,7 @@ class RecordReader:
     map: RecordMap = field(default_factory=RecordMap)
     ignore: frozenset[str] = frozenset()
     empty_answers: EmptyAnswers = "refuse"
+    attributes: AttributeFormat = NO_TEMPLATE
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
@@ -73,7 +79,7 @@ class RecordReader:
             names = {column: name or condition for column, name in self.map.answers.items()}
             if default_condition and (others := set(names.values()) - {default_condition}):
                 raise DataError(_two_classes(min(others), default_condition))
-            if fields.text("condition") and names != dict.fromkeys(names, condition):
+            if fields.condition(self.attributes) and names != dict.fromkeys(names, condition):
                 raise fields.refusal("condition", "the map gives each answer its class")
             return [self._conversation(turns, fields, names[column]) for column, turns in answered_by.items()]
         except RecursionError:
@@ -106,7 +112,7 @@ class RecordReader:
 
     @cached_property
     def _messages(self) -> MessageReader:
-        return MessageReader(self.map.message_columns(), self.map.roles)
+        return MessageReader(self.map.message_columns(), self.map.roles, self.attributes)
 
     @cached_property
     def _taken(self) -> frozenset[str]:
@@ -135,7 +141,7 @@ class RecordReader:
 
     def _class(self, reader: TurnReader, file_class: str) -> str:
         """What the map or the record says, else the class of the file, else the default."""
-        record, condition, rule = reader.record, reader.fields.text("condition"), self._rule
+        record, condition, rule = reader.record, reader.fields.condition(self.attributes) or "", self._rule
         if rule:
             if condition:
                 raise reader.fields.refusal("condition", f"the map reads the class from {rule.column!r}")

@@ -23,8 +23,9 @@ from msgspec import Meta
 from ochat import overrides
 from ochat.errors import ConfigError, DataError
 from ochat.files import bounded_json
+from ochat.text.attributes import AttributeFormat
 from ochat.text.chat import dates, rendered
-from ochat.text.chat.plain import PlainChat
+from ochat.text.chat.plain import CONDITIONED, PlainChat
 from ochat.text.chat.rendered import RenderedChat
 from ochat.text.conversation import Conversation, Message
 from ochat.text.token_weights import Segment, Span, encode
@@ -36,6 +37,7 @@ ConditionsMode = Literal["both", "assistant", "ignore"]
 ReasoningMode = Literal["template", "last", "all", "drop"]
 _OPTIONAL = {
     "suffix": "", "tokenize": "segments", "chat_template": "", "variables": {}, "date": "", "reasoning": "template",
+    "attribute": AttributeFormat.each, "attribute_separator": AttributeFormat.separator,
 }  # fmt: skip
 
 
@@ -63,6 +65,9 @@ class Template:
     date: str = ""  # that chat_template writes as today's
     # reasoning of the assistant: as chat_template writes it, of the last answer alone, of all, or left out
     reasoning: ReasoningMode = "template"
+    # how a condition of several attributes is written: each with {name} and {value}, and what stands between two
+    attribute: str = AttributeFormat.each
+    attribute_separator: str = AttributeFormat.separator
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], place: str = "template") -> Template:
@@ -92,6 +97,18 @@ class Template:
         if not name:
             return ""
         return self.prefix.replace("{role}", f"{condition if self.carries_condition(role) else ''} {name}".strip())
+
+    def prefix_texts(self, condition: str) -> list[str]:
+        """The prefixes that can carry the condition, under this one, as Span.prefix counts them from 1: of each role of
+        CONDITIONED, and the same behind another turn. [] where chat_template writes them."""
+        if self.tokenize == "rendered":
+            return []
+        return [before + self.role_prefix(role, condition) for before in ("", self.suffix) for role in CONDITIONED]
+
+    @property
+    def attributes(self) -> AttributeFormat:
+        """How a condition of several attributes is written."""
+        return AttributeFormat(self.attribute, self.attribute_separator)
 
     def bos_token(self, tokenizer: Tokenizer) -> str | None:
         """The token that opens every conversation, if any."""
@@ -146,6 +163,8 @@ class Template:
         """
         self.check(tokenizer)
         conversation = replace(conversation, condition=conversation.condition or self.default_condition)
+        if self.tokenize == "rendered":
+            _refuse_other_classes(conversation, self.name)
         items = conversation.items
         if not items or items[-1].role != "assistant":
             items = (*items, Message("assistant", ""))
@@ -156,7 +175,7 @@ class Template:
             )
         conversation = self.prepared(replace(conversation, items=tuple(asked)))
         chat = self._rendered if self.tokenize == "rendered" else self._plain(tokenizer)
-        return encode([chat.prompt_segments(conversation, begun.content, tokenizer)], tokenizer)[0][0]
+        return encode([chat.prompt_segments(conversation, begun, tokenizer)], tokenizer)[0][0]
 
     def served_source(self) -> str:
         """The chat template that an export of a rendered one has: it writes what training saw, whatever day it is."""
@@ -181,11 +200,15 @@ class Template:
 
     def _plain(self, tokenizer: Tokenizer) -> PlainChat:
         return PlainChat(
-            self.name, self.bos_token(tokenizer), self.eot, self.suffix, self.role_prefix, "tool" in self.roles
-        )
+            self.name, self.bos_token(tokenizer), self.eot, self.suffix, self.role_prefix, "tool" in self.roles,
+            self.carries_condition,
+        )  # fmt: skip
 
     def prepared(self, conversation: Conversation) -> Conversation:
-        """The conversation with the class and the reasoning that are to be written."""
+        """The conversation with the class and the reasoning that are to be written. Raises: DataError for a turn of
+        another class where chat_template writes one for all."""
+        if self.tokenize == "rendered":
+            _refuse_other_classes(conversation, self.name)
         condition = "" if self.condition_roles == "none" else conversation.condition
         items = self.with_thoughts_apart(conversation).items
         if self.reasoning in ("last", "drop"):
@@ -302,6 +325,15 @@ def check_condition(condition: str, tokenizer: Tokenizer, option: str = "") -> N
         raise ConfigError(f"{option}the class {condition!r} spells a special token; no prefix can carry it")
 
 
+def _refuse_other_classes(conversation: Conversation, name: str) -> None:
+    for place, condition in conversation.conditions.items():
+        if condition != conversation.condition:
+            raise DataError(
+                f"{place}: {condition!r}, and the template {name} writes one class for all turns, which is "
+                f"{conversation.condition!r}; choose a template whose turns are plain text, such as openchat_3.6"
+            )
+
+
 def _known(word: str, known: Collection[str]) -> str:
     """What a wrong word may have meant."""
     close = difflib.get_close_matches(word, known, n=1)
@@ -319,6 +351,9 @@ def _refuse_text_in_eot(place: str, token: str, text: str) -> None:
 def _check(template: Template, place: str) -> None:
     """Raises: ConfigError for values that each have their type but make no template."""
     roles, token = template.roles, template.eot.rstrip()
+    for name in ("{name}", "{value}"):
+        if template.attribute.count(name) != 1:
+            raise ConfigError(f"{place}: attribute must hold {name} exactly once; it is {template.attribute!r}")
     if token and token != template.eot:
         _refuse_text_in_eot(place, token, template.eot[len(token) :])
     if template.tokenize == "rendered":

@@ -27,6 +27,8 @@ class Span(NamedTuple):
     end: int
     role: str
     weight: float | None  # None: the record gives none
+    condition: str | None = None  # of its message; None: the conversation's
+    prefix: int = 0  # which of the template's prefix_texts it is; 0: none that carries a condition
 
     @property
     def own_weight(self) -> float:
@@ -66,6 +68,8 @@ class Segment(NamedTuple):
     ids: tuple[int, ...] = ()
     characters: Characters | None = None  # of the text, where they differ
     is_live: bool = False  # special tokens in the text are special
+    condition: str | None = None  # as Span has it, and `prefix`
+    prefix: int = 0
 
 
 def encode(conversations: Sequence[Sequence[Segment]], tokenizer: Tokenizer) -> list[tuple[list[int], list[Span]]]:
@@ -96,12 +100,12 @@ def _join(
         else:
             own, offsets = weighted[segment.text, segment.is_live]
             found = token_spans(offsets, *segment.characters, text=segment.text if segment.is_live else "")
-            spans += [span._replace(end=begin + span.end) for span in found]
+            spans += [span._replace(end=begin + span.end, condition=segment.condition) for span in found]
             ids += own
             begin = len(ids)
         ids += segment.ids
         if len(ids) > begin:
-            spans.append(Span(len(ids), segment.role, segment.weight))
+            spans.append(Span(len(ids), segment.role, segment.weight, segment.condition, segment.prefix))
     return ids, spans
 
 

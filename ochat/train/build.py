@@ -27,11 +27,12 @@ from msgspec import structs
 from ochat import config as configuration
 from ochat.checkpoint.manifest import Manifest
 from ochat.checkpoint.save import AsyncCheckpointer
-from ochat.config import Config, LogConfig
+from ochat.config import ConditionConfig, Config, LogConfig
 from ochat.console import waiting
 from ochat.data.dataset import TokenDataset
+from ochat.data.epoch.conditions import ConditionDraws
+from ochat.data.epoch.mixture import Mixture
 from ochat.data.loader import Loader
-from ochat.data.mixture import Mixture
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.export import serving
@@ -163,6 +164,8 @@ def open_loader(config: Config, dataset: TokenDataset, model: ModelConfig, **pla
                 raise ConfigError(
                     f"{section} names {name!r}; the classes of {dataset.path} are {', '.join(dataset.class_names)}"
                 )
+    asked = config.condition
+    draws = ConditionDraws(dataset, asked, config.run.seed) if asked != ConditionConfig() else None
     with waiting("packing the conversations into steps"):
         return Loader(
             dataset,
@@ -173,6 +176,7 @@ def open_loader(config: Config, dataset: TokenDataset, model: ModelConfig, **pla
             max_steps=config.data.max_steps,
             mixture=Mixture(dataset, config.data.mix, config.run.seed) if config.data.mix else None,
             costs=model.flops_per_sequence(dataset.lengths, dataset.supervised).astype(np.float32),
+            conditions=draws,
             **place,
         )
 

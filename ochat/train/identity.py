@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ochat import config as configuration
 from ochat import overrides
 from ochat.config import DataConfig
@@ -59,16 +57,16 @@ def check_inputs(
 def served_template(dataset: TokenDataset) -> Template:
     """The data's template. If no trained class has its default condition, the class of the largest mean |weight|
     becomes the default."""
-    trained = [dataset.class_names[i] for i in np.unique(dataset.class_ids)]
-    if dataset.template.default_condition in trained:
+    if dataset.template.default_condition in dataset.present:
         return dataset.template
-    weights = {name: dataset.mean_weight(name) for name in trained}
+    weights = {name: dataset.mean_weight(name) for name in dataset.present}
     return replace(dataset.template, default_condition=max(weights, key=lambda name: weights[name]))
 
 
 def identity(loader: Loader, model: ModelConfig, data: DataConfig, seed: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes from it must have in common, as name -> short value."""
     plan = loader.plan(0)
+    dropout = loader.conditions.dropout if loader.conditions else 0.0
     return {
         "model": _digest(json.dumps(settings(model), sort_keys=True).encode()),
         "template": loader.dataset.template.name,
@@ -77,7 +75,7 @@ def identity(loader: Loader, model: ModelConfig, data: DataConfig, seed: int) ->
         "data.token_budget": data.token_budget,
         "data.bins_per_step": data.bins_per_step,
         "order of the data": _digest(plan.indices.tobytes() + plan.bin_offsets.tobytes()),
-    }
+    } | ({"condition.dropout": dropout} if dropout else {})
 
 
 def write_plan(folder: Path, loader: Loader, facts: dict[str, str]) -> None:

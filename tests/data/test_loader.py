@@ -136,7 +136,9 @@ def test_going_on_gives_the_same_steps_and_reads_nothing_of_earlier_ones(data, m
     start = whole.steps_per_epoch[0] + 3
     expected = [(step, whole.step(step)) for step in range(start, whole.num_steps)]
     read, make = [], data.batch
-    monkeypatch.setattr(data, "batch", lambda indices, **shape: read.append(indices) or make(indices, **shape))
+    monkeypatch.setattr(
+        data, "batch", lambda indices, *given, **shape: read.append(indices) or make(indices, *given, **shape)
+    )
     for (step, made), (number, wanted) in zip(late.iterate(start), expected, strict=True):
         assert step == number and all(equal(a, b) for a, b in zip(made, wanted, strict=True))
     assert [tuple(bin) for bin in read] == [batch.sequences for _, made in expected for batch in made]

@@ -54,7 +54,9 @@ kinds = st.sampled_from(["llama", "gemma", "gpt2", "qwen"])
 SEGMENTS = [name for name in templates.names() if templates.load(name).tokenize == "segments"]
 names = st.sampled_from(SEGMENTS)
 texts = st.text(max_size=12) | st.sampled_from(text_kit.NASTY)
-messages = st.builds(Message, st.sampled_from(["user", "assistant"]), texts, st.none() | st.floats(-2, 2))
+messages = st.builds(
+    Message, st.sampled_from(["user", "assistant"]), texts, st.none() | st.floats(-2, 2), condition=st.none() | texts
+)
 conversations = st.builds(Conversation, st.lists(messages, min_size=1, max_size=4).map(tuple), texts, texts)
 
 
@@ -70,7 +72,8 @@ def test_segments_stand_alone(small, kind, name, conversation):
         ids += live(template.role_prefix("system")) + tokenizer.encode(conversation.system) + [eot]
     weights += [0.0] * len(ids)
     for message in conversation.items:
-        prefix = live(template.role_prefix(message.role, conversation.condition))
+        own_class = conversation.condition if message.condition is None else message.condition
+        prefix = live(template.role_prefix(message.role, own_class))
         content = tokenizer.encode(message.content)
         assert not set(content) & set(tokenizer.special_tokens.values())
         own = {"user": 0.0, "assistant": 1.0}[message.role] if message.weight is None else message.weight
@@ -83,6 +86,29 @@ def test_segments_stand_alone(small, kind, name, conversation):
     said = [(span.role, span.weight) for span in spans if span.role in ("user", "assistant")]
     assert said == [(m.role, m.weight) for m in conversation.items]
     assert all(span.weight is None for span in spans if span.role in ("bos", "system", "prefix"))
+    assert [span.condition for span in spans if span.role in ("user", "assistant")] == [
+        message.condition for message in conversation.items
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(kinds, names, conversations, texts, st.sampled_from(["both", "assistant"]), st.sampled_from(["", "\n"]))
+def test_exchanging_the_numbered_prefixes_writes_another_class(
+    small, kind, name, conversation, condition, mode, suffix
+):
+    """The ids under a class are those of the conversation in which every turn has that class."""
+    template, tokenizer = templates.with_conditions(templates.load(name), mode), small[kind]
+    template = replace(template, suffix=suffix)
+    ids, spans = template.encode_spans(conversation, tokenizer)
+    texts = ["", *template.prefix_texts(condition)]
+    begins, found = [0, *(span.end for span in spans)], []
+    for begin, span in zip(begins, spans, strict=False):
+        found += tokenizer.prefix_ids(texts[span.prefix]) if span.prefix else ids[begin : span.end]
+    items = tuple(replace(message, condition=None) for message in conversation.items)
+    assert found == template.encode(replace(conversation, items=items, condition=condition), tokenizer)[0]
+    marked = [span.role for span in spans if span.prefix]
+    carried = [m for m in conversation.items if template.carries_condition(m.role)]
+    assert marked == ["prefix"] * len(carried)
 
 
 @settings(max_examples=50, deadline=None)

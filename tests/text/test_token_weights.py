@@ -43,7 +43,7 @@ def test_token_spans(name):
     offsets, letters, weights, expected = TABLE[name]
     roles = np.array([next(i for i, role in enumerate(ROLES) if role[0] == letter) for letter in letters], np.uint8)
     found = token_weights.token_spans(offsets, roles, np.array(weights, np.float32))
-    assert [tuple(span) for span in found] == expected
+    assert [tuple(span[:3]) for span in found] == expected
 
 
 texts = st.text(min_size=1, max_size=12) | st.sampled_from([text for text in text_kit.NASTY if text])
@@ -99,8 +99,8 @@ def test_a_span_weighs_its_role_where_nothing_is_given():
 def test_of_a_rendered_newline_that_ends_a_run_the_first_token_counts():
     roles, weights = np.array([4, 4, 3], np.uint8), np.full(3, NAN, np.float32)
     offsets = [(0, 1), (1, 2), (1, 2), (2, 3)]
-    assert token_spans(offsets, roles, weights, text="a\nb")[0] == (2, "assistant", None)
-    assert token_spans(offsets, roles, weights)[0] == (3, "assistant", None)
-    assert token_spans(offsets, roles, weights, text="aéb")[0] == (3, "assistant", None)
-    assert token_spans(offsets[:3], roles[:2], weights[:2], text="a\n")[0] == (2, "assistant", None)
-    assert token_spans(offsets, np.array([4, 4, 4], np.uint8), weights, text="a\nb")[0] == (4, "assistant", None)
+    assert token_spans(offsets, roles, weights, text="a\nb")[0][:3] == (2, "assistant", None)
+    assert token_spans(offsets, roles, weights)[0][:3] == (3, "assistant", None)
+    assert token_spans(offsets, roles, weights, text="aéb")[0][:3] == (3, "assistant", None)
+    assert token_spans(offsets[:3], roles[:2], weights[:2], text="a\n")[0][:3] == (2, "assistant", None)
+    assert token_spans(offsets, np.array([4, 4, 4], np.uint8), weights, text="a\nb")[0][:3] == (4, "assistant", None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -159,3 +160,62 @@ def test_what_does_not_belong_together_is_refused_before_the_first_step(world, t
         with pytest.raises(ConfigError, match=reason):
             tiny.train(world, tmp_path / "run", *options.split())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+CONDITION = ["--condition.dropout=0.4", "--condition.last=0.3", "--data.epochs=2", "--checkpoint.keep=0"]
+
+
+@pytest.mark.parametrize("first", [5, 10])  # before the cooldown, and in it
+def test_dropout_and_cooldown_resume_bitwise(world, tmp_path, first):
+    whole = tiny.train(world, tmp_path / "whole", *CONDITION, "--checkpoint.every=5")
+    facts = json.loads((tmp_path / "whole" / "plan.json").read_text())["facts"]
+    begins = int(
+        re.fullmatch(r"left out of 40.0% .*; none in the last \d+ steps, from step (\d+) on", facts["condition"])[1]
+    )
+    assert begins < len(whole) == tiny.metrics(tmp_path / "whole")[-1]["step"] and (first < begins) == (first == 5)
+    (tmp_path / "again" / "checkpoints").mkdir(parents=True)
+    step = f"checkpoints/step_{first}"
+    shutil.copytree(tmp_path / "whole" / step, tmp_path / "again" / step)
+    again = tiny.train(world, tmp_path / "again", *CONDITION, "--checkpoint.every=5")
+    assert tiny.curve(again) == tiny.curve(whole[first:])
+    last = len(whole)
+    assert tiny.is_equal(tiny.state(tmp_path / "again", last), tiny.state(tmp_path / "whole", last))
+    with pytest.raises(CheckpointError, match="condition.dropout is 0.4 there and 0.2 here"):
+        tiny.train(world, tmp_path / "again", *CONDITION, "--condition.dropout=0.2")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_dropout_and_cooldown_are_the_same_on_any_number_of_processes(world, tmp_path, processes):
+    expected = tiny.train(world, tmp_path / "alone", *CONDITION)
+    tiny.train_on_ranks(world, tmp_path / "ranks", processes, *CONDITION)
+    found = tiny.metrics(tmp_path / "ranks")
+    assert [line["tokens"] for line in found] == [line["tokens"] for line in expected]
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in expected], rel=1e-6)
+
+
+def test_a_turns_class_weighs_its_answer_and_has_its_line(tmp_path):
+    """The class of a turn decides its weight as a weight of its own would, and its metrics are its own."""
+    records = tiny.conversations(40)
+    for record in records:
+        for message in record["items"]:
+            message.pop("weight")
+    mixed = [record for record in records if len(record["items"]) > 2]
+    for record in mixed:
+        record["items"][1]["condition"] = "GPT2"
+    weigh = {"GPT4": 1.0, "GPT3": 0.1, "GPT2": 0.25}
+    world = tiny.make(tmp_path / "world", records)
+    classes = [f"--classes.{name}.weight={weight}" for name, weight in weigh.items()]
+    ours = tiny.train(world, tmp_path / "classes", *classes)
+    for record in records:
+        for message in record["items"]:
+            is_answer = message["role"] == "assistant"
+            message["weight"] = weigh[message.get("condition", record["condition"])] if is_answer else 0.0
+    world = tiny.make(tmp_path / "weighed", records)
+    theirs = tiny.train(world, tmp_path / "record")
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    assert [line["classes"] for line in ours] == [line["classes"] for line in theirs]
+    assert sum(line["classes"]["GPT2"]["tokens"] for line in ours) == sum(
+        len(record["items"][1]["content"]) + 1 for record in mixed
+    )
+    with pytest.raises(ConfigError, match="the data has the class 'GPT2', but"):
+        tiny.train(world, tmp_path / "refused", *classes[:2])

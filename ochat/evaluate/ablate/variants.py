@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from ochat import config as configuration
 from ochat import overrides
-from ochat.config import ABLATE, AtLeastOne, Config, Count, MixConfig, Section
+from ochat.config import ABLATE, AtLeastOne, ConditionConfig, Config, Count, MixConfig, Section
 from ochat.errors import ConfigError
 from ochat.overrides import expect
 
@@ -179,6 +179,7 @@ def _config(base: Config, options: AblateConfig, variant: Variant, seed: int) ->
             subsample=dict(variant.subsample),
         ),
         weights=base.weights if variant.has_reward else replace(base.weights, source="none"),
+        condition=base.condition if variant.has_condition else ConditionConfig(),
     )
 
 

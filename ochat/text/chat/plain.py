@@ -16,6 +16,9 @@ from ochat.text.conversation import Conversation, Message
 from ochat.text.token_weights import Characters, Segment
 from ochat.text.tokenizer import Tokenizer
 
+CONDITIONED = ("user", "assistant")  # roles whose prefixes may carry the condition
+NUM_PREFIXES = 2 * len(CONDITIONED)  # each alone, and behind another turn's suffix
+
 
 class PlainChat(NamedTuple):
     """How turns are written."""
@@ -26,17 +29,19 @@ class PlainChat(NamedTuple):
     suffix: str  # text after that
     prefix: Callable[[str, str], str]  # (role, condition) -> text before the content
     takes_tools: bool
+    carries_condition: Callable[[str], bool]  # whether the prefix of a role does
 
     def segments(self, conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
         """The conversation in order. Raises: DataError for a conversation that plain text cannot say."""
         segments, suffix = self._turns(conversation, tokenizer)
         return [*segments, Segment("prefix", None, "", tokenizer.prefix_ids(suffix))] if suffix else segments
 
-    def prompt_segments(self, conversation: Conversation, begun: str, tokenizer: Tokenizer) -> list[Segment]:
+    def prompt_segments(self, conversation: Conversation, begun: Message, tokenizer: Tokenizer) -> list[Segment]:
         """The conversation up to where the assistant answers, and what it has `begun` to say. Raises: DataError."""
         segments, suffix = self._turns(conversation, tokenizer)
-        prefix = tokenizer.prefix_ids(suffix + self.prefix("assistant", conversation.condition))
-        return [*segments, Segment("prefix", None, "", prefix), Segment("assistant", None, begun)]
+        condition = conversation.condition if begun.condition is None else begun.condition
+        prefix = tokenizer.prefix_ids(suffix + self.prefix("assistant", condition))
+        return [*segments, Segment("prefix", None, "", prefix), Segment("assistant", None, begun.content)]
 
     def _turns(self, conversation: Conversation, tokenizer: Tokenizer) -> tuple[list[Segment], str]:
         """Segments up to the last end of turn, and the text that comes behind it."""
@@ -49,8 +54,11 @@ class PlainChat(NamedTuple):
             segments.append(Segment("system", None, conversation.system, eot))
             before = self.suffix
         for message in conversation.items:
-            prefix = before + self.prefix(message.role, conversation.condition)
-            segments.append(Segment("prefix", None, "", tokenizer.prefix_ids(prefix)))
+            own = message.condition
+            prefix = before + self.prefix(message.role, conversation.condition if own is None else own)
+            number = prefix_number(message.role, is_first=not before) if self.carries_condition(message.role) else 0
+            ids = tokenizer.prefix_ids(prefix)
+            segments.append(Segment("prefix", None, "", ids, condition=own, prefix=number))
             segments.append(_content(message, eot))
             before = self.suffix
         return segments, before
@@ -79,4 +87,9 @@ def _content(message: Message, eot: tuple[int, ...]) -> Segment:
     characters = None
     if message.spans:
         characters = Characters.of(len(message.content), message.role, message.weight, message.spans)
-    return Segment(message.role, message.weight_around, message.content, eot, characters)
+    return Segment(message.role, message.weight_around, message.content, eot, characters, condition=message.condition)
+
+
+def prefix_number(role: str, *, is_first: bool) -> int:
+    """The number of a prefix that carries the condition, from 1; `is_first`: no suffix of another turn is in it."""
+    return 1 + CONDITIONED.index(role) + len(CONDITIONED) * (not is_first)

@@ -115,11 +115,12 @@ class RenderedChat:
         """
         return _split(self.lay_out(conversation, tokenizer.special_tokens, needs_reasoning=needs_reasoning), tokenizer)
 
-    def prompt_segments(self, conversation: Conversation, begun: str, tokenizer: Tokenizer) -> list[Segment]:
+    def prompt_segments(self, conversation: Conversation, begun: Message, tokenizer: Tokenizer) -> list[Segment]:
         """The conversation up to where the assistant answers, and what it has `begun` to say, as segments without
         roles. Raises: DataError."""
         text, from_record = self.lay_out_prompt(conversation)
-        whole, from_record = text + begun, [*from_record, (len(text), len(text) + len(begun))]
+        whole = text + begun.content
+        from_record = [*from_record, (len(text), len(whole))]
         return _split(LaidOut(whole, Characters.of(len(whole), "prefix", None), from_record), tokenizer)
 
     def lay_out(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ochat.errors import DataError
+from ochat.text.attributes import AttributeFormat
 from ochat.text.conversation import Message
 from ochat.text.fields import as_rows, check_object, check_text, describe, shorten
 from ochat.text.records.calls import read_calls
@@ -45,10 +46,12 @@ def as_prompt(turns: list[Turn]) -> list[Turn]:
 
 @dataclass(frozen=True)
 class MessageReader:
-    """How messages are read. `columns`: more of their keys, and what they mean; `roles`: more names of roles."""
+    """How messages are read. `columns`: more of their keys, and what they mean; `roles`: more names of roles;
+    `attributes`: how a condition of several is written."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
+    attributes: AttributeFormat = AttributeFormat()
 
     def turns(self, value: Any, place: str, role: str, notes: Notes) -> list[Turn]:
         """The messages of a list, one message, or text that `role` says. Raises: DataError naming the field."""
@@ -102,7 +105,15 @@ class MessageReader:
             tuple(calls),
             fields.text("tool") if role == "tool" else "",
             fields.text("tool_call_id") if role == "tool" else "",
+            self._condition(fields, role),
         )
+
+    def _condition(self, fields: Fields, role: str) -> str | None:
+        """The message's own class, None if it has none. Raises: DataError for a role whose prefix carries none."""
+        condition = fields.condition(self.attributes)
+        if condition and role not in ("user", "assistant"):
+            raise fields.refusal("condition", f"no prefix of the role {role} carries a class")
+        return condition
 
     def _role(self, fields: Fields) -> tuple[str, bool]:
         """The role, and whether the content is a call."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ochat.errors import DataError
+from ochat.text.attributes import AttributeFormat
 from ochat.text.fields import check_list, check_number, check_text, describe, shorten
 from ochat.text.records.keys import RECORD
 from ochat.text.records.levels import IGNORE, Level, has_content
@@ -67,6 +68,13 @@ class Fields:
         if isinstance(value, bool):
             raise DataError(f"{self.names[meaning]}: expected a number, got {describe(value)}")
         return check_number(value, self.names[meaning])
+
+    def condition(self, attributes: AttributeFormat) -> str | None:
+        """The class, None if it is missing; an object of attributes as they are written. Raises: DataError."""
+        value = self.values.get("condition")
+        if isinstance(value, dict):
+            return attributes.text(value, self.names["condition"])
+        return None if value is None else check_text(value, self.names["condition"])
 
     def list(self, meaning: str) -> list[Any]:
         """The list, empty if it is missing; JSON text is read. Raises: DataError."""

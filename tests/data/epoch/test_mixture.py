@@ -1,4 +1,5 @@
-"""Laws of a mixture: what an epoch takes of each set, over any number of epochs: pytest tests/data/test_mixture.py"""
+"""Laws of a mixture: what an epoch takes of each set, over any number of epochs:
+pytest tests/data/epoch/test_mixture.py"""
 
 import numpy as np
 import pytest
@@ -9,8 +10,8 @@ from benchmarks.step_cases import END_OF_TURN, write_bytes_tokenizer
 from ochat import config as configuration
 from ochat.config import ClassConfig, MixConfig
 from ochat.data.dataset import TokenDataset
+from ochat.data.epoch.mixture import Mixture, stretch, token_budgets
 from ochat.data.loader import Loader
-from ochat.data.mixture import Mixture, stretch, token_budgets
 from ochat.data.prepare import prepare
 from ochat.errors import ConfigError
 from ochat.model.config import ModelConfig

@@ -1,0 +1,61 @@
+"""The prefixes of turns that carry a condition, as ids under every class and under none, for a loader to exchange.
+
+    described = describe(template, tokenizer, ("GPT4", "GPT3"))     # what prepare writes into the manifest
+    table = PrefixTable.of(described, class_names)
+    table.ids, table.starts, table.counts                           # of prefix number n under class c: [n, c]
+
+A template of plain text tokenises a prefix alone. So the ids under another class are those that a conversation of that
+class would have, and no token of a message changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ochat.text.chat.plain import NUM_PREFIXES
+from ochat.text.template import Template
+from ochat.text.tokenizer import Tokenizer
+
+OWN, NONE = -2, -1  # in place of a class: the conversation's own conditions; none at all
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTable:
+    """Row n is prefix number n, from 1, of Template.prefix_texts; a column is a class, the last one (NONE) none."""
+
+    ids: NDArray[np.int64]  # all prefixes, one after another
+    starts: NDArray[np.int64]  # (NUM_PREFIXES + 1, C + 1) where in `ids`
+    counts: NDArray[np.int64]  # (NUM_PREFIXES + 1, C + 1) ids; 0 for a class that the data set does not have
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any], class_names: Sequence[str]) -> PrefixTable:
+        """The table of a manifest's `prefixes`, with a column for each of `class_names`."""
+        nothing: list[list[int]] = [[]] * NUM_PREFIXES
+        columns = [[[], *described["ids"].get(name, nothing)] for name in class_names]
+        columns.append([[], *described["ids"][""]])
+        prefixes = [columns[c][n] for n in range(NUM_PREFIXES + 1) for c in range(len(columns))]
+        counts = np.array([len(ids) for ids in prefixes], np.int64)
+        ids = np.array([i for ids in prefixes for i in ids], np.int64)
+        shape = (NUM_PREFIXES + 1, len(columns))
+        return cls(ids, (np.cumsum(counts) - counts).reshape(shape), counts.reshape(shape))
+
+
+def describe(template: Template, tokenizer: Tokenizer, classes: Iterable[str]) -> dict[str, Any]:
+    """What a manifest says of prefixes: `ids`, by class in the order of Template.prefix_texts; or `refused`, why none
+    can be exchanged."""
+    if template.condition_roles == "none":
+        return {"refused": f"the template {template.name} or --conditions ignore writes no class"}
+    if template.tokenize == "rendered":
+        why = "and a token may hold the end of the class and what stands behind it"
+        return {"refused": f"the text that the template {template.name} renders is tokenised as a whole, {why}"}
+    return {
+        "ids": {
+            name: [list(tokenizer.prefix_ids(text)) for text in template.prefix_texts(name)]
+            for name in dict.fromkeys(["", *classes])
+        }
+    }
