@@ -149,6 +149,9 @@ class ConditionConfig(Section, frozen=True):
     """share of the conversations, drawn anew for each epoch, that are trained without condition"""
     last: Share = 0.0
     """share of the run's steps, the last ones, that are wholly without condition"""
+    goals: Literal["own", "at_least"] = "own"
+    """at_least: each conversation under a class drawn from its own and the lower ones, anew for each epoch; for data of
+    `ochat prepare --condition-from reward`"""
 
 
 class OptimConfig(Section, frozen=True):

@@ -30,6 +30,7 @@ from ochat.data.manifest import MANIFEST, Prepared
 from ochat.data.store import Shard, Tokens
 from ochat.data.weights import ROLES, WeightRule, reward_weights
 from ochat.errors import ConfigError, DataError
+from ochat.text.reward_text import RewardText
 from ochat.text.template import Span, Template
 
 Paths = str | Path | Sequence[str | Path]  # a folder, or the folders of one input's shards
@@ -109,6 +110,14 @@ class TokenDataset:
         """(S,) places in the whole data set."""
         return np.arange(len(self)) if self._kept is None else self._kept
 
+    @property
+    def levels(self) -> list[str]:
+        """The classes that `prepare --condition-from` wrote, from the lowest reward on; [] where it did not."""
+        described = self.manifest.get("condition_from")
+        return (
+            RewardText.of_manifest(described, self.template.attributes).in_order(self.class_names) if described else []
+        )
+
     def lengths_under(self, under: NDArray[np.integer]) -> NDArray[np.int64]:
         """(S,) tokens, each example `under` OWN conditions, NONE or a class (its place in class_names)."""
         lengths = np.empty(len(self), np.int64)
@@ -116,9 +125,9 @@ class TokenDataset:
             lengths[of_shard] = shard.lengths_under(at, under[of_shard])
         return lengths
 
-    def check_exchangeable(self, asked: str) -> None:
+    def check_exchangeable(self, asked: str, classes: Sequence[str] = ()) -> None:
         """Raises: DataError for a data set that does not say where its prefixes are, ConfigError for one in which they
-        cannot be exchanged. `asked`: what needs them."""
+        cannot be exchanged, also for those of one of `classes`. `asked`: what needs them."""
         for folder, described in self.prepared:
             prefixes = described.get("prefixes", {})
             if prefixes.get("refused"):
@@ -127,6 +136,10 @@ class TokenDataset:
                 raise DataError(
                     f"{asked}: {folder} was prepared by a version that did not write down where the condition stands: "
                     "prepare it again"
+                )
+            if missing := [name for name in classes if name not in prefixes["ids"]]:
+                raise ConfigError(
+                    f"{asked}: {folder} has no {missing[0]!r}, which others have: prepare them with the same --bins"
                 )
 
     def batch(self, indices: ArrayLike, under: NDArray[np.integer] | None = None, **shape: Any) -> PackedBatch:

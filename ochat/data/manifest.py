@@ -28,7 +28,7 @@ FORMAT, VERSION, MERGED_VERSION = "ochat-tokens", 1, 2
 MANIFEST = "manifest.json"
 MAX_NAMES = 1 << 16  # classes or files of a shard, which numbers them in 16 bits
 # what decides which ids a conversation becomes and which conversations may be trained on: equal in sets that are joined
-SAME = ("template", "conditions", "context", "tokenizer", "roles", "held_out")
+SAME = ("template", "conditions", "condition_from", "context", "tokenizer", "roles", "held_out")
 HINTS = {
     "tokenizer": "they were prepared with different bases",
     "template": "they were prepared with different templates or contexts",
@@ -63,6 +63,13 @@ class _Prefixes(msgspec.Struct):
     refused: str = ""
 
 
+class _ConditionFrom(msgspec.Struct):
+    field: str
+    edges: list[float] = []
+    names: list[str] = []
+    step: float = 0.0
+
+
 class _InputShare(msgspec.Struct):
     number: Count
     of: Count
@@ -80,6 +87,7 @@ class _Schema(_Names, kw_only=True):
     counts: dict[str, Count | dict[str, Count | dict[str, Count]]] = {}
     shard: _InputShare | None = None
     prefixes: _Prefixes | None = None
+    condition_from: _ConditionFrom | None = None
 
 
 class Prepared(NamedTuple):

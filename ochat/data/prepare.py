@@ -9,6 +9,7 @@ main process writes them in input order (store_writer.py). Memory is a few batch
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ochat import console
-from ochat.data import shown
+from ochat.data import rewards, shown
 from ochat.data.encode import Encoded, Encoder, OverLong, encode_all
 from ochat.data.inputs import find_inputs, missing_parts
 from ochat.data.readers import RecordFile, batches
@@ -31,10 +32,11 @@ from ochat.errors import ConfigError, DataError
 from ochat.files import bounded_json
 from ochat.text import prefixes, template, tokenizer
 from ochat.text.conversation import Conversation, Message
-from ochat.text.record_formats import EmptyAnswers, RecordReader
+from ochat.text.record_formats import FROM_REWARD, EmptyAnswers, RecordReader
 from ochat.text.records import map as record_map
 from ochat.text.records.keys import may_be_classes
 from ochat.text.records.map import RecordMap
+from ochat.text.reward_text import RewardText
 from ochat.text.tokenizer import Tokenizer
 
 SMALL_INPUT_BYTES = 8 << 20  # below it, starting processes takes longer than the work
@@ -73,6 +75,11 @@ class PrepareOptions:
     context: int | None = None  # most tokens of a conversation; default: the template's
     conditions: Literal["both", "assistant", "ignore"] = "both"  # which roles' prefixes carry the condition
     default_condition: str = ""  # the class of records that name none
+    # reward: a record's class is its reward (reward:0, reward:1, ...) by one of --bins, --quantiles and --round-to
+    condition_from: Literal["none", "reward"] = "none"
+    bins: tuple[float, ...] = ()  # rising edges between the bins of rewards; a reward equal to one is in the upper bin
+    quantiles: int = 0  # so many bins of as many records each; the input is read twice
+    round_to: float = 0.0  # rewards as numbers, rounded to a multiple of this, say 0.1
     map: str = ""  # a TOML that says which columns are messages, class, reward and weight; --describe writes one
     ignore: tuple[str, ...] = ()  # keys to leave out that would be refused
     empty_answers: EmptyAnswers = "refuse"  # answers of blanks alone teach to say nothing
@@ -146,7 +153,7 @@ def run(options: PrepareOptions) -> PrepareReport:
     number, of = _check_given(options)
     inputs = find_inputs(options.input)
     files = [RecordFile(path, name) for path, name in zip(inputs.paths, inputs.conditions, strict=True)]
-    encoder = _make_encoder(options)
+    encoder = _make_encoder(options, files)
     num_bytes, num_workers = sum(file.size for file in files), options.workers
     if num_workers is None:
         num_workers = len(os.sched_getaffinity(0)) if num_bytes > SMALL_INPUT_BYTES else 0
@@ -174,7 +181,8 @@ def run(options: PrepareOptions) -> PrepareReport:
             _check_kept(options, report)
         for writer, each, side in zip(writers, filter(None, (report, held_out)), ("train", "held-out"), strict=False):
             manifest = _manifest(options, encoder, each)
-            manifest["prefixes"] = prefixes.describe(encoder.template, encoder.tokenizer, writer.classes)
+            classes = [*writer.classes, *manifest.get("condition_from", {}).get("names", ())]
+            manifest["prefixes"] = prefixes.describe(encoder.template, encoder.tokenizer, classes)
             manifest |= {"held_out": {"share": options.held_out, "side": side}} if options.held_out else {}
             if of > 1:
                 names = [Path(name).name for name in options.input]  # machines may have them in different folders
@@ -196,13 +204,45 @@ def _check_given(options: PrepareOptions) -> tuple[int, int]:
         raise ConfigError(f"--workers {options.workers}: 0 (this process alone) or more")
     if options.context is not None and options.context < 2:
         raise ConfigError(f"--context {options.context}: at least 2 tokens are needed")
+    _check_condition_from(options)
     number, _, of = options.shard.partition("/")
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
         raise ConfigError(f"--shard {options.shard}: i/n is needed, with i from 1 to n, such as 3/8")
     return int(number), int(of)
 
 
-def _make_encoder(options: PrepareOptions) -> Encoder:
+def _check_condition_from(options: PrepareOptions) -> None:
+    ways = {"--bins": options.bins, "--quantiles": options.quantiles, "--round-to": options.round_to}
+    given = [name for name, value in ways.items() if value]
+    if options.condition_from == "none":
+        if given:
+            raise ConfigError(f"{given[0]}: does nothing without {FROM_REWARD}")
+        return
+    if len(given) != 1:
+        raise ConfigError(f"{FROM_REWARD}: one of {', '.join(ways)} is needed, got {' and '.join(given) or 'none'}")
+    if options.default_condition:
+        raise ConfigError(f"{FROM_REWARD} and --default-condition: every class is a reward's; take one of the two out")
+    if list(options.bins) != sorted(set(options.bins)) or not all(map(math.isfinite, options.bins)):
+        raise ConfigError(f"--bins {' '.join(map(str, options.bins))}: rising numbers are needed, such as 0.2 0.5")
+    if options.quantiles and options.quantiles < 2:
+        raise ConfigError(f"--quantiles {options.quantiles}: at least 2 are needed")
+    if not (options.round_to >= 0 and math.isfinite(options.round_to)):
+        raise ConfigError(f"--round-to {options.round_to}: a number above 0 is needed, such as 0.1")
+
+
+def _reward_text(options: PrepareOptions, reader: RecordReader, files: Sequence[RecordFile]) -> RewardText | None:
+    """How rewards become classes; for quantiles all the input is read, also that of other shards."""
+    if options.condition_from == "none":
+        return None
+    if reader.map.condition or reader.map.answers:
+        raise ConfigError(f"{FROM_REWARD} and --map {options.map}: both give classes; take condition and answers out")
+    edges = options.bins
+    if options.quantiles:
+        edges = rewards.quantile_edges((records for records, _ in batches(files)), reader, options.quantiles)
+    return RewardText(edges, options.round_to, reader.attributes)
+
+
+def _make_encoder(options: PrepareOptions, files: Sequence[RecordFile]) -> Encoder:
     tokens = tokenizer.load(options.base)
     if options.template == "base":
         form = template.of_base(options.base, tokens, options.date, options.context)
@@ -216,6 +256,7 @@ def _make_encoder(options: PrepareOptions) -> Encoder:
         options.format, options.default_condition, record_map.load(options.map) if options.map else RecordMap(),
         frozenset(options.ignore), options.empty_answers, form.attributes,
     )  # fmt: skip
+    reader = replace(reader, reward_text=_reward_text(options, reader, files))
     return Encoder(tokens, form, reader, context, options.over_long, options.held_out, options.conditions == "ignore")
 
 
@@ -334,4 +375,4 @@ def _manifest(options: PrepareOptions, encoder: Encoder, report: PrepareReport) 
         "over_long": options.over_long,
         "tokenizer": {"kind": tokens.kind, "fingerprint": tokens.fingerprint(), "vocab_size": tokens.vocab_size},
         "counts": report.to_dict(),
-    }
+    } | ({"condition_from": encoder.reader.reward_text.to_dict()} if encoder.reader.reward_text else {})

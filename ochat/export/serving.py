@@ -42,11 +42,18 @@ Boundary = Literal["auto", "always", "never"]
 
 
 def write(
-    folder: Path, template: Template, tokenizer: Tokenizer, classes: tuple[str, ...], *, eos_ids: Sequence[int] = ()
+    folder: Path,
+    template: Template,
+    tokenizer: Tokenizer,
+    classes: tuple[str, ...],
+    *,
+    eos_ids: Sequence[int] = (),
+    condition_from: dict[str, Any] | None = None,
 ) -> None:
     """Writes the files into an empty or missing `folder`, after checking that they give training's ids.
 
-    `eos_ids`: where the base stops; a server stops there too, and at the template's end of turn.
+    `eos_ids`: where the base stops; a server stops there too, and at the template's end of turn. `condition_from`: how
+    rewards became classes, as the data set's manifest says.
     Raises: ConfigError where the tokenizer lacks one of the template's tokens, CheckpointError where ids would differ.
     """
     rendered = render(template, tokenizer)
@@ -58,6 +65,7 @@ def write(
     atomic.write_json(folder / GENERATION, settings)
     # model_type is the name that OpenChat's server looks up; the rest is what `ochat generate` goes by
     described = {"model_type": template.name, "template": template.to_dict(), "classes": list(classes)}
+    described |= {"condition_from": condition_from} if condition_from else {}
     atomic.write_json(folder / OPENCHAT, described)
 
 

@@ -97,10 +97,12 @@ def describe_sets(loader: Loader) -> dict[str, str]:
 
 
 def _describe_conditions(loader: Loader) -> dict[str, str]:
-    """What is trained without its condition; nothing where all have their own."""
+    """What is trained without its condition, or under another; nothing where all have their own."""
     if loader.conditions is None:
         return {}
     facts = []
+    if loader.conditions.goals == "at_least":
+        facts.append(f"a goal at or below the own one, of {', '.join(loader.dataset.levels)}")
     if loader.conditions.dropout:
         facts.append(f"left out of {loader.conditions.dropout:.1%} of the conversations, others in each epoch")
     if loader.cooldown < loader.num_steps:

@@ -27,7 +27,9 @@ from ochat.text.records.objects import Fields, Notes, read_fields
 from ochat.text.records.system import split_system
 from ochat.text.records.turns import QUESTION, TurnReader
 from ochat.text.records.weights import weighted
+from ochat.text.reward_text import RewardText
 
+FROM_REWARD = "--condition-from reward"
 EmptyAnswers = Literal["refuse", "keep"]
 NO_TEMPLATE = AttributeFormat()  # as templates have it that say nothing
 FORMATS = {"openchat": "items", "messages": "messages", "sharegpt": "conversations", "alpaca": "instruction"}
@@ -51,7 +53,8 @@ class RecordReader:
 
     `format`: auto, or one of FORMATS: its key is read where several are there. `default_condition` is for records that
     have no condition, or an empty one. `ignore`: keys to leave out, as Level.ignores reads them. `attributes`: how a
-    condition of several is written.
+    condition of several is written. `reward_text`: how each record's reward becomes its class, in place of all that
+    says one.
     """
 
     format: str = "auto"
@@ -60,6 +63,7 @@ class RecordReader:
     ignore: frozenset[str] = frozenset()
     empty_answers: EmptyAnswers = "refuse"
     attributes: AttributeFormat = NO_TEMPLATE
+    reward_text: RewardText | None = None
 
     def __post_init__(self) -> None:
         if self.format not in ("auto", *FORMATS):
@@ -140,7 +144,9 @@ class RecordReader:
         return TurnReader(record, fields, self._messages)
 
     def _class(self, reader: TurnReader, file_class: str) -> str:
-        """What the map or the record says, else the class of the file, else the default."""
+        """What the map or the record says, else the class of the file, else the default; or the reward's."""
+        if self.reward_text:
+            return _class_of_reward(reader.fields, self.reward_text, file_class)
         record, condition, rule = reader.record, reader.fields.condition(self.attributes) or "", self._rule
         if rule:
             if condition:
@@ -160,11 +166,23 @@ class RecordReader:
     def _conversation(self, turns: list[Turn], fields: Fields, condition: str) -> Conversation:
         turns = weighted(turns, fields)
         system, items = split_system(turns, fields)
+        if self.reward_text and (own := [i for i, message in enumerate(items) if message.condition is not None]):
+            raise DataError(f"items[{own[0]}].condition: {FROM_REWARD} gives all turns the class of the reward")
         if self.empty_answers == "refuse":
             for turn in turns:
                 if is_empty_answer(turn.message):
                     raise DataError(f"{turn.place}: an empty answer, which teaches nothing; or --empty-answers keep")
         return Conversation(items, condition, system, fields.number("reward"), _tools(fields))
+
+
+def _class_of_reward(fields: Fields, text: RewardText, file_class: str) -> str:
+    """Raises: DataError for a record without a reward, and for one that has a class as well."""
+    if file_class or fields.values.get("condition"):
+        raise DataError(f"condition: {FROM_REWARD} gives the record the class of its reward; take one of the two out")
+    reward = fields.number("reward")
+    if reward is None:
+        raise DataError(f"reward: missing or null, and {FROM_REWARD} needs one in every record")
+    return text.of(reward)
 
 
 def is_empty_answer(message: Message) -> bool:

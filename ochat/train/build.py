@@ -261,7 +261,10 @@ def open_outputs(
         identity.record_config(run_dir, settings, step=found.step if found else 0, num_steps=num_steps)
         shutil.rmtree(run_dir / layout.SERVING, ignore_errors=True)  # every checkpoint carries a copy
         eos_ids = serving.eos_ids_of(Path(config.base.path))
-        serving.write(run_dir / layout.SERVING, inputs.template, inputs.tokenizer, class_names, eos_ids=eos_ids)
+        serving.write(
+            run_dir / layout.SERVING, inputs.template, inputs.tokenizer, class_names, eos_ids=eos_ids,
+            condition_from=inputs.dataset.manifest.get("condition_from"),
+        )  # fmt: skip
         if parts.adapters:
             parts.adapters.write_config(run_dir / layout.SERVING)
         for file in lines.values():

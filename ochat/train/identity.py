@@ -55,10 +55,12 @@ def check_inputs(
 
 
 def served_template(dataset: TokenDataset) -> Template:
-    """The data's template. If no trained class has its default condition, the class of the largest mean |weight|
-    becomes the default."""
+    """The data's template. If no trained class has its default condition, the default becomes the class of the highest
+    reward where `prepare --condition-from` made classes of rewards, else that of the largest mean |weight|."""
     if dataset.template.default_condition in dataset.present:
         return dataset.template
+    if levels := [name for name in dataset.levels if name in dataset.present]:
+        return replace(dataset.template, default_condition=levels[-1])
     weights = {name: dataset.mean_weight(name) for name in dataset.present}
     return replace(dataset.template, default_condition=max(weights, key=lambda name: weights[name]))
 
@@ -66,7 +68,7 @@ def served_template(dataset: TokenDataset) -> Template:
 def identity(loader: Loader, model: ModelConfig, data: DataConfig, seed: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes from it must have in common, as name -> short value."""
     plan = loader.plan(0)
-    dropout = loader.conditions.dropout if loader.conditions else 0.0
+    drawn = {f"condition.{name}": getattr(loader.conditions, name, None) for name in ("dropout", "goals")}
     return {
         "model": _digest(json.dumps(settings(model), sort_keys=True).encode()),
         "template": loader.dataset.template.name,
@@ -75,7 +77,7 @@ def identity(loader: Loader, model: ModelConfig, data: DataConfig, seed: int) ->
         "data.token_budget": data.token_budget,
         "data.bins_per_step": data.bins_per_step,
         "order of the data": _digest(plan.indices.tobytes() + plan.bin_offsets.tobytes()),
-    } | ({"condition.dropout": dropout} if dropout else {})
+    } | {name: value for name, value in drawn.items() if value not in (None, 0.0, "own")}
 
 
 def write_plan(folder: Path, loader: Loader, facts: dict[str, str]) -> None:

@@ -200,3 +200,46 @@ def test_damaged_prefixes_are_refused(prepare_into, tmp_path, records, change):
     manifest.write_manifest(folder / "manifest.json", described)
     with pytest.raises(DataError, match=r"manifest.json: damaged .*prefixes"):
         TokenDataset(folder)
+
+
+@pytest.fixture(scope="module")
+def rewarded(prepare_into, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rewarded") / "data"
+    made = [record | {"condition": "", "reward": float(i % 10)} for i, record in enumerate(mixed_conversations(3, 200))]
+    return TokenDataset(prepare_into(folder, made, condition_from="reward", bins=(2.0, 5.0, 8.0, 20.0)).output)
+
+
+def test_a_goal_is_drawn_among_the_own_level_and_the_lower_ones(rewarded):
+    draws = ConditionDraws(rewarded, ConditionConfig(goals="at_least"), 3)
+    assert rewarded.levels == ["reward:0", "reward:1", "reward:2", "reward:3"], "no record is in the highest bin"
+    rank = np.array([rewarded.levels.index(name) for name in rewarded.class_names])
+    own, drawn = rank[rewarded.class_ids], np.stack([rank[draws(epoch)] for epoch in range(400)])
+    assert (drawn <= own).all()
+    for level in range(4):
+        counts = np.bincount(drawn[:, own == level].ravel(), minlength=4) / drawn[:, own == level].size
+        assert counts == pytest.approx([1 / (level + 1)] * (level + 1) + [0] * (3 - level), abs=0.03)
+    again = ConditionDraws(TokenDataset(rewarded.path), ConditionConfig(goals="at_least"), 3)
+    assert draws(7).tolist() == again(7).tolist() != draws(8).tolist()
+    both = ConditionDraws(rewarded, ConditionConfig(dropout=0.3, goals="at_least"), 3)(7)
+    assert np.where(both == NONE, draws(7), both).tolist() == draws(7).tolist() and 0.2 < (both == NONE).mean() < 0.4
+
+
+def test_goals_are_packed_with_their_exact_lengths(rewarded):
+    condition = ConditionConfig(0.2, 0.3, "at_least")
+    alone, ranks = load(rewarded, condition), [load(rewarded, condition, rank=r, world=2) for r in range(2)]
+    for step in range(alone.num_steps):
+        epoch, in_epoch = alone.position(step)
+        made = alone.step(step)
+        assert [b.num_tokens for b in made] == alone.plan(epoch).bin_tokens[in_epoch * 4 : in_epoch * 4 + 4].tolist()
+        shares = [rank.step(step) for rank in ranks]
+        assert all(equal(shares[b % 2][b // 2], batch) for b, batch in enumerate(made))
+
+
+def test_goals_need_classes_of_rewards(data, rewarded, prepare_into, tmp_path):
+    asked = ConditionConfig(goals="at_least")
+    with pytest.raises(ConfigError, match="has no classes of rewards: prepare it with --condition-from reward"):
+        ConditionDraws(data, asked)
+    made = [record | {"condition": "", "reward": float(i)} for i, record in enumerate(mixed_conversations(3, 20))]
+    other = prepare_into(tmp_path / "other", made, condition_from="reward", bins=(3.0,)).output
+    with pytest.raises(ConfigError, match="the sets of .data.mix. have other classes of rewards"):
+        ConditionDraws(TokenDataset({"a": rewarded.path, "b": other}), asked)
