@@ -30,19 +30,18 @@ class PrefixTable:
 
     ids: NDArray[np.int64]  # all prefixes, one after another
     starts: NDArray[np.int64]  # (NUM_PREFIXES + 1, C + 1) where in `ids`
-    counts: NDArray[np.int64]  # (NUM_PREFIXES + 1, C + 1) ids; 0 for a class that the data set does not have
+    counts: NDArray[np.int64]  # (NUM_PREFIXES + 1, C + 1) ids; -1 for a class that the data set does not have
 
     @classmethod
     def of(cls, described: Mapping[str, Any], class_names: Sequence[str]) -> PrefixTable:
         """The table of a manifest's `prefixes`, with a column for each of `class_names`."""
-        nothing: list[list[int]] = [[]] * NUM_PREFIXES
-        columns = [[[], *described["ids"].get(name, nothing)] for name in class_names]
-        columns.append([[], *described["ids"][""]])
-        prefixes = [columns[c][n] for n in range(NUM_PREFIXES + 1) for c in range(len(columns))]
-        counts = np.array([len(ids) for ids in prefixes], np.int64)
-        ids = np.array([i for ids in prefixes for i in ids], np.int64)
-        shape = (NUM_PREFIXES + 1, len(columns))
-        return cls(ids, (np.cumsum(counts) - counts).reshape(shape), counts.reshape(shape))
+        names, nothing = [*class_names, ""], [[]] * NUM_PREFIXES
+        columns = [[[], *described["ids"].get(name, nothing)] for name in names]
+        prefixes = [column[n] for n in range(NUM_PREFIXES + 1) for column in columns]
+        counts = np.array([len(ids) for ids in prefixes], np.int64).reshape(NUM_PREFIXES + 1, len(names))
+        starts = (np.cumsum(counts) - counts.ravel()).reshape(counts.shape)
+        counts[:, [name not in described["ids"] for name in names]] = -1
+        return cls(np.array([i for ids in prefixes for i in ids], np.int64), starts, counts)
 
 
 def describe(template: Template, tokenizer: Tokenizer, classes: Iterable[str]) -> dict[str, Any]:
