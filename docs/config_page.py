@@ -29,8 +29,9 @@ def page() -> str:
     """The page: a table for each section."""
     parts = [HEAD]
     for section in msgspec.structs.fields(config.Config):
-        kind = section.type if isinstance(section.type, type) and issubclass(section.type, config.Section) else None
-        parts.append(table(section.name, kind or config.ClassConfig, "" if kind else ".NAME"))
+        is_named = typing.get_origin(section.type) is dict  # a table of tables
+        kind = typing.get_args(section.type)[1] if is_named else section.type
+        parts.append(table(section.name, kind, ".NAME" * is_named))
         if section.name == "data":
             parts.append(table("data.mix", config.MixConfig, ".NAME"))
     return "\n".join(parts)

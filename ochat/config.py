@@ -28,6 +28,7 @@ from ochat.errors import ConfigError
 from ochat.overrides import expect
 
 ABLATE = "ablate"  # a section that only `ochat ablate` reads
+HELD_OUT = "held_out"  # the set of data.eval_path, beside the names of [eval]
 MAX_INT, MAX_FLOAT = 2**63 - 1, 1.7976931348623157e308
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
@@ -208,6 +209,9 @@ class TrainConfig(Section, frozen=True):
     """steps with a NaN or infinite loss or gradient that a run skips, restarts included; one more ends it"""
     eval_every: Count = 0
     """steps between held-out evaluations; 0: at the end of every epoch"""
+    stop_after: Count = 0
+    """end the run after so many evaluations in a row that are no better than the best before (checkpoint.best); 0:
+    never"""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: CUDA if there is a GPU"""
     peak_tflops: NotNegative = 0.0
@@ -264,8 +268,12 @@ class CheckpointConfig(Section, frozen=True):
     """newest checkpoints that are kept; 0: all"""
     keep_every: Count = 0
     """also keep the checkpoints after every multiple of this many steps; 0: none"""
+    best: str = ""
+    """what decides which one is the best: SET.loss, SET.accuracy or SET.exact, and .CLASS for one class, such as
+    held_out.loss.GPT4, where SET is held_out (data.eval_path) or a name of [eval]; empty: the held-out loss of the
+    class with the highest weight"""
     keep_best: bool = False
-    """also keep the one with the lowest held-out loss of the class with the highest weight"""
+    """also keep the best one"""
 
 
 class SamplesConfig(Section, frozen=True):
@@ -277,6 +285,21 @@ class SamplesConfig(Section, frozen=True):
     """empty: every class of the data"""
     max_new_tokens: Count = 64
     """longest answer"""
+
+
+class EvalConfig(Section, frozen=True):
+    """A further held-out set, measured at every evaluation."""
+
+    path: str | tuple[str, ...] = ""
+    """a folder written by `ochat prepare`, or a list; with task exact: files of conversations, which end with the right
+    answer"""
+    task: Literal["loss", "exact"] = "loss"
+    """loss: loss and accuracy, both per class; exact: the share of prompts whose greedy answer is the right one, blanks
+    around it left out"""
+    conditions: tuple[str, ...] = ()
+    """with task exact, the classes that answer; empty: the one that the model is served as"""
+    max_new_tokens: AtLeastOne = 64
+    """with task exact, the longest answer, its end included"""
 
 
 class LogConfig(Section, frozen=True):
@@ -302,6 +325,7 @@ class Config(Section, frozen=True):
     lora: LoraConfig = LoraConfig()
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: dict[str, EvalConfig] = {}
     samples: SamplesConfig = SamplesConfig()
     log: LogConfig = LogConfig()
 
@@ -380,6 +404,11 @@ def _check(config: Config) -> None:
         where, given = f"data.mix.{name}", _without_none(msgspec.structs.asdict(share))
         expect(bool(given.pop("path")), f"{where}.path", "", "the folder of a data set")
         expect(len(given) <= 1, where, given, "at most one of epochs, tokens and ratio")
+    for name, entry in config.eval.items():
+        expect(name not in ("", HELD_OUT), "eval", name, f"another name than {HELD_OUT}, which data.eval_path has")
+        expect(bool(entry.path), f"eval.{name}.path", "", "a data set, or for task exact a file of conversations")
+        is_unused = entry.task != "exact" and entry.conditions
+        expect(not is_unused, f"eval.{name}.conditions", entry.conditions, 'none without task = "exact"')
     for key, path in (
         ("base.path", config.base.path), ("data.path", config.data.path or config.data.mix), ("run.dir", config.run.dir)
     ):  # fmt: skip
@@ -392,12 +421,15 @@ def _check(config: Config) -> None:
 def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
     """Where the first holds, the key has the value that follows; and why."""
     in_backward, train, parallel = config.optim.in_backward, config.train, config.parallel
+    is_measured = bool(config.data.eval_path or config.checkpoint.best)
+    nothing = "no data.eval_path and no checkpoint.best: nothing would be measured"
     keeps_more = f'train.recompute = "{train.recompute}", which keeps more than inputs'
     on_host = 'parallel.offload = "all", which updates on the host'
     summed = 'parallel.reduce = "micro_batch", which sums in the gradient\'s bfloat16'
     return (
         (bool(config.data.mix), "data.path", "", "[data.mix]; make it a set of the mix"),
-        (not config.data.eval_path, "checkpoint.keep_best", False, "no data.eval_path: nothing would be measured"),
+        (not is_measured, "checkpoint.keep_best", False, nothing),
+        (not is_measured, "train.stop_after", 0, nothing),
         (train.recompute in ("none", "elementwise"), "train.offload_activations", False, keeps_more),
         (parallel.reduce == "step", "parallel.reduce_dtype", "float32", 'parallel.reduce = "step"'),
         (train.linear == "fp8", "train.dtype", "bfloat16", 'train.linear = "fp8"; or set train.linear = "bf16"'),

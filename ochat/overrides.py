@@ -69,7 +69,7 @@ def apply(tree: dict[str, Any], option: str, schema: Any) -> None:
     The value is TOML if it can be, else text; where the schema wants text, 2024 and true are text too.
     """
     name, equals, text = option.removeprefix("--").partition("=")
-    path = _path(name)
+    path = dotted_path(name)
     if not option.startswith("--") or not equals or len(path) < 2:
         raise ConfigError(f"option {option!r}: expected --section.key=value, for example --optim.lr=2e-5")
     for parent in path[:-1]:
@@ -84,6 +84,19 @@ def apply(tree: dict[str, Any], option: str, schema: Any) -> None:
     except (ValueError, RecursionError, msgspec.ValidationError):  # no TOML, or of another type
         value = text
     tree[path[-1]] = value
+
+
+def dotted_path(name: str) -> list[str]:
+    """The parts of a dotted name, of which those with dots are quoted, as in TOML: classes."gpt-3.5".weight."""
+    path: list[str] = []
+    try:
+        tree = tomllib.loads(f"{name} = 0")
+        while tree:
+            [(key, tree)] = tree.items()
+            path.append(key)
+    except (ValueError, AttributeError, RecursionError):  # no TOML, or more than a name
+        return name.split(".")
+    return path
 
 
 def build(kind: type[T], value: Any, where: str = "") -> T:
@@ -115,19 +128,6 @@ def at_least(options: object, **bounds: float) -> None:
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value >= least):
             raise ConfigError(f"--{name.replace('_', '-')} {value}: at least {least} is needed")
-
-
-def _path(name: str) -> list[str]:
-    """The parts of a dotted name."""
-    path: list[str] = []
-    try:
-        tree = tomllib.loads(f"{name} = 0")
-    except (ValueError, RecursionError):
-        return name.split(".")
-    while tree:
-        [(key, tree)] = tree.items()
-        path.append(key)
-    return path
 
 
 def _key_type(kind: Any, key: str) -> Any:

@@ -16,7 +16,7 @@ from msgspec import structs
 
 from ochat import cli
 from ochat import config as configuration
-from ochat.config import ClassConfig, Config, MixConfig
+from ochat.config import ClassConfig, Config, EvalConfig, MixConfig
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate.variants import SET_HERE
 
@@ -126,8 +126,8 @@ def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys):
 def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, capsys, name):
     printed = shown(monkeypatch, capsys, name, "--help")
     assert "…" not in printed and max(map(len, printed.splitlines()[6:])) <= 80, "after the description"
-    sections = {field.name: field.type for field in structs.fields(Config) if field.name != "classes"}
-    tables = {"classes.NAME": ClassConfig, "data.mix.NAME": MixConfig}
+    sections = {field.name: field.type for field in structs.fields(Config) if field.name not in ("classes", "eval")}
+    tables = {"classes.NAME": ClassConfig, "data.mix.NAME": MixConfig, "eval.NAME": EvalConfig}
     hidden = {f"{section}.{key}" for section, keys in SET_HERE.items() for key in keys} if name == "ablate" else set()
     text = " ".join(printed.split())
     for section, kind in (sections | tables).items():

@@ -1,5 +1,6 @@
 """Configuration: what is written is read back; everything unknown, mistyped or meaningless is refused by name."""
 
+import inspect
 import re
 
 import msgspec
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from ochat import config as configuration
 from ochat import overrides
-from ochat.config import BaseConfig, ClassConfig, Config, DataConfig, MixConfig, RunConfig, SamplesConfig
+from ochat.config import BaseConfig, ClassConfig, Config, DataConfig, EvalConfig, MixConfig, RunConfig, SamplesConfig
 from ochat.errors import ConfigError
 
 MIX = "--data.path= --data.mix.A.path=a"
@@ -99,6 +100,11 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
         ),
         ("--parallel.offload=moments", "parallel.offload = 'moments': expected one of 'all', 'none', "),
         ("--checkpoint.keep_best=true", "checkpoint.keep_best = True: expected false with no data.eval_path"),
+        ("--train.stop_after=2", "train.stop_after = 2: expected 0 with no data.eval_path and no checkpoint.best"),
+        ("--eval.A.task=exact", "eval.A.path = '': expected a data set, or for task exact a file"),
+        ("--eval.held_out.path=x", "eval = 'held_out': expected another name"),
+        ("--eval.A.path=x --eval.A.task=bleu", "eval.A.task = 'bleu': expected one of 'exact', 'loss'"),
+        ('--eval.A.path=x --eval.A.conditions=["B"]', "eval.A.conditions = ('B',): expected none without task"),
         ("--data.mix.A.path=a", "data.path = 'data': expected \"\" with [data.mix]"),
         ("--data.path= --data.mix.A.epochs=1", "data.mix.A.path = '': expected the folder of a data set"),
         (f"{MIX} --data.mix.A.epochs=1 --data.mix.A.ratio=1", "expected at most one of epochs, tokens and ratio"),
@@ -168,7 +174,10 @@ def test_dump_is_read_back_equal(tmp_path_factory, prompt, name, share, flag):
     assert configuration.load(path) == original
 
 
-@pytest.mark.parametrize("section", [field.type for field in msgspec.structs.fields(Config) if field.name != "classes"])
+SECTIONS = [field.type for field in msgspec.structs.fields(Config)]
+
+
+@pytest.mark.parametrize("section", [*filter(inspect.isclass, SECTIONS), ClassConfig, EvalConfig, MixConfig])
 def test_a_section_is_frozen_and_explains_every_key(section):
     explained = configuration.explanations(section)
     assert list(explained) == list(section.__struct_fields__) and all(len(text) > 5 for text in explained.values())

@@ -2,7 +2,7 @@
 
 ochat export runs/a exported/a            the newest checkpoint of a run, or `runs/a/checkpoints/step_20`
 ochat export runs/a exported/a --gguf a.gguf
-ochat export runs/a exported/a --best     the checkpoint with the lowest held-out loss of the expert class
+ochat export runs/a exported/a --best     the best checkpoint, by default by the held-out loss of the expert class
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ochat.console import stdout, waiting
 from ochat.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ochat.checkpoint.best import Choice, Evaluation
+    from ochat.checkpoint.best import Choice
 
 MOST_CHATS = 5000  # in which messages are counted: seconds
 
@@ -33,9 +33,10 @@ class ExportOptions:
     output: Path
     """the folder to write"""
     best: bool = False
-    """of a run: not the newest checkpoint, but the one with the lowest held-out loss"""
+    """of a run: not the newest checkpoint, but the best one by its held-out numbers"""
     best_by: str = ""
-    """the class whose held-out loss decides, or all; without it: the class with the highest weight"""
+    """what decides: a class, by its held-out loss, or all; or a measure as in checkpoint.best, such as NAME.exact;
+    without it: the run's checkpoint.best, else the class with the highest weight"""
     condition: str | None = None
     """the class that its chat template uses where none is named; "": none"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -129,28 +130,26 @@ def _data_of_run(source: Path) -> tuple[Path, ...]:
 
 
 def best_table(title: str, choice: Choice, kept: set[int]) -> Table:
-    """Every evaluation's held-out numbers, and whether the checkpoint of its step exists; the choice is marked with
-    *."""
-    from ochat.checkpoint.best import ALL, loss_label
+    """Every evaluation's numbers of the set that decides, and whether the checkpoint of its step exists; the choice is
+    marked with *."""
+    from ochat.checkpoint.best import columns
+    from ochat.checkpoint.measure import ALL, LOSS, class_label
 
-    names = [name for name in choice.evaluations[0].losses if name != ALL] + [ALL]
-    caption = f"*: the lowest held-out loss of {loss_label(choice.by)}. loss: nats per token. kept: as a checkpoint"
+    shown = [measure for measure in columns(choice.evaluations) if measure.of == choice.by.of]
+    nats = " loss: nats per token." * any(measure.kind == LOSS for measure in shown)
+    caption = f"*: {choice.by.best_in_words}.{nats} kept: as a checkpoint"
     table = Table(title=escape(title), title_justify="left", caption=escape(caption), caption_justify="left")
     table.add_column("step", justify="right")
-    for name in names:
-        table.add_column(escape(f"{name or '(no class)'}\nloss"), justify="right")
-        table.add_column("\naccuracy", justify="right")
+    for measure, before in zip(shown, [None, *shown], strict=False):
+        name = ALL if measure.name is None else class_label(measure.name)
+        is_repeated = before is not None and before.name == measure.name
+        table.add_column(escape(f"{'' if is_repeated else name}\n{measure.kind}"), justify="right")
     table.add_column("kept")
     measured = {each.step: each for each in choice.evaluations}
     for step in sorted(kept | measured.keys()):
-        numbers = [number for name in names for number in _numbers(measured.get(step), name)]
+        found = measured[step].numbers if step in measured else {}
+        numbers = [measure.shown(found.get(measure)) for measure in shown]
         style = "bold" if step == choice.step else "" if step in kept else "dim"
         star = " *" if step == choice.step else "  "
         table.add_row(f"{step:,}{star}", *numbers, "yes" if step in kept else "-", style=style)
     return table
-
-
-def _numbers(evaluation: Evaluation | None, name: str) -> tuple[str, str]:
-    loss = evaluation and evaluation.losses.get(name)
-    accuracy = evaluation and evaluation.accuracies.get(name)
-    return "-" if loss is None else f"{loss:.4f}", "-" if accuracy is None else f"{accuracy:.1%}"

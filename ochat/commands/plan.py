@@ -134,9 +134,9 @@ def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list
     if config.train.linear == "fp8":
         fp8.check(model)
     base = Path(config.base.path)
-    held_out = build.open_eval_dataset(config) if data and config.data.eval_path else None
+    held_out = build.open_held_out(config) if data else {}
     if data and any(base.glob("tokenizer*")):
-        identity.check_inputs(data, held_out, tokenizers.load(config.base.path), model, config.base.path)
+        identity.check_inputs(data, held_out.values(), tokenizers.load(config.base.path), model, config.base.path)
     if any(next(base.glob(pattern), None) for pattern in WEIGHTS):
         hf.open_tensors(base, model)
         return []

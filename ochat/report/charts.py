@@ -8,7 +8,7 @@ Colours have a contrast of at least 3.8 to both a white and a dark page; the pag
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,9 +17,10 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from ochat.checkpoint.best import ALL, loss_label
+from ochat.checkpoint.measure import ACCURACY, ALL, EXACT, LOSS, Measure, class_label
+from ochat.config import HELD_OUT
 from ochat.files.jsonl import finite_number
-from ochat.report.run_record import RunRecord, class_label, class_names
+from ochat.report.run_record import RunRecord, class_names
 
 MAX_POINTS, MIN_POINTS = 1600, 200  # of a curve; several runs share the maximum, so that a page stays below 8 MB
 MAX_EPOCHS = 20  # more epoch ends than this would hide the curves
@@ -63,7 +64,7 @@ class Panel:
 
     title: str
     unit: str
-    curves: dict[str, str]
+    curves: Mapping[str, str | Measure]  # label -> a name that _points knows
     yaxis: dict[str, str] = field(default_factory=dict)  # settings of plotly
     may_be_log: bool = False
     is_noisy: bool = True
@@ -77,8 +78,8 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
     def trained(key: str) -> dict[str, str]:
         return {ALL: key} | {class_label(name): f"classes.{name}.{key}" for name in names}
 
-    def measured(what: str) -> dict[str, str]:
-        return {class_label(name): f"{what}.{name}" for name in (ALL, *names)}
+    def measured(kind: str) -> Mapping[str, Measure]:
+        return {ALL: Measure(HELD_OUT, kind)} | {class_label(name): Measure(HELD_OUT, kind, name) for name in names}
 
     rates = {"real": "tokens_per_s", "supervised": "supervised_tokens_per_s", "padded": "padded_tokens_per_s"}
     work = "largest over mean work of a step's bins, first epoch"
@@ -88,8 +89,9 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
             Panel("Accuracy", share, trained("accuracy"), SHARE, shows_epochs=True),
         ],
         ("Held out", "Measured at every evaluation, on held-out conversations."): [
-            Panel("Held-out loss", nats, measured("losses")),
-            Panel("Held-out accuracy", share, measured("accuracies"), SHARE),
+            Panel("Held-out loss", nats, measured(LOSS)),
+            Panel("Held-out accuracy", share, measured(ACCURACY), SHARE),
+            *_further_sets(runs),
         ],
         ("Optimizer", ""): [
             Panel("Learning rate", "", {"lr": "lr"}, {"tickformat": ".1e"}, is_noisy=False),
@@ -132,9 +134,30 @@ def figure(traces: Sequence[go.Scatter], xaxis: dict[str, Any], yaxis: dict[str,
     return go.Figure(list(traces), common | axes | layout)
 
 
-def _points(run: RunRecord, name: str) -> Points:
-    """A column of metrics.jsonl over its steps; "losses" or "accuracies" of a class, over the steps of the evaluations;
-    "fill"; or "balance", the first epoch's planned imbalance: the worst step of every few."""
+def _further_sets(runs: Sequence[RunRecord]) -> list[Panel]:
+    """A panel for each set of [eval] and kind of number, with a curve for each class."""
+    found = dict.fromkeys(m for run in runs for each in run.evaluations for m in each.numbers if m.of != HELD_OUT)
+    panels: dict[tuple[str, str], dict[str, Measure]] = {}
+    for measure in found:
+        label = ALL if measure.name is None else class_label(measure.name)
+        panels.setdefault((measure.of, measure.kind), {})[label] = measure
+    titles = {
+        LOSS: ("loss", "nats a token"),
+        ACCURACY: ("accuracy", "share of tokens"),
+        EXACT: ("exact match", "share"),
+    }
+    return [
+        Panel(f"{of}: {titles[kind][0]}", titles[kind][1], curves, {} if kind == LOSS else SHARE)
+        for (of, kind), curves in panels.items()
+    ]
+
+
+def _points(run: RunRecord, name: str | Measure) -> Points:
+    """A measure over the steps of the evaluations; a column of metrics.jsonl over its steps; "fill"; or "balance", the
+    first epoch's planned imbalance: the worst step of every few."""
+    if isinstance(name, Measure):
+        values = [each.numbers.get(name) for each in run.evaluations]
+        return np.array([each.step for each in run.evaluations], float), np.array(values, float)
     if name == "balance":
         planned = run.plan.get("imbalance")
         try:
@@ -145,10 +168,6 @@ def _points(run: RunRecord, name: str) -> Points:
     if name == "fill":  # NaN where the configuration does not say
         room = [finite_number(run.settings.get(f"data.{key}")) or np.nan for key in ("token_budget", "bins_per_step")]
         return run.steps, run.metrics["tokens"] / np.prod(room)
-    what, _, of_class = name.partition(".")
-    if what in ("losses", "accuracies"):
-        values = [getattr(each, what).get(of_class) for each in run.evaluations]
-        return np.array([each.step for each in run.evaluations], float), np.array(values, float)
     return run.steps, run.metrics[name]
 
 
@@ -184,10 +203,10 @@ def _draw(panel: Panel, curves: dict[str, Points], runs: Sequence[RunRecord]) ->
         ends = run.steps[:-1][np.diff(run.metrics["epoch"]) > 0]  # of all but the last
         for step in ends if len(ends) <= MAX_EPOCHS else ():
             found.add_vline(step, line={"dash": "dot", "width": 1, "color": COLORS[-1]})
-    if len(runs) == 1 and best and f"losses.{run.best_by}" in panel.curves.values():
-        label = f"best of {loss_label(run.best_by)}: step {best.step}"
+    if len(runs) == 1 and best and run.best_by in panel.curves.values():
+        label = f"best by {run.best_by.in_words}: step {best.step}"
         star = {"symbol": "star", "size": 15, "color": "#d29922", "line": {"width": 1, "color": COLORS[-1]}}
-        found.add_trace(scatter(label, [best.step], [best.losses[run.best_by]], 7, mode="markers", marker=star))
+        found.add_trace(scatter(label, [best.step], [best.numbers[run.best_by]], 7, mode="markers", marker=star))
     return found
 
 

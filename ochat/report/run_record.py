@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ochat import config as configuration
-from ochat.checkpoint.best import ALL, Evaluation, best_evaluation, expert_class, read_evaluations
+from ochat.checkpoint.best import Evaluation, best_evaluation, decisive_measure, no_better, read_evaluations
+from ochat.config import HELD_OUT
 from ochat.errors import ConfigError
 from ochat.files import jsonl
 from ochat.files.jsonl import finite_number
@@ -81,8 +82,10 @@ class RunRecord:
         self.settings: dict[str, Any] = dict(configuration.flatten(config))  # by dotted name
         self.plan, self.swap = (self._parsed(name, json.loads) for name in (layout.PLAN, layout.SWAP))
         self.evaluations: list[Evaluation] = read_evaluations(self.folder)
-        self.best_by = expert_class(self.folder, self.evaluations)
+        self.best_by = decisive_measure(self.folder, self.evaluations)
         self.best = best_evaluation(self.evaluations, self.best_by)
+        stop_after = finite_number(self.settings.get("train.stop_after"))
+        self.ending = no_better(self.folder, int(stop_after)) if stop_after else ""  # before its last step
         self.samples = jsonl.read_lines(self.folder / layout.SAMPLES)
         names = layout.EARLIER_NONFINITE, layout.NONFINITE
         self.nonfinite_steps = [line for name in names for line in jsonl.read_lines(self.folder / name)]
@@ -110,7 +113,7 @@ class RunRecord:
         if self.is_live:
             return "running"
         ended = self.num_done >= self.num_planned if self.num_planned else (self.folder / layout.EXPORT).is_dir()
-        return "ended" if ended else "stopped"
+        return "ended" if ended or self.ending else "stopped"
 
     def epochs_at(self, step: int) -> float | None:
         """Passes over the data after `step` steps; None where the plan does not say."""
@@ -162,14 +165,9 @@ def named(folders: Sequence[Path]) -> list[RunRecord]:
 def class_names(runs: Sequence[RunRecord]) -> list[str]:
     """Every class, trained or measured, in one order for all charts and tables: the first run's expert first."""
     trained = [name for run in runs for name in run.metrics.classes]
-    measured = [name for run in runs for each in run.evaluations for name in each.losses]
-    names = list(dict.fromkeys(name for name in (*trained, *measured) if name != ALL))
-    return sorted(names, key=lambda name: name != runs[0].best_by)
-
-
-def class_label(name: str) -> str:
-    """A class in words: records without one have the empty name."""
-    return name or "(no class)"
+    measured = [m.name for run in runs for each in run.evaluations for m in each.numbers if m.of == HELD_OUT]
+    names = list(dict.fromkeys(name for name in (*trained, *measured) if name is not None))
+    return sorted(names, key=lambda name: name != runs[0].best_by.name)
 
 
 def follow(runs: Sequence[RunRecord], write: Callable[[bool], None]) -> None:

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ochat.checkpoint.best import ALL, Evaluation, loss_label
+from ochat.checkpoint.best import Evaluation, columns
+from ochat.checkpoint.measure import ALL, Measure, class_label
+from ochat.config import HELD_OUT
 from ochat.errors import DataError
 from ochat.files.jsonl import finite_number
-from ochat.report.run_record import RunRecord, class_label, class_names
+from ochat.report.run_record import RunRecord, class_names
 
 MAX_ROWS = 200  # of evaluations and of skipped steps
 MAX_PLACES = 12  # of the conversations of a skipped step
@@ -65,19 +67,20 @@ def evaluations(run: RunRecord) -> Table | None:
     """Every evaluation with its held-out numbers and its checkpoint, if that is there; the best one marked."""
     if not run.evaluations:
         return None
-    measured = {name for each in run.evaluations for name in each.losses}
-    names = [name for name in (*class_names([run]), ALL) if name in measured]
+    classes = [*class_names([run]), None]  # of the first set, the expert first
+    measured = columns(run.evaluations)
+    measured.sort(key=lambda m: (0, classes.index(m.name)) if m.of == HELD_OUT else (1, 0))
     shown, num_all = run.evaluations, len(run.evaluations)
     if num_all > MAX_ROWS:
         kept = set(np.linspace(0, num_all - 1, MAX_ROWS - 1).astype(int).tolist())
         shown = [each for place, each in enumerate(shown) if place in kept or each is run.best]
-    note = f"★ the best: the lowest held-out loss of {loss_label(run.best_by)}"
-    note += f", {run.best.losses[run.best_by]:.4f}" if run.best else ""
+    note = f"★ the best: {run.best_by.best_in_words}"
+    note += f", {run.best_by.shown(run.best.numbers[run.best_by])}" if run.best else ""
     note += ". `ochat export RUN OUT --best` exports it while its checkpoint is there."
     note += f" {len(shown)} of {num_all:,} evaluations are shown; eval.jsonl has all." * (len(shown) < num_all)
     headings = ["", "step", "epochs"]
-    headings += [text for name in names for text in (f"{class_label(name)} loss", "accuracy")]
-    rows = [_evaluation(run, each, names) for each in shown]
+    headings += [_heading(measure, before) for measure, before in zip(measured, [None, *measured], strict=False)]
+    rows = [_evaluation(run, each, measured) for each in shown]
     marked = {row for row, each in enumerate(shown) if each is run.best}
     return Table(f"Checkpoints of {run.name}", [*headings, "checkpoint"], rows, 1, marked, note)
 
@@ -150,7 +153,7 @@ def samples(run: RunRecord) -> list[Sample]:
 def _facts(run: RunRecord) -> dict[str, str]:
     """The rows of the summary, by name."""
     planned, last = f" of {run.num_planned:,}" if run.num_planned else "", itemgetter(-1)
-    facts = {"state": run.state, "steps": f"{run.num_done:,}{planned}"}
+    facts = {"state": run.state, "steps": f"{run.num_done:,}{planned}" + (f": {run.ending}" if run.ending else "")}
     announced = run.plan.get("facts")
     for name in ("model", "data", "classes", "computation", "attention", "processes", "packing"):
         if isinstance(announced, dict) and isinstance(announced.get(name), str):
@@ -160,8 +163,8 @@ def _facts(run: RunRecord) -> dict[str, str]:
     facts["final loss"] = _over(run, "loss", last, ".4f") + (f" ({parts})" if parts else "")
     if run.best:
         there = "there" if run.best.checkpoint else "not there"
-        loss = f"{run.best.losses[run.best_by]:.4f} of {loss_label(run.best_by)}"
-        facts["held-out best"] = f"{loss}, at step {run.best.step:,}; its checkpoint is {there}"
+        value = f"{run.best_by.shown(run.best.numbers[run.best_by])}, {run.best_by.in_words}"
+        facts["held-out best"] = f"{value}, at step {run.best.step:,}; its checkpoint is {there}"
     for name, (key, reduce, form) in MEASURED.items():
         facts[name] = _over(run, key, reduce, form)
     seconds = int(np.nansum(run.metrics["step_s"]))
@@ -176,11 +179,18 @@ def _over(run: RunRecord, key: str, reduce: Any, form: str) -> str:
     return format(float(reduce(found)), form) if len(found) else "-"
 
 
-def _evaluation(run: RunRecord, each: Evaluation, names: Sequence[str]) -> list[str]:
+def _evaluation(run: RunRecord, each: Evaluation, measured: Sequence[Measure]) -> list[str]:
     cells = ["★ best" * (each is run.best), f"{each.step:,}", _number(run.epochs_at(each.step), ".4g")]
-    for name in names:
-        cells += [_number(each.losses.get(name), ".4f"), _number(each.accuracies.get(name), ".1%")]
+    cells += [measure.shown(each.numbers.get(measure)) for measure in measured]
     return [*cells, each.checkpoint.name if each.checkpoint else "-"]
+
+
+def _heading(measure: Measure, before: Measure | None) -> str:
+    """Of a column; it does not repeat the set and class of the column before."""
+    if before and (before.of, before.name) == (measure.of, measure.name):
+        return measure.kind
+    name = ALL if measure.name is None else class_label(measure.name)
+    return f"{name} {measure.kind}" if measure.of == HELD_OUT else f"{measure.of}: {name} {measure.kind}"
 
 
 def _measured(cell: dict[str, Any], key: str) -> str:

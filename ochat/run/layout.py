@@ -1,7 +1,8 @@
 """Names of every file and folder in a run folder, each once.
 
 RUN/config.toml  config.until_step_N.toml  plan.json  attention.json  metrics.jsonl  eval.jsonl  samples.jsonl
-    nonfinite_steps.jsonl  checkpoints/step_N/  latest  serving/  export/  profile/  tensorboard/  swap.json  .lock
+    answers.jsonl  nonfinite_steps.jsonl  checkpoints/step_N/  latest  serving/  export/  profile/  tensorboard/
+    swap.json  .lock
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from pathlib import Path
 
 CONFIG, PLAN, ATTENTION, SWAP = "config.toml", "plan.json", "attention.json", "swap.json"
 METRICS, EVAL, SAMPLES, NONFINITE = "metrics.jsonl", "eval.jsonl", "samples.jsonl", "nonfinite_steps.jsonl"
-LINES = (METRICS, EVAL, SAMPLES, NONFINITE)  # appended to while a run trains, cut where it resumes
+ANSWERS = "answers.jsonl"  # of the exact-match tasks
+LINES = (METRICS, EVAL, SAMPLES, ANSWERS, NONFINITE)  # appended to while a run trains, cut where it resumes
 EARLIER_NONFINITE = "bad_steps.jsonl"  # of earlier versions
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 SERVING, EXPORT, PROFILE, TENSORBOARD = "serving", "export", "profile", "tensorboard"

@@ -29,7 +29,7 @@ from ochat.checkpoint.manifest import Manifest
 from ochat.checkpoint.save import AsyncCheckpointer
 from ochat.config import ConditionConfig, Config, LogConfig
 from ochat.console import waiting
-from ochat.data.dataset import TokenDataset
+from ochat.data.dataset import Paths, TokenDataset
 from ochat.data.epoch.conditions import ConditionDraws
 from ochat.data.epoch.mixture import Mixture
 from ochat.data.loader import Loader
@@ -54,6 +54,8 @@ from ochat.train import resolve as choices
 from ochat.train.adapters import Adapters
 from ochat.train.average import WeightAverage
 from ochat.train.display import Display
+from ochat.train.evaluations import sets as eval_sets
+from ochat.train.evaluations.exact import ExactTask
 from ochat.train.metrics import MetricsLog
 
 CPU_MULTIPLE = 64  # of tokens and of supervised rows: a CPU keeps 0.5 MB for each shape of a product that it meets
@@ -67,7 +69,8 @@ class RunInputs:
     tokenizer: Tokenizer
     dataset: TokenDataset
     loader: Loader
-    eval_loader: Loader | None
+    held_out: dict[str, Loader]  # by name: HELD_OUT for data.eval_path, and the sets of [eval] whose loss is measured
+    tasks: dict[str, ExactTask]  # the others of [eval]
     template: Template  # with the default condition that the trained model is served under
 
 
@@ -115,22 +118,24 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
     optim.check(config.optim, ranks.world)
     model_config = ModelConfig.load(config.base.path)
     if config.data.verify:
-        sets = [*(share.path for share in config.data.mix.values()), config.data.path, config.data.eval_path]
+        sets = [*(share.path for share in config.data.mix.values()), config.data.path, *held_out_paths(config).values()]
         verify.data(sets, ranks)
     on_gpu = ranks.device.type == "cuda"  # every batch then has data.token_budget tokens; a CPU would compute padding
     place: dict[str, Any] = {"rank": ranks.rank, "world": ranks.world, "pad": on_gpu, "pin": on_gpu}
     place["multiple"] = 1 if on_gpu else CPU_MULTIPLE
     place["fix_documents"] = on_gpu and config.train.compile
-    dataset, held_out, eval_loader = open_dataset(config), None, None
+    dataset, held_out = open_dataset(config), open_held_out(config)
     loader = open_loader(config, dataset, model_config, **place)
-    if config.data.eval_path:  # one pass, one bin per rank at a time; the order never changes
-        held_out = open_eval_dataset(config)
-        eval_loader = Loader(held_out, token_budget=loader.token_budget, bins_per_step=ranks.world, **place)
-    tokenizer = tokenizers.load(config.base.path)
-    identity.check_inputs(dataset, held_out, tokenizer, model_config, config.base.path)
+    place |= {"token_budget": loader.token_budget, "bins_per_step": ranks.world}
+    held_out_loaders = {name: Loader(each, **place) for name, each in held_out.items()}  # one pass in a fixed order
+    tokenizer, template = tokenizers.load(config.base.path), identity.served_template(dataset)
+    identity.check_inputs(dataset, held_out.values(), tokenizer, model_config, config.base.path)
+    context = model_config.max_position_embeddings
+    tasks = eval_sets.open_tasks(config.eval, dataset, template, tokenizer, context)
+    eval_sets.check_best(config.checkpoint.best, held_out, tasks)
     if not layout.checkpoint_folders(Path(config.run.dir)):  # else it starts from a checkpoint
         hf.open_tensors(config.base.path, model_config)
-    return RunInputs(model_config, tokenizer, dataset, loader, eval_loader, identity.served_template(dataset))
+    return RunInputs(model_config, tokenizer, dataset, loader, held_out_loaders, tasks, template)
 
 
 def open_dataset(config: Config) -> TokenDataset:
@@ -145,9 +150,14 @@ def open_dataset(config: Config) -> TokenDataset:
     )
 
 
-def open_eval_dataset(config: Config) -> TokenDataset:
-    """The whole held-out data set, classes that are not trained on included, with the configured weights."""
-    return TokenDataset(config.data.eval_path, classes=config.classes, weights=config.weights)
+def open_held_out(config: Config) -> dict[str, TokenDataset]:
+    """The held-out sets whose loss is measured, by name."""
+    return eval_sets.open_sets(held_out_paths(config), config.classes, config.weights)
+
+
+def held_out_paths(config: Config) -> dict[str, Paths]:
+    """Where they are."""
+    return eval_sets.paths(config.data.eval_path, config.eval)
 
 
 def open_loader(config: Config, dataset: TokenDataset, model: ModelConfig, **place: Any) -> Loader:
@@ -158,12 +168,8 @@ def open_loader(config: Config, dataset: TokenDataset, model: ModelConfig, **pla
     """
     if not dataset.supervised.sum():
         raise ConfigError(f"{dataset.path}: no token has a weight other than 0; look at [classes] and weights.source")
-    for section, names in (("[classes]", config.classes), ("samples.conditions", config.samples.conditions)):
-        for name in names:
-            if name and name not in dataset.class_names:
-                raise ConfigError(
-                    f"{section} names {name!r}; the classes of {dataset.path} are {', '.join(dataset.class_names)}"
-                )
+    identity.check_classes("[classes]", config.classes, dataset)
+    identity.check_classes("samples.conditions", config.samples.conditions, dataset)
     asked = config.condition
     draws = ConditionDraws(dataset, asked, config.run.seed) if asked != ConditionConfig() else None
     with waiting("packing the conversations into steps"):

@@ -18,7 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat import console
-from ochat.config import LogConfig
+from ochat.checkpoint.measure import SETS
+from ochat.config import HELD_OUT, LogConfig
 from ochat.errors import ConfigError
 from ochat.run import layout
 
@@ -68,15 +69,12 @@ class Display:
             self._track("train", line)
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """Track the held-out numbers of one evaluation, and print them, a row a class."""
-        table = Table(title=f"held out, after step {line['step']}", title_justify="left")
-        for heading in ("class", "loss", "accuracy", "tokens"):
-            table.add_column(heading, justify="left" if heading == "class" else "right")
-        whole = {"loss": line["loss"], "accuracy": line["accuracy"], "tokens": line["supervised_tokens"]}
-        for name, row in [*line["classes"].items(), ("all, weighted", whole)]:
-            table.add_row(escape(name), _number(row["loss"]), _number(row["accuracy"]), f"{row['tokens']:,}")
-        console.show(table)
-        self._track("held_out", line)
+        """Track the numbers of one evaluation, and print them, a table a set and a row a class."""
+        sets = ({HELD_OUT: line} if "loss" in line else {}) | line.get(SETS, {})
+        for name, row in sets.items():
+            title = "held out" if name == HELD_OUT else name
+            console.show(_table(f"{title}, after step {line['step']}", row))
+            self._track(name if name == HELD_OUT else f"eval/{name}", row | {"step": line["step"]})
 
     def samples(self, answers: list[dict[str, str]]) -> None:
         """Print the answers to the sample prompts, each cut to one line; samples.jsonl holds all of them."""
@@ -91,9 +89,24 @@ class Display:
 
     def _track(self, kind: str, line: dict[str, Any]) -> None:
         """Every number of a line that has a `step`, under names such as held_out/classes/GPT4/loss."""
-        for name, value in _numbers(kind, {key: value for key, value in line.items() if key != "step"}):
+        for name, value in _numbers(kind, {key: value for key, value in line.items() if key not in ("step", SETS)}):
             for tracker in self._trackers:
                 tracker(name, value, line["step"])
+
+
+def _table(title: str, row: dict[str, Any]) -> Table:
+    """The numbers of one set: loss and accuracy, or exact matches."""
+    keys = ("exact", "prompts") if "exact" in row else ("loss", "accuracy", "tokens")
+    table = Table(title=escape(title), title_justify="left")
+    for heading in ("class", *keys):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    if "exact" in row:
+        whole = [("all", row)] if len(row["classes"]) > 1 else []
+    else:
+        whole = [("all, weighted", row | {"tokens": row["supervised_tokens"]})]
+    for name, each in [*row["classes"].items(), *whole]:
+        table.add_row(escape(name), *map(_number, (each[key] for key in keys)))
+    return table
 
 
 def _imported(name: str, need: str) -> Any:
@@ -122,5 +135,5 @@ def _describe(line: dict[str, Any]) -> str:
     )
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _number(value: float | int | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import tomllib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(
-    dataset: TokenDataset, held_out: TokenDataset | None, tokenizer: Tokenizer, model: ModelConfig, base_path: str
+    dataset: TokenDataset, held_out: Iterable[TokenDataset], tokenizer: Tokenizer, model: ModelConfig, base_path: str
 ) -> None:
-    """Raises: ConfigError unless data, held-out data, tokenizer and model belong together."""
-    for each in (dataset, *([held_out] if held_out else [])):
+    """Raises: ConfigError unless data, held-out sets, tokenizer and model belong together."""
+    for each in (dataset, *held_out):
         if each.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint():
             raise ConfigError(
                 f"{each.path}: prepared with another tokenizer than {base_path} holds; prepare it with this base"
@@ -52,6 +53,15 @@ def check_inputs(
             f"{base_path}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, its embedding {model.vocab_size} "
             f"rows; make a base with as many: ochat init-base --hf {base_path} OUT --add-token TOKEN"
         )
+
+
+def check_classes(key: str, names: Iterable[str], dataset: TokenDataset) -> None:
+    """Raises: ConfigError where `key` names a class that the data lacks; no class ("") always passes."""
+    for name in names:
+        if name and name not in dataset.class_names:
+            raise ConfigError(
+                f"{key} names {name!r}; the classes of {dataset.path} are {', '.join(dataset.class_names)}"
+            )
 
 
 def served_template(dataset: TokenDataset) -> Template:

@@ -63,6 +63,7 @@ def profile(config: Config) -> list[Table | str]:
     """
     run = structs.replace(config.run, dir=str(Path(config.run.dir) / run_layout.PROFILE), resume="never")
     data = structs.replace(config.data, epochs=max(config.data.epochs, STEPS), max_steps=STEPS, eval_path="")
+    config = structs.replace(config, eval={}, checkpoint=structs.replace(config.checkpoint, best=""))
     found: list[Table | str] = []
     train(structs.replace(config, run=run, data=data), run=lambda trainer: found.extend(record(trainer)))
     return found

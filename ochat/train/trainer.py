@@ -20,9 +20,11 @@ from ochat_kernels import LossOutput
 from torch import Tensor
 
 from ochat import console
+from ochat.checkpoint import best
 from ochat.checkpoint import load as checkpoint
 from ochat.checkpoint.manifest import Manifest
-from ochat.config import Config
+from ochat.checkpoint.measure import SETS
+from ochat.config import HELD_OUT, Config
 from ochat.data.batch import PackedBatch
 from ochat.data.loader import Loader
 from ochat.distributed import processes
@@ -37,6 +39,7 @@ from ochat.run import layout
 from ochat.run.lock import acquire_run_dir
 from ochat.text.conversation import Conversation, Message
 from ochat.train import average, build, identity, metrics, optim, resolve, schedule, sharding, verify
+from ochat.train.evaluations.exact import ExactTask, score
 from ochat.train.loss import head_loss
 from ochat.train.metrics import StepMetrics
 
@@ -111,12 +114,18 @@ class Trainer:
         with self.stop_signal, self.checkpointer, self.outputs.display.bar(self.steps_done):
             if self.steps_done == 0:
                 self.evaluate()
-            self.watchdog.enter("planning the first epoch", timed=False)
-            self.metrics.restart_clock()
-            for step, batches in self.loader.iterate(self.steps_done):
-                self.step(step, batches)
-                self.after(step)
+            if self.steps_done < self.loader.num_steps and not self.is_over():  # it may be, where it was before
+                self.watchdog.enter("planning the first epoch", timed=False)
+                self.metrics.restart_clock()
+                self.train_steps()
         self.finish()
+
+    def train_steps(self) -> None:
+        """The remaining steps, or those until it is over."""
+        for step, batches in self.loader.iterate(self.steps_done):
+            self.step(step, batches)
+            if self.after(step):
+                break
 
     def step(self, step: int, batches: list[PackedBatch]) -> None:
         """One optimizer step (`step` counts from 0) over this rank's micro-batches of it."""
@@ -147,8 +156,9 @@ class Trainer:
         head = head_loss(self.parts.ops, self.model, batch, step_weight)
         return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
 
-    def after(self, step: int) -> None:
-        """What is due after a step: log lines, an evaluation, a checkpoint, the end after a signal."""
+    def after(self, step: int) -> bool:
+        """What is due after a step: log lines, an evaluation, a checkpoint, the end after a signal. Whether the run is
+        over before its last step."""
         done, last = self.steps_done, self.steps_done == self.loader.num_steps
         epoch_end = self.loader.epoch_end(step)
         save = last or is_due(done, self.config.checkpoint.every, epoch_end)
@@ -158,22 +168,36 @@ class Trainer:
             self.outputs.display.steps(self.metrics.flush())
         if measure:
             self.evaluate()
-        if save or stop:
+        is_over = measure and not last and self.is_over()
+        if save or stop or is_over:
             self.watchdog.enter(f"saving step {done}", timed=False)
             self.checkpointer.save(done)
-        if stop:
+        if stop and not is_over:
             self.checkpointer.finish()
             self.stop_signal.stop(done)
         self.checkpointer.report_if_done()
         if save or measure:
             self.metrics.restart_clock()
+        return is_over
+
+    def is_over(self) -> bool:
+        """Whether train.stop_after evaluations in a row were no better: the first rank reads eval.jsonl for all, so
+        that it is the same after a resume."""
+        if not self.config.train.stop_after:
+            return False
+        why = best.no_better(self.run_dir, self.config.train.stop_after) if self.ranks.is_first else ""
+        if why:
+            log.info(f"the run ends after step {self.steps_done:,} of {self.loader.num_steps:,}: {why}")
+        return bool(self.ranks.sum_tensor(torch.tensor(float(bool(why)), device=self.ranks.device)))
 
     def evaluate(self) -> None:
-        """Held-out loss per class and answers to the sample prompts, after the steps done so far."""
+        """The held-out sets and exact-match tasks, and answers to the sample prompts, after the steps done so far."""
         self.watchdog.enter(f"the evaluation after step {self.steps_done}")
         stamp, outputs = {"step": self.steps_done}, self.outputs
-        if self.inputs.eval_loader is not None:
-            line = stamp | self.held_out(self.inputs.eval_loader)
+        measured = {name: self.held_out(loader) for name, loader in self.inputs.held_out.items()}
+        measured |= {name: self.exact(name, task) for name, task in self.inputs.tasks.items()}
+        if measured:
+            line = stamp | measured.pop(HELD_OUT, {}) | ({SETS: measured} if measured else {})
             outputs.lines[layout.EVAL].append([line])
             outputs.display.evaluation(line)
         answers = self.answers()
@@ -191,6 +215,18 @@ class Trainer:
         means = metrics.summarise(self.ranks.sum_tensor(measured.to_tensor()).tolist(), loader.dataset.class_names)
         return {key: means[key] for key in ("loss", "accuracy", "supervised_tokens", "classes")}
 
+    def exact(self, name: str, task: ExactTask) -> dict[str, Any]:
+        """The task's score; its answers go to answers.jsonl. All ranks of a sharded model call it."""
+        answers = task.answer(self.model, self.inputs.tokenizer, self.stop_ids, self.ranks.device)
+        stamp = {"step": self.steps_done, "set": name}
+        self.outputs.lines[layout.ANSWERS].append(stamp | answer for answer in answers)
+        return score(answers)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Where an answer ends."""
+        return [self.inputs.tokenizer.special_tokens[self.inputs.template.eot]]
+
     def answers(self) -> list[dict[str, str]]:
         """Greedy answers to the configured prompts under each condition; all ranks of a sharded model call it."""
         config, template, tokenizer = self.config.samples, self.inputs.template, self.inputs.tokenizer
@@ -201,7 +237,7 @@ class Trainer:
             self.model,
             [template.encode_prompt(chat, tokenizer) for chat in chats],
             max_new_tokens=config.max_new_tokens,
-            stop_ids=[tokenizer.special_tokens[template.eot]],
+            stop_ids=self.stop_ids,
             device=self.ranks.device,
         )
         return [

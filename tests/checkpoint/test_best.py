@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ochat import cli
-from ochat.checkpoint.best import best_checkpoint, best_evaluation, expert_class, read_evaluations
+from ochat.checkpoint.best import best_checkpoint, best_evaluation, decisive_measure, no_better, read_evaluations
+from ochat.checkpoint.measure import Measure, measures
 from ochat.commands.export import ExportOptions, best_table, main
 from ochat.errors import CheckpointError, ConfigError
 from ochat.run import layout
@@ -64,14 +67,15 @@ def test_the_expert_is_the_heaviest_class_else_the_one_that_is_served(tmp_path, 
     if served:
         (run / "serving").mkdir()
         (run / "serving" / "openchat.json").write_text(json.dumps({"template": {"default_condition": served}}))
-    assert expert_class(run, read_evaluations(run)) == wanted
+    name = None if wanted == "all" else wanted
+    assert decisive_measure(run, read_evaluations(run)) == Measure("held_out", "loss", name)
 
 
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
     run = measured(tmp_path / "run", {10: (None, 1.0), 20: (float("nan"), 1.0), 30: (3.0, 1.0)}, (10, 20, 30))
-    found = read_evaluations(run)
-    assert [each.losses["GPT4"] for each in found] == [None, None, 3.0]
-    assert best_evaluation(found, "GPT4").step == 30 and best_evaluation(found[:2], "GPT4") is None  # type: ignore[union-attr]
+    found, four = read_evaluations(run), Measure("held_out", "loss", "GPT4")
+    assert [each.numbers[four] for each in found] == [None, None, 3.0]
+    assert best_evaluation(found, four).step == 30 and best_evaluation(found[:2], four) is None  # type: ignore[union-attr]
     with (run / "eval.jsonl").open("a") as file:
         file.write('{"step": 40, "loss": 0.1, "cla')
     assert len(read_evaluations(run)) == 3
@@ -124,3 +128,91 @@ def test_with_the_defaults_every_epoch_is_measured_and_saved(world, tmp_path):
     kept = [layout.step_of(folder) for folder in layout.checkpoint_folders(tmp_path / "run")]
     assert len(kept) == 3 and ends == [0, *kept]
     assert all(each.checkpoint for each in read_evaluations(tmp_path / "run")[1:])
+
+
+FURTHER = {
+    "hard": {"loss": 2.0, "accuracy": 0.5, "classes": {"GPT-3.5": {"loss": 3.0, "accuracy": 0.25, "tokens": 4}}},
+    "a set.": {"exact": 0.5, "prompts": 2, "classes": {"all": {"exact": 0.5, "prompts": 2}}},
+}
+
+
+def test_every_number_of_a_line_has_a_name_that_is_read_back():
+    line = {
+        "step": 1,
+        "loss": 1.0,
+        "accuracy": 0.5,
+        "classes": {"GPT4": {"loss": 4.0, "accuracy": None}},
+        "sets": FURTHER,
+    }
+    wanted = {
+        "held_out.loss": 1.0, "held_out.accuracy": 0.5, "held_out.loss.GPT4": 4.0, "held_out.accuracy.GPT4": None,
+        "hard.loss": 2.0, "hard.accuracy": 0.5, 'hard.loss."GPT-3.5"': 3.0, 'hard.accuracy."GPT-3.5"': 0.25,
+        '"a set.".exact': 0.5, '"a set.".exact.all': 0.5,
+    }  # fmt: skip
+    assert {str(measure): value for measure, value in measures(line).items()} == wanted
+    assert [Measure.parse(text, "x") for text in wanted] == list(measures(line))
+
+
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(names, st.sampled_from(["loss", "accuracy", "exact"]), st.none() | names)
+def test_a_measure_of_any_name_is_read_back(of, kind, name):
+    measure = Measure(of, kind, name)
+    assert Measure.parse(str(measure), "x") == measure
+
+
+@pytest.mark.parametrize("text", ["", "loss", "held_out", "held_out.los", "a.b.c.d", "a = 1\nb", "held_out.loss.a.b"])
+def test_what_names_no_measure_is_refused(text):
+    with pytest.raises(ConfigError, match="checkpoint.best = .*: expected SET.loss"):
+        Measure.parse(text, "checkpoint.best")
+
+
+def test_a_run_chooses_by_any_number_of_any_set_and_a_class_called_all_confuses_nothing(tmp_path):
+    run = tmp_path / "run"
+    measured(run, LOSSES, tuple(LOSSES), WEIGHED + "[checkpoint]\nbest = 'exam.exact.GPT4'\n")
+    shares, lines = {0: 0.0, 10: 0.5, 20: 0.25, 30: 0.5, 40: 0.25}, []
+    for line in tiny.metrics(run, "eval.jsonl"):
+        share = shares[line["step"]]
+        line["sets"] = {"exam": {"exact": 1 - share, "prompts": 4, "classes": {"GPT4": {"exact": share, "prompts": 4}}}}
+        lines.append(line)
+    tiny.write_lines(run / "eval.jsonl", lines)
+    choice = best_checkpoint(run)
+    assert (choice.step, str(choice.by)) == (10, "exam.exact.GPT4"), "the highest share, the earlier of two equal ones"
+    table = best_table("", choice, set(LOSSES))
+    assert [column.header for column in table.columns] == ["step", "GPT4\nexact", "all\nexact", "kept"]
+    assert list(table.columns[1].cells) == ["0.0%", "50.0%", "25.0%", "50.0%", "25.0%"]
+    for by, step in {"exam.exact": 0, "GPT4": 20, "all": 30, "held_out.loss.GPT3": 30, "held_out.accuracy": 0}.items():
+        assert best_checkpoint(run, by).step == step, by
+    with pytest.raises(ConfigError, match="--best-by exam.exact.GPT5: .* there is GPT4, GPT3, all, or held_out.loss, "):
+        best_checkpoint(run, "exam.exact.GPT5")
+    for line in lines:
+        line["classes"]["all"] = {"loss": -line["step"], "accuracy": 0.5}
+    tiny.write_lines(run / "eval.jsonl", lines)
+    with pytest.raises(ConfigError, match="there is a class of that name; say held_out.loss or held_out.loss.all"):
+        best_checkpoint(run, "all")
+    assert (best_checkpoint(run, "held_out.loss").step, best_checkpoint(run, "held_out.loss.all").step) == (30, 40)
+
+
+def test_a_run_without_a_measured_expert_says_what_there_is(tmp_path):
+    run = measured(tmp_path / "run", {}, (5,))
+    tiny.write_lines(run / "eval.jsonl", [{"step": 5, "sets": FURTHER}])
+    with pytest.raises(
+        ConfigError, match="no evaluation has held_out.loss; choose with --best-by, there is hard.loss, "
+    ):
+        best_checkpoint(run)
+    assert best_checkpoint(run, "hard.accuracy").step == 5
+
+
+def test_a_run_ends_after_evaluations_that_are_no_better(tmp_path):
+    """A tie is no better; a number that is missing is none either; the base counts."""
+    losses = {0: (5.0, 1.0), 10: (2.0, 1.0), 20: (2.0, 1.0), 30: (None, 1.0), 40: (2.5, 1.0), 50: (1.0, 1.0)}
+    found = []
+    for most in (1, 3, 4):
+        for last in losses:
+            run = measured(tmp_path / f"{most}-{last}", {step: losses[step] for step in losses if step <= last}, ())
+            found.append((most, last, bool(no_better(run, most))))
+    assert [(most, last) for most, last, is_over in found if is_over] == [(1, 20), (1, 30), (1, 40), (3, 40)]
+    run = measured(tmp_path / "said", {0: (2.0, 1.0), 5: (3.0, 1.0), 9: (3.0, 1.0)}, ())
+    wanted = "2 evaluations in a row were no better than the lowest held-out loss of GPT4, 2.0000 after step 0"
+    assert no_better(run, 2) == wanted and not no_better(measured(tmp_path / "none", {}, ()), 1)

@@ -165,7 +165,7 @@ def test_of_many_evaluations_the_best_is_shown_and_marked(tmp_path):
     table = tables.evaluations(record)
     assert table is not None and len(table.rows) <= tables.MAX_ROWS and "of 400 evaluations" in table.note
     (row,) = (table.rows[place] for place in table.marked)
-    assert row == ["★ best", "333", f"{1 + 233 / 300:.4g}", "0.5000", "-", "-"]
+    assert row == ["★ best", "333", f"{1 + 233 / 300:.4g}", "0.5000", "-"]
     assert [row[1] for row in (table.rows[0], table.rows[-1])] == ["0", "399"]
     found = report(run)
     assert [a.get("class") for tag, a in found.elements if tag == "tr"].count("marked") == 1

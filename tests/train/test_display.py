@@ -43,6 +43,27 @@ def test_wandb_gets_every_number_of_a_step(tmp_path, monkeypatch):
     run.finish.assert_called_once()
 
 
+def test_further_sets_have_a_table_and_names_of_their_own(tmp_path, monkeypatch, capsys):
+    wandb, logged = mock.Mock(), {}
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("COLUMNS", "80")
+    exam = {"exact": 0.5, "prompts": 1200, "classes": {"GPT4": {"exact": 0.5, "prompts": 1200}}}
+    sets = {"hard": {key: value for key, value in LINE.items() if key != "step"}, "exam": exam}
+    for line in ({"step": 3, "sets": sets}, LINE | {"sets": sets}):
+        display = Display(10, LogConfig(wandb="mine"), tmp_path, "")
+        display.evaluation(line)
+        display.close()
+    for call in wandb.init.return_value.log.call_args_list:
+        logged |= call.args[0]
+    hard = {f"eval/hard/{name}": value for name, value in NAMES.items()}
+    of_exam = {f"eval/exam/{name}": value for name, value in (("exact", 0.5), ("prompts", 1200.0))}
+    of_class = {f"eval/exam/classes/GPT4/{name}": value for name, value in (("exact", 0.5), ("prompts", 1200.0))}
+    assert logged == {f"held_out/{name}": value for name, value in NAMES.items()} | hard | of_exam | of_class
+    printed = capsys.readouterr().out
+    assert printed.count("held out, after step 3") == 1 and printed.count("exam, after step 3") == 2
+    assert "1,200" in printed and "exact" in printed
+
+
 @pytest.mark.parametrize(("log", "module"), [({"wandb": "mine"}, "wandb"), ({"tensorboard": True}, "tensorboard")])
 def test_a_missing_tracker_is_named(tmp_path, monkeypatch, log, module):
     monkeypatch.setitem(sys.modules, module, None)

@@ -202,5 +202,7 @@ def _check(base: Config, options: AblateConfig) -> None:
     why = 'a number: "auto" goes by the supervised tokens of a step, which differ between variants'
     expect(isinstance(base.optim.lr, float), "optim.lr", base.optim.lr, why)
     expect(base.data.max_steps > 0, "data.max_steps", base.data.max_steps, "the steps that every run makes")
+    expect(not base.eval, "eval", list(base.eval), "none: `ochat ablate` measures all of its runs alike, at their end")
+    expect(base.train.stop_after == 0, "train.stop_after", base.train.stop_after, "0: all runs make the same steps")
     why = "weights that differ by class: without them C-RLFT is the variant without reward"
     expect(base.weights.source != "none", "weights.source", base.weights.source, why)

@@ -1,0 +1,1 @@
+"""What a run measures beside its steps: held-out sets and exact-match tasks."""
