@@ -66,7 +66,7 @@ class CompiledKernel:
     @property
     def constants(self) -> str:
         """The constants that are set, without dtypes."""
-        return " ".join(f"{k}={v}" for k, v in self.configuration.items() if k.isupper() and v != "False")
+        return " ".join(f"{k}={v}" for k, v in self.configuration.items() if k.isupper() and v not in ("", "False"))
 
 
 def compile_all(launches: list[Launch], arch: int) -> list[CompiledKernel]:

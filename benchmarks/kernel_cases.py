@@ -23,6 +23,7 @@ from ochat_kernels import (
     rms_norm,
     rope,
 )
+from ochat_kernels.dynamic_weights import KINDS
 from ochat_kernels.launch import FLOATS, Launch, record
 from ochat_kernels.reference_fp8 import MULTIPLE
 from torch import Tensor
@@ -116,17 +117,20 @@ def linear_cross_entropy_cases() -> None:
         for transform in transforms:
             _head(dtype, V, 0, softcap, transform, wanted=True)
     _head(bf16, 128257, 1001, 30.0, "", wanted=True)  # chunks that begin where no address is a multiple of 16
+    for kind, (dtype, V, softcap) in product(KINDS, ((bf16, 128256, 0.0), (bf16, 128257, 30.0), (fp32, 128256, 30.0))):
+        _head(dtype, V, 0, softcap, "", wanted=True, kind=kind)
     for dtype, num_elements in product(FLOATS, (T * 4096, 1031 * 63)):
         for source in {dtype, torch.float32}:
             lce_kernels.lce_scale(empty(num_elements, dtype=source), empty(dtype=torch.float32), dtype)
 
 
-def _head(dtype: torch.dtype, V: int, chunk_rows: int, softcap: float, transform: str, wanted: bool) -> None:
+def _head(
+    dtype: torch.dtype, V: int, chunk_rows: int, softcap: float, transform: str, wanted: bool, kind: str = ""
+) -> None:
     hidden, weight = empty(T, 64, dtype=dtype), empty(V, 64, dtype=dtype)
-    labels, rows, loss_weights = (empty(T, dtype=kind) for kind in (torch.int64, torch.int64, torch.float32))
-    linear_cross_entropy.lce_fwd(
-        hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, transform, wanted, wanted
-    )
+    labels, rows, loss_weights = (empty(T, dtype=each) for each in (torch.int64, torch.int64, torch.float32))
+    options = chunk_rows, softcap, transform, kind, 1.0, 3.0, wanted, wanted
+    linear_cross_entropy.lce_fwd(hidden, weight, labels, loss_weights, rows, *options)
 
 
 def _unchanged(nll: Tensor, weights: Tensor) -> Tensor:

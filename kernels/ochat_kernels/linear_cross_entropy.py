@@ -7,6 +7,7 @@ products for dhidden and dW. Rows that carry no loss never enter. The definition
 
 from __future__ import annotations
 
+from typing import cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,6 +15,7 @@ import triton
 from torch import Tensor
 
 from ochat_kernels import lce_kernels
+from ochat_kernels.dynamic_weights import Dynamic, Kind, check_dynamic
 from ochat_kernels.launch import check_floats
 from ochat_kernels.products import add_product
 from ochat_kernels.reference_loss import (
@@ -52,15 +54,21 @@ def lce_fwd(
     chunk_rows: int,
     softcap: float,
     weight_transform: str,
+    kind: str,
+    alpha: float,
+    full_entropy: float,
     want_hidden: bool,
     want_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss_sum (), nll (T,), correct (T,), grad_hidden (T, H) or (0,), grad_weight (V, H) fp32 or (0,)).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss_sum (), nll (T,), correct (T,), effective (T,), grad_hidden (T, H), grad_weight (V, H) fp32); the last
+    three are empty where not wanted.
 
-    `chunk_rows` 0: chosen here; `weight_transform`: a key of _transforms, or empty.
+    `chunk_rows` 0: chosen here; `weight_transform`: a key of _transforms, or empty; kind, alpha and full_entropy: of a
+    Dynamic, or an empty kind.
     """
     gradients = _Gradients(hidden, weight, want_hidden, want_weight)
-    found = _by_chunks(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, weight_transform, gradients)
+    options = rows, chunk_rows, softcap, weight_transform, _dynamic(kind, alpha, full_entropy), gradients
+    found = _by_chunks(hidden, weight, labels, loss_weights, *options)
     return *found, gradients.hidden, gradients.weight
 
 
@@ -73,14 +81,22 @@ def lce_fwd_into(
     chunk_rows: int,
     softcap: float,
     weight_transform: str,
+    kind: str,
+    alpha: float,
+    full_entropy: float,
     want_hidden: bool,
     total: Tensor,
     accumulate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As lce_fwd, but grad_weight is written or added to `total` (V, H) fp32."""
     gradients = _Gradients(hidden, weight, want_hidden, True, total, accumulate)
-    found = _by_chunks(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, weight_transform, gradients)
+    options = rows, chunk_rows, softcap, weight_transform, _dynamic(kind, alpha, full_entropy), gradients
+    found = _by_chunks(hidden, weight, labels, loss_weights, *options)
     return *found, gradients.hidden
+
+
+def _dynamic(kind: str, alpha: float, full_entropy: float) -> Dynamic | None:
+    return Dynamic(cast(Kind, kind), alpha, full_entropy) if kind else None
 
 
 def _by_chunks(
@@ -92,16 +108,17 @@ def _by_chunks(
     chunk_rows: int,
     softcap: float,
     weight_transform: str,
+    dynamic: Dynamic | None,
     gradients: _Gradients,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss_sum (), nll and correct (T,), the gradients chunk by chunk."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss_sum (), nll and correct (T,), effective (T,) or (0,); the gradients chunk by chunk."""
     check_labels(labels, weight.shape[0])  # here, where nothing is traced
     transform = _transforms[weight_transform] if weight_transform else None
     rows = live_rows(labels, loss_weights) if rows is None else rows
     R, V = rows.shape[0], weight.shape[0]
     chunk_rows = min(chunk_rows or chunk_size(R, V, hidden.element_size()), max(R, 1))
     y, w = labels.index_select(0, rows), loss_weights.index_select(0, rows).float()
-    stats = lce_kernels.RowStatistics(R, hidden.device)
+    stats = lce_kernels.RowStatistics(R, hidden.device, has_loss=dynamic is not None)
     logits = hidden.new_empty(chunk_rows, triton.cdiv(V, COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT)[:, :V]
     for start in range(0, R, chunk_rows):
         end = min(start + chunk_rows, R)
@@ -109,17 +126,18 @@ def _by_chunks(
         torch.mm(x, weight.t(), out=z)
         part = stats.slice(start, end)
         chunk_y, chunk_w = y[start:end], w[start:end]
-        lce_kernels.lce_stats(z, chunk_y, chunk_w, part, softcap, gradients.wanted and transform is None)
+        lce_kernels.lce_stats(z, chunk_y, chunk_w, part, softcap, gradients.wanted and transform is None, dynamic)
         if transform is not None:
             chunk_w.copy_(torch.where(chunk_w != 0, transform(part["nll_ptr"], chunk_w), 0))
             if gradients.wanted:
                 lce_kernels.lce_grad(z, chunk_y, chunk_w, part["lse_ptr"], softcap)
         gradients.add(rows[start:end], x, z)
     gradients.finish()
-    loss_sum = (stats.nll * w).sum()
+    loss_sum = (stats.nll * w if stats.loss is None else stats.loss).sum()
     nll = torch.zeros_like(labels, dtype=torch.float32).index_copy_(0, rows, stats.nll)
     correct = torch.zeros_like(labels, dtype=torch.bool).index_copy_(0, rows, stats.correct.view(torch.bool))
-    return loss_sum, nll, correct
+    effective = nll.new_empty(0) if dynamic is None else torch.zeros_like(nll).index_copy_(0, rows, w)
+    return loss_sum, nll, correct, effective
 
 
 class _Gradients:
@@ -164,21 +182,24 @@ _scale = torch.library.custom_op("ochat_kernels::scale", lce_kernels.lce_scale, 
 
 
 @_forward.register_fake
-def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, transform, want_h, want_w):
-    loss_sum = hidden.new_empty((), dtype=torch.float32)
-    nll = torch.empty_like(labels, dtype=torch.float32)
-    correct = torch.empty_like(labels, dtype=torch.bool)
-    grad_hidden = hidden.new_empty(hidden.shape if want_h else (0,))
+def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, transform, kind, alpha, full, want_h, want_w):
     grad_weight = weight.new_empty(weight.shape if want_w else (0,), dtype=torch.float32)
-    return loss_sum, nll, correct, grad_hidden, grad_weight
+    return *_fake(hidden, labels, kind, want_h), grad_weight
 
 
 @_forward_into.register_fake
-def _(hidden, weight, labels, loss_weights, rows, chunk_rows, softcap, transform, want_h, total, accumulate):
+def _(hidden, weight, labels, weights, rows, chunk_rows, softcap, transform, kind, alpha, full, want_h, total, add):
+    return _fake(hidden, labels, kind, want_h)
+
+
+def _fake(
+    hidden: Tensor, labels: Tensor, kind: str, want_hidden: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss_sum = hidden.new_empty((), dtype=torch.float32)
     nll = torch.empty_like(labels, dtype=torch.float32)
     correct = torch.empty_like(labels, dtype=torch.bool)
-    return loss_sum, nll, correct, hidden.new_empty(hidden.shape if want_h else (0,))
+    effective = nll.new_empty(nll.shape if kind else (0,))
+    return loss_sum, nll, correct, effective, hidden.new_empty(hidden.shape if want_hidden else (0,))
 
 
 @_scale.register_fake
@@ -187,8 +208,8 @@ def _(x, factor, dtype):
 
 
 def _save(ctx, inputs, output):
-    _, nll, correct, grad_hidden, grad_weight = output
-    ctx.mark_non_differentiable(nll, correct, grad_hidden, grad_weight)
+    _, *others, grad_hidden, grad_weight = output
+    ctx.mark_non_differentiable(*others, grad_hidden, grad_weight)
     ctx.set_materialize_grads(False)  # else backward begins with zeros of grad_weight's size
     ctx.want_hidden, ctx.want_weight = inputs[-2:]
     ctx.dtypes = inputs[0].dtype, inputs[1].dtype
@@ -199,7 +220,7 @@ def _differentiate(ctx, grad_loss, *_):
     grad_hidden, grad_weight = ctx.saved_tensors
     scaled_hidden = _scale(grad_hidden, grad_loss, ctx.dtypes[0]) if ctx.want_hidden else None
     scaled_weight = _scale(grad_weight, grad_loss, ctx.dtypes[1]) if ctx.want_weight else None
-    return scaled_hidden, scaled_weight, *[None] * 8
+    return scaled_hidden, scaled_weight, *[None] * 11
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -238,6 +259,7 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     softcap: float = 0.0,
     weight_transform: WeightTransform | None = None,
+    dynamic: Dynamic | None = None,
     grad_weight: Tensor | None = None,
     accumulate: bool = False,
 ) -> LossOutput:
@@ -249,7 +271,7 @@ def linear_cross_entropy(
     loss_weights (T,) float of any sign; rows (R,) int64 indices, each once, of the live rows (label present, weight not
     0) and perhaps of others, which give 0; chunk_rows: rows of logits held at a time, chosen from V by default (see
     chunk_size).
-    softcap, weight_transform, grad_weight and accumulate: as in the definition (reference_loss.py).
+    softcap, weight_transform, dynamic, grad_weight and accumulate: as in the definition (reference_loss.py).
     Returns: LossOutput; gradients flow from loss_sum to hidden and weight.
     Raises: ValueError for shapes, dtypes, devices and options that do not fit; a label outside the vocabulary makes the
     loss NaN on a GPU (in the interpreter, a ValueError).
@@ -259,15 +281,18 @@ def linear_cross_entropy(
     """
     check_arguments(hidden, weight, labels, loss_weights, rows, chunk_rows)
     check_softcap(softcap)
+    check_dynamic(dynamic, weight_transform is not None)
     check_grad_weight(grad_weight, weight)
     check_floats("hidden", hidden)
     transform = "" if weight_transform is None else _name(weight_transform)
-    inputs = hidden, weight, labels, loss_weights, rows, chunk_rows or 0, softcap, transform
+    inputs = (hidden, weight, labels, loss_weights, rows, chunk_rows or 0, softcap, transform)
+    inputs += dynamic or ("", 0.0, 0.0)
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
     if grad_weight is None:
-        loss_sum, nll, correct, _, _ = _forward(*inputs, *wanted)
+        loss_sum, nll, correct, effective, _, _ = _forward(*inputs, *wanted)
     else:
         with torch.no_grad():
-            loss_sum, nll, correct, grad_hidden = _forward_into(*inputs, wanted[0], grad_weight, accumulate)
+            loss_sum, nll, correct, effective, grad_hidden = _forward_into(*inputs, wanted[0], grad_weight, accumulate)
         loss_sum = _Attach.apply(hidden, loss_sum, grad_hidden)
-    return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct)  # type: ignore[arg-type]
+    effective = None if dynamic is None else effective
+    return LossOutput(loss_sum, weight_sum(labels, loss_weights), nll, correct, effective)  # type: ignore[arg-type]

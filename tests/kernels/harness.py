@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from ochat_kernels import triton_ops
+from ochat_kernels import Dynamic, triton_ops
 from torch import Tensor
 
 from tests.numerics import assert_close
@@ -58,9 +58,8 @@ def operators(T: int, H: int, dtype: torch.dtype) -> dict[str, tuple[Callable, l
     rows = torch.arange(0, T, 2, device=DEVICE)
     weights = torch.zeros(T, device=DEVICE).index_fill_(0, rows, 0.5)
 
-    def loss(hidden: Tensor, head: Tensor, transform: Any = None) -> Tensor:
-        options = {"rows": rows, "weight_transform": transform}
-        return triton_ops.linear_cross_entropy(hidden, head, labels, weights, **options).loss_sum
+    def loss(hidden: Tensor, head: Tensor, **options: Any) -> Tensor:
+        return triton_ops.linear_cross_entropy(hidden, head, labels, weights, rows=rows, **options).loss_sum
 
     return {
         "rms_norm": (lambda x, w: triton_ops.rms_norm(x, w, 1e-5), [x, weight]),
@@ -74,7 +73,8 @@ def operators(T: int, H: int, dtype: torch.dtype) -> dict[str, tuple[Callable, l
         "swiglu": (triton_ops.swiglu, [random(T, 2 * H, dtype=dtype, seed=6)]),
         "geglu": (triton_ops.geglu, [random(T, 2 * H, dtype=dtype, seed=6)]),
         "linear_cross_entropy": (loss, [x, head]),
-        "linear_cross_entropy, transform": (lambda h, w: loss(h, w, likelihood_weight), [x, head]),
+        "linear_cross_entropy, transform": (lambda h, w: loss(h, w, weight_transform=likelihood_weight), [x, head]),
+        "linear_cross_entropy, dynamic": (lambda h, w: loss(h, w, dynamic=Dynamic("eaft")), [x, head]),
     }
 
 

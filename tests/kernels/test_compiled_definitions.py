@@ -8,7 +8,7 @@ import weakref
 import ochat_kernels
 import pytest
 import torch
-from ochat_kernels import compiled, reference
+from ochat_kernels import Dynamic, compiled, reference
 from torch.autograd.graph import saved_tensors_hooks
 
 pytestmark = pytest.mark.skipif(not compiled.has_compiler(), reason="needs a C++ compiler")
@@ -38,9 +38,16 @@ def calls(tokens):
         ),
         "swiglu": (lambda f, x: f(x), [draw(tokens, 2 * 19)]),
         "linear_cross_entropy": (
-            lambda f, h, w: f(h, w, labels, weights, chunk_rows=4, softcap=5.0)[::2],
+            lambda f, h, w: f(h, w, labels, weights, chunk_rows=4, softcap=5.0)[:3:2],
             [draw(tokens, 11), draw(37, 11, seed=1)],
         ),
+        **{
+            kind: (
+                lambda f, h, w, kind=kind: f(h, w, labels, weights, chunk_rows=4, dynamic=Dynamic(kind))[::2],
+                [draw(tokens, 11), draw(37, 11, seed=1)],
+            )
+            for kind in ("eaft", "unlikelihood")
+        },
     }  # fmt: skip
 
 
@@ -58,9 +65,10 @@ def test_values_and_gradients_are_those_of_float64(name):
     token torch compiles anew: one norm tries it, and the head's last chunk has one."""
     for tokens in (5, 1, 33) if name == "rms_norm" else (5, 33):
         call, leaves = calls(tokens)[name]
-        ours, theirs = (outputs_and_gradients(call, getattr(each, name), leaves) for each in (compiled, reference))
+        function = name if hasattr(reference, name) else "linear_cross_entropy"
+        ours, theirs = (outputs_and_gradients(call, getattr(each, function), leaves) for each in (compiled, reference))
         wide = [x.detach().double().requires_grad_() for x in leaves]
-        truth = outputs_and_gradients(call, getattr(reference, name), wide)
+        truth = outputs_and_gradients(call, getattr(reference, function), wide)
         for found, plain, wanted in zip(ours, theirs, truth, strict=True):
             assert found.dtype == plain.dtype
             found, plain = ((each.double() - wanted).abs().max() for each in (found, plain))

@@ -56,7 +56,7 @@ def test_what_the_others_register():
         "qkv_norm_rope_bwd": (q, k, v, qkv, *norms, *angles, random(6, 5), 0.0, True),
         "glu": (CALLS["swiglu"][1][0].clone().requires_grad_(), True),
         "glu_bwd": (random(6, 20), random(6, 10), False),
-        "linear_cross_entropy": (hidden, head, labels, weights, None, 0, 2.0, "", True, True),
+        "linear_cross_entropy": (hidden, head, labels, weights, None, 0, 2.0, "", "eaft", 1.0, 3.0, True, True),
         "scale": (hidden.detach(), weights[0], torch.bfloat16),
     }.items():
         torch.library.opcheck(getattr(torch.ops.ochat_kernels, name).default, arguments)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from ochat_kernels import launch, lce_kernels, reference
+from ochat_kernels import Dynamic, launch, lce_kernels, reference
 from ochat_kernels import linear_cross_entropy as head
+from ochat_kernels.dynamic_weights import KINDS
 from torch import Tensor
 
 from tests.kernels.harness import ATOL, DEVICE, assert_op, likelihood_weight, loss_inputs, random
@@ -16,7 +17,13 @@ from tests.numerics import assert_close
 CAPPED = {"softcap": 2.0}
 TRANSFORMED = {"weight_transform": likelihood_weight}
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-OPTIONS = [{}, CAPPED, TRANSFORMED, CAPPED | TRANSFORMED]
+DYNAMIC = [{"dynamic": Dynamic(kind, alpha=0.5, full_entropy=4.0)} for kind in KINDS]
+OPTIONS = [{}, CAPPED, TRANSFORMED, CAPPED | TRANSFORMED, *DYNAMIC, *(CAPPED | each for each in DYNAMIC)]
+
+
+def title(options: dict) -> str:
+    dynamic = options.get("dynamic")
+    return "+".join([*(name for name in options if name != "dynamic"), *([dynamic.kind] if dynamic else [])]) or "plain"
 
 
 def compare(case: tuple[Tensor, Tensor, Tensor, Tensor], **options) -> None:
@@ -34,16 +41,21 @@ def compare(case: tuple[Tensor, Tensor, Tensor, Tensor], **options) -> None:
     assert torch.equal(got.correct, expected.correct)
     assert torch.equal(got.weight_sum, expected.weight_sum)
     assert got.nll.dtype == got.loss_sum.dtype == torch.float32 and not got.nll.requires_grad
+    if "dynamic" not in options:
+        assert got.effective is expected.effective is None
+        return
+    assert_close(got.effective, expected.effective, truth.effective, ATOL[hidden.dtype])
+    assert got.effective.dtype == torch.float32 and not got.effective.requires_grad
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("options", OPTIONS, ids=title)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_option_in_chunks(dtype, options):
     compare(loss_inputs(13, 7, 301, dtype), chunk_rows=4, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [CAPPED, TRANSFORMED], ids=["softcap", "weight_transform"])
+@pytest.mark.parametrize("options", [CAPPED, TRANSFORMED, *DYNAMIC, CAPPED | DYNAMIC[-1]], ids=title)
 def test_a_row_of_several_blocks_and_an_odd_end(dtype, options):
     compare(loss_inputs(3, 6, several_blocks(dtype) + 77, dtype), **options)
 
@@ -141,9 +153,11 @@ def test_a_cap_that_most_logits_reach_and_one_that_none_does(dtype):
 @given(
     T=st.integers(0, 9), H=st.integers(1, 9), V=st.integers(1, 200), chunk=st.integers(1, 5), seed=st.integers(0, 99)
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=24, deadline=None)
 def test_any_shape(T, H, V, chunk, seed):
-    compare(loss_inputs(T, H, V, torch.float32, seed), chunk_rows=chunk, **OPTIONS[seed % len(OPTIONS)])
+    options = OPTIONS[seed % len(OPTIONS)]
+    assume(V > 1 or "unlikelihood" not in title(options))  # of one token: infinite
+    compare(loss_inputs(T, H, V, torch.float32, seed), chunk_rows=chunk, **options)
 
 
 def test_rows_that_are_not_live_never_enter():
@@ -158,8 +172,11 @@ def test_rows_that_are_not_live_never_enter():
     assert (hidden.grad[dead] == 0).all() and (out.nll[dead] == 0).all() and not out.correct[dead].any()
 
 
-@pytest.mark.parametrize("transform", [None, lambda nll, weights: torch.ones_like(weights)])
-def test_rows_in_any_order_and_dead_ones_among_them_change_nothing(transform):
+ORDERED = [{}, {"weight_transform": lambda nll, weights: torch.ones_like(weights)}, *DYNAMIC]
+
+
+@pytest.mark.parametrize("options", ORDERED, ids=title)
+def test_rows_in_any_order_and_dead_ones_among_them_change_nothing(options):
     hidden, weight, labels, weights = loss_inputs(13, 7, 50, torch.float32)
     labels[4], weights[4] = (hidden[4] @ weight.T).argmax(), 0.0  # would be correct, but weighs nothing
     every = torch.arange(13, device=DEVICE)
@@ -167,10 +184,11 @@ def test_rows_in_any_order_and_dead_ones_among_them_change_nothing(transform):
     for implementation in (head, reference):
         for rows in (None, every, every.flip(0)):
             h = hidden.clone().requires_grad_()
-            options = {"rows": rows, "chunk_rows": 5, "weight_transform": transform}
-            out = implementation.linear_cross_entropy(h, weight, labels, weights, **options)
+            out = implementation.linear_cross_entropy(h, weight, labels, weights, rows=rows, chunk_rows=5, **options)
             out.loss_sum.backward()
-            results.append((out.loss_sum, out.nll, out.correct, h.grad))
+            results.append(
+                (out.loss_sum, out.nll, out.correct, h.grad, *([out.effective] if out.effective is not None else []))
+            )
     for got in results[1:]:
         torch.testing.assert_close(got, results[0], rtol=1e-5, atol=1e-6)
 
@@ -239,13 +257,14 @@ def test_chunk_size(num_rows, vocab_size, itemsize, expected):
     assert head.chunk_size(num_rows, vocab_size, itemsize) == expected
 
 
-def test_a_chunk_of_rows_is_one_launch_and_every_row_of_logits_starts_on_a_line():
+@pytest.mark.parametrize("kind", ["", *KINDS])
+def test_a_chunk_of_rows_is_one_launch_and_every_row_of_logits_starts_on_a_line(kind):
     T, H, V = 5000, 64, 128257
     hidden, weight = (torch.empty(n, H, dtype=torch.bfloat16, device="meta") for n in (T, V))
     labels, weights = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
     rows = torch.empty(3000, dtype=torch.int64, device="meta")
     with launch.record() as launches:
-        head.lce_fwd(hidden, weight, labels, weights, rows, 1024, 0.0, "", True, True)
+        head.lce_fwd(hidden, weight, labels, weights, rows, 1024, 0.0, "", kind, 1.0, 3.0, True, True)
     assert [item.arguments["logits_ptr"].shape[0] for item in launches] == [1024, 1024, 952]
     assert {item.arguments["stride_zn"] * 2 % 128 for item in launches} == {0}
 
@@ -264,6 +283,10 @@ def test_a_chunk_of_rows_is_one_launch_and_every_row_of_logits_starts_on_a_line(
         ({"labels": torch.zeros(5)}, "expected int64"),
         ({"rows": torch.zeros(2)}, "expected int64 \\(R,\\)"),
         ({"chunk_rows": 0}, "at least 1"),
+        ({"dynamic": Dynamic("focal")}, "dynamic is 'focal': expected dft, eaft, unlikelihood"),
+        ({"dynamic": Dynamic("eaft", alpha=0.0)}, "dynamic.alpha is 0.0: expected a number above 0"),
+        ({"dynamic": Dynamic("eaft", full_entropy=math.inf)}, "dynamic.full_entropy is inf"),
+        (TRANSFORMED | {"dynamic": Dynamic("dft")}, "weight_transform and dynamic 'dft' both change the weights"),
     ],
 )
 def test_refuses(change, message):
