@@ -34,7 +34,14 @@ def page() -> str:
         parts.append(table(section.name, kind, ".NAME" * is_named))
         if section.name == "data":
             parts.append(table("data.mix", config.MixConfig, ".NAME"))
+        if section.name == "loss":
+            parts.append(table("loss.stage2", config.StageConfig, ""))
     return "\n".join(parts)
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a key is a section of its own."""
+    return isinstance(kind, type) and issubclass(kind, config.Section)
 
 
 def table(name: str, kind: type[config.Section], suffix: str) -> str:
@@ -49,9 +56,11 @@ def table(name: str, kind: type[config.Section], suffix: str) -> str:
         "|---|---|---|",
     ]
     for field in msgspec.structs.fields(kind):
+        if is_section(field.type):
+            continue
         choices = words(field.type)
-        meaning = explained[field.name] + (f" ({', '.join(f'`{word}`' for word in choices)})" if choices else "")
-        lines.append(f"| `{field.name}` | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
+        meaning = explained[field.encode_name] + (f" ({', '.join(f'`{word}`' for word in choices)})" if choices else "")
+        lines.append(f"| `{field.encode_name}` | {default(field)} | {meaning.replace('|', chr(92) + '|')} |")
     return "\n".join([*lines, ""])
 
 

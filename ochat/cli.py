@@ -175,7 +175,7 @@ def _print_keys(console: Console, section: type[Section], prefix: str, hidden: M
     for field in msgspec.structs.fields(section):
         is_table = typing.get_origin(field.type) is dict
         kind = typing.get_args(field.type)[1] if is_table else field.type
-        name = f"{prefix}{field.name}{'.NAME' * is_table}"
+        name = f"{prefix}{field.encode_name}{'.NAME' * is_table}"
         if field.name in hidden.get(prefix.rstrip("."), ()):
             continue
         if isinstance(kind, type) and issubclass(kind, Section):
@@ -183,7 +183,7 @@ def _print_keys(console: Console, section: type[Section], prefix: str, hidden: M
             continue
         default = "" if is_table or field.default is None else f" (default: {json.dumps(field.default)})"
         console.print(f"  [bold]--{name}[/]  {escape(overrides.in_words(kind))}")
-        console.print(Padding.indent(escape(explained[field.name] + default), 6))
+        console.print(Padding.indent(escape(explained[field.encode_name] + default), 6))
     for name, kind in sections.items():
         console.print(f"\n[bold]{escape(f'[{name}]')}[/]  {escape(inspect.getdoc(kind) or '')}")
         _print_keys(console, kind, f"{name}.", hidden)

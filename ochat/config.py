@@ -155,6 +155,31 @@ class ConditionConfig(Section, frozen=True):
     `ochat prepare --condition-from reward`"""
 
 
+class DynamicConfig(Section, frozen=True):
+    """How the model's own probabilities change the weights of tokens."""
+
+    dynamic: Literal["none", "dft", "eaft", "unlikelihood"] = "none"
+    """dft: times the label's probability; eaft: times the entropy, where it is below that of 20 equal choices;
+    unlikelihood: a negative weight w costs |w| * -log(1 - p) in place of w * -log p, which has no lower bound"""
+    eaft_alpha: Positive = 1.0
+    """exponent of eaft's factor"""
+
+
+class StageConfig(DynamicConfig, frozen=True):
+    """The same keys, in place of those of [loss], for the last part of a run."""
+
+    from_: Share = msgspec.field(default=1.0, name="from")
+    """share of the run's steps after which they apply, such as 0.8; 1: never"""
+
+
+class LossConfig(DynamicConfig, frozen=True):
+    """How the model's own probabilities change the weights of tokens. The loss is divided by the sum of the weights
+    without it."""
+
+    stage2: StageConfig = StageConfig()
+    """other keys for the last part of the run: [loss.stage2]"""
+
+
 class OptimConfig(Section, frozen=True):
     """AdamW, clipping and the learning-rate schedule (linear warm-up, then cosine)."""
 
@@ -320,6 +345,7 @@ class Config(Section, frozen=True):
     classes: dict[str, ClassConfig] = {}
     weights: WeightsConfig = WeightsConfig()
     condition: ConditionConfig = ConditionConfig()
+    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
@@ -375,8 +401,9 @@ def dump(config: Config) -> str:
 
 
 def explanations(section: type[Section]) -> dict[str, str]:
-    """What each key of a section is for: the docstrings after its keys."""
-    found = re.findall(r'^    (\w+): .*\n    """((?:.|\n)*?)"""', inspect.getsource(section), re.MULTILINE)
+    """What each key of a section is for: the docstrings after its keys, by their names in a file."""
+    source = "\n".join(inspect.getsource(kind) for kind in reversed(section.__mro__) if issubclass(kind, Section))
+    found = re.findall(r'^    (\w+?)_?: .*\n    """((?:.|\n)*?)"""', source, re.MULTILINE)
     return {name: " ".join(words.split()) for name, words in found}
 
 
@@ -423,6 +450,8 @@ def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
     in_backward, train, parallel = config.optim.in_backward, config.train, config.parallel
     is_measured = bool(config.data.eval_path or config.checkpoint.best)
     nothing = "no data.eval_path and no checkpoint.best: nothing would be measured"
+    is_unlikelihood = "unlikelihood" in (config.loss.dynamic, config.loss.stage2.dynamic)
+    rows = 'lora.rank and loss.dynamic = "unlikelihood", whose gradient to single rows of the head is not exact'
     keeps_more = f'train.recompute = "{train.recompute}", which keeps more than inputs'
     on_host = 'parallel.offload = "all", which updates on the host'
     summed = 'parallel.reduce = "micro_batch", which sums in the gradient\'s bfloat16'
@@ -440,6 +469,8 @@ def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
         (parallel.reduce_dtype == "bfloat16", "optim.master_dtype", "float32", 'parallel.reduce_dtype = "bfloat16"'),
         (parallel.offload == "all", "optim.master_dtype", "float32", on_host),
         (parallel.offload == "all", "optim.moment_dtype", "float32", on_host),
+        (config.loss.stage2.from_ == 1, "loss.stage2.dynamic", "none", "no loss.stage2.from: give it, such as 0.8"),
+        (config.lora.rank > 0 and is_unlikelihood, "lora.tokens", "none", rows),
         (config.weights.per_conversation_mean, "weights.per_message_mean", False, "weights.per_conversation_mean"),
         (in_backward, "optim.clip", 0, "optim.in_backward: the norm is known too late"),
         (in_backward, "data.bins_per_step", 1, "optim.in_backward"),

@@ -134,7 +134,14 @@ def _key_type(kind: Any, key: str) -> Any:
     """The type of a table's key; None where `kind` is no table or has no such key."""
     if typing.get_origin(kind) is dict:
         return typing.get_args(kind)[1]
-    return typing.get_type_hints(kind, include_extras=True).get(key) if hasattr(kind, "__struct_fields__") else None
+    return _keys(kind).get(key)
+
+
+def _keys(kind: Any) -> dict[str, Any]:
+    """The keys of a table as a file names them, with their types; none where `kind` is no table."""
+    if not hasattr(kind, "__struct_fields__"):
+        return {}
+    return {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
 
 
 def _build_parts(kind: Any, value: Any, where: str) -> None:
@@ -147,7 +154,7 @@ def _build_parts(kind: Any, value: Any, where: str) -> None:
             name = f"{where}.{key}" if where else key
             if (part := _key_type(kind, key)) is not None:
                 build(part, item, name)
-            elif known := getattr(kind, "__struct_fields__", ()):
+            elif known := tuple(_keys(kind)):
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise ConfigError(f"unknown {'key' if where else 'section'} {name!r}; {hint}")

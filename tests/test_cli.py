@@ -16,7 +16,7 @@ from msgspec import structs
 
 from ochat import cli
 from ochat import config as configuration
-from ochat.config import ClassConfig, Config, EvalConfig, MixConfig
+from ochat.config import ClassConfig, Config, EvalConfig, MixConfig, StageConfig
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate.variants import SET_HERE
 
@@ -128,14 +128,15 @@ def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, 
     assert "…" not in printed and max(map(len, printed.splitlines()[6:])) <= 80, "after the description"
     sections = {field.name: field.type for field in structs.fields(Config) if field.name not in ("classes", "eval")}
     tables = {"classes.NAME": ClassConfig, "data.mix.NAME": MixConfig, "eval.NAME": EvalConfig}
+    tables["loss.stage2"] = StageConfig
     hidden = {f"{section}.{key}" for section, keys in SET_HERE.items() for key in keys} if name == "ablate" else set()
     text = " ".join(printed.split())
     for section, kind in (sections | tables).items():
         for key, explanation in configuration.explanations(kind).items():
             known = f"{section}.{key}" not in hidden and (name != "ablate" or section != "data.mix.NAME")
             shown_as = "subsample.NAME" if key == "subsample" else key
-            assert known is (f" --{section}.{shown_as} " in text) or key == "mix", key
-            assert not known or explanation in text or key == "mix"
+            assert known is (f" --{section}.{shown_as} " in text) or key in ("mix", "stage2"), key
+            assert not known or explanation in text or key in ("mix", "stage2")
     assert (
         "--train.recompute one of 'auto', 'block', 'elementwise', 'none'" in text and "(default: [0.9, 0.95])" in text
     )

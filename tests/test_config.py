@@ -121,6 +121,16 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
         (f"{IN_BACKWARD} --train.max_nonfinite_steps=1", "train.max_nonfinite_steps = 1: expected 0 "),
         (f"{IN_BACKWARD} --lora.rank=4", "lora.rank = 4: expected 0 "),
         (f"{IN_BACKWARD} --optim.ema=0.9", "optim.ema = 0.9: expected 0 with optim.in_backward"),
+        ("--loss.dynamic=dpo", "loss.dynamic = 'dpo': expected one of 'dft', 'eaft', 'none', 'unlikelihood'"),
+        ("--loss.eaft_alpha=0", "loss.eaft_alpha = 0: expected a number above 0"),
+        ("--loss.stage2.from=1.5", "loss.stage2.from = 1.5: expected a number from 0 up to 1"),
+        ("--loss.stage2.form=0.5", "unknown key 'loss.stage2.form'; did you mean 'from'?"),
+        ("--loss.stage2.from_=0.5", "unknown key 'loss.stage2.from_'; did you mean 'from'?"),
+        ("--loss.stage2.dynamic=dft", "loss.stage2.dynamic = 'dft': expected \"none\" with no loss.stage2.from"),
+        (
+            "--lora.rank=4 --loss.stage2.from=0.5 --loss.stage2.dynamic=unlikelihood",
+            'lora.tokens = \'template\': expected "none" with lora.rank and loss.dynamic = "unlikelihood"',
+        ),
         ("--optim.ema=1.0", "optim.ema = 1.0: expected a number from 0 below 1"),
         (
             "--weights.per_message_mean=true --weights.per_conversation_mean=true",

@@ -89,6 +89,9 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
         stats, source = loader.stats(), config.weights.source
         counts = LengthCounts.of(data.lengths[loader.plan(0).indices])  # a mixture takes parts of sets, or repeats them
         described = tables.describe(loader, model, config.data, weights_source=source, lr_reason=lr_reason(stats))
+        has_negative = data.has_negative_weights()
+        described |= tables.describe_loss(config.loss, has_negative)
+        notes += tables.loss_warnings(config.loss, has_negative)
     else:
         with waiting(f"packing {len(lengths):,} sequences"):
             stats, flops = length_files.pack(lengths, model, config.data, options.supervised, config.run.seed)

@@ -17,6 +17,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,11 @@ class TokenDataset:
         prints = [_fingerprint(prepared) for prepared in self.folders.values()]
         first = prints[0] | {"selection": self._selection} | ({"others": prints[1:]} if prints[1:] else {})
         return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()
+
+    def has_negative_weights(self) -> bool:
+        """Whether the weight of some label is below 0. Costs: a pass over the spans, as opening does."""
+        count = partial(Shard.count_supervised, rule=self._rule, only_negative=True)
+        return bool(self._column(np.int32, count).any())
 
     def mean_weight(self, name: str, sample: int = 200) -> float:
         """Mean |weight| of the supervised tokens of a class in the first `sample` conversations that hold it."""

@@ -157,12 +157,13 @@ class Shard:
             ids[ranges(begins[which], counts[which])] = source[ranges(firsts[which], counts[which])]
         return ids, counts
 
-    def count_supervised(self, rule: WeightRule) -> NDArray[np.int32]:
-        """(S,) labels of non-zero weight; the first token of a sequence is never a label."""
+    def count_supervised(self, rule: WeightRule, *, only_negative: bool = False) -> NDArray[np.int32]:
+        """(S,) labels of non-zero, or of negative weight; the first token of a sequence is never a label."""
         counts = np.empty(len(self), np.int32)
         for first, last in _blocks(len(self)):
             spans = self._spans(np.arange(first, last), rule)
-            counts[first:last] = _count_labels(spans.begins, spans.ends, spans.loss_weights != 0, spans.starts)
+            chosen = spans.loss_weights < 0 if only_negative else spans.loss_weights != 0
+            counts[first:last] = _count_labels(spans.begins, spans.ends, chosen, spans.starts)
         return counts
 
     def _spans(self, at: NDArray[np.integer], rule: WeightRule) -> _Spans:

@@ -9,7 +9,7 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.config import DataConfig
+from ochat.config import DataConfig, DynamicConfig, LossConfig
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader, LoaderStats
 from ochat.model.config import ModelConfig
@@ -81,6 +81,29 @@ def describe_steps(stats: LoaderStats, data: DataConfig, flops: float, lr_reason
     }
 
 
+def describe_loss(loss: LossConfig, has_negative: bool) -> dict[str, str]:
+    """What changes the weights, and when, as name -> text; nothing where nothing does."""
+    first, second = _describe_dynamic(loss), _describe_dynamic(loss.stage2)
+    if loss.stage2.from_ == 1 or first == second == "none":
+        second = first
+    text = first if first == second else f"{first}; {second} after {loss.stage2.from_:.4g} of the steps"
+    if "unlikelihood" in text and not has_negative:
+        text += "; no weight is negative, so unlikelihood changes nothing"
+    return {} if text == "none" else {"dynamic weights": text}
+
+
+def loss_warnings(loss: LossConfig, has_negative: bool) -> list[str]:
+    """Of negative weights that nothing bounds."""
+    unbounded = {"loss.dynamic": loss.dynamic if loss.stage2.from_ > 0 else "dft"}
+    unbounded |= {"loss.stage2.dynamic": loss.stage2.dynamic if loss.stage2.from_ < 1 else "dft"}
+    return [
+        f'some weights are negative, and {key} = "{dynamic}": their loss has no lower bound, and the run can diverge; '
+        'set it to "unlikelihood", whose gradient fades as the answer becomes unlikely'
+        for key, dynamic in unbounded.items()
+        if has_negative and dynamic in ("none", "eaft")
+    ]
+
+
 def describe_sets(loader: Loader) -> dict[str, str]:
     """What the first epoch takes of each set of a mixture, as name -> text; nothing for a single data set."""
     if loader.mixture is None:
@@ -109,6 +132,10 @@ def _describe_conditions(loader: Loader) -> dict[str, str]:
         left = loader.num_steps - loader.cooldown
         facts.append(f"none in the last {left:,} steps, from step {loader.cooldown + 1:,} on")
     return {"condition": "; ".join(facts)}
+
+
+def _describe_dynamic(stage: DynamicConfig) -> str:
+    return f"eaft, alpha {stage.eaft_alpha:g}" if stage.dynamic == "eaft" else stage.dynamic
 
 
 def _describe_classes(dataset: TokenDataset, weights_source: str) -> str:

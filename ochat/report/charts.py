@@ -81,12 +81,14 @@ def groups(runs: Sequence[RunRecord]) -> list[Group]:
     def measured(kind: str) -> Mapping[str, Measure]:
         return {ALL: Measure(HELD_OUT, kind)} | {class_label(name): Measure(HELD_OUT, kind, name) for name in names}
 
+    effective = {class_label(name): f"classes.{name}.effective_weight" for name in names}
     rates = {"real": "tokens_per_s", "supervised": "supervised_tokens_per_s", "padded": "padded_tokens_per_s"}
     work = "largest over mean work of a step's bins, first epoch"
     panels = {
         ("Training", DRAWN): [
             Panel("Loss", nats, trained("loss"), may_be_log=True, shows_epochs=True),
             Panel("Accuracy", share, trained("accuracy"), SHARE, shows_epochs=True),
+            Panel("Effective weight", "of the class's own", effective, FROM_ZERO, shows_epochs=True),
         ],
         ("Held out", "Measured at every evaluation, on held-out conversations."): [
             Panel("Held-out loss", nats, measured(LOSS)),

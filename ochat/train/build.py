@@ -56,6 +56,7 @@ from ochat.train.average import WeightAverage
 from ochat.train.display import Display
 from ochat.train.evaluations import sets as eval_sets
 from ochat.train.evaluations.exact import ExactTask
+from ochat.train.loss import has_dynamic
 from ochat.train.metrics import MetricsLog
 
 CPU_MULTIPLE = 64  # of tokens and of supervised rows: a CPU keeps 0.5 MB for each shape of a product that it meets
@@ -309,6 +310,7 @@ def open_outputs(
         peak_flops=resolved.peak_flops * ranks.world,
         device=ranks.device,
         nonfinite=nonfinite,
+        has_dynamic=has_dynamic(config.loss),
     )
     display = Display(num_steps, config.log if ranks.is_first else LogConfig(), run_dir, settings)
     return RunOutputs(lines, checkpointer, metrics_log, display)

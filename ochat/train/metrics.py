@@ -2,7 +2,8 @@
 
 `StepMetrics` sums one step on this rank. `MetricsLog` holds finished steps until `flush`, which reads them from the
 device in one copy and writes one JSON line a step, with null for a number that is not finite. Accuracy and class losses
-are means weighted by |w|.
+are means weighted by |w|, whatever [loss] makes of w; `loss` is what is minimised, and `effective_weight` of a class,
+where [loss] changes weights, the sum of its changed |w'| over that of |w|.
 
 MFU = model FLOPs of the step (ModelConfig.flops_per_step) / its seconds / peak FLOP/s of all devices (peak_flops).
 """
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 _COUNTS = ("tokens", "supervised_tokens", "padded_tokens", "square_lengths")
 _SUMS = ("loss", "weight", "correct", *_COUNTS)
 _RATES = ("tokens", "supervised_tokens", "padded_tokens")
-_CLASS_SUMS = ("loss", "weight", "correct", "tokens")
+_CLASS_SUMS = ("loss", "weight", "correct", "tokens", "effective")
 
 
 class StepMetrics:
@@ -46,14 +47,20 @@ class StepMetrics:
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self.class_sums = torch.zeros(len(class_names), len(_CLASS_SUMS), dtype=torch.float64, device=device)
 
-    def add(self, batch: PackedBatch, out: LossOutput) -> None:
-        """Add one micro-batch, on the device, and the LossOutput of its rows, nll and correct (R,); does not wait for
-        the device."""
+    def add(self, batch: PackedBatch, out: LossOutput, step_weight: Tensor | None = None) -> None:
+        """Add one micro-batch, on the device, and the LossOutput of its rows, nll, correct and effective (R,), whose
+        weights were divided by `step_weight`; does not wait for the device."""
         weights = batch.supervised_weights.double()
         sizes, nll, correct = weights.abs(), out.nll.double(), out.correct.double()
-        per_row = torch.stack((nll * sizes, sizes, correct * sizes, sizes.sign()), 1)
+        if out.effective is None:
+            loss, effective = (nll * weights).sum(), sizes
+        else:
+            assert step_weight is not None
+            loss = out.loss_sum.detach().double() * step_weight
+            effective = out.effective.double().abs() * step_weight
+        per_row = torch.stack((nll * sizes, sizes, correct * sizes, sizes.sign(), effective), 1)
         self.class_sums.index_add_(0, batch.supervised_classes, per_row)
-        on_device = torch.stack(((nll * weights).sum(), *per_row[:, 1:3].sum(0)))
+        on_device = torch.stack((loss, *per_row[:, 1:3].sum(0)))
         on_host = (batch.num_tokens, batch.num_supervised, batch.input_ids.shape[0], batch.sum_len_sq)
         counts = torch.tensor(on_host, dtype=torch.float64).to(self.device, non_blocking=True)
         self.sums += torch.cat((on_device, counts))
@@ -63,13 +70,15 @@ class StepMetrics:
         return torch.cat((self.sums, self.class_sums.flatten()))
 
 
-def summarise(sums: list[float], class_names: Sequence[str]) -> dict[str, Any]:
-    """Loss, accuracy and token counts from the reduced sums of StepMetrics, and the same per class."""
+def summarise(sums: list[float], class_names: Sequence[str], *, has_dynamic: bool = False) -> dict[str, Any]:
+    """Loss, accuracy and token counts from the reduced sums of StepMetrics, and the same per class; where the run
+    `has_dynamic` weights, also the mean of what each class's weights became."""
     total = dict(zip(_SUMS, sums, strict=False))  # class sums follow
     rows = [sums[i : i + len(_CLASS_SUMS)] for i in range(len(_SUMS), len(sums), len(_CLASS_SUMS))]
     classes = {
         name: {"loss": _ratio(loss, weight), "accuracy": _ratio(correct, weight), "tokens": int(tokens)}
-        for name, (loss, weight, correct, tokens) in zip(class_names, rows, strict=True)
+        | ({"effective_weight": _ratio(effective, weight)} if has_dynamic else {})
+        for name, (loss, weight, correct, tokens, effective) in zip(class_names, rows, strict=True)
     }
     means: dict[str, Any] = {
         "loss": _ratio(total["loss"], total["weight"]) or 0.0,
@@ -89,6 +98,7 @@ class MetricsLog:
     peak_flops: float  # of all ranks
     device: torch.device
     nonfinite: NonFiniteGuard
+    has_dynamic: bool = False  # whether [loss] changes weights in some step
 
     def __post_init__(self) -> None:
         self._pending: list[tuple[int, int, float, Tensor]] = []  # step, epoch, rate, reduced sums and gradient norm
@@ -128,7 +138,7 @@ class MetricsLog:
         self._since = time.perf_counter()
 
     def _line(self, step: int, epoch: int, lr: float, row: list[float], seconds: float) -> dict[str, Any]:
-        means = summarise(row[:-1], self.class_names)
+        means = summarise(row[:-1], self.class_names, has_dynamic=self.has_dynamic)
         work = self.flops(*(means[name] for name in ("tokens", "square_lengths", "supervised_tokens")))
         line = {"step": step, "epoch": epoch, "loss": means["loss"], "accuracy": means["accuracy"], "lr": lr}
         line |= {"grad_norm": row[-1]} | {f"{name}_per_s": means[name] / seconds for name in _RATES}

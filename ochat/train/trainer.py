@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from msgspec import structs
-from ochat_kernels import LossOutput
+from ochat_kernels import Dynamic, LossOutput
 from torch import Tensor
 
 from ochat import console
@@ -40,7 +40,7 @@ from ochat.run.lock import acquire_run_dir
 from ochat.text.conversation import Conversation, Message
 from ochat.train import average, build, identity, metrics, optim, resolve, schedule, sharding, verify
 from ochat.train.evaluations.exact import ExactTask, score
-from ochat.train.loss import head_loss
+from ochat.train.loss import dynamic_at, head_loss
 from ochat.train.metrics import StepMetrics
 
 log = logging.getLogger(__name__)
@@ -134,26 +134,29 @@ class Trainer:
         weight = self.ranks.sum_tensor(weight).clamp_min(torch.finfo(torch.float32).tiny)
         measured = StepMetrics(self.inputs.dataset.class_names, self.ranks.device)
         lr = schedule.lr_at(step, self.loader.num_steps, self.config.optim)
+        dynamic = dynamic_at(self.config.loss, step, self.loader.num_steps)
         optim.begin(self.optimizer, lr=lr)
         for i, batch in enumerate(batches):
             batch = batch.to(self.ranks.device)
             is_last = i == len(batches) - 1
             sharding.begin_micro_batch(self.model, self.ranks, self.config.parallel, is_last=is_last)
-            out = self.forward(batch, weight)
+            out = self.forward(batch, weight, dynamic)
             out.loss_sum.backward()
-            measured.add(batch, out)
+            measured.add(batch, out, weight)
         sums = self.ranks.sum_tensor(measured.to_tensor())
         settings = {"lr": lr, "clip": self.config.optim.clip, "average": self.parts.average}
         grad_norm = optim.update(self.optimizer, **settings, loss=sums[0])
         self.steps_done = step + 1
         self.metrics.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
 
-    def forward(self, batch: PackedBatch, step_weight: Tensor | None = None) -> LossOutput:
-        """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows; `step_weight`:
-        as head_loss takes it."""
+    def forward(
+        self, batch: PackedBatch, step_weight: Tensor | None = None, dynamic: Dynamic | None = None
+    ) -> LossOutput:
+        """The LossOutput of one micro-batch on the device, nll and correct (R,) of its supervised rows; `step_weight`
+        and `dynamic`: as head_loss takes them."""
         backend, windows = self.config.train.attention, self.inputs.model_config.windows
         attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths, windows)
-        head = head_loss(self.parts.ops, self.model, batch, step_weight)
+        head = head_loss(self.parts.ops, self.model, batch, step_weight, dynamic)
         return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
 
     def after(self, step: int) -> bool:
@@ -206,7 +209,8 @@ class Trainer:
 
     @torch.no_grad()
     def held_out(self, loader: Loader) -> dict[str, Any]:
-        """Loss and accuracy over one pass of the loader and all ranks: {loss, accuracy, supervised_tokens, classes}."""
+        """Loss and accuracy over one pass of the loader and all ranks: {loss, accuracy, supervised_tokens, classes}; by
+        the weights themselves, whatever [loss] makes of them."""
         measured = StepMetrics(loader.dataset.class_names, self.ranks.device)
         for _, batches in loader.iterate():
             for batch in batches:
@@ -262,8 +266,12 @@ class Trainer:
             return
         config, resolved, inputs = self.config, self.resolved, self.inputs
         source, model = config.weights.source, inputs.model_config
+        has_negative = inputs.dataset.has_negative_weights()
+        for warning in tables.loss_warnings(config.loss, has_negative):
+            log.warning(warning)
         facts = tables.describe(self.loader, model, config.data, weights_source=source, lr_reason=resolved.lr_reason)
         facts |= {
+            **tables.describe_loss(config.loss, has_negative),
             **(self.parts.adapters.facts(self.model) if self.parts.adapters else {}),
             **({"ema": self.parts.average.fact(self.loader.num_steps)} if self.parts.average else {}),
             "processes": f"{self.ranks.world} on {self.ranks.device.type}: {self.ranks.layout}",

@@ -8,6 +8,7 @@ import shutil
 import ochat_kernels
 import pytest
 import torch
+from ochat_kernels import Dynamic
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -58,8 +59,11 @@ def packed(given: PackedBatch):
     return given.input_ids, given.position_ids, PackedAttention(given.cu_seqlens, given.max_seqlen)
 
 
-def plain_loss(model: Transformer, settings: LoraConfig, leaves: dict[str, torch.Tensor], given: PackedBatch):
-    """The same by a model whose weights are W + (alpha / r) B A and whose rows are replaced, in float64."""
+def plain_loss(
+    model: Transformer, settings: LoraConfig, leaves: dict[str, torch.Tensor], given: PackedBatch, kind: str = ""
+):
+    """The same by a model whose weights are W + (alpha / r) B A and whose rows are replaced, in float64; with weights
+    that change as `kind` says."""
     whole = {name: p.detach().double() for name, p in model.named_parameters() if not p.requires_grad}
     for name, parts in lora.adapted_parts(model.config, settings.targets).items():
         a, b = iter(leaves[f"{name}.lora.a"].split(settings.rank)), leaves[f"{name}.lora.b"]
@@ -78,22 +82,28 @@ def plain_loss(model: Transformer, settings: LoraConfig, leaves: dict[str, torch
     plain = Transformer(model.config, REFERENCE).double()
     logits = torch.func.functional_call(plain, whole, packed(given), tie_weights=False)
     nll = F.cross_entropy(logits.double(), given.labels, reduction="none", ignore_index=-100)
-    return (nll * given.loss_weights.double()).sum()
+    factors = {"": torch.ones_like(nll), "dft": (-nll).exp().detach()}
+    factors["eaft"] = (torch.distributions.Categorical(logits=logits.detach().double()).entropy() / 5) ** 1.5
+    assert not kind or factors[kind].min() < 0.9
+    return (nll * factors[kind].clamp_max(1) * given.loss_weights.double()).sum()
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-@pytest.mark.parametrize("targets", [LINEARS, ("q_proj", "v_proj", "up_proj")])
-def test_gradients_are_those_of_a_plain_model_with_merged_weights(targets, softcap, tied):
+@pytest.mark.parametrize(
+    ("targets", "kind"), [(LINEARS, ""), (("q_proj", "v_proj", "up_proj"), ""), (LINEARS, "dft"), (LINEARS, "eaft")]
+)
+def test_gradients_are_those_of_a_plain_model_with_merged_weights(targets, kind, softcap, tied):
     config = dataclasses.replace(MODEL, tie_embeddings=tied, qkv_bias=True, logit_softcap=softcap)
     settings = LoraConfig(rank=3, alpha=6.0, targets=targets)
     model, given = adapted(config, settings), batch(20, config.vocab_size)
-    head = head_loss(REFERENCE, model, given)
+    dynamic = Dynamic(kind, 1.5, 5.0) if kind else None  # type: ignore[arg-type]
+    head = head_loss(REFERENCE, model, given, torch.ones((), dtype=torch.float64), dynamic)
     loss = model(*packed(given), head=head, rows=given.supervised_rows).loss_sum
     loss.backward()
     trained = local_shards.trainable_parameters(model)
     leaves = {name: p.detach().double().requires_grad_() for name, p in trained.items()}
-    expected = plain_loss(model, settings, leaves, given)
+    expected = plain_loss(model, settings, leaves, given, kind)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert {name.split(".")[-1] for name in trained} == {"a", "b", "weight"}

@@ -124,6 +124,14 @@ def test_the_page_needs_nothing_else(reported):
     assert len(ids) == len(set(ids)) and targets and set(targets) <= set(ids)
 
 
+def test_effective_weights_are_drawn_where_a_run_has_them(tmp_path, reported):
+    row = {"loss": 1.0, "accuracy": 0.5, "tokens": 10}
+    classes = {name: row | {"effective_weight": share} for name, share in (("GPT4", 0.75), ("GPT3", 0.25))}
+    found = drawn(report(write_run(tmp_path / "run", classes=classes)), "Effective weight")
+    assert {name: set(y) for name, (_, y) in found.items()} == {"GPT4": {0.75}, "GPT3": {0.25}}
+    assert "Effective weight" not in reported.charts
+
+
 def test_every_curve_is_the_run_s_own_numbers(world, alone, reported):
     keys = {
         ("Learning rate", "lr"): "lr", ("Gradient norm", "gradient norm"): "grad_norm", ("MFU", "MFU"): "mfu",

@@ -49,6 +49,26 @@ def test_means_are_weighted_by_absolute_weights_per_class_and_in_all():
     assert metrics.summarise(StepMetrics(["a"], CPU).to_tensor().tolist(), ["a"])["loss"] == 0.0
 
 
+def test_where_weights_change_the_loss_is_what_is_minimised_and_classes_say_by_how_much():
+    """With weights that were divided by the step's, of which the sums know nothing."""
+    batch, out = batch_and_output()
+    factors = torch.tensor([0.5, 1.0, 0.25, 2.0])
+    changed = batch.supervised_weights * factors / 10
+    measured = StepMetrics(["a", "b", "none"], CPU)
+    step_weight = torch.tensor(10.0, dtype=torch.float64)
+    measured.add(batch, out._replace(loss_sum=(changed * out.nll).sum(), effective=changed), step_weight)
+    plain = StepMetrics(["a", "b", "none"], CPU)
+    plain.add(batch, out)
+    names = measured.class_names
+    means, before = (metrics.summarise(x.to_tensor().tolist(), names, has_dynamic=True) for x in (measured, plain))
+    assert means["loss"] == pytest.approx(float((changed * out.nll).sum()) * 10 / 3.75) != before["loss"]
+    for name, share in {"a": 2.0, "b": (0.5 * 1 + 1 * 0.5 + 0.25 * 0.25) / 1.75, "none": None}.items():
+        found = means["classes"][name]
+        assert found.pop("effective_weight") == (share and pytest.approx(share))
+        assert before["classes"][name].pop("effective_weight") == (share and 1.0)
+        assert found == before["classes"][name]
+
+
 def test_rows_without_weight_count_nothing():
     sums = []
     for multiple in (1, 8):
