@@ -80,6 +80,7 @@ LATER = (  # once the paper's are done
         guidance=(*GUIDANCE, (0.0, ""), (1.5, ""), (2.0, "")),
         title="C-RLFT, 10 % without class",
     ),
+    Row("dft", "c-rlft", options=("--loss.dynamic=dft",), title="C-RLFT with DFT"),
 )
 
 
