@@ -26,6 +26,7 @@ CHOICES = {
     "narrow": ("--optim.master_dtype=bfloat16", "--optim.moment_dtype=bfloat16"),
     "in backward": ("--optim.in_backward=true", "--optim.clip=0", "--data.bins_per_step=1"),
     "adapters": ("--lora.rank=4",),
+    "changed weights and their average": ("--loss.dynamic=eaft", "--optim.ema=0.9"),
 }
 
 
