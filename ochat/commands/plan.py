@@ -118,10 +118,10 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
 
 
 def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list[str]:
-    """Check that what is there of base, data and held-out data belongs together; a note where weights are not.
+    """Check that what is there of base, data, held-out sets and exams belongs together; a note where weights are not.
 
     Raises: ConfigError for attention that lacks what the model needs, or linears that cannot have its sizes; as
-    identity.check_inputs and hf.open_tensors.
+    identity.check_inputs, eval_sets.check_best and hf.open_tensors; DataError as ExactTask.read.
     """
     import torch
 
@@ -129,6 +129,7 @@ def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list
     from ochat.model.attention import backends
     from ochat.text import tokenizer as tokenizers
     from ochat.train import build, identity
+    from ochat.train.evaluations import sets as eval_sets
 
     if config.train.attention != "auto":
         dtype = getattr(torch, config.train.dtype)
@@ -139,7 +140,10 @@ def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list
     base = Path(config.base.path)
     held_out = build.open_held_out(config) if data else {}
     if data and any(base.glob("tokenizer*")):
-        identity.check_inputs(data, held_out.values(), tokenizers.load(config.base.path), model, config.base.path)
+        tokenizer = tokenizers.load(config.base.path)
+        identity.check_inputs(data, held_out.values(), tokenizer, model, config.base.path)
+        tasks = build.open_tasks(config, data, tokenizer, model)
+        eval_sets.check_best(config.checkpoint.best, held_out, tasks)
     if any(next(base.glob(pattern), None) for pattern in WEIGHTS):
         hf.open_tensors(base, model)
         return []

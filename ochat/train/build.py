@@ -131,8 +131,7 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
     held_out_loaders = {name: Loader(each, **place) for name, each in held_out.items()}  # one pass in a fixed order
     tokenizer, template = tokenizers.load(config.base.path), identity.served_template(dataset)
     identity.check_inputs(dataset, held_out.values(), tokenizer, model_config, config.base.path)
-    context = model_config.max_position_embeddings
-    tasks = eval_sets.open_tasks(config.eval, dataset, template, tokenizer, context)
+    tasks = open_tasks(config, dataset, tokenizer, model_config)
     eval_sets.check_best(config.checkpoint.best, held_out, tasks)
     if not layout.checkpoint_folders(Path(config.run.dir)):  # else it starts from a checkpoint
         hf.open_tensors(config.base.path, model_config)
@@ -154,6 +153,12 @@ def open_dataset(config: Config) -> TokenDataset:
 def open_held_out(config: Config) -> dict[str, TokenDataset]:
     """The held-out sets whose loss is measured, by name."""
     return eval_sets.open_sets(held_out_paths(config), config.classes, config.weights)
+
+
+def open_tasks(config: Config, dataset: TokenDataset, tokenizer: Tokenizer, model: ModelConfig) -> dict[str, ExactTask]:
+    """The exact-match tasks, by name, for the model that is trained on this data."""
+    template, context = identity.served_template(dataset), model.max_position_embeddings
+    return eval_sets.open_tasks(config.eval, dataset, template, tokenizer, context)
 
 
 def held_out_paths(config: Config) -> dict[str, Paths]:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from ochat.checkpoint.best import best_step
+from ochat.commands import plan
 from ochat.commands.report import ReportOptions
 from ochat.commands.report import main as report
 from ochat.data.prepare import prepare
@@ -111,7 +112,7 @@ def test_the_report_shows_every_set_and_the_best_of_it(run):
         assert text in page, text
 
 
-RISING = ["--optim.lr=0.2", "--train.eval_every=2", "--checkpoint.every=2", "--checkpoint.keep=0", "--data.epochs=4"]
+RISING = ["--optim.lr=0.2", "--train.eval_every=2", "--checkpoint.every=4", "--checkpoint.keep=0", "--data.epochs=4"]
 STOPS = [*RISING, "--train.stop_after=2", "--checkpoint.best=again.loss.GPT4"]
 
 
@@ -186,6 +187,8 @@ def test_what_is_not_measured_is_refused_before_the_first_step(world, tmp_path, 
     task = [f"--data.eval_path={world.data}", "--eval.exam.task=exact", f"--eval.exam.path={exam}"]
     with pytest.raises(ConfigError, match=needle):
         tiny.train(world, tmp_path / "run", *task, option)
+    with pytest.raises(ConfigError, match=needle):
+        plan.main(plan.PlanOptions(world.config), [*task, option])
     assert not (tmp_path / "run" / layout.METRICS).exists()
 
 
