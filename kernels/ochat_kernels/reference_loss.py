@@ -92,7 +92,7 @@ def by_chunks(
     if rows is None:
         rows = live_rows(labels, loss_weights)
     if chunk_rows is None:
-        chunk_rows = min(max(LOGITS_PER_CHUNK // weight.shape[0], 1024 if hidden.is_cuda else 256), 8192)
+        chunk_rows = rows_at_a_time(weight.shape[0], hidden.is_cuda)
     if grad_weight is not None:
         weight = weight.detach()
     options = passes, chunk_rows, softcap, weight_transform, dynamic, grad_weight, accumulate
@@ -151,6 +151,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.dtypes[1])
         return grad_hidden, grad_weight, *[None] * 10
+
+
+def rows_at_a_time(vocab_size: int, is_cuda: bool) -> int:
+    """Rows of a chunk of logits: LOGITS_PER_CHUNK numbers, within bounds."""
+    return min(max(LOGITS_PER_CHUNK // vocab_size, 1024 if is_cuda else 256), 8192)
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -196,12 +195,7 @@ class TokenDataset:
     def spans(self, index: int) -> list[Span]:
         """The stretches of an example, each of one role, with the weights that its record gives."""
         shard, at = self._locate(index)
-        held = slice(int(shard["span_offsets"][at]), int(shard["span_offsets"][at + 1]))
-        columns = (shard[name][held].tolist() for name in ("span_ends", "span_roles", "span_weights"))
-        return [
-            Span(end, ROLES[role], None if math.isnan(weight) else weight)
-            for end, role, weight in zip(*columns, strict=True)
-        ]
+        return shard.spans(at, self.class_names)
 
     def _read(self, index: int) -> Tokens:
         shard, at = self._locate(index)

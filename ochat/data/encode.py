@@ -5,6 +5,8 @@
 
 Fitting: trailing tokens of weight 0 are removed (nothing is learnt after them), what is still too long is cut on the
 right, and trailing tokens of weight 0 are removed again. Weights here are the record's own, or the role's default.
+Token weights multiply those of what is then left, and trailing tokens of weight 0 are removed once more. Held-out
+conversations get none: they measure every supervised token.
 
 A share of the prompts can be held out for evaluation. A hash of the prompt alone decides (the system text and the first
 user message, or the first message if there is none, without surrounding blanks), so all answers to a prompt are on the
@@ -23,15 +25,18 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ochat.data.readers import Batch
 from ochat.data.records import Record
 from ochat.data.rejected import Reject, refuse
+from ochat.data.scores.rewards import Rewards
+from ochat.data.scores.token_file import TokenWeights
 from ochat.data.store_writer import Sequences
 from ochat.errors import DataError
 from ochat.text import token_weights
@@ -95,6 +100,8 @@ class Encoder:
     over_long: OverLong
     held_out: float = 0.0  # share of the prompts
     ignores_conditions: bool = False  # a class that no prefix carries is no fault
+    token_weights: TokenWeights | None = None
+    rewards: Rewards | None = None  # in place of the records' own
 
     @cached_property
     def _named(self) -> frozenset[str]:
@@ -124,10 +131,14 @@ class Encoder:
 
     def _lay_out(self, record: Record, encoded: Encoded) -> list[_Layout]:
         """The record's conversations and their segments, of which only the texts are left to tokenise."""
-        notes, value = Notes(), record.value()
+        is_put = self.rewards and self.reader.reward_text  # classes are made of rewards
+        notes, value = Notes(), self.rewards.put(record) if self.rewards and is_put else record.value()
         if self._named and isinstance(value, dict):
             encoded.mapped |= self._named & value.keys()
         conversations = self.reader.read(value, notes, record.condition)
+        if self.rewards:
+            given = self.rewards.of(record.file, record.line, len(conversations))
+            conversations = [replace(each, reward=reward) for each, reward in zip(conversations, given, strict=True)]
         layouts = []
         for conversation in conversations:
             _check_numbers(conversation)
@@ -189,28 +200,29 @@ class Encoder:
     def _keep(
         self, encoded: Encoded, record: Record, conversation: Conversation, ids: list[int], spans: list[Span]
     ) -> None:
-        """Fit one sequence into the context, count it and append it to its split."""
-        split = encoded.splits[is_held_out(conversation, self.held_out)]
-        name = conversation.condition
-        if len(ids) > self.context:
-            if self.over_long == "error":
-                raise DataError(
-                    f"{record.location}: {len(ids)} tokens, the context is {self.context}: raise --context, or choose "
-                    "--over-long truncate or drop"
-                )
-            if self.over_long == "drop":
-                split.counts[name, "too_long"] += 1
-                return
+        """Fit one sequence into the context, weigh its tokens, count it and append it to its split."""
+        held_out = is_held_out(conversation, self.held_out)
+        split, name = encoded.splits[held_out], conversation.condition
+        spans, what = self._fit(record, spans)
+        if what in ("truncated", "unsupervised"):
             encoded.noted[LOST] += 1
-            spans = trim(cut(spans, self.context))
-            if num_supervised(spans) == 0:
-                split.counts[name, "unsupervised"] += 1
+        sequences = split.sequences
+        if spans and self.token_weights and not held_out:
+            try:
+                spans = self._weigh(self.token_weights, record, ids, spans)
+            except DataError as error:
+                encoded.rejects.append(refuse(record, str(error)))
                 return
-            ids = ids[: spans[-1].end]
-            split.counts[name, "truncated"] += 1
+            what = what if spans else "unsupervised"
+        if what:
+            split.counts[name, what] += 1
+        if not spans:
+            return
+        if self.token_weights and not held_out:
+            sequences.span_factors.append([span.factor for span in spans])
+        ids = ids[: spans[-1].end]
         split.counts.update({(name, "kept"): 1, (name, "tokens"): len(ids)})
         split.counts.update({(of, "supervised"): count for of, count in supervised_by_class(spans, name).items()})
-        sequences = split.sequences
         sequences.input_ids.append(np.array(ids, np.uint32))
         sequences.span_ends.append([span.end for span in spans])
         sequences.span_roles.append([ROLE_IDS[span.role] for span in spans])
@@ -221,6 +233,27 @@ class Encoder:
         sequences.rewards.append(math.nan if conversation.reward is None else conversation.reward)
         sequences.lines.append(record.line)
         sequences.files.append(record.file)
+
+    def _fit(self, record: Record, spans: list[Span]) -> tuple[list[Span], str]:
+        """The spans within the context, [] for none, and a name of the counts for what did not fit as it was."""
+        if spans[-1].end <= self.context:
+            return spans, ""
+        if self.over_long == "error":
+            raise DataError(
+                f"{record.location}: {spans[-1].end} tokens, the context is {self.context}: raise --context, or choose "
+                "--over-long truncate or drop"
+            )
+        if self.over_long == "drop":
+            return [], "too_long"
+        spans = trim(cut(spans, self.context))
+        return (spans, "truncated") if num_supervised(spans) else ([], "unsupervised")
+
+    def _weigh(self, given: TokenWeights, record: Record, ids: list[int], spans: list[Span]) -> list[Span]:
+        """The spans with the weights of their tokens, up to the last that is not 0; [] where all are. Raises:
+        DataError."""
+        fitted = np.array(ids[: spans[-1].end])
+        spans = trim(multiplied(spans, given.of(record.file, record.line, fitted, num_supervised(spans))))
+        return spans if num_supervised(spans) else []
 
 
 def trim(spans: list[Span]) -> list[Span]:
@@ -235,6 +268,23 @@ def cut(spans: list[Span], context: int) -> list[Span]:
     """The first `context` tokens."""
     begins = [0, *(span.end for span in spans)]
     return [s._replace(end=min(s.end, context)) for s, begin in zip(spans, begins, strict=False) if begin < context]
+
+
+def multiplied(spans: list[Span], weights: NDArray[np.float32]) -> list[Span]:
+    """The spans cut into runs of one token weight. `weights`: (num_supervised(spans),), of the labels in order; the
+    first token, which is no label, goes with the next."""
+    found: list[Span] = []
+    begin, used = 0, 0
+    for span in spans:
+        first, begin = max(begin, 1), span.end
+        if not span.is_supervised or span.end <= first:
+            found.append(span)
+            continue
+        factors = weights[used : used + span.end - first]
+        used += len(factors)
+        ends = np.append(np.flatnonzero(factors[1:] != factors[:-1]) + 1, len(factors))
+        found += [span._replace(end=first + int(end), factor=float(factors[end - 1])) for end in ends]
+    return found
 
 
 def num_supervised(spans: list[Span]) -> int:

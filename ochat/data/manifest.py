@@ -5,6 +5,7 @@
     check_files("data/train")                                # what `ochat prepare --check` runs
 
 A manifest of version 2 (`parts`) names shards in other folders by their paths; an earlier release merged sets that way.
+One of version 3 (`token_weights`) has shards with factors, which earlier releases would not see.
 The file may be damaged, belong to another program, or be written to harm, so its types and bounds are checked.
 """
 
@@ -24,7 +25,8 @@ from ochat.errors import ConfigError, DataError
 from ochat.files import atomic, bounded_json, checksums
 from ochat.text.chat.plain import NUM_PREFIXES
 
-FORMAT, VERSION, MERGED_VERSION = "ochat-tokens", 1, 2
+FORMAT, VERSION, MERGED_VERSION, WEIGHTED_VERSION = "ochat-tokens", 1, 2, 3
+TOKEN_WEIGHTS = "token_weights"  # the key that says which files they came from
 MANIFEST = "manifest.json"
 MAX_NAMES = 1 << 16  # classes or files of a shard, which numbers them in 16 bits
 # what decides which ids a conversation becomes and which conversations may be trained on: equal in sets that are joined
@@ -108,8 +110,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = bounded_json.read_object(path, DataError, AGAIN)
     if manifest.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a data set (format is not {FORMAT!r})")
-    if manifest.get("version") != (MERGED_VERSION if "parts" in manifest else VERSION):
-        known = f"{VERSION} and {MERGED_VERSION}"
+    plain = WEIGHTED_VERSION if TOKEN_WEIGHTS in manifest else VERSION
+    if manifest.get("version") != (MERGED_VERSION if "parts" in manifest else plain):
+        known = f"{VERSION} to {WEIGHTED_VERSION}"
         raise DataError(
             f"{path}: version {manifest.get('version')!r}, this ochat reads {known}: prepare the data again"
         )

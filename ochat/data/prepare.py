@@ -24,8 +24,11 @@ from ochat import console
 from ochat.data import rewards, shown
 from ochat.data.encode import Encoded, Encoder, OverLong, encode_all
 from ochat.data.inputs import find_inputs, missing_parts
+from ochat.data.manifest import TOKEN_WEIGHTS, WEIGHTED_VERSION, describe_file
 from ochat.data.readers import RecordFile, batches
 from ochat.data.rejected import RejectLog
+from ochat.data.scores.rewards import Rewards, read_rewards
+from ochat.data.scores.token_file import TokenWeights
 from ochat.data.shown import Shown
 from ochat.data.store_writer import StoreWriter, publish
 from ochat.errors import ConfigError, DataError
@@ -86,6 +89,11 @@ class PrepareOptions:
     # reasoning of assistant messages: as the template writes it, for the last answer alone, for all, or left out
     reasoning: template.ReasoningMode = "template"
     date: str = "2025-01-01"  # what a chat template writes as today's date
+    # a file of `ochat score` with a tensor `weights`, one for each supervised token: it multiplies the weight that the
+    # token gets in training. Held-out conversations get none
+    token_weights: str = ""
+    # JSON Lines or Parquet with record_id and reward: these stand in for the records' own rewards
+    reward_from: str = ""
     # share of the prompts (say 0.05) whose conversations go to OUTPUT-held-out instead, for evaluation; all answers to
     # one prompt (system text and first user message) stay together, on every machine and in every order
     held_out: float = 0.0
@@ -184,6 +192,8 @@ def run(options: PrepareOptions) -> PrepareReport:
             classes = [*writer.classes, *manifest.get("condition_from", {}).get("names", ())]
             manifest["prefixes"] = prefixes.describe(encoder.template, encoder.tokenizer, classes)
             manifest |= {"held_out": {"share": options.held_out, "side": side}} if options.held_out else {}
+            if encoder.token_weights and side == "train":
+                manifest |= {"version": WEIGHTED_VERSION, TOKEN_WEIGHTS: describe_file(encoder.token_weights.path)}
             if of > 1:
                 names = [Path(name).name for name in options.input]  # machines may have them in different folders
                 manifest["shard"] = {"number": number, "of": of, "input": names}
@@ -230,7 +240,9 @@ def _check_condition_from(options: PrepareOptions) -> None:
         raise ConfigError(f"--round-to {options.round_to}: a number above 0 is needed, such as 0.1")
 
 
-def _reward_text(options: PrepareOptions, reader: RecordReader, files: Sequence[RecordFile]) -> RewardText | None:
+def _reward_text(
+    options: PrepareOptions, reader: RecordReader, files: Sequence[RecordFile], given: Rewards | None
+) -> RewardText | None:
     """How rewards become classes; for quantiles all the input is read, also that of other shards."""
     if options.condition_from == "none":
         return None
@@ -238,7 +250,7 @@ def _reward_text(options: PrepareOptions, reader: RecordReader, files: Sequence[
         raise ConfigError(f"{FROM_REWARD} and --map {options.map}: both give classes; take condition and answers out")
     edges = options.bins
     if options.quantiles:
-        edges = rewards.quantile_edges((records for records, _ in batches(files)), reader, options.quantiles)
+        edges = rewards.quantile_edges((records for records, _ in batches(files)), reader, options.quantiles, given)
     return RewardText(edges, options.round_to, reader.attributes)
 
 
@@ -256,8 +268,13 @@ def _make_encoder(options: PrepareOptions, files: Sequence[RecordFile]) -> Encod
         options.format, options.default_condition, record_map.load(options.map) if options.map else RecordMap(),
         frozenset(options.ignore), options.empty_answers, form.attributes,
     )  # fmt: skip
-    reader = replace(reader, reward_text=_reward_text(options, reader, files))
-    return Encoder(tokens, form, reader, context, options.over_long, options.held_out, options.conditions == "ignore")
+    inputs = [file.name for file in files]
+    given = read_rewards(Path(options.reward_from), inputs) if options.reward_from else None
+    reader = replace(reader, reward_text=_reward_text(options, reader, files, given))
+    return Encoder(
+        tokens, form, reader, context, options.over_long, options.held_out, options.conditions == "ignore",
+        TokenWeights.open(Path(options.token_weights), inputs) if options.token_weights else None, given,
+    )  # fmt: skip
 
 
 def _check_rows(base: str, tokens: Tokenizer) -> None:

@@ -10,20 +10,25 @@ from collections.abc import Iterable
 import numpy as np
 
 from ochat.data.records import Record
+from ochat.data.scores.rewards import Rewards
 from ochat.errors import DataError
 from ochat.text.record_formats import RecordReader
 from ochat.text.records.objects import Notes
 
 
-def quantile_edges(batches: Iterable[list[Record]], reader: RecordReader, count: int) -> tuple[float, ...]:
-    """`count` - 1 rising edges. Records that cannot be read are left to the pass that refuses them.
+def quantile_edges(
+    batches: Iterable[list[Record]], reader: RecordReader, count: int, given: Rewards | None = None
+) -> tuple[float, ...]:
+    """`count` - 1 rising edges. Records that cannot be read are left to the pass that refuses them. `given`: rewards in
+    place of the records' own.
 
     Raises: DataError where rewards are too few or too often the same. Costs: reads all records; 8 bytes a record.
     """
     found = []
     for record in (record for batch in batches for record in batch):
         try:
-            found += [each.reward for each in reader.read(record.value(), Notes()) if each.reward is not None]
+            value = record.value() if given is None else given.put(record)
+            found += [each.reward for each in reader.read(value, Notes()) if each.reward is not None]
         except DataError:
             continue
     if not found:

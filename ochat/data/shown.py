@@ -5,7 +5,7 @@ for shown in conversations(Path("data/train"), [0, 17]): shown.spans
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -79,7 +79,12 @@ def conversations(folder: Path, indices: Sequence[int]) -> Iterator[Shown]:
 
 def first_of(sequences: Sequences) -> Shown:
     """The first of conversations that are being prepared, which is the first of its data set."""
-    spans = _spans(sequences.span_ends[0], sequences.span_roles[0], sequences.span_weights[0])
+    columns = (sequences.span_ends[0], sequences.span_roles[0], sequences.span_weights[0])
+    factors = sequences.span_factors[0] if sequences.span_factors else [1.0] * len(columns[0])
+    spans = [
+        Span(end, ROLES[role], _present(weight), factor=factor)
+        for end, role, weight, factor in zip(*columns, factors, strict=True)
+    ]
     place, reward = f"{sequences.files[0]}:{sequences.lines[0]}", _present(sequences.rewards[0])
     return Shown(0, sequences.conditions[0], place, reward, sequences.input_ids[0].tolist(), spans)
 
@@ -93,20 +98,14 @@ def _open(folder: Path) -> tuple[tuple[str, ...], list[Shard]]:
 
 def _read(shard: Shard, index: int, at: int, class_names: Sequence[str]) -> Shown:
     first, last = shard["offsets"][at : at + 2]
-    begin, end = shard["span_offsets"][at : at + 2]
-    columns = (shard[name][begin:end].tolist() for name in ("span_ends", "span_roles", "span_weights"))
     return Shown(
         index,
         class_names[int(shard.class_ids(slice(at, at + 1))[0])],
         f"{shard.files[shard['files'][at]]}:{shard['lines'][at]}",
         _present(float(shard["rewards"][at])),
         shard["input_ids"][first:last].tolist(),
-        _spans(*columns),
+        shard.spans(at, class_names),
     )
-
-
-def _spans(ends: Iterable[int], roles: Iterable[int], weights: Iterable[float]) -> list[Span]:
-    return [Span(*each) for each in zip(ends, (ROLES[role] for role in roles), map(_present, weights), strict=True)]
 
 
 def _present(number: float) -> float | None:

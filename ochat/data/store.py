@@ -13,12 +13,14 @@ of tokens with one role and one weight) it holds:
     lines        (S,)   int64                files        (S,)   uint16
     span_prefixes  (N,) uint8, which prefix that carries a condition the span is (text/prefixes.py); older sets lack it
     span_class_ids (N,) uint16, absent where each is the sequence's
+    span_factors (N,)   float32, only with --token-weights: what multiplies the weight that a span gets
 
 Opening reads headers, offsets and spans, to refuse a damaged file early; it never reads token ids.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +31,12 @@ from numpy.typing import NDArray
 
 from ochat.data import manifest
 from ochat.data.manifest import AGAIN, Prepared
-from ochat.data.weights import ROLES, WeightRule, own_weights
+from ochat.data.weights import FACTORS, ROLES, WeightRule, own_weights
 from ochat.errors import DataError
 from ochat.files.safetensors_file import open_file
 from ochat.text.chat.plain import NUM_PREFIXES
 from ochat.text.prefixes import OWN, PrefixTable
+from ochat.text.token_weights import Span
 
 COLUMNS = {  # name -> types, length by the letters above
     "input_ids": ("uint16 or uint32", "T"),
@@ -47,7 +50,7 @@ COLUMNS = {  # name -> types, length by the letters above
     "lines": ("int64", "S"),
     "files": ("uint16", "S"),
 }
-OPTIONAL = {"span_prefixes": ("uint8", "N"), "span_class_ids": ("uint16", "N")}
+OPTIONAL = {"span_prefixes": ("uint8", "N"), "span_class_ids": ("uint16", "N"), FACTORS: ("float32", "N")}
 BLOCK = 1 << 14  # sequences that one pass over a shard looks at together: what it holds stays small
 
 
@@ -166,6 +169,21 @@ class Shard:
             counts[first:last] = _count_labels(spans.begins, spans.ends, chosen, spans.starts)
         return counts
 
+    def spans(self, at: int, class_names: Sequence[str]) -> list[Span]:
+        """The stretches of sequence `at`, each of one role, class and weight. `class_names`: of all shards."""
+        held = slice(int(self["span_offsets"][at]), int(self["span_offsets"][at + 1]))
+        columns = (self[name][held].tolist() for name in ("span_ends", "span_roles", "span_weights"))
+        spans = [
+            Span(end, ROLES[role], None if math.isnan(weight) else weight)
+            for end, role, weight in zip(*columns, strict=True)
+        ]
+        if self.has_turn_classes:
+            numbers = self.class_map[self["span_class_ids"][held]].tolist()
+            spans = [span._replace(condition=class_names[i]) for span, i in zip(spans, numbers, strict=True)]
+        if FACTORS in self.columns:
+            spans = [span._replace(factor=x) for span, x in zip(spans, self[FACTORS][held].tolist(), strict=True)]
+        return spans
+
     def _spans(self, at: NDArray[np.integer], rule: WeightRule) -> _Spans:
         index, counts = self._places(at)
         starts = np.cumsum(counts) - counts
@@ -179,7 +197,9 @@ class Shard:
         elif rule.per_conversation_mean and len(starts):
             # a class may weigh 0, but never decides which labels are supervised: the record's own weights do
             num_tokens = np.repeat(_count_labels(begins, ends, own_weights(own, roles) != 0, starts), counts)
-        return _Spans(begins, ends, rule(own, roles, class_ids, rewards, num_tokens), class_ids, starts)
+        factors = self[FACTORS][index] if FACTORS in self.columns else None
+        weights = rule(own, roles, class_ids, rewards, num_tokens, factors)
+        return _Spans(begins, ends, weights, class_ids, starts)
 
 
 class Tokens(NamedTuple):

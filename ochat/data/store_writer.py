@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from ochat.data import manifest as manifests
 from ochat.data.manifest import FORMAT, MANIFEST, VERSION
-from ochat.data.weights import ROLES
+from ochat.data.weights import FACTORS, ROLES
 from ochat.errors import ConfigError, DataError
 from ochat.files import atomic
 
@@ -42,6 +42,7 @@ class Sequences:
     span_weights: list[list[float]] = field(default_factory=list)
     span_conditions: list[list[str]] = field(default_factory=list)  # of the span's message, or the conversation's
     span_prefixes: list[list[int]] = field(default_factory=list)  # as Span.prefix has them
+    span_factors: list[list[float]] = field(default_factory=list)  # of all sequences, or without token weights of none
     conditions: list[str] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -64,6 +65,7 @@ class Sequences:
             "rewards": np.array(self.rewards, np.float32),
             "lines": np.array(self.lines, np.int64),
             "files": _numbers(self.files, file_ids, "files"),
+            FACTORS: np.array([factor for factors in self.span_factors for factor in factors], np.float32),
         }
 
 
@@ -132,6 +134,8 @@ class StoreWriter:
         self._parts, self._num_tokens = [], 0
         if (joined["span_class_ids"] == np.repeat(joined["class_ids"], joined["span_counts"])).all():
             del joined["span_class_ids"]
+        if not len(joined[FACTORS]):
+            del joined[FACTORS]
         for counts, offsets in (("lengths", "offsets"), ("span_counts", "span_offsets")):
             joined[offsets] = np.cumsum(np.concatenate([np.zeros(1, np.int64), joined.pop(counts)]))
         path = self.folder / f"shard-{len(self._shards):05d}.safetensors"

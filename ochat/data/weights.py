@@ -5,7 +5,8 @@
 
 A span is supervised if its own weight is not 0; a missing weight counts as 1 for the assistant and 0 for all other
 roles. So an explicit 0 keeps an answer out of training for every source, and a class decides how much an answer counts,
-never which answers do.
+never which answers do. A token weight (`ochat prepare --token-weights`) is a factor on what the source gives: 0.3 under
+a class of weight 0.1 is 0.03, while a record's own 0.3 gives way to the class's 0.1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ochat.errors import ConfigError
 from ochat.text.token_weights import DEFAULT_WEIGHTS, ROLES
 
 ASSISTANT = ROLES.index("assistant")
+FACTORS = "span_factors"  # the column of token weights, which only some data sets have
 
 
 def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
@@ -67,12 +69,14 @@ class WeightRule:
         class_ids: NDArray[np.integer],
         rewards: NDArray[np.float32],
         num_tokens: NDArray[np.integer],
+        factors: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Weights (n,) float32 of n spans.
 
         `own` NaN where the record gives none; `class_ids` and `rewards` (NaN: none) of the span's conversation;
         `num_tokens` among which a mean shares the weight, after truncation: all of the span's message, or the
-        supervised labels of its conversation. With `classes` and `reward` a negative own weight lends its sign.
+        supervised labels of its conversation. `factors`: its token weight; None: 1 for all. With `classes` and `reward`
+        a negative own weight lends its sign.
         """
         weights = own_weights(own, roles)
         supervised = weights != 0
@@ -84,6 +88,8 @@ class WeightRule:
             weights = supervised
         if self.per_message_mean or self.per_conversation_mean:
             weights = weights / np.maximum(num_tokens, 1)
+        if factors is not None:
+            weights = weights * factors
         return np.asarray(weights, np.float32)
 
 

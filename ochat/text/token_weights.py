@@ -22,18 +22,19 @@ DEFAULT_WEIGHTS = np.array([default_weight(role) for role in ROLES], np.float32)
 
 
 class Span(NamedTuple):
-    """A run of tokens: exclusive end, role (one of ROLES), the record's weight."""
+    """A run of tokens: exclusive end, role (one of ROLES), the record's weight, the factor of --token-weights."""
 
     end: int
     role: str
     weight: float | None  # None: the record gives none
     condition: str | None = None  # of its message; None: the conversation's
     prefix: int = 0  # which of the template's prefix_texts it is; 0: none that carries a condition
+    factor: float = 1.0  # its token weight
 
     @property
     def own_weight(self) -> float:
-        """The weight that the record gives, else the role's default."""
-        return default_weight(self.role) if self.weight is None else self.weight
+        """The weight that the record gives, else the role's default, times the factor."""
+        return (default_weight(self.role) if self.weight is None else self.weight) * self.factor
 
     @property
     def is_supervised(self) -> bool:
