@@ -43,6 +43,7 @@ COMMANDS = {
     "chat": "talk to a model, and compare its classes",
     "serve": "serve an export with vLLM",
     "eval": "measure held-out answers under every class's prefix",
+    "score": "write what a model thinks of every supervised token",
     "answer": "answer AlpacaEval, MT-bench and Vicuna-bench",
     "report": "show runs as one HTML file",
     "represent": "map conversations of each class as models see them",

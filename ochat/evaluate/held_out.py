@@ -11,7 +11,7 @@ exchanged in the text of its headers, and a probe shows whether that is right fo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, pairwise
@@ -42,6 +42,7 @@ class HeldOut:
     spans: list[Span]
     condition: str  # its class
     conversation: Conversation | None = None  # that it was encoded from; None: of a prepared set
+    place: str = ""  # file:line of its record
 
     @classmethod
     def of(cls, conversation: Conversation, template: Template, tokenizer: Tokenizer) -> HeldOut:
@@ -209,25 +210,47 @@ def choose_conditions(
 
 
 def read_held_out(data: Paths, template: Template, tokenizer: Tokenizer) -> list[HeldOut]:
-    """The conversations with something supervised, of a prepared data set or of files as `ochat prepare` reads.
+    """The conversations with something supervised, as open_conversations reads them.
 
     Raises: DataError naming file and line of a record that is none, and where nothing is supervised.
     """
-
-    def parse(value: dict[str, Any]) -> HeldOut:
-        return HeldOut.of(record_formats.convert(value, attributes=template.attributes), template, tokenizer)
-
-    if is_prepared(data):
-        dataset = TokenDataset(data)
-        each = (HeldOut(one.input_ids, dataset.spans(index), one.condition) for index, one in enumerate(dataset))
-    else:
-        each = (held_out for path in folder_list(data) for _, held_out in parse_records(path, parse))
+    each = open_conversations(data, template, tokenizer)
     found = [held_out for held_out in each if num_supervised(held_out.spans)]
     if not found:
         raise DataError(
             f"{shown_paths(data)}: no conversation there has anything supervised: there is nothing to measure"
         )
     return found
+
+
+def open_conversations(data: Paths, template: Template, tokenizer: Tokenizer) -> Prepared | list[HeldOut]:
+    """The conversations of a prepared data set, or of files as `ochat prepare` reads, which are all held in memory.
+
+    Raises: DataError naming file and line of a record that is none.
+    """
+
+    def parse(value: dict[str, Any]) -> HeldOut:
+        return HeldOut.of(record_formats.convert(value, attributes=template.attributes), template, tokenizer)
+
+    if is_prepared(data):
+        return Prepared(TokenDataset(data))
+    records = (found for path in folder_list(data) for found in parse_records(path, parse))
+    return [replace(held_out, place=record.location) for record, held_out in records]
+
+
+class Prepared:
+    """The conversations of a prepared data set, each read when it is asked for."""
+
+    def __init__(self, dataset: TokenDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[HeldOut]:
+        for index, one in enumerate(self.dataset):
+            place = self.dataset.source_location(index)
+            yield HeldOut(one.input_ids, self.dataset.spans(index), one.condition, place=place)
 
 
 def select(conversations: Sequence[HeldOut], only_class: str | None, limit: int | None) -> list[HeldOut]:

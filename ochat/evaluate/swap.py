@@ -29,13 +29,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.data.batch import PackedBatch, pack
+from ochat.data.batch import Example, PackedBatch, pack
 from ochat.errors import DataError
 from ochat.evaluate import intervals
 from ochat.evaluate.held_out import HeldOut
 from ochat.model.attention.backends import Needs
 from ochat.model.attention.packed import PackedAttention, default_backend
-from ochat.model.transformer import Transformer
+from ochat.model.transformer import HeadFunction, Transformer
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
 from ochat.train.loss import head_loss
@@ -88,8 +88,7 @@ def swap_matrix(
     examples = [each.under(conditions, template, tokenizer) for each in conversations]
     sums = np.zeros((len(conditions), len(examples), 3))  # tokens, nll, correct
     for column in range(len(conditions)):
-        for places in passes(len(each[column].input_ids) for each in examples):
-            batch = pack([examples[i][column] for i in places], places, range(len(places)))  # a class for each
+        for places, batch in packs(each[column] for each in examples):
             np.add.at(sums[column], np.array(places)[batch.supervised_classes.numpy()], rows(model, batch))
             advance(len(places))
     tokens, nll, correct = sums.transpose(2, 1, 0)  # (n, C) each
@@ -107,14 +106,32 @@ def swap_matrix(
 def rows(model: Transformer, batch: PackedBatch) -> NDArray[np.float64]:
     """(R, 3) of the supervised rows: 1, negative log-likelihood in nats, and 1 where the largest logit is the label's
     or else 0."""
-    weight = model.embed.weight
-    batch = batch.to(weight.device)
-    config = model.config
+    batch = batch.to(model.embed.weight.device)
+    out = forward(model, batch, head_loss(ochat_kernels.load("reference"), model, batch))
+    return torch.stack([torch.ones_like(out.nll).double(), out.nll.double(), out.correct.double()], 1).cpu().numpy()
+
+
+def forward(model: Transformer, batch: PackedBatch, head: HeadFunction) -> Any:
+    """What the head gives for the supervised rows of a batch on the model's device."""
+    weight, config = model.embed.weight, model.config
     backend = default_backend(weight.device, Needs.of(config, model.compute_dtype or weight.dtype))
     attend = PackedAttention(batch.cu_seqlens, batch.max_seqlen, backend, batch.lengths, config.windows)
-    head = head_loss(ochat_kernels.load("reference"), model, batch)
-    out = model(batch.input_ids, batch.position_ids, attend, head, batch.supervised_rows)
-    return torch.stack([torch.ones_like(out.nll).double(), out.nll.double(), out.correct.double()], 1).cpu().numpy()
+    return model(batch.input_ids, batch.position_ids, attend, head, batch.supervised_rows)
+
+
+def packs(examples: Iterable[Example]) -> Iterator[tuple[list[int], PackedBatch]]:
+    """(places, batch) of each pass over examples that come one at a time; a row's class is its example's number in the
+    batch. Memory: the examples of a pass."""
+    waiting: dict[int, Example] = {}
+
+    def lengths() -> Iterator[int]:
+        for place, example in enumerate(examples):
+            if len(example.input_ids):
+                waiting[place] = example
+            yield len(example.input_ids)
+
+    for places in passes(lengths()):
+        yield places, pack([waiting.pop(place) for place in places], places, range(len(places)))
 
 
 def passes(lengths: Iterable[int]) -> Iterator[list[int]]:

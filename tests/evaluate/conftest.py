@@ -7,14 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ochat_kernels
 import pytest
+import torch
 
 from ochat.infer.generate import generate
 from ochat.model import hf
+from ochat.model.transformer import Transformer
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
 from tests import tiny
+from tests.model import test_init_base
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +36,21 @@ def other_base(tmp_path_factory):
     tokenizer["added_tokens"].append(tokenizer["added_tokens"][-1] | {"content": "<more>", "id": 259})
     file.write_text(json.dumps(tokenizer))
     return folder / "other"
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A model in float64 far from uniform predictions, a template and a tokenizer."""
+    folder = tmp_path_factory.mktemp("swap")
+    test_init_base.write_json_tokenizer(folder)
+    tokenizer = tokenizers.load(folder, ("<|end_of_turn|>",))
+    config = replace(test_init_base.CONFIG, vocab_size=tokenizer.vocab_size)
+    model = Transformer(config, ochat_kernels.load("reference"))
+    model.initialize(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # far from uniform predictions, so that a wrong row or prefix shows
+    return model.double(), templates.load("openchat_v3.2"), tokenizer
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

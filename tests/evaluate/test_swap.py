@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import ochat_kernels
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,27 +16,12 @@ from ochat.errors import ConfigError, DataError
 from ochat.evaluate import swap
 from ochat.evaluate.held_out import HeldOut, read_held_out
 from ochat.evaluate.swap import Sums
-from ochat.model.transformer import Transformer, pack_ids
+from ochat.model.transformer import pack_ids
 from ochat.text import template as templates
 from ochat.text import tokenizer as tokenizers
 from ochat.text.conversation import Conversation, Message
 from tests import text_kit
-from tests.model import test_init_base
 from tests.tiny import mixed_conversations, write_lines, write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("swap")
-    test_init_base.write_json_tokenizer(folder)
-    tokenizer = tokenizers.load(folder, ("<|end_of_turn|>",))
-    config = replace(test_init_base.CONFIG, vocab_size=tokenizer.vocab_size)
-    model = Transformer(config, ochat_kernels.load("reference"))
-    model.initialize(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(5)  # far from uniform predictions, so that a wrong row or prefix shows
-    return model.double(), templates.load("openchat_v3.2"), tokenizer
 
 
 def chat(condition: str, *texts: str, weight: float | None = None) -> Conversation:
