@@ -281,13 +281,16 @@ def test_every_recipe_of_the_page_runs_and_its_weights_prepare(world, chats, exp
     count = len(chats.read_text().splitlines())
     write_lines(Path("rewards.jsonl"), [{"record_id": f"chats.jsonl:{i + 1}", "reward": i % 7} for i in range(count)])
     found = blocks("python", page)
-    assert len(found) == 5
+    assert len(found) == 4
     for number, code in enumerate(found):
         Path("token_weights.safetensors").unlink(missing_ok=True)
         exec(compile(code, f"docs/scoring.md, block {number}", "exec"), {})
-        more = {"token_weights": "token_weights.safetensors"} if Path("token_weights.safetensors").exists() else {}
-        source = "chats.jsonl" if more else "classed.jsonl"
-        prepare([source], world.base, "openchat_v3.2", f"data/{number}", progress=False, **more)
-        classes = set(TokenDataset(f"data/{number}").class_names)
-        assert classes == ({"GPT3", "GPT4"} if more else {"low", "mid", "high"})
-    prepare(["chats.jsonl"], world.base, "openchat_v3.2", "data/rewards", reward_from="rewards.jsonl", progress=False)
+        more = {"token_weights": "token_weights.safetensors", "progress": False}
+        prepare(["chats.jsonl"], world.base, "openchat_v3.2", f"data/{number}", **more)
+        assert set(TokenDataset(f"data/{number}").class_names) == {"GPT3", "GPT4"}
+    records = [json.loads(line) for line in Path("chats.jsonl").read_text().splitlines()]
+    write_lines(Path("chats.jsonl"), [{"items": record["items"]} for record in records])
+    more = {"reward_from": "rewards.jsonl", "condition_from": "reward", "quantiles": 3, "progress": False}
+    prepare(["chats.jsonl"], world.base, "openchat_v3.2", "data/classed", **more)
+    data = TokenDataset("data/classed")
+    assert [each.condition for each in data] == [f"reward:{(i % 7 >= 2) + (i % 7 >= 4)}" for i in range(count)]
