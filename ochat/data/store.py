@@ -105,9 +105,11 @@ class Shard:
         """Places among the classes of all shards, of the sequences `at`."""
         return self.class_map[self["class_ids"][at]]
 
-    def span_class_ids(self, at: NDArray[np.integer]) -> NDArray[np.uint16]:
-        """(n,) the same of the spans of the sequences `at`, each of its message."""
-        index, counts = self._places(at)
+    def _span_class_ids(
+        self, at: NDArray[np.integer], index: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> NDArray[np.uint16]:
+        """(n,) the same of the spans of the sequences `at`, each of its message; `index` and `counts`: their
+        _places."""
         if not self.has_turn_classes:
             return np.repeat(self.class_ids(at), counts)
         return self.class_map[self["span_class_ids"][index]]
@@ -122,7 +124,8 @@ class Shard:
 
     def classes_of(self, at: NDArray[np.integer]) -> NDArray[np.uint16]:
         """The classes of the messages with a weight in the sequences `at`, each once."""
-        return np.unique(self.span_class_ids(at)[self._are_trained(self._places(at)[0])])
+        index, counts = self._places(at)
+        return np.unique(self._span_class_ids(at, index, counts)[self._are_trained(index)])
 
     def _places(self, at: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the spans of the sequences `at` (n,) are, one after another, and how many each has."""
@@ -141,20 +144,19 @@ class Shard:
         if under is None or (under == OWN).all():
             ids = self["input_ids"][ranges(starts, ends - starts)]
         else:
-            ids, counts = self._exchanged(at, starts, spans, under)
+            ids, counts = self._exchanged(starts, spans, under)
         return Tokens(ids, np.repeat(spans.loss_weights, counts), np.repeat(spans.class_ids, counts))
 
     def _exchanged(
-        self, at: NDArray[np.integer], starts: NDArray[np.integer], spans: _Spans, under: NDArray[np.integer]
+        self, starts: NDArray[np.integer], spans: _Spans, under: NDArray[np.integer]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The ids of spans, of which prefixes have those `under` other conditions, and the tokens of each span."""
-        index, num_spans = self._places(at)
-        numbers, classes = self["span_prefixes"][index], np.repeat(under, num_spans)
+        numbers, classes = self["span_prefixes"][spans.index], np.repeat(under, spans.counts)
         are_own = (numbers == 0) | (classes == OWN)
         counts = np.where(are_own, spans.ends - spans.begins, self.table.counts[numbers, classes])
         ids, begins = np.empty(counts.sum(), np.int64), np.cumsum(counts) - counts
         for which, source, firsts in (
-            (are_own, self["input_ids"], np.repeat(starts, num_spans) + spans.begins),
+            (are_own, self["input_ids"], np.repeat(starts, spans.counts) + spans.begins),
             (~are_own, self.table.ids, self.table.starts[numbers, classes]),
         ):
             ids[ranges(begins[which], counts[which])] = source[ranges(firsts[which], counts[which])]
@@ -189,7 +191,7 @@ class Shard:
         starts = np.cumsum(counts) - counts
         ends = self["span_ends"][index]
         begins = _begins(ends, starts)
-        class_ids = self.span_class_ids(at)
+        class_ids = self._span_class_ids(at, index, counts)
         rewards = np.repeat(self["rewards"][at], counts)
         own, roles, num_tokens = self["span_weights"][index], self["span_roles"][index], ends - begins
         if rule.per_message_mean:
@@ -199,7 +201,7 @@ class Shard:
             num_tokens = np.repeat(_count_labels(begins, ends, own_weights(own, roles) != 0, starts), counts)
         factors = self[FACTORS][index] if FACTORS in self.columns else None
         weights = rule(own, roles, class_ids, rewards, num_tokens, factors)
-        return _Spans(begins, ends, weights, class_ids, starts)
+        return _Spans(index, counts, begins, ends, weights, class_ids, starts)
 
 
 class Tokens(NamedTuple):
@@ -213,6 +215,8 @@ class Tokens(NamedTuple):
 class _Spans(NamedTuple):
     """The n spans of some sequences, one after another."""
 
+    index: NDArray[np.int64]  # (n,) places in the shard's columns of spans
+    counts: NDArray[np.int64]  # of each sequence: its spans
     begins: NDArray[np.int32]  # (n,) within the sequence, as are ends
     ends: NDArray[np.int32]  # (n,)
     loss_weights: NDArray[np.float32]  # (n,)
