@@ -85,7 +85,7 @@ def with_empty(documents: Documents) -> Documents:
 
 def _laid_out(real: list[int], num_documents: int | None, device: torch.device) -> Documents:
     total, places = sum(real), tuple(range(len(real)))
-    ids, weights, classes = np.zeros(total, np.int64), np.zeros(total, np.float32), np.zeros(len(real), np.int64)
+    ids, weights, classes = np.zeros(total, np.int64), np.zeros(total, np.float32), np.zeros(total, np.int64)
     packed = batch.assemble(ids, weights, np.array(real), classes, places, pad_to=total, num_documents=num_documents)
     return Documents(packed.cu_seqlens.to(device), packed.max_seqlen, list(packed.lengths))
 
