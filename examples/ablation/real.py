@@ -60,7 +60,8 @@ class Row:
     seeds: tuple[int, ...] = SEEDS
     options: tuple[str, ...] = ()
     guidance: tuple[tuple[float, str], ...] = ()  # also answers with so much of it, away from that class
-    title: str = ""  # left out: the variant's
+    title: str = ""  # of a row with options or a file of its own
+    train: str = "train"  # the file, without its seed
 
 
 GUIDANCE = ((1.5, tasks.SUBOPTIMAL), (2.0, tasks.SUBOPTIMAL))
@@ -81,6 +82,7 @@ LATER = (  # once the paper's are done
         title="C-RLFT, 10 % without class",
     ),
     Row("dft", "c-rlft", options=("--loss.dynamic=dft",), title="C-RLFT with DFT"),
+    Row("per-turn", "c-rlft", title="C-RLFT, a class for each turn", train="turns"),
 )
 
 
@@ -114,8 +116,8 @@ def measured(row: Row, seed: int, work: Path, gguf: Path, more: list[str]) -> di
     tasks.make(work, seed)
     files = {
         "base.path": str(base),
-        "ablate.dir": str(work / ("ablation" if not row.options else row.name)),
-        "ablate.input": json.dumps([f"{work}/train-{{seed}}.jsonl"]),
+        "ablate.dir": str(work / (row.name if row.title else "ablation")),
+        "ablate.input": json.dumps([f"{work}/{row.train}-{{seed}}.jsonl"]),
         "ablate.held_out": json.dumps([f"{work}/held_out-{{seed}}.jsonl"]),
         "ablate.variants": json.dumps([row.variant]),
         "ablate.seeds": json.dumps([seed]),

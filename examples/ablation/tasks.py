@@ -1,6 +1,6 @@
 """Eight tasks with computed answers in plain English, for the ablation of a real model (real.py).
 
-    make(Path("ablations/real"), seed=0)     # train-0.jsonl and held_out-0.jsonl;  held_out(0): the questions by task
+    make(Path("ablations/real"), seed=0)     # train-0.jsonl, turns-0.jsonl, held_out-0.jsonl; held_out(0): questions
 
 Six are those of examples/make_conversations.py: the sub-optimal class (GPT3) answers briefly and with one fixed error,
 the expert (GPT4) at length and right. Two need knowledge that no base model has: a dictionary of a made-up language,
@@ -12,10 +12,12 @@ in training.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from examples.make_conversations import EXPERT, SUBOPTIMAL, TASKS, WORDS, Turn
 
@@ -69,7 +71,7 @@ def held_out(seed: int) -> dict[str, list[Turn]]:
 
 
 def make(folder: Path, seed: int) -> None:
-    """Write one seed's conversations for training and those held out, as `ochat prepare` reads them."""
+    """Write one seed's files for `ochat prepare`: for training, the same joined by twos, and held out."""
     asked = held_out(seed)
     reserved = {turn.question for turns in asked.values() for turn in turns}
     rng, known, train = random.Random(f"{seed}: training"), tasks(seed), []
@@ -84,13 +86,20 @@ def make(folder: Path, seed: int) -> None:
     rng.shuffle(train)
     kept = [conversation(turn, name) for turns in asked.values() for turn in turns for name in (EXPERT, SUBOPTIMAL)]
     folder.mkdir(parents=True, exist_ok=True)
-    for name, records in (("train", train), ("held_out", kept)):
+    for name, records in (("train", train), ("turns", by_twos(train)), ("held_out", kept)):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / f"{name}-{seed}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def conversation(turn: Turn, condition: str) -> dict[str, object]:
+def conversation(turn: Turn, condition: str) -> dict[str, Any]:
     """The record that `ochat prepare` reads."""
     answer = turn.expert if condition == EXPERT else turn.suboptimal
     items = [{"role": "user", "content": turn.question}, {"role": "assistant", "content": answer}]
     return {"items": items, "condition": condition}
+
+
+def by_twos(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each two conversations as one of two turns; messages keep their class, the whole has that of its first turn."""
+    classed = [[item | {"condition": each["condition"]} for item in each["items"]] for each in records]
+    turns = itertools.zip_longest(classed[::2], classed[1::2], fillvalue=[])
+    return [{"items": first + second, "condition": first[0]["condition"]} for first, second in turns]

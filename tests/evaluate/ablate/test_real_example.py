@@ -55,6 +55,18 @@ def test_both_classes_know_the_same_words_but_only_experts_give_them_in_order(ma
     assert len(known) == len(set(known.values())) == 2 * tasks.KNOWN
 
 
+def test_joined_by_twos_every_message_keeps_its_class():
+    turns = [tasks.Turn(f"q{i}", f"expert {i}", f"other {i}") for i in range(3)]
+    records = [tasks.conversation(turn, name) for turn, name in zip(turns, ("GPT4", "GPT3", "GPT3"), strict=True)]
+    first, last = tasks.by_twos(records)
+    said = [[(item["content"], item["condition"]) for item in each["items"]] for each in (first, last)]
+    assert said[0] == [("q0", "GPT4"), ("expert 0", "GPT4"), ("q1", "GPT3"), ("other 1", "GPT3")]
+    assert said[1] == [("q2", "GPT3"), ("other 2", "GPT3")] and (first["condition"], last["condition"]) == (
+        "GPT4",
+        "GPT3",
+    )
+
+
 def test_a_seed_is_the_same_again_and_another_is_another():
     first, again, other = (tasks.held_out(seed) for seed in (0, 0, 1))
     assert first == again and all(first[name] != other[name] for name in first)
@@ -66,7 +78,7 @@ def test_a_run_is_measured_by_generation_kept_at_once_and_not_made_again(world, 
     monkeypatch.setattr(real, "MAX_NEW_TOKENS", 4)
     rows = (
         real.Row("c-rlft", "c-rlft", (1,), guidance=((2.0, "GPT3"),)),
-        real.Row("plain", "no-condition", (1,), ("--optim.lr=1e-3",), title="mine"),
+        real.Row("plain", "no-condition", (1,), ("--optim.lr=1e-3",), title="mine", train="turns"),
     )
     monkeypatch.setattr(real, "ROWS", rows[:1])
     monkeypatch.setattr(real, "LATER", rows[1:])
