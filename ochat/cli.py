@@ -28,7 +28,7 @@ from rich.padding import Padding
 from ochat import __version__, overrides
 from ochat import config as configuration
 from ochat.config import Section
-from ochat.console import complain, configure_logging
+from ochat.console import complain, configure_logging, tell
 from ochat.errors import OchatError, UsageError
 
 COMMANDS = {
@@ -36,7 +36,7 @@ COMMANDS = {
     "prepare": "turn conversations into a data set of token ids and weights",
     "show": "show conversations of a data set as they are trained",
     "plan": "show what a run will do: steps, packing, learning rate",
-    "train": "train on one process (many: torchrun -m ochat.train)",
+    "train": "train, on one GPU or many",
     "export": "write a checkpoint as a Hugging Face folder",
     "verify-export": "compare a server's ids and answers with training's",
     "generate": "answer prompts under a condition",
@@ -82,7 +82,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
         complain(error)
         sys.exit(error.exit_code if isinstance(error, OchatError) else 1)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted")
+        tell("interrupted")
         sys.exit(128 + signal.SIGINT)
 
 

@@ -10,11 +10,13 @@ Notes and results go to stdout; bars to stderr, only on a terminal, and they van
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich import progress
 from rich.console import Console, RenderableType
@@ -90,9 +92,28 @@ def complain(error: OchatError | OSError) -> None:
     """Print an error on stderr. Every rank prints and names itself: an error may be one rank's alone."""
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f"rank {rank}: "
-    Console(stderr=True, highlight=False).print(
-        f"{where}[bold red]{type(error).__name__}[/]: {escape(message(error))}", soft_wrap=True
-    )
+    tell(f"[bold red]{type(error).__name__}[/]: {escape(message(error))}", where)
+
+
+def tell(text: str, where: str = "") -> None:
+    """Print a line of markup on stderr, after `where`; once where several processes of this machine have the same."""
+    if _is_first_to_say(text):
+        Console(stderr=True, highlight=False).print(f"{where}{text}", soft_wrap=True)
+
+
+def _is_first_to_say(text: str) -> bool:
+    """Whether no other process of this launch on this machine was before: a file's name, in the folder that torchrun
+    gives its processes, says so."""
+    if (file := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:  # FOLDER/RANK/error.json
+        return True
+    mark = Path(file).parents[1] / f"said_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def stdin_lines() -> Iterator[str]:

@@ -44,6 +44,14 @@ class RanksError(OchatError):
     exit_code = 3
 
 
+class Interrupted(OchatError):
+    """A signal stopped the run, and its state is saved; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, steps_done: int, number: int):
+        super().__init__(f"saved at step {steps_done}; start the same command again to continue")
+        self.exit_code = 128 + number
+
+
 class ServerError(OchatError):
     """A server that answers questions refuses a request, or keeps failing; gives its words. The same command resumes
     from the answers kept."""

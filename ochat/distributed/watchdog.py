@@ -40,7 +40,7 @@ from torch._C import _distributed_c10d as c10d  # the recorders have no public n
 from ochat import background
 from ochat.console import complain
 from ochat.distributed.processes import Ranks
-from ochat.errors import OchatError, RanksError
+from ochat.errors import Interrupted, RanksError
 from ochat.files import atomic
 
 log = logging.getLogger(__name__)
@@ -225,14 +225,6 @@ class Watchdog:
 
 def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-class Interrupted(OchatError):
-    """A signal stopped the run, and its state is saved; `exit_code` is 128 + the signal's number."""
-
-    def __init__(self, steps_done: int, number: int):
-        super().__init__(f"stopped after step {steps_done} by a signal; start the same command again to continue")
-        self.exit_code = 128 + number
 
 
 class StopSignal:

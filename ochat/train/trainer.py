@@ -1,6 +1,6 @@
 """Train a run: build, load, loop, step.
 
-    torchrun --nproc-per-node 2 -m ochat.train CONFIG.toml --run.dir=runs/a   (one process: ochat train CONFIG.toml)
+    ochat train CONFIG.toml --gpus 2 --run.dir=runs/a
 
 The loss of a step is sum(w * nll) / sum |w| over all its bins, for any number of ranks and micro-batches. The step
 number decides the data, so a checkpoint stores no loader state. Nothing in a step waits for the device; the metrics are

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ochat.distributed import processes
-from ochat.distributed.watchdog import SIGNALS, Interrupted, StopSignal
+from ochat.distributed.watchdog import SIGNALS, StopSignal
+from ochat.errors import Interrupted
 from tests.tiny import ROOT, environment
 
 
@@ -39,13 +40,14 @@ def test_a_signal_asks_for_a_stop_and_a_second_ctrl_c_ends_at_once(number):
         assert stop.requested_anywhere()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(Interrupted, match="after step 3") as stopped:
+        with pytest.raises(Interrupted, match="saved at step 3") as stopped:
             stop.stop(3)
     assert stopped.value.exit_code == 128 + number and signal.getsignal(number) == before
 
 
 SCRIPT = """
 import atexit, os, sys
+from ochat.config import Config, TrainConfig
 from ochat.errors import ConfigError
 from types import SimpleNamespace
 from ochat import cli
@@ -63,7 +65,7 @@ def train(config):
         raise {"fail": ConfigError("wrong"), "disk": OSError(13, "wrong", "/some/where")}[sys.argv[1]]
 
 atexit.register(lambda: print("goodbye"))
-train_command.configuration = SimpleNamespace(load=lambda *_: None)
+train_command.configuration = SimpleNamespace(load=lambda *_: Config(train=TrainConfig(device="cpu")))
 trainer.train = train
 cli.call("train", ["run.toml"])
 """
