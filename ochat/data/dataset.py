@@ -16,7 +16,6 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,11 @@ from ochat.data import manifest, store
 from ochat.data.batch import Example, PackedBatch, assemble
 from ochat.data.manifest import MANIFEST, Prepared
 from ochat.data.store import Shard, Tokens
-from ochat.data.weights import ROLES, WeightRule, reward_weights
+from ochat.data.weights import ROLES, WeightRule, are_unusable
 from ochat.errors import ConfigError, DataError
 from ochat.text.reward_text import RewardText
 from ochat.text.template import Span, Template
+from ochat.text.token_weights import MAX_WEIGHT
 
 Paths = str | Path | Sequence[str | Path]  # a folder, or the folders of one input's shards
 
@@ -42,9 +42,9 @@ class TokenDataset:
 
     `classes` and `weights` decide what a supervised token weighs (weights.py). `only_class` keeps one class,
     `subsample` a share of each class that it names: the same conversations for the same seed, and a smaller share
-    is part of a larger one. Raises DataError for a folder that is no data set, is incomplete, or lacks a reward
-    that `weights` asks for (with its place); ConfigError for an unknown class, for a selection that leaves nothing
-    and for sets of different templates or tokenizers.
+    is part of a larger one. Raises DataError for a folder that is no data set, is incomplete, lacks a reward that
+    `weights` asks for or has a weight too large to train with (with its place); ConfigError for an unknown class, for a
+    selection that leaves nothing and for sets of different templates or tokenizers.
     """
 
     folders: dict[str, list[Prepared]]  # folders and manifests of each set
@@ -91,8 +91,8 @@ class TokenDataset:
         self.lengths = self._column(np.int64, Shard.lengths)
         self.present = tuple(self.class_names[i] for i in self._present())
         self._rule = WeightRule(weights or WeightsConfig(), classes or {}, self.class_names, self.present)
-        self._check_rewards()
-        self.supervised = self._column(np.int32, lambda shard: shard.count_supervised(self._rule))
+        self._check_weights()
+        self.supervised = self._count_labels(lambda weights: weights != 0)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -173,8 +173,7 @@ class TokenDataset:
 
     def has_negative_weights(self) -> bool:
         """Whether the weight of some label is below 0. Costs: a pass over the spans, as opening does."""
-        count = partial(Shard.count_supervised, rule=self._rule, only_negative=True)
-        return bool(self._column(np.int32, count).any())
+        return bool(self._count_labels(lambda weights: weights < 0).any())
 
     def mean_weight(self, name: str, sample: int = 200) -> float:
         """Mean |weight| of the supervised tokens of a class in the first `sample` conversations that hold it."""
@@ -234,20 +233,25 @@ class TokenDataset:
             column[first : first + len(shard)] = read(shard)
         return column if self._kept is None else column[self._kept]
 
-    def _check_rewards(self) -> None:
-        """Raises DataError naming the first conversation whose weight the reward field cannot give."""
-        if not self._rule.needs_reward:
+    def _count_labels(self, are_counted: Callable[[NDArray[np.float32]], NDArray]) -> NDArray[np.int32]:
+        """(S,) labels whose weights are counted. Costs: a pass over the spans."""
+        return self._column(np.int32, lambda shard: shard.count_labels(self._rule, are_counted))
+
+    def _check_weights(self) -> None:
+        """Raises DataError naming the first conversation with a weight that cannot be trained with."""
+        wrong = np.flatnonzero(self._count_labels(are_unusable))
+        if not len(wrong):
             return
-        rewards = self._column(np.float32, lambda shard: shard["rewards"])
-        with np.errstate(over="ignore"):
-            wrong = np.flatnonzero(~np.isfinite(reward_weights(rewards, self._rule.beta).astype(np.float32)))
-        if len(wrong):
-            first = int(wrong[0])
-            what = "no reward" if np.isnan(rewards[first]) else f"the reward {rewards[first]}, whose weight is infinite"
-            raise DataError(
-                f'{self.source_location(first)}: the record has {what}, and weights.source = "reward" needs one in '
-                f"every record ({len(wrong)} such)"
-            )
+        first = int(wrong[0])
+        shard, at = self._locate(first)
+        weights, reward = self._read(first).loss_weights, shard["rewards"][at]
+        weight = weights[are_unusable(weights)][0]
+        what = f"the record gives a token the weight {weight:.3g}; at most {MAX_WEIGHT:g} is used"
+        if self._rule.needs_reward:
+            what = f"the record has the reward {reward:.6g}, whose weight is infinite or more than {MAX_WEIGHT:g}"
+            if np.isnan(reward):
+                what = 'the record has no reward, and weights.source = "reward" needs one in every record'
+        raise DataError(f"{self.source_location(first)}: {what} ({len(wrong)} such): correct the data")
 
 
 def folder_list(paths: Paths) -> list[Path]:

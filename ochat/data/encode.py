@@ -44,7 +44,7 @@ from ochat.text.conversation import Conversation
 from ochat.text.record_formats import RecordReader, is_empty_answer
 from ochat.text.records.objects import Notes
 from ochat.text.template import Template
-from ochat.text.token_weights import ROLE_IDS, Segment, Span
+from ochat.text.token_weights import MAX_WEIGHT, ROLE_IDS, Segment, Span
 from ochat.text.tokenizer import Tokenizer
 
 OverLong = Literal["truncate", "drop", "error"]
@@ -326,13 +326,15 @@ def _texts(conversation: Conversation) -> list[str]:
 
 
 def _check_numbers(conversation: Conversation) -> None:
-    """Raises DataError for a weight or reward that the store's float32 would turn into infinity."""
-    numbers = [("reward", conversation.reward)]
+    """Raises DataError for a reward that the store's float32 would turn into infinity, and for a weight that is too
+    large to train with."""
+    numbers = [("reward", conversation.reward, FLOAT32_MAX)]
     for i, message in enumerate(conversation.items):
-        numbers += [(f"items[{i}].weight", w) for w in (message.weight, *(span.weight for span in message.spans))]
-    for name, number in numbers:
-        if number is not None and abs(number) > FLOAT32_MAX:
-            raise DataError(f"{name}: {number} is too large, the largest number is {FLOAT32_MAX:.3g}")
+        weights = (message.weight, *(span.weight for span in message.spans))
+        numbers += [(f"items[{i}].weight", weight, MAX_WEIGHT) for weight in weights]
+    for name, number, most in numbers:
+        if number is not None and abs(number) > most:
+            raise DataError(f"{name}: {number} is too large, the largest number is {most:.3g}")
 
 
 def encode_all(batches: Iterable[Batch], encoder: Encode, num_workers: int) -> Iterator[tuple[Encoded, int]]:

@@ -29,6 +29,8 @@ from ochat.errors import ConfigError, DataError
 T = TypeVar("T")
 PACKAGES = {"zstd": "zstandard", "Parquet": "pyarrow", "Arrow": "pyarrow"}  # that reading them needs
 BATCH_RECORDS, BATCH_BYTES = 512, 1 << 20  # enough to be worth a message to another process
+# What no real file unpacks to. A few kilobytes can hold a text of megabytes that thousands of rows share
+UNPACKED_TIMES, UNPACKED_BYTES = 1000, 1 << 26
 Batch = tuple[list[Record], int]  # records, and the bytes of all files read by then
 
 
@@ -66,7 +68,7 @@ class RecordFile:
         last, damage = Record(self.name, 0, 0, b""), ""
         try:
             with self.path.open("rb") as raw:
-                for line, data, error in self._rows() if self._kind in kinds.TABLES else pieces.cut(self._text(raw)):
+                for line, data, error in self._pieces(raw):
                     if last.number:
                         yield last
                     last = Record(self.name, line, last.number + 1, data, error, False, self.condition, self.columns)
@@ -76,6 +78,17 @@ class RecordFile:
             yield replace(last, is_last=not damage and self._kind not in kinds.TABLES)
         if damage := damage or self._junk:
             yield Record(self.name, last.line + last.data.count(b"\n") + 1, last.number + 1, b"", damage)
+
+    def _pieces(self, raw: BinaryIO) -> Iterator[Piece]:
+        """The records. Raises: DamagedError where they are more than a file of this size can sensibly hold."""
+        left = max(UNPACKED_TIMES * self.size, UNPACKED_BYTES)
+        for piece in self._rows() if self._kind in kinds.TABLES else pieces.cut(self._text(raw)):
+            if (left := left - len(piece[1])) < 0:
+                raise DamagedError(
+                    f"what the file holds is more than {UNPACKED_TIMES:,} times its {self.size:,} bytes, as of a text "
+                    "of megabytes that rows share; if it is meant, write plain JSON Lines"
+                )
+            yield piece
 
     def _first_bytes(self) -> bytes:
         """What a compressed file begins with, b"" where it is damaged: reading it says so."""

@@ -21,7 +21,7 @@ Opening reads headers, offsets and spans, to refuse a damaged file early; it nev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,12 +162,14 @@ class Shard:
             ids[ranges(begins[which], counts[which])] = source[ranges(firsts[which], counts[which])]
         return ids, counts
 
-    def count_supervised(self, rule: WeightRule, *, only_negative: bool = False) -> NDArray[np.int32]:
-        """(S,) labels of non-zero, or of negative weight; the first token of a sequence is never a label."""
+    def count_labels(
+        self, rule: WeightRule, are_counted: Callable[[NDArray[np.float32]], NDArray]
+    ) -> NDArray[np.int32]:
+        """(S,) labels whose weights are counted; the first token of a sequence is never a label."""
         counts = np.empty(len(self), np.int32)
         for first, last in _blocks(len(self)):
             spans = self._spans(np.arange(first, last), rule)
-            chosen = spans.loss_weights < 0 if only_negative else spans.loss_weights != 0
+            chosen = are_counted(spans.loss_weights)
             counts[first:last] = _count_labels(spans.begins, spans.ends, chosen, spans.starts)
         return counts
 

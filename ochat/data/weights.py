@@ -11,7 +11,6 @@ a class of weight 0.1 is 0.03, while a record's own 0.3 gives way to the class's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ochat.config import ClassConfig, WeightsConfig
 from ochat.errors import ConfigError
-from ochat.text.token_weights import DEFAULT_WEIGHTS, ROLES
+from ochat.text.token_weights import DEFAULT_WEIGHTS, MAX_WEIGHT, ROLES
 
 ASSISTANT = ROLES.index("assistant")
 FACTORS = "span_factors"  # the column of token weights, which only some data sets have
@@ -27,15 +26,23 @@ FACTORS = "span_factors"  # the column of token weights, which only some data se
 
 def class_weight(config: ClassConfig, name: str, default_beta: float) -> float:
     """`weight`, or `exp((reward - 1) / beta)`; the configuration has exactly one of them. Raises ConfigError unless the
-    result is finite."""
+    result is a number of at most MAX_WEIGHT."""
     if config.weight is not None:
-        weight = float(config.weight)
+        weight, remedy = float(config.weight), "set another weight"
     else:
         assert config.reward is not None, "the configuration checks it"
         weight = float(reward_weights(config.reward, default_beta if config.beta is None else config.beta))
-    if not math.isfinite(weight):
-        raise ConfigError(f"[classes.{name}] gives the weight {weight}: a finite number is needed")
+        remedy = "lower its reward or raise beta"
+    if are_unusable(weight):
+        raise ConfigError(
+            f"[classes.{name}] gives the weight {weight:.3g}; needed is a finite one up to {MAX_WEIGHT:g}: {remedy}"
+        )
     return weight
+
+
+def are_unusable(weights: ArrayLike) -> NDArray[np.bool_]:
+    """Which weights are NaN, infinite, or so large that a sum of them could be infinite in float32."""
+    return ~(np.abs(weights) <= MAX_WEIGHT)
 
 
 class WeightRule:
@@ -100,7 +107,7 @@ def own_weights(own: NDArray[np.float32], roles: NDArray[np.uint8]) -> NDArray[n
 
 def reward_weights(rewards: ArrayLike, beta: float) -> NDArray[np.float64]:
     """exp((reward - 1) / beta) of each reward."""
-    with np.errstate(over="ignore"):  # the caller names the class or the record of an infinite weight
+    with np.errstate(over="ignore"):  # the caller names the class or the record of a weight that is too large
         return np.exp((np.asarray(rewards, np.float64) - 1) / beta)
 
 

@@ -13,22 +13,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ochat.errors import OchatError
 from ochat.files import atomic
-from ochat.files.bounded_json import shown
+from ochat.files.safetensors_header import open_checked
 
-MAX_HEADER_BYTES = 1 << 25  # a model of a hundred thousand tensors has half of it
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 CHUNK_BYTES = 1 << 24  # hashed while it is still in the processor's cache, then written
 
@@ -62,8 +60,7 @@ def open_file(path: Path, error: type[OchatError], advice: str) -> dict[str, Sto
     or names a tensor twice.
     """
     try:
-        file = safe_open(path, framework="pt", device="cpu")  # offsets tile the file, and shapes fit them
-        _check_header(path)
+        file = open_checked(path, "pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
         return {name: StoredTensor(path, name, tuple(x.get_shape()), x.get_dtype(), file) for name, x in slices.items()}
     except (SafetensorError, OSError, ValueError) as problem:
@@ -118,21 +115,3 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"{path}: cannot be written: {error}") from None
     temporary.chmod(path.parent.stat().st_mode & 0o666)  # the library keeps files to their owner
     atomic.replace(temporary, path)
-
-
-def _check_header(path: Path) -> None:
-    """Raises: ValueError for a header that names a tensor twice, of which the library silently takes the last, or that
-    is far larger than any model's."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {size:,} bytes")
-        json.loads(file.read(size), object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"its header has {shown(name)} twice")
-    return found

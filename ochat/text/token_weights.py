@@ -18,6 +18,7 @@ from ochat.text.tokenizer import Tokenizer
 
 ROLES = ("bos", "system", "prefix", "user", "assistant", "tool")  # a shard's span_roles are indices into it
 ROLE_IDS = {role: number for number, role in enumerate(ROLES)}
+MAX_WEIGHT = 1e30  # of a token: sums of millions of them times their losses stay within float32
 DEFAULT_WEIGHTS = np.array([default_weight(role) for role in ROLES], np.float32)
 
 

@@ -67,10 +67,34 @@ def test_rewards_are_each_conversations_own_and_one_that_gives_no_weight_is_name
     reward = WeightsConfig("reward", beta=0.5)
     data = TokenDataset(make("in", [chat(reward=0.4), chat(reward=1.0)]), weights=reward)
     assert [max(e.loss_weights) for e in data] == pytest.approx([math.exp(-1.2), 1.0])
-    for record, message in ((chat(), "no reward"), (chat(reward=1e4), "infinite")):
-        path = make(message, [chat(reward=0.4), record])
-        with pytest.raises(DataError, match=rf"{message}\.jsonl:2: .*{message}"):
+    for record, message in ((chat(), "no reward"), (chat(reward=1e4), "infinite"), (chat(reward=40), "1e.30")):
+        path = make(message.replace(".", "x"), [chat(reward=0.4), record])
+        with pytest.raises(DataError, match=rf"\.jsonl:2: .*{message}"):
             TokenDataset(path, weights=reward)
+
+
+@pytest.mark.parametrize("table", [{"weight": 1e39}, {"weight": -2e30}, {"reward": 1e4}, {"reward": 70, "beta": 0.9}])
+def test_a_class_whose_weight_float32_cannot_sum_is_named(make, table):
+    path = make("in", [chat()])
+    with pytest.raises(
+        ConfigError, match=r"\[classes.GPT4\] gives the weight .*; needed is a finite one up to 1e\+30: "
+    ):
+        TokenDataset(path, classes={"GPT4": ClassConfig(**table)})
+    largest = TokenDataset(path, classes={"GPT4": ClassConfig(weight=1e30)})
+    assert np.isfinite(largest[0].loss_weights).all()
+
+
+def test_a_record_whose_weight_float32_cannot_sum_is_named(make, monkeypatch):
+    """By prepare, and in a data set of before by its opening; also where only the product with a mean is too large."""
+    message = {"role": "assistant", "content": "yes", "weight": 1e33}
+    record = {"items": [{"role": "user", "content": "hi"}, message], "condition": "GPT4"}
+    with pytest.raises(DataError, match=r"in.jsonl:2: items\[1\].weight: 1e\+33 is too large"):
+        make("in", [chat(), record])
+    monkeypatch.setattr("ochat.data.encode.MAX_WEIGHT", 1e38)
+    path = make("of before", [chat(), record])
+    with pytest.raises(DataError, match=r"of before.jsonl:2: the record gives a token the weight 1e\+33; at most 1e"):
+        TokenDataset(path)
+    assert len(TokenDataset(path, classes={"GPT4": ClassConfig(weight=1.0)})) == 2
 
 
 def test_selection_keeps_order_and_is_nested(mixed):

@@ -30,6 +30,7 @@ from ochat.data.dataset import TokenDataset
 from ochat.data.prepare import prepare
 from ochat.data.readers import RecordFile
 from ochat.data.records import Record
+from ochat.data.scores.token_file import TokenWeights
 from ochat.errors import CheckpointError, ConfigError, DataError
 from ochat.files import bounded_json, checksums
 from ochat.model.config import ModelConfig
@@ -84,6 +85,18 @@ def test_a_header_that_lies_is_refused(tmp_path, header):
     (tmp_path / "model.safetensors").write_bytes(size + text + bytes(16))
     with pytest.raises(CheckpointError, match="model.safetensors: damaged"):
         open_folder(tmp_path)
+
+
+def test_a_header_is_bounded_before_it_is_parsed(tmp_path, monkeypatch):
+    """In weights and in token weights: the library would parse 100 MB."""
+    text = b'{"a": ' + json.dumps(F32).encode() + b"}" + b" " * (1 << 25)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(16))
+    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("it was parsed"))
+    monkeypatch.setattr("ochat.files.safetensors_header.safe_open", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(CheckpointError, match="a header of 33,"):
+        open_folder(tmp_path)
+    with pytest.raises(DataError, match="a header of 33,"):
+        TokenWeights.open(tmp_path / "model.safetensors", [])
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "../x.safetensors", "a\0.safetensors", "..", {}])
@@ -264,6 +277,28 @@ def test_a_parquet_row_is_bounded_too(base, tmp_path, monkeypatch):
     assert "in.parquet:2: a row of more than 1 MiB" in prepared(base, tmp_path / "in.parquet", tmp_path / "out")
     found = [record.error for record in RecordFile(tmp_path / "in.parquet")]
     assert [bool(error) for error in found] == [False, True, False]
+
+
+def test_rows_that_share_a_text_end_where_no_real_file_would_be(tmp_path):
+    """Two kilobytes that hold gigabytes, in a table and compressed; a plain file of the same is as large as it says."""
+    import pyarrow
+    import pyarrow.parquet
+
+    text = "The quick brown fox. " * (1 << 17)
+    shared = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, pyarrow.int32()), [text])
+    pyarrow.parquet.write_table(pyarrow.table({"text": shared}), tmp_path / "in.parquet", compression="zstd")
+    line = json.dumps({"text": text}).encode() + b"\n"
+    (tmp_path / "in.jsonl.zst").write_bytes(zstandard.compress(line * 40))
+    (tmp_path / "in.jsonl").write_bytes(line * 40)
+    for name, says in (
+        ("in.parquet", "more than 1,000 times"),
+        ("in.jsonl.zst", "more than 1,000 times"),
+        ("in.jsonl", ""),
+    ):
+        found = list(RecordFile(tmp_path / name))
+        assert says in found[-1].error and not any(record.error for record in found[:-1])
+        assert bool(found[-1].error) == bool(says)
+        assert sum(len(record.data) for record in found) <= 40 * len(line)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "gpt2", "qwen"])

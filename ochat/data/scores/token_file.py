@@ -29,11 +29,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ochat.data.scores.record_ids import RecordIndex
+from ochat.data.weights import are_unusable
 from ochat.errors import DataError
+from ochat.files.safetensors_header import open_checked
+from ochat.text.token_weights import MAX_WEIGHT
 
 NEEDED = {"offsets": ("I64",), "lengths": ("I64",), "checksums": ("I64",), "record_ids": ("U8",)}
 WEIGHT_TYPES = ("F32", "F64")
@@ -82,8 +85,8 @@ class TokenWeights:
     def of(self, file: str, line: int, input_ids: NDArray[np.integer], count: int) -> NDArray[np.float32]:
         """(count,) the weights of the supervised tokens of a conversation with these ids, read from this line.
 
-        Raises: DataError, without the place, where there are none, or those of other tokens, or one that is no finite
-        float32.
+        Raises: DataError, without the place, where there are none, or those of other tokens, or one that cannot be
+        trained with.
         """
         opened, total = self._opened, len(input_ids)
         rows = opened.index.rows(self.names[file], line)
@@ -100,11 +103,11 @@ class TokenWeights:
             )
         with np.errstate(over="ignore"):
             weights = opened.weights(row).astype(np.float32)
-        wrong = np.flatnonzero(~np.isfinite(weights))
+        wrong = np.flatnonzero(are_unusable(weights))
         if len(wrong):
             raise DataError(
                 f"token weight {weights[wrong[0]]} in {self.path}, of supervised token {wrong[0]} of {count}; write a "
-                "finite number for each"
+                f"number for each, at most {MAX_WEIGHT:g}"
             )
         return weights
 
@@ -121,12 +124,12 @@ class _Opened:
 
     def __init__(self, path: Path) -> None:
         try:
-            file = safe_open(path, framework="numpy")
+            file = open_checked(path, "numpy")
             columns = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
             if problem := _find_fault(columns):
                 raise DataError(f"{path}: {problem}; {MADE_BY}")
             self._offsets, self.lengths, self.checksums, ids = (columns[name][:] for name in NEEDED)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise DataError(f"{path}: not readable as safetensors ({error}); {MADE_BY}") from None
         self._weights = columns["weights"]
         texts = bytes(ids).decode("utf-8", "surrogateescape").split("\n")[:-1]
