@@ -30,6 +30,7 @@ from ochat import config as configuration
 from ochat.config import Section
 from ochat.console import complain, configure_logging, tell
 from ochat.errors import OchatError, UsageError
+from ochat.text.fields import has_surrogate
 
 COMMANDS = {
     "init-base": "make a base folder: from GGUF, from a Hugging Face folder, or random",
@@ -91,6 +92,8 @@ def call(name: str, arguments: Sequence[str]) -> None:
     command line that cannot be parsed."""
     if name not in COMMANDS:
         raise UsageError(_unknown(name))
+    if wrong := [argument for argument in arguments if has_surrogate(argument)]:
+        raise UsageError(f"{ascii(wrong[0])}: this argument is no UTF-8 text; rename the file that it names")
     configure_logging()
     module = importlib.import_module(f"ochat.commands.{name.replace('-', '_')}")
     kind = getattr(module, "".join(map(str.title, name.split("-"))) + "Options")  # init-base: InitBaseOptions

@@ -33,6 +33,9 @@ MAX_INT, MAX_FLOAT = 2**63 - 1, 1.7976931348623157e308
 
 Count = Annotated[int, Meta(ge=0, le=MAX_INT)]
 AtLeastOne = Annotated[int, Meta(gt=0, le=MAX_INT)]
+Bins = Annotated[int, Meta(gt=0, le=1 << 20)]  # a run counts those of a step, and the epochs, one by one
+Epochs = Annotated[int, Meta(gt=0, le=10_000)]
+BinTokens = Annotated[int, Meta(gt=0, le=1 << 24)]
 Positive = Annotated[float, Meta(gt=0, le=MAX_FLOAT)]
 NotNegative = Annotated[float, Meta(ge=0, le=MAX_FLOAT)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -103,11 +106,11 @@ class DataConfig(Section, frozen=True):
     """a held-out folder of the same kind, or a list; empty: no evaluation"""
     verify: bool = True
     """compare every file with its checksum at the start; about 1 s a GB, shared by the processes"""
-    token_budget: AtLeastOne = 8192
+    token_budget: BinTokens = 8192
     """tokens in a bin; a bin is one micro-batch"""
-    bins_per_step: AtLeastOne = 8
+    bins_per_step: Bins = 8
     """bins in an optimizer step, over all processes"""
-    epochs: AtLeastOne = 1
+    epochs: Epochs = 1
     """passes over the data"""
     max_steps: Count = 0
     """stop after this many steps; 0: all epochs"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ def test_what_a_user_or_a_disk_does_needs_no_traceback(monkeypatch, capsys, rais
         (["train"], "Missing from ochat train"),
         (["train", "a.toml", "b.toml"], "Unrecognized"),
         (["plan", "a.toml", "--gpus=x"], "--gpus"),
+        (["prepare", "--input", os.fsdecode(b"caf\xe9.jsonl")], "'caf\\udce9.jsonl': this argument is no UTF-8 text"),
     ],
 )
 def test_wrong_usage_names_the_word_and_exits_with_2(monkeypatch, capsys, line, needle):

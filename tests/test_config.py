@@ -81,6 +81,15 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
         ("--classes.GPT4.rewards=1", "unknown key 'classes.GPT4.rewards'; did you mean 'reward'?"),
         ("--data.token_budget=8k", "data.token_budget = '8k': expected a whole number above 0"),
         ("--data.token_budget=0", "data.token_budget = 0: expected a whole number above 0"),
+        (
+            "--data.token_budget=1e12",
+            "data.token_budget = 1000000000000.0: expected a whole number above 0 up to 16777216",
+        ),
+        (
+            "--data.bins_per_step=1099511627776",
+            "bins_per_step = 1099511627776: expected a whole number above 0 up to 1",
+        ),
+        ("--data.epochs=1099511627776", "data.epochs = 1099511627776: expected a whole number above 0 up to 10000"),
         ("--data.token_budget=true", "data.token_budget = True: expected a whole number"),
         ("--run.seed=-1", "run.seed = -1: expected a whole number from 0"),
         ("--data.verify=1", "data.verify = 1: expected true or false"),

@@ -40,6 +40,7 @@ from ochat.data.scores.token_file import TokenWeights
 from ochat.data.store_writer import Sequences
 from ochat.errors import DataError
 from ochat.text import token_weights
+from ochat.text.class_names import check_class_name
 from ochat.text.conversation import Conversation
 from ochat.text.record_formats import RecordReader, is_empty_answer
 from ochat.text.records.objects import Notes
@@ -154,7 +155,9 @@ class Encoder:
         return layouts
 
     def _check_condition(self, condition: str, place: str) -> None:
-        """Raises: DataError for a class that the template's prefixes cannot carry."""
+        """Raises: DataError for a name that no class may have, and for one that the template's prefixes cannot
+        carry."""
+        check_class_name(condition, place)
         if condition and self.template.condition_roles == "none" and not self.ignores_conditions:
             raise DataError(
                 f"{place}: the template {self.template.name} writes no class; choose another, or train without "

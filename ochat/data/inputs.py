@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from ochat.errors import DataError
+from ochat.text.fields import has_surrogate
 
 TEXTS = (".jsonl", ".ndjson", ".json")
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -47,7 +48,8 @@ def find_inputs(inputs: Sequence[str | Path], *, all_splits: bool = False) -> In
     """The files that the inputs name: files as they are; those of a folder sorted by their paths, the same on every
     machine, without hidden ones. An input "PATH::CLASS" gives its files a class.
 
-    Raises: DataError for a folder without a file to read, and for a file that comes twice; a missing file is reported
+    Raises: DataError for a folder without a file to read, for a file that comes twice, and for a name that is no UTF-8
+    text; a missing file is reported
     when it is opened.
     """
     found = InputFiles([], [], [], [])
@@ -57,6 +59,11 @@ def find_inputs(inputs: Sequence[str | Path], *, all_splits: bool = False) -> In
         files = _of_folder(path, found, all_splits) if path.is_dir() else [path]
         found.paths.extend(files)
         found.conditions.extend([condition] * len(files))
+    for name in map(str, (*found.paths, *found.other_splits, *found.skipped)):
+        if has_surrogate(name):
+            raise DataError(
+                f"--input {ascii(name)}: the name is no UTF-8 text, and a data set names its files; rename it"
+            )
     seen: set[str] = set()
     for path in map(os.path.abspath, found.paths):
         if path in seen:

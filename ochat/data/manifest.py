@@ -24,6 +24,7 @@ import msgspec
 from ochat.errors import ConfigError, DataError
 from ochat.files import atomic, bounded_json, checksums
 from ochat.text.chat.plain import NUM_PREFIXES
+from ochat.text.class_names import check_class_name
 
 FORMAT, VERSION, MERGED_VERSION, WEIGHTED_VERSION = "ochat-tokens", 1, 2, 3
 TOKEN_WEIGHTS = "token_weights"  # the key that says which files they came from
@@ -101,7 +102,7 @@ class Prepared(NamedTuple):
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished data set. Raises DataError for a folder that holds none, for another version and for
-    content that is not what was written."""
+    content that is not what was written, or has a class of a name that is none."""
     path = folder / MANIFEST
     if not path.is_file():
         there = "a file, not a folder" if folder.exists() else "no such folder"
@@ -122,6 +123,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _check_content(msgspec.convert(manifest, _Schema), "parts" in manifest)
     except (msgspec.ValidationError, ValueError) as error:
         raise DataError(f"{path}: damaged ({error}): {AGAIN}") from None
+    for owner in (manifest, *manifest.get("parts", ())):
+        for name in owner["classes"]:
+            check_class_name(name, f"{path}: classes")
     return manifest
 
 

@@ -161,6 +161,11 @@ def check_unicode(text: str, place: str = "") -> None:
         raise DataError(f"{place}a lone surrogate at character {error.start}; it is no valid Unicode text") from None
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether it is no valid Unicode text; for a path, whose bytes are no UTF-8."""
+    return not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def check_number(value: Any, place: str) -> float:
     """The finite number; true is 1 and false is 0. Raises: DataError."""
     if not isinstance(value, (bool, int, float)):

@@ -97,6 +97,17 @@ def test_a_record_whose_weight_float32_cannot_sum_is_named(make, monkeypatch):
     assert len(TokenDataset(path, classes={"GPT4": ClassConfig(weight=1.0)})) == 2
 
 
+@pytest.mark.parametrize("name", ["all", "a\nb", "\u2066GPT4\u2069"])
+def test_a_data_set_of_before_with_a_class_name_that_is_none_is_refused_by_it(make, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        patch.setattr("ochat.data.encode.check_class_name", lambda *_: None)
+        path = make("of before", [chat(condition=name)])
+    with pytest.raises(DataError, match=r"manifest.json: classes: .*give the class another name"):
+        TokenDataset(path)
+    names = ("meta-llama/Llama-3", "\u0645\u06cc\u200c\u0634\u0648\u062f", "quality:3,verbosity:1", "All", "\U0001f600")
+    assert TokenDataset(make("now", [chat(condition=name) for name in names])).class_names == names
+
+
 def test_selection_keeps_order_and_is_nested(mixed):
     whole = TokenDataset(mixed)
     only = TokenDataset(mixed, only_class="GPT3", classes={"GPT3": ClassConfig(weight=1.0)})

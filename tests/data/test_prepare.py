@@ -110,6 +110,10 @@ BAD = {
     "lone surrogate": (one(content="\ud800"), r"items\[0\]\.content: .*surrogate"),
     "no UTF-8": (b'{"items": [{"role": "user", "content": "\xff"}]}', "not UTF-8"),
     "a special token": (one()[:-1] + b', "condition": "a<|end_of_turn|>GPT4"}', "spells the special token"),
+    "a class that means all": (one()[:-1] + b', "condition": "all"}', "condition: 'all' means all classes together"),
+    "a class of two lines": (one()[:-1] + b', "condition": "a\\nb"}', r"condition: 'a.nb' holds U\+000A"),
+    "a turned class": (one()[:-1] + ', "condition": "GPT\u202e4"}'.encode(), r"U\+202E \(right-to-left"),
+    "a message's hidden class": (one(condition="GPT\u200b4"), r"items\[0\].condition: .*U\+200B"),
     "a long key": (b'{"items": [], "' + b"k" * 10**6 + b'": 1}', "items: empty"),
     "lists without end": (b"[" * 10**6, "JSON"),
     "nested items": (b'{"items": ' + b"[" * 900 + b"]" * 900 + b"}", "expected an object"),
@@ -133,6 +137,18 @@ def test_a_bad_record_stops_with_its_place_or_goes_to_the_rejects(base, tmp_path
     (reject,) = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert (reject["file"], reject["line"]) == (str(path), 3) and "in.jsonl:3" not in reject["reason"]
     assert reject["text"] == line.decode("utf-8", "replace")[:2000]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jsonl", b"caf\xe9.txt", b"test-caf\xe9.jsonl"])
+def test_a_file_name_that_is_no_text_is_refused_before_it_is_written_down(base, tmp_path, name):
+    """Named itself or found in a folder, read or left out."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [chat()])
+    other = write_lines(folder / os.fsdecode(name), [chat()])
+    for given in (folder, other):
+        with pytest.raises(DataError, match=r"caf.udce9.* the name is no UTF-8 text, .*; rename it"):
+            prepare([given], base, TEMPLATE, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("on_bad", ["error", "skip"])
