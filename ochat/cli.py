@@ -33,10 +33,14 @@ from ochat.errors import OchatError, UsageError
 from ochat.text.fields import has_surrogate
 
 COMMANDS = {
+    "doctor": "say what this machine has for training, to be copied",
+    "ls": "list templates, configs or models",
+    "schema": "print the JSON schema of a config, for editors",
     "init-base": "make a base folder: from GGUF, from a Hugging Face folder, or random",
     "prepare": "turn conversations into a data set of token ids and weights",
     "show": "show conversations of a data set as they are trained",
     "plan": "show what a run will do: steps, packing, learning rate",
+    "check": "say what train would refuse, in seconds",
     "train": "train, on one GPU or many",
     "export": "write a checkpoint as a Hugging Face folder",
     "verify-export": "compare a server's ids and answers with training's",

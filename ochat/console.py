@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,6 +115,12 @@ def _is_first_to_say(text: str) -> bool:
     except OSError:
         pass
     return True
+
+
+def next_command(*words: object) -> None:
+    """Print the command that comes next, exact, to be copied: `words` but for the first, which is taken as it is."""
+    first, *rest = map(str, words)
+    show(f"[dim]next:[/] {escape(' '.join([first, *map(shlex.quote, rest)]))}")
 
 
 def stdin_lines() -> Iterator[str]:

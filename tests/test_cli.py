@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,9 +18,12 @@ from msgspec import structs
 
 from ochat import cli
 from ochat import config as configuration
+from ochat.commands import doctor
 from ochat.config import ClassConfig, Config, EvalConfig, MixConfig, StageConfig
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate.variants import SET_HERE
+from ochat.model.families import FAMILIES
+from ochat.text import template as templates
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,7 +128,7 @@ def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys):
     assert {f"  {name:<13} {purpose}" for name, purpose in cli.COMMANDS.items()} <= set(lines)
 
 
-@pytest.mark.parametrize("name", ["plan", "train", "ablate"])
+@pytest.mark.parametrize("name", ["plan", "check", "train", "ablate"])
 def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, capsys, name):
     printed = shown(monkeypatch, capsys, name, "--help")
     assert "…" not in printed and max(map(len, printed.splitlines()[6:])) <= 80, "after the description"
@@ -145,7 +149,7 @@ def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, 
     assert "--optim.lr a number above 0 or 'auto' " in text and "[train] How a step is computed" in text
 
 
-@pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n not in ("train", "plan", "ablate")])
+@pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n not in ("train", "plan", "check", "ablate")])
 def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, name):
     module = importlib.import_module(f"ochat.commands.{name.replace('-', '_')}")
     options = getattr(module, "".join(map(str.title, name.split("-"))) + "Options")
@@ -155,6 +159,37 @@ def test_help_says_what_the_command_does_and_each_option(monkeypatch, capsys, na
     for field in (name.rstrip("_") for name in options.__dataclass_fields__):
         flags = f"--{field.replace('_', '-')}", field.upper(), rf"\[{field.upper()}\]"
         assert re.search(rf"^  ({'|'.join(flags)})[ ,]", printed.replace("│", " "), re.MULTILINE), flags
+
+
+def printed_by(name, *arguments, capsys):
+    cli.call(name, arguments)
+    return capsys.readouterr().out
+
+
+def test_doctor_prints_aligned_facts_and_the_extras_of_the_project(capsys):
+    *facts, following = printed_by("doctor", capsys=capsys).splitlines()
+    (column,) = {re.match(r"\S+( \S+)*  +", fact).end() for fact in facts}
+    named = {fact[:column].strip(): fact[column:] for fact in facts}
+    assert {"ochat", "python", "nvidia driver", "torch", "cuda", "triton", "nccl", "flash-attn"} <= set(named)
+    assert {"disk here", "limit open files", "attention"} <= set(named) and all(named.values())
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: list(each) for name, each in doctor.EXTRAS.items()} == {name: extras[name] for name in doctor.EXTRAS}
+    assert following == "next: ochat check CONFIG.toml"
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("templates", [*templates.names(), *templates.ALIASES, "base"]),
+        ("configs", [file.name for file in (ROOT / "configs").glob("*.toml")]),
+        ("models", FAMILIES),
+    ],
+)
+def test_ls_names_all_there_is_within_80_columns(monkeypatch, capsys, what, names):
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = printed_by("ls", what, capsys=capsys)
+    assert all(re.search(rf"^(configs/)?{re.escape(name)} ", printed, re.MULTILINE) for name in names)
+    assert max(map(len, printed.splitlines()[:-1])) <= 80 and printed.splitlines()[-1].startswith("next: ochat ")
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from ochat import config
+from ochat.commands import schema
 from ochat.text.record_formats import RecordReader
 from ochat.text.records import map as record_map
 from ochat.text.records.objects import Notes
@@ -73,6 +74,26 @@ def test_a_recipe_can_be_read_and_is_described(file):
     assert config.load(file).base.path
     if file.parent.name == "configs":
         assert file.stem in (ROOT / "configs" / "README.md").read_text("utf-8")
+
+
+def test_the_schema_is_made_from_the_code_and_explains_each_key():
+    text = (ROOT / "docs" / "ochat.schema.json").read_text("utf-8")
+    assert text == schema.text(), "run: ochat schema >docs/ochat.schema.json"
+    named = json.loads(text)["$defs"] | {"Config": json.loads(text)}
+    kinds = schema.sections(config.Config)
+    assert {kind.__name__ for kind in kinds} == set(named) and len(named) > 15
+    for kind in kinds:
+        described = named[kind.__name__]
+        assert described["additionalProperties"] is False and described["description"]
+        assert set(described["properties"]) == {field.encode_name for field in msgspec.structs.fields(kind)}
+        for key, explanation in config.explanations(kind).items():
+            assert described["properties"][key]["description"] == explanation
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("configs/*.toml")), ids=lambda file: file.stem)
+def test_a_recipe_names_the_schema(file):
+    first = file.read_text("utf-8").splitlines()[0].removeprefix("#:schema ")
+    assert (file.parent / first).resolve() == ROOT / "docs" / "ochat.schema.json"
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("configs/launch/*.sh")), ids=lambda file: file.name)

@@ -120,23 +120,14 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
 def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list[str]:
     """Check that what is there of base, data, held-out sets and exams belongs together; a note where weights are not.
 
-    Raises: ConfigError for attention that lacks what the model needs, or linears that cannot have its sizes; as
-    identity.check_inputs, eval_sets.check_best and hf.open_tensors; DataError as ExactTask.read.
+    Raises: as build.check_model, identity.check_inputs, eval_sets.check_best, hf.open_tensors and ExactTask.read.
     """
-    import torch
-
-    from ochat.model import fp8, hf
-    from ochat.model.attention import backends
+    from ochat.model import hf
     from ochat.text import tokenizer as tokenizers
     from ochat.train import build, identity
     from ochat.train.evaluations import sets as eval_sets
 
-    if config.train.attention != "auto":
-        dtype = getattr(torch, config.train.dtype)
-        needs = backends.Needs.of(model, dtype, config.run.deterministic)
-        backends.check(config.train.attention, needs)
-    if config.train.linear == "fp8":
-        fp8.check(model)
+    build.check_model(config, model)
     base = Path(config.base.path)
     held_out = build.open_held_out(config) if data else {}
     if data and any(base.glob("tokenizer*")):

@@ -91,19 +91,18 @@ class Ranks:
                 raise kind(answer["problem"])
 
 
+def alone() -> Ranks:
+    """The one process of a run on a CPU."""
+    return Ranks(0, 1, torch.device("cpu"), None)
+
+
 def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
     """Join the process group that torchrun describes and select the device.
 
     Raises: ConfigError if the counts do not fit; RanksError if not all processes start.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = select_device(train.device)
-    shard = parallel.shard or world // parallel.replicate
-    if shard * parallel.replicate != world:
-        raise ConfigError(
-            f"parallel.shard = {parallel.shard} x parallel.replicate = {parallel.replicate} do not make the {world} "
-            "processes that were started"
-        )
+    device, shard = select_device(train.device), check_counts(parallel, world)
     if world == 1:
         return Ranks(rank, world, device, None)
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # it would be a pickle; the watchdog writes JSON
@@ -114,6 +113,21 @@ def start(train: TrainConfig, parallel: ParallelConfig) -> Ranks:
     for group in mesh.get_all_groups():  # which do not inherit it
         _set_pg_timeout(timeout, group)
     return Ranks(rank, world, device, mesh, store, dist.new_group(backend="gloo", timeout=DISK_TIMEOUT))
+
+
+def check_counts(parallel: ParallelConfig, world: int) -> int:
+    """The processes, of `world`, that share one copy of the model. Raises: ConfigError if the counts do not fit."""
+    shard = parallel.shard or world // parallel.replicate
+    if shard * parallel.replicate != world:
+        raise ConfigError(
+            f"parallel.shard = {parallel.shard} x parallel.replicate = {parallel.replicate} do not make the {world} "
+            "processes that were started"
+        )
+    if world == 1 and parallel.offload == "all":
+        raise ConfigError(
+            "parallel.offload = 'all' needs more than one process; on one, 'optimizer' keeps the moments in host memory"
+        )
+    return shard
 
 
 def stop() -> None:

@@ -25,6 +25,7 @@ import torch
 from msgspec import structs
 
 from ochat import config as configuration
+from ochat.checkpoint import load
 from ochat.checkpoint.manifest import Manifest
 from ochat.checkpoint.save import AsyncCheckpointer
 from ochat.config import ConditionConfig, Config, LogConfig
@@ -33,11 +34,13 @@ from ochat.data.dataset import Paths, TokenDataset
 from ochat.data.epoch.conditions import ConditionDraws
 from ochat.data.epoch.mixture import Mixture
 from ochat.data.loader import Loader
+from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.export import serving
 from ochat.files.jsonl import JsonlWriter
-from ochat.model import hf, lora
+from ochat.model import fp8, hf, lora
+from ochat.model.attention import backends
 from ochat.model.attention.backends import Needs
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Transformer
@@ -53,7 +56,7 @@ from ochat.train import attention_choice, identity, metrics, optim, schedule, sh
 from ochat.train import resolve as choices
 from ochat.train.adapters import Adapters
 from ochat.train.average import WeightAverage
-from ochat.train.display import Display
+from ochat.train.display import Display, trackers
 from ochat.train.evaluations import sets as eval_sets
 from ochat.train.evaluations.exact import ExactTask
 from ochat.train.loss import has_dynamic
@@ -136,6 +139,47 @@ def open_inputs(config: Config, ranks: Ranks) -> RunInputs:
     if not layout.checkpoint_folders(Path(config.run.dir)):  # else it starts from a checkpoint
         hf.open_tensors(config.base.path, model_config)
     return RunInputs(model_config, tokenizer, dataset, loader, held_out_loaders, tasks, template)
+
+
+def check(config: Config, world: int) -> RunInputs:
+    """Open what a run on `world` processes reads, and refuse what it would refuse before its first step, but for what
+    only its device can say: no GPU, and no memory for the model.
+
+    Raises: as open_inputs, resolve and Trainer.load.
+    """
+    ranks, run = processes.alone(), config.run
+    choices.determinism(run.deterministic, compiles=config.train.compile)
+    processes.check_counts(config.parallel, world)
+    trackers(config.log)
+    inputs = open_inputs(config, ranks)
+    optim.check(config.optim, world)
+    model, base = inputs.model_config, Path(config.base.path)
+    open_loader(config, inputs.dataset, model, rank=0, world=world)
+    check_model(config, model)
+    if config.train.device == "cpu":
+        resolve(config, inputs, ranks)
+    adapters = open_adapters(config, inputs)
+    found = load.find_checkpoint(Path(run.dir), run.resume, ranks)
+    if found is not None and not run.resume_mismatched:
+        load.check_identity(found, run_identity(config, inputs, adapters))
+    if found is None or adapters:
+        verify.base(base, ranks)
+    return inputs
+
+
+def check_model(config: Config, model: ModelConfig) -> None:
+    """Raises: ConfigError for attention that lacks what the model needs, linears that cannot have its sizes, or results
+    that no compiler recomputes."""
+    if config.train.attention != "auto":
+        needs = Needs.of(model, getattr(torch, config.train.dtype), config.run.deterministic)
+        backends.check(config.train.attention, needs)
+    if config.train.linear == "fp8":
+        fp8.check(model)
+    if config.train.device != "cpu":
+        kernels = "triton" if config.train.kernels == "auto" else config.train.kernels
+        choices.check_recompute(structs.replace(config.train, kernels=kernels))
+    if config.lora.rank > 0:
+        lora.target_modules(model, config.lora.targets)
 
 
 def open_dataset(config: Config) -> TokenDataset:
@@ -231,9 +275,7 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
     """Model, adapters and optimizer of a resolved configuration: sharded and in memory, without values yet."""
     model_config, dtype = inputs.model_config, getattr(torch, config.train.dtype)
     ops = ochat_kernels.load(config.train.kernels)
-    adapters = None
-    if config.lora.rank > 0:
-        adapters = Adapters.of(config.lora, config.base.path, model_config, inputs.template, inputs.tokenizer)
+    adapters = open_adapters(config, inputs)
     with torch.device("meta"):
         model = Transformer(model_config, ops).to(getattr(torch, config.optim.master_dtype))
     model.compute_dtype = dtype
@@ -245,9 +287,6 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
     model = model.to_empty(device="cpu" if config.parallel.offload == "all" else ranks.device)
     micro_batches = config.data.bins_per_step // ranks.world
     sharding.prepare_weights(model, ranks, config.train, config.parallel, micro_batches=micro_batches)
-    run = identity.identity(inputs.loader, model_config, config.data, config.run.seed)
-    if adapters:
-        run |= adapters.identity()
     offload = config.parallel.offload
     is_ours = config.train.kernels == "triton" and offload != "all"  # a kernel cannot reach host memory
     is_ours |= offload == "optimizer" or optim.needs_kernel(config.optim)
@@ -259,7 +298,20 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
         seed=config.run.seed,
     )
     average = WeightAverage(model, config.optim.ema) if config.optim.ema else None
-    return RunModel(ops, adapters, model, optimizer, average, run)
+    return RunModel(ops, adapters, model, optimizer, average, run_identity(config, inputs, adapters))
+
+
+def open_adapters(config: Config, inputs: RunInputs) -> Adapters | None:
+    """The adapters of a run that trains no more than them."""
+    if config.lora.rank == 0:
+        return None
+    return Adapters.of(config.lora, config.base.path, inputs.model_config, inputs.template, inputs.tokenizer)
+
+
+def run_identity(config: Config, inputs: RunInputs, adapters: Adapters | None) -> dict[str, Any]:
+    """What a checkpoint and the run that resumes from it must have in common."""
+    run = identity.identity(inputs.loader, inputs.model_config, config.data, config.run.seed)
+    return run | (adapters.identity() if adapters else {})
 
 
 def open_outputs(

@@ -36,13 +36,12 @@ class Display:
         self._advance: Callable[[int], object] = lambda count: None
         self._trackers: list[Callable[[str, float, int], object]] = []  # each takes (name, value, step)
         self._open = ExitStack()
-        if config.tensorboard:
-            module = _imported("torch.utils.tensorboard.writer", "log.tensorboard = true needs the package tensorboard")
-            writer = module.SummaryWriter(str(run_dir / layout.TENSORBOARD))
+        tensorboard, wandb = trackers(config)
+        if tensorboard:
+            writer = tensorboard.SummaryWriter(str(run_dir / layout.TENSORBOARD))
             self._open.callback(writer.close)
             self._trackers.append(writer.add_scalar)
-        if config.wandb:
-            wandb = _imported("wandb", f"log.wandb = {config.wandb!r} needs the package wandb")
+        if wandb:
             names = {"project": config.wandb, "name": run_dir.name, "dir": str(run_dir)}
             run = wandb.init(**names, config={"toml": config_toml}, resume="allow")
             self._open.callback(run.finish)
@@ -92,6 +91,16 @@ class Display:
         for name, value in _numbers(kind, {key: value for key, value in line.items() if key not in ("step", SETS)}):
             for tracker in self._trackers:
                 tracker(name, value, line["step"])
+
+
+def trackers(config: LogConfig) -> tuple[Any, Any]:
+    """The modules of TensorBoard and Weights & Biases, None for what is not asked for. Raises: ConfigError where one is
+    not installed."""
+    name, need = "torch.utils.tensorboard.writer", "log.tensorboard = true needs the package tensorboard"
+    return (
+        _imported(name, need) if config.tensorboard else None,
+        _imported("wandb", f"log.wandb = {config.wandb!r} needs the package wandb") if config.wandb else None,
+    )
 
 
 def _table(title: str, row: dict[str, Any]) -> Table:

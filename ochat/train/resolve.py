@@ -13,6 +13,7 @@ import os
 import torch
 from ochat_kernels.compiled import has_compiler
 
+from ochat.config import TrainConfig
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.model import fp8
@@ -86,11 +87,7 @@ def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
     Raises: ConfigError for "elementwise" where the compiler cannot do it.
     """
     train, asked = inputs.train, inputs.train.recompute
-    if asked == "elementwise" and train.compile and train.kernels == "triton":
-        raise ConfigError(
-            "train.recompute = 'elementwise' with train.compile = true and Triton kernels, into which a compiler "
-            "does not see; set train.kernels = 'reference' or train.compile = false"
-        )
+    check_recompute(train)
     if asked != "auto":
         return asked, asked
     if ranks.device.type != "cuda" and not train.offload_activations:
@@ -101,6 +98,15 @@ def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:
     tried = inputs.policies[: inputs.policies.index(policy) + 1]
     needs = [f"{each} needs {inputs.memory(with_policy(layout, each)).total / GIB:,.1f}" for each in tried]
     return policy, f"{policy}, chosen: {', '.join(needs)} of {room / GIB:,.1f} GiB, as ochat plan predicts"
+
+
+def check_recompute(train: TrainConfig) -> None:
+    """Raises: ConfigError for results of a Triton kernel that a compiler should recompute."""
+    if train.recompute == "elementwise" and train.compile and train.kernels == "triton":
+        raise ConfigError(
+            "train.recompute = 'elementwise' with train.compile = true and Triton kernels, into which a compiler "
+            "does not see; set train.kernels = 'reference' or train.compile = false"
+        )
 
 
 def _room(ranks: Ranks) -> float:

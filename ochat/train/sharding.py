@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 
 from ochat.config import ParallelConfig, TrainConfig
 from ochat.distributed.processes import Ranks
-from ochat.errors import ConfigError
 from ochat.model import linear
 from ochat.model.transformer import Head, Linear, RMSNorm, Transformer
 
@@ -27,8 +26,7 @@ from ochat.model.transformer import Head, Linear, RMSNorm, Transformer
 def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: ParallelConfig, dtype: torch.dtype) -> None:
     """Set recompute, compile each block, then shard each block and the rest, as configured.
 
-    `model` may be on the meta device. A sharded model computes in `dtype`. Raises: ConfigError for
-    parallel.offload = "all" on one process, which has no FSDP to fetch the weights.
+    `model` may be on the meta device. A sharded model computes in `dtype`.
     """
     model.recompute, model.offload_activations = train.recompute, train.offload_activations
     if train.compile:
@@ -39,10 +37,6 @@ def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: Paralle
             block.compile()
     if ranks.mesh is not None:
         _shard(model, ranks, parallel, dtype)
-    elif parallel.offload == "all":
-        raise ConfigError(
-            "parallel.offload = 'all' needs more than one process; on one, 'optimizer' keeps the moments in host memory"
-        )
 
 
 def begin_micro_batch(model: Transformer, ranks: Ranks, parallel: ParallelConfig, *, is_last: bool) -> None:
