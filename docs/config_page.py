@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from ochat/config.py: `PYTHONPATH=. python docs/config_page.py`.
+"""Writes docs/configuration.md and docs/ochat.schema.json from ochat/config.py: `PYTHONPATH=. python docs/config_page.py`.
 
 tests/test_docs.py fails while the page is not what this makes of the code.
 """
@@ -13,8 +13,10 @@ from typing import Any, Literal
 import msgspec
 
 from ochat import config
+from ochat.commands import schema
 
 PAGE = Path(__file__).with_name("configuration.md")
+SCHEMA = Path(__file__).with_name("ochat.schema.json")
 HEAD = """# Every config key
 
 A config is a TOML file. Any key can also be given on the command line, as `--section.key=value` or
@@ -81,3 +83,4 @@ def words(kind: Any) -> list[str]:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    SCHEMA.write_text(schema.text(), encoding="utf-8")

@@ -78,7 +78,7 @@ def test_a_recipe_can_be_read_and_is_described(file):
 
 def test_the_schema_is_made_from_the_code_and_explains_each_key():
     text = (ROOT / "docs" / "ochat.schema.json").read_text("utf-8")
-    assert text == schema.text(), "run: ochat schema >docs/ochat.schema.json"
+    assert text == schema.text(), "run: PYTHONPATH=. python docs/config_page.py"
     named = json.loads(text)["$defs"] | {"Config": json.loads(text)}
     kinds = schema.sections(config.Config)
     assert {kind.__name__ for kind in kinds} == set(named) and len(named) > 15
