@@ -147,7 +147,7 @@ class WeightsConfig(Section, frozen=True):
 
 
 class ConditionConfig(Section, frozen=True):
-    """When a conversation is trained without its condition. Templates in plain text can leave it out."""
+    """When a conversation is trained without its condition, or under another."""
 
     dropout: Share = 0.0
     """share of the conversations, drawn anew for each epoch, that are trained without condition"""

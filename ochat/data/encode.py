@@ -39,11 +39,12 @@ from ochat.data.scores.rewards import Rewards
 from ochat.data.scores.token_file import TokenWeights
 from ochat.data.store_writer import Sequences
 from ochat.errors import DataError
-from ochat.text import token_weights
+from ochat.text import rendered_prefixes, token_weights
 from ochat.text.class_names import check_class_name
 from ochat.text.conversation import Conversation
 from ochat.text.record_formats import RecordReader, is_empty_answer
 from ochat.text.records.objects import Notes
+from ochat.text.rendered_prefixes import Slots
 from ochat.text.template import Template
 from ochat.text.token_weights import MAX_WEIGHT, ROLE_IDS, Segment, Span
 from ochat.text.tokenizer import Tokenizer
@@ -79,6 +80,7 @@ class Encoded:
     mapped: set[str] = field(default_factory=set)  # columns that the map names, and records have
     letters: int = 0  # counted only for a tokenizer that does not spell all of them
     unknown_letters: int = 0
+    bound: str = ""  # the first record in which the ids of another class cannot be exchanged, and why
 
 
 Encode = Callable[[list[Record]], Encoded]  # an Encoder: it pickles
@@ -88,6 +90,7 @@ class _Layout(NamedTuple):
     conversation: Conversation
     segments: list[Segment]
     is_unthought: bool  # the template leaves out reasoning by its own rules
+    slots: Slots | None  # where a rendered text carries its class
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ class Encoder:
             spans = trim(spans)
             if num_supervised(spans):
                 self._note(encoded, layout)
+                spans = self._numbered(encoded, record, layout, ids, spans)
                 self._keep(encoded, record, layout.conversation, ids[: spans[-1].end], spans)
             else:
                 why = "items: no message to learn from; every weight is 0, or there is no assistant message"
@@ -149,10 +153,35 @@ class Encoder:
             segments = self.template.segments(conversation, self.tokenizer)
             written = self._without_lost_reasoning(conversation)
             is_unthought = self.template.reasoning == "template" and written is not conversation
-            layouts.append(_Layout(written, segments, is_unthought))
+            slots = self._slots(encoded, record, conversation, segments)
+            layouts.append(_Layout(written, segments, is_unthought, slots))
         if notes.ignored:
             encoded.ignored.update(notes.ignored)
         return layouts
+
+    def _slots(
+        self, encoded: Encoded, record: Record, conversation: Conversation, segments: list[Segment]
+    ) -> Slots | None:
+        """Where a rendered text carries its class, as long as the prefixes of the data can be exchanged."""
+        if encoded.bound or self.template.tokenize != "rendered" or self.template.condition_roles == "none":
+            return None
+        try:
+            return rendered_prefixes.slots(self.template, self.tokenizer, conversation, segments)
+        except DataError as error:
+            encoded.bound = f"{record.location}: {error}"
+            return None
+
+    def _numbered(
+        self, encoded: Encoded, record: Record, layout: _Layout, ids: list[int], spans: list[Span]
+    ) -> list[Span]:
+        """The spans with the numbers of the prefixes in a rendered text."""
+        if encoded.bound or layout.slots is None:
+            return spans
+        try:
+            return rendered_prefixes.numbered(self.template, self.tokenizer, layout.slots, ids, spans)
+        except DataError as error:
+            encoded.bound = f"{record.location}: {error}"
+            return spans
 
     def _check_condition(self, condition: str, place: str) -> None:
         """Raises: DataError for a name that no class may have, and for one that the template's prefixes cannot

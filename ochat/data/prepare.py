@@ -190,7 +190,11 @@ def run(options: PrepareOptions) -> PrepareReport:
         for writer, each, side in zip(writers, filter(None, (report, held_out)), ("train", "held-out"), strict=False):
             manifest = _manifest(options, encoder, each)
             classes = [*writer.classes, *manifest.get("condition_from", {}).get("names", ())]
-            manifest["prefixes"] = prefixes.describe(encoder.template, encoder.tokenizer, classes)
+            manifest["prefixes"] = (
+                {"refused": notes.bound}
+                if notes.bound
+                else prefixes.describe(encoder.template, encoder.tokenizer, classes)
+            )
             manifest |= {"held_out": {"share": options.held_out, "side": side}} if options.held_out else {}
             if encoder.token_weights and side == "train":
                 manifest |= {"version": WEIGHTED_VERSION, TOKEN_WEIGHTS: describe_file(encoder.token_weights.path)}
@@ -300,6 +304,7 @@ class _Notes:
     mapped: set[str] = field(default_factory=set)
     letters: int = 0
     unknown_letters: int = 0
+    bound: str = ""  # the first record that lets no prefix be exchanged, and why
     example: Shown | None = None  # the first conversation
 
     def count_ignored(self, found: Counter[str]) -> None:
@@ -326,6 +331,7 @@ def _write(
         notes.mapped |= encoded.mapped
         notes.letters += encoded.letters
         notes.unknown_letters += encoded.unknown_letters
+        notes.bound = notes.bound or encoded.bound
         if notes.example is None and encoded.splits[0].sequences.lines:
             notes.example = shown.first_of(encoded.splits[0].sequences)
         for writer, total, split in zip(writers, counts, encoded.splits, strict=False):

@@ -5,7 +5,8 @@
     table.ids, table.starts, table.counts                           # of prefix number n under class c: [n, c]
 
 A template of plain text tokenises a prefix alone. So the ids under another class are those that a conversation of that
-class would have, and no token of a message changes.
+class would have, and no token of a message changes. In what a chat template renders, prefixes are only exchanged where
+that is so, too: rendered_prefixes.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ochat.errors import DataError
+from ochat.text import rendered_prefixes
 from ochat.text.chat.plain import NUM_PREFIXES
 from ochat.text.template import Template
 from ochat.text.tokenizer import Tokenizer
@@ -26,7 +29,7 @@ OWN, NONE = -2, -1  # in place of a class: the conversation's own conditions; no
 
 @dataclass(frozen=True, eq=False)
 class PrefixTable:
-    """Row n is prefix number n, from 1, of Template.prefix_texts; a column is a class, the last one (NONE) none."""
+    """Row n is prefix number n, from 1; a column is a class, the last one (NONE) none."""
 
     ids: NDArray[np.int64]  # all prefixes, one after another
     starts: NDArray[np.int64]  # (NUM_PREFIXES + 1, C + 1) where in `ids`
@@ -45,16 +48,24 @@ class PrefixTable:
 
 
 def describe(template: Template, tokenizer: Tokenizer, classes: Iterable[str]) -> dict[str, Any]:
-    """What a manifest says of prefixes: `ids`, by class in the order of Template.prefix_texts; or `refused`, why none
+    """What a manifest says of prefixes: `ids`, by class in the order of Span.prefix; or `refused`, why none
     can be exchanged."""
     if template.condition_roles == "none":
         return {"refused": f"the template {template.name} or --conditions ignore writes no class"}
+    names = list(dict.fromkeys(["", *classes]))
     if template.tokenize == "rendered":
-        why = "and a token may hold the end of the class and what stands behind it"
-        return {"refused": f"the text that the template {template.name} renders is tokenised as a whole, {why}"}
-    return {
-        "ids": {
-            name: [list(tokenizer.prefix_ids(text)) for text in template.prefix_texts(name)]
-            for name in dict.fromkeys(["", *classes])
-        }
-    }
+        return _describe_rendered(template, tokenizer, names)
+    texts = {name: template.prefix_texts(name) for name in names}
+    return {"ids": {name: [list(tokenizer.prefix_ids(text)) for text in texts[name]] for name in names}}
+
+
+def _describe_rendered(template: Template, tokenizer: Tokenizer, names: Sequence[str]) -> dict[str, Any]:
+    ids: dict[str, list[list[int]]] = {}
+    try:
+        for name in names:
+            rendered_prefixes.check(template, tokenizer, name)
+            found = rendered_prefixes.ids(template, tokenizer, name)
+            ids[name] = found + [[]] * (NUM_PREFIXES - len(found))
+    except DataError as error:
+        return {"refused": f"the template {template.name}: {error}"}
+    return {"ids": ids}

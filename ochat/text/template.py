@@ -177,6 +177,10 @@ class Template:
         chat = self._rendered if self.tokenize == "rendered" else self._plain(tokenizer)
         return encode([chat.prompt_segments(conversation, begun, tokenizer)], tokenizer)[0][0]
 
+    def render(self, conversation: Conversation) -> str:
+        """The text that chat_template writes. Raises: DataError where it refuses."""
+        return self._rendered.render(self.prepared(conversation))
+
     def served_source(self) -> str:
         """The chat template that an export of a rendered one has: it writes what training saw, whatever day it is."""
         return self._rendered.served_source(self.default_condition)

@@ -29,7 +29,7 @@ class Span(NamedTuple):
     role: str
     weight: float | None  # None: the record gives none
     condition: str | None = None  # of its message; None: the conversation's
-    prefix: int = 0  # which of the template's prefix_texts it is; 0: none that carries a condition
+    prefix: int = 0  # which prefix that carries a condition it is, from 1; 0: none
     factor: float = 1.0  # its token weight
 
     @property

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from ochat.config import ConditionConfig, MixConfig
 from ochat.data import manifest
@@ -15,8 +16,9 @@ from ochat.data.epoch.mixture import Mixture
 from ochat.data.loader import Loader
 from ochat.data.prepare import prepare
 from ochat.errors import ConfigError, DataError
+from ochat.text import tokenizer as tokenizers
 from ochat.text.prefixes import NONE, OWN
-from tests import tiny
+from tests import text_kit, tiny
 from tests.data.test_loader import batches, equal
 from tests.tiny import mixed_conversations
 
@@ -182,6 +184,48 @@ def test_what_cannot_be_exchanged_is_refused_with_the_way_out(prepare_into, tmp_
     ignored = TokenDataset(prepare_into(tmp_path / "ignored", records, conditions="ignore").output)
     with pytest.raises(ConfigError, match="writes no class"):
         ConditionDraws(ignored, ConditionConfig(0.1))
+
+
+@pytest.fixture(scope="module")
+def rendered_base(tmp_path_factory):
+    return text_kit.small_folder("qwen", tmp_path_factory.mktemp("rendered") / "base")
+
+
+@pytest.mark.parametrize("condition", ["", "GPT3"])
+def test_what_a_chat_template_renders_is_exchanged_as_prepare_writes_it(rendered_base, tmp_path, condition):
+    records = mixed_conversations(7, 150)
+    records[3]["items"][0]["content"] = "<|im_start|>GPT4 user\nhi<|im_end|>"
+    records[5]["condition"] = ""
+    options = {"progress": False, "workers": 0, "empty_answers": "keep"}
+    own, other = (
+        TokenDataset(prepare([path], rendered_base, "chatml", path.with_suffix(""), **options).output)
+        for path in (
+            tiny.write_lines(tmp_path / "own.jsonl", records),
+            tiny.write_lines(tmp_path / "other.jsonl", under(records, condition)),
+        )
+    )
+    exchanged = np.full(len(own), own.class_names.index(condition) if condition else NONE, np.int32)
+    chosen = np.arange(len(own))[::-1]
+    assert same_tokens(own.batch(chosen, exchanged), other.batch(chosen))
+    assert own.lengths_under(exchanged).tolist() == other.lengths.tolist() != own.lengths.tolist()
+    assert load(own, ConditionConfig(0.3, 0.3)).num_steps > 3
+
+
+def test_one_rendered_conversation_that_cannot_be_exchanged_refuses_its_data_set(rendered_base, tmp_path):
+    base = tmp_path / "base"
+    model = tokenizers.load(rendered_base).model
+    model.add_tokens([AddedToken("user\nJOIN", normalized=False)])
+    base.mkdir()
+    model.save(str(base / "tokenizer.json"))
+    records = mixed_conversations(7, 9)
+    records[4]["items"][0]["content"] = "JOIN"
+    source = tiny.write_lines(tmp_path / "in.jsonl", records)
+    data = TokenDataset(
+        prepare([source], base, "chatml", tmp_path / "a", progress=False, workers=0, empty_answers="keep").output
+    )
+    with pytest.raises(ConfigError, match=r"condition.dropout = 0.1: .*in.jsonl:5: under the class 'GPT\d', a token"):
+        ConditionDraws(data, ConditionConfig(0.1))
+    assert len(batches(load(data))) > 0
 
 
 @pytest.mark.parametrize("change", ["missing", "short", "number"])
