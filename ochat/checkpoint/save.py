@@ -11,7 +11,6 @@ ours is no full disk: it ends the run at the next call, with its traceback.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -165,7 +164,7 @@ class AsyncCheckpointer:
         answer = {"problem": problem} if problem else {}
         if self.ranks.is_first:
             answer = answer or self._attempt(lambda: self._publish(step, skipped, temporary, written))
-            shutil.rmtree(temporary, ignore_errors=True)
+            atomic.remove(temporary)
         answer = {"problem": "", "warning": ""} | self.ranks.all_gather_json(answer)[0]
         return Outcome(step, answer["problem"], answer["warning"], time.monotonic() - started)
 
@@ -180,7 +179,7 @@ class AsyncCheckpointer:
         """Writes this rank's files; returns their sizes and checksums, and the rows they hold."""
         if not self.writes:
             return {}
-        folder.mkdir(parents=True, exist_ok=True)
+        atomic.make_dir(folder)
         names = {kind: shard_file(kind, self.shard, self.num_shards) for kind in self.kinds}
         files = {name: self.files[kind].write(folder / name) for kind, name in names.items()}
         rows = {name: local_shards.row_range(parameter) for name, parameter in self.parameters.items()}

@@ -12,7 +12,6 @@ that is interrupted leaves nothing that loads.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,7 +154,7 @@ def publish(writers: Sequence[StoreWriter]) -> None:
 
     A first set that was there before is moved away before anything else, so a kill in between leaves no mixture.
     """
-    old = {writer.output: writer.output.parent / f".{writer.output.name}.replaced-{os.getpid()}" for writer in writers}
+    old = {writer.output: atomic.replaced(writer.output) for writer in writers}
     for output, aside in old.items():
         if output.exists():
             os.rename(output, aside)
@@ -163,7 +162,7 @@ def publish(writers: Sequence[StoreWriter]) -> None:
         os.rename(writer.folder, writer.output)
         atomic.fsync(writer.output.parent)
     for aside in old.values():
-        shutil.rmtree(aside, ignore_errors=True)
+        atomic.remove(aside)
 
 
 def _check_destination(output: Path, overwrite: bool) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +78,7 @@ def export(
             (folder / peft.CONFIG).unlink(missing_ok=True)  # a loader would look for the adapter's weights
             hf.save(folder, model, whole_parameters(manifest, model, base, kind), dtype)
         checksums.write(folder)
-        shutil.rmtree(output, ignore_errors=True)
+        atomic.remove(output)
         os.rename(folder, output)
     return manifest.step
 

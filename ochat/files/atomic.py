@@ -5,13 +5,17 @@
     atomic.replace_dir(Path("checkpoints/.step_5.tmp"), Path("checkpoints/step_5"))
 
 A file is written under a temporary name, synced and renamed. What a killed process left half written has a name that
-starts with a dot; the next start removes it.
+starts with a dot; the next start removes it. A link under such a name is removed or refused, never followed: what it
+leads to is somebody else's.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import threading
@@ -23,6 +27,7 @@ from typing import Any
 
 from ochat.errors import ConfigError
 
+log = logging.getLogger(__name__)
 MAX_NAME_BYTES = 255  # of every file system in use
 
 
@@ -41,8 +46,15 @@ def write_json(path: Path, record: Mapping[str, Any], *, indent: int = 2) -> Non
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file with the line ends of `text`. Raises: OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
+    unlink(temporary)
     temporary.write_text(text, encoding="utf-8", newline="")
     replace(temporary, path)
+
+
+def unlink(temporary: Path) -> None:
+    """Remove what a killed process, or somebody else, left under the name of a temporary file: a link would be written
+    through. Raises: OSError."""
+    temporary.unlink(missing_ok=True)
 
 
 def replace(temporary: Path, path: Path) -> None:
@@ -74,18 +86,33 @@ def replace_dir(temporary: Path, final: Path) -> None:
     replace(temporary, final)
 
 
+def make_dir(folder: Path) -> None:
+    """Make a folder to write into, unless it is there. Raises: OSError, also for a link."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise OSError(errno.ELOOP, "a link, and what it leads to would be written to; remove it", str(folder))
+
+
 def remove_dir(folder: Path) -> None:
     """Remove a folder; a kill in the middle leaves nothing under its name."""
     hidden = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
+    remove(hidden)
     os.rename(folder, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    remove(hidden)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder as far as it can be, or a link to one, of which nothing behind it is touched."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_leftovers(root: Path, prefix: str) -> None:
     """Remove what a killed process left of the folders below `root` whose names start with `prefix`."""
     for left in [*root.glob(f".{prefix}*.tmp"), *root.glob(f".{prefix}*.old")]:
-        shutil.rmtree(left, ignore_errors=True)
+        remove(left)
 
 
 @contextmanager
@@ -93,10 +120,12 @@ def staging_dir(output: Path) -> Iterator[Path]:
     """An empty folder next to `output`, named `.NAME.partial-PID`, to be renamed; removed at the end unless it was.
 
     An error, Ctrl-C and SIGTERM remove it at once; the next start for the same output removes what a killed process
-    left. Raises: ConfigError where no folder can be made; SystemExit(143) at a SIGTERM.
+    left. Raises: ConfigError where no folder can be made, and for a link; SystemExit(143) at a SIGTERM.
     """
     if output.name in ("", ".."):
         raise ConfigError(f"{str(output)!r} names no new folder; give one")
+    if os.path.islink(output):
+        raise ConfigError(f"{output}: a link; give the place that it leads to, {output.resolve()}")
     folder = output.parent / f".{output.name}.partial-{os.getpid()}"
     with _sigterm_exits():
         try:
@@ -107,13 +136,18 @@ def staging_dir(output: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def replaced(output: Path) -> Path:
+    """Where what `output` was is moved while another takes its place; the next start removes it as a staging folder."""
+    return output.parent / f".{output.name}.replaced-{os.getpid()}"
+
+
 def _remove_stale(output: Path) -> None:
-    """Remove staging folders of `output` whose process is gone; one with our number is gone too."""
-    start = f".{output.name}.partial-"
+    """Remove staging and replaced folders of `output` whose process is gone; one with our number is gone too."""
+    name = re.compile(re.escape(f".{output.name}.") + r"(?:partial|replaced)-([0-9]+)")
     for path in output.parent.iterdir() if output.parent.is_dir() else ():
-        number = path.name.removeprefix(start)
-        if path.name.startswith(start) and number.isdigit() and not _is_another_process(int(number)):
-            shutil.rmtree(path, ignore_errors=True)
+        if (found := name.fullmatch(path.name)) and not _is_another_process(int(found[1])):
+            remove(path)
+            log.warning("removed %s, which a process that was killed had left", path)
 
 
 def _make(folder: Path, output: Path) -> None:

@@ -109,6 +109,7 @@ class PinnedSafetensors:
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a file atomically, readable for everyone who may read its folder. Raises: OSError."""
     temporary = path.with_name(path.name + ".tmp")
+    atomic.unlink(temporary)
     try:
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk

@@ -12,7 +12,6 @@ what the run will do.
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
 from ochat.export import serving
+from ochat.files import atomic
 from ochat.files.jsonl import JsonlWriter
 from ochat.model import fp8, hf, lora
 from ochat.model.attention import backends
@@ -323,7 +323,7 @@ def open_outputs(
     settings, num_steps = configuration.dump(resolved.asked), inputs.loader.num_steps
     if ranks.is_first:
         identity.record_config(run_dir, settings, step=found.step if found else 0, num_steps=num_steps)
-        shutil.rmtree(run_dir / layout.SERVING, ignore_errors=True)  # every checkpoint carries a copy
+        atomic.remove(run_dir / layout.SERVING)  # every checkpoint carries a copy
         eos_ids = serving.eos_ids_of(Path(config.base.path))
         serving.write(
             run_dir / layout.SERVING, inputs.template, inputs.tokenizer, class_names, eos_ids=eos_ids,

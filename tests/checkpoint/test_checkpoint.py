@@ -158,6 +158,23 @@ def test_another_runs_checkpoint_is_resumed_only_on_request_and_never_one_of_oth
         tiny.train(other, run, *OPTIONS, "--run.resume_mismatched=true")
 
 
+def test_no_checkpoint_is_written_or_removed_through_a_link(world, tmp_path):
+    """A stale temporary folder, the serving files and a checkpoint may be links; the folder of all of them may too."""
+    other, run = shutil.copytree(world.base, tmp_path / "other"), tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    (tmp_path / "disk").mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    for name in (".step_1.tmp", ".step_2.tmp", ".step_3.old"):
+        (run / "checkpoints" / name).symlink_to(other)
+    (run / "serving").symlink_to(other)
+    options = ["--data.max_steps=3", "--checkpoint.every=1", "--checkpoint.keep=1"]
+    tiny.train(world, run, *options)
+    assert {path.name: path.read_bytes() for path in other.iterdir()} == before
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["step_3"]
+    Manifest.read(run / "checkpoints" / "step_3").check_sizes()
+
+
 def test_no_pickle_is_written_and_none_can_be_read(world, alone):
     files = [path for path in (world.folder / "alone").rglob("*") if path.is_file()]
     assert len(files) > 20

@@ -1,5 +1,6 @@
 """Laws of `ochat prepare`: the template's own ids come out, nothing goes missing: pytest tests/data/test_prepare.py"""
 
+import contextlib
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from ochat.data.encode import Encoder, encode_all, num_supervised
 from ochat.data.prepare import MOST_KEYS, prepare
 from ochat.data.records import Record
 from ochat.errors import ConfigError, DataError
+from ochat.files import atomic
 from ochat.text import template, tokenizer
 from ochat.text.conversation import Conversation
 from ochat.text.record_formats import RecordReader
@@ -159,6 +161,30 @@ def test_empty_input_is_an_error(base, tmp_path, content, on_bad):
     with pytest.raises(DataError, match=r"in\.jsonl.*(empty|no conversation is left)"):
         prepare([path], base, TEMPLATE, tmp_path / "out", on_bad=on_bad, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_kill_between_two_names_leaves_no_copy_beyond_the_next_start(make, tmp_path, monkeypatch, caplog):
+    """Wherever it falls, with a held-out set too."""
+    records = [chat(str(i)) | {"system": str(i)} for i in range(40)]
+    make(records, held_out=0.5)
+    for last in range(1, 6):
+        left, rename = [last], os.rename
+
+        def killed(*names, rename=rename, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            rename(*names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ochat.data.store_writer.os.rename", killed)
+            patch.setattr(atomic, "remove", lambda path: None)  # nor does it tidy
+            with contextlib.suppress(KeyboardInterrupt):
+                make(records, held_out=0.5, overwrite=True)
+        assert [path for path in tmp_path.iterdir() if ".replaced-" in path.name]
+        make(records, held_out=0.5, overwrite=True)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out", "out-held-out"]
+    assert any("replaced-" in message for message in caplog.messages)
 
 
 def test_over_long_conversations_are_cut_dropped_or_refused(make, tmp_path):

@@ -49,6 +49,43 @@ def test_a_staging_folder_goes_with_an_error_and_stays_once_renamed(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
+def test_what_was_replaced_by_a_killed_process_is_removed_and_said(tmp_path, caplog):
+    gone = [f".out.{what}-{2**22 + 1}" for what in ("partial", "replaced")]
+    kept = [f".out.replaced-{os.getppid()}", ".out.replaced-x", ".outx.replaced-1"]
+    for name in [*gone, *kept]:
+        (tmp_path / name).mkdir()
+    with atomic.staging_dir(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == sorted(kept)
+    assert sorted(caplog.messages) == [
+        f"removed {tmp_path / x}, which a process that was killed had left" for x in gone
+    ]
+
+
+def test_nothing_is_written_or_removed_through_a_link(tmp_path):
+    """Links under the names of temporary files and folders, and of outputs."""
+    other, place = tmp_path / "other", tmp_path / "place"
+    for folder in (other, place):
+        folder.mkdir()
+    (other / "file").write_text("theirs")
+    for name in (".a.json.tmp", "a.safetensors.tmp"):
+        (place / name).symlink_to(other / "file")
+    for name in (".step_1.tmp", ".step_2.old", "step_2", f".out.partial-{os.getpid()}", ".here.tmp", "linked"):
+        (place / name).symlink_to(other)
+    atomic.write_json(place / "a.json", {})
+    safetensors_file.write(place / "a.safetensors", {"a": torch.zeros(1)})
+    with pytest.raises(OSError, match="a link"):
+        atomic.make_dir(place / ".here.tmp")
+    atomic.remove_dir(place / "step_2")
+    atomic.remove_leftovers(place, "step_")
+    with atomic.staging_dir(place / "out") as folder:
+        (folder / "file").write_text("ours")
+    with pytest.raises(ConfigError, match=f"linked: a link; .*{other}"), atomic.staging_dir(place / "linked"):
+        pass
+    assert names(place) == [".here.tmp", "a.json", "a.safetensors", "linked"]
+    assert names(other) == ["file"] and (other / "file").read_text() == "theirs"
+
+
 @pytest.mark.parametrize("output", ["..", "", "file/a", "file/a/b", "x" * 300])
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, output, monkeypatch):
     monkeypatch.chdir(tmp_path)
