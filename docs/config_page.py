@@ -1,4 +1,5 @@
-"""Writes docs/configuration.md and docs/ochat.schema.json from ochat/config.py: `PYTHONPATH=. python docs/config_page.py`.
+"""Writes docs/configuration.md and docs/ochat.schema.json from ochat/config.py:
+`PYTHONPATH=. python docs/config_page.py`.
 
 tests/test_docs.py fails while the page is not what this makes of the code.
 """

@@ -33,6 +33,7 @@ from ochat.errors import OchatError, UsageError
 from ochat.text.fields import has_surrogate
 
 COMMANDS = {
+    "new": "write a config for a base, data and GPUs",
     "doctor": "say what this machine has for training, to be copied",
     "ls": "list templates, configs or models",
     "schema": "print the JSON schema of a config, for editors",
