@@ -119,10 +119,22 @@ class TokenDataset:
         )
 
     def lengths_under(self, under: NDArray[np.integer]) -> NDArray[np.int64]:
-        """(S,) tokens, each example `under` OWN conditions, NONE or a class (its place in class_names)."""
+        """(S,) tokens, each example `under` OWN conditions, NONE or a class (its place in class_names); at most the
+        context that the data was prepared with."""
+        return self._lengths(Shard.lengths_under, under)
+
+    def count_cut(self, under: NDArray[np.integer]) -> tuple[int, int]:
+        """How many examples have prefixes, `under` these conditions, that push their end out of the context; and the
+        most tokens that one loses."""
+        lost = self._lengths(Shard.uncut_lengths_under, under) - self.lengths_under(under)
+        return np.count_nonzero(lost), int(lost.max(initial=0))
+
+    def _lengths(
+        self, read: Callable[[Shard, NDArray, NDArray], NDArray[np.int64]], under: NDArray[np.integer]
+    ) -> NDArray[np.int64]:
         lengths = np.empty(len(self), np.int64)
         for shard, at, of_shard in self._by_shard(np.arange(len(self))):
-            lengths[of_shard] = shard.lengths_under(at, under[of_shard])
+            lengths[of_shard] = read(shard, at, under[of_shard])
         return lengths
 
     def check_exchangeable(self, asked: str, classes: Sequence[str] = ()) -> None:

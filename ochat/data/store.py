@@ -63,6 +63,7 @@ class Shard:
     class_map: NDArray[np.uint16]  # the shard's class id -> its place among the classes of all shards
     files: Sequence[str]  # the shard's input files by number
     prefixes: PrefixTable | None  # None: it does not say where they are
+    context: int  # most tokens of a sequence
 
     def __len__(self) -> int:
         return len(self.columns["class_ids"])
@@ -76,7 +77,11 @@ class Shard:
 
     def lengths_under(self, at: NDArray[np.integer], under: NDArray[np.integer]) -> NDArray[np.int64]:
         """(n,) tokens of the sequences `at`, each `under` OWN conditions, NONE or a class of all shards that has
-        prefixes."""
+        prefixes. What longer prefixes push out of the context is cut off, as prepare does."""
+        return np.minimum(self.uncut_lengths_under(at, under), self.context)
+
+    def uncut_lengths_under(self, at: NDArray[np.integer], under: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The same, whatever the context."""
         lengths = self["offsets"][at + 1] - self["offsets"][at]
         changed = np.flatnonzero(under != OWN)
         for first, last in _blocks(len(changed)):
@@ -154,6 +159,9 @@ class Shard:
         numbers, classes = self["span_prefixes"][spans.index], np.repeat(under, spans.counts)
         are_own = (numbers == 0) | (classes == OWN)
         counts = np.where(are_own, spans.ends - spans.begins, self.table.counts[numbers, classes])
+        ends = np.cumsum(counts)
+        ends -= np.repeat(ends[spans.starts] - counts[spans.starts], spans.counts)  # within the sequence
+        counts = np.minimum(ends, self.context) - np.minimum(ends - counts, self.context)
         ids, begins = np.empty(counts.sum(), np.int64), np.cumsum(counts) - counts
         for which, source, firsts in (
             (are_own, self["input_ids"], np.repeat(starts, spans.counts) + spans.begins),
@@ -275,7 +283,9 @@ def _open(one: Prepared, entry: dict[str, Any], class_ids: dict[str, int]) -> Sh
         raise DataError(f"{path}: damaged ({problem}): {AGAIN}")
     described = one.manifest.get("prefixes", {})
     table = PrefixTable.of(described, list(class_ids)) if "ids" in described and "span_prefixes" in columns else None
-    return Shard(path, columns, np.array([class_ids[name] for name in classes], np.uint16), files, table)
+    return Shard(
+        path, columns, np.array([class_ids[name] for name in classes], np.uint16), files, table, one.manifest["context"]
+    )
 
 
 def _find_damage(columns: dict[str, NDArray], num_classes: int) -> str:

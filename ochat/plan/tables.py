@@ -131,6 +131,12 @@ def _describe_conditions(loader: Loader) -> dict[str, str]:
     if loader.cooldown < loader.num_steps:
         left = loader.num_steps - loader.cooldown
         facts.append(f"none in the last {left:,} steps, from step {loader.cooldown + 1:,} on")
+    cut, most = loader.dataset.count_cut(loader.conditions(0))
+    if cut:
+        facts.append(
+            f"longer prefixes push the end of {cut:,} conversations out of the context in the first epoch, up to "
+            f"{most:,} tokens, which are cut off"
+        )
     return {"condition": "; ".join(facts)}
 
 

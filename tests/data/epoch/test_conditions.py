@@ -186,6 +186,26 @@ def test_what_cannot_be_exchanged_is_refused_with_the_way_out(prepare_into, tmp_
         ConditionDraws(ignored, ConditionConfig(0.1))
 
 
+@pytest.mark.parametrize("context", [40, 60])
+def test_longer_prefixes_push_the_end_out_of_the_context(prepare_into, tmp_path, records, context):
+    long = "a longer class"
+    data = TokenDataset(prepare_into(tmp_path / "own", [*records, *under(records[:1], long)], context=context).output)
+    whole = TokenDataset(prepare_into(tmp_path / "whole", under([*records, records[0]], long), context=4096).output)
+    wholes = {whole.source_location(i).rpartition(":")[2]: whole[i].input_ids.tolist() for i in range(len(whole))}
+    exchanged = np.full(len(data), data.class_names.index(long), np.int32)
+    exchanged[::5] = OWN
+    lengths = data.lengths_under(exchanged)
+    cut, most = data.count_cut(exchanged)
+    assert 0 < cut < (lengths == context).sum() and 1 < most < 40 and lengths.max() == context
+    batch = data.batch(np.arange(len(data)), exchanged)
+    begins = np.cumsum(lengths) - lengths
+    assert batch.lengths == tuple(lengths.tolist())
+    for i, (begin, length) in enumerate(zip(begins, lengths, strict=True)):
+        line = data.source_location(i).rpartition(":")[2]
+        expected = data[i].input_ids.tolist() if exchanged[i] == OWN else wholes[line][:length]
+        assert batch.input_ids[begin : begin + length].tolist() == expected
+
+
 @pytest.fixture(scope="module")
 def rendered_base(tmp_path_factory):
     return text_kit.small_folder("qwen", tmp_path_factory.mktemp("rendered") / "base")
