@@ -233,7 +233,7 @@ def _expert(asked: str, dataset: TokenDataset) -> str:
 def _section(name: str, values: dict[str, Any], comments: dict[str, str]) -> str:
     """A table of TOML, with its comments aligned."""
     lines = {key: f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()}
-    width = max(map(len, lines.values()))
+    width = max((len(line) for key, line in lines.items() if comments.get(key)), default=0)
     told = (f"{line:<{width}}  # {comments[key]}" if comments.get(key) else line for key, line in lines.items())
     return "\n".join([f"[{name}]", *told])
 
