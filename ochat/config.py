@@ -53,6 +53,16 @@ RENAMED = {  # keys of earlier versions, `*` for a table's name
     "optim.state": "moment_dtype",
     "data.mix.*.rate": "ratio",
 }
+ELSEWHERE = {  # keys of other trainers -> ours
+    "learning_rate": "optim.lr", "max_grad_norm": "optim.clip", "warmup_steps": "optim.warmup_ratio",
+    "batch_size": "data.bins_per_step", "per_device_train_batch_size": "data.token_budget",
+    "gradient_accumulation_steps": "data.bins_per_step", "max_seq_length": "data.token_budget",
+    "max_length": "data.token_budget", "num_train_epochs": "data.epochs", "num_epochs": "data.epochs",
+    "gradient_checkpointing": "train.recompute", "bf16": "train.dtype",
+    "output_dir": "run.dir", "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep", "logging_steps": "train.log_every", "eval_steps": "train.eval_every",
+    "model_name_or_path": "base.path", "lora_r": "lora.rank", "lora_alpha": "lora.alpha",
+}  # fmt: skip
 RENAMED_VALUES = {("train.attention", "flash2"): "flash"}  # those of earlier versions
 
 
@@ -380,7 +390,15 @@ def read(path: str | Path, options: Sequence[str] = (), schema: Any = Config) ->
 
 def from_tree(tree: dict[str, Any]) -> Config:
     """The configuration that tables of TOML hold. Raises: ConfigError that names what is wrong."""
-    config = overrides.build(Config, with_new_names(tree))
+    try:
+        config = overrides.build(Config, with_new_names(tree))
+    except overrides.UnknownKey as error:
+        section, _, name = error.name.rpartition(".")
+        fields = msgspec.structs.fields(Config)
+        same = (f"{each.name}.{name}" for each in fields if name in getattr(each.type, "__struct_fields__", ()))
+        if not section or not (wanted := ELSEWHERE.get(name) or next(same, "")):
+            raise
+        raise ConfigError(f"unknown key {error.name!r}; did you mean --{wanted}?") from None
     _check(config)
     return config
 

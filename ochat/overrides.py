@@ -29,6 +29,15 @@ BOUNDS = {"gt": "above", "ge": "from", "lt": "below", "le": "up to"}  # of numbe
 HIGHEST_NAMED = 2**31  # a bound beyond this is the largest value of a type
 
 
+class UnknownKey(ConfigError):
+    """A key that its table does not have; `near`: one that it has and that is spelled alike, or ""."""
+
+    def __init__(self, name: str, where: str, near: str, known: Sequence[str]):
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+        super().__init__(f"unknown {'key' if where else 'section'} {name!r}; {hint}")
+        self.name = name
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises: ConfigError if it is missing or invalid."""
     try:
@@ -156,8 +165,7 @@ def _build_parts(kind: Any, value: Any, where: str) -> None:
                 build(part, item, name)
             elif known := tuple(_keys(kind)):
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise ConfigError(f"unknown {'key' if where else 'section'} {name!r}; {hint}")
+                raise UnknownKey(name, where, near[0] if near else "", known)
     elif typing.get_origin(kind) is tuple and isinstance(value, list) and (... in args or len(value) == len(args)):
         for place, item in enumerate(value):
             build(args[0], item, f"{where}[{place}]")

@@ -72,10 +72,19 @@ def test_a_command_line_is_split_into_own_arguments_and_options():
             overrides.split(without_value)
 
 
+def test_every_key_of_another_trainer_leads_to_one_of_ours():
+    for key in configuration.ELSEWHERE.values():
+        section, name = key.split(".")
+        assert hasattr(getattr(Config(), section), name), key
+
+
 @pytest.mark.parametrize(
     ("option", "needle"),
     [
-        ("--optim.learning_rate=1", "unknown key 'optim.learning_rate'; known: lr, "),
+        ("--optim.learning_rate=1", "unknown key 'optim.learning_rate'; did you mean --optim.lr?"),
+        ("--train.lr=1", "unknown key 'train.lr'; did you mean --optim.lr?"),
+        ("--train.save_steps=1", "unknown key 'train.save_steps'; did you mean --checkpoint.every?"),
+        ("--optim.zzz=1", "unknown key 'optim.zzz'; known: lr, "),
         ("--train.log_evry=1", "unknown key 'train.log_evry'; did you mean 'log_every'?"),
         ("--optimizer.lr=1", "unknown section 'optimizer'; did you mean 'optim'?"),
         ("--classes.GPT4.rewards=1", "unknown key 'classes.GPT4.rewards'; did you mean 'reward'?"),

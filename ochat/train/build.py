@@ -369,5 +369,6 @@ def open_outputs(
         nonfinite=nonfinite,
         has_dynamic=has_dynamic(config.loss),
     )
-    display = Display(num_steps, config.log if ranks.is_first else LogConfig(), run_dir, settings)
+    log, on_gpu = config.log if ranks.is_first else LogConfig(), ranks.device.type == "cuda"
+    display = Display(num_steps, log, run_dir, settings, with_mfu=on_gpu)
     return RunOutputs(lines, checkpointer, metrics_log, display)

@@ -26,12 +26,17 @@ from ochat.run import layout
 log = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 240
+COLUMNS = 100  # of a step's line
 
 
 class Display:
-    """What is seen of a run of `num_steps` steps; ranks other than the first have no trackers and print nothing."""
+    """What is seen of a run of `num_steps` steps; ranks other than the first have no trackers and print nothing.
 
-    def __init__(self, num_steps: int, config: LogConfig, run_dir: Path, config_toml: str):
+    `with_mfu`: show it of each step, as on a GPU; metrics.jsonl has it anyhow.
+    """
+
+    def __init__(self, num_steps: int, config: LogConfig, run_dir: Path, config_toml: str, *, with_mfu: bool = True):
+        self.with_mfu = with_mfu
         self.num_steps, self._shown, self._printed = num_steps, 0, 0.0
         self._advance: Callable[[int], object] = lambda count: None
         self._trackers: list[Callable[[str, float, int], object]] = []  # each takes (name, value, step)
@@ -63,7 +68,7 @@ class Display:
         self._shown = newest
         if time.monotonic() - self._printed > 1 or newest == self.num_steps:
             self._printed = time.monotonic()
-            log.info(f"step {newest}/{self.num_steps}  {_describe(lines[-1])}")
+            log.info(_describe(f"step {newest}/{self.num_steps}", lines[-1], with_mfu=self.with_mfu))
         for line in lines:
             self._track("train", line)
 
@@ -133,15 +138,37 @@ def _numbers(prefix: str, value: Any) -> Iterator[tuple[str, float]]:
         yield prefix, float(value)
 
 
-def _describe(line: dict[str, Any]) -> str:
+def _describe(head: str, line: dict[str, Any], *, with_mfu: bool) -> str:
+    """A step in COLUMNS columns: losses, rate and speed, then of the rest what there is room for."""
     if line.get("skipped"):
-        return "skipped, its loss or gradient is not finite"
-    losses = "  ".join(f"{name} {_number(row['loss'])}" for name, row in line["classes"].items())
-    return (
-        f"loss {line['loss']:.4f} ({losses})  acc {line['accuracy']:.3f}  lr {line['lr']:.2e}  "
-        f"|g| {line['grad_norm']:.2f}  {line['tokens_per_s']:,.0f} tok/s "
-        f"({line['supervised_tokens_per_s']:,.0f} supervised)  mfu {line['mfu']:.1%}"
-    )
+        return f"{head}  skipped, its loss or gradient is not finite"
+    first, *rest = f"loss {line['loss']:.3f}", f"lr {line['lr']:.1e}", f"{_short(line['tokens_per_s'])} tok/s"
+    room = COLUMNS - len("  ".join((head, first, *rest)))
+    classes = _classes({name: row["loss"] for name, row in line["classes"].items()}, room)
+    parts = [head, first + classes, *rest]
+    more = [f"|g| {line['grad_norm']:.2f}"] + [f"mfu {line['mfu']:.0%}"] * with_mfu + [f"acc {line['accuracy']:.2f}"]
+    for part in more:
+        if len("  ".join((*parts, part))) <= COLUMNS:
+            parts.append(part)
+    return "  ".join(parts)
+
+
+def _classes(losses: dict[str, float | None], room: int) -> str:
+    """The losses of the classes in brackets, with names cut where they are too long, and of many the first ones."""
+    longest = max(map(len, losses), default=0)
+    for length in range(longest, 0, -1):
+        text = ", ".join(f"{name[:length]} {'-' if loss is None else f'{loss:.2f}'}" for name, loss in losses.items())
+        if len(text) <= room - 3:
+            return f" ({text})"
+    return _classes(dict(list(losses.items())[:-1]), room) if len(losses) > 1 else ""
+
+
+def _short(count: float) -> str:
+    """With three digits, such as 12.3k."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"
 
 
 def _number(value: float | int | None) -> str:

@@ -64,6 +64,32 @@ def test_further_sets_have_a_table_and_names_of_their_own(tmp_path, monkeypatch,
     assert "1,200" in printed and "exact" in printed
 
 
+STEP = LINE | {"lr": 2.5e-5, "tokens_per_s": 123456.0, "grad_norm": 1.25, "mfu": 0.41}
+
+
+CLASSES = [["GPT4"], ["GPT4", "GPT3", "human", "web"], [f"GPT{i} Correct" for i in range(4)]]
+CLASSES += [[f"a long name of class {i}" for i in range(4)], [f"{i} of many" for i in range(40)]]
+
+
+@pytest.mark.parametrize("names", CLASSES)
+@pytest.mark.parametrize("steps", [9, 120_000])
+def test_a_step_has_its_losses_rate_and_speed_in_100_columns(tmp_path, caplog, names, steps):
+    line = STEP | {"step": steps, "loss": 12.3456, "classes": {name: CLASS | {"loss": 12.3456} for name in names}}
+    with caplog.at_level("INFO"):
+        Display(steps, LogConfig(), tmp_path, "").steps([line])
+    (said,) = caplog.messages
+    assert len(said) <= 100 and said.startswith(f"step {steps}/{steps}  loss 12.346 (")
+    assert "lr 2.5e-05  123k tok/s" in said
+    if len(names) <= 4:
+        assert said.count(" 12.35") == len(names) and (len(names) > 1 or " mfu 41%  acc 0.25" in said)
+
+
+def test_a_cpu_shows_no_mfu(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        Display(3, LogConfig(), tmp_path, "", with_mfu=False).steps([STEP])
+    assert "mfu" not in caplog.text and "|g| 1.25  acc 0.25" in caplog.text
+
+
 @pytest.mark.parametrize(("log", "module"), [({"wandb": "mine"}, "wandb"), ({"tensorboard": True}, "tensorboard")])
 def test_a_missing_tracker_is_named(tmp_path, monkeypatch, log, module):
     monkeypatch.setitem(sys.modules, module, None)
