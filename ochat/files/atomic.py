@@ -45,9 +45,14 @@ def write_json(path: Path, record: Mapping[str, Any], *, indent: int = 2) -> Non
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file with the line ends of `text`. Raises: OSError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file. Raises: OSError."""
     temporary = path.with_name(f".{path.name}.tmp")
     unlink(temporary)
-    temporary.write_text(text, encoding="utf-8", newline="")
+    temporary.write_bytes(content)
     replace(temporary, path)
 
 

@@ -56,10 +56,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for text in content.split(b"\n")[:-1] if (line := parse_line(text)) is not None]
 
 
+def has_step(path: Path, step: int) -> bool:
+    """Whether a line is of this step."""
+    return any(line["step"] == step for line in read_lines(path))
+
+
 def parse_line(text: bytes) -> dict[str, Any] | None:
     """A line as an object; None for what is torn, is no object, or has no step."""
     try:
-        line = json.loads(text)
+        line = json.loads(text.decode())  # of bytes, json guesses the encoding
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) and finite_number(line.get("step")) is not None else None

@@ -2,7 +2,7 @@
 
 RUN/config.toml  config.until_step_N.toml  plan.json  attention.json  metrics.jsonl  eval.jsonl  samples.jsonl
     answers.jsonl  nonfinite_steps.jsonl  checkpoints/step_N/  latest  serving/  export/  profile/  tensorboard/
-    swap.json  .lock
+    swap.json  .lock  metrics.damaged.jsonl (and of each other file of lines)
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 CONFIG, PLAN, ATTENTION, SWAP = "config.toml", "plan.json", "attention.json", "swap.json"
 METRICS, EVAL, SAMPLES, NONFINITE = "metrics.jsonl", "eval.jsonl", "samples.jsonl", "nonfinite_steps.jsonl"
 ANSWERS = "answers.jsonl"  # of the exact-match tasks
-LINES = (METRICS, EVAL, SAMPLES, ANSWERS, NONFINITE)  # appended to while a run trains, cut where it resumes
+EVALUATION = (ANSWERS, SAMPLES, EVAL)  # of one evaluation, in the order of writing
+LINES = (METRICS, *EVALUATION, NONFINITE)  # appended to while a run trains, cut where it resumes
 EARLIER_NONFINITE = "bad_steps.jsonl"  # of earlier versions
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 SERVING, EXPORT, PROFILE, TENSORBOARD = "serving", "export", "profile", "tensorboard"
@@ -28,6 +29,11 @@ def run_of(model: Path) -> Path | None:
     folder = model.resolve()
     folder = folder.parent if folder.name == EXPORT else folder
     return folder if (folder / CONFIG).is_file() else None
+
+
+def damaged(lines: Path) -> Path:
+    """The file that keeps damaged lines of a file of lines, such as metrics.damaged.jsonl."""
+    return lines.with_suffix(f".damaged{lines.suffix}")
 
 
 def config_until(step: int) -> str:

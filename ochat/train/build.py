@@ -333,6 +333,7 @@ def open_outputs(
             parts.adapters.write_config(run_dir / layout.SERVING)
         for file in lines.values():
             metrics.truncate_after(file.path, found.step if found else -1)  # -1: an evaluation before step 1 too
+        metrics.warn_of_lost_steps(lines[layout.METRICS].path, found.step if found else 0)
 
     def newest() -> Path | None:
         checkpointer.wait()

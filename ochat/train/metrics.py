@@ -29,6 +29,7 @@ from ochat.data.batch import PackedBatch
 from ochat.files import atomic, jsonl
 from ochat.files.jsonl import JsonlWriter
 from ochat.plan import gpus
+from ochat.run import layout
 from ochat.run.nonfinite import NonFiniteGuard
 
 log = logging.getLogger(__name__)
@@ -149,20 +150,44 @@ class MetricsLog:
 def truncate_after(path: Path, last_step: int) -> None:
     """Drop the lines after `last_step`, which a killed run wrote past its checkpoint, atomically.
 
-    Lines that are no line of a run (a damaged disk leaves zeros) are dropped too, with a warning.
+    Lines that are none of a run (a damaged disk leaves zeros) are warned of: those behind a line of `last_step` are
+    dropped too, those before are kept aside in a file of their own.
     """
     if not path.exists():
         return
-    # split bytes, not text: U+2028 in an answer ends a line of text, and a torn line may not be UTF-8
+    # split bytes, not text: U+2028 in an answer ends a line of text, and a damaged line may not be UTF-8
     lines = path.read_bytes().split(b"\n")
     torn = lines.pop()
-    parsed = [(line + b"\n", jsonl.parse_line(line)) for line in lines]
-    if damaged := [number for number, (_, values) in enumerate(parsed, start=1) if values is None]:
-        what = "%s: line %d is damaged%s; dropped, as the run does not need it"
-        log.warning(what, path, damaged[0], f", as are {len(damaged) - 1} others" if len(damaged) > 1 else "")
-    kept = [line for line, values in parsed if values is not None and values["step"] <= last_step]
+    kept, aside, behind, newest = [], [], [], -math.inf
+    for number, line in enumerate(lines, start=1):
+        if (values := jsonl.parse_line(line)) is None:
+            (aside if newest < last_step else behind).append((number, line))
+        else:
+            newest = max(newest, values["step"])
+            if values["step"] <= last_step:
+                kept.append(line)
+    damaged = layout.damaged(path)
+    if aside:
+        with damaged.open("ab") as file:
+            file.writelines(line + b"\n" for _, line in aside)
+        log.warning("%s: %s; kept in %s, as the run does not need it", path, _numbered(aside), damaged.name)
+    if behind:
+        log.warning(
+            "%s: %s; dropped, as it is behind step %d, from which the run goes on", path, _numbered(behind), last_step
+        )
     if torn or len(kept) != len(lines):
-        atomic.write_text(path, b"".join(kept).decode())
+        atomic.write_bytes(path, b"".join(line + b"\n" for line in kept))
+
+
+def warn_of_lost_steps(path: Path, last_step: int) -> None:
+    """Warn where metrics.jsonl has no line of a step up to `last_step`; it may begin late, after another run's
+    checkpoint."""
+    if not path.exists():
+        return
+    found = {line["step"] for line in jsonl.read_lines(path)}
+    if lost := [step for step in range(int(min(found, default=1)), last_step + 1) if step not in found]:
+        what = f"step {lost[0]:,}" + (f" and {len(lost) - 1:,} others up to step {lost[-1]:,}" if len(lost) > 1 else "")
+        log.warning("%s: no line of %s; the numbers are lost, the training of these steps is not", path, what)
 
 
 def peak_flops(device: torch.device, configured_tflops: float, dtype: torch.dtype) -> tuple[float, str]:
@@ -181,6 +206,11 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _numbered(lines: list[tuple[int, bytes]]) -> str:
+    others = f", as {'are' if len(lines) > 2 else 'is'} {len(lines) - 1} more" if len(lines) > 1 else ""
+    return f"line {lines[0][0]} is damaged{others}"
 
 
 def _measured_flops(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:

@@ -54,6 +54,24 @@ def test_a_second_run_is_refused_by_the_name_of_the_first_and_a_kill_leaves_no_l
     assert lines[-1]["step"] == done + 1
 
 
+@pytest.mark.parametrize("damage", [b"\0" * 512, b'{"st\xff\xfe', b'{"step": {}}'])
+def test_no_damaged_line_of_any_file_blocks_a_resume(world, tmp_path, capsys, damage):
+    """Before and behind the checkpoint; what is whole of the lines before stays."""
+    run, words = tmp_path / "run", [f"--data.eval_path={world.data}", '--samples.prompts=["1+1"]']
+    words += ["--train.eval_every=2", "--checkpoint.every=2", "--checkpoint.keep_best=true", "--train.stop_after=9"]
+    tiny.train(world, run, *words, "--data.max_steps=4")
+    names = [*layout.LINES, layout.EARLIER_NONFINITE]
+    for name in names:
+        lines = (run / name).read_bytes().splitlines(keepends=True) if (run / name).exists() else []
+        (run / name).write_bytes(b"".join([*lines[:1], damage + b"\n", *lines[2:], damage + b"\n"]))
+    capsys.readouterr()
+    lines = tiny.train(world, run, *words, "--data.max_steps=6")
+    said = " ".join(capsys.readouterr().out.split())
+    assert [line["step"] for line in lines] == [1, 3, 4, 5, 6] and "no line of step 2;" in said
+    assert [line["step"] for line in tiny.metrics(run, layout.EVAL)] == [0, 4, 6]
+    assert (run / "metrics.damaged.jsonl").read_bytes() == damage + b"\n" and "line 2 is damaged; kept in" in said
+
+
 def test_a_process_that_was_forked_off_does_not_hold_the_folder(tmp_path):
     program = (
         "import os, sys, time\n"

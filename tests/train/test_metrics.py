@@ -115,12 +115,36 @@ def test_lines_past_the_checkpoint_and_a_torn_last_line_are_cut(tmp_path, caplog
     metrics.truncate_after(tmp_path / "missing.jsonl", 1)
 
 
-@pytest.mark.parametrize("damage", [b"\0" * 512, b"hello", b"\xff\xfe", b'{"step": "2"}', b"[1]", b"", b"[" * 5000])
-def test_a_damaged_line_is_dropped_with_a_warning(tmp_path, caplog, damage):
+DAMAGE = [
+    b"\0" * 512, b"hello", b"\xff\xfe", b'{"step": "2"}', b"[1]", b"", b"[" * 5000, b'{"step": 1, "a": "\xed\xa0\x80"}',
+    b'{"step": 1}'.decode().encode("utf-16-le"), b"\xef\xbb\xbf{", b'{"step": 1e999}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_line_is_kept_aside_before_the_checkpoint_and_dropped_behind_it(tmp_path, caplog, damage):
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics.damaged.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n' + damage + b'\n{"step": 4}\n')
+    metrics.truncate_after(path, 3)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n' and aside.read_bytes() == damage + b"\n"
+    said = " ".join(caplog.messages)
+    assert "line 2 is damaged; kept in metrics.damaged.jsonl" in said and "line 4 is damaged; dropped" in said
+    metrics.warn_of_lost_steps(path, 3)
+    assert "no line of step 2;" in caplog.messages[-1]
+    path.write_bytes(damage + b"\n" + damage + b"\n" + damage + b"\n")
+    metrics.truncate_after(path, 3)
+    assert "line 1 is damaged, as are 2 more; kept" in caplog.messages[-1] and path.read_bytes() == b""
+    assert aside.read_bytes() == 4 * (damage + b"\n")
+    metrics.warn_of_lost_steps(path, 3)
+    assert "no line of step 1 and 2 others up to step 3;" in caplog.messages[-1]
+
+
+def test_a_file_that_begins_after_another_runs_checkpoint_has_lost_nothing(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
-    metrics.truncate_after(path, 1)
-    assert path.read_bytes() == b'{"step": 1}\n' and "line 2 is damaged" in caplog.text
+    metrics.warn_of_lost_steps(path, 5)
+    path.write_bytes(b'{"step": 6}\n{"step": 7}\n')
+    metrics.warn_of_lost_steps(path, 7)
+    assert not caplog.text
 
 
 def test_a_known_card_has_its_data_sheets_peak(monkeypatch):
