@@ -48,7 +48,8 @@ class Interrupted(OchatError):
     """A signal stopped the run, and its state is saved; `exit_code` is 128 + the signal's number."""
 
     def __init__(self, steps_done: int, number: int):
-        super().__init__(f"saved at step {steps_done}; start the same command again to continue")
+        what = f"saved at step {steps_done}" if steps_done else "stopped before the first step"
+        super().__init__(f"{what}; start the same command again to continue")
         self.exit_code = 128 + number
 
 

@@ -126,6 +126,7 @@ class AsyncCheckpointer:
                 f"room and start the same command again: it resumes from {self.newest or 'the start'}"
             )
         assert self.newest is not None
+        self._tidy()
         return self.newest
 
     def __enter__(self) -> AsyncCheckpointer:
@@ -159,6 +160,7 @@ class AsyncCheckpointer:
     def _write(self, step: int, skipped: int, copied: dict[str, Any]) -> Outcome:
         """Writes, agrees, publishes, agrees again. A disk error on any rank is every rank's outcome."""
         started, temporary = time.monotonic(), self.root / f".{layout.checkpoint_name(step)}.tmp"
+        self._tidy()
         written = self.ranks.all_gather_json(copied or self._attempt(lambda: self._write_shard(temporary)))
         problem = next((record["problem"] for record in written if "problem" in record), "")
         answer = {"problem": problem} if problem else {}
@@ -204,12 +206,23 @@ class AsyncCheckpointer:
             if lines.path.exists():
                 atomic.fsync(lines.path)
         atomic.replace_dir(temporary, self.root / layout.checkpoint_name(step))
-        return {"warning": self._attempt(lambda: self._prune(step)).get("problem", "")}
+        return {"warning": self._attempt(lambda: self._settle(step)).get("problem", "")}
+
+    def _settle(self, step: int) -> None:
+        """Updates `latest`, then removes old checkpoints."""
+        atomic.write_text(self.run_dir / layout.LATEST, f"{layout.CHECKPOINTS}/{layout.checkpoint_name(step)}\n")
+        self._prune(step)
+
+    def _tidy(self) -> None:
+        """Removes the checkpoint that was the best until the newest one, saved before its evaluation, was better."""
+        if self.config.keep_best and self.ranks.is_first and self.newest and self.newest.parent == self.root:
+            step = layout.step_of(self.newest)
+            if problem := self._attempt(lambda: self._prune(step)):
+                log.warning("old checkpoints could not be removed: %s", problem["problem"])
 
     def _prune(self, step: int) -> None:
-        """Updates `latest`, then removes checkpoints, except the newest `keep` (0: all), those of every
-        `keep_every`-th step, and the best so far."""
-        atomic.write_text(self.run_dir / layout.LATEST, f"{layout.CHECKPOINTS}/{layout.checkpoint_name(step)}\n")
+        """Removes checkpoints up to `step`, except the newest `keep` (0: all), those of every `keep_every`-th step, and
+        the best so far."""
         keep, every = self.config.keep, self.config.keep_every
         there = {layout.step_of(folder): folder for folder in layout.checkpoint_folders(self.run_dir)}
         best_step = best.best_step(self.run_dir) if self.config.keep_best else None

@@ -84,6 +84,18 @@ class Ranks:
         dist.all_gather(received, padded, group=self.disk_group)
         return [json.loads(r[: int(n)].numpy().tobytes()) for r, n in zip(received, sizes, strict=True)]
 
+    def all_reach(self, place: str, seconds: float) -> bool:
+        """Whether every rank calls it for this place, once a launch, within `seconds`: for what only all of them can
+        do, where some may wait elsewhere."""
+        if self.world == 1:
+            return True
+        self.store.set(f"{place}/{self.rank}", "")
+        try:
+            self.store.wait([f"{place}/{rank}" for rank in range(self.world)], timedelta(seconds=seconds))
+        except RuntimeError:
+            return False
+        return True
+
     def raise_on_all_ranks(self, problem: str, kind: type[OchatError]) -> None:
         """Raises `kind` with the first rank's problem on all ranks, if any has one (not ""). All ranks call it."""
         for answer in self.all_gather_json({"problem": problem}):

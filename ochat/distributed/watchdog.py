@@ -31,7 +31,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -253,7 +253,7 @@ class StopSignal:
         self._pending = flag, dist.all_reduce(flag, async_op=True)
         return answer
 
-    def stop(self, steps_done: int) -> None:
+    def stop(self, steps_done: int) -> NoReturn:
         """Raises Interrupted; the state after `steps_done` steps must have been saved."""
         self._wait()
         raise Interrupted(steps_done, self.received or signal.SIGTERM)

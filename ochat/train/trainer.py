@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from msgspec import structs
@@ -30,7 +30,9 @@ from ochat.data.loader import Loader
 from ochat.distributed import processes
 from ochat.distributed.processes import Ranks
 from ochat.distributed.watchdog import StopSignal, Watchdog
+from ochat.errors import Interrupted
 from ochat.export.hf_folder import export
+from ochat.files import jsonl
 from ochat.infer.generate import generate
 from ochat.model import linear
 from ochat.model.attention.packed import PackedAttention
@@ -39,11 +41,12 @@ from ochat.run import layout
 from ochat.run.lock import acquire_run_dir
 from ochat.text.conversation import Conversation, Message
 from ochat.train import average, build, identity, metrics, optim, resolve, schedule, sharding, verify
-from ochat.train.evaluations.exact import ExactTask, score
+from ochat.train.evaluations.exact import score
 from ochat.train.loss import dynamic_at, head_loss
 from ochat.train.metrics import StepMetrics
 
 log = logging.getLogger(__name__)
+RESCUE_S = 10.0  # an error that occurs on all ranks reaches them within it
 
 
 def train(config: Config, run: Callable[[Trainer], None] | None = None) -> None:
@@ -78,9 +81,10 @@ class Trainer:
         self.config = self.resolved.config
         self.parts = build.build_model(self.config, self.inputs, ranks)
         self.model, self.optimizer = self.parts.model, self.parts.optimizer
-        self.model.register_forward_pre_hook(lambda *_: self.watchdog.heartbeat())
+        self.is_measuring = False
+        self.model.register_forward_pre_hook(self.before_forward, prepend=True)  # before FSDP's
         found = self.load()
-        self.steps_done = found.step if found else 0
+        self.steps_done = self.saved_step = found.step if found else 0
         self.outputs = build.open_outputs(self.resolved, self.inputs, self.parts, ranks, found)
         self.metrics, self.checkpointer = self.outputs.metrics, self.outputs.checkpointer
         self.stop_signal = StopSignal(ranks.world)
@@ -112,8 +116,10 @@ class Trainer:
         if self.steps_done == self.loader.num_steps:
             log.info(f"all {self.steps_done:,} steps were done before: nothing is trained")
         with self.stop_signal, self.checkpointer, self.outputs.display.bar(self.steps_done):
-            if self.steps_done == 0:
-                self.evaluate()
+            if self.owes_evaluation():
+                for name in layout.EVALUATION if self.ranks.is_first else ():  # some lines may be there
+                    metrics.truncate_after(self.run_dir / name, self.steps_done - 1)
+                self.measure()
             if self.steps_done < self.loader.num_steps and not self.is_over():  # it may be, where it was before
                 self.watchdog.enter("planning the first epoch", timed=False)
                 self.metrics.restart_clock()
@@ -160,52 +166,118 @@ class Trainer:
         return self.model(batch.input_ids, batch.position_ids, attend, head=head, rows=batch.supervised_rows)
 
     def after(self, step: int) -> bool:
-        """What is due after a step: log lines, an evaluation, a checkpoint, the end after a signal. Whether the run is
-        over before its last step."""
+        """What is due after a step: log lines, a checkpoint, the end after a signal, and last, as it takes long and can
+        fail, an evaluation. Whether the run is over before its last step."""
         done, last = self.steps_done, self.steps_done == self.loader.num_steps
-        epoch_end = self.loader.epoch_end(step)
-        save = last or is_due(done, self.config.checkpoint.every, epoch_end)
-        measure = last or is_due(done, self.config.train.eval_every, epoch_end)
+        save = last or is_due(done, self.config.checkpoint.every, self.loader.epoch_end(step))
+        measure = self.is_evaluation_due()
         stop = self.stop_signal.requested_anywhere() and not last
         if save or measure or stop or done % self.config.train.log_every == 0:
             self.outputs.display.steps(self.metrics.flush())
+        if save:
+            self.save()
+        if stop:
+            self.save_and_stop()
         if measure:
-            self.evaluate()
+            self.measure()
         is_over = measure and not last and self.is_over()
-        if save or stop or is_over:
-            self.watchdog.enter(f"saving step {done}", timed=False)
-            self.checkpointer.save(done)
-        if stop and not is_over:
-            self.checkpointer.finish()
-            self.stop_signal.stop(done)
+        if is_over:
+            self.save()
         self.checkpointer.report_if_done()
         if save or measure:
             self.metrics.restart_clock()
         return is_over
 
+    def save(self) -> None:
+        """Start the checkpoint of the steps done so far, unless there is one."""
+        if self.saved_step < self.steps_done:
+            self.watchdog.enter(f"saving step {self.steps_done}", timed=False)
+            self.checkpointer.save(self.steps_done)
+            self.saved_step = self.steps_done
+
+    def save_and_stop(self) -> NoReturn:
+        """Raises: Interrupted, once the state is on the disk."""
+        self.save()
+        if self.steps_done:
+            self.checkpointer.finish()
+        self.stop_signal.stop(self.steps_done)
+
+    def before_forward(self, *_: Any) -> None:
+        """At every micro-batch, and every token of an answer: progress, and inside an evaluation the end after a
+        signal, on all ranks at the same place."""
+        self.watchdog.heartbeat()
+        if self.is_measuring and self.stop_signal.requested_anywhere():
+            self.save_and_stop()
+
+    def is_evaluation_due(self) -> bool:
+        """Before the first step, where train.eval_every says, and after the last one."""
+        done = self.steps_done
+        if done in (0, self.loader.num_steps):
+            return True
+        return is_due(done, self.config.train.eval_every, self.loader.epoch_end(done - 1))
+
+    def owes_evaluation(self) -> bool:
+        """Whether the run stopped before or inside the evaluation of the steps done so far: its lines are not there."""
+        if self.steps_done > self.loader.num_steps or not self.is_evaluation_due():
+            return False
+        files = {layout.EVAL: self.inputs.held_out or self.inputs.tasks, layout.SAMPLES: self.config.samples.prompts}
+        paths = [self.outputs.lines[name].path for name, is_written in files.items() if is_written]
+        return self.first_says(lambda: not all(jsonl.has_step(path, self.steps_done) for path in paths))
+
+    def first_says(self, question: Callable[[], bool]) -> bool:
+        """The first rank's answer, on all ranks."""
+        answer = float(self.ranks.is_first and question())
+        return bool(self.ranks.sum_tensor(torch.tensor(answer, device=self.ranks.device)))
+
     def is_over(self) -> bool:
         """Whether train.stop_after evaluations in a row were no better: the first rank reads eval.jsonl for all, so
         that it is the same after a resume."""
-        if not self.config.train.stop_after:
-            return False
-        why = best.no_better(self.run_dir, self.config.train.stop_after) if self.ranks.is_first else ""
+        most = self.config.train.stop_after
+        why = best.no_better(self.run_dir, most) if most and self.ranks.is_first else ""
         if why:
             log.info(f"the run ends after step {self.steps_done:,} of {self.loader.num_steps:,}: {why}")
-        return bool(self.ranks.sum_tensor(torch.tensor(float(bool(why)), device=self.ranks.device)))
+        return most > 0 and self.first_says(lambda: bool(why))
+
+    def measure(self) -> None:
+        """The evaluation after the steps done so far; neither a signal nor an error in it loses a step."""
+        self.is_measuring = True
+        try:
+            self.evaluate()
+        except Interrupted:
+            raise
+        except Exception as error:
+            self.rescue(error)
+            raise
+        finally:
+            self.is_measuring = False
+
+    def rescue(self, error: Exception) -> None:
+        """Save what an evaluation that failed on all ranks would lose, and wait for a checkpoint that is on its way."""
+        step, self.is_measuring = self.steps_done, False
+        if self.saved_step < step and self.ranks.all_reach(f"failed evaluation {step}", RESCUE_S):
+            self.save()
+        self.checkpointer.wait()
+        log.error(
+            f"the evaluation after step {step:,} failed ({type(error).__name__}); "
+            f"the same command resumes from {self.checkpointer.newest or 'the base'}"
+        )
 
     def evaluate(self) -> None:
-        """The held-out sets and exact-match tasks, and answers to the sample prompts, after the steps done so far."""
+        """The held-out sets and exact-match tasks, and answers to the sample prompts, after the steps done so far. The
+        lines are written once all is measured, so that a run that stops inside has none of them."""
         self.watchdog.enter(f"the evaluation after step {self.steps_done}")
         stamp, outputs = {"step": self.steps_done}, self.outputs
         measured = {name: self.held_out(loader) for name, loader in self.inputs.held_out.items()}
-        measured |= {name: self.exact(name, task) for name, task in self.inputs.tasks.items()}
+        exact = self.exact()
+        measured |= {name: score(answers) for name, answers in exact.items()}
+        samples = self.answers()
+        outputs.lines[layout.ANSWERS].append(stamp | {"set": name} | each for name in exact for each in exact[name])
+        outputs.lines[layout.SAMPLES].append(stamp | each for each in samples)
         if measured:
             line = stamp | measured.pop(HELD_OUT, {}) | ({SETS: measured} if measured else {})
             outputs.lines[layout.EVAL].append([line])
             outputs.display.evaluation(line)
-        answers = self.answers()
-        outputs.lines[layout.SAMPLES].append(stamp | answer for answer in answers)
-        outputs.display.samples(answers)
+        outputs.display.samples(samples)
 
     @torch.no_grad()
     def held_out(self, loader: Loader) -> dict[str, Any]:
@@ -219,12 +291,10 @@ class Trainer:
         means = metrics.summarise(self.ranks.sum_tensor(measured.to_tensor()).tolist(), loader.dataset.class_names)
         return {key: means[key] for key in ("loss", "accuracy", "supervised_tokens", "classes")}
 
-    def exact(self, name: str, task: ExactTask) -> dict[str, Any]:
-        """The task's score; its answers go to answers.jsonl. All ranks of a sharded model call it."""
-        answers = task.answer(self.model, self.inputs.tokenizer, self.stop_ids, self.ranks.device)
-        stamp = {"step": self.steps_done, "set": name}
-        self.outputs.lines[layout.ANSWERS].append(stamp | answer for answer in answers)
-        return score(answers)
+    def exact(self) -> dict[str, list[dict[str, Any]]]:
+        """The answers to each task, lines of answers.jsonl. All ranks of a sharded model call it."""
+        told = self.model, self.inputs.tokenizer, self.stop_ids, self.ranks.device
+        return {name: task.answer(*told) for name, task in self.inputs.tasks.items()}
 
     @property
     def stop_ids(self) -> list[int]:

@@ -17,6 +17,7 @@ import torch
 
 from ochat.checkpoint.manifest import verify_checkpoint
 from ochat.distributed.processes import Ranks
+from ochat.files import jsonl
 from ochat.run import layout
 from tests import tiny
 
@@ -100,6 +101,48 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_curve_of_one_that_ne
     tiny.train_on_ranks(world, run_dir, 2, *options)
     assert tiny.curve(tiny.metrics(run_dir)) == tiny.curve(expected)
     assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def stop_somewhere(command, run_dir, draw):
+    """Starts the job, and a random time after it got one checkpoint further stops it: by SIGKILL for all, by SIGTERM
+    for torchrun or by SIGUSR1 for one process. Returns whether that was inside an evaluation."""
+    start, log = newest(run_dir), run_dir.with_suffix(".log")
+    number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
+    with started(log, command) as (process,):
+        wait_for(process, lambda: newest(run_dir) > start, log)
+        time.sleep(draw.uniform(0, 1))
+        if number == signal.SIGKILL:
+            kill(process)
+        else:
+            ranks = [pid for pid in descendants(process.pid) if rank_of(pid) is not None]
+            os.kill(process.pid if number == signal.SIGTERM else draw.choice(ranks), number)
+            assert process.wait(30) != 0, log.read_text()  # which torchrun gives them
+    if number != signal.SIGKILL:
+        assert newest(run_dir) == len(tiny.metrics(run_dir)), log.read_text()
+    return newest(run_dir) % EVERY == 0 and not jsonl.has_step(run_dir / layout.EVAL, newest(run_dir))
+
+
+EVERY = 4
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("stops", "epochs"), [(3, 6), pytest.param(20, 40, marks=pytest.mark.slow)])
+def test_a_job_that_is_stopped_inside_steps_and_evaluations_ends_as_one_that_never_was(world, tmp_path, stops, epochs):
+    """Two processes under torchrun that evaluate most of the time. A signal loses no step; steps, held-out numbers and
+    samples are those of a run on two processes that never stopped."""
+    every = [f"--checkpoint.every={EVERY}", f"--train.eval_every={EVERY}"]
+    options = [f"--data.epochs={epochs}", *every, f"--data.eval_path={world.data}"]
+    options += ['--samples.prompts=["1+1"]', "--samples.max_new_tokens=15"]
+    tiny.train_on_ranks(world, tmp_path / "whole", 2, *options)
+    draw, run_dir = random.Random(stops), tmp_path / "run"
+    command = tiny.torchrun_command(world, run_dir, 2, *options)
+    are_inside = [stop_somewhere(command, run_dir, draw) for _ in range(stops)]
+    assert any(are_inside), "no stop was inside an evaluation"
+    assert newest(run_dir) < len(tiny.metrics(tmp_path / "whole"))
+    tiny.train_on_ranks(world, run_dir, 2, *options)
+    assert tiny.curve(tiny.metrics(run_dir)) == tiny.curve(tiny.metrics(tmp_path / "whole"))
+    for name in (layout.EVAL, layout.SAMPLES):
+        assert tiny.metrics(run_dir, name) == tiny.metrics(tmp_path / "whole", name)
 
 
 def rank_of(pid):
