@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ochat.text.fields import check_unicode
 from ochat.text.tokenizer_convert import BOUNDARY, READERS, for_server
 from ochat.text.tokenizer_files import MOST_IDS, AddedToken, TokenizerFiles, find_tokenizer
 
+PANIC = "PanicException"  # the library's, which has no module
+FREE_IDS = 1024  # that may lie between those of a vocabulary, beside as many again as it has
 MAX_PREFIXES = 4096  # ids of role prefixes that are kept: a template's roles times the data's classes
 
 
@@ -44,7 +47,7 @@ def load(path: str | Path, added_tokens: Sequence[str] = ()) -> Tokenizer:
     except BaseException as error:
         # the library's errors have no class of their own, its panics are no Exception, and a file of another shape
         # breaks wherever it is read
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         raise ConfigError(
             f"tokenizer {str(path)!r}: damaged, or of another schema ({error!r}); fetch it again"
@@ -56,8 +59,10 @@ def _load(files: TokenizerFiles, added_tokens: tuple[str, ...]) -> Tokenizer:
     _add_tokens(model, tokens, added_tokens, files.path)
     content = b"" if files.kind == "json" else files.content
     tokenizer = Tokenizer(model, bos, eos, files.kind, content, files.adds_bos)
-    if tokenizer.vocab_size > MOST_IDS:
-        raise ConfigError(f"{files.path}: an id of {tokenizer.vocab_size - 1:,}; at most {MOST_IDS:,} are in use")
+    count = model.get_vocab_size(with_added_tokens=True)
+    if tokenizer.vocab_size > min(2 * count + FREE_IDS, MOST_IDS):
+        last = f"an id of {tokenizer.vocab_size - 1:,}, for which an embedding would need rows"
+        raise ConfigError(f"{files.path}: {last}, and only {count:,} tokens; fetch it again")
     for role, name in (("bos", bos), ("eos", eos)):
         if name is not None and name not in tokenizer.special_tokens:
             raise ConfigError(f"{files.path}: the {role} token {name!r} is no special token of tokenizer.json")
@@ -82,6 +87,17 @@ def _add_tokens(
                 f"{path}: cannot give {token!r} the id {token_id}, as tokenizer_config.json or added_tokens.json say; "
                 "the ids before it have a gap"
             )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raises: ConfigError where the library panics: a pattern of the file that takes forever on some text."""
+    try:
+        yield
+    except BaseException as error:  # a panic is no Exception
+        if type(error).__name__ != PANIC:
+            raise
+        raise ConfigError(f"the tokenizer cannot encode this text ({error}); fetch it again") from None
 
 
 class Tokenizer:
@@ -116,13 +132,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; special tokens written in it are text. Raises: DataError for a lone surrogate."""
         check_unicode(text)
-        return self.model.encode(text, add_special_tokens=False).ids if text else []
+        with _explained():
+            return self.model.encode(text, add_special_tokens=False).ids if text else []
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on all cores. Raises: DataError if any of them cannot be encoded."""
         for text in texts:
             check_unicode(text)
-        encodings = self.model.encode_batch_fast(list(texts), add_special_tokens=False)  # a third faster: no offsets
+        with _explained():
+            encodings = self.model.encode_batch_fast(
+                list(texts), add_special_tokens=False
+            )  # a third faster: no offsets
         return [encoding.ids if text else [] for text, encoding in zip(texts, encodings, strict=True)]
 
     def encode_with_offsets(
@@ -133,7 +153,8 @@ class Tokenizer:
             check_unicode(text)
         self.model.encode_special_tokens = not specials
         try:
-            encodings = self.model.encode_batch(list(texts), add_special_tokens=False)
+            with _explained():
+                encodings = self.model.encode_batch(list(texts), add_special_tokens=False)
         finally:
             self.model.encode_special_tokens = True
         return [(each.ids, each.offsets) if text else ([], []) for text, each in zip(texts, encodings, strict=True)]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import binascii
 import itertools
 import json
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
@@ -24,6 +23,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from ochat.errors import ConfigError
 from ochat.text import sentencepiece_model as spm
+from ochat.text.tokenizer_bounds import check_steps
 from ochat.text.tokenizer_files import AddedToken, TokenizerFiles
 
 # Llama 3's pre-tokenizer, from its published tokenizer
@@ -31,7 +31,6 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-MOST_GROWTH = 64  # of a text in a normalizer
 LLAMA3_RANKS, LLAMA3_NUM_SPECIALS = 128_000, 256
 LLAMA3_SPECIALS = {
     0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
@@ -165,19 +164,6 @@ def _set_bos(model: tokenizers.Tokenizer, bos: str | None) -> None:
         model.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
-def _growth(normalizer: Any) -> float:
-    """How many times longer the replacements of a normalizer can make a text."""
-    if not isinstance(normalizer, dict):
-        return 1.0
-    if normalizer.get("type") == "Sequence":
-        return math.prod(map(_growth, normalizer.get("normalizers") or []))
-    if normalizer.get("type") not in ("Replace", "Prepend"):
-        return 1.0
-    written = normalizer.get("content", normalizer.get("prepend"))
-    replaced = (normalizer.get("pattern") or {}).get("String")
-    return max(len(written or "") / len(replaced or "x"), 1.0)
-
-
 def _read_json(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadTokenizer:
     """A tokenizer.json without truncation, padding and export's boundary, its special tokens found by their bare text.
 
@@ -189,9 +175,7 @@ def _read_json(files: TokenizerFiles, added_tokens: Collection[str]) -> ReadToke
         entry | bare if entry.get("special") or entry["content"] in added_tokens else entry
         for entry in spec.get("added_tokens") or []
     ]
-    growth = _growth(spec.get("normalizer"))
-    if growth > MOST_GROWTH:
-        raise ConfigError(f"{files.path}: its normalizer makes text up to {growth:.0e} times longer; fetch it again")
+    check_steps(spec, files.path)
     names = files.names
     if not names and not (files.path.parent / "tokenizer_config.json").exists():
         first = ((spec.get("post_processor") or {}).get("single") or [{}])[0]

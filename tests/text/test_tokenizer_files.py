@@ -3,6 +3,7 @@
 pytest tests/text/test_tokenizer_files.py
 """
 
+import base64
 import json
 import logging
 import shutil
@@ -12,6 +13,7 @@ import pytest
 from ochat.errors import ConfigError
 from ochat.text import sentencepiece_model
 from ochat.text import tokenizer as tokenizers
+from ochat.text.tokenizer_bounds import check_steps
 from tests import text_kit
 
 EOT = "<|end_of_turn|>"
@@ -119,19 +121,81 @@ OTHER_SCHEMAS = [
 ]
 
 
-def test_a_file_out_of_proportion_is_refused_before_it_is_used(tmp_path, spec):
-    """One line, not gigabytes: an id of a billion, or a normalizer that multiplies text again and again."""
-    grows = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 40}
-    nested = {"type": "Sequence", "normalizers": [grows, {"type": "Sequence", "normalizers": [grows] * 3}]}
-    for change, message in (
-        ({"model": spec["model"] | {"vocab": spec["model"]["vocab"] | {"zz": 10**9}}}, "an id of 1,000,000,000"),
-        ({"normalizer": nested}, r"text up to 3e\+06 times longer"),
+def replaced(content, **pattern):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def chain(*steps, key="normalizers"):
+    return {"type": "Sequence", key: list(steps)}
+
+
+def charsmap(*texts):
+    """A SentencePiece map of characters that writes these texts; its trie is left out."""
+    data = (0).to_bytes(4, "little") + b"\0".join(texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
+
+
+GROWS, LONGER = replaced("e" * 5, String="e"), "makes text up to .* times longer"
+EMPTY = ({"String": ""}, {"Regex": ""})
+OUT_OF_PROPORTION = [
+    ({"normalizer": chain(GROWS, chain(*[GROWS] * 3))}, r"normalizer makes text up to 6e\+02 times longer"),
+    ({"normalizer": chain(*[replaced("x", Regex="(?=e)")] * 30)}, LONGER),
+    ({"normalizer": replaced("\U0001d538" * 5, String="e")}, LONGER),
+    ({"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}}, LONGER),
+    ({"normalizer": charsmap(b"a", b"b" * 10**6)}, LONGER),
+    ({"normalizer": chain(*[{"type": "NFKC"}, GROWS] * 2)}, LONGER),
+    ({"decoder": chain(*[GROWS] * 9, key="decoders")}, "its decoder " + LONGER),
+    *(({"normalizer": replaced("x", **empty)}, "normalizer has an empty pattern") for empty in EMPTY),
+    *(({"decoder": replaced("x", **empty)}, "decoder has an empty pattern") for empty in EMPTY),
+    *(
+        (
+            {"pre_tokenizer": {"type": "Split", "pattern": empty, "behavior": "Isolated", "invert": False}},
+            "empty pattern",
+        )
+        for empty in EMPTY
+    ),
+    ({"model": {"vocab": {"zz": 10**9}}}, "an id of 1,000,000,000, for which .* only 340 tokens"),
+    ({"model": {"vocab": {"zz": 2**20}}}, "an id of 1,048,576, for which"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OUT_OF_PROPORTION, ids=range(len(OUT_OF_PROPORTION)))
+def test_a_file_out_of_proportion_is_refused_before_it_is_used(tmp_path, spec, change, message):
+    """One line, not gigabytes: ids far beyond the tokens, and steps that multiply text again and again."""
+    if "model" in change:
+        change = {"model": spec["model"] | {"vocab": spec["model"]["vocab"] | change["model"]["vocab"]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+    with pytest.raises(ConfigError, match=message):
+        tokenizers.load(tmp_path)
+
+
+NORMALIZERS = [  # Llama 2 and Phi 3, Gemma, Qwen, CLIP, ALBERT, T5 and XLM-R (whose map has nmt_nfkc's longest text)
+    chain({"type": "Prepend", "prepend": "▁"}, replaced("▁", String=" ")), replaced("▁", String=" "), {"type": "NFC"},
+    chain({"type": "NFC"}, replaced(" ", Regex=r"\s+"), {"type": "Lowercase"}),
+    chain(replaced('"', String="``"), replaced('"', String="''"), {"type": "NFKD"}, {"type": "StripAccents"}),
+    chain({"type": "NFKC"}, {"type": "Strip", "strip_left": True, "strip_right": True}, replaced("▁", Regex=" {2,}")),
+    chain(replaced(" ", Regex=r"\n+"), replaced(" ", Regex=r"\t"), replaced(" ", Regex=" {2,}")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS, ids=range(len(NORMALIZERS)))
+def test_what_real_tokenizers_write_is_read(tmp_path, spec, normalizer):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": normalizer}))
+    assert tokenizers.load(tmp_path).encode("e")
+    check_steps({"normalizer": charsmap("\ufdfa".encode() * 11, b"a")}, tmp_path)
+
+
+def test_a_pattern_that_takes_forever_is_an_error_of_the_tokenizer(tmp_path, spec):
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"pre_tokenizer": split}))
+    tokenizer, text = tokenizers.load(tmp_path), "a" * 40 + "b"
+    for encode in (
+        lambda: tokenizer.encode(text),
+        lambda: tokenizer.encode_batch([text]),
+        lambda: tokenizer.encode_with_offsets([text], specials=False),
     ):
-        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
-        with pytest.raises(ConfigError, match=message):
-            tokenizers.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": grows}))
-    assert len(tokenizers.load(tmp_path).encode("e")) == 40
+        with pytest.raises(ConfigError, match="cannot encode this text"):
+            encode()
 
 
 @pytest.mark.parametrize(
