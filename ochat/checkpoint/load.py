@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ochat.checkpoint.manifest import EMA, KINDS, MOMENTS, Manifest, shard_file, verify_checkpoint
+from ochat.checkpoint.manifest import EMA, KINDS, LAST_CONDITIONED, MOMENTS, Manifest, shard_file, verify_checkpoint
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
 from ochat.errors import CheckpointError
@@ -74,14 +74,26 @@ def open_checkpoint(source: Path) -> Manifest:
 
 def check_identity(manifest: Manifest, identity: dict[str, Any]) -> None:
     """Raises: CheckpointError naming what differs: model, template, data set or order of the data."""
-    saved = manifest.identity
-    differ = [f"{key} is {saved.get(key)!r} there and {now!r} here" for key, now in identity.items()
-              if saved.get(key) != now]  # fmt: skip
+    pairs = {key: (manifest.identity.get(key), identity.get(key)) for key in {**identity, **manifest.identity}}
+    differ = [
+        f"{key} is {_shown(there)} there and {_shown(here)} here"
+        for key, (there, here) in pairs.items()
+        if there != here and not (key == LAST_CONDITIONED and _is_to_come(manifest.step, there, here))
+    ]
     if differ:
         raise CheckpointError(
             f"{manifest.folder}: belongs to another run: {'; '.join(differ)}. Continue with the configuration it was "
             "made with, start again in another --run.dir, or resume all the same with --run.resume_mismatched=true"
         )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else repr(value)
+
+
+def _is_to_come(step: int, *last: Any) -> bool:
+    """Whether no cooldown that begins behind these steps (None: never) has begun after `step`: it may still change."""
+    return all(each is None or (isinstance(each, int) and step <= each) for each in last)
 
 
 def load_state(

@@ -34,6 +34,7 @@ QUIET_BYTES = 2e9  # reading more is announced: it takes seconds
 KINDS = ("weights", "optimizer")  # a shard's two files: only the first is read for an export
 EMA = "ema"  # a third, with optim.ema: the moving average of the weights, which `ochat export --ema` reads instead
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LAST_CONDITIONED = "last step with conditions"  # the key of a run with a cooldown (condition.last)
 BASE = "base"  # the key of a run's identity that a run of adapters has
 
 Rows = tuple[int, int]  # first and end of a range of rows

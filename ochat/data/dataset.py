@@ -127,7 +127,7 @@ class TokenDataset:
         """How many examples have prefixes, `under` these conditions, that push their end out of the context; and the
         most tokens that one loses."""
         lost = self._lengths(Shard.uncut_lengths_under, under) - self.lengths_under(under)
-        return np.count_nonzero(lost), int(lost.max(initial=0))
+        return int(np.count_nonzero(lost)), int(lost.max(initial=0))
 
     def _lengths(
         self, read: Callable[[Shard, NDArray, NDArray], NDArray[np.int64]], under: NDArray[np.integer]

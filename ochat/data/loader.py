@@ -142,6 +142,12 @@ class Loader:
         left = before.indices[before.bin_offsets[step * self.bins_per_step] :]
         return multipack.joined(before, step, self._pack(epoch, left, without))
 
+    def plan_before_cooldown(self) -> PackPlan:
+        """How the first epoch would be packed without a cooldown, which changes no step in front of it."""
+        if self._cools_from[0]:
+            return self.plan(0)
+        return self._pack(0, self.mixture(0) if self.mixture else None, self._under(0) if self._under else None)
+
     def _pack(self, epoch: int, taken: NDArray[np.int64] | None, under: NDArray[np.int32] | None) -> PackPlan:
         """Pack the sequences `taken` (None: all), `under` these conditions (None: their own)."""
         lengths = self.dataset.lengths if under is None else self.dataset.lengths_under(under)

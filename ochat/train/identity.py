@@ -14,6 +14,7 @@ from typing import Any
 
 from ochat import config as configuration
 from ochat import overrides
+from ochat.checkpoint.manifest import LAST_CONDITIONED
 from ochat.config import DataConfig
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
@@ -77,8 +78,9 @@ def served_template(dataset: TokenDataset) -> Template:
 
 def identity(loader: Loader, model: ModelConfig, data: DataConfig, seed: int) -> dict[str, Any]:
     """What a checkpoint and the run that resumes from it must have in common, as name -> short value."""
-    plan = loader.plan(0)
+    plan = loader.plan_before_cooldown()
     drawn = {f"condition.{name}": getattr(loader.conditions, name, None) for name in ("dropout", "goals")}
+    drawn[LAST_CONDITIONED] = loader.cooldown if loader.cooldown < loader.num_steps else None
     return {
         "model": _digest(json.dumps(settings(model), sort_keys=True).encode()),
         "template": loader.dataset.template.name,

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from ochat.checkpoint.manifest import Manifest
 from ochat.config import OptimConfig
 from ochat.data.prepare import prepare
 from ochat.errors import CheckpointError, ConfigError
@@ -182,6 +183,24 @@ def test_dropout_and_cooldown_resume_bitwise(world, tmp_path, first):
     assert tiny.is_equal(tiny.state(tmp_path / "again", last), tiny.state(tmp_path / "whole", last))
     with pytest.raises(CheckpointError, match="condition.dropout is 0.4 there and 0.2 here"):
         tiny.train(world, tmp_path / "again", *CONDITION, "--condition.dropout=0.2")
+
+
+def test_a_cooldown_may_change_until_it_begins(world, tmp_path):
+    """Also that of the only epoch, whose last steps it packs anew; the run goes on as one that always had it."""
+    options = ["--data.epochs=1", "--checkpoint.every=2", "--checkpoint.keep=0"]
+    last = "--condition.last=0.4"
+    plain, cooled = tmp_path / "plain", tmp_path / "cooled"
+    tiny.train(world, plain, *options)
+    expected = tiny.train(world, cooled, *options, last)
+    begins = Manifest.read(cooled / "checkpoints/step_2").identity["last step with conditions"]
+    assert 2 <= begins < 6 <= len(expected), "step 2 is before the cooldown, step 6 in it"
+    for run, changed in ((plain, [last]), (cooled, [])):
+        shutil.copytree(run / "checkpoints/step_6", tmp_path / f"late_{run.name}" / "checkpoints/step_6")
+        there, here = ("not set", begins) if changed else (begins, "not set")
+        with pytest.raises(CheckpointError, match=f"last step with conditions is {there} there and {here} here"):
+            tiny.train(world, tmp_path / f"late_{run.name}", *options, *changed)
+    shutil.copytree(plain / "checkpoints/step_2", tmp_path / "early/checkpoints/step_2")
+    assert tiny.curve(tiny.train(world, tmp_path / "early", *options, last)) == tiny.curve(expected[2:])
 
 
 @pytest.mark.parametrize("processes", [2, 4])
