@@ -22,7 +22,7 @@ HEAD = """# Every config key
 
 A config is a TOML file. Any key can also be given on the command line, as `--section.key=value` or
 `--section.key value`. A key that is left out has its default. An unknown key is refused with the nearest known one.
-`ochat train --help` prints the same list.
+`ochat train --help-all` prints the same list.
 
 This page is made from `ochat/config.py` by `docs/config_page.py`.
 """

@@ -1,7 +1,7 @@
 """`ochat COMMAND ...`: the table of commands, their parser and their exit codes.
 
-`ochat` alone lists the commands, `ochat COMMAND --help` says what each takes, every configuration key included. Command
-NAME is ochat/commands/NAME.py, imported only when it is asked for: an options dataclass and `main(options)`; or
+`ochat` alone lists the commands, `ochat COMMAND --help` says what each takes, `--help-all` every configuration key too.
+Command NAME is ochat/commands/NAME.py, imported only when it is asked for: an options dataclass and `main(options)`; or
 `main(options, overrides)` and a SCHEMA, the configuration that `--section.key=value` options change.
 """
 
@@ -17,13 +17,14 @@ import os
 import signal
 import sys
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
-from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
 
 from ochat import __version__, overrides
 from ochat import config as configuration
@@ -55,6 +56,11 @@ COMMANDS = {
     "represent": "map conversations of each class as models see them",
     "ablate": "train the paper's variants and compare them",
 }
+HELP_ALL = "--help-all"
+FIRST_KEYS = (
+    "run.dir", "base.path", "data.path", "data.eval_path", "data.token_budget", "data.bins_per_step", "data.epochs",
+    "classes.NAME.reward", "optim.lr", "lora.rank",
+)  # fmt: skip
 REMOVED = {  # commands of earlier versions, and what replaces them
     "agieval": "`ochat agieval` is gone: lm-eval scores AGIEval and other multiple choice on an export. "
     "Run `ochat export RUN OUT`, then `lm_eval run --model hf --model_args pretrained=OUT --apply_chat_template "
@@ -104,13 +110,14 @@ def call(name: str, arguments: Sequence[str]) -> None:
     kind = getattr(module, "".join(map(str.title, name.split("-"))) + "Options")  # init-base: InitBaseOptions
     schema = getattr(module, "SCHEMA", None)
     if schema is None:
+        arguments = ["--help" if argument == HELP_ALL else argument for argument in arguments]
         module.main(parse(kind, arguments, f"ochat {name}"))
         return
     own, options = overrides.split(arguments)
-    if {"-h", "--help"} & set(own):
+    if {"-h", "--help", HELP_ALL} & set(own):
         with contextlib.suppress(SystemExit):
             parse(kind, ["--help"], f"ochat {name}")
-        _print_keys(Console(highlight=False), schema, "", getattr(module, "HIDDEN", {}))
+        _print_keys(name, schema, getattr(module, "HIDDEN", {}), of_all=HELP_ALL in own)
         sys.exit(0)
     module.main(parse(kind, own, f"ochat {name}"), options)
 
@@ -175,12 +182,27 @@ def _gather(kind: type, arguments: Sequence[str]) -> list[str]:
     return [*(f"{flag}={value}" for flag, values in many.items() for value in values), *single, *words]
 
 
-def _print_keys(console: Console, section: type[Section], prefix: str, hidden: Mapping[str, Collection[str]]) -> None:
-    """Each key of a configuration with what it takes, what it is for and its default as TOML, section by section.
+def _print_keys(name: str, schema: type[Section], hidden: Mapping[str, Collection[str]], *, of_all: bool) -> None:
+    """The keys of a configuration in the style of the options above them: FIRST_KEYS, or all, section by section."""
+    console, sections = Console(highlight=False), list(_keys(schema, "", hidden))
+    if of_all:
+        for title, about, rows in sections:
+            console.print(_panel(f"[{title}]", about, rows))
+        return
+    rows = [row for _, _, rows in sections for row in rows if row[0] in FIRST_KEYS]
+    console.print(
+        _panel("keys of the config that most runs set", "each is a key of the file too, as [section] key = value", rows)
+    )
+    count = sum(len(rows) for _, _, rows in sections)
+    console.print(f"all {count} keys: ochat {name} --help-all", soft_wrap=True)
 
-    `hidden`: keys, by section, that are left out.
-    """
-    explained, sections = configuration.explanations(section), {}
+
+def _keys(
+    section: type[Section], prefix: str, hidden: Mapping[str, Collection[str]]
+) -> Iterator[tuple[str, str, list[tuple[str, str]]]]:
+    """Each section's dotted name, what it is, and its keys: each with what it takes, what it is for and its default as
+    TOML. `hidden`: keys, by section, that are left out."""
+    explained, rows, inner = configuration.explanations(section), [], {}
     for field in msgspec.structs.fields(section):
         is_table = typing.get_origin(field.type) is dict
         kind = typing.get_args(field.type)[1] if is_table else field.type
@@ -188,14 +210,23 @@ def _print_keys(console: Console, section: type[Section], prefix: str, hidden: M
         if field.name in hidden.get(prefix.rstrip("."), ()):
             continue
         if isinstance(kind, type) and issubclass(kind, Section):
-            sections[name] = kind
+            inner[name] = kind
             continue
         default = "" if is_table or field.default is None else f" (default: {json.dumps(field.default)})"
-        console.print(f"  [bold]--{name}[/]  {escape(overrides.in_words(kind))}")
-        console.print(Padding.indent(escape(explained[field.encode_name] + default), 6))
-    for name, kind in sections.items():
-        console.print(f"\n[bold]{escape(f'[{name}]')}[/]  {escape(inspect.getdoc(kind) or '')}")
-        _print_keys(console, kind, f"{name}.", hidden)
+        rows.append((name, f"{overrides.in_words(kind)}\n{explained[field.encode_name]}{default}"))
+    if rows:
+        yield prefix.rstrip("."), " ".join((inspect.getdoc(section) or "").split()), rows
+    for name, kind in inner.items():
+        yield from _keys(kind, f"{name}.", hidden)
+
+
+def _panel(title: str, about: str, rows: list[tuple[str, str]]) -> Panel:
+    """A box as tyro draws it: names on the left, what they are on the right."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for name, text in rows:
+        table.add_row(f"[bold]--{escape(name)}[/]", escape(text))
+    return Panel(Group(escape(about), table), title=escape(title), title_align="left", border_style="dim")
 
 
 def _unknown(name: str) -> str:
@@ -210,4 +241,4 @@ def _print_usage(console: Console) -> None:
     console.print("usage: ochat COMMAND ...\n")
     for name, purpose in COMMANDS.items():
         console.print(f"  [bold]{name:<13}[/] {escape(purpose)}")
-    console.print("\n`ochat COMMAND --help` says what each takes.")
+    console.print("\n`ochat COMMAND --help` says what each takes; where that is a config, --help-all has every key.")

@@ -130,8 +130,9 @@ def test_the_list_of_commands_has_a_line_for_each(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["plan", "check", "train", "ablate"])
 def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, capsys, name):
-    printed = shown(monkeypatch, capsys, name, "--help")
+    printed = shown(monkeypatch, capsys, name, "--help-all")
     assert "…" not in printed and max(map(len, printed.splitlines()[6:])) <= 80, "after the description"
+    printed = printed.replace("│", " ")
     sections = {field.name: field.type for field in structs.fields(Config) if field.name not in ("classes", "eval")}
     tables = {"classes.NAME": ClassConfig, "data.mix.NAME": MixConfig, "eval.NAME": EvalConfig}
     tables["loss.stage2"] = StageConfig
@@ -146,7 +147,21 @@ def test_help_has_every_key_with_its_words_default_and_explanation(monkeypatch, 
     assert (
         "--train.recompute one of 'auto', 'block', 'elementwise', 'none'" in text and "(default: [0.9, 0.95])" in text
     )
-    assert "--optim.lr a number above 0 or 'auto' " in text and "[train] How a step is computed" in text
+    assert "--optim.lr a number above 0 or 'auto' " in text
+    assert re.search(r"─ \[train\] ─+╮ How a step is computed", text)
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+@pytest.mark.parametrize("name", ["plan", "check", "train", "ablate"])
+def test_help_has_ten_keys_and_the_way_to_all(monkeypatch, capsys, name, columns):
+    printed = shown(monkeypatch, capsys, name, "--help", columns=columns)
+    hidden = {f"{section}.{key}" for section, keys in SET_HERE.items() for key in keys} if name == "ablate" else set()
+    first = [key for key in cli.FIRST_KEYS if key.replace(".NAME", "") not in hidden]
+    assert len(cli.FIRST_KEYS) == 10 and re.findall(r"--([a-z]+\.[a-zA-Z_.]+) +\S", printed) == first
+    *_, last = printed.splitlines()
+    everything = shown(monkeypatch, capsys, name, "--help-all").replace("│", " ")
+    count = len(re.findall(r"^ +--[a-z]+\.", everything, re.MULTILINE))
+    assert last == f"all {count} keys: ochat {name} --help-all"
 
 
 @pytest.mark.parametrize("name", [n for n in cli.COMMANDS if n not in ("train", "plan", "check", "ablate")])

@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 class TrainOptions:
     """Trains from the newest checkpoint in the run folder, or from the base.
 
-    Ctrl-C saves and stops; the same command goes on. On several machines, each runs it with its own --node-rank.
+    Ctrl-C saves and stops; the same command goes on.
+
+    On several machines, each runs it with its own --node-rank.
     """
 
     config: Path
