@@ -21,6 +21,10 @@ from ochat.errors import ConfigError
 if TYPE_CHECKING:
     from ochat.checkpoint.best import Choice
 
+ONLY_PEFT = (
+    "PEFT and transformers read this adapter exactly. vLLM refuses it, for the trained rows of the template's tokens "
+    '(trainable_tokens_delta): for vLLM, export without --adapter, or train with lora.tokens = "none"'
+)
 MOST_CHATS = 5000  # in which messages are counted: seconds
 
 
@@ -64,6 +68,7 @@ def main(options: ExportOptions) -> None:
     from ochat.checkpoint.best import best_checkpoint  # torch takes seconds to import
     from ochat.export import gguf_file
     from ochat.export.hf_folder import export
+    from ochat.model.peft import AdapterConfig
     from ochat.run import layout
 
     source = options.source
@@ -87,6 +92,8 @@ def main(options: ExportOptions) -> None:
         )  # fmt: skip
     what = f"the average of weights at step {step}" if options.ema else f"step {step}"
     stdout.print(f"exported {what} to {options.output}", markup=False, soft_wrap=True)
+    if options.adapter and AdapterConfig.read(options.output).token_ids:
+        stdout.print(ONLY_PEFT, markup=False, soft_wrap=True)
     if options.gguf:
         with waiting("converting"):
             gguf_file.write(options.output, options.gguf, options.dtype)

@@ -186,6 +186,22 @@ def test_the_merged_export_computes_what_the_run_did_and_keeps_what_it_did_not_t
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
 
+def test_an_adapter_that_vllm_refuses_is_said_where_it_is_written(world, lora_run, tmp_path, capsys):
+    """One with rows of tokens; not the merged model, nor an adapter without such rows."""
+    tiny.train(world, tmp_path / "run", "--lora.rank=2", '--lora.tokens="none"', "--data.max_steps=1")
+    for source, adapter, says in (
+        (lora_run[0], True, True),
+        (lora_run[0], False, False),
+        (tmp_path / "run", True, False),
+    ):
+        main(ExportOptions(source, tmp_path / "out", adapter=adapter, overwrite=True))
+        said = capsys.readouterr().out
+        assert ("vLLM refuses it" in said) == ('lora.tokens = "none"' in said) == says
+        if adapter:
+            names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+            assert any("trainable_tokens_delta" in name for name in names) == says
+
+
 def test_peft_loads_the_adapter(world, lora_run, tmp_path):
     """Of all linear layers, and the row of the one token, and computes with it what the merged model does."""
     from peft import PeftModel
