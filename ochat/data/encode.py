@@ -54,6 +54,7 @@ FLOAT32_MAX = float(np.finfo(np.float32).max)
 # what is noted of conversations that are kept
 EMPTY, SPECIAL = "an empty answer", "a special token in their text, read as ordinary text"
 UNKNOWN, LOST = "letters that the tokenizer does not know", "answers that the context cut off"
+BEYOND = "more tokens than the base was trained on ({:,}, its max_position_embeddings)"
 UNTHOUGHT = "reasoning that the template leaves out; --reasoning all writes it"
 
 
@@ -106,6 +107,7 @@ class Encoder:
     ignores_conditions: bool = False  # a class that no prefix carries is no fault
     token_weights: TokenWeights | None = None
     rewards: Rewards | None = None  # in place of the records' own
+    trained_context: int | None = None  # the base's, in tokens
 
     @cached_property
     def _named(self) -> frozenset[str]:
@@ -253,6 +255,8 @@ class Encoder:
         if self.token_weights and not held_out:
             sequences.span_factors.append([span.factor for span in spans])
         ids = ids[: spans[-1].end]
+        if self.trained_context and len(ids) > self.trained_context:
+            encoded.noted[BEYOND.format(self.trained_context)] += 1
         split.counts.update({(name, "kept"): 1, (name, "tokens"): len(ids)})
         split.counts.update({(of, "supervised"): count for of, count in supervised_by_class(spans, name).items()})
         sequences.input_ids.append(np.array(ids, np.uint32))

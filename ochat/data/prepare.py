@@ -266,7 +266,7 @@ def _make_encoder(options: PrepareOptions, files: Sequence[RecordFile]) -> Encod
         form = template.with_bos_of(template.load(options.template), tokens)
     form = template.with_reasoning(template.with_conditions(form, options.conditions), options.reasoning)
     form.check(tokens)
-    _check_rows(options.base, tokens)
+    trained_context = _check_base(options.base, tokens)
     context = form.context if options.context is None else options.context
     reader = RecordReader(
         options.format, options.default_condition, record_map.load(options.map) if options.map else RecordMap(),
@@ -278,20 +278,24 @@ def _make_encoder(options: PrepareOptions, files: Sequence[RecordFile]) -> Encod
     return Encoder(
         tokens, form, reader, context, options.over_long, options.held_out, options.conditions == "ignore",
         TokenWeights.open(Path(options.token_weights), inputs) if options.token_weights else None, given,
+        trained_context,
     )  # fmt: skip
 
 
-def _check_rows(base: str, tokens: Tokenizer) -> None:
-    """Raises ConfigError if the base's embedding has too few rows for the tokenizer: training would refuse it."""
+def _check_base(base: str, tokens: Tokenizer) -> int | None:
+    """The base's context in tokens, if it says one. Raises ConfigError if its embedding has too few rows for the
+    tokenizer: training would refuse it."""
     path = Path(base) / "config.json"
     if not path.is_file():
-        return
-    rows = bounded_json.read_object(path, ConfigError, "fetch it again").get("vocab_size")
+        return None
+    config = bounded_json.read_object(path, ConfigError, "fetch it again")
+    rows, context = config.get("vocab_size"), config.get("max_position_embeddings")
     if isinstance(rows, int) and rows < tokens.vocab_size:
         raise ConfigError(
             f"{base}: its tokenizer has ids up to {tokens.vocab_size - 1}, its embedding {rows} rows; make a base with "
             f"rows for all: ochat init-base --hf {base} OUT"
         )
+    return context if isinstance(context, int) else None
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 RUN/config.toml  config.until_step_N.toml  plan.json  attention.json  metrics.jsonl  eval.jsonl  samples.jsonl
     answers.jsonl  nonfinite_steps.jsonl  checkpoints/step_N/  latest  serving/  export/  profile/  tensorboard/
-    swap.json  .lock  metrics.damaged.jsonl (and of each other file of lines)
+    swap.json  wandb_id  .lock  metrics.damaged.jsonl (and of each other file of lines)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ EARLIER_NONFINITE = "bad_steps.jsonl"  # of earlier versions
 CHECKPOINTS, LATEST, MANIFEST = "checkpoints", "latest", "manifest.json"
 SERVING, EXPORT, PROFILE, TENSORBOARD = "serving", "export", "profile", "tensorboard"
 LOCK = ".lock"
+WANDB = "wandb_id"
 STEP_PREFIX = "step_"
 
 _STEP = re.compile(STEP_PREFIX + "(0|[1-9][0-9]*)")

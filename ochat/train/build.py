@@ -371,5 +371,5 @@ def open_outputs(
         has_dynamic=has_dynamic(config.loss),
     )
     log, on_gpu = config.log if ranks.is_first else LogConfig(), ranks.device.type == "cuda"
-    display = Display(num_steps, log, run_dir, settings, with_mfu=on_gpu)
+    display = Display(num_steps, log, run_dir, settings, done=found.step if found else 0, with_mfu=on_gpu)
     return RunOutputs(lines, checkpointer, metrics_log, display)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from ochat import console
 from ochat.checkpoint.measure import SETS
 from ochat.config import HELD_OUT, LogConfig
 from ochat.errors import ConfigError
+from ochat.files import atomic
 from ochat.run import layout
 
 log = logging.getLogger(__name__)
@@ -32,10 +34,19 @@ COLUMNS = 100  # of a step's line
 class Display:
     """What is seen of a run of `num_steps` steps; ranks other than the first have no trackers and print nothing.
 
-    `with_mfu`: show it of each step, as on a GPU; metrics.jsonl has it anyhow.
+    `done`: the steps after which it goes on. `with_mfu`: show it of each step, as on a GPU; metrics.jsonl has it.
     """
 
-    def __init__(self, num_steps: int, config: LogConfig, run_dir: Path, config_toml: str, *, with_mfu: bool = True):
+    def __init__(
+        self,
+        num_steps: int,
+        config: LogConfig,
+        run_dir: Path,
+        config_toml: str,
+        *,
+        done: int = 0,
+        with_mfu: bool = True,
+    ):
         self.with_mfu = with_mfu
         self.num_steps, self._shown, self._printed = num_steps, 0, 0.0
         self._advance: Callable[[int], object] = lambda count: None
@@ -43,11 +54,12 @@ class Display:
         self._open = ExitStack()
         tensorboard, wandb = trackers(config)
         if tensorboard:
-            writer = tensorboard.SummaryWriter(str(run_dir / layout.TENSORBOARD))
+            # what a killed run showed of later steps comes again
+            writer = tensorboard.SummaryWriter(str(run_dir / layout.TENSORBOARD), purge_step=done + 1 if done else 0)
             self._open.callback(writer.close)
             self._trackers.append(writer.add_scalar)
         if wandb:
-            names = {"project": config.wandb, "name": run_dir.name, "dir": str(run_dir)}
+            names = {"project": config.wandb, "name": run_dir.name, "dir": str(run_dir), "id": _wandb_id(run_dir)}
             run = wandb.init(**names, config={"toml": config_toml}, resume="allow")
             self._open.callback(run.finish)
             self._trackers.append(lambda name, value, step: run.log({name: value}, step=step))
@@ -106,6 +118,14 @@ def trackers(config: LogConfig) -> tuple[Any, Any]:
         _imported(name, need) if config.tensorboard else None,
         _imported("wandb", f"log.wandb = {config.wandb!r} needs the package wandb") if config.wandb else None,
     )
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Made at the first start, so that every other one goes on in the same run."""
+    path = run_dir / layout.WANDB
+    if not path.is_file():
+        atomic.write_text(path, uuid.uuid4().hex + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _table(title: str, row: dict[str, Any]) -> Table:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ochat.config import DataConfig
 from ochat.data.dataset import TokenDataset
 from ochat.data.loader import Loader
 from ochat.errors import ConfigError
-from ochat.files import atomic
+from ochat.files import atomic, jsonl
 from ochat.model.config import ModelConfig, settings
 from ochat.run import layout
 from ochat.run.nonfinite import Bins
@@ -109,13 +109,13 @@ def write_plan(folder: Path, loader: Loader, facts: dict[str, str]) -> None:
 def record_config(folder: Path, toml: str, *, step: int, num_steps: int) -> None:
     """Write the settings `toml` as config.toml for a run that has done `step` of its `num_steps` steps.
 
-    Different settings of earlier steps are kept as config.until_step_N.toml, and the differences are logged. A finished
-    run keeps the settings that it was made with.
+    Different settings of earlier steps are kept as config.until_step_N.toml, and the differences are logged. A run that
+    has no step left keeps the settings that it was made with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / layout.CONFIG
     changes = ", ".join(_differences(path, toml)) if step else ""
-    if changes and step == num_steps:
+    if changes and step >= num_steps:
         log.info("%s stays as the run was made; not used: %s", layout.CONFIG, changes)
         return
     if changes:
@@ -124,6 +124,25 @@ def record_config(folder: Path, toml: str, *, step: int, num_steps: int) -> None
             atomic.write_text(earlier, path.read_text(encoding="utf-8"))
         log.info("settings differ from step %d on; %s keeps the earlier ones: %s", step + 1, earlier.name, changes)
     atomic.write_text(path, toml)
+
+
+def schedule_warning(folder: Path, step: int, num_steps: int, rate_at: Callable[[int], float]) -> str:
+    """How the settings of this start change the learning rate of a run that has done `step` steps, or that they ask for
+    fewer; else "". `rate_at`: of a step, counted from 0, by these settings."""
+    if step > num_steps:
+        return (
+            f"{step:,} steps are done, and the settings ask for {num_steps:,}: nothing is trained, and the model stays "
+            "as it is"
+        )
+    made = next((line.get("lr") for line in jsonl.read_lines(folder / layout.METRICS) if line["step"] == step), None)
+    last = jsonl.finite_number(made)
+    if last is None or step == num_steps or math.isclose(last, rate_at(step - 1), rel_tol=1e-6):
+        return ""
+    return (
+        f"the learning rate changes: step {step:,} was made with {last:.3g}, where these settings have "
+        f"{rate_at(step - 1):.3g}; step {step + 1:,} of {num_steps:,} goes on with {rate_at(step):.3g}. Only a new "
+        "run from the base follows one schedule"
+    )
 
 
 def bins_of(loader: Loader, step: int) -> Bins:

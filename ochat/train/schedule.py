@@ -10,6 +10,7 @@ The rule and the divisors are those of the public C-RLFT (OpenChat) trainer.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 from ochat.config import OptimConfig
 from ochat.model.config import ModelConfig
@@ -47,7 +48,7 @@ def lr_at(step: int, num_steps: int, optim: OptimConfig) -> float:
     """The learning rate in `step` (counted from 0): linear warm-up to optim.lr, which must be resolved to a number,
     then cosine to the minimum."""
     assert isinstance(optim.lr, float)
-    warmup = math.ceil(optim.warmup_ratio * num_steps)
+    warmup = math.ceil(Fraction(str(optim.warmup_ratio)) * num_steps)  # 0.28 of 25 is 7, in floats a little more
     if step < warmup:
         return optim.lr * ((step + 1) / warmup)
     progress = (step - warmup) / max(1, num_steps - warmup)

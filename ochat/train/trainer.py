@@ -37,6 +37,7 @@ from ochat.infer.generate import generate
 from ochat.model import linear
 from ochat.model.attention.packed import PackedAttention
 from ochat.plan import tables
+from ochat.plan.lengths import LengthCounts
 from ochat.run import layout
 from ochat.run.lock import acquire_run_dir
 from ochat.text.conversation import Conversation, Message
@@ -113,7 +114,7 @@ class Trainer:
     def run(self) -> None:
         """All remaining steps, with evaluations and checkpoints at their times; then the export."""
         self.announce()
-        if self.steps_done == self.loader.num_steps:
+        if self.steps_done == self.loader.num_steps:  # of more, announce has said it
             log.info(f"all {self.steps_done:,} steps were done before: nothing is trained")
         with self.stop_signal, self.checkpointer, self.outputs.display.bar(self.steps_done):
             if self.owes_evaluation():
@@ -139,7 +140,7 @@ class Trainer:
         weight = torch.full((), sum(b.weight_sum for b in batches), dtype=torch.float64, device=self.ranks.device)
         weight = self.ranks.sum_tensor(weight).clamp_min(torch.finfo(torch.float32).tiny)
         measured = StepMetrics(self.inputs.dataset.class_names, self.ranks.device)
-        lr = schedule.lr_at(step, self.loader.num_steps, self.config.optim)
+        lr = self.rate_at(step)
         dynamic = dynamic_at(self.config.loss, step, self.loader.num_steps)
         optim.begin(self.optimizer, lr=lr)
         for i, batch in enumerate(batches):
@@ -154,6 +155,10 @@ class Trainer:
         grad_norm = optim.update(self.optimizer, **settings, loss=sums[0])
         self.steps_done = step + 1
         self.metrics.add(self.steps_done, self.loader.position(step)[0], lr, sums, grad_norm)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step."""
+        return schedule.lr_at(step, self.loader.num_steps, self.config.optim)
 
     def forward(
         self, batch: PackedBatch, step_weight: Tensor | None = None, dynamic: Dynamic | None = None
@@ -337,7 +342,14 @@ class Trainer:
         config, resolved, inputs = self.config, self.resolved, self.inputs
         source, model = config.weights.source, inputs.model_config
         has_negative = inputs.dataset.has_negative_weights()
-        for warning in tables.loss_warnings(config.loss, has_negative):
+        counts = LengthCounts.of(inputs.dataset.lengths[self.loader.plan(0).indices])
+        for warning in (
+            *tables.loss_warnings(config.loss, has_negative),
+            *tables.length_notes(counts, config.data.token_budget, model.max_position_embeddings),
+            *filter(
+                None, [identity.schedule_warning(self.run_dir, self.steps_done, self.loader.num_steps, self.rate_at)]
+            ),
+        ):
             log.warning(warning)
         facts = tables.describe(self.loader, model, config.data, weights_source=source, lr_reason=resolved.lr_reason)
         facts |= {

@@ -1,10 +1,16 @@
 """The settings that steps were made with are never lost: pytest tests/train/test_config_history.py"""
 
+import json
+import shutil
+
 import pytest
 from msgspec.structs import replace
 
+from ochat import cli
 from ochat import config as configuration
+from ochat.data.dataset import TokenDataset
 from ochat.train import identity
+from tests import tiny
 
 EARLIER = "config.until_step_40.toml"
 DIFFER = f"settings differ from step 41 on; {EARLIER} keeps the earlier ones: optim.lr {{}} (was {{}})"
@@ -17,6 +23,11 @@ HISTORIES = {  # starts as (optim.lr, steps that are done of 60) -> what the las
     ),
     "of a finished run": (
         [(1.0, 0), (2.0, 60)],
+        ["config.toml stays as the run was made; not used: optim.lr 2.0 (was 1.0)"],
+        {"config.toml": 1.0},
+    ),
+    "of a run with more steps than they ask for": (
+        [(1.0, 0), (2.0, 80)],
         ["config.toml stays as the run was made; not used: optim.lr 2.0 (was 1.0)"],
         {"config.toml": 1.0},
     ),
@@ -59,3 +70,42 @@ def test_a_broken_file_stops_nothing(tmp_path, broken):
     (tmp_path / "config.toml").write_text(broken)
     record(tmp_path, config(), 40)
     assert configuration.load(tmp_path / "config.toml") == config()
+
+
+def test_a_start_says_before_its_first_step_what_its_number_of_steps_changes(world, tmp_path, capsys):
+    """Fewer than are done, and more, which changes the schedule."""
+
+    def said(*more):
+        capsys.readouterr()
+        tiny.train(world, run, *more)
+        text, _, _ = " ".join(capsys.readouterr().out.split()).partition("mfu is of")
+        return text
+
+    run = tmp_path / "run"
+    assert "learning rate changes" not in said("--data.max_steps=4") + said("--data.max_steps=4")
+    kept = (run / "config.toml").read_text()
+    text = said("--data.max_steps=2")
+    assert "4 steps are done, and the settings ask for 2: nothing is trained" in text
+    assert "config.toml stays as the run was made; not used: data.max_steps 2 (was 4)" in text
+    assert (run / "config.toml").read_text() == kept and (run / "export").is_dir()
+    text = said("--data.max_steps=8")
+    rates = [line["lr"] for line in tiny.metrics(run)]
+    assert f"step 4 was made with {rates[3]:.3g}" in text and f"step 5 of 8 goes on with {rates[4]:.3g}" in text
+    assert rates[4] > 1.5 * rates[3]
+
+
+def test_conversations_beyond_the_bases_context_are_said_by_prepare_and_by_train(world, tmp_path, capsys):
+    short, data = shutil.copytree(world.base, tmp_path / "base"), tmp_path / "data"
+    settings = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 24}
+    (short / "config.json").write_text(json.dumps(settings))
+    (short / "SHA256SUMS").unlink()
+    arguments = ["--input", str(world.folder / "conversations.jsonl"), "--base", str(short), "--output", str(data)]
+    cli.run("prepare", [*arguments, "--template", "openchat_v3.2"])
+    lengths = TokenDataset(str(data)).lengths
+    over = int((lengths > 24).sum())
+    said = " ".join(capsys.readouterr().out.split())
+    assert over and f"more tokens than the base was trained on (24, its max_position_embeddings): {over}" in said
+    options = [f"--base.path={short}", f"--data.path={data}", "--data.max_steps=1"]
+    tiny.train(world, tmp_path / "run", *options, "--classes.GPT4.weight=1", "--classes.GPT3.weight=1")
+    said, _, _ = " ".join(capsys.readouterr().out.split()).partition("mfu is of")
+    assert f"{over} sequences (" in said and "longer than the base model's context of 24 tokens" in said

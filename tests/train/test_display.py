@@ -28,6 +28,16 @@ def test_tensorboard_gets_every_number(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 1.5), (4, 1.25)]
 
 
+def test_tensorboard_shows_each_step_once_after_a_kill(tmp_path):
+    """The first start was killed after step 4, behind its checkpoint of step 2."""
+    for steps, done in (((1, 2, 3, 4), 0), ((3, 4, 5), 2)):
+        display = Display(10, LogConfig(tensorboard=True), tmp_path, "", done=done)
+        display.steps([LINE | {"step": step, "skipped": True} for step in steps])
+        display.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+
+
 def test_wandb_gets_every_number_of_a_step(tmp_path, monkeypatch):
     wandb, logged = mock.Mock(), {}
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -36,11 +46,15 @@ def test_wandb_gets_every_number_of_a_step(tmp_path, monkeypatch):
     display.close()
     settings, run = wandb.init.call_args.kwargs, wandb.init.return_value
     assert settings["project"] == "mine" and "[optim]" in settings["config"]["toml"]
+    Display(10, LogConfig(wandb="mine"), tmp_path, "").close()
+    Display(10, LogConfig(wandb="mine"), tmp_path.parent, "").close()
+    first, again, other = (call.kwargs["id"] for call in wandb.init.call_args_list)
+    assert first == again != other, "a start goes on in the run of the one before"
     for call in run.log.call_args_list:
         logged |= call.args[0]
         assert call.kwargs == {"step": 3}
     assert logged == {f"held_out/{name}": value for name, value in NAMES.items()}
-    run.finish.assert_called_once()
+    assert run.finish.call_count == 3
 
 
 def test_further_sets_have_a_table_and_names_of_their_own(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -39,9 +40,18 @@ def test_a_number_is_taken_as_it_is():
 def test_the_schedule_rises_to_one_then_falls_to_the_minimum(num_steps, warmup_ratio, least):
     config = OptimConfig(lr=1.0, warmup_ratio=warmup_ratio, min_lr_ratio=least)
     rates = [lr_at(step, num_steps, config) for step in range(num_steps + 1)]  # one more than there are
-    warmup = math.ceil(warmup_ratio * num_steps)
+    warmup = math.ceil(Fraction(repr(warmup_ratio)) * num_steps)
     rising, falling = rates[:warmup], rates[warmup:]
     assert all(0 < rate <= 1 + 1e-12 for rate in rising) and rising == sorted(rising)
     assert all(least - 1e-12 <= rate <= 1 + 1e-12 for rate in falling) and falling == sorted(falling, reverse=True)
     assert rising[-1:] in ([], [1.0])
     assert warmup == num_steps or (falling[0], falling[-1]) == pytest.approx((1.0, least))
+
+
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_a_warm_up_that_is_a_whole_number_of_steps_has_so_many(percent, hundreds):
+    """In floats 0.28 * 25 is a little more than 7."""
+    config, num_steps = OptimConfig(lr=1.0, warmup_ratio=percent / 100), 100 * hundreds
+    warmup = percent * hundreds
+    assert lr_at(warmup - 1, num_steps, config) == 1.0 and (warmup == 1 or lr_at(warmup - 2, num_steps, config) < 1)
+    assert lr_at(6, 25, OptimConfig(lr=1.0, warmup_ratio=0.28)) == 1.0
