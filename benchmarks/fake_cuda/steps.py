@@ -49,6 +49,8 @@ CASES = [
     Case("Llama-3.2-1B", ODD, 4),
     Case("Llama-3-8B", ODD, 4, processes=2),
     Case("Llama-3.2-1B", ODD, 4, processes=2, options=("--parallel.reduce=micro_batch",)),
+    Case("Llama-3.2-1B", ODD, 4, options=("--loss.dynamic=eaft",)),
+    Case("Llama-3.2-1B", ODD, 4, options=("--optim.ema=0.999",)),
 ]
 COLUMNS = [
     *("date", "commit", "cpu", "python", "torch", "triton", "processes", "model", "token_budget", "bins_per_step"),

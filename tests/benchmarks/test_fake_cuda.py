@@ -85,6 +85,24 @@ def test_the_plan_is_what_torchs_allocator_saw(row):
     assert not row["host_ms"] or float(row["host_ms"]) < float(row["predicted_step_ms"])  # "": the machine was busy
 
 
+@pytest.mark.parametrize(
+    ("option", "more_gib", "most_kernels"),
+    [("--loss.dynamic=eaft", 0, 4 * 4), ("--optim.ema=0.999", 4 * 1_235_814_400 / GIB, 146)],
+)
+def test_weights_that_learn_and_the_average_take_no_further_pass(option, more_gib, most_kernels):
+    """Products and Triton's kernels, which alone read logits, are as many as without, and memory is the same, or that of
+    fp32 weights more. Torch's small kernels: a few for each of four micro-batches, at most one for each parameter."""
+    rows = {row["options"]: row for row in csv_file.read(RESULTS) if is_small(row)}
+    plain, row = rows[""], rows[option]
+    assert [row[kind] for kind in launches.KINDS[1:]] == [plain[kind] for kind in launches.KINDS[1:]]
+    assert int(row["kernel"]) - int(plain["kernel"]) <= most_kernels
+    assert float(row["allocated_gib"]) - float(plain["allocated_gib"]) == pytest.approx(more_gib, abs=0.002)
+
+
+def is_small(row: dict[str, str]) -> bool:
+    return (row["model"], row["token_budget"], row["processes"]) == ("Llama-3.2-1B", str(steps.ODD), "1")
+
+
 @pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
 def test_what_has_as_many_elements_as_a_weight_is_found_by_name():
     add = "_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_15CUDAFunctor_addIfEESt5arrayIPcLm3EEEEviT0_T1_"
