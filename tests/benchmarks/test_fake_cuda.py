@@ -90,8 +90,8 @@ def test_the_plan_is_what_torchs_allocator_saw(row):
     [("--loss.dynamic=eaft", 0, 4 * 4), ("--optim.ema=0.999", 4 * 1_235_814_400 / GIB, 146)],
 )
 def test_weights_that_learn_and_the_average_take_no_further_pass(option, more_gib, most_kernels):
-    """Products and Triton's kernels, which alone read logits, are as many as without, and memory is the same, or that of
-    fp32 weights more. Torch's small kernels: a few for each of four micro-batches, at most one for each parameter."""
+    """Products and Triton's kernels, which alone read logits, are as many as without, and memory is the same, or that
+    of fp32 weights more. Torch's small kernels: a few for each of four micro-batches, at most one for each parameter."""
     rows = {row["options"]: row for row in csv_file.read(RESULTS) if is_small(row)}
     plain, row = rows[""], rows[option]
     assert [row[kind] for kind in launches.KINDS[1:]] == [plain[kind] for kind in launches.KINDS[1:]]
