@@ -91,7 +91,7 @@ def test_the_plan_is_what_torchs_allocator_saw(row):
 )
 def test_weights_that_learn_and_the_average_take_no_further_pass(option, more_gib, most_kernels):
     """Products and Triton's kernels, which alone read logits, are as many as without, and memory is the same, or that
-    of fp32 weights more. Torch's small kernels: a few for each of four micro-batches, at most one for each parameter."""
+    of fp32 weights more. Torch's small kernels: a few a micro-batch, of which there are four, or one a parameter."""
     rows = {row["options"]: row for row in csv_file.read(RESULTS) if is_small(row)}
     plain, row = rows[""], rows[option]
     assert [row[kind] for kind in launches.KINDS[1:]] == [plain[kind] for kind in launches.KINDS[1:]]
