@@ -1,16 +1,21 @@
-"""Run one function in a thread that does not keep a process which ends: a save's, a plan's, a dump's.
+"""Run one function in a thread that does not keep a process which ends: a save's, a plan's, a dump's. And end this
+process with the one that started it.
 
 saving = background.start(lambda: write(path), "save step 5");  saving.done();  saving.result()
+end_with_launcher(signal.SIGTERM)
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def start(work: Callable[[], T], name: str) -> Future[T]:
@@ -25,3 +30,9 @@ def start(work: Callable[[], T], name: str) -> Future[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def end_with_launcher(number: int) -> None:
+    """Have Linux send this signal here when the process that started this one is gone; 0: no longer."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

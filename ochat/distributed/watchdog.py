@@ -94,6 +94,7 @@ class Watchdog:
         if self.world > 1:
             signal.signal(signal.SIGTERM, self._receive)
             self._thread.start()
+            background.end_with_launcher(0)  # the thread sees it from now on, and says so
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:

@@ -165,6 +165,27 @@ def test_processes_whose_torchrun_was_killed_save_and_stop(world, tmp_path):
     assert newest(run_dir) == len(tiny.metrics(run_dir))
 
 
+def test_processes_whose_torchrun_is_killed_before_they_meet_end_with_it(world, tmp_path):
+    """While they import torch: nobody would answer them for minutes."""
+    log = tmp_path / "log"
+    with started(log, tiny.torchrun_command(world, tmp_path / "run", 2)) as (process,):
+
+        def is_importing(pid):
+            with contextlib.suppress(OSError):
+                return "/numpy/" in open(f"/proc/{pid}/maps").read()
+
+        wait_for(process, lambda: len(found := workers(process)) == 2 and all(map(is_importing, found.values())), log)
+        orphans = workers(process).values()
+        os.kill(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        try:
+            while any(os.path.exists(f"/proc/{pid}") for pid in orphans):
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+        finally:
+            tell(orphans, signal.SIGKILL)
+
+
 HANGS = "time.sleep(1e6)"
 DISK_HANGS = "import ochat.distributed.watchdog as w; w.DUMP_S = 1; w.atomic.write_json = lambda *_: time.sleep(1e6)"
 
