@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ochat.console import next_command
 from ochat.errors import ConfigError
 from ochat.evaluate.ablate import variants
 from ochat.evaluate.ablate.variants import SET_HERE, AblationFile
@@ -68,3 +69,5 @@ def main(options: AblateOptions, overrides: Sequence[str] = ()) -> None:
         sys.exit(1)
     if not results:
         raise ConfigError(f"{ablation.folder}: no run there is finished; leave out --table, and they are trained")
+    runs = [run.folder for run in ablation.runs]
+    next_command("ochat report", *runs, "--ablation", ablation.folder, "--output", ablation.folder / "report.html")

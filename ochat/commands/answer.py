@@ -15,6 +15,7 @@ from typing import Literal
 from rich.console import Console
 from rich.markup import escape
 
+from ochat.console import next_command
 from ochat.errors import ConfigError
 from ochat.evaluate import answer_files
 from ochat.evaluate.answer_files import Format
@@ -79,6 +80,10 @@ def main(options: AnswerOptions) -> None:
     num_cut = sum(each.is_cut for each in answers)
     cut = f"{num_cut:,} of them cut short by --max-new-tokens or the context" if num_cut else "none of them cut short"
     Console(highlight=False).print(f"{len(answers):,} answers in {escape(str(options.output))}, {cut}", soft_wrap=True)
+    if options.format == "alpaca_eval":
+        next_command("alpaca_eval --model_outputs", options.output, "--reference_outputs", "REFERENCE.json")
+    else:
+        next_command("python -m fastchat.llm_judge.gen_judgment --model-list", name)
 
 
 def _check_endpoint(endpoint: str) -> None:

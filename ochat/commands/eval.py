@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from ochat.console import bar
+from ochat.console import bar, next_command
 from ochat.errors import ConfigError
 from ochat.files import atomic
 from ochat.overrides import at_least
@@ -60,6 +60,8 @@ def main(options: EvalOptions) -> None:
     for path in filter(None, (options.output, options.answers, place_in_run(options.model))):
         console.print(escape(f"wrote {path}"), soft_wrap=True)
     console.print(f"\n[bold]{escape(record['verdict'])}[/]")
+    run = layout.run_of(options.model)
+    next_command(*(("ochat report", run) if run else ("ochat chat", options.model)))
 
 
 def place_in_run(model: Path) -> Path | None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat import config as configuration
-from ochat.console import stdout, waiting
+from ochat.console import next_command, stdout, waiting
 from ochat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def main(options: ExportOptions) -> None:
         stdout.print(f"wrote {options.gguf}", markup=False, soft_wrap=True)
     if note := boundary_note(options):
         stdout.print(note, markup=False, soft_wrap=True)
+    next_command("ochat chat", options.source if options.adapter else options.output)
 
 
 def boundary_note(options: ExportOptions) -> str:

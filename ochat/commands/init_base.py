@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ochat.console import stdout, waiting
+from ochat.console import next_command, stdout, waiting
 from ochat.errors import ConfigError
 
 
@@ -55,3 +55,6 @@ def main(options: InitBaseOptions) -> None:
             lines.append(f"{token} {f'added as id {vocabulary.added[token]}' if is_new else 'was there already, kept'}")
     for line in lines:
         stdout.print(line, markup=False, soft_wrap=True)
+    if vocabulary is not None:
+        held_out = ("--output", "data/train", "--held-out", "0.02")
+        next_command("ochat prepare --input CHATS.jsonl --template NAME", "--base", options.out, *held_out)

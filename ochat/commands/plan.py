@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from ochat import config as configuration
 from ochat.config import Config
-from ochat.console import facts, waiting
+from ochat.console import facts, next_command, waiting
 from ochat.errors import UsageError
 from ochat.plan import lengths as length_files
 from ochat.plan.gpus import GPUS
@@ -106,7 +106,8 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     for note in notes:
         console.print(f"[yellow]note[/] {escape(note)}")
     if config.train.dtype != "bfloat16":
-        return console.print(f"\n{NO_SPEED}", soft_wrap=True)
+        console.print(f"\n{NO_SPEED}", soft_wrap=True)
+        return _next(options, overrides)
     workload = Workload(counts, stats.num_supervised / counts.num_tokens, stats.fill, stats.imbalance_mean)
     sections = config.data, config.train, config.optim, config.parallel, config.lora
     inputs = PlanInputs(model, workload, stats.num_steps, *sections)
@@ -115,6 +116,17 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
     cards = [GPUS[options.card]] if options.card else list(GPUS.values())
     found = [forecast(inputs, card, gpus=n, nodes=m) for m in nodes for n in gpus for card in cards]
     console.print("", *tables.tables(found, inputs), sep="\n")
+    _next(options, overrides)
+
+
+def _next(options: PlanOptions, overrides: Sequence[str]) -> None:
+    """What comes after a plan of data that is there."""
+    if not options.lengths:
+        counts = {"--gpus": options.gpus, "--nodes": options.nodes}
+        given = [
+            word for option, count in counts.items() if count.isdecimal() and count != "1" for word in (option, count)
+        ]
+        next_command("ochat check", options.config, *given, *overrides)
 
 
 def check(config: Config, data: TokenDataset | None, model: ModelConfig) -> list[str]:

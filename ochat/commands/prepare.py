@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ochat.commands import show
+from ochat.console import next_command
 from ochat.data import manifest, prepare
 from ochat.data.prepare import COUNTED, PrepareReport
 from ochat.data.rejected import REJECTS
@@ -63,6 +64,7 @@ def main(options: PrepareOptions) -> None:
         if report.example and report.tokenizer:
             show.show(report.example, report.tokenizer, console, most_lines=EXAMPLE_LINES)
             console.print(f"More of them: ochat show {report.output}", soft_wrap=True)
+        next_command("ochat new", "--base", options.base, "--data", report.output)
 
 
 def print_report(report: PrepareReport, console: Console | None = None) -> None:

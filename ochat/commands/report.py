@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from ochat.console import next_command
 from ochat.errors import ConfigError, DataError
 from ochat.files import atomic, bounded_json
 
@@ -56,6 +57,7 @@ def main(options: ReportOptions) -> None:
             run.refresh()
         write(is_live=False)
     console.print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+    next_command("ochat chat", options.run[0])
 
 
 def _output(options: ReportOptions) -> Path:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from ochat.console import next_command
 from ochat.errors import ConfigError
 from ochat.files import atomic
 from ochat.overrides import at_least
@@ -69,6 +70,7 @@ def main(options: RepresentOptions) -> None:
     from ochat.evaluate.represent import show  # torch takes seconds to import; --help does without
 
     Console(highlight=False).print(show.represent_table(record))
+    next_command("ochat eval", options.model, options.data)
 
 
 def represent(options: RepresentOptions) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.console import bar
+from ochat.console import bar, next_command
 
 if TYPE_CHECKING:
     from ochat.evaluate.score import Scores, SupervisedTokens
@@ -44,6 +44,7 @@ class ScoreOptions:
 def main(options: ScoreOptions) -> None:
     """The command `ochat score`."""
     score(options, Console(highlight=False))
+    next_command("ochat prepare --token-weights FILE.safetensors   # made from these scores: docs/scoring.md")
 
 
 def score(options: ScoreOptions, console: Console | None = None) -> tuple[SupervisedTokens, Scores]:

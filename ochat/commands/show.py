@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from ochat.console import next_command
 from ochat.errors import ConfigError
 from ochat.text import tokenizer
 from ochat.text.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ def main(options: ShowOptions) -> None:
         show(each, tokens, console, with_ids=options.ids)
     legend = LEGEND if console.color_system else PLAIN_LEGEND
     console.print(f"{len(chosen)} of {total:,} conversations. {legend}", style="dim")
+    next_command("ochat new --base", options.base or "BASE", "--data", options.data)
 
 
 def read_tokenizer(data: Path, base: str = "") -> Tokenizer:

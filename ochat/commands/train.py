@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from ochat import config as configuration
 from ochat.config import Config
-from ochat.console import complain, stdout, tell
+from ochat.console import complain, next_command, stdout, tell
 from ochat.errors import ConfigError, Interrupted, OchatError, UsageError
 from ochat.overrides import at_least
 
@@ -68,6 +68,7 @@ def main(options: TrainOptions, overrides: Sequence[str] = ()) -> None:
 
             for line in profile(config):
                 stdout.print(line, markup=False)
+            next_command("ochat train", options.config, *overrides)
         else:
             from ochat.train.trainer import train  # torch takes seconds to import; a wrong option should not
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from ochat.console import stdout, waiting
+from ochat.console import next_command, stdout, waiting
 from ochat.errors import ConfigError, ServerError
 from ochat.overrides import at_least
 
@@ -58,6 +58,7 @@ def main(options: VerifyExportOptions) -> None:
     stdout.print(table(f"{options.model} in {what}", compared))
     if compared.difference:
         raise ServerError(compared.difference)
+    next_command("ochat serve", options.model)
 
 
 def verify(options: VerifyExportOptions, exported: Exported) -> tuple[str, Compared]:

@@ -332,7 +332,7 @@ class Trainer:
         if self.ranks.is_first:
             export(newest, (self.run_dir / layout.EXPORT).resolve(), overwrite=True)
             log.info(f"exported {self.run_dir / layout.EXPORT}")
-            log.info(f"look at it: ochat report {self.run_dir}")
+            console.next_command("ochat report", self.run_dir)
         self.ranks.all_gather_json({})  # NCCL's time-out is too short for the export of a large model
 
     def announce(self) -> None:

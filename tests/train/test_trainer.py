@@ -67,7 +67,7 @@ def test_a_finished_run_has_nothing_left_to_do(world, alone, capsys):
     assert (world.folder / "alone" / "metrics.jsonl").read_text() == before
     said = capsys.readouterr().out
     assert f"all {len(alone)} steps were done before: nothing is trained" in said
-    assert f"look at it: ochat report {world.folder / 'alone'}" in said
+    assert f"next: ochat report {world.folder / 'alone'}" in said
 
 
 def test_a_signal_saves_and_the_same_command_continues(world, tmp_path):
