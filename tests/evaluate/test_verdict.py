@@ -97,7 +97,8 @@ def test_a_run_and_its_export_keep_the_numbers_and_another_model_does_not(world,
         assert (run / layout.SWAP).is_file() == kept and (str(run / layout.SWAP) in printed) == kept
         if kept:
             record = json.loads((run / layout.SWAP).read_text())
-            assert printed.split(" next: ")[0].endswith(record["verdict"]) and record["classes"].keys() == {"GPT3", "GPT4"}
+            before, _ = printed.split(" next: ")
+            assert before.endswith(record["verdict"]) and record["classes"].keys() == {"GPT3", "GPT4"}
     (run / layout.SWAP).unlink()
 
 
