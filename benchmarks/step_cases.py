@@ -187,7 +187,7 @@ def plan_inputs(case: Case, workload: Workload, num_steps: int) -> PlanInputs:
     """Of a forecast of ours, on data of which no more than the workload is known."""
     with tempfile.NamedTemporaryFile(suffix=".toml") as empty:
         config = configuration.load(empty.name, options(case, {"base.path": "-", "data.path": "-"}))
-    sections = config.data, config.train, config.optim, config.parallel, config.lora
+    sections = config.data, config.train, config.optim, config.parallel, config.lora, config.base
     return PlanInputs(model_config(case), workload, num_steps, *sections)
 
 

@@ -90,6 +90,9 @@ class BaseConfig(Section, frozen=True):
 
     path: str = ""
     """a Hugging Face folder with safetensors"""
+    quantize: Literal["none", "nf4"] = "none"
+    """with lora.rank, how the frozen linears of the blocks are held. nf4: 4 bits a weight, with double quantisation,
+    by bitsandbytes; the export merges into the base as it is in its folder"""
 
 
 class MixConfig(Section, frozen=True):
@@ -484,6 +487,9 @@ def _rules(config: Config) -> tuple[tuple[bool, str, Any, str], ...]:
         (parallel.reduce == "step", "parallel.reduce_dtype", "float32", 'parallel.reduce = "step"'),
         (train.linear == "fp8", "train.dtype", "bfloat16", 'train.linear = "fp8"; or set train.linear = "bf16"'),
         (train.linear == "fp8", "train.compile", False, 'train.linear = "fp8", whose kernels are fused as they are'),
+        (config.lora.rank == 0, "base.quantize", "none", "lora.rank = 0: only frozen weights can be quantised"),
+        (train.linear == "fp8", "base.quantize", "none", 'train.linear = "fp8", which reads weights in bfloat16'),
+        (train.compile, "base.quantize", "none", "train.compile = true"),
         (train.dtype == "float32", "optim.master_dtype", "float32", 'train.dtype = "float32"'),
         (config.lora.rank > 0, "optim.master_dtype", "float32", "lora.rank: frozen weights have no masters"),
         (parallel.reduce == "micro_batch", "optim.master_dtype", "float32", summed),

@@ -120,14 +120,22 @@ def load_state(
 
 def load_base(folder: Path, model: Transformer) -> None:
     """Fills the model's parameters, except adapters, from a Hugging Face folder; a sharded one reads the rows that
-    this rank holds, and of the rest the files' headers.
+    this rank holds, and of the rest the files' headers. Of a weight in NF4 every rank reads and quantises all, one
+    linear of the folder at a time, and keeps its share, so that the values do not depend on the number of ranks.
 
     Raises: as hf.open_tensors; CheckpointError for a stored head that differs from the embedding it should be.
     """
     stored, known = hf.open_tensors(folder, model.config), hf.parameter_parts(model.config)
     for name, parameter in ((name, p) for name, p in model.named_parameters() if name in known):
-        rows = hf.read_rows(stored, model.config, name, *local_shards.row_range(parameter))
-        _fill(local_shards.local_shard(parameter), rows)
+        target, place = local_shards.local_shard(parameter), local_shards.row_range(parameter)
+        module, _, kind = name.rpartition(".")
+        packing = getattr(model.get_submodule(module), "nf4", None) if kind == "weight" else None
+        if packing is None:
+            pieces = hf.read_rows(stored, model.config, name, *place)
+        else:
+            parts = (part for _, part in hf.read_rows(stored, model.config, name, 0, sum(packing.rows)))
+            pieces = _within(packing.quantize(parts, target.dtype, target.device), *place)
+        _fill(target, pieces)
 
 
 def iterate_parameters(manifest: Manifest, kind: str = KINDS[0]) -> Iterator[tuple[str, Tensor]]:
@@ -193,6 +201,14 @@ def _named(run_dir: Path, resume: str, ranks: Ranks) -> Manifest:
 def _fill(target: Tensor, pieces: Iterator[tuple[int, Tensor]]) -> None:
     for offset, piece in pieces:
         target[offset : offset + piece.shape[0]].copy_(piece)
+
+
+def _within(pieces: Iterator[tuple[int, Tensor]], start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    """What rows from `start` to `stop` have of the pieces, with offsets from `start`."""
+    for first, piece in pieces:
+        low, high = max(start, first), min(stop, first + piece.shape[0])
+        if low < high:
+            yield low - start, piece[low - first : high - first]
 
 
 def _check_shapes(manifest: Manifest, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ EXTRAS = {  # of pyproject.toml, those that add something to a command
     "report": ("plotly", "matplotlib", "scikit-learn", "scipy", "umap-learn"),
     "judge": ("openai",),
     "log": ("tensorboard", "wandb"),
+    "quantized": ("bitsandbytes",),
 }
 DRIVER = Path("/proc/driver/nvidia/version")
 OPEN_FILES = 4096  # many shards of data and weights are open at once

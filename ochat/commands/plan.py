@@ -21,7 +21,7 @@ from ochat.config import Config
 from ochat.console import facts, next_command, waiting
 from ochat.errors import UsageError
 from ochat.plan import lengths as length_files
-from ochat.plan.gpus import GPUS
+from ochat.plan.gpus import GPUS, LARGE
 from ochat.plan.lengths import LengthCounts
 
 if TYPE_CHECKING:  # torch takes seconds to import; --help should not
@@ -45,7 +45,7 @@ class PlanOptions:
     config: Path
     """a configuration in TOML; configs/ has files to start from"""
     card: str = ""
-    """one of A100-80, H100 and H200; without it: all three"""
+    """one of A100-80, H100, H200, RTX4090 (24 GB) and RTX4080 (16 GB); without it: the first three"""
     gpus: str = ""
     """GPUs of a node, such as 8 or 2,4,8; without it: 1 and 8"""
     nodes: str = "1"
@@ -109,11 +109,11 @@ def main(options: PlanOptions, overrides: Sequence[str] = ()) -> None:
         console.print(f"\n{NO_SPEED}", soft_wrap=True)
         return _next(options, overrides)
     workload = Workload(counts, stats.num_supervised / counts.num_tokens, stats.fill, stats.imbalance_mean)
-    sections = config.data, config.train, config.optim, config.parallel, config.lora
+    sections = config.data, config.train, config.optim, config.parallel, config.lora, config.base
     inputs = PlanInputs(model, workload, stats.num_steps, *sections)
     if not gpus:  # updates in backward need one process
         gpus = [1] if config.optim.in_backward else [1, 8] if nodes == [1] else [8]
-    cards = [GPUS[options.card]] if options.card else list(GPUS.values())
+    cards = [GPUS[options.card]] if options.card else LARGE
     found = [forecast(inputs, card, gpus=n, nodes=m) for m in nodes for n in gpus for card in cards]
     console.print("", *tables.tables(found, inputs), sep="\n")
     _next(options, overrides)

@@ -1,6 +1,7 @@
 """LoRA: low-rank adapters on frozen weights, and rows of the embedding and the head that are trained in full.
 
     attach(model, config.lora, token_ids=(32000,))      # a model in the dtype of the computation, before it is wrapped
+    quantize(model)                                     # base.quantize = "nf4": then its linears, still without values
 
 A linear becomes y = x W^T + b + (alpha / r) (x A^T) B^T, A (r, in), B (out, r), with an A and a B for each of the
 Hugging Face linears that ours fuses: what PEFT trains. Letters: T packed tokens, r rank, P adapted parts of a
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ochat.config import LoraConfig
 from ochat.errors import ConfigError
-from ochat.model import hf
+from ochat.model import hf, nf4
 from ochat.model.config import ModelConfig
 from ochat.model.transformer import Linear, Transformer
 
@@ -142,6 +143,24 @@ def attach(model: Transformer, config: LoraConfig, token_ids: tuple[int, ...]) -
             model.head.tokens = model.embed.tokens if tied else TokenRows(token_ids, model.config.hidden_size)
 
 
+def quantize(model: Transformer) -> None:
+    """Makes room for the weights of the blocks' linears in NF4 instead, after `attach`; load.load_base fills it."""
+    for name, packing in packings(model.config).items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear) and linear.fp8 is None and not linear.weight.requires_grad
+        stored = linear.weight.new_empty(packing.nbytes // linear.weight.itemsize)
+        linear.weight, linear.nf4 = nn.Parameter(stored, requires_grad=False), packing
+
+
+def packings(config: ModelConfig) -> dict[str, nf4.Packing]:
+    """Every linear of the blocks, by our name, and how its weight lies in NF4."""
+    return {
+        name.removesuffix(".weight"): nf4.Packing(tuple(part.shape[0] for part in parts), parts[0].shape[1])
+        for name, parts in hf.parameter_parts(config).items()
+        if _is_linear(name, parts)
+    }
+
+
 def target_modules(config: ModelConfig, targets: tuple[str, ...]) -> tuple[str, ...]:
     """`targets` by the names of the model's files, which may hold several linears as one (Phi-3).
 
@@ -163,13 +182,18 @@ def adapted_parts(config: ModelConfig, targets: tuple[str, ...]) -> dict[str, li
     target_modules."""
     targets, found = target_modules(config, targets), {}
     for name, tensors in hf.parameter_parts(config).items():
-        if not name.startswith("blocks.") or not name.endswith(".weight") or len(tensors[0].shape) != 2:
+        if not _is_linear(name, tensors):
             continue
         names = [tensor.name.removesuffix(".weight") for tensor in tensors]
         parts = [TargetLinear(n, t.shape[0], n.split(".")[-1] in targets) for n, t in zip(names, tensors, strict=True)]
         if any(part.is_adapted for part in parts):
             found[name.removesuffix(".weight")] = parts
     return found
+
+
+def _is_linear(name: str, parts: tuple[hf.HFTensor, ...]) -> bool:
+    """Whether it is the weight of a linear of a block."""
+    return name.startswith("blocks.") and len(parts[0].shape) == 2
 
 
 def first_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ochat.errors import DataError
-from ochat.model import fp8, linear, rope
+from ochat.model import fp8, linear, nf4, rope
 from ochat.model.attention.backends import Needs
 from ochat.model.attention.packed import Attend, PackedAttention, default_backend
 from ochat.model.attention.sdpa import Scores
@@ -49,7 +49,8 @@ class Embedding(nn.Module):
 
 
 class Linear(nn.Module):
-    """(T, in) -> (T, out): x @ weight.T + bias; x may be Fp8Rows. Only training multiplies in fp8."""
+    """(T, in) -> (T, out): x @ weight.T + bias; x may be Fp8Rows. Only training multiplies in fp8. A frozen weight may
+    be stored in NF4: it is read by way of `nf4`."""
 
     def __init__(self, size_in: int, size_out: int, has_bias: bool = False) -> None:
         super().__init__()
@@ -57,10 +58,13 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(size_out)) if has_bias else None
         self.lora: Any = None  # lora.Adapter where weight and bias are frozen
         self.fp8: ModuleType | None = None  # the operators where products are of e4m3
+        self.nf4: nf4.Packing | None = None  # what the bytes of `weight` stand for (lora.quantize)
 
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         values = x.values if isinstance(x, Fp8Rows) else x
-        if self.fp8 is None or not torch.is_grad_enabled():  # evaluations measure the model that is exported
+        if self.nf4 is not None:
+            y = nf4.linear(values, self.weight, self.bias, self.nf4)
+        elif self.fp8 is None or not torch.is_grad_enabled():  # evaluations measure the model that is exported
             y = linear.linear(values, self.weight, self.bias)
         else:
             y = fp8.linear(x, self.weight, self.bias, self.fp8)

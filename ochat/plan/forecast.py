@@ -1,6 +1,6 @@
 """Predict a run on named GPUs: does it fit, how fast is it, and which train.recompute fits.
 
-    inputs = PlanInputs(model, workload, num_steps, data, train, optim, parallel, lora)     # sections
+    inputs = PlanInputs(model, workload, num_steps, data, train, optim, parallel, lora, base)  # sections
     found = forecast(inputs, GPUS["H100"], gpus=8, nodes=1);  found.fits, found.speed.mfu
 
 memory.py predicts memory, roofline.py time; here a run's configuration becomes the Layout that both take.
@@ -12,7 +12,7 @@ import dataclasses
 from bisect import bisect_left
 from dataclasses import dataclass
 
-from ochat.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
+from ochat.config import BaseConfig, DataConfig, LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.model.config import ModelConfig
 from ochat.plan import memory, roofline
 from ochat.plan.gpus import GpuSpec
@@ -38,6 +38,7 @@ class PlanInputs:
     optim: OptimConfig
     parallel: ParallelConfig
     lora: LoraConfig
+    base: BaseConfig = BaseConfig()
 
     def layout(self, ranks: int, gpus_per_node: int, token_budget: int = 0) -> Layout:
         """The run on so many GPUs, with this or the configured budget; `recompute`, `reduce` may still be "auto"."""
@@ -52,6 +53,7 @@ class PlanInputs:
             gpus_per_node=gpus_per_node,
             supervised=round(budget * self.workload.supervised_share),
             lora=self.lora,
+            quantize=self.base.quantize,
             linear=self.train.linear,
             itemsize=ITEMSIZE[self.train.dtype],
             master_itemsize=ITEMSIZE[self.optim.master_dtype],

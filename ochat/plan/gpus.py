@@ -5,7 +5,8 @@ gpus.GPUS["H200"].matmul_tflops;  gpus.lookup(torch.cuda.get_device_name())
 Measured: on an H200, products of random bf16 matrices in a burst, 790 TFLOP/s, and a copy. Published: the maker's
 data sheets, FlashAttention's own figures (forward + backward, causal, head dim 128, by document length; they count 7/6
 of our FLOPs, the backward's second q k^T too). Everything else is assumed, by analogy. Rates are what is reached for
-seconds on end, not what is nominal: a card at its power limit computes slower than in a burst.
+seconds on end, not what is nominal: a card at its power limit computes slower than in a burst. The small cards
+stand for all of their memory size; nothing of their speed has been compared with a measurement.
 """
 
 from __future__ import annotations
@@ -66,12 +67,35 @@ H100 = GpuSpec(
     network_bandwidth=0.8 * 50e9,  # assumed: 400 Gbit/s a GPU
 )
 H200 = replace(H100, name="H200", memory_gib=139.0, copy_bandwidth=4.3e12)  # the H100's processor; assumed, measured
-GPUS = {gpu.name: gpu for gpu in (A100, H100, H200)}
+RTX4090 = GpuSpec(
+    "RTX4090",
+    memory_gib=23.6,
+    peak_tflops=165.2,  # data sheet, sums in fp32
+    matmul_tflops=0.85 * 165.2,  # assumed
+    fp8_tflops=0,  # it has products of fp8, but not those of rows with a scale each that train.linear = "fp8" needs
+    attention_tflops=tuple(rate * 165 / 312 for rate in FLASH_2_AMPERE),  # assumed, by the peak
+    flash_3_tflops=tuple(rate * 165 / 312 for rate in FLASH_2_AMPERE),
+    copy_bandwidth=0.9 * 1.008e12,  # data sheet, 90 % assumed
+    node_bandwidth=10e9,  # assumed: by PCIe 4 and host memory, as it has neither NVLink nor peer access
+    network_bandwidth=0.8 * 12.5e9,  # assumed: 100 Gbit/s a GPU
+)
+RTX4080 = replace(
+    RTX4090,
+    name="RTX4080",
+    memory_gib=15.6,
+    peak_tflops=97.5,  # data sheet, likewise
+    matmul_tflops=0.85 * 97.5,
+    attention_tflops=tuple(rate * 97.5 / 312 for rate in FLASH_2_AMPERE),
+    flash_3_tflops=tuple(rate * 97.5 / 312 for rate in FLASH_2_AMPERE),
+    copy_bandwidth=0.9 * 717e9,
+)
+LARGE = (A100, H100, H200)
+GPUS = {gpu.name: gpu for gpu in (*LARGE, RTX4090, RTX4080)}
 
 
 def lookup(device: str) -> GpuSpec | None:
     """The GPU of any memory size that a CUDA device's name contains; None for another."""
-    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in device), None)
+    return next((gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in device.replace(" ", "")), None)
 
 
 def attention_rate(gpu: GpuSpec, lengths: NDArray, backend: str = "varlen") -> NDArray[np.float64]:

@@ -34,7 +34,9 @@ with recompute = "block" there are none, and each use casts.
 
 With adapters (LoRA) the frozen weights have the dtype of the computation, e P / s, and matmuls read them: no casts, no
 gradients, no dW. Backward also keeps x A^T of each adapted linear and the casts of its A and its block-diagonal B, but
-not the input of a linear without adapter.
+not the input of a linear without adapter. With base.quantize = "nf4" the blocks' linears are 33/64 + 1/4096 bytes a
+weight, gathered ones too, and each product dequantises its own, e + 1/16 bytes a weight. Loading needs less: beside
+what it has quantised it holds one linear of the files at a time, e bytes a weight.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from ochat.config import LoraConfig
-from ochat.model import lora
+from ochat.model import lora, nf4
 from ochat.model.config import ModelConfig
 
 GIB = 2**30
@@ -52,6 +54,7 @@ CONTEXT_BYTES = 1.0 * GIB  # assumed: CUDA's context, kernels, workspaces of mat
 NCCL_BYTES = 1.0 * GIB  # assumed: buffers of the collectives, with more than one GPU
 FRAGMENTATION = 0.04  # share of a step's allocations lost between the allocator's blocks: an upper bound
 STAGES = ("activation", "gate_up", "attention", "end")  # of a block's backward, where it may need most
+DEQUANTISING = 4 / nf4.BLOCK  # bytes a weight: the scales of blocks in fp32
 ADAPTED_TOKENS = 4  # assumed: rows of embedding and head that are trained with adapters
 
 
@@ -67,6 +70,7 @@ class Layout:
     gpus_per_node: int = 8  # G
     supervised: int = 0  # R, rows of a micro-batch that reach the head; for memory only
     lora: LoraConfig = LoraConfig()  # of rank 0: every parameter is trained
+    quantize: str = "none"  # base.quantize
     linear: str = "bf16"
     itemsize: int = 2  # e, bytes of an activation; 4: train.dtype = "float32"
     master_itemsize: int = 4  # 2: optim.master_dtype = "bfloat16"
@@ -118,6 +122,11 @@ class Layout:
     def is_fp8(self) -> bool:
         """Whether the blocks' linears multiply e4m3 rows."""
         return self.linear == "fp8"
+
+    @property
+    def is_nf4(self) -> bool:
+        """Whether the blocks' linears are stored in NF4."""
+        return self.quantize == "nf4"
 
     @property
     def gathers_once(self) -> bool:
@@ -291,7 +300,7 @@ def block_moment(model: ModelConfig, at: Layout, layer: int, stage: str) -> Memo
     own, inside, working = _stage(model, at, layer, stage)
     activations = _kept(model, at, held) + inside + at.token_budget * (8 + _angle_bytes(model))
     if at.lora.rank:
-        weights = 3 * at.itemsize * B * (at.ranks > 1)
+        weights = 3 * block_bytes(model, at) * (at.ranks > 1)
     elif at.ranks > 1:
         weights = gathered_bytes(model, at) if at.gathers_once else 3 * at.itemsize * B + gathered_bytes(model, at)
         working += 2 * at.reduce_itemsize * B + _unreduced(model, at) * is_tied
@@ -310,21 +319,26 @@ def _stage(model: ModelConfig, at: Layout, layer: int, stage: str) -> tuple[int,
     rows = at.supervised if is_last else T
     kept = block_saved_bytes(model, at, is_rotated=is_rotated, is_last=is_last)
     kept -= e * T * H * (layer == 0 and remakes == "block")  # no sum of two streams
+    dequantised = (e + DEQUANTISING) * at.is_nf4  # bytes a weight of the linear whose input gets its gradient
     again = e * {"none": 0, "elementwise": rows * F, "block": T * H}[remakes]
     if stage == "activation":
         if at.lora.rank and "down_proj" not in at.lora.targets and remakes != "elementwise":
             again += e * rows * F  # the gradient of what `down` reads, which else takes the place of what it read
         if model.norm_placement != "before":
             again -= e * rows * H  # what the last norm kept is gone
+        again += max(dequantised * F * H - e * rows * F, 0)  # gone before the gradient of what the activation read
         return F * H, kept, e * (rows * 2 * F + T * H) + again
     if stage == "gate_up":
         unmade = 2 * F * H * at.gradient_itemsize * (at.ranks == 1 and not at.adds_up and not at.in_backward)
         again += max(2 * F * (rows + H) - unmade, 0) * at.is_fp8  # gone when the weight's gradient is made
+        again += dequantised * 2 * F * H
         return 3 * F * H, kept - e * rows * F * (remakes != "elementwise"), e * (rows + T) * H + again
     if stage == "attention":
         again = e * T * {"none": 0, "elementwise": _normed_elements(model, is_rotated), "block": H}[remakes]
+        again += max(dequantised * q * H - e * T * (q + 2 * kv), 0)  # gone before attention's backward
         return 3 * F * H + q * H, kept - _after_attention_bytes(model, at, rows), e * T * (2 * q + 2 * kv + H) + again
-    return _block_matrices(model), 0, e * T * (4 * H + q + 2 * kv) + (q + 2 * kv) * (T + H) * at.is_fp8
+    remade = (q + 2 * kv) * ((T + H) * at.is_fp8 + H * dequantised)
+    return _block_matrices(model), 0, e * T * (4 * H + q + 2 * kv) + remade
 
 
 def end_moment(model: ModelConfig, at: Layout) -> MemoryUse:
@@ -349,7 +363,7 @@ def _use(
     if at.lora.rank:
         rows = ADAPTED_TOKENS * (1 if model.tie_embeddings else 2) * (at.lora.tokens == "template")
         trained = at.adapters(model) + rows * model.hidden_size
-        masters = at.itemsize * model.num_parameters() + 4 * trained
+        masters = frozen_bytes(model, at) + 4 * trained
         gradients = 4 * trained / (at.shard if at.reduce == "micro_batch" or at.micro_batches == 1 else 1)
         weights = gathered_bytes(model, at) if at.gathers_once else weights
     lost = FRAGMENTATION * (gradients + weights + activations + working)
@@ -368,8 +382,20 @@ def _use(
 def gathered_bytes(model: ModelConfig, at: Layout) -> float:
     """Bytes of weights that FSDP keeps between blocks: all, or the head's until the last micro-batch, or tied ones."""
     if at.gathers_once:
-        return at.itemsize * model.num_parameters()
+        return frozen_bytes(model, at)
     return at.itemsize * model.head_params() * (model.tie_embeddings or at.micro_batches > 1)
+
+
+def frozen_bytes(model: ModelConfig, at: Layout) -> float:
+    """All weights as products read them, or as they are stored in NF4."""
+    return at.itemsize * (model.num_parameters() - model.matmul_params()) + model.num_layers * block_bytes(model, at)
+
+
+def block_bytes(model: ModelConfig, at: Layout) -> float:
+    """The matrices of a block, likewise."""
+    if not at.is_nf4:
+        return at.itemsize * _block_matrices(model)
+    return sum(packing.nbytes for name, packing in lora.packings(model).items() if name.startswith("blocks.0."))
 
 
 def _gradients(model: ModelConfig, at: Layout, done: float, tables: int) -> float:

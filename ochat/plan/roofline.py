@@ -15,7 +15,7 @@ import numpy as np
 from ochat.model.config import ModelConfig
 from ochat.plan.gpus import GpuSpec, attention_rate
 from ochat.plan.lengths import LengthCounts
-from ochat.plan.memory import Layout
+from ochat.plan.memory import DEQUANTISING, Layout, block_bytes, frozen_bytes
 
 OVERLAP = 0.9  # assumed: share of the communication that can overlap with computation
 HOST_BANDWIDTH = 25e9  # assumed: bytes/s to and from pinned host memory, of PCIe 4
@@ -103,7 +103,9 @@ def predict(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: Layout
     moments on the host cross the bus, 16 P / s (8), and so do offloaded inputs of blocks, 4 e T H L.
     These are Llama's operators; _moved_per_token and _recomputed_per_token count those of other norms and scales.
     With A parameters of adapters instead: 4 for each 6 FLOPs, 6 T A more, no dW and no casts of weights, and A for P in
-    gradients and optimizer.
+    gradients and optimizer. In NF4 a product takes as long as one in bf16 and waits for its weight, which is
+    dequantised in forward, in backward, and where a block is recomputed: e + 0.64 bytes a weight, at the rate of a copy
+    (assumed); gathers move what is stored.
     """
     count = layout.micro_batches
     parts = _micro_batch(model, gpu, workload, layout, count)
@@ -151,6 +153,10 @@ def _micro_batch(model: ModelConfig, gpu: GpuSpec, workload: Workload, layout: L
     weights = _weight_bytes(model, layout, count) / bandwidth
     casts = (4 + e) * (model.num_parameters() - model.matmul_params() * layout.is_fp8) * layout.casts / bandwidth
     quantised, again = (each * layout.is_fp8 / bandwidth for each in _quantised_bytes(model, layout))
+    if layout.is_nf4:
+        again = model.num_layers * block_bytes(model, layout) / bandwidth
+        again += model.matmul_params() * (e + 2 * DEQUANTISING) / bandwidth
+        quantised = 2 * again
     forward = product / narrow_rate + adapted / times + attention * 2 / 7 + passes * 0.4 + again
     recompute = 0.0
     if layout.recompute == "block":
@@ -213,7 +219,7 @@ def _weight_bytes(model: ModelConfig, layout: Layout, count: int) -> float:
     P, e, later = model.num_parameters(), layout.itemsize, (count - 1) / count
     gathers = (1 / count if layout.gathers_once else 2) * (layout.ranks > 1)
     if layout.lora.rank:
-        return 12 * layout.trained(model) * later + 2 * e * P * gathers
+        return 12 * layout.trained(model) * later + 2 * frozen_bytes(model, layout) * gathers
     shard = (4 + e) * P / layout.shard * (layout.master_itemsize > e)
     if layout.ranks == 1:
         return 8 * P * later
@@ -224,13 +230,14 @@ def _weight_bytes(model: ModelConfig, layout: Layout, count: int) -> float:
 
 def _gather_seconds(model: ModelConfig, gpu: GpuSpec, layout: Layout, count: int) -> float:
     """Seconds in which a GPU receives the weights of one of `count` micro-batches."""
-    P, E, L, is_tied = model.num_parameters(), model.head_params(), model.num_layers, model.tie_embeddings
+    E, L, is_tied = model.head_params(), model.num_layers, model.tie_embeddings
+    e, all_bytes = layout.itemsize, frozen_bytes(model, layout)
     if layout.reshard == "step":
-        gathered, rings = P / count, (L + 2) / count
+        gathered, rings = all_bytes / count, (L + 2) / count
     else:
-        gathered = 2 * (P - E * (1 if is_tied else 2)) + E / count + E * (not is_tied)
+        gathered = 2 * (all_bytes - e * E * (1 if is_tied else 2)) + e * E / count + e * E * (not is_tied)
         rings = 2 * L + 1 + 1 / count
-    size = layout.itemsize * gathered * (1 - 1 / layout.shard)
+    size = gathered * (1 - 1 / layout.shard)
     return size / _link(gpu, layout, layout.shard) + rings * (layout.shard - 1) * HOP_SECONDS
 
 

@@ -1,6 +1,6 @@
 """LoRA in a run: what is trained, how it starts, which base it belongs to, and how it is saved.
 
-    adapters = Adapters.of(config.lora, base_path, model_config, template, tokenizer)
+    adapters = Adapters.of(config.lora, config.base, model_config, template, tokenizer)
     lora.attach(model, config.lora, adapters.token_ids);  checkpoint.load_base(folder, model)
     adapters.start(model, seed)
 
@@ -18,7 +18,7 @@ import torch
 from msgspec import structs
 
 from ochat.checkpoint.manifest import BASE
-from ochat.config import LoraConfig
+from ochat.config import BaseConfig, LoraConfig
 from ochat.distributed.local_shards import local_shard, row_range, trainable_parameters
 from ochat.model import hf, lora, peft
 from ochat.model.config import ModelConfig
@@ -33,16 +33,18 @@ class Adapters:
 
     lora: LoraConfig
     base: Path
+    quantize: str  # how the run holds its frozen linears
     model: ModelConfig
     token_ids: tuple[int, ...]  # tokens whose rows of embedding and head are trained
 
     @classmethod
     def of(
-        cls, lora: LoraConfig, base_path: str, model: ModelConfig, template: Template, tokenizer: Tokenizer
+        cls, lora: LoraConfig, base: BaseConfig, model: ModelConfig, template: Template, tokenizer: Tokenizer
     ) -> Adapters:
         """With lora.tokens = "template" the rows of the template's special tokens are trained too."""
         tokens = (template.eot, *template.special_tokens) if lora.tokens == "template" else ()
-        return cls(lora, Path(base_path), model, tuple(sorted({tokenizer.special_tokens[token] for token in tokens})))
+        token_ids = tuple(sorted({tokenizer.special_tokens[token] for token in tokens}))
+        return cls(lora, Path(base.path), base.quantize, model, token_ids)
 
     @torch.no_grad()
     def start(self, model: Transformer, seed: int) -> None:
@@ -60,6 +62,7 @@ class Adapters:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint and the run that resumes from it must also have in common."""
         changed = {"targets": sorted(self.lora.targets), "tokens": list(self.token_ids)}
+        changed |= {"base.quantize": self.quantize} if self.quantize != "none" else {}
         return {BASE: lora.base_digest(self.base, self.model), "lora": structs.asdict(self.lora) | changed}
 
     def write_config(self, folder: Path) -> None:
@@ -72,4 +75,5 @@ class Adapters:
         """What is trained, as name -> text."""
         count = sum(parameter.numel() for parameter in trainable_parameters(model).values())
         rows = f", and the rows of {len(self.token_ids)} tokens in embedding and head" if self.token_ids else ""
-        return {"lora": f"{count:,} trained: rank {self.lora.rank} on {', '.join(self.lora.targets)}{rows}"}
+        base = "" if self.quantize == "none" else f"; frozen linears in {self.quantize}"
+        return {"lora": f"{count:,} trained: rank {self.lora.rank} on {', '.join(self.lora.targets)}{rows}{base}"}

@@ -151,6 +151,7 @@ def check(config: Config, world: int) -> RunInputs:
     choices.determinism(run.deterministic, compiles=config.train.compile)
     processes.check_counts(config.parallel, world)
     trackers(config.log)
+    choices.quantize(config.base.quantize, ranks.device)
     inputs = open_inputs(config, ranks)
     optim.check(config.optim, world)
     model, base = inputs.model_config, Path(config.base.path)
@@ -248,9 +249,10 @@ def resolve(config: Config, inputs: RunInputs, ranks: Ranks) -> Resolved:
     kernels = choices.kernels(train.kernels, device, flops, compiles=train.compile)
     attention, attention_reason = choose_attention(config, inputs, ranks)
     choices.linear(config.train.linear, device, model)
+    choices.quantize(config.base.quantize, device)
     train = structs.replace(config.train, kernels=kernels, attention=attention)
     fullest = Workload(LengthCounts.of(np.array([config.data.token_budget])), supervised_share=1.0)
-    planned = PlanInputs(model, fullest, 0, config.data, train, config.optim, config.parallel, config.lora)
+    planned = PlanInputs(model, fullest, 0, config.data, train, config.optim, config.parallel, config.lora, config.base)
     reduce, reduce_reason = choices.reduce(planned, ranks)
     parallel = structs.replace(config.parallel, reduce=reduce)
     recompute, reason = choices.recompute(replace(planned, parallel=parallel), ranks)
@@ -283,6 +285,8 @@ def build_model(config: Config, inputs: RunInputs, ranks: Ranks) -> RunModel:
         model.use_fp8()
     if adapters:
         lora.attach(model.to(dtype), config.lora, adapters.token_ids)
+    if config.base.quantize == "nf4":
+        lora.quantize(model)
     sharding.wrap(model, ranks, config.train, config.parallel, dtype)
     model = model.to_empty(device="cpu" if config.parallel.offload == "all" else ranks.device)
     micro_batches = config.data.bins_per_step // ranks.world
@@ -305,7 +309,7 @@ def open_adapters(config: Config, inputs: RunInputs) -> Adapters | None:
     """The adapters of a run that trains no more than them."""
     if config.lora.rank == 0:
         return None
-    return Adapters.of(config.lora, config.base.path, inputs.model_config, inputs.template, inputs.tokenizer)
+    return Adapters.of(config.lora, config.base, inputs.model_config, inputs.template, inputs.tokenizer)
 
 
 def run_identity(config: Config, inputs: RunInputs, adapters: Adapters | None) -> dict[str, Any]:

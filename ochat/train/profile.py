@@ -96,7 +96,7 @@ def rooflines(trainer: Trainer, batches: list[list[PackedBatch]]) -> dict[str, f
     tokens, computed = sum(b.num_tokens for b in all_batches), sum(b.input_ids.shape[0] for b in all_batches)
     supervised = sum(b.num_supervised for b in all_batches)
     workload = Workload(LengthCounts.of(lengths), supervised / tokens, tokens / computed)
-    sections = config.data, config.train, config.optim, config.parallel, config.lora
+    sections = config.data, config.train, config.optim, config.parallel, config.lora, config.base
     inputs = PlanInputs(model, workload, STEPS, *sections)
     layout = inputs.layout(ranks.world, torch.cuda.device_count() or 1, computed // len(all_batches))
     tflops, unlimited = trainer.resolved.peak_flops / 1e12, float("inf")

@@ -16,7 +16,7 @@ from ochat_kernels.compiled import has_compiler
 from ochat.config import TrainConfig
 from ochat.distributed.processes import Ranks
 from ochat.errors import ConfigError
-from ochat.model import fp8
+from ochat.model import fp8, nf4
 from ochat.model.config import ModelConfig
 from ochat.plan import gpus
 from ochat.plan.forecast import PlanInputs, reductions, with_policy
@@ -78,6 +78,12 @@ def linear(asked: str, device: torch.device, model: ModelConfig) -> None:
             f"{torch.cuda.get_device_name(device)}; use 'bf16'"
         )
     fp8.check(model)
+
+
+def quantize(asked: str, device: torch.device) -> None:
+    """Check base.quantize. Raises: ConfigError where bitsandbytes is missing or does not work on the device."""
+    if asked == "nf4":
+        nf4.check(device)
 
 
 def recompute(inputs: PlanInputs, ranks: Ranks) -> tuple[str, str]:

@@ -141,6 +141,30 @@ def test_the_table_of_recipes_is_what_the_plan_predicts(recipe):
         assert numbers == [f"{found.use.total / GIB:.0f}", f"{rate:,.0f}", f"{found.speed.mfu:.0%}"]
 
 
+def test_the_table_of_bases_in_nf4_is_what_the_plan_predicts():
+    """docs/memory.md: model, machine, micro-batch, recompute, GiB and tokens/s a GPU."""
+    lengths = draw_lengths(Case("tiny", 8192, 64), np.random.default_rng(0), 1_000_000)
+    models, seen = {"Llama-3-8B, NF4": LLAMA_8B, "Llama-3-70B, NF4": LLAMA_70B}, set()
+    page = (CONFIGS.parent / "docs" / "memory.md").read_text("utf-8")
+    for row in (line.strip("| ").split("|") for line in page.splitlines() if ", NF4 |" in line):
+        name, machine, budget, recompute, memory_gib, rate = (cell.strip() for cell in row)
+        gpus, card = machine.split(" x ")
+        config = configuration.load(
+            CONFIGS / "llama3_8b_nf4_24gb.toml",
+            [f"--data.token_budget={budget.replace(',', '')}", f"--data.bins_per_step={16 * int(gpus)}"],
+        )
+        sections = config.data, config.train, config.optim, config.parallel, config.lora, config.base
+        inputs = PlanInputs(models[name], Workload(LengthCounts.of(lengths), 0.5, 0.995), 1000, *sections)
+        found = forecast.forecast(inputs, GPUS[card], gpus=int(gpus), nodes=1)
+        expected = found.recompute, f"{found.use.total / GIB:.0f}", f"{found.speed.tokens_per_s / int(gpus):,.0f}"
+        assert found.fits and (recompute, memory_gib, rate) == expected
+        seen.add((name, machine))
+    assert seen == {
+        ("Llama-3-8B, NF4", "1 x RTX4080"), ("Llama-3-8B, NF4", "1 x RTX4090"), ("Llama-3-70B, NF4", "1 x H100"),
+        ("Llama-3-70B, NF4", "4 x RTX4090"),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("page", "table"),
     [("docs/performance.md", predictions.steps), ("benchmarks/README.md", predictions.parts)],

@@ -1,6 +1,7 @@
 """The memory that a plan predicts is what the model's own code keeps: pytest tests/plan/test_memory.py"""
 
 import dataclasses
+import importlib.util
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from ochat.checkpoint import manifest
 from ochat.config import LoraConfig, OptimConfig, ParallelConfig, TrainConfig
 from ochat.distributed import local_shards
 from ochat.distributed.processes import Ranks
-from ochat.model import linear, lora
+from ochat.model import linear, lora, nf4
 from ochat.model.attention.packed import PackedAttention
 from ochat.model.config import ModelConfig
 from ochat.model.rope import RopeConfig
@@ -109,6 +110,9 @@ class FakeStep:
                 torch.set_default_dtype(torch.float32)
             if at.lora.rank:
                 lora.attach(self.model, at.lora, (5,))
+            if at.is_nf4:
+                lora.quantize(self.model)
+                self.living.peak = self.living.bytes  # a run builds it on the meta device
         self.model.compute_dtype, self.model.recompute = torch.bfloat16, at.recompute
         ranks, train = Ranks(0, 1, torch.device("cpu"), None), TrainConfig()
         with self.mode, self.living:
@@ -141,7 +145,9 @@ class FakeStep:
             if self.at.in_backward:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         # on a card one product, without a tensor of its own
-        with mock.patch.object(linear, "add_product", lambda total, *_, **__: total), self.mode, self.living:
+        in_place = mock.patch.object(linear, "add_product", lambda total, *_, **__: total)
+        levels = mock.patch.object(nf4, "_dequantize_levels", lambda *_: None)
+        with in_place, levels, self.mode, self.living:
             for _ in range(self.at.micro_batches):
                 self.forward().backward()
         return self.living.peak
@@ -292,6 +298,25 @@ def test_what_backward_keeps_of_adapters_is_what_the_model_keeps(name, adapters,
 def test_the_peak_of_a_step_of_adapters_is_the_one_predicted(name, adapters, recompute, derived_only):
     at = Layout(16384, 2, recompute, supervised=8192, lora=adapters)
     assert_peak_is_predicted(MODELS[name], at, ADAPTERS_TOLERANCE)
+
+
+@pytest.fixture
+def nf4_library(monkeypatch):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("needs bitsandbytes")
+    nf4.library()
+    monkeypatch.setattr(nf4, "_code_of_scales", lambda device: torch.zeros(256))  # fake, so not to be kept
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(("name", "adapters"), [("8B", ADAPTERS[0]), ("olmo2", ADAPTERS[1])])
+def test_a_base_in_nf4_is_what_is_stored_and_the_weight_of_one_product(
+    name, adapters, recompute, derived_only, nf4_library
+):
+    """At few tokens the weight is the larger part of what is in flight, at many a small one."""
+    for tokens in (512, 4096):
+        layout = Layout(tokens, 2, recompute, supervised=tokens // 2, lora=adapters, quantize="nf4")
+        assert_peak_is_predicted(MODELS[name], layout)
 
 
 def test_adapters_of_8b_train_on_a_gpu_of_24_gb():
