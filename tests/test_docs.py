@@ -29,6 +29,14 @@ def test_the_pages_of_keys_are_made_from_the_code(script):
     assert made["PAGE"].read_text("utf-8") == made["page"](), f"run: PYTHONPATH=. python docs/{script}.py"
 
 
+def test_the_tables_and_the_picture_of_the_evidence_are_made_from_its_records():
+    pytest.importorskip("scipy", reason="the extra `report` is not installed")
+    made = runpy.run_path(str(ROOT / "docs" / "evidence_tables.py"))
+    page, rows = made["PAGE"].read_text("utf-8"), made["read"](made["SMALL"])["table"]["rows"]
+    assert page.count("<!-- end of ") > 1 and made["page"](page) == page, "run: python docs/evidence_tables.py"
+    assert made["PICTURE"].read_text("utf-8") == made["picture"](rows), "run: python docs/evidence_tables.py"
+
+
 def blocks(kind: str, text: str) -> list[str]:
     """The code blocks of a kind."""
     return [textwrap.dedent(found) for found in re.findall(rf"^ *```{kind}\n(.*?)^ *```", text, re.M | re.S)]
