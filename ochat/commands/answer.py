@@ -7,7 +7,6 @@ ochat answer mine question.jsonl model_answer/mine.jsonl --format mt_bench --end
 from __future__ import annotations
 
 import importlib.util
-import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +18,7 @@ from ochat.console import next_command
 from ochat.errors import ConfigError
 from ochat.evaluate import answer_files
 from ochat.evaluate.answer_files import Format
+from ochat.evaluate.endpoint import check_address
 from ochat.files import checksums
 from ochat.overrides import at_least
 
@@ -51,7 +51,7 @@ class AnswerOptions:
     concurrent: int = 8  # requests to the server at a time
     requests_per_minute: float = 0.0  # most requests that are sent in a minute; 0: no limit
     retries: int = 10  # of a request that failed for a reason that may pass
-    timeout_s: float = 600.0  # the longest wait for one reply
+    timeout_s: float = 600.0  # the longest wait for one whole reply, of each try
 
 
 def main(options: AnswerOptions) -> None:
@@ -89,10 +89,4 @@ def main(options: AnswerOptions) -> None:
 def _check_endpoint(endpoint: str) -> None:
     if importlib.util.find_spec("openai") is None:
         raise ConfigError("--endpoint needs the package openai: pip install 'ochat-crlft[judge]'")
-    try:
-        parts = urllib.parse.urlsplit(endpoint)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not (is_address and endpoint.isascii() and endpoint.isprintable() and " " not in endpoint):
-        raise ConfigError(f"--endpoint {endpoint}: an address is needed, such as http://127.0.0.1:8000/v1")
+    check_address(endpoint, "--endpoint", "http://127.0.0.1:8000/v1")

@@ -10,8 +10,8 @@ key is read from OPENAI_API_KEY. It is sent to that endpoint alone, and never lo
 from __future__ import annotations
 
 import hashlib
+import importlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +23,7 @@ from typing import Any
 
 from ochat.errors import ConfigError, ServerError
 from ochat.evaluate.answer_files import Answer, Question
+from ochat.evaluate.endpoint import KEY, hide, read_key, within
 from ochat.export.open_model import folder_of, open_model, stop_ids
 from ochat.files import checksums
 from ochat.infer.generate import complete
@@ -35,7 +36,6 @@ from ochat.text.openchat_json import template_as
 log = logging.getLogger(__name__)
 QUESTIONS_PER_BATCH = 16  # each holds a cache of keys and values as long as the batch's longest
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
-KEY = "OPENAI_API_KEY"
 
 
 def turn_seed(seed: int, key: str, turn: int) -> int:
@@ -73,18 +73,33 @@ class EndpointAnswerer:
 
         self.about: dict[str, Any] = {"model": self.model, "condition": self.condition}
         self._next_start, self._lock = 0.0, threading.Lock()
-        self._key = os.environ.get(KEY, "").strip()
-        if not (self._key.isascii() and self._key.isprintable()):  # no request can carry it; it is not quoted
-            raise ConfigError(f"{KEY}: holds characters that no key has; set it again")
-        hooks = {"request": [self._before_request], "response": [self._warn]}
+        self._key = read_key()
         self._client: Any = openai.OpenAI(
             base_url=self.endpoint,
             api_key=self._key or "none",
             max_retries=self.retries,
             timeout=self.timeout_s,
-            # a redirect could carry the request elsewhere: it is an error
-            http_client=openai.DefaultHttpxClient(follow_redirects=False, event_hooks=hooks),
+            http_client=self._http_client(),
         )
+
+    def _http_client(self) -> Any:
+        """One whose exchanges end by timeout_s as a whole. A redirect, which could carry the request elsewhere, is an
+        error."""
+        import openai
+
+        before, seconds = self._before_request, self.timeout_s
+
+        class Client(openai.DefaultHttpxClient):
+            def send(self, request: Any, **options: Any) -> Any:
+                before(request)
+                send = super().send
+                try:
+                    return within(seconds, lambda: send(request, **options), "a request")
+                except TimeoutError as error:  # openai tries again after that of its library, httpx or httpx2
+                    http = importlib.import_module(type(request).__module__.partition(".")[0])
+                    raise http.ReadTimeout(str(error), request=request) from None
+
+        return Client(follow_redirects=False, event_hooks={"response": [self._warn]})
 
     def answers(self, questions: Sequence[Question]) -> Iterator[Answer]:
         """`concurrent` questions at a time. After an error or Ctrl-C no question is begun; answers under way are still
@@ -121,7 +136,8 @@ class EndpointAnswerer:
 
     def _warn(self, response: Any) -> None:
         if response.status_code >= 400:
-            log.warning("%s: HTTP %d %s", self.endpoint, response.status_code, response.reason_phrase)
+            reason = hide(response.reason_phrase, self._key)[:100]
+            log.warning("%s: HTTP %d %s", self.endpoint, response.status_code, reason)
 
     def _answer(self, question: Question) -> Answer:
         chat: list[dict[str, str]] = []
@@ -131,7 +147,8 @@ class EndpointAnswerer:
             more = {"seed": turn_seed(self.seed, question.key, turn)} if question.temperature else {}
             choice = self._ask(chat, temperature=question.temperature, **more)
             is_cut |= choice.finish_reason == "length"
-            chat.append({"role": "assistant", "content": (choice.message.content or "").strip()})
+            said = hide(choice.message.content or "", self._key)
+            chat.append({"role": "assistant", "content": said.strip()})
         return Answer(question.key, tuple(each["content"] for each in chat[1::2]), is_cut, time.time())
 
     def _ask(self, chat: list[dict[str, str]], **settings: Any) -> Any:
@@ -147,12 +164,12 @@ class EndpointAnswerer:
             return choice
         except openai.APIStatusError as error:
             hint = f"; is {KEY} set to its key?" if error.status_code in (401, 403) else ""
-            words = " ".join(str(error).split())[:300] + hint
+            words = " ".join(hide(str(error), self._key).split())[:300] + hint
         except openai.APIConnectionError as error:
             words = f"no answer ({error.__cause__ or error})"
         except (ValueError, LookupError, TypeError, AttributeError, openai.APIResponseValidationError) as error:
             words = f"a broken answer ({error})"
-        words = words.replace(self._key, "***") if self._key else words
+        words = hide(words, self._key)
         raise ServerError(
             f"{self.endpoint}, model {self.model}: {words}. The same command resumes from the answers kept"
         )

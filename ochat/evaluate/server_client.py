@@ -9,20 +9,21 @@ prompt tokens and the text are known. A key is read from OPENAI_API_KEY, and sen
 
 from __future__ import annotations
 
+import http.client
 import json
-import os
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ochat.errors import ConfigError, ServerError
+from ochat.errors import ServerError
+from ochat.evaluate import endpoint
+from ochat.evaluate.endpoint import KEY
 
-KEY = "OPENAI_API_KEY"
 TOP = 5  # alternatives of each token whose log-probabilities are asked for
-TIMEOUT_S = 600.0
+TIMEOUT_S = 600.0  # of a whole exchange
+MOST_BYTES = 1 << 28  # of an answer
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -46,16 +47,15 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Server:
     """A server at `url`, with or without /v1, and the one model that it has, or the one called `name`.
 
-    Raises: ConfigError for another address than one of HTTP, ServerError where nothing answers.
+    Raises: ConfigError for another address than one of HTTP, or with user or password; ServerError where nothing
+    answers.
     """
 
     def __init__(self, url: str, name: str) -> None:
+        endpoint.check_address(url, "--server", "http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or not (url.isascii() and url.isprintable()):
-            raise ConfigError(f"--server {url}: an address is needed, such as http://127.0.0.1:8000")
         self._opener = urllib.request.build_opener(_NoRedirect)
-        self._key = os.environ.get(KEY, "").strip()
+        self._key = endpoint.read_key()
         self.model = self._find_model(name)
         self.kind, self.version = self._find_kind()
 
@@ -124,20 +124,27 @@ class Server:
         if self._key:
             request.add_unredirected_header("Authorization", f"Bearer {self._key}")
         try:
-            with self._opener.open(request, timeout=TIMEOUT_S) as response:
-                found = json.loads(response.read())
-        except urllib.error.HTTPError as error:
-            words = " ".join(error.read().decode("utf-8", "replace").split())[:300]
-            hint = f"; is {KEY} set to its key?" if error.code in (401, 403) else ""
-            raise ServerError(f"{request.full_url}: HTTP {error.code} {words}{hint}") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "reason", error)
+            status, content = endpoint.within(TIMEOUT_S, lambda: self._exchange(request), "a request")
+            text = endpoint.hide(content.decode("utf-8", "replace"), self._key)
+            found = json.loads(text) if status < 400 else None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = endpoint.hide(str(getattr(error, "reason", error)), self._key)
             raise ServerError(
-                f"{self.url}: no server answers there ({reason}); is it up, and is the address right?"
+                f"{self.url}: no server answers there ({reason[:300]}); is it up, and is the address right?"
             ) from None
+        if status >= 400:
+            hint = f"; is {KEY} set to its key?" if status in (401, 403) else ""
+            raise ServerError(f"{request.full_url}: HTTP {status} {' '.join(text.split())[:300]}{hint}")
         if not isinstance(found, dict):
             raise ServerError(f"{request.full_url}: another answer than a JSON object")
         return found
+
+    def _exchange(self, request: urllib.request.Request) -> tuple[int, bytes]:
+        try:
+            with self._opener.open(request, timeout=TIMEOUT_S) as response:
+                return response.status, response.read(MOST_BYTES)
+        except urllib.error.HTTPError as error:
+            return error.code, error.read(MOST_BYTES)
 
 
 def _by_id(token: Mapping[str, Any]) -> dict[int, float]:

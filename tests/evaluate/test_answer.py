@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
 from ochat import cli
 from ochat.commands.answer import AnswerOptions, main
 from ochat.errors import ConfigError, DataError, ServerError
-from ochat.evaluate import model_client
+from ochat.evaluate import model_client, server_client
 from ochat.evaluate.answer_files import Answer, generator_name, kept_answers
+from ochat.evaluate.model_client import EndpointAnswerer
+from ochat.evaluate.server_client import Server
 from ochat.text.conversation import Conversation, Message
 from tests import tiny
 from tests.chat_stub import ChatStub, Fault
@@ -177,6 +182,63 @@ def test_the_key_goes_to_the_server_and_into_no_message(files, stub, monkeypatch
     shown += refused("OPENAI_API_KEY", stub, files, limit=1) + caplog.text + str(capsys.readouterr())
     kept = "".join(path.read_text() for path in files.rglob("*") if path.is_file())
     assert "sk-s" not in shown + kept
+
+
+def test_a_key_that_the_server_writes_back_is_in_no_answer_and_no_half_of_it_in_a_message(files, stub, monkeypatch):
+    key = "sk-" + "secret" * 20
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    stub.answer = lambda body: f"I was sent {key}."
+    ask(stub, files, limit=1)
+    said = [{"error": {"message": "x" * at + key}} for at in range(200, 300, 9)]
+    stub.faults = [Fault(400, body=json.dumps(each).encode()) for each in said]
+    shown = "".join(refused("400", stub, files, output=files / "b.jsonl", limit=1, error=ServerError) for _ in said)
+    kept = "".join(path.read_text() for path in files.rglob("*") if path.is_file())
+    assert "I was sent ***." in kept and "secret" not in kept + shown
+
+
+@pytest.mark.parametrize(
+    "address", ["http://me:hidden@127.0.0.1/v1", "http://me:hidden@[/v1", "http://h/v1?key=hidden", "http://h/#hidden"]
+)
+def test_an_address_with_a_secret_is_refused_and_not_shown(files, stub, address, caplog, capsys):
+    with pytest.raises(ConfigError) as error:
+        main(AnswerOptions(model="m", questions=files / "alpaca.json", output=files / "out.json", endpoint=address))
+    with pytest.raises(ConfigError) as other:
+        Server(address, "m")
+    said = str(error.value) + str(other.value) + caplog.text + str(capsys.readouterr())
+    assert "hidden" not in said and said.count("the key is read from OPENAI_API_KEY") == 2
+
+
+@pytest.mark.parametrize(
+    "start", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"HTTP/1.1 500 No\r\n\r\n"]
+)
+def test_a_server_that_never_ends_its_answer_is_left_in_time(files, monkeypatch, start):
+    """A byte at a time, in the headers or in the body: no single wait is long."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    threading.Thread(target=forever, args=(connection,), daemon=True).start()
+
+        def forever(connection):
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(start)
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        monkeypatch.setattr(server_client, "TIMEOUT_S", 1.0)
+        for attempt in (
+            lambda: EndpointAnswerer(address, "m", 8, None, 0, 1, 0.0, 0, 1.0)._ask([{"role": "user", "content": "x"}]),
+            lambda: Server(address, "m"),
+        ):
+            began = time.monotonic()
+            with pytest.raises(ServerError, match="no whole answer within 1 s"):
+                attempt()
+            assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("status", [429, 503])
