@@ -7,6 +7,8 @@ weight of the whole step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -37,6 +39,20 @@ def wrap(model: Transformer, ranks: Ranks, train: TrainConfig, parallel: Paralle
             block.compile()
     if ranks.mesh is not None:
         _shard(model, ranks, parallel, dtype)
+
+
+@contextmanager
+def not_compiled(model: Transformer) -> Iterator[None]:
+    """Run the blocks as they are written, inside an evaluation: all blocks share torch's limit of 8 graphs, and those
+    without gradients, and one a layer for the KV cache, would use it up, so that training went on uncompiled."""
+    compiled = [block._compiled_call_impl for block in model.blocks]
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, call in zip(model.blocks, compiled, strict=True):
+            block._compiled_call_impl = call
 
 
 def begin_micro_batch(model: Transformer, ranks: Ranks, parallel: ParallelConfig, *, is_last: bool) -> None:

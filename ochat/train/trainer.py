@@ -247,7 +247,8 @@ class Trainer:
         """The evaluation after the steps done so far; neither a signal nor an error in it loses a step."""
         self.is_measuring = True
         try:
-            self.evaluate()
+            with sharding.not_compiled(self.model):
+                self.evaluate()
         except Interrupted:
             raise
         except Exception as error:

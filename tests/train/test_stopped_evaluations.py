@@ -142,3 +142,23 @@ def test_two_processes_lose_no_step_either(world, tmp_path, name, fault):
     tiny.train_on_ranks(world, run, 2, *words)
     tiny.train_on_ranks(world, tmp_path / "whole", 2, *words)
     assert_as_whole(run, tmp_path / "whole")
+
+
+def test_evaluations_add_no_graph_to_those_of_compiled_training(world, tmp_path, monkeypatch):
+    """All blocks share one limit of graphs; behind it training goes on uncompiled."""
+    graphs: list = []
+    plain = torch.nn.Module.compile
+
+    def counted(module):
+        plain(module, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", counted)
+    found = []
+    for more in (options(world), ["--data.epochs=2"]):
+        graphs.clear()
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(recompile_limit=100):
+            tiny.train(world, tmp_path / str(len(found)), *more, "--data.max_steps=2", "--train.compile=true")
+        found.append(len(graphs))
+    assert found[0] == found[1] > 0
+    assert (tmp_path / "0" / layout.SAMPLES).stat().st_size
