@@ -55,7 +55,7 @@ class NewOptions:
     gpus: int | None = None
     """of the machine; 0: a CPU; without it: those that torch sees"""
     card: str = ""
-    """one of A100-80, H100 and H200; without it: that of this machine, else H100"""
+    """A100-80, H100, H200, RTX4090 (24 GB) or RTX4080 (16 GB); without it: that of this machine, else H100"""
     expert: str = ""
     """the class of the best answers; without it: the template's default, or the class of the highest weight"""
     output: str = ""

@@ -151,7 +151,7 @@ def test_a_worker_that_cannot_start_says_why(tmp_path):
     try:
         with pytest.raises(WorkerFailed, match="the time was out"):
             worker.ready(0.0)
-        with pytest.raises(WorkerFailed, match="ConfigError.*nonsense"):
+        with pytest.raises(WorkerFailed, match="UnknownKey: unknown key .train.nonsense"):
             worker.ready(60.0)
     finally:
         worker.close()

@@ -272,4 +272,4 @@ def test_moments_in_host_memory_are_saved_and_taken_up_again(sparse):
 
 def test_all_on_the_host_is_refused_on_one_process(sparse):
     with pytest.raises(ConfigError, match="parallel.offload = 'all' needs more than one process; .* 'optimizer'"):
-        run_alone(sparse, "refused", 0, "--parallel.offload=true")
+        tiny.train(sparse, sparse.folder / "refused", "--parallel.offload=true")

@@ -101,6 +101,6 @@ def test_the_section_belongs_to_ablate_alone(file, tmp_path):
 
 def test_help_lists_the_keys_of_its_section(capsys):
     with pytest.raises(SystemExit):
-        cli.call("ablate", ["--help"])
+        cli.call("ablate", ["--help-all"])
     shown = capsys.readouterr().out
     assert all(f"ablate.{key.name}" in shown for key in msgspec.structs.fields(variants.AblateConfig))
