@@ -147,19 +147,24 @@ def test_torchrun_restarts_a_run_that_lost_a_process_and_the_curve_is_the_same(w
     assert tiny.curve(tiny.metrics(run_dir)) == tiny.curve(tiny.metrics(whole))
 
 
+def assert_gone(orphans, seconds, log):
+    """All of these processes end within so many seconds; none is left behind in any case."""
+    deadline = time.monotonic() + seconds
+    try:
+        while any(os.path.exists(f"/proc/{pid}") for pid in orphans):
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+    finally:
+        tell(orphans, signal.SIGKILL)
+
+
 def test_processes_whose_torchrun_was_killed_save_and_stop(world, tmp_path):
     run_dir = tmp_path / "run"
     with start(world, run_dir, 2) as (process, log):
         wait_for(process, has_steps(run_dir, 3), log)
         orphans = workers(process).values()
         os.kill(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        try:
-            while any(os.path.exists(f"/proc/{pid}") for pid in orphans):
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
-        finally:
-            tell(orphans, signal.SIGKILL)
+        assert_gone(orphans, 30, log)
     assert re.search(r"rank \d, in step \d+: the (torchrun that started this process|run's store) is gone", words(log))
     assert "start the same command again" in words(log)
     assert newest(run_dir) == len(tiny.metrics(run_dir))
@@ -177,13 +182,7 @@ def test_processes_whose_torchrun_is_killed_before_they_meet_end_with_it(world, 
         wait_for(process, lambda: len(found := workers(process)) == 2 and all(map(is_importing, found.values())), log)
         orphans = workers(process).values()
         os.kill(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        try:
-            while any(os.path.exists(f"/proc/{pid}") for pid in orphans):
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.1)
-        finally:
-            tell(orphans, signal.SIGKILL)
+        assert_gone(orphans, 10, log)
 
 
 HANGS = "time.sleep(1e6)"
